@@ -1,0 +1,68 @@
+"""Time named cases side by side: one process per side, every case once per round in random order, ratio of minima.
+
+The machines are shared and noisy; a minimum over interleaved rounds is the figure least touched by neighbours, and the
+spread (maximum over minimum) says how much to trust it. Building and compiling are timed apart.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+SHORT = 0.04  # seconds: shorter cases are repeated within a round until they last this long
+
+
+class Side:
+    """One worker process with its own interpreter."""
+
+    def __init__(self, module: str, python: str = sys.executable):
+        self.process = subprocess.Popen(
+            [python, str(HERE / "_worker.py"), module], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def ask(self, **request) -> dict:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a worker ended with {self.process.wait()} on {request}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def duel(cases: dict[str, tuple[Side, str, dict]], rounds: int) -> dict[str, dict]:
+    """Times {label: (side, name, options)}; -> {label: {min, median, max, first}} in seconds."""
+    found: dict[str, dict] = {}
+    for label, (side, name, options) in cases.items():
+        first = side.ask(open=label, name=name, options=options)["first"]
+        once = side.ask(time=label, repeat=1)["seconds"]
+        found[label] = {"first": first, "repeat": max(1, round(SHORT / once)), "times": []}
+    for round_ in range(rounds):
+        order = list(cases)
+        random.Random(round_).shuffle(order)
+        for label in order:
+            answer = cases[label][0].ask(time=label, repeat=found[label]["repeat"])
+            found[label]["times"].append(answer["seconds"])
+    for record in found.values():
+        times = record.pop("times")
+        record.update(min=min(times), median=statistics.median(times), max=max(times))
+    return found
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}

@@ -1,0 +1,28 @@
+"""This laboratory's side of the duels: mechanisms as a model runs them, heads and batch mapped by the lab."""
+
+import jax
+import jax.numpy as jnp
+
+from xformers_lab import spec
+
+
+def case(name: str, **options):
+    return globals()[name](**options)
+
+
+def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, dtype="float32"):
+    """Forward of `mix`, or forward and backward against a fixed cotangent, on (B, T, N, H)."""
+    mechanism = spec.build("attention", choice, length=T, dim=N * H, heads=N)
+    q, k, v, cotangent = (jax.random.normal(key, (B, T, N, H), dtype) for key in jax.random.split(jax.random.key(0), 4))
+    forward = lambda q, k, v: mechanism.mix(q, k, v, causal=causal)[0]
+    if grad:
+        run = jax.jit(lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent))
+    else:
+        run = jax.jit(forward)
+    return lambda: jax.block_until_ready(run(q, k, v))
+
+
+def matmul(n=2048):
+    a = jnp.ones((n, n))
+    run = jax.jit(lambda a: a @ a)
+    return lambda: run(a).block_until_ready()

@@ -1,0 +1,65 @@
+"""The peers a user would otherwise pick, in PyTorch: timed by `_worker.py`. Needs the extra `peers`."""
+
+import functools
+
+import torch
+
+
+def case(name: str, **options):
+    return globals()[name](**options)
+
+
+def _qkv(B, N, T, H, grad):
+    torch.manual_seed(0)
+    return [torch.randn(B, N, T, H, requires_grad=grad) for _ in range(3)]
+
+
+def _run(forward, inputs, grad):
+    """The callable to time: forward alone, or forward and backward against a fixed cotangent."""
+    if not grad:
+
+        def run():
+            with torch.no_grad():
+                forward(*inputs)
+
+        return run
+    cotangent = torch.randn_like(forward(*inputs))
+
+    def run():
+        torch.autograd.grad(forward(*inputs), inputs, cotangent)
+
+    return run
+
+
+def sdpa(N=8, T=1024, H=64, B=1, causal=False, grad=False):
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
+    return _run(attend, _qkv(B, N, T, H, grad), grad)
+
+
+def local(N=8, T=4096, H=64, B=1, window=128, causal=True, grad=False):
+    """The local-attention package, exact windows: causal sees the last `window` keys and itself."""
+    from local_attention import LocalAttention
+
+    attend = LocalAttention(
+        dim=H, window_size=window, causal=causal, look_backward=1, look_forward=0 if causal else 1,
+        dropout=0.0, exact_windowsize=True, use_rotary_pos_emb=False, autopad=True,
+    )  # fmt: skip
+    return _run(lambda q, k, v: attend(q, k, v), _qkv(B, N, T, H, grad), grad)
+
+
+def linear(N=8, T=4096, H=64, B=1, chunk=64, grad=False):
+    """Causal linear attention, elu + 1, chunked: chunk states by one cumulative sum, everything batched."""
+
+    def attend(q, k, v):
+        q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+        q, k, v = (x.reshape(B, N, T // chunk, chunk, H) for x in (q, k, v))
+        state = k.transpose(-1, -2) @ v
+        state = state.cumsum(2) - state
+        total = k.sum(3)
+        total = total.cumsum(2) - total
+        weights = (q @ k.transpose(-1, -2)).tril()
+        out = weights @ v + q @ state
+        norm = weights.sum(-1) + (q @ total.unsqueeze(-1)).squeeze(-1)
+        return (out / norm.unsqueeze(-1)).reshape(B, N, T, H)
+
+    return _run(attend, _qkv(B, N, T, H, grad), grad)

@@ -1,0 +1,283 @@
+"""One engine for every position-based pattern: softmax attention that touches only live blocks.
+
+A row is one block of queries against its live key blocks: two 2-D matrix products and a softmax over the whole row.
+The backward recomputes the row from the saved log-sum-exp and accumulates dK and dV transposed, (H, S), because
+XLA:CPU runs p.T @ do three times slower than do.T @ p. Patterns whose parts need different orders of positions
+(a band and a residue, say) are run part by part and merged exactly by their log-sum-exps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xformers_lab.attention._engine.layout import PAD, Group, Part, layout
+from xformers_lab.attention._engine.pattern import Pattern
+
+MASKED = -1e30
+# The running maximum never falls below this, so a row that sees no key gets weights exp(MASKED - EMPTY) = 0.
+EMPTY = MASKED / 2
+# Scores computed at once on an accelerator, where rows are batched; on CPU rows are looped over, one at a time.
+ACCELERATOR_SCORES = 1 << 24
+
+
+def block_sparse(q, k, v, *, pattern: Pattern, real=None, bias=None, blocks: tuple[int, int]):
+    """Softmax attention over the keys that `pattern` allows and `real` marks; zeros where there is none.
+
+    q (T, H), k and v (S, H), real (S,) bool or None; query t stands at position S - T + t. bias is a pytree that is
+    called with (T', 1) and (1, S') position arrays and gives scores to add, differentiable in its leaves. blocks is
+    (queries, keys) per block. Returns (T, H) in v's type; scores and sums are float32.
+    """
+    return _attend(q, k, v, real, bias, pattern, blocks)
+
+
+def dense(q, k, v, *, pattern: Pattern, real=None, bias=None):
+    """The same by definition: one (T, S) matrix of scores."""
+    T, S = q.shape[0], k.shape[0]
+    at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+    seen = pattern(at, keys) if real is None else pattern(at, keys) & real[None]
+    return softmax(scores(q, k, bias), seen, v)
+
+
+def scores(q, k, bias=None):
+    """(T, S) scaled dot products in float32, with the bias of query position S - T + t and key position s."""
+    T, S = q.shape[0], k.shape[0]
+    s = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
+    return s if bias is None else s + bias(jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None])
+
+
+def softmax(s, seen, v):
+    """softmax(s) @ v over the seen keys; a row that sees none gives zeros."""
+    s = jnp.where(seen, s, MASKED)
+    p = jnp.exp(s - jnp.maximum(s.max(-1, keepdims=True), EMPTY))
+    p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+    return jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, real, bias, pattern, blocks):
+    return _forward(q, k, v, real, bias, pattern, blocks)[0]
+
+
+def _forward(q, k, v, real, bias, pattern, blocks):
+    T, S, H = q.shape[0], k.shape[0], v.shape[1]
+    scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    total, lse = None, None
+    for part in layout(pattern, T, S, *blocks):
+        view = _View(part, scaled, k, v, real, bias, T, S, blocks)
+        out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
+        stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
+        for group in part.groups:
+
+            def row(index, group=group, view=view):
+                s, cols = view.scores(group, index)
+                m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
+                p = jnp.exp(s - m)
+                l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+                o = jnp.dot(p.astype(v.dtype), view.values(cols), preferred_element_type=jnp.float32)
+                return o / l, (m + jnp.log(l))[:, 0]
+
+            o, l = lax.map(row, np.arange(len(group.rows)), batch_size=_at_once(group, blocks))
+            if len(group.rows) == len(out):
+                out, stat = o, l
+            else:
+                out, stat = out.at[group.rows].set(o), stat.at[group.rows].set(l)
+        out, stat = view.unblock_queries(out), view.unblock_queries(stat)
+        if total is None or lse is None:
+            total, lse = out, stat
+        else:
+            both = jnp.logaddexp(lse, stat)
+            total = total * jnp.exp(lse - both)[:, None] + out * jnp.exp(stat - both)[:, None]
+            lse = both
+    assert total is not None and lse is not None
+    total = total.astype(v.dtype)
+    return total, (q, k, v, real, bias, total, lse)
+
+
+def _backward(pattern, blocks, residuals, grad):
+    q, k, v, real, bias, out, lse = residuals
+    T, S = q.shape[0], k.shape[0]
+    scale = q.shape[-1] ** -0.5
+    scaled = (q * scale).astype(q.dtype)
+    delta = (out.astype(jnp.float32) * grad).sum(-1)
+    dq, dk, dv = 0.0, 0.0, 0.0
+    dbias = jax.tree.map(jnp.zeros_like, bias)
+    for part in layout(pattern, T, S, *blocks):
+        view = _View(part, scaled, k, v, real, bias, T, S, blocks)
+        grads, deltas, lses = (view.block_queries(x) for x in (grad, delta, lse))
+        width = len(part.keys)
+        carry = (jnp.zeros((k.shape[1], width), jnp.float32), jnp.zeros((v.shape[1], width), jnp.float32), dbias)
+        dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
+        for group in part.groups:
+
+            def row(index, group=group, view=view, grads=grads, deltas=deltas, lses=lses):
+                i = view.row(group, index)
+                s, cols = view.scores(group, index)
+                qi, g, keys, values = view.q[i], grads[i], view.keys(cols), view.values(cols)
+                p = jnp.exp(s - lses[i][:, None])
+                dp = jnp.dot(g, values.T, preferred_element_type=jnp.float32)
+                ds = p * (dp - deltas[i][:, None])
+                dbias = view.pull_bias(i, cols, ds)
+                p, ds = p.astype(v.dtype), ds.astype(k.dtype)
+                dkT = jnp.dot(qi.T, ds, preferred_element_type=jnp.float32)
+                dvT = jnp.dot(g.T, p, preferred_element_type=jnp.float32)
+                return jnp.dot(ds, keys, preferred_element_type=jnp.float32), dkT, dvT, dbias, cols
+
+            carry, dq_rows = _accumulate(row, carry, group, blocks)
+            dq_part = dq_rows if len(group.rows) == len(dq_part) else dq_part.at[group.rows].set(dq_rows)
+        dkT, dvT, dbias = carry
+        dq += view.unblock_queries(dq_part)
+        dk += view.unblock_keys(dkT.T)
+        dv += view.unblock_keys(dvT.T)
+    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _accumulate(row, carry, group: Group, blocks):
+    """Run the rows of a group; their dK^T, dV^T and bias gradients are added into the carry. -> carry, dq (R, block, H)"""
+    at_once = _at_once(group, blocks)
+
+    def add(into, x, cols):
+        if isinstance(cols, tuple):  # a run: one window of columns
+            start, size = cols
+            if size == into.shape[1]:
+                return into + x
+            window = lax.dynamic_slice_in_dim(into, start, size, 1) + x
+            return lax.dynamic_update_slice_in_dim(into, window, start, 1)
+        H, block = into.shape[0], blocks[1]
+        return into.reshape(H, -1, block).at[:, cols].add(x.reshape(H, -1, block)).reshape(into.shape)
+
+    def one(carry, index):
+        dk, dv, db = carry
+        dq, dkT, dvT, dbias, cols = row(index)
+        return (add(dk, dkT, cols), add(dv, dvT, cols), jax.tree.map(jnp.add, db, dbias)), dq
+
+    if at_once == 1:
+        return lax.scan(one, carry, np.arange(len(group.rows)))
+
+    def many(carry, rows):
+        dk, dv, db = carry
+        dq, dkT, dvT, dbias = jax.vmap(lambda index: row(index)[:4])(rows)
+        columns = jnp.asarray(group.columns)[rows]
+        scatter = lambda into, x: _scatter(into, x, columns, blocks[1])
+        return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
+
+    whole = len(group.rows) // at_once * at_once
+    carry, dq = lax.scan(many, carry, np.arange(whole).reshape(-1, at_once))
+    dq = dq.reshape(-1, *dq.shape[2:])
+    if whole < len(group.rows):
+        carry, rest = many(carry, np.arange(whole, len(group.rows)))
+        dq = jnp.concatenate([dq, rest])
+    return carry, dq
+
+
+def _scatter(into, x, columns, block):
+    """Add (R, H, M * block) at key blocks columns (R, M) of (H, S)."""
+    H = into.shape[0]
+    x = x.reshape(x.shape[0], H, -1, block).transpose(1, 0, 2, 3).reshape(H, -1, block)
+    return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
+
+
+def _at_once(group: Group, blocks) -> int:
+    if jax.default_backend() == "cpu":
+        return 1
+    return int(np.clip(ACCELERATOR_SCORES // (group.columns.shape[1] * blocks[0] * blocks[1]), 1, len(group.rows)))
+
+
+class _View:
+    """One part's arrays in blocks, in the part's order of positions."""
+
+    def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
+        self.part, self.real, self.bias, self.T, self.S = part, real, bias, T, S
+        self.block_q, self.block_k = blocks
+        self.shift = S - T
+        self.q = self.block_queries(q)
+        self.k, self.v = (self._in_order(x, part.keys, 0) for x in (k, v))
+        padded = len(part.keys) != S or not part.natural
+        if real is None and padded:
+            real = jnp.ones(S, bool)
+        self.real = None if real is None else self._in_order(real, part.keys, 0)
+        self.query_at = None if part.natural else jnp.asarray(part.queries).reshape(-1, self.block_q)
+        self.key_at = None if part.natural else jnp.asarray(part.keys)
+
+    def _in_order(self, x, positions: np.ndarray, shift: int):
+        """x by positions - shift; zeros (False) where a position is padding."""
+        if self.part.natural:
+            return jnp.pad(x, [(0, len(positions) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        index = np.where(positions == PAD, x.shape[0], positions - shift)
+        return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+    def block_queries(self, x):
+        return self._in_order(x, self.part.queries, self.shift).reshape(-1, self.block_q, *x.shape[1:])
+
+    def unblock_queries(self, x):
+        return self._to_natural(x.reshape(-1, *x.shape[2:]), self.part.queries, self.shift, self.T)
+
+    def unblock_keys(self, x):
+        return self._to_natural(x, self.part.keys, 0, self.S)
+
+    def _to_natural(self, x, positions: np.ndarray, shift: int, length: int):
+        if self.part.natural:
+            return x[:length]
+        back = np.empty(length, np.int32)
+        back[positions[positions != PAD] - shift] = np.nonzero(positions != PAD)[0]
+        return x[back]
+
+    def row(self, group: Group, index):
+        return jnp.asarray(group.rows)[index]
+
+    def columns(self, group: Group, index):
+        """Where a row's keys are: (start, size) of a run, or (M,) block numbers."""
+        if not group.run:
+            return jnp.asarray(group.columns)[index]
+        size = group.columns.shape[1] * self.block_k
+        same = (group.columns[:, 0] == group.columns[0, 0]).all()
+        start = int(group.columns[0, 0]) if same else jnp.asarray(group.columns[:, 0])[index]
+        return start * self.block_k, size
+
+    def _at(self, x, cols):
+        if isinstance(cols, tuple):
+            start, size = cols
+            return x if size == x.shape[0] else lax.dynamic_slice_in_dim(x, start, size, 0)
+        return x.reshape(-1, self.block_k, *x.shape[1:])[cols].reshape(-1, *x.shape[1:])
+
+    def keys(self, cols):
+        return self._at(self.k, cols)
+
+    def values(self, cols):
+        return self._at(self.v, cols)
+
+    def positions(self, i, cols):
+        """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
+        if self.query_at is None:
+            q = self.shift + i * self.block_q + jnp.arange(self.block_q)
+            if isinstance(cols, tuple):
+                k = cols[0] + jnp.arange(cols[1])
+            else:
+                k = (cols[:, None] * self.block_k + jnp.arange(self.block_k)).reshape(-1)
+        else:
+            q, k = self.query_at[i], self._at(self.key_at, cols)
+        return q[:, None], k[None]
+
+    def scores(self, group: Group, index):
+        """Masked scores (block, M * block) of a row, and its columns."""
+        i, cols = self.row(group, index), self.columns(group, index)
+        s = jnp.dot(self.q[i], self.keys(cols).T, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            s = s + self.bias(*self.positions(i, cols))
+        if not group.whole:
+            s = jnp.where(self.part.pattern(*self.positions(i, cols)), s, MASKED)
+        if self.real is not None:
+            s = jnp.where(self._at(self.real, cols)[None], s, MASKED)
+        return s, cols
+
+    def pull_bias(self, i, cols, ds):
+        """The gradient of the bias's leaves from the gradient of a row's scores."""
+        if self.bias is None:
+            return None
+        at = self.positions(i, cols)
+        return jax.vjp(lambda bias: bias(*at) + jnp.zeros_like(ds), self.bias)[1](ds)[0]

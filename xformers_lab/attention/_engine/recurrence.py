@@ -1,0 +1,43 @@
+"""The chunked linear recurrence S_t = S_(t-1) + k_t v_t^T, out_t = q_t S_t: the engine of the linear family.
+
+Within a chunk of C positions the causal products are C x C matrices, between chunks only the state passes, so the cost
+is linear in the length. One head's chunks are batched, which keeps the temporary arrays at the size of one head.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def linear_recurrence(q, k, v, *, chunk: int):
+    """Causal sums: for each query t at position S - T + t the sum over s <= S - T + t of (q_t . k_s) v_s, and of (q_t . k_s).
+
+    q (T, F), k (S, F), v (S, H) -> (T, H) and (T,), in float32. Queries before the first key get zeros.
+    """
+    T, S = q.shape[0], k.shape[0]
+    if T > S:  # queries that stand before the first key
+        out, total = linear_recurrence(q[T - S :], k, v, chunk=chunk)
+        return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
+    before = S - T
+    state = jnp.dot(k[:before].T, v[:before], preferred_element_type=jnp.float32), k[:before].astype(jnp.float32).sum(0)
+    chunk = min(chunk, T)
+    pad = -T % chunk
+    blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], _chunked(*map(blocks, (q, k[before:], v[before:])), state))
+
+
+@jax.checkpoint
+def _chunked(q, k, v, state):
+    """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) -> (M, C, H), (M, C)."""
+    exact = dict(preferred_element_type=jnp.float32)
+    added = jnp.einsum("mcf,mch->mfh", k, v, **exact), k.astype(jnp.float32).sum(1)
+
+    def add(state, added):
+        return jax.tree.map(jnp.add, state, added), state
+
+    _, (states, sums) = lax.scan(add, state, added)
+    weights = jnp.einsum("mcf,mdf->mcd", q, k, **exact) * jnp.tril(jnp.ones((q.shape[1],) * 2))
+    out = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **exact)
+    out += jnp.einsum("mcf,mfh->mch", q, states.astype(q.dtype), **exact)
+    total = weights.sum(-1) + jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **exact)
+    return out, total

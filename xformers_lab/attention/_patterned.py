@@ -1,0 +1,71 @@
+"""Base of every mechanism that is softmax attention over a fixed pattern of positions: a pattern is all it adds."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import block_sparse, dense, softmax
+from xformers_lab.attention._engine.layout import layout, live_pairs
+from xformers_lab.attention._engine.pattern import All, Causal, Pattern
+from xformers_lab.size import Size
+
+
+class Patterned(Attention):
+    """softmax(q k^T / sqrt(H) + bias) v over the keys that `pattern` allows, run by the block-sparse engine.
+
+    A subclass sets `pattern` (without causality, which is added where asked) and may set `block`, the size of the
+    engine's blocks of queries and keys where its geometry suggests one.
+    """
+
+    block: int | None = None
+
+    def __init__(self, size: Size, pattern: Pattern, *, rngs: nnx.Rngs):
+        super().__init__(size, rngs=rngs)
+        self.pattern = pattern
+
+    def seen(self, causal: bool) -> Pattern:
+        if not causal:
+            return self.pattern
+        return Causal() if isinstance(self.pattern, All) else self.pattern & Causal()
+
+    def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
+        """Queries and keys per block of the engine.
+
+        Wide rows make large products; causal rows are narrower, so that less of the triangle is computed in vain.
+        """
+        if self.block is not None:
+            return self.block, self.block
+        most = 256 if causal else 512
+        return _even(T, most), _even(S, most)
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None):
+        blocks = self.blocks(q.shape[0], k.shape[0], causal)
+        return block_sparse(q, k, v, pattern=self.seen(causal), real=real, bias=bias, blocks=blocks)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None):
+        return dense(q, k, v, pattern=self.seen(causal), real=real, bias=bias)
+
+    def cost(self, T: int, S: int) -> Cost:
+        blocks = self.blocks(T, S, causal=False)
+        H = self.size.head
+        parts = layout(self.seen(False), T, S, *blocks)
+        widest = max(group.columns.shape[1] for part in parts for group in part.groups)
+        # The largest array is a row of scores, or the keys and values themselves.
+        memory = max(max(len(part.keys) for part in parts) * H, blocks[0] * blocks[1] * widest)
+        return Cost(flops=4 * H * live_pairs(self.seen(False), T, S, *blocks), memory=memory, state=2 * S * H)
+
+    def step(self, state, q, k, v, *, bias=None):
+        """Keys stay at their absolute positions, so that a pattern tied to them (a grid, say) decodes alike."""
+        at = state["seen"]
+        keys, values = (state[name].at[at].set(new) for name, new in (("k", k), ("v", v)))
+        q_at, k_at = at[None, None], jnp.arange(keys.shape[0])[None]
+        s = (q * q.shape[-1] ** -0.5 @ keys.T)[None]
+        s = s if bias is None else s + bias(q_at, k_at)
+        out = softmax(s, self.seen(True)(q_at, k_at), values)
+        return out[0], {"k": keys, "v": values, "seen": at + 1}
+
+
+def _even(length: int, most: int) -> int:
+    """The size of the fewest equal blocks of at most `most` positions that cover `length`, a multiple of eight."""
+    blocks = -(-length // most)
+    return -(-length // (8 * blocks)) * 8

@@ -1,0 +1,346 @@
+"""What a run is: frozen dataclasses, every knob visible with its default and a one-line help.
+
+Leaf names are unique, so `layers=4` is enough on the command line; `model.layers=4` says the same.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+
+from xformers_lab import spec
+from xformers_lab.errors import UsageError, nearest
+
+
+def knob(default, help: str, *, shelf: str | None = None, cycle: bool = False, least: float | None = None, same_result: bool = False):
+    """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers, `least` is its smallest value.
+
+    `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id.
+    """
+    rules = dict(help=help, shelf=shelf, cycle=cycle, least=least, same_result=same_result)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    model: str = knob("auto", "encoder, decoder, or auto: what the task is made for", shelf="model")
+    attention: str = knob("full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True)
+    position: str = knob("learned", "where a token is", shelf="position")
+    norm: str = knob("pre", "residual placement and normaliser", shelf="norm")
+    ffn: str = knob("mlp", "what one position computes", shelf="ffn")
+    depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
+    memory: str = knob("none", "what survives a segment", shelf="memory")
+    dim: int = knob(64, "model width D", least=1)
+    layers: int = knob(2, "number of layers L", least=1)
+    heads: int = knob(2, "query heads N", least=1)
+    kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
+    dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0)
+    dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = knob(300, "optimizer steps", least=1)
+    batch: int = knob(32, "sequences per step B, over all devices", least=1)
+    accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
+    optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
+    lr: float = knob(1e-3, "peak learning rate", least=0)
+    schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
+    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0)
+    weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
+    clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
+    eval_every: int = knob(0, "validate every so many steps (0: only at the end)", least=0)
+    eval_batches: int = knob(8, "batches per validation", least=1)
+    save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
+    layout: typing.Literal["jit", "pmap"] = knob("jit", "data-parallel over all devices: jit over a mesh, or pmap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: str = knob("mqar", "data, loss and metric", shelf="task")
+    seq_len: int = knob(64, "tokens per sequence T", least=1)
+    seed: int = knob(0, "seed of parameters and data", least=0)
+    runs: str = knob("runs", "folder that holds the runs", same_result=True)
+    model: Model = dataclasses.field(default_factory=Model)
+    train: Train = dataclasses.field(default_factory=Train)
+
+
+def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
+    """Every leaf by its unique name: its path in the tree, its field, its type."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _fields(hints[field.name], (*path, field.name))
+        else:
+            found[field.name] = ((*path, field.name), field, hints[field.name])
+    return found
+
+
+LEAVES = _fields()
+KEYS = tuple(LEAVES)
+
+
+def get(config: Config, key: str):
+    """The value of a leaf by its unique name."""
+    value = config
+    for name in LEAVES[key][0]:
+        value = getattr(value, name)
+    return value
+
+
+def edit(config: Config, **changes) -> Config:
+    """A copy with leaves changed, typed and checked; raises UsageError."""
+    for key, value in changes.items():
+        config = _replace(config, LEAVES[key][0], typed(key, value))
+    return config
+
+
+def typed(key: str, value, where: str = ""):
+    """`value` as the type of leaf `key`; a choice comes back in its full spelling."""
+    where = where or f"{key}={spec.show(value)}"
+    _, field, kind = LEAVES[key]
+    value = spec.coerce(value, kind, where)
+    least = field.metadata["least"]
+    if least is not None and value is not None and value < least:
+        raise UsageError(f"{where}: {key} must be at least {least}")
+    if key == "dropout" and value >= 1:
+        raise UsageError(f"{where}: dropout must be below 1")
+    if field.metadata["shelf"] and not (key == "model" and value == "auto"):
+        parts = value.split("+") if field.metadata["cycle"] else [value]
+        value = "+".join(str(spec.resolve(field.metadata["shelf"], part, where)) for part in parts)
+    return value
+
+
+def to_dict(config: Config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def from_dict(tree: Mapping, where: str = "config") -> Config:
+    """The one config of a nested or flat mapping; raises UsageError on anything unknown or ill-typed."""
+    return edit(Config(), **{key: one(values, key, where) for key, values in axes_of(tree, where).items()})
+
+
+def one(values: list, key: str, where: str):
+    if len(values) != 1:
+        raise UsageError(f"{where}: {key} has {len(values)} values; only compare and bench sweep")
+    return values[0]
+
+
+def identity(config: Config) -> str:
+    """The run's id: a hash of everything that decides its result, with the source of choices outside the package."""
+    leaves = {}
+    for key, (_, field, _) in LEAVES.items():
+        if field.metadata["same_result"]:
+            continue
+        leaves[key] = value = typed(key, get(config, key))
+        if field.metadata["shelf"] and value != "auto":
+            sources = [spec.digest(field.metadata["shelf"], part) for part in str(value).split("+")]
+            if any(sources):
+                leaves[f"{key} source"] = sources
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def folder(config: Config) -> pathlib.Path:
+    """Where the run lives: runs/<task>/<id>."""
+    return pathlib.Path(config.runs) / pathlib.Path(spec.parse(config.task).name).stem / identity(config)
+
+
+# ---- sweeps: every axis is a list of values ---------------------------------------------------------------------
+
+
+def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
+    """The grid of configs that command-line words describe, and the keys that vary.
+
+    Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
+    recipe `@file.py` that defines `configs`. Later words win over earlier ones.
+    """
+    bases, axes = [{}], {}
+    for word in words:
+        if word.startswith("@"):
+            listed = load(word[1:])
+            if len(listed) == 1:
+                axes |= listed[0]
+            else:
+                bases = [base | more for base in bases for more in listed]
+            continue
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UsageError(f'"{word}" is not key=value or @file')
+        key = _leaf(key, word)
+        if text == "" and LEAVES[key][1].default != "":
+            raise UsageError(f'"{word}" has no value')
+        axes[key] = [typed(key, value, f"{key}={value}") for value in _spread(key, text, word)]
+    configs, varied = [], set()
+    for base in bases:
+        merged = base | axes
+        varied |= {key for key, values in merged.items() if len(values) > 1}
+        for values in itertools.product(*merged.values()):
+            configs.append(edit(Config(), **dict(zip(merged, values, strict=True))))
+    varied |= {key for key in KEYS if len({get(config, key) for config in configs}) > 1}
+    unique = list(dict.fromkeys(configs))
+    return unique, [key for key in KEYS if key in varied]
+
+
+def single(words: Iterable[str]) -> Config:
+    """The one config of command-line words; a sweep is refused."""
+    configs, varied = sweep(words)
+    if len(configs) != 1:
+        raise UsageError(f"this command takes one config, but {', '.join(varied)} has several values; use compare or bench")
+    return configs[0]
+
+
+def axes_of(tree: Mapping, where: str) -> dict[str, list]:
+    """Leaf name -> its values, from a nested or flat mapping; a list on a scalar field is a sweep."""
+    axes: dict[str, list] = {}
+
+    def walk(branch: Mapping, path: tuple[str, ...]):
+        for key, value in branch.items():
+            if not isinstance(key, str):
+                raise UsageError(f"{where}: keys must be text, got {key!r}")
+            if isinstance(value, Mapping):
+                if key not in ("model", "train"):
+                    raise UsageError(f'{where}: no section "{key}": {nearest(key, ["model", "train"], "sections")}')
+                walk(value, (*path, key))
+                continue
+            leaf = _leaf(".".join((*path, key)), where)
+            if leaf in axes:
+                raise UsageError(f'{where}: "{leaf}" is given twice')
+            listed = value if isinstance(value, list) else _spread(leaf, value, where) if isinstance(value, str) else [value]
+            if not listed:
+                raise UsageError(f'{where}: "{leaf}" is an empty list')
+            axes[leaf] = [typed(leaf, item, f"{where}: {leaf}={spec.show(item)}") for item in listed]
+
+    walk(tree, ())
+    return axes
+
+
+def load(name: str) -> list[dict[str, list]]:
+    """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place."""
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise UsageError(f'@{name}: no file "{name}"')
+    if path.suffix == ".py":
+        return _recipe(path)
+    readers = {".toml": _toml, ".json": _json, ".yaml": _yaml, ".yml": _yaml}
+    if path.suffix not in readers:
+        raise UsageError(f'@{name}: unknown kind "{path.suffix}": {nearest(path.suffix, [*readers, ".py"], "kinds")}')
+    try:
+        tree = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise UsageError(f"{name}: nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"{name}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, Mapping):
+        raise UsageError(f"{name}: must hold keys and values, got {type(tree).__name__}")
+    return [axes_of(tree, name)]
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Write a config so that `@path` reads it back; the suffix chooses TOML, YAML or JSON."""
+    tree = to_dict(config)
+    if path.suffix == ".toml":
+        import tomli_w
+
+        path.write_text(tomli_w.dumps({k: v for k, v in _no_none(tree).items()}))
+    elif path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    else:
+        path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _no_none(tree: Mapping) -> dict:
+    """TOML has no null; a missing key means the same."""
+    return {k: _no_none(v) if isinstance(v, Mapping) else v for k, v in tree.items() if v is not None}
+
+
+def _replace(node, path: tuple[str, ...], value):
+    head, *rest = path
+    return dataclasses.replace(node, **{head: _replace(getattr(node, head), tuple(rest), value) if rest else value})
+
+
+def _leaf(key: str, where: str) -> str:
+    name = key.rpartition(".")[2]
+    if name in LEAVES and key in (name, ".".join(LEAVES[name][0])):
+        return name
+    known = ".".join(LEAVES[name][0]) if name in LEAVES else None
+    raise UsageError(f'{where}: unknown key "{key}": ' + (f'did you mean "{known}"?' if known else nearest(name, KEYS, "keys")))
+
+
+def _spread(key: str, text: str, where: str) -> list[str]:
+    """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
+    values = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
+        whole = int in (kind := LEAVES[key][2], *typing.get_args(kind))
+        if match is None or not whole:
+            values.append(part)
+            continue
+        first, last, way, by = match.groups()
+        first, last, by = (spec.coerce(n or "1", int, f"{where}: the range {part}") for n in (first, last, by))
+        if last < first or by < 1 or (way == "x" and (by < 2 or first < 1)):
+            raise UsageError(f"{where}: the range {part} is empty or endless (write 512..4096:x2, 0..4, or 8..64:+8)")
+        while first <= last:
+            values.append(str(first))
+            first = first * by if way == "x" else first + by
+            if len(values) > 10_000:
+                raise UsageError(f"{where}: the range {part} has more than 10,000 values")
+    return values
+
+
+def _toml(text: str):
+    return tomllib.loads(text)
+
+
+def _json(text: str):
+    def no_duplicates(pairs):
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError("a key is given twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=no_duplicates)
+
+
+def _yaml(text: str):
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Plain YAML: no duplicate keys, no aliases (a bomb of aliases is no config)."""
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases are not allowed (line {self.peek_event().start_mark.line + 1})")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if len(set(map(str, keys))) < len(keys):
+                raise yaml.YAMLError(f"a key is given twice (line {node.start_mark.line + 1})")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
+    module = spec.run_file(path, f"@{path}")
+    listed = getattr(module, "configs", None)
+    if listed is None:
+        raise UsageError(f"@{path}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
+    trees = [to_dict(item) if isinstance(item, Config) else item for item in listed]
+    for number, tree in enumerate(trees):
+        if not isinstance(tree, Mapping):
+            raise UsageError(f"@{path}: configs[{number}] is a {type(tree).__name__}, not a Config or a mapping")
+    if not trees:
+        raise UsageError(f"@{path}: configs is empty")
+    return [axes_of(tree, f"{path}: configs[{number}]") for number, tree in enumerate(trees)]

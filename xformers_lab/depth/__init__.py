@@ -1,0 +1,31 @@
+"""The shelf of depths: how many layers a token gets. One file = one class, a subclass of `Depth`.
+
+A depth builds its layers with `make_block(index, rngs)` and runs them. A block is called as
+`block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(x)`; carries hold what a
+mechanism passes to the same mechanism in the layer above, aux is a dict of scalars.
+"""
+
+import dataclasses
+
+from flax import nnx
+
+from xformers_lab.position import Position
+from xformers_lab.size import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer sees alike: the positions, and real (B, T) bool or None where nothing is padded."""
+
+    position: Position
+    real: object = None
+
+
+class Depth(nnx.Module):
+    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+        """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`)."""
+        raise NotImplementedError(f"{type(self).__name__} must define __init__")
+
+    def __call__(self, x, context: Context, *, key=None):
+        """(B, T, D) -> (B, T, D), aux."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")

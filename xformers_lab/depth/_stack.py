@@ -1,0 +1,64 @@
+"""Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# XLA:CPU runs the unrolled layers of a shallow stack faster than a loop over them (see benchmarks/).
+UNROLLED_ON_CPU = 8
+
+
+def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):
+    """One module whose variables have a leading axis of len(indices); block i is made with its own random stream."""
+
+    @nnx.split_rngs(splits=len(indices))
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def make(rngs):
+        return make_block(indices[0], rngs)
+
+    return make(rngs)
+
+
+def initial_carries(blocks: list, x) -> dict:
+    """What the mechanisms of a stack find below their first layer."""
+    carries = {}
+    for block in blocks:
+        graph, variables = nnx.split(block)
+        carries |= nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables)).initial_carries(x)
+    return carries
+
+
+def add_aux(a: dict, b: dict) -> dict:
+    """Auxiliary scalars of two parts of a model, added by name."""
+    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in a | b}
+
+
+def run_stack(blocks: list, x, carries, context, *, key):
+    """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
+
+    Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux.
+    """
+    if not blocks:
+        return x, carries, {}
+    split = [nnx.split(block, nnx.Param, ...) for block in blocks]
+    graphs = [graph for graph, _, _ in split]
+    length = jax.tree.leaves(split[0][1])[0].shape[0]
+    keys = None if key is None else jax.random.split(key, (length, len(blocks)))
+
+    def period(state, layer):
+        x, carries = state
+        variables, keys = layer
+        total, changed = {}, []
+        for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
+            block = nnx.merge(graph, params, rest)
+            x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
+            total = add_aux(total, aux)
+            changed.append(nnx.split(block, nnx.Param, ...)[2])
+        return (x, carries), (total, changed)
+
+    unroll = length if jax.default_backend() == "cpu" and length * len(blocks) <= UNROLLED_ON_CPU else 1
+    variables = [(params, rest) for _, params, rest in split]
+    (x, carries), (aux, changed) = jax.lax.scan(period, (x, carries), (variables, keys), unroll=unroll)
+    for block, rest in zip(blocks, changed, strict=True):
+        nnx.update(block, rest)
+    return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux)

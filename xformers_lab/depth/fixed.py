@@ -1,0 +1,24 @@
+import jax
+from flax import nnx
+
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._stack import add_aux, build_stack, initial_carries, run_stack
+from xformers_lab.size import Size
+
+
+class Fixed(Depth):
+    """Every token gets every layer, each with parameters of its own (Vaswani et al., 2017, arXiv 1706.03762)."""
+
+    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+        whole = size.layers // period * period
+        places = lambda first, last: [list(range(first + place, last, period)) for place in range(period)]
+        self.periods = nnx.List(build_stack(make_block, at, rngs) for at in places(0, whole) if at)
+        # What is left of a last, shorter period.
+        self.rest = nnx.List(build_stack(make_block, at, rngs) for at in places(whole, size.layers) if at)
+
+    def __call__(self, x, context: Context, *, key=None):
+        first, second = (None, None) if key is None else jax.random.split(key)
+        carries = initial_carries([*self.periods, *self.rest], x)
+        x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first)
+        x, carries, more = run_stack(list(self.rest), x, carries, context, key=second)
+        return x, add_aux(aux, more)

@@ -1,0 +1,42 @@
+"""What can go wrong, by exit code: one clear message, no traceback.
+
+0 ok, 1 our bug, 2 usage / config / data, 3 run failed (NaN, out of memory, disk), 4 integrity, 5 some cells failed.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LabError(Exception):
+    """An error with a message for the user; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class UsageError(LabError):
+    """Bad input: says what is wrong, where, and the nearest right thing."""
+
+    exit_code = 2
+
+
+class RunFailed(LabError):
+    """A run that started and could not finish: non-finite loss, out of memory, disk full."""
+
+    exit_code = 3
+
+
+class IntegrityError(LabError):
+    """Stored results that cannot be trusted, and nothing to fall back to."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str], what: str = "choose from") -> str:
+    """The tail of a message about an unknown `word`: the nearest known one first, then all of them."""
+    known = sorted(known)
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    if not close and word:
+        close = [name for name in lowered if name.startswith(word.lower()[:3])][:1]
+    hint = f'did you mean "{lowered[close[0]]}"? ' if close else ""
+    return f"{hint}({what}: {', '.join(known)})" if known else hint

@@ -1,0 +1,25 @@
+"""The shelf of feed-forward sub-layers: what one position computes. One file = one class, a subclass of `Ffn`, or a
+function that returns None where the block has no such sub-layer."""
+
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from xformers_lab.size import Size
+
+Activation = Literal["relu", "gelu", "silu", "sigmoid"]
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+class Ffn(nnx.Module):
+    def __call__(self, x, *, real=None, key=None):
+        """(B, T, D) -> (B, T, D) and a dict of auxiliary scalars; those named "loss/..." are added to the loss."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+
+def hidden_size(size: Size, ratio: float) -> int:
+    """Width of the hidden layer, ratio * D rounded to whole channels; raises ValueError on a ratio of nothing."""
+    if ratio * size.dim < 1:
+        raise ValueError(f"ratio={ratio} of dim={size.dim} leaves no hidden channel")
+    return round(ratio * size.dim)

@@ -1,0 +1,26 @@
+import functools
+
+from flax import nnx
+
+from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.size import Size
+
+
+class Glu(Ffn):
+    """Gated linear unit: down(a(gate(x)) * up(x)), without biases (Shazeer, 2020, arXiv 2002.05202).
+
+    The default ratio of 8/3 gives it the parameters of an `mlp` of ratio 4; activation silu is SwiGLU, gelu is GEGLU.
+
+    Options:
+        ratio: hidden width over model width
+        activation: on the gate
+    """
+
+    def __init__(self, size: Size, *, ratio: float = 8 / 3, activation: Activation = "silu", rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
+        hidden = hidden_size(size, ratio)
+        self.gate, self.up, self.down = linear(size.dim, hidden), linear(size.dim, hidden), linear(hidden, size.dim)
+        self.activation = activation
+
+    def __call__(self, x, *, real=None, key=None):
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)), {}

@@ -1,0 +1,24 @@
+import functools
+
+from flax import nnx
+
+from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.size import Size
+
+
+class Mlp(Ffn):
+    """Two linear layers around an activation (Vaswani et al., 2017, arXiv 1706.03762, equation 2).
+
+    Options:
+        ratio: hidden width over model width
+        activation: between the layers
+    """
+
+    def __init__(self, size: Size, *, ratio: float = 4.0, activation: Activation = "gelu", rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=size.dtype, rngs=rngs)
+        hidden = hidden_size(size, ratio)
+        self.up, self.down = linear(size.dim, hidden), linear(hidden, size.dim)
+        self.activation = activation
+
+    def __call__(self, x, *, real=None, key=None):
+        return self.down(ACTIVATIONS[self.activation](self.up(x))), {}

@@ -1,0 +1,5 @@
+from xformers_lab.size import Size
+
+
+def none(size: Size) -> None:
+    """No feed-forward sub-layer: blocks are attention alone (as in the recall models of Zoology, arXiv 2312.04927)."""

@@ -1,0 +1,5 @@
+from xformers_lab.size import Size
+
+
+def none(size: Size) -> None:
+    """No memory: every sequence stands alone."""

@@ -1,0 +1,81 @@
+"""The shelf of model kinds. One file = one class; built by `build_model` from a Config and a task."""
+
+from typing import ClassVar
+
+import jax
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config
+from xformers_lab.errors import UsageError
+from xformers_lab.size import Size
+from xformers_lab.tasks import Setting, Task
+
+
+class Model(nnx.Module):
+    """Tokens to logits: what every kind of model keeps to.
+
+    causal: whether a position sees only what stands before it, as tasks that predict the next token need.
+    """
+
+    causal: ClassVar[bool] = False
+
+    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
+        raise NotImplementedError(f"{type(self).__name__} must define __init__")
+
+    def __call__(self, inputs, *, real=None, key=None):
+        """Tokens (B, T) int32 and real (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and aux.
+
+        key turns on dropout and whatever else is random in training. aux: dict of scalars; names that start with
+        "loss/" are added to the loss.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+
+def size_of(config: Config) -> Size:
+    """The sizes of a config; raises UsageError where they do not fit one another."""
+    model = config.model
+    try:
+        return Size(config.seq_len, model.dim, model.heads, model.kv_heads, model.layers, model.dtype)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def build_task(config: Config) -> Task:
+    setting = Setting(seq_len=config.seq_len, batch=config.train.batch, seed=config.seed)
+    return spec.build("task", config.task, setting, where=f"task={config.task} seq_len={config.seq_len}")
+
+
+def build_model(config: Config, task: Task) -> Model:
+    """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError."""
+    kind = kind_of(config, task)
+    return spec.build("model", kind, size_of(config), config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
+
+
+def kind_of(config: Config, task: Task) -> str:
+    """`model=auto` resolved; raises UsageError where the task is not made for the model."""
+    choice = config.model.model
+    if choice == "auto":
+        return task.kinds[0]
+    if not spec.entry("model", spec.parse(choice).name).causal and "encoder" not in task.kinds:
+        name = spec.parse(config.task).name
+        raise UsageError(f"model={choice}: it sees both sides, so it would see the answers of task {name}; use model=decoder")
+    return choice
+
+
+def check_config(config: Config) -> Task:
+    """Everything about a config that can be wrong, found before anything compiles; raises UsageError. -> its task."""
+    if config.train.batch % config.train.accumulate:
+        raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
+    size_of(config)
+    task = build_task(config)
+    try:
+        jax.eval_shape(lambda: _forward_once(config, task))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return task
+
+
+def _forward_once(config: Config, task: Task):
+    inputs = jax.numpy.zeros((1, config.seq_len), "int32")
+    return build_model(config, task)(inputs, real=inputs == 0)[0]

@@ -1,0 +1,50 @@
+"""The base transformer: every axis is a choice on a shelf, this file only joins them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config
+from xformers_lab.depth import Context
+from xformers_lab.model import Model
+from xformers_lab.model._block import Block, drop
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+
+class Transformer(Model):
+    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence."""
+
+    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
+        choice = config.model
+        mechanisms = choice.attention.split("+")
+        self.size, self.dropout, self.target = size, choice.dropout, task.target
+        self.embedding = nnx.Embed(
+            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+        self.position = spec.build("position", choice.position, size, rngs=rngs)
+        spec.build("memory", choice.memory, size, rngs=rngs)
+
+        def make_block(index: int, rngs: nnx.Rngs):
+            return Block(size, mechanisms[index % len(mechanisms)], config=config, causal=self.causal, rngs=rngs)
+
+        self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
+        norm = spec.entry("norm", spec.parse(choice.norm).name)
+        self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
+        self.head = nnx.Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, inputs, *, real=None, key=None):
+        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        T = inputs.shape[1]
+        x = self.position.embed(self.embedding(inputs), jnp.arange(T))
+        x = drop(x, self.dropout, embed_key)
+        x, aux = self.stack(x, Context(self.position, real), key=stack_key)
+        x = x if self.final is None else self.final.final(x)
+        if self.target == "sequence":
+            x = self.pool(x, real)
+        return self.head(x).astype(jnp.float32), aux
+
+    def pool(self, x, real):
+        """(B, T, D) -> (B, D) over real positions."""
+        raise NotImplementedError

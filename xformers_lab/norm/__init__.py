@@ -1,0 +1,33 @@
+"""The shelf of residual placements: where the residual branch and its normaliser sit. One file = one `Norm`.
+
+Around a sub-layer f the lab computes `after(x, f(before(x)))`; each sub-layer has its own placement. A placement that
+defines `final(x)` gets one more instance of itself for the end of the stack. Normalisers are a shelf of their own.
+"""
+
+from typing import ClassVar
+
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.size import Size
+
+
+class Norm(nnx.Module):
+    """A placement with one normaliser.
+
+    Options:
+        normaliser: a file of norm/normaliser
+    """
+
+    final: ClassVar = None
+
+    def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
+        self.norm = spec.build("normaliser", normaliser, size, rngs=rngs)
+
+    def before(self, x):
+        """The input of the sub-layer, from the residual stream x (B, T, D)."""
+        return x
+
+    def after(self, x, y):
+        """The residual stream after the sub-layer gave y."""
+        return x + y

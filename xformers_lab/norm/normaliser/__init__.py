@@ -1,0 +1,1 @@
+"""The shelf of normalisers: (B, T, D) -> (B, T, D), statistics in float32."""

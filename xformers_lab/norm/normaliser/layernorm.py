@@ -1,0 +1,8 @@
+from flax import nnx
+
+from xformers_lab.size import Size
+
+
+def layernorm(size: Size, *, rngs: nnx.Rngs):
+    """Zero mean and unit variance over channels, with learned scale and shift (Ba et al., 2016, arXiv 1607.06450)."""
+    return nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)

@@ -1,0 +1,15 @@
+from flax import nnx
+
+from xformers_lab.position import Position
+from xformers_lab.size import Size
+
+
+class Learned(Position):
+    """A learned vector for every position, added to the embeddings (Gehring et al., 2017, arXiv 1705.03122)."""
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        super().__init__(size, rngs=rngs)
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.length, size.dim)))
+
+    def embed(self, x, at):
+        return x + self.table[at].astype(x.dtype)

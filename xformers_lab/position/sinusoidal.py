@@ -1,0 +1,27 @@
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.position import Position
+from xformers_lab.size import Size
+
+
+class Sinusoidal(Position):
+    """Fixed sines and cosines added to the embeddings (Vaswani et al., 2017, arXiv 1706.03762, section 3.5).
+
+    Channel 2i holds sin(t / base^(2i/D)), channel 2i + 1 the cosine.
+
+    Options:
+        base: the longest wavelength is base * 2 pi
+    """
+
+    def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
+        if base <= 1:
+            raise ValueError(f"base must be above 1, got {base}")
+        super().__init__(size, rngs=rngs)
+        self.base = base
+
+    def embed(self, x, at):
+        D = self.size.dim
+        angle = at[:, None] * self.base ** (-jnp.arange(0, D, 2) / D)
+        waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(len(at), -1)[:, :D]
+        return x + waves.astype(x.dtype)

@@ -1,0 +1,102 @@
+"""What was found, in one or two sentences for each group; only what the numbers carry is said."""
+
+from xformers_lab.report import human, intervals, rows
+
+
+def sentences(group: rows.Group) -> list[str]:
+    """The findings at the greatest length that has results; with none, the one sentence that says so."""
+    lengths = [length for length in [*reversed(group.lengths), None] if group.at(length, group.speed)]
+    lengths = lengths or [length for length in [*reversed(group.lengths), None] if group.at(length, "metric")]
+    if not lengths:
+        return ["No cell ended ok, so there is nothing to compare; the table gives the reasons."]
+    at = lengths[0]
+    quality = _quality(group, at)
+    said = [*quality, *_speed(group, at), *(_growth(group) if group.bench else [])]
+    if quality and rows.seeds(group.rows) == 1:
+        said.append("One seed: differences are not tested.")
+    return said
+
+
+def place(seq_len: int | None) -> str:
+    return "" if seq_len is None else f"At {seq_len:,} tokens: "
+
+
+def with_interval(found: intervals.Estimate | None, form=human.score) -> str:
+    """0.981 ± 0.012, or only the mean where there is one seed."""
+    if found is None:
+        return human.NONE
+    return form(found.mean) if found.half is None else f"{form(found.mean)} ± {form(found.half)}"
+
+
+def _quality(group: rows.Group, at: int | None) -> list[str]:
+    ranked = group.at(at, "metric")
+    if not ranked:
+        return []
+    name, chance = human.plain(group.first("metric_name", "metric")), human.number(group.first("chance"))
+    known = "" if chance is None else f" (chance {human.score(chance)})"
+    beaten = [point for point in ranked if chance is not None and not _beats(group, point, chance)]
+    if len(beaten) == len(ranked):
+        return [f"{place(at)}no variant does better than chance: the best {name} is {_score(ranked[0])}{known}."]
+    best = group.best(at, "metric")
+    if len(ranked) == 1:
+        said = [f"{place(at)}{ranked[0].series} reaches {name} {_score(ranked[0])}{known}."]
+    elif len(best) == len(ranked):
+        said = [f"{place(at)}all variants score the same {name}, {_score(best[0])}{known}."]
+    else:
+        verb = "share" if len(best) > 1 else "has"
+        who = human.listing([point.series for point in best])
+        said = [f"{place(at)}{who} {verb} the best {name}, {_score(best[0])}{known}; {_others(ranked, best, name)}."]
+    same = [point.series for point in ranked[1:] if intervals.differ(ranked[0].seeds("metric"), point.seeds("metric")) is False]
+    if same:
+        said.append(f"Not distinguishable from {ranked[0].series} (paired 95 % interval): {human.listing(same)}.")
+    if beaten:
+        said.append(f"No better than chance: {human.listing([point.series for point in beaten])}.")
+    return said
+
+
+def _others(ranked: list[rows.Point], best: list[rows.Point], name: str) -> str:
+    following = ranked[len(best)]
+    if len(ranked) == len(best) + 1:
+        return f"{following.series} has {_score(following)}"
+    return f"next is {following.series} with {_score(following)}, last {ranked[-1].series} with {_score(ranked[-1])}"
+
+
+def _beats(group: rows.Group, point: rows.Point, chance: float) -> bool:
+    """Better than chance: the whole interval where there is one, else the value."""
+    found = point.estimate("metric")
+    if found is None:
+        return False
+    return found.low > chance if group.better("metric") > 0 else found.high < chance
+
+
+def _score(point: rows.Point) -> str:
+    return with_interval(point.estimate("metric"))
+
+
+def _speed(group: rows.Group, at: int | None) -> list[str]:
+    ranked = group.at(at, group.speed)
+    if not ranked:
+        return []
+    form = human.duration if group.bench else human.rate
+    means = [found.mean for point in ranked if (found := point.estimate(group.speed))]
+    what = "Fastest" if group.bench else "Fastest to train"
+    lead = place(at) if group.bench else ""
+    if len(ranked) == 1:
+        return [f"{lead}{ranked[0].series} runs at {form(means[0])}."]
+    ratio = max(means[0], means[-1]) / min(means[0], means[-1]) if min(means) > 0 else 0.0
+    if group.bench:
+        times = f", {ratio:.1f} times as long" if ratio >= 1.05 else ""
+        return [f"{lead}{what.lower()} is {ranked[0].series}, {form(means[0])}; {ranked[-1].series} takes {form(means[-1])}{times}."]
+    times = f"{ratio:.1f} times as fast as" if ratio >= 1.05 else "closely followed by"
+    return [f"{what} is {ranked[0].series}, {form(means[0])}, {times} {ranked[-1].series} ({form(means[-1])})."]
+
+
+def _growth(group: rows.Group) -> list[str]:
+    grown = {}
+    for row in group.rows:
+        found = rows.measure(row, "exponent")
+        if found is not None:
+            grown.setdefault(next(p.series for p in group.points if any(r is row for r in p.rows)), found)
+    if not grown:
+        return []
+    return ["Time grows with length N as " + human.listing([f"N^{power:.2f} ({name})" for name, power in grown.items()]) + "."]

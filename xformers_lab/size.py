@@ -1,0 +1,39 @@
+"""The sizes a mechanism is built for: the lab gives them, an option never repeats them."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shapes of one model, in the alphabet used everywhere: T length, D dim, N heads, K kv_heads, H head, L layers.
+
+    `length` is the number of positions the model is built for; geometry that depends on the sequence (the stride of
+    strided attention, the grid of axial attention, a table of learned positions) is fixed by it, so that a shorter
+    prefix sees the same pattern as the whole.
+    """
+
+    length: int = 128
+    dim: int = 64
+    heads: int = 1
+    kv_heads: int | None = None
+    layers: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("length", "dim", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
+        if self.key_heads < 1 or self.heads % self.key_heads:
+            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
+
+    @property
+    def key_heads(self) -> int:
+        """K: the number of key/value heads; each is shared by heads / K query heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head(self) -> int:
+        """H: the size of one head."""
+        return self.dim // self.heads

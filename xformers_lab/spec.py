@@ -1,0 +1,285 @@
+"""One grammar for choices: `name:option=value:option=value`.
+
+A shelf is a folder; its listing is the registry. File name = config value = table row. The entry of a file is the one
+class or function in it named like the file (`local.py` -> `Local`, `gated_delta.py` -> `GatedDelta`). An option is a
+keyword-only parameter with a default; everything else in the signature is given by the lab.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+from xformers_lab.errors import UsageError, nearest
+from xformers_lab.size import Size
+
+_PACKAGE = pathlib.Path(__file__).parent
+# Where each axis of a model keeps its choices; a new choice is a file there, never an edit here.
+SHELVES = {
+    "attention": "attention",
+    "position": "position",
+    "norm": "norm",
+    "normaliser": "norm/normaliser",
+    "ffn": "ffn",
+    "depth": "depth",
+    "memory": "memory",
+    "model": "model",
+    "task": "tasks",
+}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SUFFIXES = {"k": 1000, "m": 1000_000, "ki": 1024, "mi": 1024**2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A parsed choice: `local:window=64` is Choice("local", {"window": "64"})."""
+
+    name: str
+    options: dict[str, object]
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{key}={show(value)}" for key, value in self.options.items())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a mechanism, as its constructor declares it."""
+
+    name: str
+    type: object
+    default: object
+    help: str
+
+
+def names(shelf: str) -> list[str]:
+    """The choices on a shelf: its files, without those that start with an underscore."""
+    return sorted(file.stem for file in folder(shelf).glob("*.py") if not file.stem.startswith("_"))
+
+
+def folder(shelf: str) -> pathlib.Path:
+    shelf = {"tasks": "task"}.get(shelf, shelf)
+    if shelf not in SHELVES:
+        raise UsageError(f'no shelf "{shelf}": {nearest(shelf, SHELVES, "shelves")}')
+    return _PACKAGE / SHELVES[shelf]
+
+
+def parse(text: str, where: str = "") -> Choice:
+    """Split `name:option=value:...`; raises UsageError where it cannot be read."""
+    where = where or text
+    name, *rest = str(text).strip().split(":")
+    if not name:
+        raise UsageError(f'{where}: a choice starts with a name, got "{text}"')
+    options: dict[str, object] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f'{where}: "{part}" is not option=value (write {name}:option=value:option=value)')
+        if key in options:
+            raise UsageError(f'{where}: option "{key}" is given twice')
+        options[key] = value
+    return Choice(name, options)
+
+
+def entry(shelf: str, name: str, where: str = "") -> Callable:
+    """The class or function behind a name on a shelf, a dotted module path, or the path of a Python file."""
+    where = where or f"{shelf}={name}"
+    module = _module(shelf, name, where)
+    plain = module.__name__.rpartition(".")[2] if not _is_file(name) else pathlib.Path(name).stem
+    wanted = plain.replace("_", "").replace("-", "").lower()
+    for attribute, value in vars(module).items():
+        if attribute.replace("_", "").lower() == wanted and callable(value):
+            return value
+    camel = "".join(part.capitalize() for part in re.split("[_-]", plain))
+    raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
+
+
+def options(build: Callable) -> dict[str, Option]:
+    """The options a constructor declares: keyword-only parameters with a default, with their help from the docstring's `Options:`."""
+    hints = typing.get_type_hints(_constructor(build))
+    help_lines = dict(re.findall(r"^\s+(\w+): (.+)$", (inspect.getdoc(build) or "").partition("Options:")[2], re.M))
+    found = {}
+    for name, parameter in inspect.signature(_constructor(build)).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            kind = hints.get(name, type(parameter.default))
+            found[name] = Option(name, kind, parameter.default, help_lines.get(name, ""))
+    return found
+
+
+def _constructor(build: Callable) -> Callable:
+    return build.__init__ if isinstance(build, type) else build
+
+
+def resolve(shelf: str, text: str, where: str = "") -> Choice:
+    """The choice with every option typed and every default filled in; raises UsageError on unknown or ill-typed ones."""
+    where = where or f"{shelf}={text}"
+    choice = parse(text, where)
+    declared = options(entry(shelf, choice.name, where))
+    for key in choice.options:
+        if key not in declared:
+            known = nearest(key, declared, "options") if declared else "it has no options"
+            raise UsageError(f'{where}: {choice.name} has no option "{key}": {known}')
+    typed = {
+        name: coerce(choice.options[name], option.type, f'{where}: option "{name}"')
+        if name in choice.options
+        else option.default
+        for name, option in declared.items()
+    }
+    return Choice(choice.name, typed)
+
+
+def build(shelf: str, text: str, size=None, *, where: str = "", **given):
+    """Build one choice: `build("attention", "local:window=64", Size(length=512, dim=64, heads=1))`.
+
+    `size` is what the shelf's constructors take first: a Setting for tasks, else a Size, which may also be spelled out
+    as `length=512, dim=64, heads=1`. `given` holds further things the lab provides; each is passed only to a
+    constructor that names it. `rngs` defaults to seed 0.
+    """
+    where = where or f"{shelf}={text}"
+    choice = resolve(shelf, text, where)
+    target = entry(shelf, choice.name, where)
+    parameters = inspect.signature(_constructor(target)).parameters
+    if "rngs" in parameters and given.get("rngs") is None:
+        from flax import nnx
+
+        given["rngs"] = nnx.Rngs(0)
+    if size is None:
+        size = Size(**{name: given.pop(name) for name in list(given) if name in Size.__dataclass_fields__})
+    provided = {name: value for name, value in given.items() if name in parameters}
+    try:
+        return target(size, **choice.options, **provided)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def digest(shelf: str, text: str) -> str | None:
+    """A hash of the source behind a choice that lives outside the package, None inside: it is part of a run's id."""
+    module = _module(shelf, parse(text).name, text)
+    path = pathlib.Path(module.__file__ or "")
+    if path.is_relative_to(_PACKAGE):
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def coerce(value, kind, where: str):
+    """`value` (text from the command line, or typed from a file) as the type `kind`; raises UsageError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none" and types.NoneType in arguments):
+            return None
+        return coerce(value, next(a for a in arguments if a is not types.NoneType), where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UsageError(f'{where}: unknown value "{value}": {nearest(str(value), map(str, arguments))}')
+        return value
+    if origin is tuple:
+        parts = value.lower().split("x") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            raise UsageError(f'{where} wants sizes like 32x32, got "{value}"')
+        return tuple(coerce(part, arguments[0], where) for part in parts)
+    try:
+        return _SCALARS[kind](value)
+    except KeyError:
+        raise TypeError(f"{where}: options of type {kind} are not supported") from None
+    except (ValueError, TypeError, OverflowError):
+        raise UsageError(f'{where} wants {_WANTED[kind]}, got "{value}"') from None
+
+
+def run_file(path: pathlib.Path, where: str) -> types.ModuleType:
+    """The module of a Python file the user named; whatever it raises becomes one message with file and line."""
+    return _imported(functools.partial(_from_file, path.expanduser().resolve()), str(path), where)
+
+
+def show(value) -> str:
+    """The text that `coerce` reads back as `value`."""
+    if isinstance(value, (tuple, list)):
+        return "x".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _whole(value) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, str):
+        match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)(k|m|ki|mi)?", value.strip().lower())
+        if match is None:
+            raise ValueError
+        value = float(match[1]) * _SUFFIXES.get(match[2] or "", 1) if not match[1].isdigit() or match[2] else int(match[1])
+    if int(value) != value:
+        raise ValueError
+    return int(value)
+
+
+def _real(value) -> float:
+    if isinstance(value, bool) or value is None:
+        raise ValueError
+    value = float(value)
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError
+    return value
+
+
+def _truth(value) -> bool:
+    if str(value).lower() not in _BOOLEANS:
+        raise ValueError
+    return _BOOLEANS[str(value).lower()]
+
+
+def _text(value) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError
+    return value
+
+
+_SCALARS = {int: _whole, float: _real, bool: _truth, str: _text}
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".py") or "/" in name
+
+
+@functools.lru_cache(maxsize=None)
+def _from_file(path: pathlib.Path) -> types.ModuleType:
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _module(shelf: str, name: str, where: str) -> types.ModuleType:
+    if name in names(shelf):
+        package = ".".join(folder(shelf).relative_to(_PACKAGE.parent).parts)
+        return importlib.import_module(f"{package}.{name}")
+    if _is_file(name):
+        path = pathlib.Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise UsageError(f'{where}: no file "{name}"')
+        return run_file(path, where)
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
+        if str(pathlib.Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(pathlib.Path.cwd()))
+        return _imported(functools.partial(importlib.import_module, name), name, where)
+    hint = nearest(name, names(shelf))
+    raise UsageError(f'{where}: no {shelf} "{name}": {hint}; or a dotted module path, or the path of a .py file')
+
+
+def _imported(load: Callable[[], types.ModuleType], name: str, where: str) -> types.ModuleType:
+    """Run an outsider's file; whatever it raises becomes one message that names the file and the line."""
+    try:
+        return load()
+    except Exception as error:
+        trace, line = error.__traceback__, ""
+        while trace is not None:
+            if not trace.tb_frame.f_code.co_filename.startswith("<frozen"):
+                line = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+            trace = trace.tb_next
+        raise UsageError(f"{where}: importing {name} failed: {type(error).__name__}: {error}{line}") from error

@@ -1,0 +1,82 @@
+"""The shelf of tasks: data, loss and metric. One file = one task, a class named like the file.
+
+A task is built as `Task(setting, *, own_option=default)` and gives
+
+* `batch(split, step)`: a pure function of (seed, split, step); no iterator, no hidden state. The three splits share no
+  example: generated tasks draw each split from its own part of the example space (see `_splits`), corpora split by file.
+* `vocab`: number of input symbols; `outputs`: number of classes of a prediction; `target`: "token" (one prediction per
+  position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
+* `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
+  only "decoder": an encoder would see the answer.
+* `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
+* `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus).
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the lab gives to a task: T tokens per sequence, B sequences per batch, the seed of the data."""
+
+    seq_len: int
+    batch: int
+    seed: int = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch, as numpy on the host and as jax arrays on devices.
+
+    inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
+    shaped like targets, 0 where nothing is asked; real (B, T) bool, False at padding, or None where a task never pads.
+    """
+
+    inputs: np.ndarray | jax.Array
+    targets: np.ndarray | jax.Array
+    weights: np.ndarray | jax.Array
+    real: np.ndarray | jax.Array | None = None
+
+
+class Task:
+    """Cross-entropy on weighted targets, scored by accuracy; a task overrides what differs."""
+
+    vocab: int
+    outputs: int
+    target: ClassVar[Literal["token", "sequence"]] = "token"
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
+    metric_name: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    chance: float
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    def batch(self, split: Split, step: int) -> Batch:
+        raise NotImplementedError(f"{type(self).__name__} must define batch(split, step)")
+
+    def describe(self) -> dict:
+        return {}
+
+    def loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum of weighted cross-entropies in nats, sum of weights): sums, so that parts of a batch add up exactly."""
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), batch.targets[..., None], -1)[..., 0]
+        return (losses * batch.weights).sum(), jnp.asarray(batch.weights).sum()
+
+    def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum over asked predictions, their weight); the reported metric is `finish(sum / weight)`."""
+        right = (logits.argmax(-1) == batch.targets) * batch.weights
+        return right.sum(), jnp.asarray(batch.weights).sum()
+
+    def finish(self, mean: float) -> float:
+        """Turns the weighted mean into the reported metric (bits per byte from nats, say)."""
+        return mean

@@ -1,0 +1,177 @@
+"""Listops: evaluate nested operations on lists of digits."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from xformers_lab.tasks import Batch, Setting, Split, Task
+from xformers_lab.tasks._splits import check_room, generator, select
+
+# Token ids: 0 is padding, then the digits, the operators with their opening bracket, the closing bracket.
+TOKENS = ("", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
+_OPERATORS = 4
+_FIRST_OPERATOR, _CLOSE = TOKENS.index("[MIN"), TOKENS.index("]")
+# An argument is an operation this often, else a digit (VALUE_P in the published generator).
+_OPERATION = 0.25
+_LEAST_ACCEPTED = 1e-4
+# How many tokens a round of drawing may hold at most, to bound its memory.
+_ROUND = 2**21
+
+
+class Listops(Task):
+    """ListOps (Nangia and Bowman, 2018, arXiv 1804.06028), as in Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
+
+    `[MAX 4 [MIN 2 9 ] 0 ]` is 4: MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10) of 2 to max_args
+    arguments, each an operation with probability 1/4 down to max_depth, else a digit. Trees are drawn from this grammar
+    until they have min_length to seq_len tokens, so the data follow the published distribution given their length.
+    Every token counts, brackets included, and none is dropped or cut off: the release of Long Range Arena fed models
+    without brackets, and its lengths did not count them. Shorter expressions are padded at the end. Splits share no
+    expression.
+
+    Options:
+        min_length: the least number of tokens (none: a quarter of seq_len, the published ratio 500 to 2000)
+        max_depth: how deep operations nest
+        max_args: how many arguments an operation takes at most
+
+    Metric: accuracy. Chance: 0.1, a uniform guess; always naming the most frequent value scores more (see `describe`).
+    """
+
+    target = "sequence"
+    kinds = ("encoder", "decoder")
+    vocab = len(TOKENS)
+    outputs = 10
+    chance = 0.1
+
+    def __init__(self, setting: Setting, *, min_length: int | None = None, max_depth: int = 10, max_args: int = 10):
+        super().__init__(setting)
+        if max_depth < 2:
+            raise ValueError(f"max_depth={max_depth} has no operation: use max_depth=2 or more")
+        if max_args < 2:
+            raise ValueError(f"max_args={max_args} leaves nothing to compute: use max_args=2 or more")
+        if setting.seq_len < 5:
+            raise ValueError(f"seq_len={setting.seq_len} holds too few expressions to split: use seq_len=5 or more")
+        self.shortest = max(4, setting.seq_len // 4) if min_length is None else min_length
+        if not 1 <= self.shortest <= setting.seq_len:
+            raise ValueError(f"min_length={min_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}")
+        self.max_depth, self.max_args = max_depth, max_args
+        likely = length_probabilities(setting.seq_len, max_depth, max_args)
+        self.accepted = float(likely[self.shortest :].sum())
+        if self.accepted < _LEAST_ACCEPTED:
+            raise ValueError(
+                f"expressions of {self.shortest} to {setting.seq_len} tokens are too rare to draw "
+                f"(1 in {1 / self.accepted if self.accepted > 0 else math.inf:.3g}) with max_depth={max_depth} and "
+                f"max_args={max_args}: use a smaller min_length, or a larger max_depth or max_args"
+            )
+        longest = int(np.flatnonzero(likely > 1e-12)[-1])
+        check_room(_OPERATORS * 10.0 ** min(longest - 2, max_args), "use a larger max_args or seq_len")
+
+    def batch(self, split: Split, step: int) -> Batch:
+        rng = generator(self.setting.seed, split, step)
+        length = self.setting.seq_len
+
+        def draw(wanted: int) -> tuple[np.ndarray, np.ndarray]:
+            trees = max(1, min(wanted, _ROUND // length))
+            return expressions(rng, trees, self.shortest, length, self.max_depth, self.max_args)
+
+        inputs, values = select(split, self.setting.batch, draw, self.accepted)
+        return Batch(inputs, values, np.ones(len(values), np.float32), inputs > 0)
+
+    def describe(self) -> dict:
+        """`majority` is the share of the most frequent value among 2000 expressions or more, all splits together."""
+        values = np.concatenate([self.batch(split, step).targets for split in ("train", "test") for step in range(1)])
+        for step in range(1, 1 + 2000 // self.setting.batch):
+            values = np.concatenate([values, self.batch("train", step).targets])
+        return {
+            "source": "generated",
+            "length": f"{self.shortest}..{self.setting.seq_len}",
+            "accepted": round(self.accepted, 4),
+            "majority": round(float(np.bincount(values).max() / len(values)), 3),
+        }
+
+
+def evaluate(expression: str) -> int:
+    """The value of an expression such as `[MAX 4 [MIN 2 9 ] 0 ]`; raises ValueError where it is malformed.
+
+    Understands all operators of the published data: MIN, MAX, MED, SM, and FIRST, LAST, PM (the product modulo 10).
+    The round parentheses with which those data mark a binary tree carry no meaning and are skipped.
+    """
+    stack: list[tuple[str, list[int]]] = [("", [])]
+    for token in expression.replace("(", " ").replace(")", " ").split():
+        if token.isdigit():
+            stack[-1][1].append(int(token))
+        elif token == "]":
+            operator, values = stack.pop()
+            if not stack or not values:
+                raise ValueError(f'"]" closes nothing in "{expression[:80]}"')
+            stack[-1][1].append(_MEANING[operator](values))
+        elif token[0] == "[" and token[1:] in _MEANING:
+            stack.append((token[1:], []))
+        else:
+            raise ValueError(f'unknown token "{token}" in "{expression[:80]}"')
+    if len(stack) != 1 or len(stack[0][1]) != 1:
+        raise ValueError(f'not one complete expression: "{expression[:80]}"')
+    return stack[0][1][0]
+
+
+def encode(expression: str) -> list[int]:
+    """The token ids of an expression; every bracket is kept. Raises ValueError on an unknown token."""
+    return [TOKENS.index(token) for token in re.findall(r"[^\s()]+", expression)]
+
+
+def decode(ids: np.ndarray) -> str:
+    """The expression of a row of token ids, padding left out."""
+    return " ".join(TOKENS[number] for number in ids if number)
+
+
+def length_probabilities(longest: int, max_depth: int, max_args: int) -> np.ndarray:
+    """p[n], n = 0..longest: how likely an operation at the root has n tokens.
+
+    From the leaves up: the length of an operation is 2 plus a sum of its arguments' lengths, whose distribution is a
+    product in the Fourier domain, long enough that nothing wraps around.
+    """
+    argument = np.zeros(longest + 1)
+    argument[1] = 1.0
+    size = max_args * longest + 1
+    operation = argument
+    for _ in range(max_depth - 1):
+        one = np.fft.rfft(argument, size)
+        power, total = one, np.zeros_like(one)
+        for _ in range(2, max_args + 1):
+            power = power * one
+            total += power
+        operation = np.zeros(longest + 1)
+        operation[2:] = np.fft.irfft(total / (max_args - 1), size)[: longest - 1].clip(0)
+        argument = _OPERATION * operation
+        argument[1] += 1 - _OPERATION
+    return operation
+
+
+def expressions(
+    rng: np.random.Generator, count: int, shortest: int, longest: int, max_depth: int, max_args: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` trees and keep those of fitting length: token ids (n, longest) padded with 0, and values (n,)."""
+    levels, trees = _grow(rng, count, shortest, longest, max_depth, max_args)
+    for level, below in zip(reversed(levels), reversed([*levels[1:], None]), strict=True):
+        if below is not None and len(below.tree):
+            _gather(level, below)
+    tokens = np.zeros((trees, longest), np.int32)
+    start = np.zeros(trees, np.int64)
+    for level in levels:
+        operation = level.operator >= 0
+        tokens[level.tree, start] = np.where(operation, _FIRST_OPERATOR + level.operator, 1 + level.value)
+        tokens[level.tree[operation], (start + level.size - 1)[operation]] = _CLOSE
+        start = _starts_below(level, start, levels)
+    return tokens, levels[0].value.astype(np.int32)
+
+
+_MEANING = {
+    "MIN": min,
+    "MAX": max,
+    "MED": lambda values: int(np.median(values)),
+    "SM": lambda values: sum(values) % 10,
+    "PM": lambda values: math.prod(values) % 10,
+    "FIRST": lambda values: values[0],
+    "LAST": lambda values: values[-1],
+}
