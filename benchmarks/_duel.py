@@ -66,3 +66,17 @@ def machine() -> dict:
     if info.is_file():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def save(name: str, rows: list[dict], rounds: int) -> None:
+    """Print a table and keep it with the machine's description in results/<name>.<cpu>.json."""
+    host = machine()
+    label = "-".join("".join(c if c.isalnum() else " " for c in host["cpu"].lower()).split())
+    path = HERE / "results" / f"{name}.{label}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": host, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+    keys = list(rows[0])
+    widths = [max(len(key), *(len(str(row[key])) for row in rows)) for key in keys]
+    for line in [dict(zip(keys, keys, strict=True)), *rows]:
+        print("  ".join(str(line[key]).ljust(width) for key, width in zip(keys, widths, strict=True)))
+    print(f"kept in {path.relative_to(HERE.parent)}")

@@ -11,10 +11,14 @@ def case(name: str, **options):
 
 
 def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, dtype="float32"):
-    """Forward of `mix`, or forward and backward against a fixed cotangent, on (B, T, N, H)."""
+    """Forward of `mix`, or forward and backward against a fixed cotangent, on (B, N, T, H).
+
+    Both sides get the layout they like best: torch's kernels take (B, N, T, H), and so does the lab's loop over heads.
+    """
     mechanism = spec.build("attention", choice, length=T, dim=N * H, heads=N)
-    q, k, v, cotangent = (jax.random.normal(key, (B, T, N, H), dtype) for key in jax.random.split(jax.random.key(0), 4))
-    forward = lambda q, k, v: mechanism.mix(q, k, v, causal=causal)[0]
+    q, k, v, cotangent = (jax.random.normal(key, (B, N, T, H), dtype) for key in jax.random.split(jax.random.key(0), 4))
+    swap = lambda x: jnp.swapaxes(x, 1, 2)
+    forward = lambda q, k, v: swap(mechanism.mix(swap(q), swap(k), swap(v), causal=causal)[0])
     if grad:
         run = jax.jit(lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent))
     else:

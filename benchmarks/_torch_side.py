@@ -63,3 +63,56 @@ def linear(N=8, T=4096, H=64, B=1, chunk=64, grad=False):
         return (out / norm.unsqueeze(-1)).reshape(B, N, T, H)
 
     return _run(attend, _qkv(B, N, T, H, grad), grad)
+
+
+def train_step(layers=4, dim=256, heads=4, T=512, B=8, vocab=256, compiled=False):
+    """One AdamW step, clipped, of a plain pre-LN decoder with SDPA: embedding, learned positions, GELU, linear head."""
+    torch.manual_seed(0)
+    nn = torch.nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n1, self.n2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+            self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+        def forward(self, x):
+            q, k, v = (y.reshape(B, T, heads, -1).transpose(1, 2) for y in self.qkv(self.n1(x)).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(B, T, dim))
+            return x + self.down(nn.functional.gelu(self.up(self.n2(x)), approximate="tanh"))
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.at = nn.Embedding(vocab, dim), nn.Parameter(0.02 * torch.randn(T, dim))
+            self.blocks = nn.ModuleList(Block() for _ in range(layers))
+            self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab)
+
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.at
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    model = Decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    tokens = torch.randint(vocab, (B, T + 1))
+
+    def loss_of(tokens):
+        logits = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.reshape(-1, vocab), tokens[:, 1:].reshape(-1))
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
+
+    def run():
+        loss = loss_of(tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return run

@@ -101,7 +101,7 @@ def edit(config: Config, **changes) -> Config:
 
 
 def typed(key: str, value, where: str = ""):
-    """`value` as the type of leaf `key`; a choice comes back in its full spelling."""
+    """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
     _, field, kind = LEAVES[key]
     value = spec.coerce(value, kind, where)
@@ -110,10 +110,18 @@ def typed(key: str, value, where: str = ""):
         raise UsageError(f"{where}: {key} must be at least {least}")
     if key == "dropout" and value >= 1:
         raise UsageError(f"{where}: dropout must be below 1")
-    if field.metadata["shelf"] and not (key == "model" and value == "auto"):
-        parts = value.split("+") if field.metadata["cycle"] else [value]
-        value = "+".join(str(spec.resolve(field.metadata["shelf"], part, where)) for part in parts)
+    if field.metadata["shelf"]:
+        canonical(key, value, where)
     return value
+
+
+def canonical(key: str, value, where: str = ""):
+    """A leaf's value with every option of a choice spelled out, so that equal choices read equal."""
+    _, field, _ = LEAVES[key]
+    if not field.metadata["shelf"] or (key == "model" and value == "auto"):
+        return value
+    parts = value.split("+") if field.metadata["cycle"] else [value]
+    return "+".join(str(spec.resolve(field.metadata["shelf"], part, where)) for part in parts)
 
 
 def to_dict(config: Config) -> dict:
@@ -137,7 +145,7 @@ def identity(config: Config) -> str:
     for key, (_, field, _) in LEAVES.items():
         if field.metadata["same_result"]:
             continue
-        leaves[key] = value = typed(key, get(config, key))
+        leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["shelf"] and value != "auto":
             sources = [spec.digest(field.metadata["shelf"], part) for part in str(value).split("+")]
             if any(sources):
@@ -172,25 +180,36 @@ def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
         if not equals:
             raise UsageError(f'"{word}" is not key=value or @file')
         key = _leaf(key, word)
-        if text == "" and LEAVES[key][1].default != "":
+        if text == "":
             raise UsageError(f'"{word}" has no value')
         axes[key] = [typed(key, value, f"{key}={value}") for value in _spread(key, text, word)]
-    configs, varied = [], set()
+    configs: dict[Config, None] = {}
     for base in bases:
         merged = base | axes
-        varied |= {key for key, values in merged.items() if len(values) > 1}
         for values in itertools.product(*merged.values()):
-            configs.append(edit(Config(), **dict(zip(merged, values, strict=True))))
-    varied |= {key for key in KEYS if len({get(config, key) for config in configs}) > 1}
-    unique = list(dict.fromkeys(configs))
-    return unique, [key for key in KEYS if key in varied]
+            configs[edit(Config(), **dict(zip(merged, values, strict=True)))] = None
+    return list(configs), varied(list(configs))
+
+
+def varied(configs: list[Config]) -> list[str]:
+    """The keys that tell configs apart: task, length and seed where they differ, and what differs at equal task and length."""
+    frame = ("task", "seq_len", "seed")
+    groups: dict[tuple, list[Config]] = {}
+    for config in configs:
+        groups.setdefault((config.task, config.seq_len), []).append(config)
+    differs = lambda key, among: len({get(config, key) for config in among}) > 1
+    return [
+        key
+        for key in KEYS
+        if (key in frame and differs(key, configs)) or (key not in frame and any(differs(key, g) for g in groups.values()))
+    ]
 
 
 def single(words: Iterable[str]) -> Config:
     """The one config of command-line words; a sweep is refused."""
-    configs, varied = sweep(words)
+    configs, differing = sweep(words)
     if len(configs) != 1:
-        raise UsageError(f"this command takes one config, but {', '.join(varied)} has several values; use compare or bench")
+        raise UsageError(f"this command takes one config, but {', '.join(differing)} has several values; use compare or bench")
     return configs[0]
 
 

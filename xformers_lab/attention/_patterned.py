@@ -1,9 +1,12 @@
 """Base of every mechanism that is softmax attention over a fixed pattern of positions: a pattern is all it adds."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse, dense, softmax
 from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
@@ -37,6 +40,15 @@ class Patterned(Attention):
             return self.block, self.block
         most = 256 if causal else 512
         return _even(T, most), _even(S, most)
+
+    def mix(self, q, k, v, *, x=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"):
+        if method == "attend" and fused.fits(q, k, real, bias) and (kernel := self.fused(causal)):
+            return kernel(q, k, v), carry
+        return super().mix(q, k, v, x=x, real=real, causal=causal, bias=bias, carry=carry, key=key, method=method)
+
+    def fused(self, causal: bool) -> Callable | None:
+        """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
+        return None
 
     def attend(self, q, k, v, *, real=None, causal, bias=None):
         blocks = self.blocks(q.shape[0], k.shape[0], causal)

@@ -1,5 +1,8 @@
+import functools
+
 from flax import nnx
 
+from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.size import Size
@@ -15,3 +18,6 @@ class Full(Patterned):
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         super().__init__(size, All(), rngs=rngs)
+
+    def fused(self, causal: bool):
+        return functools.partial(fused.attend, causal=causal)

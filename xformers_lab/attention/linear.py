@@ -27,13 +27,17 @@ class Linear(Attention):
         self.chunk = chunk
 
     def attend(self, q, k, v, *, real=None, causal):
+        return jax.checkpoint(self._causal if causal else self._both_sides)(q, k, v, real)
+
+    def _causal(self, q, k, v, real):
+        out, total = linear_recurrence(_features(q), _masked(_features(k), real), v, chunk=self.chunk)
+        return (out / (total + EPSILON)[:, None]).astype(v.dtype)
+
+    def _both_sides(self, q, k, v, real):
         q, k = _features(q), _masked(_features(k), real)
-        if causal:
-            out, total = linear_recurrence(q, k, v, chunk=self.chunk)
-        else:
-            exact = dict(preferred_element_type=jnp.float32)
-            state = jnp.dot(k.T, v, **exact).astype(q.dtype)
-            out, total = jnp.dot(q, state, **exact), jnp.dot(q, k.sum(0, dtype=jnp.float32).astype(q.dtype), **exact)
+        exact = dict(preferred_element_type=jnp.float32)
+        out = jnp.dot(q, jnp.dot(k.T, v, **exact).astype(q.dtype), **exact)
+        total = jnp.dot(q, k.sum(0, dtype=jnp.float32).astype(q.dtype), **exact)
         return (out / (total + EPSILON)[:, None]).astype(v.dtype)
 
     def reference(self, q, k, v, *, real=None, causal):

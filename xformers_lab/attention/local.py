@@ -1,8 +1,11 @@
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Cost
+from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import softmax
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._patterned import Patterned
@@ -30,6 +33,9 @@ class Local(Patterned):
         """Blocks of half a window, between 16 and 128: finer ones waste less of the band, coarser ones loop less."""
         block = min(128, max(16, -(-self.window // 16) * 8))
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
+
+    def fused(self, causal: bool):
+        return functools.partial(fused.attend, causal=True, window=self.window) if causal else None
 
     def cost(self, T: int, S: int) -> Cost:
         H, block = self.size.head, self.blocks(T, S, causal=False)[0]

@@ -12,6 +12,9 @@ def sentences(group: rows.Group) -> list[str]:
     at = lengths[0]
     quality = _quality(group, at)
     said = [*quality, *_speed(group, at), *(_growth(group) if group.bench else [])]
+    lost = [f"{point.series} ({_why(point)})" for point in group.points if point.seq_len == at and not point.rows]
+    if lost:
+        said.append(f"Without a result at this length: {human.listing(lost)}.")
     if quality and rows.seeds(group.rows) == 1:
         said.append("One seed: differences are not tested.")
     return said
@@ -45,8 +48,12 @@ def _quality(group: rows.Group, at: int | None) -> list[str]:
     else:
         verb = "share" if len(best) > 1 else "has"
         who = human.listing([point.series for point in best])
-        said = [f"{place(at)}{who} {verb} the best {name}, {_score(best[0])}{known}; {_others(ranked, best, name)}."]
-    same = [point.series for point in ranked[1:] if intervals.differ(ranked[0].seeds("metric"), point.seeds("metric")) is False]
+        said = [f"{place(at)}{who} {verb} the best {name}, {_score(best[0])}{known}.", _others(ranked, best)]
+    same = [
+        point.series
+        for point in ranked[1:]
+        if intervals.differ(ranked[0].seeds("metric"), point.seeds("metric")) is False
+    ]
     if same:
         said.append(f"Not distinguishable from {ranked[0].series} (paired 95 % interval): {human.listing(same)}.")
     if beaten:
@@ -54,11 +61,16 @@ def _quality(group: rows.Group, at: int | None) -> list[str]:
     return said
 
 
-def _others(ranked: list[rows.Point], best: list[rows.Point], name: str) -> str:
-    following = ranked[len(best)]
-    if len(ranked) == len(best) + 1:
-        return f"{following.series} has {_score(following)}"
-    return f"next is {following.series} with {_score(following)}, last {ranked[-1].series} with {_score(ranked[-1])}"
+def _why(point: rows.Point) -> str:
+    """How the cells of a point without results ended."""
+    return human.listing(list(dict.fromkeys(human.status(row) for row in point.failed)))
+
+
+def _others(ranked: list[rows.Point], best: list[rows.Point]) -> str:
+    following, last = ranked[len(best)], ranked[-1]
+    if following is last:
+        return f"Next and last is {last.series} with {_score(last)}."
+    return f"Next is {following.series} with {_score(following)}, last {last.series} with {_score(last)}."
 
 
 def _beats(group: rows.Group, point: rows.Point, chance: float) -> bool:
@@ -86,7 +98,8 @@ def _speed(group: rows.Group, at: int | None) -> list[str]:
     ratio = max(means[0], means[-1]) / min(means[0], means[-1]) if min(means) > 0 else 0.0
     if group.bench:
         times = f", {ratio:.1f} times as long" if ratio >= 1.05 else ""
-        return [f"{lead}{what.lower()} is {ranked[0].series}, {form(means[0])}; {ranked[-1].series} takes {form(means[-1])}{times}."]
+        slowest = f"{ranked[-1].series} takes {form(means[-1])}{times}"
+        return [f"{lead}{what.lower()} is {ranked[0].series}, {form(means[0])}; {slowest}."]
     times = f"{ratio:.1f} times as fast as" if ratio >= 1.05 else "closely followed by"
     return [f"{what} is {ranked[0].series}, {form(means[0])}, {times} {ranked[-1].series} ({form(means[-1])})."]
 
@@ -99,4 +112,8 @@ def _growth(group: rows.Group) -> list[str]:
             grown.setdefault(next(p.series for p in group.points if any(r is row for r in p.rows)), found)
     if not grown:
         return []
-    return ["Time grows with length N as " + human.listing([f"N^{power:.2f} ({name})" for name, power in grown.items()]) + "."]
+    return [
+        "Time grows with length N as "
+        + human.listing([f"N^{power:.2f} ({name})" for name, power in grown.items()])
+        + "."
+    ]

@@ -2,7 +2,7 @@
 
 import math
 
-NONE = "–"
+NONE = "\N{EN DASH}"
 STATUS = {
     "ok": "ok",
     "failed": "failed",
@@ -62,12 +62,16 @@ def plain(text: object) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(text).split()))
 
 
+def status(row: dict) -> str:
+    """The kind of ending in words, without its reason."""
+    found = str(row.get("status", "ok"))
+    return STATUS.get(found, plain(found))
+
+
 def outcome(row: dict) -> str:
     """How a cell ended, in words: "ok", or the kind of failure with its reason."""
-    status = str(row.get("status", "ok"))
-    words = STATUS.get(status, status)
-    reason = row.get("reason")
-    return f"{words}: {reason}" if status != "ok" and reason else words
+    words, reason = status(row), row.get("reason")
+    return f"{words}: {plain(reason)}" if words != "ok" and reason else words
 
 
 def listing(words: list[str], most: int = 8) -> str:

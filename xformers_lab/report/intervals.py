@@ -1,4 +1,7 @@
-"""Means over seeds with Student-t 95 % intervals, and paired differences (Student, 1908, "The Probable Error of a Mean")."""
+"""Means over seeds with Student-t 95 % intervals, and paired differences.
+
+Student, 1908, "The Probable Error of a Mean".
+"""
 
 import math
 import statistics

@@ -45,6 +45,18 @@ def series(row: dict, varied: Sequence[str]) -> str:
     return human.plain(" · ".join(words) or value(row, "attention") or "this model")
 
 
+def shown(row: dict, key: str) -> str:
+    """The value of a key as text for people."""
+    found = value(row, key)
+    return "none" if found is None else human.plain(found)
+
+
+def label(row: dict, varied: Sequence[str]) -> str:
+    """A cell's name in a sentence: "local:window=16 at 256 tokens, seed 2"."""
+    at, seed = length(row), f", seed {shown(row, 'seed')}" if "seed" in varied else ""
+    return f"{series(row, varied)}{'' if at is None else f' at {at:,} tokens'}{seed}"
+
+
 def order(rows: Iterable[dict], varied: Sequence[str]) -> list[str]:
     """The series in order of appearance; a series keeps its colour and shape on the whole page."""
     return list(dict.fromkeys(series(row, varied) for row in rows))
@@ -52,11 +64,12 @@ def order(rows: Iterable[dict], varied: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One series at one length: the rows of its seeds that ended ok (maybe none)."""
+    """One series at one length: the rows of its seeds that ended ok, and those that did not."""
 
     series: str
     seq_len: int | None
     rows: list[dict]
+    failed: list[dict]
 
     def seeds(self, name: str) -> dict:
         """Seed -> value of a measure."""
@@ -113,10 +126,6 @@ class Group:
         found = self.at(seq_len, name)
         return [point for point in found if _mean(point, name) == _mean(found[0], name)] if len(found) > 1 else []
 
-    def failed(self, point: Point, varied: Sequence[str]) -> list[dict]:
-        """The rows of a point that did not end ok."""
-        return [r for r in self.rows if not ok(r) and (series(r, varied), length(r)) == (point.series, point.seq_len)]
-
 
 def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
     """The groups in order of appearance, the lengths of each in rising order."""
@@ -142,12 +151,12 @@ def length(row: dict) -> int | None:
 
 
 def _points(rows: Iterable[dict], varied: Sequence[str]) -> list[Point]:
-    split: dict[tuple, list[dict]] = {}
+    split: dict[tuple, Point] = {}
     for row in rows:
-        members = split.setdefault((series(row, varied), length(row)), [])
-        if ok(row):
-            members.append(row)
-    return [Point(name, at, members) for (name, at), members in split.items()]
+        key = (series(row, varied), length(row))
+        point = split.setdefault(key, Point(*key, [], []))
+        (point.rows if ok(row) else point.failed).append(row)
+    return list(split.values())
 
 
 def _length(row: dict) -> int:

@@ -1,6 +1,7 @@
-"""The table in the terminal: a line for each cell (seeds that ended ok are averaged), the best marked, failures kept."""
+"""Tables in the terminal, one for each task: seeds averaged, the best marked, failed cells kept with their reason."""
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 
 from rich import box
@@ -11,24 +12,13 @@ from rich.text import Text
 
 from xformers_lab.report import findings, human, rows
 
-BEST = "*"
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A heading, how a line's text is made, and what gives way first on a narrow terminal (0: never)."""
-
-    title: str
-    text: Callable[["Line"], str]
-    gives_way: int = 0
-    name: bool = False
+BEST = " *"
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What one line shows: the averaged cells of one point, or one cell that failed."""
+    """One line of a table: the seeds of one point that ended ok, or one cell that did not."""
 
-    group: rows.Group
     cells: list[dict]
     best: frozenset[str] = frozenset()
 
@@ -36,152 +26,159 @@ class Line:
     def ok(self) -> bool:
         return rows.ok(self.cells[0])
 
-    def measured(self, name: str, form: Callable[[object], str], spread: bool = False) -> str:
-        found = rows.Point("", None, self.cells).estimate(name) if self.ok else None
-        if found is None:
-            return human.NONE
-        text = findings.with_interval(found, form) if spread else form(found.mean)
-        return f"{text} {BEST}" if name in self.best else text
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A heading and a text for each line; the greater `gives_way`, the sooner a narrow terminal loses the column."""
+
+    title: str
+    texts: list[str]
+    gives_way: int = 0
+    name: bool = False
+
+    @property
+    def constant(self) -> bool:
+        """Whether all lines say the same; the blank of a failed cell says nothing."""
+        return len(self.texts) > 1 and len(set(self.texts) - {""}) == 1
+
+    @property
+    def width(self) -> int:
+        widest = max(map(cell_len, [self.title, *self.texts]))
+        return min(widest, 20) if self.name else widest
 
 
 def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Console) -> None:
-    """Print the rows as a table, by task and length; what is the same in all of them is printed once, above.
+    """Print the rows as one table for each task (for a bench: each pass), in rising length.
 
-    On a terminal that is too narrow the least important columns are left out, and named. Where the output is no
-    terminal (a file, a pipe) it is plain text with every column and no line is cut.
+    What is the same on all lines of a table is printed once, above it. A terminal that is too narrow loses the least
+    important columns, and is told which. A file or a pipe gets plain text with every column, and no line is cut.
     """
     if not found:
-        console.print("no rows", markup=False, highlight=False)
-        return
-    lines = _lines(found, varied_keys)
-    columns = _columns(lines, varied_keys)
-    texts = [[human.plain(column.text(line)) for column in columns] for line in lines]
-    constant, kept = _same(columns, texts)
-    if constant:
-        above = " · ".join(f"{columns[i].title} {texts[0][i]}" for i in constant)
-        console.print(Text(above, style="dim" if console.is_terminal else ""), soft_wrap=not console.is_terminal)
-    left_out: list[int] = []
-    if console.is_terminal:
-        kept, left_out = _fit(columns, texts, kept, console.width)
-    table = _table(lines, [columns[i] for i in kept], [[row[i] for i in kept] for row in texts], console)
-    if console.is_terminal:
-        console.print(table)
-    else:
-        # Rich pads every line to the width of the table; a file needs no trailing blanks.
-        with console.capture() as capture:
-            console.print(table, width=100_000, crop=False, no_wrap=True)
-        console.out("\n".join(line.rstrip() for line in capture.get().splitlines()), highlight=False)
-    notes = []
+        _say(console, "There are no rows to show.")
+    for number, group in enumerate(rows.groups(found, varied_keys)):
+        if number:
+            _say(console, "")
+        _print_group(group, varied_keys, console)
+
+
+def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> None:
+    lines = _lines(group)
+    columns = _columns(group, lines, varied)
+    shown = [column for column in columns if not column.constant]
+    above = [f"{column.title} {column.texts[0].strip()}" for column in columns if column.constant]
+    chance = human.number(group.first("chance"))
+    if chance is not None:
+        above.insert(0, f"chance {human.score(chance)}")
+    _say(console, group.title, "bold")
+    if above:
+        _say(console, " · ".join(above), "dim")
+    left_out = _fit(shown, console.width) if console.is_terminal else []
+    _print_table([column for column in shown if column not in left_out], lines, console)
     if any(line.best for line in lines):
-        notes.append(f"{BEST} best of its task and length")
+        _say(console, "* best at its length", "dim")
     if left_out:
-        notes.append(f"not shown on this width: {', '.join(columns[i].title for i in left_out)}")
-    if notes:
-        console.print(Text("; ".join(notes), style="dim" if console.is_terminal else ""), soft_wrap=not console.is_terminal)
+        _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
+    for line in lines:
+        if not line.ok:
+            _say(console, f"{rows.label(line.cells[0], varied)}: {human.outcome(line.cells[0])}", "red")
 
 
-def _lines(found: Sequence[dict], varied: Sequence[str]) -> list[Line]:
+def _lines(group: rows.Group) -> list[Line]:
     lines = []
-    for group in rows.groups(found, varied):
-        for length in sorted({point.seq_len or 0 for point in group.points}):
-            for point in (point for point in group.points if (point.seq_len or 0) == length):
-                best = frozenset(name for name in ("metric", group.speed) if point in group.best(point.seq_len, name))
-                if point.rows:
-                    lines.append(Line(group, point.rows, best))
-                lines += [Line(group, [row]) for row in group.failed(point, varied)]
+    for point in sorted(group.points, key=lambda point: point.seq_len or 0):
+        if point.rows:
+            names = ("metric", group.speed)
+            lines.append(
+                Line(point.rows, frozenset(name for name in names if point in group.best(point.seq_len, name)))
+            )
+        lines += [Line([row]) for row in point.failed]
     return lines
 
 
-def _columns(lines: list[Line], varied: Sequence[str]) -> list[Column]:
-    columns = [Column(key, _of(key), name=True) for key in varied if key != "seed"]
-    if any(line.group.task is not None for line in lines) and "task" not in varied:
-        columns.insert(0, Column("task", lambda line: str(line.group.task or human.NONE)))
-    if any(line.group.direction for line in lines):
-        columns.append(Column("pass", lambda line: line.group.direction or human.NONE))
-    if any(len(line.cells) > 1 for line in lines) or "seed" in varied:
-        columns.append(Column("seeds", _seeds, 3))
-    names = {str(line.group.first("metric_name")) for line in lines if line.group.first("metric_name")}
-    title = names.pop() if len(names) == 1 else "metric"
-    several = bool(names)
-    columns += [
-        Column(title, lambda line: _metric(line, several)),
-        Column("chance", lambda line: human.score(line.group.first("chance")), 4),
-        Column("speed", lambda line: line.measured("tokens_per_second", human.rate)),
-        Column("time/step", lambda line: line.measured("seconds_median", human.duration), 2),
-        Column("memory", lambda line: line.measured("memory", human.size)),
-        Column("FLOPs/step", lambda line: line.measured("flops", human.count), 5),
-        Column("parameters", lambda line: line.measured("parameters", human.count), 6),
-        Column("compile", lambda line: line.measured("compile_seconds", human.duration), 7),
-        Column("exponent", lambda line: line.measured("exponent", lambda power: f"{power:.2f}"), 1),
-        Column("outcome", lambda line: human.outcome(line.cells[0]), name=True),
+def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> list[Column]:
+    columns = []
+    if any(rows.length(line.cells[0]) is not None for line in lines):
+        columns.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
+    for key in varied:
+        if key not in rows.PLACES:
+            columns.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
+    if rows.seeds(group.rows) > 1:
+        seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
+        columns.append(Column("seeds", seeds, 2))
+    measures = [
+        Column(human.plain(group.first("metric_name", "metric")), _measured(lines, "metric", human.score)),
+        Column("tok/s", _measured(lines, "tokens_per_second", human.count)),
+        Column("time/step", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
+        Column("memory", _measured(lines, "memory", human.size), 1),
+        Column("FLOPs/step", _measured(lines, "flops", human.count), 4),
+        Column("parameters", _measured(lines, "parameters", human.count), 5),
+        Column("compile", _measured(lines, "compile_seconds", human.duration), 6),
+        Column("grows as", _measured(lines, "exponent", lambda power: f"N^{power:.2f}"), 2),
     ]
-    return [column for column in columns if column.name or any(column.text(line) != human.NONE for line in lines)]
+    measures = [column for column in measures if any(text.strip() not in ("", human.NONE) for text in column.texts)]
+    if not measures:
+        measures = [Column("outcome", [human.NONE] * len(lines))]
+    # A cell that failed has no numbers: the first of them gives the room to say why.
+    first = measures[0]
+    told = [text if line.ok else human.status(line.cells[0]) for text, line in zip(first.texts, lines, strict=True)]
+    return [*columns, dataclasses.replace(first, texts=told, gives_way=0), *measures[1:]]
 
 
-def _of(key: str) -> Callable[[Line], str]:
-    def text(line: Line) -> str:
-        found = rows.value(line.cells[0], key)
-        return "none" if found is None else str(found)
-
-    return text
-
-
-def _seeds(line: Line) -> str:
-    return str(len(line.cells)) if line.ok else f"seed {rows.value(line.cells[0], 'seed')}"
-
-
-def _metric(line: Line, several: bool) -> str:
-    text = line.measured("metric", human.score, spread=True)
-    return f"{text} {line.group.first('metric_name')}" if several and text != human.NONE else text
+def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
+    """A measure of every line; a mark for the best, and blanks in its place on the others, so that numbers align."""
+    marked = any(name in line.best for line in lines)
+    texts = []
+    for line in lines:
+        if not line.ok:
+            texts.append("")
+            continue
+        found = rows.Point("", None, line.cells, []).estimate(name)
+        text = findings.with_interval(found, form) if name == "metric" else form(found.mean) if found else human.NONE
+        texts.append(text + (BEST if name in line.best else " " * len(BEST)) if marked else text)
+    return texts
 
 
-def _same(columns: list[Column], texts: list[list[str]]) -> tuple[list[int], list[int]]:
-    """The columns that say the same on every line, and the rest; with one line there is nothing to compare."""
-    if len(texts) < 2:
-        return [], list(range(len(columns)))
-    constant = [i for i in range(len(columns)) if len({row[i] for row in texts}) == 1]
-    return constant, [i for i in range(len(columns)) if i not in constant]
-
-
-def _fit(columns: list[Column], texts: list[list[str]], kept: list[int], width: int) -> tuple[list[int], list[int]]:
-    """Leave columns out, the least important first, until the rest fits; long names may still wrap."""
-    left_out: list[int] = []
-
-    def needed() -> int:
-        return sum(_room(columns[i], [row[i] for row in texts]) + 2 for i in kept)
-
-    for i in sorted((i for i in kept if columns[i].gives_way), key=lambda i: -columns[i].gives_way):
-        if needed() <= width:
+def _fit(columns: list[Column], width: int) -> list[Column]:
+    """The columns to leave out, the least important first, until the others fit; long names wrap."""
+    kept, left_out = list(columns), []
+    for column in sorted((c for c in columns if c.gives_way), key=lambda c: -c.gives_way):
+        if sum(c.width + 3 for c in kept) <= width:
             break
-        kept = [j for j in kept if j != i]
-        left_out.append(i)
-    return kept, sorted(left_out)
+        kept.remove(column)
+        left_out.append(column)
+    return left_out
 
 
-def _room(column: Column, cells: list[str]) -> int:
-    widest = max(map(cell_len, [column.title, *cells]))
-    return min(widest, 20) if column.name else widest
-
-
-def _table(lines: list[Line], columns: list[Column], texts: list[list[str]], console: Console) -> Table:
+def _print_table(columns: list[Column], lines: list[Line], console: Console) -> None:
     terminal = console.is_terminal
-    style = box.SIMPLE_HEAD if terminal else None
-    table = Table(box=style, pad_edge=False, padding=(0, 1) if terminal else (0, 2, 0, 0), show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
-        if column.name and terminal:
-            table.add_column(Text(human.plain(column.title)), overflow="fold", min_width=8)
+        if column.name:
+            table.add_column(Text(human.plain(column.title)), overflow="fold", no_wrap=not terminal)
         else:
-            table.add_column(Text(human.plain(column.title)), justify="left" if column.name else "right", no_wrap=True)
-    for number, (line, row) in enumerate(zip(lines, texts, strict=True)):
-        last = number + 1 == len(lines) or lines[number + 1].group is not line.group
-        table.add_row(*(_cell(line, text, terminal) for text in row), end_section=last and terminal)
-    return table
+            table.add_column(Text(column.title), justify="right", no_wrap=True)
+    for number, line in enumerate(lines):
+        # A Text is never read as markup, so that a name in brackets stays a name.
+        cells = [Text(column.texts[number], style=_style(line, column.texts[number])) for column in columns]
+        last = number + 1 == len(lines)
+        table.add_row(
+            *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
+        )
+    if terminal:
+        console.print(table)
+        return
+    page = io.StringIO()
+    Console(file=page, width=100_000, color_system=None).print(table)
+    for text in page.getvalue().splitlines():
+        _say(console, text.rstrip())
 
 
-def _cell(line: Line, text: str, terminal: bool) -> Text:
-    """A Text is never read as markup."""
-    if not terminal:
-        return Text(text)
+def _style(line: Line, text: str) -> str:
     if not line.ok:
-        return Text(text, style="red")
-    return Text(text, style="bold green" if text.endswith(f" {BEST}") else "")
+        return "red"
+    return "bold green" if text.endswith(BEST) else ""
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    terminal = console.is_terminal
+    console.print(Text(text, style=style if terminal else ""), soft_wrap=not terminal)

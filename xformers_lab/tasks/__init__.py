@@ -3,7 +3,7 @@
 A task is built as `Task(setting, *, own_option=default)` and gives
 
 * `batch(split, step)`: a pure function of (seed, split, step); no iterator, no hidden state. The three splits share no
-  example: generated tasks draw each split from its own part of the example space (see `_splits`), corpora split by file.
+  example: generated tasks draw each split from its own part of the example space (see `_splits`), corpora by file.
 * `vocab`: number of input symbols; `outputs`: number of classes of a prediction; `target`: "token" (one prediction per
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
@@ -69,7 +69,9 @@ class Task:
 
     def loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(sum of weighted cross-entropies in nats, sum of weights): sums, so that parts of a batch add up exactly."""
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), batch.targets[..., None], -1)[..., 0]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), batch.targets[..., None], -1)[
+            ..., 0
+        ]
         return (losses * batch.weights).sum(), jnp.asarray(batch.weights).sum()
 
     def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,8 @@ _FIRST_OPERATOR, _CLOSE = TOKENS.index("[MIN"), TOKENS.index("]")
 # An argument is an operation this often, else a digit (VALUE_P in the published generator).
 _OPERATION = 0.25
 _LEAST_ACCEPTED = 1e-4
+# How many expressions `describe` looks at.
+_SAMPLE = 1000
 # How many tokens a round of drawing may hold at most, to bound its memory.
 _ROUND = 2**21
 
@@ -54,7 +56,9 @@ class Listops(Task):
             raise ValueError(f"seq_len={setting.seq_len} holds too few expressions to split: use seq_len=5 or more")
         self.shortest = max(4, setting.seq_len // 4) if min_length is None else min_length
         if not 1 <= self.shortest <= setting.seq_len:
-            raise ValueError(f"min_length={min_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}")
+            raise ValueError(
+                f"min_length={min_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}"
+            )
         self.max_depth, self.max_args = max_depth, max_args
         likely = length_probabilities(setting.seq_len, max_depth, max_args)
         self.accepted = float(likely[self.shortest :].sum())
@@ -65,7 +69,8 @@ class Listops(Task):
                 f"max_args={max_args}: use a smaller min_length, or a larger max_depth or max_args"
             )
         longest = int(np.flatnonzero(likely > 1e-12)[-1])
-        check_room(_OPERATORS * 10.0 ** min(longest - 2, max_args), "use a larger max_args or seq_len")
+        # At most two tokens in three are brackets, and each of the others is one of ten digits.
+        check_room(_OPERATORS * 10.0 ** min(math.ceil((longest + 2) / 3), 100), "use a larger max_args or seq_len")
 
     def batch(self, split: Split, step: int) -> Batch:
         rng = generator(self.setting.seed, split, step)
@@ -79,10 +84,9 @@ class Listops(Task):
         return Batch(inputs, values, np.ones(len(values), np.float32), inputs > 0)
 
     def describe(self) -> dict:
-        """`majority` is the share of the most frequent value among 2000 expressions or more, all splits together."""
-        values = np.concatenate([self.batch(split, step).targets for split in ("train", "test") for step in range(1)])
-        for step in range(1, 1 + 2000 // self.setting.batch):
-            values = np.concatenate([values, self.batch("train", step).targets])
+        """`majority` is the share of the most frequent value in a sample of the training split."""
+        steps = range(math.ceil(_SAMPLE / self.setting.batch))
+        values = np.concatenate([self.batch("train", step).targets for step in steps])
         return {
             "source": "generated",
             "length": f"{self.shortest}..{self.setting.seq_len}",
@@ -152,17 +156,16 @@ def expressions(
     rng: np.random.Generator, count: int, shortest: int, longest: int, max_depth: int, max_args: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` trees and keep those of fitting length: token ids (n, longest) padded with 0, and values (n,)."""
-    levels, trees = _grow(rng, count, shortest, longest, max_depth, max_args)
-    for level, below in zip(reversed(levels), reversed([*levels[1:], None]), strict=True):
-        if below is not None and len(below.tree):
-            _gather(level, below)
-    tokens = np.zeros((trees, longest), np.int32)
-    start = np.zeros(trees, np.int64)
+    levels = _grow(rng, count, shortest, longest, max_depth, max_args)
+    for level, below in reversed(list(zip(levels, levels[1:], strict=False))):
+        _gather(level, below)
+    tokens = np.zeros((len(levels[0].tree), longest), np.int32)
+    start = np.zeros(len(tokens), np.int64)
     for level in levels:
-        operation = level.operator >= 0
+        operation = level.arity > 0
         tokens[level.tree, start] = np.where(operation, _FIRST_OPERATOR + level.operator, 1 + level.value)
         tokens[level.tree[operation], (start + level.size - 1)[operation]] = _CLOSE
-        start = _starts_below(level, start, levels)
+        start = np.repeat(start[operation] + 1, level.arity[operation]) + level.before
     return tokens, levels[0].value.astype(np.int32)
 
 
@@ -175,3 +178,70 @@ _MEANING = {
     "FIRST": lambda values: values[0],
     "LAST": lambda values: values[-1],
 }
+
+
+@dataclasses.dataclass
+class _Level:
+    """The nodes of one depth of many trees, in order; the arguments of its operations are the next level, in order.
+
+    All arrays are (n,): the tree a node is in, its operator, its number of arguments (0: a digit), its value and its
+    size in tokens (those of an operation are known once its arguments' are). `before` is over the arguments of the
+    level's operations: how many tokens of earlier arguments stand between the operator and them.
+    """
+
+    tree: np.ndarray
+    operator: np.ndarray
+    arity: np.ndarray
+    value: np.ndarray
+    size: np.ndarray
+    before: np.ndarray | int = 0
+
+
+def _grow(
+    rng: np.random.Generator, count: int, shortest: int, longest: int, max_depth: int, max_args: int
+) -> list[_Level]:
+    """Draw `count` trees level by level and keep those of `shortest` to `longest` tokens, numbered anew."""
+    levels, tree, tokens = [], np.arange(count), np.zeros(count, np.int64)
+    for depth in range(1, max_depth + 1):
+        nodes = len(tree)
+        operation = rng.random(nodes) <= _OPERATION if 1 < depth < max_depth else np.full(nodes, depth == 1)
+        arity = np.where(operation, rng.integers(2, max_args + 1, nodes), 0)
+        operator, value = rng.integers(0, _OPERATORS, nodes), rng.integers(0, 10, nodes)
+        levels.append(_Level(tree, operator, arity, value, np.ones(nodes, np.int64)))
+        tokens += np.bincount(tree, 1 + operation, count).astype(np.int64)
+        # A tree that is already too long grows no further: its lengths are settled, so this biases nothing.
+        grows = tokens + np.bincount(tree, arity, count) <= longest
+        tokens[~grows] = longest + 1
+        tree = np.repeat(tree, arity)
+        tree = tree[grows[tree]]
+    kept = (tokens >= shortest) & (tokens <= longest)
+    number = np.cumsum(kept) - 1
+    for level in levels:
+        mine = kept[level.tree]
+        level.tree = number[level.tree[mine]]
+        level.operator, level.arity = level.operator[mine], level.arity[mine]
+        level.value, level.size = level.value[mine], level.size[mine]
+    return levels
+
+
+def _gather(level: _Level, below: _Level) -> None:
+    """Work out value and size of a level's operations from their arguments, the level below."""
+    operation = level.arity > 0
+    if not operation.any():
+        return
+    arity = level.arity[operation]
+    first = np.cumsum(arity) - arity
+    owner = np.repeat(np.arange(len(arity)), arity)
+    ordered = below.value[np.lexsort((below.value, owner))]
+    results = np.stack(
+        [
+            ordered[first],
+            ordered[first + arity - 1],
+            (ordered[first + (arity - 1) // 2] + ordered[first + arity // 2]) // 2,
+            np.add.reduceat(below.value, first) % 10,
+        ]
+    )
+    level.value[operation] = results[level.operator[operation], np.arange(len(arity))]
+    level.size[operation] = 2 + np.add.reduceat(below.size, first)
+    sizes_before = np.cumsum(below.size) - below.size
+    level.before = sizes_before - sizes_before[first][owner]

@@ -27,7 +27,13 @@ class Mqar(Task):
     """
 
     def __init__(
-        self, setting: Setting, *, pairs: int = 8, vocab: int = 256, power: float = 0.01, random_non_queries: bool = False
+        self,
+        setting: Setting,
+        *,
+        pairs: int = 8,
+        vocab: int = 256,
+        power: float = 0.01,
+        random_non_queries: bool = False,
     ):
         super().__init__(setting)
         if pairs < 1:
@@ -38,10 +44,14 @@ class Mqar(Task):
                 f"got seq_len={setting.seq_len}: use pairs={setting.seq_len // 4} or fewer"
             )
         if vocab // 2 - 1 < pairs:
-            raise ValueError(f"vocab={vocab} has {max(vocab // 2 - 1, 0)} keys for pairs={pairs}: use vocab={2 * pairs + 2} or more")
+            raise ValueError(
+                f"vocab={vocab} has {max(vocab // 2 - 1, 0)} keys for pairs={pairs}: use vocab={2 * pairs + 2} or more"
+            )
         if power <= 0:
             raise ValueError(f"power={power} is no power law over places: use a number above 0")
-        check_room(math.exp(min(_ways(vocab // 2 - 1, pairs) + _ways(vocab - vocab // 2, pairs), 100)), "use a larger vocab")
+        check_room(
+            math.exp(min(_ways(vocab // 2 - 1, pairs) + _ways(vocab - vocab // 2, pairs), 100)), "use a larger vocab"
+        )
         self.pairs, self.power, self.random_non_queries = pairs, power, random_non_queries
         self.vocab = self.outputs = vocab
         self.chance = 1 / pairs
@@ -73,7 +83,12 @@ class Mqar(Task):
         return Batch(inputs, targets, weights)
 
     def describe(self) -> dict:
-        return {"source": "generated", "pairs": self.pairs, "power": self.power, "random_non_queries": self.random_non_queries}
+        return {
+            "source": "generated",
+            "pairs": self.pairs,
+            "power": self.power,
+            "random_non_queries": self.random_non_queries,
+        }
 
 
 def _first(scores: np.ndarray, count: int) -> np.ndarray:

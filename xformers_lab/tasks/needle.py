@@ -31,7 +31,9 @@ class Needle(Task):
         if noise < 1:
             raise ValueError(f"noise={noise} leaves nothing to hide in: use noise=1 or more")
         if not 1 <= distance < setting.seq_len:
-            raise ValueError(f"distance={distance} does not fit: use 1 to {setting.seq_len - 1} at seq_len={setting.seq_len}")
+            raise ValueError(
+                f"distance={distance} does not fit: use 1 to {setting.seq_len - 1} at seq_len={setting.seq_len}"
+            )
         self.places = setting.seq_len - distance
         examples = float(symbols) * self.places * float(noise) ** min(setting.seq_len - 2, 100)
         check_room(examples, "use a longer seq_len, more symbols or more noise")
@@ -56,4 +58,9 @@ class Needle(Task):
         return Batch(inputs, targets, weights)
 
     def describe(self) -> dict:
-        return {"source": "generated", "needles": self.symbols, "noise_tokens": self.noise, "needle_positions": self.places}
+        return {
+            "source": "generated",
+            "needles": self.symbols,
+            "noise_tokens": self.noise,
+            "needle_positions": self.places,
+        }

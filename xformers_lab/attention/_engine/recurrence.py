@@ -2,6 +2,9 @@
 
 Within a chunk of C positions the causal products are C x C matrices, between chunks only the state passes, so the cost
 is linear in the length. One head's chunks are batched, which keeps the temporary arrays at the size of one head.
+
+Callers wrap their whole head (features, recurrence, normalisation) in `jax.checkpoint`: the backward then recomputes it
+from q, k and v, which is faster than reading back every intermediate array.
 """
 
 import jax
@@ -26,7 +29,6 @@ def linear_recurrence(q, k, v, *, chunk: int):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], _chunked(*map(blocks, (q, k[before:], v[before:])), state))
 
 
-@jax.checkpoint
 def _chunked(q, k, v, state):
     """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) -> (M, C, H), (M, C)."""
     exact = dict(preferred_element_type=jnp.float32)

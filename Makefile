@@ -1,0 +1,39 @@
+# Everything runs from a bare python3; uv is used where it is installed, and only makes the set-up faster.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONSTRAINTS := constraints.txt
+
+.PHONY: demo test check lint bench clean
+
+demo: $(READY)  ## set up and run the main job: a real comparison with its report
+	$(BIN)/xlab compare @experiments/demo.py --report report.html
+
+test: $(READY)  ## set up and run the tests
+	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test  ## ruff, pyright and the tests
+
+bench: $(READY)  ## side by side with the peers (installs torch)
+	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/train_step.py
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@if command -v uv >/dev/null; then \
+		uv venv -q --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install -q --python $(BIN)/python -e '.[dev]' -c $(CONSTRAINTS) pip; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS); \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

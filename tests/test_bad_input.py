@@ -1,0 +1,196 @@
+"""Bad input: exit code 2, one message that names the place and the mend, no traceback, and nothing compiled."""
+
+import itertools
+import json
+
+import jax
+import pytest
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.cli import main
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
+)
+
+
+def refused(capsys, *arguments) -> str:
+    """Run a command that must be refused; -> its message."""
+    before = len(COMPILED)
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as error:  # argparse's own refusal
+        code = error.code
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert "Traceback" not in said.err + said.out
+    assert said.out == ""
+    assert 0 < len(said.err.strip().splitlines()) <= 15
+    assert len(COMPILED) == before, "something compiled before the refusal"
+    return said.err
+
+
+def typos(word: str) -> list[str]:
+    """Two spellings a hurried hand makes: neighbours swapped, a letter lost."""
+    middle = len(word) // 2
+    swapped = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
+    lost = word[:middle] + word[middle + 1 :]
+    return [typo for typo in (swapped, lost) if typo != word]
+
+
+MISSPELT_KEYS = [(typo, key) for key in configs.KEYS if len(key) > 3 for typo in typos(key) if typo not in configs.KEYS]
+
+
+@pytest.mark.parametrize("typo, key", MISSPELT_KEYS)
+def test_misspelt_key(capsys, typo, key):
+    message = refused(capsys, "train", f"{typo}=1")
+    assert typo in message
+    assert f'"{key}"' in message.partition("(")[0]
+
+
+MISSPELT_NAMES = [
+    (shelf, typo, name)
+    for shelf in ("attention", "position", "norm", "ffn", "task", "model", "depth")
+    for name in spec.names(shelf)
+    if len(name) > 3
+    for typo in typos(name)
+    if typo not in spec.names(shelf)
+]
+
+
+@pytest.mark.parametrize("shelf, typo, name", MISSPELT_NAMES)
+def test_misspelt_name(capsys, shelf, typo, name):
+    message = refused(capsys, "train", f"{shelf}={typo}")
+    assert f'did you mean "{name}"' in message
+
+
+MISSPELT_OPTIONS = [
+    (shelf, name, typo, option)
+    for shelf in ("attention", "position", "norm", "ffn", "task")
+    for name in spec.names(shelf)
+    for option in spec.options(spec.entry(shelf, name))
+    if len(option) > 3
+    for typo in typos(option)[:1]
+]
+
+
+@pytest.mark.parametrize("shelf, name, typo, option", MISSPELT_OPTIONS)
+def test_misspelt_option(capsys, shelf, name, typo, option):
+    message = refused(capsys, "train", f"{shelf}={name}:{typo}=1")
+    assert typo in message and f'did you mean "{option}"' in message
+
+
+NUMBERS = [key for key, (_, _, kind) in configs.LEAVES.items() if kind in (int, float)]
+
+
+@pytest.mark.parametrize("key, value", itertools.product(NUMBERS, ["lots", "nan", "-3", "1.5.2"]))
+def test_wrong_number(capsys, key, value):
+    assert key in refused(capsys, "train", f"{key}={value}")
+
+
+IMPOSSIBLE = {
+    "heads do not divide dim": (["dim=64", "heads=5"], "dim=64 is not divisible by heads=5"),
+    "kv_heads do not divide heads": (["heads=4", "kv_heads=3"], "kv_heads=3"),
+    "axial shape": (["attention=axial:shape=7x9", "seq_len=64"], "8x8"),
+    "axial shape in three": (["attention=axial:shape=4x4x4", "seq_len=64"], "8x8"),
+    "no window": (["attention=local:window=0"], "window must be at least 1"),
+    "no stride": (["attention=strided:stride=0"], "stride must be at least 1"),
+    "no chunk": (["attention=linear:chunk=0"], "chunk must be at least 1"),
+    "answers in sight": (["task=lm", "model=encoder"], "use model=decoder"),
+    "rope on odd heads": (["position=rope", "dim=6", "heads=2"], "odd"),
+    "uneven accumulation": (["batch=8", "accumulate=3"], "not divisible by accumulate=3"),
+    "dropout of everything": (["dropout=1"], "below 1"),
+    "unknown dtype": (["dtype=float16"], "float32"),
+    "unknown normaliser": (["norm=pre:normaliser=rmsnom"], 'did you mean "rmsnorm"'),
+    "no hidden channel": (["ffn=mlp:ratio=0"], "no hidden channel"),
+    "option twice": (["attention=local:window=4:window=5"], "given twice"),
+    "option without value": (["attention=local:window"], "option=value"),
+    "empty choice": (["attention=:window=3"], "starts with a name"),
+    "empty place in a cycle": (["attention=full+"], "starts with a name"),
+    "sweep where one is wanted": (["seed=0,1"], "use compare or bench"),
+    "no value": (["seed="], "no value"),
+    "no equals sign": (["local"], "not key=value"),
+    "backward range": (["seq_len=64..32"], "empty or endless"),
+    "endless range": (["seq_len=1..8:x1"], "empty or endless"),
+    "wrong section": (["trian.lr=3"], "did you mean"),
+    "no such file of a mechanism": (["attention=./nowhere.py"], "no file"),
+    "no such module": (["attention=no_such_package.mine"], "no_such_package"),
+    "no such data": (["task=lm:path=/no/such/file"], "/no/such/file"),
+    "hub while offline": (["task=text:hub=stanfordnlp/imdb"], "offline"),
+    "too short a sequence": (["task=mqar:pairs=64", "seq_len=16"], "seq_len"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible(capsys, tmp_path, case):
+    words, expected = IMPOSSIBLE[case]
+    assert expected in refused(capsys, "train", f"runs={tmp_path}", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_causal_on_a_mechanism_that_cannot(capsys, tmp_path):
+    (tmp_path / "pooled.py").write_text(
+        '"""Mean of values."""\nfrom xformers_lab.attention import Attention\n\n\n'
+        'class Pooled(Attention):\n    """Mean.\n\n    Not causal: the mean runs over every position\n    """\n\n'
+        "    def attend(self, q, k, v, *, real):\n        return v.mean(0)[None] + 0 * q\n"
+    )
+    message = refused(capsys, "train", "task=copy", f"attention={tmp_path}/pooled.py")
+    assert "cannot be causal: the mean runs over every position" in message
+
+
+def test_mechanism_that_does_not_import(capsys, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_thing\n")
+    message = refused(capsys, "train", f"attention={path}")
+    assert "no_such_thing" in message and "broken.py:1" in message
+
+
+FILES = {
+    "list.toml": ("[[", "list.toml"),
+    "twice.json": ('{"lr": 1, "lr": 2}', "given twice"),
+    "twice.yaml": ("lr: 1\nlr: 2\n", "given twice"),
+    "bomb.yaml": ("a: &a [1]\nb: *a\n", "aliases"),
+    "object.yaml": ("a: !!python/object:os.system x\n", "object.yaml"),
+    "array.json": ("[1, 2]", "keys and values"),
+    "unknown.toml": ("[train]\nlrr = 3\n", 'did you mean "lr"'),
+    "section.toml": ("[trian]\nlr = 3\n", 'did you mean "train"'),
+    "typed.toml": ("layers = true\n", "layers"),
+    "empty.toml": ("seed = []\n", "empty list"),
+    "deep.json": ("[" * 100_000, "deep.json"),
+    "kind.ini": ("", "unknown kind"),
+    "recipe.py": ("x = 1\n", "configs = "),
+    "raises.py": ("configs = [1 / 0]\n", "raises.py:1"),
+    "wrong.py": ("configs = [3]\n", "configs[0]"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_malformed_file(capsys, tmp_path, name):
+    content, expected = FILES[name]
+    (tmp_path / name).write_text(content)
+    assert expected in refused(capsys, "compare", f"@{tmp_path / name}")
+
+
+def test_not_text(capsys, tmp_path):
+    (tmp_path / "utf16.json").write_bytes(json.dumps({"lr": 1}).encode("utf-16"))
+    assert "UTF-8" in refused(capsys, "train", f"@{tmp_path}/utf16.json")
+
+
+COMMANDS = [
+    ("list", "attention-span"), ("show", "locl"), ("show",), ("check", "locl"), ("bench", "attention=full+local"), ("report", "--runs", "nowhere"),
+    ("resume", "nowhere"), ("resume", "last", "--runs", "nowhere"), ("eval", "nowhere"), ("bench", "--rounds", "0"), ("new", "attention", "2x"),
+    ("new", "attentoin", "mine"), ("compare",), ("compare", "attention=full,axial:shape=3x3"), ("frobnicate",), ("show", "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_commands(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *arguments)
+
+
+def test_there_are_enough_cases():
+    generated = len(MISSPELT_KEYS) + len(MISSPELT_NAMES) + len(MISSPELT_OPTIONS) + 4 * len(NUMBERS) + len(IMPOSSIBLE) + len(FILES)
+    assert generated >= 200

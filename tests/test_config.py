@@ -1,0 +1,99 @@
+"""The grammar and the config: what is written is what is run, in every format, and equal configs have one id."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.config import Config, edit, identity, sweep
+from xformers_lab.size import Size
+
+
+def values(key: str, words: list[str]) -> list:
+    return [configs.get(cell, key) for cell in sweep(words)[0]]
+
+
+def test_sweeps_and_ranges():
+    assert values("seq_len", ["seq_len=512..4096:x2"]) == [512, 1024, 2048, 4096]
+    assert values("seed", ["seed=0..2"]) == [0, 1, 2]
+    assert values("seq_len", ["seq_len=8..32:+8"]) == [8, 16, 24, 32]
+    assert values("steps", ["steps=1e3,2k,1ki"]) == [1000, 2000, 1024]
+    assert values("lr", ["lr=1e-3,3e-3"]) == [0.001, 0.003]
+    cells, varied = sweep(["task=copy", "attention=full,local:window=8,local:window=8+full", "seq_len=16,32"])
+    assert [c.model.attention for c in cells[::2]] == ["full", "local:window=8", "local:window=8+full"]
+    assert varied == ["seq_len", "attention"]
+
+
+def test_keys_that_only_follow_the_task_do_not_name_a_series(tmp_path):
+    recipe = tmp_path / "grid.py"
+    recipe.write_text(
+        "configs = [{'task': t, 'steps': s, 'attention': a} for t, s in (('copy', 9), ('mqar', 7)) for a in ('full', 'linear')]"
+    )
+    cells, varied = sweep([f"@{recipe}", "dim=32"])
+    assert len(cells) == 4 and {c.model.dim for c in cells} == {32}
+    assert varied == ["task", "attention"]
+
+
+def test_later_words_win_over_files(tmp_path):
+    (tmp_path / "base.yaml").write_text("lr: 3e-4\nmodel: {layers: 3, attention: [full, linear]}\n")
+    cells, varied = sweep([f"@{tmp_path}/base.yaml", "layers=1"])
+    assert [c.train.lr for c in cells] == [3e-4, 3e-4]  # YAML reads 3e-4 as text
+    assert {c.model.layers for c in cells} == {1} and varied == ["attention"]
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_round_trip(tmp_path_factory, suffix, data):
+    changes = {
+        "attention": data.draw(st.sampled_from(["full", "local:window=3+linear", "axial:axis=row"])),
+        "kv_heads": data.draw(st.sampled_from([None, 1, 2])),
+        "lr": data.draw(st.floats(1e-9, 1e3)),
+        "seq_len": data.draw(st.integers(1, 1 << 20)),
+        "dtype": data.draw(st.sampled_from(["float32", "bfloat16"])),
+    }
+    config = edit(Config(), **changes)
+    path = tmp_path_factory.mktemp("c") / f"config.{suffix}"
+    configs.save(config, path)
+    (back,), _ = sweep([f"@{path}"])
+    assert back == config
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+
+
+def test_identity():
+    base = edit(Config(), attention="local")
+    assert identity(base) == identity(edit(base, attention="local:window=128"))
+    assert identity(base) == identity(edit(base, runs="elsewhere", save_every=5))
+    others = [edit(base, attention="local:window=127"), edit(base, seed=1), edit(base, lr=2e-3), edit(base, task="copy")]
+    assert len({identity(c) for c in [base, *others]}) == 5
+
+
+def test_identity_follows_the_source_of_an_outsider(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("from xformers_lab.attention.full import Full\n\n\nclass Mine(Full):\n    '''One.'''\n")
+    config = edit(Config(), attention=str(mine))
+    before = identity(config)
+    mine.write_text(mine.read_text() + "\n# changed\n")
+    assert identity(config) != before
+
+
+def test_every_choice_of_every_shelf_builds_from_its_name():
+    from xformers_lab.tasks import Setting
+
+    for shelf in ("attention", "position", "norm", "normaliser", "ffn", "memory"):
+        for name in spec.names(shelf):
+            spec.build(shelf, name, Size(length=16, dim=8, heads=2))
+    for name in set(spec.names("task")) - {"text"}:  # text needs a data set
+        spec.build("task", name, Setting(seq_len=128, batch=2))
+
+
+def test_every_option_and_key_has_a_help():
+    for key, (_, field, _) in configs.LEAVES.items():
+        assert field.metadata["help"], key
+    for shelf in spec.SHELVES:
+        for name in spec.names(shelf):
+            for option in spec.options(spec.entry(shelf, name)).values():
+                assert option.help, f"{shelf}={name} says nothing about its option {option.name}"

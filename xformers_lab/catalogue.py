@@ -1,0 +1,96 @@
+"""What there is to choose from, read from the files themselves: their docstrings, signatures and options."""
+
+import inspect
+import re
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.errors import UsageError, nearest
+
+
+def shelves() -> list[dict]:
+    return [{"shelf": shelf, "choices": ", ".join(spec.names(shelf))} for shelf in spec.SHELVES]
+
+
+def shelf(name: str) -> list[dict]:
+    """One row per choice: name, options with defaults, what it can do where signatures tell, and its title."""
+    return [_row(name, choice) for choice in spec.names(name)]
+
+
+def _row(shelf: str, name: str) -> dict:
+    found = spec.entry(shelf, name)
+    options = spec.options(found)
+    row: dict = {"name": name, "options": ":".join(f"{key}={spec.show(option.default)}" for key, option in options.items())}
+    if hasattr(found, "takes"):
+        takes = found.takes()
+        row |= {"causal": "causal" in takes, "bias": "bias" in takes, "random": "key" in takes}
+    return row | {"title": title(found)}
+
+
+def title(found) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.)])\s", text)[0] if len(text) > 160 else text
+
+
+def page(name: str, words: list[str]) -> dict:
+    """Everything about one choice, from whichever shelf has it; words give sizes (seq_len=64). Raises UsageError."""
+    plain = spec.parse(name).name
+    kind, _, rest = plain.partition("/")
+    homes = [kind] if rest and kind in spec.SHELVES else [shelf for shelf in spec.SHELVES if plain in spec.names(shelf)]
+    if rest and kind in spec.SHELVES:
+        name = name.partition("/")[2]
+    if not homes and (plain.endswith(".py") or "." in plain):
+        homes = ["attention"]
+    if not homes:
+        known = {choice for shelf in spec.SHELVES for choice in spec.names(shelf)}
+        raise UsageError(f'no choice "{plain}" on any shelf: {nearest(plain, known, "there are")}')
+    if len(homes) > 1:
+        raise UsageError(f'"{plain}" is on several shelves: write {" or ".join(f"{home}/{plain}" for home in homes)}')
+    home, choice = homes[0], spec.resolve(homes[0], name)
+    found = spec.entry(home, choice.name)
+    result = {
+        "name": choice.name,
+        "shelf": home,
+        "about": inspect.getdoc(found) or "",
+        "options": [
+            {"name": option.name, "value": spec.show(choice.options[option.name]), "help": option.help}
+            for option in spec.options(found).values()
+        ],
+    }
+    if home == "attention":
+        result |= _mechanism(name, configs.single(words))
+    return result
+
+
+def _mechanism(name: str, config: configs.Config) -> dict:
+    """Cost and drawing of an attention mechanism at the sizes of a config."""
+    from xformers_lab.model import size_of
+
+    size = size_of(config)
+    built = spec.build("attention", name, size)
+    cost = built.cost(size.length, size.length)
+    result = {
+        "length": size.length,
+        "cost": {"flops": cost.flops, "memory": cost.memory, "state": cost.state},
+        "can": {word: word in built.takes() for word in ("causal", "bias", "key", "carry", "x")},
+    }
+    if hasattr(built, "seen"):
+        result["pattern"] = _drawing(built.seen("causal" in built.takes() and config.model.model != "encoder"), size.length)
+    return result
+
+
+def _drawing(pattern, length: int, side: int = 64) -> list[str]:
+    """Rows of a picture, a query each: full where it may look, from the predicate that runs; long sequences are sampled."""
+    import numpy as np
+
+    at = np.unique(np.linspace(0, length - 1, min(length, side)).round().astype(int))
+    return ["".join("█" if seen else "·" for seen in row) for row in pattern(at[:, None], at[None])]
+
+
+def resolved(config: configs.Config) -> list[dict]:
+    """Every key of a config with its value, in full spelling."""
+    return [
+        {"key": key, "value": spec.show(configs.canonical(key, configs.get(config, key))), "help": field.metadata["help"]}
+        for key, (_, field, _) in configs.LEAVES.items()
+    ]

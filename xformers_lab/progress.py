@@ -1,0 +1,90 @@
+"""Progress on stderr while long work runs: bars on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from xformers_lab.config import Config
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def _bar(console: Console) -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def steps(title: str) -> Iterator:
+    """A callable (step, total, metrics) that shows one training run."""
+    console, last = Console(stderr=True), time.monotonic()
+    if not console.is_terminal:
+
+        def line(step: int, total: int, metrics: dict) -> None:
+            nonlocal last
+            if time.monotonic() - last > PLAIN_EVERY:
+                last = time.monotonic()
+                print(f"{title}: step {step}/{total} loss {_number(metrics.get('loss'))}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(escape(title))
+
+        def update(step: int, total: int, metrics: dict) -> None:
+            bar.update(task, completed=step, total=total, description=f"{escape(title)} · loss {_number(metrics.get('loss'))}")
+
+        yield update
+
+
+class Cells:
+    """Progress of a grid: one bar for the cells, one for the steps of the cell that trains."""
+
+    def __init__(self, total: int, bar: Progress | None, quiet: bool):
+        self.total, self.bar, self.quiet, self.at = total, bar, quiet, ""
+        if bar is not None:
+            self.grid, self.cell = bar.add_task("cells", total=total), bar.add_task("", visible=False)
+
+    def started(self, index: int, cell: Config) -> None:
+        self.at = f"{cell.task} · {cell.model.attention} · {cell.seq_len}"
+        if self.bar is not None:
+            self.bar.update(self.cell, description=escape(self.at), completed=0, total=cell.train.steps, visible=True)
+
+    def stepped(self, step: int, total: int, loss: float | None) -> None:
+        if self.bar is not None:
+            self.bar.update(self.cell, completed=step, total=total, description=f"{escape(self.at)} · loss {_number(loss)}")
+
+    def finished(self, index: int, row: dict) -> None:
+        if self.bar is not None:
+            self.bar.update(self.grid, completed=index + 1)
+        elif not self.quiet and self.at:
+            score = f"{row['metric_name']} {_number(row['metric'])}" if row.get("metric") is not None else row.get("reason", "")
+            print(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}", file=sys.stderr, flush=True)
+        self.at = ""
+
+    def line(self, text: str) -> None:
+        """What is being done now, in words."""
+        if self.bar is not None:
+            self.bar.update(self.grid, description=escape(text), advance=0)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
+    """quiet: no plain lines where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Cells(total, None, quiet)
+        return
+    with _bar(console) as bar:
+        yield Cells(total, bar, quiet)
+
+
+def _number(value) -> str:
+    return "-" if value is None else f"{value:.3f}"

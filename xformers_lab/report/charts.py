@@ -1,0 +1,407 @@
+"""Vega-Lite specifications as plain dicts. A spec holds numbers, and names only as data: nothing in it is evaluated.
+
+Ink is "currentColor", so that the page's own light and dark colours hold in the charts. Every chart has the parameter
+`focus`, the number of the series that the reader picked in the legend (null: none); some have `at`, the length shown.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from xformers_lab.report import findings, human, rows
+
+# Okabe and Ito's colours for all kinds of colour vision ("Color Universal Design", 2008); yellow and black, which
+# vanish on a light or a dark page, give way to a violet and a grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b68c9", "#808080")
+# Outlines in a square from -1 to 1, the same in the charts and in the page's legend. With 8 colours and 7 shapes no two
+# of the first 56 series look alike.
+SHAPES = (
+    "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",
+    "M-.9,-.9H.9V.9H-.9Z",
+    "M0,-1.05L1.05,.85H-1.05Z",
+    "M0,-1.2L1.1,0L0,1.2L-1.1,0Z",
+    "M0,1.05L1.05,-.85H-1.05Z",
+    "M-.4,-1H.4V-.4H1V.4H.4V1H-.4V.4H-1V-.4H-.4Z",
+    "M-1,-.45H1V.45H-1Z",
+)
+CURVE_POINTS = 12_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart and the words around it; `lengths` are offered to choose from where the chart shows one at a time."""
+
+    title: str
+    note: str
+    spec: dict
+    lengths: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What an axis shows: the name in a row, the words, the form of a number, and whether the axis is logarithmic."""
+
+    name: str
+    title: str
+    form: Callable[[object], str]
+    label: str
+    log: bool = False
+    binary: bool = False
+
+
+TOKENS = Measure("tokens_per_second", "tokens/s", human.rate, "format(datum.value, '~s')", log=True)
+SECONDS = Measure(
+    "seconds_median",
+    "time",
+    human.duration,
+    "datum.value >= 0.999 ? format(datum.value, '~r') + ' s' : datum.value >= 0.000999 ? "
+    "format(datum.value * 1e3, '~r') + ' ms' : format(datum.value * 1e6, '~r') + ' µs'",
+    log=True,
+)
+MEMORY = Measure(
+    "memory",
+    "memory",
+    human.size,
+    "datum.value >= 1073741824 ? format(datum.value / 1073741824, '~r') + ' GiB' : datum.value >= 1048576 ? "
+    "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? "
+    "format(datum.value / 1024, '~r') + ' KiB' : datum.value + ' B'",
+    log=True,
+    binary=True,
+)
+
+
+def look(names: Sequence[str]) -> list[dict]:
+    """The colour and shape of each series, in order: what the legend shows."""
+    return [
+        {"name": name, "colour": COLOURS[i % len(COLOURS)], "shape": SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]}
+        for i, name in enumerate(names)
+    ]
+
+
+def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> list[Chart]:
+    """Every chart that the rows of a group have numbers for."""
+    quality = _metric(group)
+    speed, less = (SECONDS, "less is better") if group.bench else (TOKENS, "higher is better")
+    direction = "higher is better" if group.better("metric") > 0 else "lower is better"
+    chance = human.number(group.first("chance"))
+    charts = [
+        _by_length(group, names, quality, _capital(quality.title), direction, chance),
+        _by_length(group, names, speed, "Time of a pass" if group.bench else "Training speed", less, None),
+        _by_length(group, names, MEMORY, _memory_title(group), "less is better", None),
+    ]
+    if not group.bench:
+        charts += [_trade(group, names, quality), _curves(group, names, varied)]
+    return [chart for chart in charts if chart is not None]
+
+
+def _metric(group: rows.Group) -> Measure:
+    name = human.plain(group.first("metric_name", "metric"))
+    return Measure("metric", name, human.score, "format(datum.value, '~r')")
+
+
+def _memory_title(group: rows.Group) -> str:
+    return "Peak memory" if any(row.get("peak_bytes") is not None for row in group.rows) else "Temporary memory"
+
+
+# ---- the charts -------------------------------------------------------------------------------------------------
+
+
+def _by_length(
+    group: rows.Group, names: Sequence[str], measure: Measure, title: str, note: str, chance: float | None
+) -> Chart | None:
+    """A line for each series over the sequence lengths; with a single length, a point for each series."""
+    data = _data(group, names, measure)
+    if not data:
+        return None
+    lengths = sorted({item["length"] for item in data})
+    if lengths[-1] == 0:
+        title = f"{title}, {measure.title}"
+    elif len(lengths) == 1:
+        title = f"{title} at {lengths[0]:,} tokens"
+    else:
+        title = f"{title} by length"
+    near, words = _chance(data, chance)
+    if measure.log:
+        note = f"{note}; {'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
+    spread = "; bars: 95\u00a0% interval" if any("low" in item for item in data) else ""
+    axis = _axis(measure, _ends(data, near), near)
+    build = _lines if len(lengths) > 1 else _dots
+    return Chart(title, f"{_capital(note)}{words}{spread}.", build(data, names, axis, lengths, near))
+
+
+def _lines(data: list, names: Sequence[str], y: dict, lengths: list[int], chance: float | None) -> dict:
+    x = _length_axis(lengths)
+    # The lines of two series that agree lie on each other; the shapes are drawn with a rim so that both can be seen.
+    layers = [
+        {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, **_ink(names, shape=False)}},
+        _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
+        _points({"x": x, "y": y}, names, "length"),
+    ]
+    return _chart([_rule(chance, "y"), *layers], data, 250)
+
+
+def _dots(data: list, names: Sequence[str], x: dict, lengths: list[int], chance: float | None) -> dict:
+    y = _names_axis()
+    if "tickCount" in x["axis"]:
+        x = x | {"axis": x["axis"] | {"tickCount": 4}}
+    layers = [
+        _spread(data, {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}}, names),
+        _points({"x": x, "y": y}, names),
+    ]
+    return _chart([_rule(chance, "x"), *layers], data, 26 * len(data) + 10)
+
+
+def _trade(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
+    """Metric against speed at one length, which the reader chooses."""
+    speeds = {(item["series"], item["length"]): item for item in _data(group, names, TOKENS)}
+    data = []
+    for item in _data(group, names, quality):
+        fast = speeds.get((item["series"], item["length"]))
+        if fast:
+            data.append(item | {"speed": fast["value"], "speed_text": fast["text"]})
+    if not data:
+        return None
+    lengths = sorted({item["length"] for item in data})
+    low, high = min(item["speed"] for item in data), max(item["speed"] for item in data)
+    x = _axis(TOKENS, (low, high), None, title="training tokens/s", grid=False) | {"field": "speed"}
+    chance, words = _chance(data, human.number(group.first("chance")))
+    y = _axis(quality, _ends(data, chance), chance)
+    layers = [
+        _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
+        _points({"x": x, "y": y}, names, "speed"),
+    ]
+    spec = _chart([_rule(chance, "y"), *layers], data, 250)
+    if len(lengths) > 1:
+        spec["params"].append({"name": "at", "value": lengths[-1]})
+        for layer in spec["layer"]:
+            if "data" not in layer:
+                layer["transform"] = [*layer.get("transform", []), {"filter": "datum.length === at"}]
+    note = f"The best are far right and {'high' if group.better('metric') > 0 else 'low'}"
+    title = f"{_capital(quality.title)} against speed"
+    return Chart(title, f"{note}{words}.", spec, lengths if len(lengths) > 1 else [])
+
+
+def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> Chart | None:
+    """Training loss over the steps at one length, a line for each cell."""
+    found = [(row, row["curve"]) for row in group.rows if row.get("curve")]
+    if not found:
+        return None
+    most = max(8, min(100, CURVE_POINTS // len(found)))
+    data = []
+    for row, curve in found:
+        kept = [
+            (step, loss) for step, loss in curve if human.number(loss) is not None and human.number(step) is not None
+        ]
+        kept = kept[:: max(1, math.ceil(len(kept) / most))]
+        if kept:
+            series = rows.series(row, varied)
+            at = {"series": names.index(series), "name": series, "length": rows.length(row) or 0, "cell": len(data)}
+            data.append(at | {"step": [step for step, _ in kept], "loss": [_short(loss) for _, loss in kept]})
+    if not data:
+        return None
+    lengths = sorted({item["length"] for item in data})
+    x = {
+        "field": "step",
+        "type": "quantitative",
+        "scale": {"nice": False},
+        "axis": {"title": "step", "grid": False, "tickCount": 5},
+    }
+    y = {"field": "loss", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": None, "tickCount": 5}}
+    line = {
+        "mark": {"type": "line", "strokeWidth": 1.5, "clip": True},
+        "encoding": {"x": x, "y": y, "detail": {"field": "cell"}, "tooltip": _tip("name")} | _ink(names, shape=False),
+    }
+    spec = _chart([line], data, 250)
+    chosen = [{"filter": "datum.length === at"}] if len(lengths) > 1 else []
+    spec["transform"] = [*chosen, {"flatten": ["step", "loss"]}]
+    if chosen:
+        spec["params"].append({"name": "at", "value": lengths[-1]})
+    stopped = "" if all(rows.ok(row) for row, _ in found) else "; cells that failed are drawn as far as they came"
+    return Chart("Training loss", f"Cross-entropy in nats; lower is better{stopped}.", spec, lengths if chosen else [])
+
+
+# ---- their parts ------------------------------------------------------------------------------------------------
+
+
+def _data(group: rows.Group, names: Sequence[str], measure: Measure) -> list[dict]:
+    """An object for each point that has the measure; a logarithmic axis has no place for zero."""
+    data = []
+    for point in group.points:
+        found = point.estimate(measure.name)
+        if found is None or (measure.log and found.mean <= 0):
+            continue
+        item = {"series": names.index(point.series), "name": point.series, "length": point.seq_len or 0}
+        told = findings.with_interval(found, measure.form)
+        item |= {"value": _short(found.mean), "text": f"{measure.title} {told}" if measure.name == "metric" else told}
+        if found.half is not None and found.half > 0:
+            low = max(found.low, found.mean / 10) if measure.log else found.low
+            item |= {"low": _short(low), "high": _short(found.high)}
+        data.append(item)
+    return data
+
+
+def _chart(layers: list[dict | None], data: list[dict], height: int) -> dict:
+    drawn = [layer for layer in layers if layer is not None]
+    return {
+        "data": {"values": data},
+        "params": [{"name": "focus", "value": None}],
+        "width": "container",
+        "height": height,
+        "layer": drawn,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "config": CONFIG,
+    }
+
+
+def _points(place: dict, names: Sequence[str], more: str = "") -> dict:
+    shown = ["name", "text", *(["speed_text"] if more == "speed" else []), *(["length"] if more else [])]
+    return {
+        "mark": {"type": "point", "filled": True, "size": 80, "stroke": "var(--page)", "strokeWidth": 1, "opacity": 1},
+        "encoding": place | {"tooltip": _tip(*shown)} | _ink(names, shape=True),
+    }
+
+
+def _spread(data: list[dict], place: dict, names: Sequence[str]) -> dict | None:
+    """The bar of the 95 % interval, where some point has one."""
+    if not any("low" in item for item in data):
+        return None
+    return {
+        "mark": {"type": "rule", "strokeWidth": 1.5},
+        "transform": [{"filter": "isValid(datum.low)"}],
+        "encoding": place | _ink(names, shape=False),
+    }
+
+
+def _ink(names: Sequence[str], shape: bool) -> dict:
+    """Colour, shape and focus of the series, numbered as in the legend; the page draws the legend, once for all."""
+    looks, numbers = look(names), list(range(len(names)))
+    ink: dict = {
+        "color": {
+            "field": "series",
+            "type": "nominal",
+            "legend": None,
+            "scale": {"domain": numbers, "range": [item["colour"] for item in looks]},
+        },
+        "opacity": {"condition": {"test": "focus === null || datum.series === focus", "value": 1}, "value": 0.12},
+    }
+    if shape:
+        scale = {"domain": numbers, "range": [item["shape"] for item in looks]}
+        ink["shape"] = {"field": "series", "type": "nominal", "legend": None, "scale": scale}
+    return ink
+
+
+def _tip(*fields: str) -> list[dict]:
+    """What the page shows at a point. The titles are ours: Vega-Lite writes them into an expression."""
+    return [{"field": field, "type": "nominal", "title": field} for field in fields]
+
+
+def _rule(chance: float | None, axis: str) -> dict | None:
+    if chance is None:
+        return None
+    mark = {"type": "rule", "strokeDash": [4, 4], "color": "currentColor", "opacity": 0.6, "strokeWidth": 1.2}
+    place = {axis: {"field": "value", "type": "quantitative"}}
+    return {"data": {"values": [{"value": chance, "text": human.score(chance)}]}, "mark": mark, "encoding": place}
+
+
+def _length_axis(lengths: list[int]) -> dict:
+    scale = {"type": "log", "base": 2, "nice": False, "domain": [lengths[0] / 1.12, lengths[-1] * 1.12]}
+    axis = {
+        "title": "sequence length, tokens",
+        "values": lengths,
+        "format": "d",
+        "grid": False,
+        "labelOverlap": "greedy",
+    }
+    return {"field": "length", "type": "quantitative", "scale": scale, "axis": axis}
+
+
+def _names_axis() -> dict:
+    axis = {"title": None, "labelLimit": 130, "grid": True, "ticks": False, "domain": False, "labelPadding": 8}
+    return {"field": "name", "type": "nominal", "sort": None, "axis": axis}
+
+
+def _chance(data: list[dict], chance: float | None) -> tuple[float | None, str]:
+    """The chance level to draw, and words for it; one far from all values is only told, else it would flatten them."""
+    if chance is None:
+        return None, ""
+    low, high = min(item["value"] for item in data), max(item["value"] for item in data)
+    if low >= 0 and high <= 1 and 0 <= chance <= 1:
+        return chance, f"; dashed: chance, {human.score(chance)}"
+    if max(high, chance) - min(low, chance) > 4 * max(high - low, 1e-9):
+        return None, f"; chance, {human.score(chance)}, lies {'above' if chance > high else 'below'} the picture"
+    return chance, f"; dashed: chance, {human.score(chance)}"
+
+
+def _ends(data: list[dict], chance: float | None) -> tuple[float, float]:
+    values = [item[key] for item in data for key in ("value", "low", "high") if key in item]
+    values += [] if chance is None else [chance]
+    return min(values), max(values)
+
+
+def _axis(
+    measure: Measure, ends: tuple[float, float], chance: float | None, title: str | None = None, grid: bool = True
+) -> dict:
+    """The axis of a measure: between 0 and 1 where chance and all values are (an accuracy), else around the values."""
+    low, high = ends
+    axis: dict = {"title": title, "grid": grid, "labelExpr": measure.label}
+    if measure.log:
+        low, high = low / 1.3, high * 1.3
+        scale = {"type": "log", "domain": [low, high], "nice": False}
+        axis["values"] = _ticks(low, high, measure.binary)
+        return {"field": "value", "type": "quantitative", "scale": scale, "axis": axis}
+    # Not on a logarithmic axis, whose values Vega would thin out to this count.
+    axis["tickCount"] = 5
+    if chance is not None and low >= 0 and high <= 1:
+        scale = {"domain": [0, 1]}
+    else:
+        room = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
+        scale = {"domain": [low - room, high + room], "nice": True, "zero": False}
+    return {"field": "value", "type": "quantitative", "scale": scale, "axis": axis}
+
+
+def _ticks(low: float, high: float, binary: bool) -> list[float]:
+    """At most six round numbers on a logarithmic axis: powers of two, or as many of each decade as have room."""
+    if binary:
+        marks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+        marks = [mark for mark in marks if low <= mark <= high]
+        return marks[:: max(1, math.ceil(len(marks) / 6))]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = []
+    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        marks = [mark for decade in decades for digit in digits if low <= (mark := float(f"{digit}e{decade}")) <= high]
+        if len(marks) <= 6:
+            break
+    return marks[:: max(1, math.ceil(len(marks) / 6))]
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+CONFIG = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "domainColor": "currentColor",
+        "tickColor": "currentColor",
+        "gridColor": "currentColor",
+        "gridOpacity": 0.13,
+        "domainOpacity": 0.4,
+        "tickOpacity": 0.4,
+        "labelOpacity": 0.8,
+        "titleOpacity": 0.8,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+    },
+    "axisQuantitative": {"domain": False},
+    "axisX": {"domain": True},
+}

@@ -1,0 +1,69 @@
+"""What the commands that look around print: catalogues, one choice, the kit's verdicts, one run."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# What a run's record says first; the rest of it is for programs.
+SUMMARY = (
+    "status", "reason", "metric", "metric_name", "chance", "loss", "split", "steps", "tokens_per_second", "seconds_median",
+    "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
+)  # fmt: skip
+
+
+def print_table(rows: list[dict], console: Console | None = None) -> None:
+    """Any rows with the same keys, as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
+    (console or Console()).print(table)
+
+
+def print_page(page: dict, console: Console | None = None) -> None:
+    """One choice: its docstring, options, cost and drawing."""
+    console = console or Console()
+    console.print(f"[bold]{escape(page['name'])}[/bold]  ({escape(page['shelf'])})\n")
+    for paragraph in page["about"].partition("Options:")[0].strip().split("\n\n"):
+        console.print(escape(" ".join(paragraph.split())) + "\n", highlight=False)
+    if page["options"]:
+        print_table([{"option": o["name"], "value": o["value"], "": o["help"]} for o in page["options"]], console)
+        console.print()
+    if "cost" in page:
+        cost, can = page["cost"], [word for word, yes in page["can"].items() if yes]
+        console.print(
+            f"one head, {page['length']} positions: {cost['flops']:,.0f} matmul FLOPs forward, "
+            f"largest array {cost['memory']:,.0f} numbers, decoding keeps {cost['state']:,.0f} numbers"
+        )
+        console.print(f"takes: {', '.join(can) or 'nothing but q, k, v'}")
+    if "pattern" in page:
+        console.print("\nrows are queries, columns the keys they see:")
+        for line in page["pattern"]:
+            console.print(line, no_wrap=True, overflow="crop", markup=False, highlight=False)
+
+
+def print_checks(reports: list[dict], console: Console | None = None) -> None:
+    """The kit's verdict on each mechanism, and every property that failed, with what to look for."""
+    console = console or Console()
+    for report in reports:
+        verdict = "[green]passes[/green]" if report["passed"] else "[red]fails[/red]"
+        skipped = f", {len(report['skipped'])} not applicable" if report.get("skipped") else ""
+        console.print(f"{escape(report['name'])} {verdict}{skipped}, {report['seconds']:.0f} s")
+        for failure in report["failed"]:
+            console.print(f"  [red]{escape(failure['property'])}[/red]: {escape(failure['message'])}")
+
+
+def print_record(record: dict, console: Console | None = None) -> None:
+    """The record of one run or evaluation."""
+    shown = [{"": key, "value": record[key]} for key in SUMMARY if record.get(key) is not None]
+    print_table(shown, console)
+
+
+def _word(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,150 @@
+"""Lm: predict the next byte of text."""
+
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import platform
+import sysconfig
+
+import numpy as np
+
+from xformers_lab.errors import UsageError
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _sources, _splits
+
+# Parts of the standard library that are no plain source of it: tests, applications, what this machine generated.
+_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3"}
+_COLUMNS = ("text", "content", "document", "sentence")
+
+
+class Lm(Task):
+    """Next-byte language modelling of any text (byte-level as in Al-Rfou et al., 2018, arXiv 1808.04444).
+
+    The corpus is the bytes of a file, of every file in a folder, of a column of a table (csv, json, parquet) or of a
+    data set on the hub; by default it is the source of Python's own standard library, without its tests, real text
+    that every machine has. A folder is split by file and a table by document, through a hash of the name or the text
+    (80 / 10 / 10), and files with the same content count once; a single file is cut into its first 90 %, the next 5 %
+    and the last 5 %; a table or hub data set that has splits of its own keeps them, and a missing one is taken from
+    train by document. A sequence is a window of seq_len + 1 bytes at a random place of its split; it may span the end
+    of a document.
+
+    Options:
+        path: a file or folder (none, and no hub: the standard library's source)
+        hub: a data set on the hub, such as Salesforce/wikitext
+        config: which configuration of the hub data set
+        column: the column that holds the text, in a table or hub data set
+
+    Metric: bits per byte, lower is better. Chance: 8.0, a uniform guess among 256 bytes.
+    """
+
+    metric_name = "bits_per_byte"
+    higher_is_better = False
+    vocab = outputs = 256
+    chance = 8.0
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        path: str | None = None,
+        hub: str | None = None,
+        config: str | None = None,
+        column: str | None = None,
+    ):
+        super().__init__(setting)
+        if path is not None and hub is not None:
+            raise ValueError(f"path={path} and hub={hub} are two sources: give one")
+        if config is not None and hub is None:
+            raise ValueError(f"config={config} is for a hub data set: give hub=... too, or drop it")
+        if column is not None and path is None and hub is None:
+            raise ValueError(f"column={column} is for a table: give path=... or hub=... too, or drop it")
+        self.source, self.files, self.bytes = corpus(path, hub, config, column)
+        for split, content in self.bytes.items():
+            if len(content) <= setting.seq_len:
+                raise ValueError(
+                    f"the {split} split of {self.source} has {len(content)} bytes, seq_len={setting.seq_len} needs "
+                    f"{setting.seq_len + 1} or more: give more text, join its files into one, or use a smaller seq_len"
+                )
+
+    def batch(self, split: Split, step: int) -> Batch:
+        rng, content = _splits.generator(self.setting.seed, split, step), self.bytes[split]
+        starts = rng.integers(0, len(content) - self.setting.seq_len, self.setting.batch)
+        windows = content[starts[:, None] + np.arange(self.setting.seq_len + 1)].astype(np.int32)
+        return Batch(windows[:, :-1], windows[:, 1:], np.ones((self.setting.batch, self.setting.seq_len), np.float32))
+
+    def metric(self, logits, batch: Batch):
+        return self.loss(logits, batch)
+
+    def finish(self, mean: float) -> float:
+        """Nats per byte to bits per byte."""
+        return mean / math.log(2)
+
+    def describe(self) -> dict:
+        """Source, number of files or documents, bytes of each split, and a sha256 over the splits."""
+        fingerprint = hashlib.sha256(
+            b"".join(hashlib.sha256(content.tobytes()).digest() for content in self.bytes.values())
+        )
+        sizes = {f"{split}_bytes": len(content) for split, content in self.bytes.items()}
+        return {"source": self.source, "documents": self.files, **sizes, "sha256": fingerprint.hexdigest()}
+
+
+@functools.lru_cache(maxsize=4)
+def corpus(
+    path: str | None, hub: str | None, config: str | None, column: str | None
+) -> tuple[str, int, dict[Split, np.ndarray]]:
+    """(what it is, number of documents, the bytes of each split); read once per process."""
+    if hub is not None:
+        return f"hub {hub}", *_joined(_from_columns(_sources.hub("lm", hub, config), column))
+    if path is None:
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        names = [
+            file for file in _sources.files(root, _NOT_SOURCE) if file.suffix == ".py" and "_sysconfig" not in file.name
+        ]
+        if not names:
+            raise UsageError(f"lm: this Python has no source of its standard library in {root}: give path=...")
+        return f"Python {platform.python_version()} standard library", *_joined(_from_files(root, names))
+    found = _sources.existing("lm", path)
+    if _sources.is_table(found):
+        return path, *_joined(_from_columns(_sources.tables("lm", found), column))
+    if column is not None:
+        raise UsageError(f"lm: column={column} is for a table, but path={path} is no csv, json or parquet")
+    if found.is_dir():
+        names = _sources.files(found)
+        if not names:
+            raise UsageError(f"lm: path={path} is a folder without files")
+        return path, *_joined(_from_files(found, names))
+    content = np.frombuffer(_sources.read("lm", found), np.uint8)
+    ends = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
+    return path, 1, {split: content[ends[i] : ends[i + 1]] for i, split in enumerate(SPLITS)}
+
+
+def _from_files(root: pathlib.Path, names: list[pathlib.Path]) -> dict[Split, list[bytes]]:
+    documents: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
+    seen: set[bytes] = set()
+    for file in names:
+        content = _sources.read("lm", file)
+        if content not in seen:
+            seen.add(content)
+            documents[_splits.of_bytes(os.fsencode(file.relative_to(root).as_posix()))].append(content)
+    return documents
+
+
+def _from_columns(columns: dict[Split | None, _sources.Columns], wanted: str | None) -> dict[Split, list[bytes]]:
+    found = {}
+    for split, table in columns.items():
+        name = _sources.pick("lm", "column", wanted, _COLUMNS, table)
+        found[split] = _sources.texts("lm", name, table[name], blank=True)
+    if len(found) < len(SPLITS):
+        # Rows may be lines, blank ones too; hashed, all the blank ones would pile up in one split.
+        found = {split: [text for text in documents if text] for split, documents in found.items()}
+    return _sources.resplit("lm", found, lambda text: text)
+
+
+def _joined(documents: dict[Split, list[bytes]]) -> tuple[int, dict[Split, np.ndarray]]:
+    """The documents of each split one after the other, each ending in a newline."""
+    whole = {}
+    for split in SPLITS:
+        text = b"".join(content if content.endswith(b"\n") else content + b"\n" for content in documents[split])
+        whole[split] = np.frombuffer(text, np.uint8)
+    return sum(len(documents[split]) for split in SPLITS), whole

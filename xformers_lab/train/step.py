@@ -1,0 +1,99 @@
+"""One optimizer step and one evaluation as pure functions of arrays; `jax.jit` over a mesh and `jax.pmap` both run them."""
+
+import functools
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from xformers_lab.config import Config
+from xformers_lab.tasks import Batch, Task
+from xformers_lab.train.state import TrainState, merge, split
+
+
+def stream(seed: int, step, name: str) -> jax.Array:
+    """The random key of one purpose at one step: nothing random is stored, so nothing random is lost."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(name.encode()))
+
+
+def make_train_step(
+    config: Config, task: Task, graph: nnx.GraphDef, tx: optax.GradientTransformation, axis: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """-> train_step(state, batch) -> (state, metrics).
+
+    batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
+    weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
+    divided once. Auxiliary terms are the mean of the parts', each weighted as its targets are; those named "loss/..."
+    are added to the loss. A step whose loss or gradient is not finite changes nothing but `step` and `skipped`.
+    """
+
+    def objective(params, extra, batch: Batch, key):
+        model = merge(graph, params, extra)
+        logits, aux = model(batch.inputs, real=batch.real, key=key)
+        loss, weight = task.loss(logits, batch)
+        aux = {name: value * weight for name, value in aux.items()}
+        total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
+        return total, (split(model)[2], {"loss": total, "weight": weight, **aux})
+
+    def part(params, extra, batch: Batch, key):
+        (_, (extra, sums)), grads = jax.value_and_grad(objective, has_aux=True)(params, extra, batch, key)
+        return extra, (grads, sums)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        key = stream(config.seed, state.step, "dropout")
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        extra, sums = in_parts(functools.partial(part, state.params), state.extra, batch, key, config.train.accumulate)
+        if axis is not None:
+            sums, extra = jax.lax.psum(sums, axis), agree(extra, axis)
+        grads, sums = sums
+        weight = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
+        grads, metrics = jax.tree.map(lambda total: total / weight, (grads, sums))
+        norm = optax.global_norm(grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
+        params, extra, opt = keep(
+            (optax.apply_updates(state.params, updates), extra, opt), (state.params, state.extra, state.opt)
+        )
+        state = TrainState(params, extra, opt, state.step + 1, state.skipped + ~ok)
+        return state, metrics | {"grad_norm": norm, "ok": ok}
+
+    return train_step
+
+
+def in_parts(part: Callable, extra, batch: Batch, key, count: int):
+    """Run part(extra, batch, key) -> (extra, sums) on `count` equal parts, one after the other -> extra, added sums."""
+    if count == 1:
+        return part(extra, batch, key)
+    # Sample i goes to part i % count: a batch axis that is split over devices stays so within each part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry, of_part):
+        extra, total = carry
+        extra, sums = part(extra, *of_part)
+        return (extra, jax.tree.map(jnp.add, total, sums)), None
+
+    sums = jax.eval_shape(part, extra, jax.tree.map(lambda x: x[0], parts), key)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    return jax.lax.scan(add, (extra, zeros), (parts, jax.random.split(key, count)))[0]
+
+
+def agree(extra, axis: str):
+    """One value of the non-parameter variables for all devices: the mean of floats, the largest of everything else."""
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: jax.lax.pmean(x, axis) if floating(x) else jax.lax.pmax(x, axis), extra)
+
+
+def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], dict]:
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}; nothing random, nothing changed."""
+
+    def eval_step(state: TrainState, batch: Batch) -> dict:
+        logits, _ = merge(graph, state.params, state.extra)(batch.inputs, real=batch.real)
+        sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
+        return sums if axis is None else jax.lax.psum(sums, axis)
+
+    return eval_step
