@@ -71,7 +71,12 @@ def sample(names=ATTENTIONS, seeds=(0,), lengths=(64, 128, 256)) -> list[dict]:
                     metric = 2.2 + rank / 10 if task == "lm" else 0.95 - rank / 5
                     metric += 0.001 * seed * (1 + rank)
                     speed = 1e5 * (1 + rank) * (64 / seq_len if rank == 0 else 1)
-                    found.append(cell(name, task, seq_len, seed, metric, tokens_per_second=speed))
+                    costs = {
+                        "seconds_median": 64 * seq_len / speed,
+                        "flops": 10**7 * seq_len,
+                        "temp_bytes": 2**14 * seq_len,
+                    }
+                    found.append(cell(name, task, seq_len, seed, metric, tokens_per_second=speed, **costs))
     endings = {1: ("oom", "3.1 GiB asked"), 6: ("nan", "loss not finite at step 41"), -1: ("failed", "8 x 8 is not 60")}
     for place, (status, reason) in endings.items():
         where = {key: found[place][key] for key in ("attention", "task", "seq_len", "seed")}
@@ -236,7 +241,7 @@ def test_markup_and_escapes_in_names_do_nothing():
     assert "\x1b[31mred" not in text and "\u202e" not in text
 
 
-@pytest.mark.parametrize("width", [44, 80, 120])
+@pytest.mark.parametrize("width", [44, 66, 120])
 def test_narrow_terminals_lose_columns_not_lines(width):
     text = printed(sample(), KEYS, width=width, terminal=True)
     assert max(map(len, text.splitlines())) <= width
@@ -258,8 +263,8 @@ def test_seeds_are_averaged_in_the_table():
 
 def test_bench_rows_show_time_and_growth():
     found = [bench("full", n, n * n * 1e-8, 2.0) for n in (256, 512)] + [bench("linear", 512, 1e-4, 1.0)]
-    text = printed(found, ["attention", "seq_len"])
-    assert "forward" in text and "2.6 ms" in text and "N^2.00" in text and "100 µs *" in text
+    text = printed([row | {"config": cell()["config"]} for row in found], ["attention", "seq_len"])
+    assert text.splitlines()[0] == "forward" and "2.6 ms" in text and "N^2.00" in text and "100 µs *" in text
 
 
 def test_no_rows_is_said():
@@ -348,7 +353,7 @@ def test_the_file_is_small_and_asks_for_nothing(page):
     assert len(page.encode()) < 2_000_000
     text = own(page)
     assert len(text) < len(page) - 500_000
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<iframe|<img", text, re.I)
+    assert not re.search(r"https?://|[\"'(]//|url\(|@import|<link|<iframe|<img", text, re.I)
     assert "src=" not in text and "href=" not in text
 
 
@@ -418,27 +423,70 @@ def test_few_rows_still_make_a_report(tmp_path, found, keys):
 # ---- in a browser -----------------------------------------------------------------------------------------------
 
 
-def test_a_browser_draws_the_charts_and_runs_no_name(tmp_path):
+DRIVER = """
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+(async () => {
+  while (!document.documentElement.dataset.charts) await wait(20);
+  document.querySelectorAll(".legend button")[1].click();
+  const choice = document.querySelector("select");
+  choice.value = "64";
+  choice.dispatchEvent(new Event("change"));
+  const speed = [...document.querySelectorAll("th button")].find((head) => head.textContent === "tokens/s");
+  speed.click();
+  speed.click();
+  await wait(300);
+  const point = document.querySelector(".chart .mark-symbol path");
+  const box = point.getBoundingClientRect();
+  for (const kind of ["pointerover", "pointermove"])
+    point.dispatchEvent(new PointerEvent(kind, { bubbles: true, clientX: box.x + 3, clientY: box.y + 3 }));
+  document.documentElement.setAttribute("data-driven", "yes");
+})();
+"""
+
+
+def browsed(path: pathlib.Path) -> str:
+    """The document after its scripts ran; skips without a browser, fails on anything in the browser's console."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium")
+    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic")
+    flags = ("headless", "no-sandbox", "disable-gpu", "no-first-run", *quiet, "window-size=1200,2400")
+    flags = (*flags, "virtual-time-budget=10000", "enable-logging=stderr", "dump-dom")
+    profile = f"--user-data-dir={path.with_name('profile')}"
+    command = [chromium, *(f"--{flag}" for flag in flags), profile, path.as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in seen.stderr, seen.stderr[-2000:]
+    return seen.stdout
+
+
+def test_a_browser_draws_the_charts_and_runs_no_name(tmp_path):
     path = tmp_path / "report.html"
     found = [row | {"id": PAYLOAD, "metric_name": HOSTILE[-1]} for row in sample(HOSTILE)]
     written(path, found, KEYS, title="harmless", command=PAYLOAD, notes=[PAYLOAD])
-    alone = (
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-    )
-    flags = ("headless", "no-sandbox", "disable-gpu", *alone, "window-size=1200,2400", "virtual-time-budget=10000")
-    flags = (*flags, "enable-logging=stderr", "dump-dom", f"user-data-dir={tmp_path / 'profile'}")
-    command = [chromium, *(f"--{flag}" for flag in flags), path.as_uri()]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in seen.stderr, seen.stderr[-2000:]
-    assert 'data-charts="drawn"' in seen.stdout[:2000]
-    assert seen.stdout.count("<svg") >= 10 + len(HOSTILE)
-    assert len(re.findall(r'<g class="mark-line', seen.stdout)) >= 8
-    assert "<title>harmless</title>" in seen.stdout
-    assert "<img" not in own(seen.stdout)
+    seen = browsed(path)
+    assert 'data-charts="drawn"' in seen[:2000]
+    assert seen.count("<svg") >= 10 + len(HOSTILE)
+    assert len(re.findall(r'<g class="mark-line', seen)) >= 8
+    assert "<title>harmless</title>" in seen
+    assert "<img" not in own(seen)
+
+
+def test_a_reader_can_point_focus_choose_and_sort(tmp_path, monkeypatch):
+    read = html._text
+    # Part of the page's own script, so that it runs under the same policy.
+    monkeypatch.setattr(html, "_text", lambda name: read(name) + (DRIVER if name == "page.js" else ""))
+    path = tmp_path / "report.html"
+    written(path, sample(HOSTILE), KEYS, title="harmless")
+    seen = browsed(path)
+    assert 'data-driven="yes"' in seen[:2000]
+    (tip,) = re.findall(r'<div id="tip"[^>]*>(.*?)</div></div>', seen, re.S)
+    assert "&lt;/script&gt;" in tip and "<img" not in tip and "<div>at 64 tokens" in tip
+    assert len(re.findall('<button[^>]*aria-pressed="true"', seen)) == 1
+    assert 'opacity="0.12"' in seen
+    body = seen[seen.index("<tbody>") : seen.index("</tbody>")]
+    # The speed is the first of a row's numbers that is written in thousands.
+    speeds = [re.search(r'data-sort="([\d.]+)"[^>]*>[^<]*k</td>', line) for line in body.split("</tr>")]
+    speeds = [float(found.group(1)) for found in speeds if found]
+    assert len(speeds) == 27
+    assert speeds == sorted(speeds, reverse=True)
+    assert "<title>harmless</title>" in seen

@@ -94,3 +94,13 @@ def resolved(config: configs.Config) -> list[dict]:
         {"key": key, "value": spec.show(configs.canonical(key, configs.get(config, key))), "help": field.metadata["help"]}
         for key, (_, field, _) in configs.LEAVES.items()
     ]
+
+
+def markdown() -> str:
+    """Every shelf as a Markdown table: the catalogue of README."""
+    lines = ["| shelf | choice | options | what it is |", "|---|---|---|---|"]
+    for home in spec.SHELVES:
+        for row in shelf(home):
+            options = f"`{row['options']}`" if row["options"] else ""
+            lines.append(f"| {home} | `{row['name']}` | {options} | {row['title'].replace('|', '/')} |")
+    return "\n".join(lines)

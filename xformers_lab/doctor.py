@@ -42,7 +42,7 @@ def _timer() -> dict:
 
 
 def _repeats() -> dict:
-    """The same tiny run twice, the second stopped half-way and resumed, must end in the same loss and metric, bit for bit."""
+    """The same tiny run twice must end in the same loss and metric, bit for bit."""
     from xformers_lab.config import Config, edit
     from xformers_lab.train import loop
 

@@ -1,0 +1,1 @@
+"""What things cost: FLOPs counted, memory compiled, time in interleaved rounds, and how each grows with length."""

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.attention import Attention
-from xformers_lab.config import Config
+from xformers_lab.config import Config, get, to_dict, varied
 from xformers_lab.errors import UsageError, nearest
 from xformers_lab.measure import speed
 from xformers_lab.measure.exponent import fit
@@ -40,14 +39,14 @@ MEASURED = (
     "flops",
     "parameters",
     "temp_bytes",
-    "exponent_seconds",
+    "exponent",
     "exponent_flops",
     "exponent_bytes",
 )
 
 
 def bench(
-    configs_: Sequence[Config],
+    configs: Sequence[Config],
     *,
     rounds: int = 5,
     passes: Sequence[str] = PASSES,
@@ -56,15 +55,16 @@ def bench(
 ) -> list[dict]:
     """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
 
-    tokens_per_second is B T / seconds_min. flops and temp_bytes (on accelerators also peak_bytes) are of one call,
-    parameters of the whole layer with its projections. exponent_seconds, exponent_flops and exponent_bytes are fitted
-    over the lengths of an otherwise equal config, None with fewer than two; what has no figure is None. A mechanism
-    that fails its conformance check is not timed: status "refused", with the failed properties. A cell that cannot fit
-    into memory, or fails, is a row with a reason, and the others go on; after an interrupt (Ctrl-C) the rows measured
-    so far come back, the rest with status "interrupted". progress is told in words what is being done. Raises
+    tokens_per_second is B T / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call,
+    parameters of the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are
+    fitted over the lengths of an otherwise equal config, None with fewer than two. What has no figure is None.
+
+    A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
+    cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
+    the rows measured so far come back, the rest as "interrupted". progress is told in words what is being done. Raises
     UsageError, before anything is compiled, at a config that cannot be.
     """
-    cells = _cells(configs_, passes)
+    cells = _cells(configs, passes)
     reports: dict[str, str | None] = {}
     try:
         for length in sorted({cell.config.seq_len for cell in cells}):
@@ -152,19 +152,19 @@ def subject(config: Config, direction: str) -> Subject:
     return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
 
 
-def _cells(found: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
+def _cells(configs: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
     """Every cell with its row begun; raises UsageError at what cannot be."""
     for direction in passes:
         if direction not in PASSES:
             raise UsageError(f'bench: no pass "{direction}": {nearest(direction, PASSES, "passes")}')
-    cells, varied = [], configs.varied(list(found))
-    for config in found:
+    cells, keys = [], (*varied(list(configs)), "attention", "seq_len")
+    for config in configs:
         choice = config.model.attention
         if "+" in choice:
             parts = choice.replace("+", ",")
             raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
-        swept = {key: configs.get(config, key) for key in (*varied, "attention", "seq_len")}
-        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED) | {"config": configs.to_dict(config)}
+        swept = {key: get(config, key) for key in keys}
+        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED) | {"config": to_dict(config)}
         mine = [Cell(config, direction, swept | {"pass": direction} | blank) for direction in passes]
         cells += mine
         try:
@@ -219,7 +219,7 @@ def _measure(cells: Sequence[Cell], rounds: int, progress) -> None:
             cell.fail(timing)
             continue
         tokens = cell.config.train.batch * cell.config.seq_len
-        cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_min)
+        cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_median)
 
 
 def _compile(cell: Cell):
@@ -278,12 +278,12 @@ def _exponents(cells: Sequence[Cell]) -> None:
         series.setdefault((dataclasses.replace(cell.config, seq_len=0), cell.direction), []).append(cell.row)
     for rows in series.values():
         held = "peak_bytes" if any("peak_bytes" in row for row in rows) else "temp_bytes"
-        for name, key in (("seconds", "seconds_min"), ("flops", "flops"), ("bytes", held)):
+        for name, key in (("exponent", "seconds_min"), ("exponent_flops", "flops"), ("exponent_bytes", held)):
             points = {row["seq_len"]: row[key] for row in rows if row["status"] == "ok" and row[key]}
             if len(points) > 1:
                 slope = fit(list(points), list(points.values()))
                 for row in rows:
-                    row[f"exponent_{name}"] = slope
+                    row[name] = slope
 
 
 def _tell(progress, text: str) -> None:

@@ -114,6 +114,6 @@ def _growth(group: rows.Group) -> list[str]:
         return []
     return [
         "Time grows with length N as "
-        + human.listing([f"N^{power:.2f} ({name})" for name, power in grown.items()])
+        + human.listing([f"{human.power(power)} ({name})" for name, power in grown.items()])
         + "."
     ]

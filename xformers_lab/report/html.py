@@ -24,15 +24,17 @@ HERE = pathlib.Path(__file__).parent
 # Heading, name in the row, how it is written, what it says.
 COLUMNS = (
     ("tokens/s", "tokens_per_second", human.count),
-    ("time/step", "seconds_median", human.duration),
-    ("fastest step", "seconds_min", human.duration),
+    ("time", "seconds_median", human.duration),
+    ("least time", "seconds_min", human.duration),
     ("compile", "compile_seconds", human.duration),
     ("memory", "memory", human.size),
-    ("FLOPs/step", "flops", human.count),
+    ("FLOPs", "flops", human.count),
     ("parameters", "parameters", human.count),
     ("loss", "loss", human.score),
     ("steps", "steps", human.count),
-    ("grows as N^", "exponent", lambda power: human.NONE if human.number(power) is None else f"{power:.2f}"),
+    ("time ~", "exponent", human.power),
+    ("FLOPs ~", "exponent_flops", human.power),
+    ("memory ~", "exponent_bytes", human.power),
 )
 
 
@@ -129,13 +131,15 @@ def _tally(found: Sequence[dict]) -> str:
 
 def _table(found: Sequence[dict], varied: Sequence[str]) -> dict:
     """Every row, with a column for each varied key and each measure that some row has."""
-    keys = [key for key in ("task", "pass", "seq_len") if any(rows.value(row, key) is not None for row in found)]
+    groups = rows.groups(found, varied)
+    keys = ["task"] if any(group.task is not None for group in groups) else []
+    keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in found)]
     keys += [key for key in varied if key not in keys]
     measured = [column for column in COLUMNS if any(rows.measure(row, column[1]) is not None for row in found)]
     scored = any(rows.measure(row, "metric") is not None for row in found)
     heads = [*keys, *(["metric", "chance"] if scored else []), *(column[0] for column in measured), "outcome"]
     lines = []
-    for group in rows.groups(found, varied):
+    for group in groups:
         best = _best(group)
         for row in group.rows:
             mine = (rows.series(row, varied), rows.length(row)) if rows.ok(row) else None
@@ -188,7 +192,7 @@ def _configs(found: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[di
     shared = {k: v for k, v in (leaves[0] if leaves else {}).items() if all(k in own and own[k] == v for own in leaves)}
     cells = []
     for row, own in zip(found, leaves, strict=True):
-        task, told = rows.shown(row, "task") if rows.value(row, "task") is not None else "", human.outcome(row)
+        task, told = human.plain(row.get("task") or ""), human.outcome(row)
         record = {"id": row.get("id"), "run_dir": row.get("run_dir"), "outcome": told}
         record |= {".".join(key): value for key, value in own.items() if key not in shared}
         record |= {} if own else {key: rows.value(row, key) for key in varied}
@@ -234,7 +238,7 @@ def _measures(found: Sequence[dict]) -> dict[str, str]:
         said["tokens/s"] = "Tokens of one batch over the median time of a training step; compiling is left out."
     if has("seconds_median"):
         what = "pass" if bench else "training step"
-        said["time/step"] = f"Median over the timed runs of one {what}, after compiling; “fastest step” is the least."
+        said["time"] = f"Median over the timed runs of one {what}, after compiling; the least is beside it."
     if has("compile_seconds"):
         said["compile"] = "Time from the traced program to one that runs, once for each cell."
     if any(rows.ok(row) and row.get("peak_bytes") is not None for row in found):
@@ -242,11 +246,12 @@ def _measures(found: Sequence[dict]) -> dict[str, str]:
     if any(rows.ok(row) and row.get("peak_bytes") is None and row.get("temp_bytes") is not None for row in found):
         said["memory (CPU)"] = "Temporary buffers XLA plans for the compiled program; parameters and batch not counted."
     if has("flops"):
-        said["FLOPs/step"] = (
-            "Counted from the program's jaxpr, a multiply and an add as two; not read from the hardware."
+        said["FLOPs"] = (
+            "Of one run of the same; counted from the program's jaxpr, a multiply and an add as two, "
+            "and not read from the hardware."
         )
     if has("exponent"):
-        said["grows as N^"] = "Slope of a straight line through log time against log length."
+        said["~"] = "How a cost grows with the length N: slope of a line through its logarithm (of time: the least)."
     if rows.seeds(found) > 1:
         said["± and bars"] = (
             "Student-t 95 % interval of the mean over seeds. “Not distinguishable”: the paired interval of the "

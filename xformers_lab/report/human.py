@@ -57,6 +57,12 @@ def score(value: object) -> str:
     return f"{found:.3f}" if abs(found) < 10 else _digits(found)
 
 
+def power(value: object) -> str:
+    """How a cost grows with the length N: N^1.98."""
+    found = number(value)
+    return NONE if found is None else f"N^{found:.2f}"
+
+
 def plain(text: object) -> str:
     """Text on one line without control characters, so that no name can steer a terminal or turn the reading order."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(text).split()))

@@ -132,7 +132,9 @@ def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
     split: dict[tuple, list[dict]] = {}
     for row in rows:
         bench = row.get("kind") == "bench"
-        split.setdefault((value(row, "task"), row.get("pass") if bench else None, bench), []).append(row)
+        # A bench runs no task: the one in its config decides nothing.
+        key = (row.get("task"), row.get("pass"), True) if bench else (value(row, "task"), None, False)
+        split.setdefault(key, []).append(row)
     return [
         Group(task, direction, bench, sorted(found, key=_length), _points(sorted(found, key=_length), varied))
         for (task, direction, bench), found in split.items()

@@ -47,12 +47,13 @@ class Column:
         return min(widest, 20) if self.name else widest
 
 
-def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Console) -> None:
+def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Console | None = None) -> None:
     """Print the rows as one table for each task (for a bench: each pass), in rising length.
 
     What is the same on all lines of a table is printed once, above it. A terminal that is too narrow loses the least
     important columns, and is told which. A file or a pipe gets plain text with every column, and no line is cut.
     """
+    console = console or Console()
     if not found:
         _say(console, "There are no rows to show.")
     for number, group in enumerate(rows.groups(found, varied_keys)):
@@ -107,13 +108,15 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
         columns.append(Column("seeds", seeds, 2))
     measures = [
         Column(human.plain(group.first("metric_name", "metric")), _measured(lines, "metric", human.score)),
-        Column("tok/s", _measured(lines, "tokens_per_second", human.count)),
-        Column("time/step", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
+        Column("tok/s", _measured(lines, "tokens_per_second", human.count), 3 if group.bench else 0),
+        Column("time", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
         Column("memory", _measured(lines, "memory", human.size), 1),
-        Column("FLOPs/step", _measured(lines, "flops", human.count), 4),
+        Column("FLOPs", _measured(lines, "flops", human.count), 4),
         Column("parameters", _measured(lines, "parameters", human.count), 5),
         Column("compile", _measured(lines, "compile_seconds", human.duration), 6),
-        Column("grows as", _measured(lines, "exponent", lambda power: f"N^{power:.2f}"), 2),
+        Column("time ~", _measured(lines, "exponent", human.power), 2),
+        Column("FLOPs ~", _measured(lines, "exponent_flops", human.power), 2),
+        Column("memory ~", _measured(lines, "exponent_bytes", human.power), 2),
     ]
     measures = [column for column in measures if any(text.strip() not in ("", human.NONE) for text in column.texts)]
     if not measures:

@@ -1,7 +1,7 @@
 """Batches, prepared by one background thread one step ahead of the device."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from xformers_lab.tasks import Batch, Split, Task
 T = TypeVar("T")
 
 
-def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Generator[T]:
     """make(step) for each step in order, the next one under way while the last one is used."""
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         coming = None

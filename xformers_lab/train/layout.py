@@ -40,8 +40,9 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     def place_state(self, state: TrainState) -> TrainState:
-        """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it."""
-        return jax.device_put(state, self.whole, may_alias=False)
+        """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the host,
+        for between devices `may_alias=False` does not keep a replica from aliasing the original."""
+        return jax.device_put(jax.device_get(state), self.whole, may_alias=False)
 
     def shape_batch(self, batch: Batch) -> Batch:
         """(B, ...) as the step takes it: the same, or (devices, B / devices, ...) for pmap."""
@@ -66,8 +67,8 @@ def layout_of(config: Config) -> Layout:
         step = len(devices) * train.accumulate
         nearest = max(round(train.batch / step), 1) * step
         raise UsageError(
-            f"batch={train.batch} cannot be shared out over {len(devices)} devices{parts}: it must be divisible by {step} "
-            f"(the nearest is batch={nearest})"
+            f"batch={train.batch} cannot be shared out over {len(devices)} devices{parts}: "
+            f"it must be divisible by {step}, such as batch={nearest}"
         )
     return Layout(train.layout, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)))
 
@@ -86,7 +87,13 @@ class Compiled:
 
 
 def compile_train_step(
-    config: Config, task: Task, graph: nnx.GraphDef, tx: optax.GradientTransformation, layout: Layout, state, batch: Batch
+    config: Config,
+    task: Task,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    state,
+    batch: Batch,
 ) -> Compiled:
     """state and batch (of the host) may be arrays or ShapeDtypeStructs; state is donated at every call."""
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -106,9 +113,14 @@ def compile_train_step(
     compiled = step.lower(state, given).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not tell a program's memory"
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        compiled, seconds, memory.temp_size_in_bytes, memory.temp_size_in_bytes + arguments, _flops(counted, state, batch)
+        compiled,
+        seconds,
+        memory.temp_size_in_bytes,
+        memory.temp_size_in_bytes + arguments,
+        _flops(counted, state, batch),
     )
 
 
@@ -116,9 +128,7 @@ def compile_eval_step(task: Task, graph: nnx.GraphDef, layout: Layout) -> Callab
     """Compiled at its first call."""
     if layout.kind == "pmap":
         return jax.pmap(make_eval_step(task, graph, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    return jax.jit(
-        make_eval_step(task, graph), in_shardings=(layout.whole, layout.shared), out_shardings=layout.whole
-    )
+    return jax.jit(make_eval_step(task, graph), in_shardings=(layout.whole, layout.shared), out_shardings=layout.whole)
 
 
 def _flops(step: Callable, state: TrainState, batch: Batch) -> int | None:

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation as pure functions of arrays; `jax.jit` over a mesh and `jax.pmap` both run them."""
+"""One optimizer step and one evaluation: pure functions of arrays that `jax.jit` over a mesh and `jax.pmap` run."""
 
 import functools
 import zlib
@@ -52,7 +52,7 @@ def make_train_step(
         grads, sums = sums
         weight = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
         grads, metrics = jax.tree.map(lambda total: total / weight, (grads, sums))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
@@ -89,7 +89,7 @@ def agree(extra, axis: str):
 
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], dict]:
-    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}; nothing random, nothing changed."""
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, without randomness or change."""
 
     def eval_step(state: TrainState, batch: Batch) -> dict:
         logits, _ = merge(graph, state.params, state.extra)(batch.inputs, real=batch.real)

@@ -1,8 +1,14 @@
 """One engine for every position-based pattern: softmax attention that touches only live blocks.
 
-A row is one block of queries against its live key blocks: two 2-D matrix products and a softmax over the whole row.
-The backward recomputes the row from the saved log-sum-exp and accumulates dK and dV transposed, (H, S), because
-XLA:CPU runs p.T @ do three times slower than do.T @ p. Patterns whose parts need different orders of positions
+A row is one block of queries against its live key blocks: two matrix products and a softmax over the whole row. The
+backward recomputes the row from the saved log-sum-exp. Rows are run in one of two ways:
+
+* looped over, one at a time (on accelerators, many): 2-D products, which XLA:CPU runs best where a row is wide. dK and
+  dV are accumulated transposed, (H, S), because p.T @ do runs three times slower there than do.T @ p.
+* batched, where each row's keys are a block further than the last one's (bands, runs, residues): rows are narrow, and a
+  loop over them would cost more than it computes; their keys are shifted views of one slab, so nothing is gathered.
+
+Patterns whose parts need different orders of positions
 (a band and a residue, say) are run part by part and merged exactly by their log-sum-exps.
 """
 
@@ -19,7 +25,8 @@ from xformers_lab.attention._engine.pattern import Pattern
 MASKED = -1e30
 # The running maximum never falls below this, so a row that sees no key gets weights exp(MASKED - EMPTY) = 0.
 EMPTY = MASKED / 2
-# Scores computed at once on an accelerator, where rows are batched; on CPU rows are looped over, one at a time.
+# Scores computed at once, where rows are batched: what the caches of a CPU hold, or what fills an accelerator.
+CPU_SCORES = 1 << 20
 ACCELERATOR_SCORES = 1 << 24
 
 
@@ -70,16 +77,7 @@ def _forward(q, k, v, real, bias, pattern, blocks):
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
-
-            def row(index, group=group, view=view):
-                s, cols = view.scores(group, index)
-                m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
-                p = jnp.exp(s - m)
-                l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-                o = jnp.dot(p.astype(v.dtype), view.values(cols), preferred_element_type=jnp.float32)
-                return o / l, (m + jnp.log(l))[:, 0]
-
-            o, l = lax.map(row, np.arange(len(group.rows)), batch_size=_at_once(group, blocks))
+            o, l = _batched_rows(view, group) if group.diagonal else _looped_rows(view, group)
             if len(group.rows) == len(out):
                 out, stat = o, l
             else:
@@ -107,39 +105,91 @@ def _backward(pattern, blocks, residuals, grad):
     for part in layout(pattern, T, S, *blocks):
         view = _View(part, scaled, k, v, real, bias, T, S, blocks)
         grads, deltas, lses = (view.block_queries(x) for x in (grad, delta, lse))
-        width = len(part.keys)
-        carry = (jnp.zeros((k.shape[1], width), jnp.float32), jnp.zeros((v.shape[1], width), jnp.float32), dbias)
+        totals = _Totals(view, dbias)
         dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
         for group in part.groups:
-
-            def row(index, group=group, view=view, grads=grads, deltas=deltas, lses=lses):
-                i = view.row(group, index)
-                s, cols = view.scores(group, index)
-                qi, g, keys, values = view.q[i], grads[i], view.keys(cols), view.values(cols)
-                p = jnp.exp(s - lses[i][:, None])
-                dp = jnp.dot(g, values.T, preferred_element_type=jnp.float32)
-                ds = p * (dp - deltas[i][:, None])
-                dbias = view.pull_bias(i, cols, ds)
-                p, ds = p.astype(v.dtype), ds.astype(k.dtype)
-                dkT = jnp.dot(qi.T, ds, preferred_element_type=jnp.float32)
-                dvT = jnp.dot(g.T, p, preferred_element_type=jnp.float32)
-                return jnp.dot(ds, keys, preferred_element_type=jnp.float32), dkT, dvT, dbias, cols
-
-            carry, dq_rows = _accumulate(row, carry, group, blocks)
+            backward = _batched_rows_backward if group.diagonal else _looped_rows_backward
+            dq_rows, totals = backward(view, group, (grads, deltas, lses), totals)
             dq_part = dq_rows if len(group.rows) == len(dq_part) else dq_part.at[group.rows].set(dq_rows)
-        dkT, dvT, dbias = carry
         dq += view.unblock_queries(dq_part)
-        dk += view.unblock_keys(dkT.T)
-        dv += view.unblock_keys(dvT.T)
+        dk += view.unblock_keys(totals.keys())
+        dv += view.unblock_keys(totals.values())
+        dbias = totals.bias
     return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _accumulate(row, carry, group: Group, blocks):
-    """Run the rows of a group; their dK^T, dV^T and bias gradients are added into the carry. -> carry, dq (R, block, H)"""
-    at_once = _at_once(group, blocks)
+class _Totals:
+    """Gradients of one part's keys, values and bias while its groups add to them.
+
+    Looped rows add to (H, S) arrays, batched ones to (blocks, block, H) arrays; each exists once something adds to it.
+    """
+
+    def __init__(self, view: "_View", bias):
+        self.view, self.bias = view, bias
+        self.transposed = self.blocked = None
+
+    def start_transposed(self):
+        width = self.view.k.shape[0]
+        if self.transposed is None:
+            shapes = ((self.view.k.shape[1], width), (self.view.v.shape[1], width))
+            self.transposed = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return self.transposed
+
+    def start_blocked(self):
+        if self.blocked is None:
+            self.blocked = tuple(
+                jnp.zeros((x.shape[0] // self.view.block_k, self.view.block_k, x.shape[1]), jnp.float32)
+                for x in (self.view.k, self.view.v)
+            )
+        return self.blocked
+
+    def _sum(self, which: int):
+        found = 0.0 if self.transposed is None else self.transposed[which].T
+        return found if self.blocked is None else found + self.blocked[which].reshape(-1, self.blocked[which].shape[-1])
+
+    def keys(self):
+        return self._sum(0)
+
+    def values(self):
+        return self._sum(1)
+
+
+# ---- rows in a loop ----------------------------------------------------------------------------------------------
+
+
+def _looped_rows(view: "_View", group: Group):
+    """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
+
+    def row(index):
+        s, cols = view.scores(group, index)
+        m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
+        p = jnp.exp(s - m)
+        l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+        o = jnp.dot(p.astype(view.v.dtype), view.values(cols), preferred_element_type=jnp.float32)
+        return o / l, (m + jnp.log(l))[:, 0]
+
+    return lax.map(row, np.arange(len(group.rows)), batch_size=_at_once(group, view))
+
+
+def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
+    """dq (R, block, H) of a group, and the totals with what it adds to them."""
+    grads, deltas, lses = incoming
+
+    def row(index):
+        i = view.row(group, index)
+        s, cols = view.scores(group, index)
+        qi, g, keys, values = view.q[i], grads[i], view.keys(cols), view.values(cols)
+        p = jnp.exp(s - lses[i][:, None])
+        dp = jnp.dot(g, values.T, preferred_element_type=jnp.float32)
+        ds = p * (dp - deltas[i][:, None])
+        dbias = view.pull_bias(view.positions(i, cols), ds)
+        p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
+        dkT = jnp.dot(qi.T, ds, preferred_element_type=jnp.float32)
+        dvT = jnp.dot(g.T, p, preferred_element_type=jnp.float32)
+        return jnp.dot(ds, keys, preferred_element_type=jnp.float32), dkT, dvT, dbias, cols
 
     def add(into, x, cols):
         if isinstance(cols, tuple):  # a run: one window of columns
@@ -148,7 +198,7 @@ def _accumulate(row, carry, group: Group, blocks):
                 return into + x
             window = lax.dynamic_slice_in_dim(into, start, size, 1) + x
             return lax.dynamic_update_slice_in_dim(into, window, start, 1)
-        H, block = into.shape[0], blocks[1]
+        H, block = into.shape[0], view.block_k
         return into.reshape(H, -1, block).at[:, cols].add(x.reshape(H, -1, block)).reshape(into.shape)
 
     def one(carry, index):
@@ -156,23 +206,31 @@ def _accumulate(row, carry, group: Group, blocks):
         dq, dkT, dvT, dbias, cols = row(index)
         return (add(dk, dkT, cols), add(dv, dvT, cols), jax.tree.map(jnp.add, db, dbias)), dq
 
-    if at_once == 1:
-        return lax.scan(one, carry, np.arange(len(group.rows)))
-
     def many(carry, rows):
         dk, dv, db = carry
         dq, dkT, dvT, dbias = jax.vmap(lambda index: row(index)[:4])(rows)
         columns = jnp.asarray(group.columns)[rows]
-        scatter = lambda into, x: _scatter(into, x, columns, blocks[1])
+        scatter = lambda into, x: _scatter(into, x, columns, view.block_k)
         return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
 
-    whole = len(group.rows) // at_once * at_once
-    carry, dq = lax.scan(many, carry, np.arange(whole).reshape(-1, at_once))
-    dq = dq.reshape(-1, *dq.shape[2:])
-    if whole < len(group.rows):
-        carry, rest = many(carry, np.arange(whole, len(group.rows)))
-        dq = jnp.concatenate([dq, rest])
-    return carry, dq
+    carry, at_once = (*totals.start_transposed(), totals.bias), _at_once(group, view)
+    if at_once == 1:
+        carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
+    else:
+        carry, dq = _scan_chunks(many, carry, len(group.rows), at_once)
+    *totals.transposed, totals.bias = carry
+    return dq, totals
+
+
+def _scan_chunks(step, carry, rows: int, at_once: int):
+    """scan over chunks of rows, the last one shorter; step gives (carry, one output per row)."""
+    whole = rows // at_once * at_once
+    carry, out = lax.scan(step, carry, np.arange(whole).reshape(-1, at_once))
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+    if whole < rows:
+        carry, rest = step(carry, np.arange(whole, rows))
+        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
+    return carry, out
 
 
 def _scatter(into, x, columns, block):
@@ -182,10 +240,74 @@ def _scatter(into, x, columns, block):
     return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
 
 
-def _at_once(group: Group, blocks) -> int:
+def _at_once(group: Group, view: "_View") -> int:
     if jax.default_backend() == "cpu":
         return 1
-    return int(np.clip(ACCELERATOR_SCORES // (group.columns.shape[1] * blocks[0] * blocks[1]), 1, len(group.rows)))
+    return _rows_of(ACCELERATOR_SCORES, group, view)
+
+
+def _rows_of(scores: int, group: Group, view: "_View") -> int:
+    return int(np.clip(scores // (group.columns.shape[1] * view.block_q * view.block_k), 1, len(group.rows)))
+
+
+# ---- rows in a batch: row r of the group sees the blocks first + r, first + r + 1, ... -----------------------------
+
+
+def _batched_rows(view: "_View", group: Group):
+    """The rows of a diagonal group: outputs (R, block, H) and log-sum-exps (R, block)."""
+
+    def chunk(carry, rows):
+        s, _, values = view.slab_scores(group, rows)
+        m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
+        p = jnp.exp(s - m)
+        l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+        o = jnp.einsum("rqk,rkh->rqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return carry, (o / l, (m + jnp.log(l))[..., 0])
+
+    return _scan_chunks(chunk, None, len(group.rows), _batch_size(group, view))[1]
+
+
+def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
+    """dq (R, block, H) of a diagonal group, and the totals with what it adds to them."""
+    exact = dict(preferred_element_type=jnp.float32)
+    M = group.columns.shape[1]
+
+    def chunk(carry, rows):
+        dk, dv, db = carry
+        s, keys, values = view.slab_scores(group, rows)
+        at = group.rows[0] + rows[0]
+        q, g, delta, lse = (lax.dynamic_slice_in_dim(x, at, len(rows)) for x in (view.q, *incoming))
+        p = jnp.exp(s - lse[..., None])
+        ds = p * (jnp.einsum("rqh,rkh->rqk", g, values, **exact) - delta[..., None])
+        db = jax.tree.map(jnp.add, db, view.pull_bias(view.slab_positions(group, rows), ds))
+        p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
+        first = group.columns[0, 0] + rows[0]
+        dk = _add_slab(dk, jnp.einsum("rqk,rqh->rkh", ds, q, **exact), first, M)
+        dv = _add_slab(dv, jnp.einsum("rqk,rqh->rkh", p, g, **exact), first, M)
+        return (dk, dv, db), jnp.einsum("rqk,rkh->rqh", ds, keys, **exact)
+
+    carry = (*totals.start_blocked(), totals.bias)
+    (*totals.blocked, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), _batch_size(group, view))
+    return dq, totals
+
+
+def _batch_size(group: Group, view: "_View") -> int:
+    return _rows_of(CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES, group, view)
+
+
+def _slab(blocks, first, R: int, M: int):
+    """(R, M * block, ...): row r holds blocks first + r to first + r + M - 1 of (N, block, ...)."""
+    slab = lax.dynamic_slice_in_dim(blocks, first, R + M - 1)
+    return jnp.concatenate([slab[j : j + R] for j in range(M)], 1)
+
+
+def _add_slab(into, x, first, M: int):
+    """The transpose of `_slab`: add (R, M * block, H) where its rows came from."""
+    R, block = x.shape[0], into.shape[1]
+    slab = lax.dynamic_slice_in_dim(into, first, R + M - 1)
+    for j in range(M):
+        slab = slab.at[j : j + R].add(x[:, j * block : (j + 1) * block])
+    return lax.dynamic_update_slice_in_dim(into, slab, first, 0)
 
 
 class _View:
@@ -275,9 +397,37 @@ class _View:
             s = jnp.where(self._at(self.real, cols)[None], s, MASKED)
         return s, cols
 
-    def pull_bias(self, i, cols, ds):
-        """The gradient of the bias's leaves from the gradient of a row's scores."""
+    def slab_positions(self, group: Group, rows):
+        """Natural positions of the queries (R, block, 1) and keys (R, 1, M * block) of neighbouring rows of a group."""
+        R, M = len(rows), group.columns.shape[1]
+        at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
+        if self.query_at is None:
+            q = self.shift + (at + jnp.arange(R))[:, None] * self.block_q + jnp.arange(self.block_q)
+            k = (first + jnp.arange(R))[:, None] * self.block_k + jnp.arange(M * self.block_k)
+        else:
+            q = lax.dynamic_slice_in_dim(self.query_at, at, R)
+            k = _slab(self.key_at.reshape(-1, self.block_k), first, R, M)
+        return q[:, :, None], k[:, None]
+
+    def slab_scores(self, group: Group, rows):
+        """Masked scores (R, block, M * block) of neighbouring rows of a group, and their keys and values."""
+        R, M = len(rows), group.columns.shape[1]
+        at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
+        blocks = lambda x: x.reshape(-1, self.block_k, *x.shape[1:])
+        keys, values = (_slab(blocks(x), first, R, M) for x in (self.k, self.v))
+        q = lax.dynamic_slice_in_dim(self.q, at, R)
+        s = jnp.einsum("rqh,rkh->rqk", q, keys, preferred_element_type=jnp.float32)
+        positions = self.slab_positions(group, rows)
+        if self.bias is not None:
+            s = s + self.bias(*positions)
+        if not group.whole:
+            s = jnp.where(self.part.pattern(*positions), s, MASKED)
+        if self.real is not None:
+            s = jnp.where(_slab(blocks(self.real), first, R, M)[:, None], s, MASKED)
+        return s, keys, values
+
+    def pull_bias(self, positions, ds):
+        """The gradient of the bias's leaves from the gradient of scores at these positions."""
         if self.bias is None:
             return None
-        at = self.positions(i, cols)
-        return jax.vjp(lambda bias: bias(*at) + jnp.zeros_like(ds), self.bias)[1](ds)[0]
+        return jax.vjp(lambda bias: bias(*positions) + jnp.zeros_like(ds), self.bias)[1](ds)[0]

@@ -28,6 +28,12 @@ class Group:
     run: bool
     whole: bool
 
+    @property
+    def diagonal(self) -> bool:
+        """Several neighbouring rows, each one's run a block further than the last one's: a band, or blocks of their own."""
+        ahead = self.run and len(self.rows) > 1
+        return ahead and bool((np.diff(self.rows) == 1).all() and (np.diff(self.columns[:, 0]) == 1).all())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:

@@ -1,0 +1,135 @@
+"""The commands as scripts use them: what they print as JSON, and the whole job end to end on a tiny grid."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from xformers_lab import spec
+from xformers_lab.cli import main
+
+TINY = ["task=copy", "dim=16", "batch=4", "steps=3", "eval_batches=1", "heads=2"]
+
+
+def run(capsys, *arguments, code=0):
+    """Run a command with --json; -> what it printed."""
+    assert main([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_needs_no_jax():
+    program = "import sys; from xformers_lab.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "compare" in done.stdout
+
+
+@pytest.mark.parametrize("shelf", [*spec.SHELVES, "tasks"])
+def test_list(capsys, shelf):
+    rows = run(capsys, "list", shelf)
+    assert [row["name"] for row in rows] == spec.names(shelf)
+    assert all(row["title"] for row in rows)
+
+
+def test_list_says_what_signatures_say(capsys):
+    rows = {row["name"]: row for row in run(capsys, "list", "attention")}
+    assert rows["full"]["causal"] and rows["full"]["bias"]
+    assert rows["linear"]["causal"] and not rows["linear"]["bias"]
+    assert rows["local"]["options"] == "window=128"
+
+
+def test_show_draws_the_pattern_that_runs(capsys):
+    page = run(capsys, "show", "local:window=2", "seq_len=6")
+    assert page["pattern"] == ["█·····", "██····", "███···", "·███··", "··███·", "···███"]
+    assert page["options"][0]["value"] == "2"
+    assert run(capsys, "show", "axial:axis=row", "seq_len=9", "model=encoder")["pattern"][4] == "···███···"
+
+
+def test_show_resolves_a_config(capsys):
+    found = run(capsys, "show", "attention=local+full", "lr=1e-2")
+    assert found["attention"] == "local:window=128+full" and found["lr"] == "0.01"
+
+
+def test_bench_rows(capsys):
+    rows = run(capsys, "bench", "attention=full,linear", "seq_len=16,32", "dim=16", "batch=1", "--rounds", "2", "--no-check")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["status"] == "ok" and row["attention"] in ("full", "linear") and row["seq_len"] in (16, 32)
+        assert 0 < row["seconds_min"] <= row["seconds_median"]
+        assert row["tokens_per_second"] > 0 and row["flops"] > 0 and row["compile_seconds"] > 0
+        assert "temp_bytes" in row or "peak_bytes" in row
+
+
+def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
+    """Two cells, one impossible and kept as refused; run again only what is missing; the report holds every cell."""
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "attention=full,linear,axial:shape=4x4", "seq_len=16"]
+    rows = run(capsys, "compare", *words)
+    assert [row["attention"] for row in rows] == ["full", "linear", "axial:shape=4x4"]
+    for row in rows:
+        assert row["status"] == "ok" and row["metric_name"] == "accuracy" and 0 <= row["metric"] <= 1
+        assert row["parameters"] > 0 and row["flops"] > 0 and row["tokens_per_second"] > 0 and row["compile_seconds"] > 0
+        assert pathlib.Path(row["run_dir"], "result.json").is_file()
+    assert pathlib.Path("runs/report.html").read_text().count("axial:shape=4x4") >= 1
+
+    kept = {row["run_dir"]: pathlib.Path(row["run_dir"], "result.json").stat().st_mtime_ns for row in rows}
+    missing = rows[1]["run_dir"]
+    pathlib.Path(missing, "result.json").unlink()
+    again = run(capsys, "compare", *words, "--skip-impossible")
+    assert [row["metric"] for row in again] == [row["metric"] for row in rows]
+    for folder, stamp in kept.items():
+        assert (pathlib.Path(folder, "result.json").stat().st_mtime_ns == stamp) == (folder != missing)
+
+    found = run(capsys, "report", "--out", "again.html")
+    assert found["rows"] == 3 and pathlib.Path("again.html").is_file()
+
+
+def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path):
+    words = [*TINY, f"runs={tmp_path}", "attention=full,axial:shape=3x3", "seq_len=16"]
+    assert main(["compare", *words]) == 2
+    assert "--skip-impossible" in capsys.readouterr().err
+    rows = run(capsys, "compare", *words, "--skip-impossible", code=5)
+    assert [row["status"] for row in rows] == ["ok", "refused"]
+    assert "does not fit a length of 16" in rows[1]["reason"]
+
+
+DYING = '''
+import os
+from xformers_lab.attention.full import Full
+
+
+class Dying(Full):
+    """Full attention that takes its process down while it is traced for training."""
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None):
+        if os.environ.get("XLAB_TEST_WORKER") == "1" and "worker" in " ".join(__import__("sys").argv):
+            os.{way}
+        return super().attend(q, k, v, real=real, causal=causal, bias=bias)
+'''
+
+
+@pytest.mark.parametrize("way, status", [("kill(os.getpid(), 9)", "oom"), ("_exit(7)", "failed")])
+def test_a_cell_that_takes_its_process_down_is_a_row_and_the_next_one_runs(capsys, tmp_path, monkeypatch, way, status):
+    monkeypatch.setenv("XLAB_TEST_WORKER", "1")
+    path = tmp_path / "dying.py"
+    path.write_text(DYING.format(way=way))
+    rows = run(capsys, "compare", *TINY, f"runs={tmp_path}/runs", f"attention={path},full", "seq_len=16", code=5)
+    assert [row["status"] for row in rows] == [status, "ok"]
+    assert rows[0]["reason"]
+
+
+def test_train_resume_eval(capsys, tmp_path):
+    words = [*TINY, f"runs={tmp_path}", "seq_len=16", "attention=local:window=4"]
+    record = run(capsys, "train", *words)
+    assert record["status"] == "ok" and pathlib.Path(record["run_dir"]).is_dir()
+    assert run(capsys, "train", *words)["metric"] == record["metric"]  # finished: its stored record
+    scored = run(capsys, "eval", "last", "--runs", tmp_path)
+    assert scored["metric"] == pytest.approx(record["metric"])
+
+
+def test_doctor(capsys):
+    findings = run(capsys, "doctor")
+    assert all(finding["ok"] for finding in findings)
+    assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}

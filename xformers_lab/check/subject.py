@@ -1,0 +1,268 @@
+"""A mechanism under test: built for small sizes, given inputs, run with its gradients, each run compiled once and kept.
+
+Properties look at one interface, whether the mechanism is per head or overrides `mix` or `__call__`: a `Case` is run to
+an output and its gradients, and what is attended to is held by the arrays named in `sources`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import linecache
+import traceback
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.attention import Attention, _heads
+from xformers_lab.size import Size
+
+# A prime, so that no window, chunk, block or grid divides it; T below S and above it; a length with many divisors.
+LENGTH, SHORT, EVEN = 67, 11, 64
+# Several blocks of the engines at their default sizes, and long enough for the loop over heads.
+LONG = 523
+HEADS, KEY_HEADS, HEAD = 4, 2, 8
+
+
+class Broken(Exception):
+    """A property does not hold; the message is for the author of the mechanism."""
+
+
+class NotApplicable(Exception):
+    """A property that says nothing about this mechanism; the message says why."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """A score bias that tells every pair of positions apart; its leaves hold one number per head."""
+
+    slope: jax.Array
+    height: jax.Array
+
+    def __call__(self, q_at, k_at):
+        return self.slope * (q_at - k_at) / 16 + self.height * jnp.sin(0.9 * q_at + 0.4 * k_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of call: T queries at the end of S keys, with padding and a bias or without."""
+
+    T: int
+    S: int
+    causal: bool
+    padded: bool = True
+    biased: bool = False
+    batch: int = 4
+
+    def __str__(self) -> str:
+        words = ["causal" if self.causal else "not causal", f"T={self.T}", f"S={self.S}"]
+        return ", ".join([*words, *["padded"] * self.padded, *["biased"] * self.biased])
+
+
+class Result:
+    """Output and gradients of one run, as float32 numpy arrays; grads has "inputs" and "own"."""
+
+    def __init__(self, out, grads):
+        self.dtype = out.dtype
+        self.out, self.grads = jax.tree.map(lambda x: np.asarray(x, np.float32), (out, grads))
+
+
+class Subject:
+    """A mechanism at the kit's sizes. `make(size, small)` builds it, with its options shrunk where `small`."""
+
+    def __init__(self, name: str, make: Callable[[Size, bool], Attention], *, length: int = LENGTH, small: bool = True):
+        self.name, self.make, self.length, self.small = name, make, length, small
+        self.mechanism = self.built(length)
+        kind = type(self.mechanism)
+        self.whole = kind.__call__ is not Attention.__call__
+        self.own_mix = kind.mix is not Attention.mix
+        self.per_head = not self.whole and (not self.own_mix or kind.attend is not Attention.attend)
+        self.sources = ("x",) if self.whole else ("k", "v")
+        self.graph, self.own, self.rest = nnx.split(self.mechanism, nnx.Param, ...)
+        self.traced = 0
+        self._runs: dict = {}
+        self._results: dict = {}
+
+    @functools.cached_property
+    def modes(self) -> list[bool]:
+        """The values of `causal` that the mechanism can do, causal first; what it refuses is in `refusals`."""
+        found = {causal: self.refusal(Case(self.length, self.length, causal)) for causal in (True, False)}
+        self.refusals = {causal: reason for causal, reason in found.items() if reason}
+        if len(self.refusals) == 2:
+            raise Broken(f"it refuses to run, causal or not: {self.refusals[True]}")
+        return [causal for causal, reason in found.items() if not reason]
+
+    @functools.cached_property
+    def takes_bias(self) -> bool:
+        return not self.whole and self.refusal(Case(self.length, self.length, self.modes[0], biased=True)) is None
+
+    @functools.cached_property
+    def as_given(self) -> "Subject":
+        """The same with its options as they were asked for, at a length of several blocks."""
+        return Subject(self.name, self.make, length=LONG, small=False)
+
+    def built(self, length: int, **sizes) -> Attention:
+        size = Size(length, **{"dim": HEADS * HEAD, "heads": HEADS, "kv_heads": KEY_HEADS} | sizes)
+        return self.make(size, self.small)
+
+    def causal_only(self) -> None:
+        if True not in self.modes:
+            raise NotApplicable(self.refusals[True])
+
+    # ---- inputs --------------------------------------------------------------------------------------------------
+
+    def inputs(self, case: Case, seed: int = 0) -> dict:
+        """Arrays to differentiate: q (B, T, N, H), k and v (B, S, K, H), the bias, and x (B, S, D) where it is taken."""
+        size, B = self.mechanism.size, case.batch
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(7), seed), 6))
+        draw = lambda *shape: jax.random.normal(next(keys), (B, *shape))
+        # Keys first: cases that differ in T alone attend to the same.
+        found = {"k": draw(case.S, size.key_heads, size.head), "v": draw(case.S, size.key_heads, size.head)}
+        x = draw(case.S, size.dim)
+        q = draw(max(case.S, case.T), size.heads, size.head)[:, -case.T :]
+        if self.whole:
+            found = {"x": x} if case.T == case.S else {"q": draw(case.T, size.dim), "x": x}
+        else:
+            found["q"] = q
+            if self.own_mix or "x" in self.mechanism.takes():
+                found["x"] = x
+        if case.biased:
+            heads = jnp.arange(1.0, size.heads + 1)
+            found["bias"] = Wave(heads / size.heads, 1 - heads / 8)
+        return found
+
+    @staticmethod
+    def real(case: Case):
+        """(B, S) bool by sample: nothing padded, a padded end, random holes (the first key is one), all padding."""
+        if not case.padded:
+            return None
+        holes = np.random.default_rng(3).random(case.S) < 0.6
+        holes[0], holes[-1] = False, True
+        rows = [np.ones(case.S, bool), np.arange(case.S) < -(-2 * case.S // 3), holes, np.zeros(case.S, bool)]
+        return jnp.asarray(np.stack(rows)[: case.batch])
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    def forward(self, own, inputs: dict, real, key, *, causal: bool, method: str):
+        """The output alone; raises ValueError where the mechanism refuses."""
+        layer = nnx.merge(self.graph, own, self.rest)
+        rest = {"real": real, "causal": causal, "key": key}
+        if self.whole:
+            with_method = {"method": method} if method != "attend" else {}
+            if "q" in inputs:
+                return layer(inputs["q"], inputs["x"], **rest, **with_method)[0]
+            return layer(inputs["x"], **rest, **with_method)[0]
+        rest |= {"x": inputs.get("x"), "bias": inputs.get("bias")}
+        if method != "attend":
+            rest["method"] = method
+        return layer.mix(inputs["q"], inputs["k"], inputs["v"], **rest)[0]
+
+    def refusal(self, case: Case) -> str | None:
+        """Why the mechanism refuses a kind of call, None where it does not: a ValueError that it raises itself."""
+        forward = functools.partial(self.forward, causal=case.causal, method="attend")
+        try:
+            jax.eval_shape(forward, self.own, self.inputs(case), self.real(case), jax.random.key(0))
+        except ValueError as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            if linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise"):
+                return str(error)
+        except Exception:  # a mistake, not a refusal: the property that makes this call will show it
+            return None
+        return None
+
+    def apply(self, case: Case, inputs: dict, *, real=None, cotangent=None, method: str = "attend", loop: bool = False):
+        """-> Result of `inputs` with the case's padding; cotangent (of the output's shape) defaults to a random one."""
+        real = self.real(case) if real is None else real
+        run = self._run(case.causal, method, loop)
+        if cotangent is None:
+            cotangent = self.cotangent(case, inputs)
+        mapped = heads_in_a_loop() if loop else contextlib.nullcontext()
+        with jax.default_matmul_precision("highest"), mapped:
+            return Result(*run(self.own, inputs, real, jax.random.key(1), cotangent))
+
+    def cotangent(self, case: Case, inputs: dict, rows=slice(None)):
+        """A random gradient of the output, zero but in some rows (positions of queries)."""
+        like = inputs.get("q", inputs.get("x"))
+        assert like is not None
+        whole = np.random.default_rng(5).standard_normal(like.shape)
+        kept = np.zeros(like.shape)
+        kept[:, rows] = whole[:, rows]
+        return jnp.asarray(kept, like.dtype)
+
+    def result(self, case: Case, method: str = "attend", *, loop: bool = False) -> Result:
+        """The case on its own inputs, kept."""
+        if (case, method, loop) not in self._results:
+            self._results[case, method, loop] = self.apply(case, self.inputs(case), method=method, loop=loop)
+        return self._results[case, method, loop]
+
+    def _run(self, causal: bool, method: str, loop: bool):
+        if (causal, method, loop) not in self._runs:
+
+            def run(own, inputs, real, key, cotangent):
+                self.traced += 1
+                forward = lambda own, inputs: self.forward(own, inputs, real, key, causal=causal, method=method)
+                out, pull = jax.vjp(forward, own, inputs)
+                return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
+
+            self._runs[causal, method, loop] = jax.jit(run)
+        return self._runs[causal, method, loop]
+
+    # ---- cases ---------------------------------------------------------------------------------------------------
+
+    def square(self, causal: bool) -> Case:
+        return Case(self.length, self.length, causal, biased=self.takes_bias)
+
+    def cases(self) -> list[Case]:
+        """What fast and reference are compared on: T = S, a length with many divisors without padding, T < S, T > S."""
+        first, last = self.modes[0], self.modes[-1]
+        found = [self.square(causal) for causal in self.modes]
+        found.append(Case(EVEN, EVEN, first, padded=False))
+        tall = [Case(SHORT, LENGTH, first, biased=self.takes_bias), Case(LENGTH, SHORT, last, biased=self.takes_bias)]
+        return found + [case for case in tall if self.refusal(case) is None]
+
+
+@contextlib.contextmanager
+def heads_in_a_loop():
+    """Makes the lab map heads by a loop, whatever their length."""
+    kept, _heads.LOOP_FROM = _heads.LOOP_FROM, 0
+    try:
+        yield
+    finally:
+        _heads.LOOP_FROM = kept
+
+
+def compare(fast, slow, tolerance: float, where: str, advice: str) -> None:
+    """Raises Broken where two arrays (B, T, ...) differ by more than tolerance times the second's largest entry."""
+    if fast.shape != slow.shape:
+        raise Broken(f"{where}: shape {fast.shape} instead of {slow.shape}")
+    if not fast.size:
+        return
+    if not np.isfinite(fast).all():
+        raise Broken(f"{where}: {_place(~np.isfinite(fast))} is not finite. {advice}")
+    gap, scale = np.abs(fast - slow), max(float(np.abs(slow).max()), 0.1)
+    if gap.max() > tolerance * scale:
+        worst = np.unravel_index(gap.argmax(), gap.shape)
+        raise Broken(
+            f"{where}: {float(fast[worst]):.6g} instead of {float(slow[worst]):.6g} at {_index(worst)}, "
+            f"{float((gap > tolerance * scale).mean()):.0%} of entries differ. {advice}"
+        )
+
+
+def compare_trees(fast: Mapping, slow: Mapping, tolerance: float, where: str, advice: str) -> None:
+    """`compare` on every leaf, named in the message."""
+    slow_leaves = dict(jax.tree_util.tree_leaves_with_path(slow))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(fast):
+        name = " ".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path if str(key) != ".value")
+        compare(leaf, slow_leaves[path], tolerance, f"{where}, gradient of {name}", advice)
+
+
+def _place(flags: np.ndarray) -> str:
+    return _index(np.unravel_index(flags.argmax(), flags.shape))
+
+
+def _index(at) -> str:
+    names = ("sample", "position", "head", "channel") if len(at) == 4 else ("sample", "position", "channel")
+    return ", ".join(f"{name} {index}" for name, index in zip(names, at, strict=False)) if len(at) > 1 else f"index {at}"

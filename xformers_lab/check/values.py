@@ -1,0 +1,261 @@
+"""Properties of what a mechanism computes: the signature it declares, its values, its gradients, its number types."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.attention import GIVEN, Attention
+from xformers_lab.check.subject import (
+    KEY_HEADS,
+    LONG,
+    SHORT,
+    Broken,
+    Case,
+    NotApplicable,
+    Subject,
+    compare,
+    compare_trees,
+)
+
+# Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
+VALUE, GRADIENT = 2e-5, 5e-5
+# bfloat16 keeps 8 bits; a softmax and two products lose about two of them.
+HALF = 0.03
+PAPER = re.compile(r"arXiv:? ?[\w./-]*\d{4}|\b(19|20)\d\d\b")
+
+
+def signature(subject: Subject) -> None:
+    """The docstring names a source, and attend and reference declare the same arguments, all of which the lab can give."""
+    kind = type(subject.mechanism)
+    title = (kind.__doc__ or "").strip().split("\n\n")[0]
+    if not PAPER.search(title):
+        raise Broken(f'the first lines of {kind.__name__}\'s docstring name no paper: write "Title (Authors, year, arXiv id)"')
+    if not subject.per_head:
+        return
+    own = subject.mechanism.per_head()
+    for name, leaf in ((name, leaf) for name, tree in own.items() for leaf in jax.tree.leaves(tree)):
+        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != subject.mechanism.size.heads:
+            heads = subject.mechanism.size.heads
+            raise Broken(f'per_head()["{name}"] has shape {jnp.shape(leaf)}: its first axis must be the {heads} heads')
+    for method in ("attend", "reference"):
+        function = getattr(kind, method)
+        if function is getattr(Attention, method):
+            raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, real, ...)")
+        names = [name for name in inspect.signature(function).parameters if name != "self"]
+        if names[:3] != ["q", "k", "v"]:
+            raise Broken(f"{method} takes ({', '.join(names[:3])}, ...); its first arguments are q, k, v")
+        for name in names[3:]:
+            if name not in GIVEN and name not in own:
+                known = ", ".join([*GIVEN, *own])
+                raise Broken(f'{method} takes "{name}", which nobody gives: the lab gives {known}; per_head() can name more')
+        if "real" not in names:
+            raise Broken(f"{method} takes no `real`, so it cannot keep padding out")
+    fast, slow = (kind.takes(method) for method in ("attend", "reference"))
+    if fast != slow:
+        raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
+    if "carry" in fast:
+        subject.mechanism.init_carry(4, 4)
+
+
+def _has_reference(subject: Subject) -> None:
+    kind = type(subject.mechanism)
+    if subject.whole and "method" not in inspect.signature(kind.__call__).parameters:
+        raise NotApplicable('it overrides __call__ without `method="attend"`, so there is no reference to compare with')
+    if subject.own_mix and "method" not in inspect.signature(kind.mix).parameters:
+        raise Broken('its mix takes no `method="attend"`: with method="reference" it gives the same by definition')
+
+
+def equals_reference(subject: Subject) -> None:
+    """attend computes what reference defines, in value, on every kind of call."""
+    _has_reference(subject)
+    for case in subject.cases():
+        fast, slow = subject.result(case), subject.result(case, "reference")
+        compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(subject, case))
+
+
+def same_gradients(subject: Subject) -> None:
+    """The gradients of attend are those of reference: of q, k, v, the bias, x, and the mechanism's own parameters."""
+    _has_reference(subject)
+    advice = "The values agree or fail on their own: look at custom gradients, stop_gradient and checkpoint."
+    for case in subject.cases():
+        fast, slow = subject.result(case), subject.result(case, "reference")
+        compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice)
+        compare_trees(_plain(fast.grads["own"]), _plain(slow.grads["own"]), GRADIENT, str(case), advice)
+
+
+def several_blocks(subject: Subject) -> None:
+    """The same with the options as they were asked for, at a length of several blocks."""
+    _has_reference(subject)
+    given = subject.as_given
+    case = Case(LONG, LONG, given.modes[0], batch=2)
+    fast, slow = given.result(case), given.result(case, "reference")
+    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(given, case))
+    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "Look at where two blocks meet.")
+
+
+def end_aligned(subject: Subject) -> None:
+    """The last t queries alone, against all keys, give the last t rows of the full pass: query t stands at S - T + t."""
+    for causal in subject.modes:
+        case = subject.square(causal)
+        tail = Case(SHORT, case.S, causal, biased=case.biased)
+        if reason := subject.refusal(tail):
+            raise NotApplicable(reason)
+        inputs = subject.inputs(case)
+        inputs["q"] = inputs["x" if subject.whole else "q"][:, -SHORT:]
+        expected = subject.result(case).out[:, -SHORT:]
+        advice = "With fewer queries than keys, query t stands at position S - T + t, for causality, windows and bias alike."
+        compare(subject.apply(tail, inputs).out, expected, VALUE, f"the last {SHORT} queries alone ({tail})", advice)
+
+
+def grouped_query(subject: Subject) -> None:
+    """K key/value heads shared by N query heads give what N repeated key/value heads give."""
+    if subject.whole:
+        raise NotApplicable("it overrides __call__ and makes its own heads")
+    case = subject.square(subject.modes[0])
+    inputs = subject.inputs(case)
+    times = subject.mechanism.size.heads // KEY_HEADS
+    inputs |= {name: jnp.repeat(inputs[name], times, 2) for name in ("k", "v")}
+    advice = "Query head n uses key/value head n // (N / K)."
+    expected = subject.apply(case, inputs).out
+    compare(subject.result(case).out, expected, VALUE, f"{KEY_HEADS} key/value heads against repeated ones ({case})", advice)
+
+
+def heads_apart(subject: Subject) -> None:
+    """Heads mapped by a loop and in a batch give the same."""
+    if subject.whole or subject.own_mix:
+        raise NotApplicable("it maps its heads itself")
+    case = subject.square(subject.modes[0])
+    together, apart = subject.result(case), subject.result(case, loop=True)
+    advice = "attend must be a pure function of one head: no global state, no look at other heads or samples."
+    compare(apart.out, together.out, VALUE, f"heads in a loop against heads in a batch ({case})", advice)
+    compare_trees(apart.grads["inputs"], together.grads["inputs"], GRADIENT, str(case), advice)
+
+
+def jit_equals_eager(subject: Subject) -> None:
+    """Compiled and op by op, the output is the same."""
+    case = Case(SHORT, SHORT, subject.modes[0])
+    if reason := subject.refusal(case):
+        raise NotApplicable(reason)
+    inputs, real, key = subject.inputs(case), subject.real(case), jax.random.key(1)
+    with jax.default_matmul_precision("highest"):
+        eager = subject.forward(subject.own, inputs, real, key, causal=case.causal, method="attend")
+    advice = "Something depends on being traced: numpy on values, Python state, an `if` on an array."
+    compare(subject.apply(case, inputs).out, np.asarray(eager), VALUE, f"jit against eager ({case})", advice)
+
+
+def no_retrace(subject: Subject) -> None:
+    """A second step with other values compiles nothing: nothing in the mechanism changes but its variables."""
+    case = subject.square(subject.modes[0])
+    layer, traced = subject.built(subject.length), []
+
+    @jax.jit
+    def step(layer, inputs, real, key):
+        traced.append(None)
+        graph, own, rest = nnx.split(layer, nnx.Param, ...)
+        kept = subject.graph, subject.rest
+        subject.graph, subject.rest = graph, rest
+        try:
+            return subject.forward(own, inputs, real, key, causal=case.causal, method="attend")
+        finally:
+            subject.graph, subject.rest = kept
+
+    for seed in range(3):
+        jax.eval_shape(step, layer, subject.inputs(case, seed), subject.real(case), jax.random.key(seed))
+    if len(traced) > 1:
+        raise Broken(f"{len(traced)} traces in 3 steps with other values: the mechanism changes its own attributes when called")
+
+
+def bfloat16(subject: Subject) -> None:
+    """In bfloat16 the output is bfloat16, near the float32 one, and finite with its gradients, even for large scores."""
+    case = Case(subject.length, subject.length, subject.modes[0])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), subject.inputs(case))
+    found = subject.apply(case, half)
+    if found.dtype != jnp.bfloat16:
+        raise Broken(f"bfloat16 inputs give {found.dtype}: end with .astype(v.dtype), or a model in bfloat16 is not one")
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    advice = "Keep scores, sums and normalisers in float32 (preferred_element_type=jnp.float32)."
+    compare(found.out, subject.apply(case, wide).out, HALF, f"bfloat16 against float32 ({case})", advice)
+    large = {name: x * 30 if name in ("q", "k", "x") else x for name, x in half.items()}
+    result = subject.apply(case, large)
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"the output": result.out, "gradients": result.grads}):
+        if not np.isfinite(leaf).all():
+            name = jax.tree_util.keystr(path, simple=True, separator=" ")
+            raise Broken(f"q and k times 30 in bfloat16 ({case}): {name} is not finite. Subtract the row's maximum before exp.")
+
+
+def carried(subject: Subject) -> None:
+    """Through three scanned layers that pass their carry on, attend gives what reference gives."""
+    mechanism = subject.mechanism
+    if not subject.per_head or "carry" not in mechanism.takes():
+        raise NotApplicable("it carries nothing from layer to layer")
+    case = Case(subject.length, subject.length, subject.modes[0])
+    inputs, real = subject.inputs(case), subject.real(case)
+    turned = jnp.stack([jnp.roll(inputs["k"], layer, -1) for layer in range(3)])
+
+    def run(method):
+        def layer(state, k):
+            q, carry = state
+            out, carry = mechanism.mix(
+                q, k, inputs["v"], real=real, causal=case.causal, carry=carry, x=inputs.get("x"), key=jax.random.key(0), method=method
+            )
+            return (q + out, carry), out
+
+        first = mechanism.initial_carry(case.batch, case.T, case.S)
+        (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), turned)
+        return out, carry
+
+    (fast, carry), (slow, expected) = jax.jit(run, static_argnums=0)("attend"), jax.jit(run, static_argnums=0)("reference")
+    advice = "init_carry must be what the first layer may take, and attend must return the carry that reference returns."
+    for layer in range(3):
+        compare(np.asarray(fast[layer]), np.asarray(slow[layer]), 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice)
+    for one, other in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
+        compare(np.asarray(one), np.asarray(other), 10 * VALUE, f"the carry after 3 layers ({case})", advice)
+
+
+def many_shapes(subject: Subject) -> None:
+    """Values and gradients over many more lengths, models built for each of them; part of `--deep` alone."""
+    _has_reference(subject)
+    for length in (1, 2, 3, 5, 8, 16, 17, 31, 36, 65, 128, 129):
+        one = Subject(subject.name, subject.make, length=length)
+        for T in sorted({1, -(-length // 3), length, length + 3}):
+            for causal in one.modes:
+                case = Case(T, length, causal, biased=one.takes_bias)
+                if one.refusal(case):
+                    continue
+                fast, slow = one.result(case), one.result(case, "reference")
+                compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(one, case))
+                compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "")
+
+
+def _likely(subject: Subject, case: Case) -> str:
+    """The usual mistake behind a difference on this kind of call, found by trying easier ones."""
+    easier = Case(case.T, case.S, case.causal, padded=False, batch=1)
+    try:
+        compare(subject.result(easier).out, subject.result(easier, "reference").out, VALUE, "", "")
+    except Broken:
+        return f"It differs without padding and bias too: look at the mask, the scale, and lengths that no block divides ({case.S})."
+    return "It agrees without padding and bias: look at `real` and `bias`."
+
+
+def _plain(own) -> dict:
+    return nnx.to_pure_dict(own) if isinstance(own, nnx.State) else own
+
+
+PROPERTIES = [
+    signature,
+    equals_reference,
+    same_gradients,
+    several_blocks,
+    end_aligned,
+    grouped_query,
+    heads_apart,
+    jit_equals_eager,
+    no_retrace,
+    bfloat16,
+    carried,
+]
+DEEP = [many_shapes]

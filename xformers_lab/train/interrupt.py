@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM as a flag that training polls, so that it stops where nothing is lost."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from xformers_lab.errors import LabError
+
+
+class Interrupted(LabError):
+    """The run was asked to stop, and saved itself first; the message says how to go on."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def listening(stop: Callable[[], bool] | None = None) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells which signal asked to stop, 0 for none; `stop` may ask too, and counts as Ctrl-C.
+
+    A second signal ends the process at once. Outside the main thread only `stop` is heard.
+    """
+    heard: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield lambda: heard[0] if heard else int(signal.SIGINT) if stop is not None and stop() else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

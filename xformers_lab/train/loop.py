@@ -1,0 +1,349 @@
+"""Train one config from its first step, or from its newest checkpoint, to its record.
+
+The record that `run` returns and leaves in result.json is the row that a report prints.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from xformers_lab import config as configs
+from xformers_lab.config import Config
+from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.model import build_task
+from xformers_lab.tasks import Split, Task
+from xformers_lab.train import checkpoint, feed, optimizer, records
+from xformers_lab.train.interrupt import Interrupted, listening
+from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of
+from xformers_lab.train.state import TrainState, abstract, init, structure
+
+__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "resume", "run"]
+
+PATIENCE = 10  # non-finite steps in a row that end a run
+WARM = 2  # steps of a process that are not timed
+POINTS = 100  # of the curve in a record
+
+Progress = Callable[[int, int, dict], None]
+"""Called as progress(step, total, metrics) after each step; metrics holds floats, `loss` among them."""
+
+
+class Diverged(RunFailed):
+    """The loss or a gradient stayed non-finite; `status` is what the run's row says."""
+
+    status = "nan"
+
+
+class OutOfMemory(RunFailed):
+    """The device had no room for a step."""
+
+    status = "oom"
+
+
+class _Stopped(Exception):
+    """Asked to stop in the middle of an evaluation."""
+
+
+def run(
+    config: Config, *, resume: bool = False, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+) -> dict:
+    """Train `config` in its folder; a finished run gives its stored record at once.
+
+    Raises UsageError where the folder holds an unfinished run with checkpoints and `resume` is False, or where another
+    process runs it; RunFailed where it diverges (the record says so too) or memory or disk run out; Interrupted, after
+    saving, on Ctrl-C, SIGTERM, or when `stop()` is true; IntegrityError where no checkpoint verifies.
+    """
+    return _run(config, configs.folder(config), resume, progress, stop)
+
+
+def resume(
+    run_dir: pathlib.Path | str, *, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+) -> dict:
+    """Continue the run in a folder from its newest good checkpoint, bit for bit on CPU; raises as `run` does."""
+    run_dir = pathlib.Path(run_dir)
+    return _run(_stored_config(run_dir), run_dir, True, progress, stop)
+
+
+def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int | None = None) -> dict:
+    """Score the newest good checkpoint of a run on `batches` batches of a split (default: the run's eval_batches)."""
+    run_dir = pathlib.Path(run_dir)
+    job = _prepare(_stored_config(run_dir), run_dir)
+    if not checkpoint.steps(run_dir):
+        raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
+    state, step = checkpoint.restore(run_dir, job.target(), job.about)
+    count = job.config.train.eval_batches if batches is None else batches
+    loss, metric = _score(job, state, split, count, lambda: 0)
+    found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric}
+    return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a config stands for: everything that does not change while it trains."""
+
+    config: Config
+    run_dir: pathlib.Path
+    task: Task
+    graph: nnx.GraphDef
+    tx: optax.GradientTransformation
+    layout: Layout
+    score: Callable
+    about: dict
+
+    def target(self) -> TrainState:
+        return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
+
+    def place(self, split: Split) -> Callable:
+        return lambda step: self.layout.place_batch(feed.checked(self.task, split, step))
+
+
+def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
+    layout, task = layout_of(config), build_task(config)
+    graph = structure(config, task)
+    data = hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+    about = {"config": configs.identity(config), "data": data}
+    return _Job(
+        config,
+        run_dir,
+        task,
+        graph,
+        optimizer.build(config.train),
+        layout,
+        compile_eval_step(task, graph, layout),
+        about,
+    )
+
+
+def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop) -> dict:
+    if (record := _finished(run_dir)) is not None:
+        return record
+    with records.locked(run_dir), listening(stop) as asked:
+        if (record := _finished(run_dir)) is not None:
+            return record
+        saved = checkpoint.steps(run_dir)
+        if saved and not resume:
+            raise UsageError(
+                f"{run_dir} holds this run, saved at step {saved[-1]} of {config.train.steps}: "
+                f"go on with xlab resume {run_dir}"
+            )
+        try:
+            job = _prepare(config, run_dir)
+            if saved:
+                state, step = checkpoint.restore(run_dir, job.target(), job.about)
+            else:
+                state, step = job.layout.place_state(init(config, job.task, job.tx)), 0
+            records.write_json(run_dir / "config.json", configs.to_dict(config))
+            records.write_json(run_dir / "env.json", records.environment())
+            return _train(job, state, step, asked, progress or (lambda step, total, metrics: None))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], progress: Progress) -> dict:
+    """From the state after step `start` to the last one, then the record."""
+    train, step = job.config.train, start
+    log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
+    peak = _device_peak()
+    compiled = compile_train_step(
+        job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0)
+    )
+    due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
+
+    def stopped() -> Interrupted:
+        checkpoint.save(job.run_dir, step, state, job.about)
+        how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
+        return Interrupted(f"interrupted: {how}", asked())
+
+    def validate(line: dict) -> dict:
+        loss, metric = _score(job, state, "validation", train.eval_batches, asked)
+        return line | {"validation_loss": loss, "validation_metric": metric}
+
+    try:
+        # The last process was stopped while it validated.
+        if log.lines and due(train.eval_every, start) and "validation_loss" not in log.lines[-1]:
+            log.replace_last(validate(log.lines[-1]))
+        batches = feed.ahead(job.place("train"), range(start, train.steps))
+        pending = None  # the last step and its metrics, which the device may still be computing
+        with contextlib.closing(batches):
+            for step, batch in enumerate(batches, start + 1):
+                log.dispatched(idle=pending is None)
+                state, metrics = compiled.step(state, batch)
+                if pending is not None:
+                    log.write(log.line(*pending))
+                pending = step, metrics
+                evaluating, saving = due(train.eval_every, step), due(train.save_every, step)
+                if not (evaluating or saving or asked()):
+                    continue
+                line, pending = log.line(*pending), None
+                try:
+                    line = validate(line) if evaluating else line
+                finally:
+                    log.write(line)
+                if saving and not asked():
+                    checkpoint.save(job.run_dir, step, state, job.about)
+                if asked():
+                    raise stopped()
+        loss, metric = _score(job, state, "test", train.eval_batches, asked)
+    except _Stopped:
+        raise stopped() from None
+    except Diverged as error:
+        _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
+        raise
+    if not (math.isfinite(loss) and math.isfinite(metric)):
+        error = Diverged(f"the loss on the test split is non-finite after step {step}; try a smaller lr")
+        _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
+        raise error
+    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric)
+
+
+def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int]) -> tuple[float, float]:
+    """The mean loss in nats and the metric over the first `count` batches of a split; raises _Stopped."""
+    totals = np.zeros((2, 2))
+    pending = None
+    with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
+        for batch in batches:
+            sums = job.score(state, batch)
+            if pending is not None:
+                totals += _read_sums(pending)
+            pending = sums
+            if asked():
+                raise _Stopped
+    totals += _read_sums(pending)
+    (loss, asked_for), (metric, weight) = totals
+    mean = lambda total, weight: float(total / weight) if weight else math.nan
+    return mean(loss, asked_for), float(job.task.finish(mean(metric, weight)))
+
+
+def _read_sums(sums) -> np.ndarray:
+    sums = jax.device_get(sums)
+    return np.array([sums["loss"], sums["metric"]], float)
+
+
+class _Log:
+    """The lines of metrics.jsonl, as they are in the file."""
+
+    def __init__(self, run_dir: pathlib.Path, lines: list[dict], total: int, progress: Progress):
+        self.run_dir, self.lines, self.total, self.progress = run_dir, lines, total, progress
+        self.began = self.read = 0
+        self.since = 0.0
+
+    def dispatched(self, *, idle: bool) -> None:
+        """A step is about to be handed to the device, which is `idle` or still busy with the one before."""
+        if idle:
+            self.since = time.perf_counter()
+
+    def line(self, step: int, metrics: dict) -> dict:
+        """Waits for a step to complete. Its seconds count from the completion of the step before."""
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        self.read += 1
+        seconds = now - self.since if self.read > WARM else None
+        self.since = now
+        ok = bool(metrics.pop("ok"))
+        return {"step": step, **{name: float(value) for name, value in metrics.items()}, "seconds": seconds} | (
+            {} if ok else {"skipped": True}
+        )
+
+    def write(self, line: dict) -> None:
+        """Raises Diverged at the last of PATIENCE skipped steps in a row."""
+        line = records.finite(line)
+        self.lines.append(line)
+        records.append(self.run_dir, line)
+        self.progress(line["step"], self.total, line)
+        if all(recent.get("skipped") for recent in self.lines[-PATIENCE:]) and len(self.lines) >= PATIENCE:
+            first = self.lines[-PATIENCE]["step"]
+            raise Diverged(
+                f"loss or gradient became non-finite at step {first} and stayed so for {PATIENCE} steps; "
+                "the parameters before it are kept; try a smaller lr, clip=1, or dtype=float32"
+            )
+
+    def replace_last(self, line: dict) -> None:
+        records.cut(self.run_dir, self.lines.pop()["step"] - 1)
+        self.write(line)
+
+
+def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: int | None, **outcome) -> dict:
+    """Write result.json -> the record."""
+    config = job.config
+    seconds = [line["seconds"] for line in log.lines if line.get("seconds")]
+    median = statistics.median(seconds) if seconds else None
+    validated = [line for line in log.lines if "validation_loss" in line]
+    record = {
+        "id": configs.identity(config),
+        "run_dir": str(job.run_dir),
+        "kind": "compare",
+        "loss": None,
+        "metric": None,
+        **outcome,
+        **_declared(job.task),
+        "tokens_per_second": config.train.batch * config.seq_len / median if median else None,
+        "seconds_min": min(seconds, default=None),
+        "seconds_median": median,
+        "compile_seconds": compiled.compile_seconds,
+        "flops": compiled.flops,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "temp_bytes": compiled.temp_bytes,
+        **_peak(compiled, peak),
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        "curve": _curve(log.lines),
+        "validation": [[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
+        "data": job.task.describe(),
+        "devices": job.layout.mesh.size,
+        "config": configs.to_dict(config),
+    }
+    records.write_json(job.run_dir / "result.json", record)
+    return records.finite(record)
+
+
+def _declared(task: Task) -> dict:
+    return {"metric_name": task.metric_name, "higher_is_better": task.higher_is_better, "chance": task.chance}
+
+
+def _curve(lines: list[dict]) -> list[list]:
+    """[step, mean training loss since the last point], at most POINTS of them; skipped steps have no loss."""
+    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    width = max(1, math.ceil(len(losses) / POINTS))
+    groups = [losses[start : start + width] for start in range(0, len(losses), width)]
+    return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]
+
+
+def _device_peak() -> int | None:
+    """The most bytes this process ever held on the first device; None on CPU, which does not count."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _peak(compiled: Compiled, before: int | None) -> dict:
+    """The device's own peak, where it is this run's; a process that held more before only has the compiled figure."""
+    after = _device_peak()
+    if before is None or after is None:
+        return {}
+    return {"peak_bytes": after if after > before else compiled.peak_bytes}
+
+
+def _finished(run_dir: pathlib.Path) -> dict | None:
+    """The record of a run that came to its end; raises Diverged where that end was a non-finite loss."""
+    record = records.read_json(run_dir / "result.json") or {}
+    if record.get("status") == Diverged.status:
+        raise Diverged(f"{record.get('reason')} (as stored in {run_dir / 'result.json'})")
+    return record if record.get("status") == "ok" else None
+
+
+def _stored_config(run_dir: pathlib.Path) -> Config:
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{run_dir}: no run there (a run's folder holds config.json)")
+    axes = configs.load(str(path))[0]
+    return configs.edit(Config(), **{key: configs.one(values, key, str(path)) for key, values in axes.items()})
