@@ -133,6 +133,8 @@ def test_the_split_of_an_expression_does_not_depend_on_seq_len(length):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_guessing_scores_chance(name, choice):
+    if name != "lm" and name not in GUESSES:
+        pytest.skip(f"no guesser for {name} here")
     task = build(choice(name), batch=64)
     rng = np.random.default_rng(0)
     scores = []
@@ -148,6 +150,8 @@ def test_guessing_scores_chance(name, choice):
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "lm"])
 @pytest.mark.parametrize("length", [32, 47])
 def test_an_oracle_that_reads_the_inputs_scores_one(name, length, choice):
+    if name not in ORACLES:
+        pytest.skip(f"no oracle for {name} here")
     task = build(choice(name), length)
     for split in SPLITS:
         batch = task.batch(split, 1)

@@ -19,8 +19,8 @@ from xformers_lab.train import feed, optimizer
 from xformers_lab.train.layout import AXIS, Layout, compile_eval_step, compile_train_step, layout_of
 from xformers_lab.train.state import init, structure
 
-config = edit(Config(), task=sys.argv[1], attention=sys.argv[2], seq_len=16, dim=16, heads=2, batch=16, optimizer="sgd",
-              lr=1.0, schedule="constant", warmup=0, weight_decay=0, clip=0)
+tiny = edit(Config(), task=sys.argv[1], attention=sys.argv[2], seq_len=16, dim=16, layers=1, batch=16)
+config = edit(tiny, optimizer="sgd", lr=1.0, schedule="constant", warmup=0, weight_decay=0, clip=0)
 task, tx = build_task(config), optimizer.build(config.train)
 graph, start = structure(config, task), init(config, task, tx)
 
@@ -35,16 +35,23 @@ def trained(config, layout):
     grads = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start.params, state.params)
     return losses, grads, jax.tree.map(float, score), compiled.flops, jax.tree.map(np.asarray, state.extra)
 
+def far(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.subtract(x, y)).max()) for x, y in pairs)
+
 alone = Layout("jit", Mesh(np.array(jax.devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,)))
 losses, grads, score, flops, extra = trained(config, alone)
 found = {"devices": len(jax.devices()), "gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))}
-for layout in ("jit", "pmap"):
-    for accumulate in (1, 2):
-        changed = edit(config, layout=layout, accumulate=accumulate)
-        others = trained(changed, layout_of(changed))
-        far = lambda a, b: max([float(np.abs(np.subtract(x, y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)], default=0)
-        found[f"{layout} {accumulate}"] = {"loss": far(losses, others[0]), "gradient": far(grads, others[1]),
-            "score": far(score, others[2]), "flops": others[3] / flops, "calls": [int(x.max()) for x in jax.tree.leaves(others[4])]}
+for layout, accumulate in (("jit", 1), ("jit", 2), ("pmap", 2)):
+    changed = edit(config, layout=layout, accumulate=accumulate)
+    others = trained(changed, layout_of(changed))
+    found[f"{layout} {accumulate}"] = {
+        "loss": far(losses, others[0]),
+        "gradient": far(grads, others[1]),
+        "score": far(score, others[2]),
+        "flops": others[3] / flops,
+        "calls": [int(x.max()) for x in jax.tree.leaves(others[4])],
+    }
 print(json.dumps(found))
 """
 
@@ -78,7 +85,7 @@ def test_eight_devices_equal_one(tmp_path, monkeypatch):
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found.pop("devices") == 8
     assert found.pop("gradient") > 0.1  # else everything would be near
-    assert len(found) == 4
+    assert len(found) == 3
     for name, far in found.items():
         assert far["gradient"] < 1e-6 and far["loss"] < 1e-6, (name, far)
         assert far["score"] < 1e-4, (name, far)  # sums over 256 tokens

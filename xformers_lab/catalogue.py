@@ -20,11 +20,15 @@ def shelf(name: str) -> list[dict]:
 def _row(shelf: str, name: str) -> dict:
     found = spec.entry(shelf, name)
     options = spec.options(found)
-    row: dict = {"name": name, "options": ":".join(f"{key}={spec.show(option.default)}" for key, option in options.items())}
+    row: dict = {"name": name, "options": ":".join(f"{key}={_short(option.default)}" for key, option in options.items())}
     if hasattr(found, "takes"):
         takes = found.takes()
         row |= {"causal": "causal" in takes, "bias": "bias" in takes, "random": "key" in takes}
     return row | {"title": title(found)}
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else spec.show(value)
 
 
 def title(found) -> str:
@@ -54,7 +58,7 @@ def page(name: str, words: list[str]) -> dict:
         "shelf": home,
         "about": inspect.getdoc(found) or "",
         "options": [
-            {"name": option.name, "value": spec.show(choice.options[option.name]), "help": option.help}
+            {"name": option.name, "value": _short(choice.options[option.name]), "help": option.help}
             for option in spec.options(found).values()
         ],
     }

@@ -1,5 +1,6 @@
 """Properties of what a mechanism computes: the signature it declares, its values, its gradients, its number types."""
 
+import functools
 import inspect
 import re
 
@@ -65,7 +66,7 @@ def _has_reference(subject: Subject) -> None:
     kind = type(subject.mechanism)
     if subject.whole and "method" not in inspect.signature(kind.__call__).parameters:
         raise NotApplicable('it overrides __call__ without `method="attend"`, so there is no reference to compare with')
-    if subject.own_mix and "method" not in inspect.signature(kind.mix).parameters:
+    if not subject.whole and "method" not in inspect.signature(kind.mix).parameters:
         raise Broken('its mix takes no `method="attend"`: with method="reference" it gives the same by definition')
 
 
@@ -74,7 +75,7 @@ def equals_reference(subject: Subject) -> None:
     _has_reference(subject)
     for case in subject.cases():
         fast, slow = subject.result(case), subject.result(case, "reference")
-        compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(subject, case))
+        compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, subject, case))
 
 
 def same_gradients(subject: Subject) -> None:
@@ -93,7 +94,7 @@ def several_blocks(subject: Subject) -> None:
     given = subject.as_given
     case = Case(LONG, LONG, given.modes[0], batch=2)
     fast, slow = given.result(case), given.result(case, "reference")
-    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(given, case))
+    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, given, case))
     compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "Look at where two blocks meet.")
 
 
@@ -126,7 +127,7 @@ def grouped_query(subject: Subject) -> None:
 
 def heads_apart(subject: Subject) -> None:
     """Heads mapped by a loop and in a batch give the same."""
-    if subject.whole or subject.own_mix:
+    if not subject.per_head:
         raise NotApplicable("it maps its heads itself")
     case = subject.square(subject.modes[0])
     together, apart = subject.result(case), subject.result(case, loop=True)
@@ -148,25 +149,26 @@ def jit_equals_eager(subject: Subject) -> None:
 
 
 def no_retrace(subject: Subject) -> None:
-    """A second step with other values compiles nothing: nothing in the mechanism changes but its variables."""
-    case = subject.square(subject.modes[0])
-    layer, traced = subject.built(subject.length), []
+    """A second step with other values compiles nothing: a call leaves attributes and the types of variables alone."""
+    case, traces = subject.square(subject.modes[0]), []
 
     @jax.jit
-    def step(layer, inputs, real, key):
-        traced.append(None)
-        graph, own, rest = nnx.split(layer, nnx.Param, ...)
-        kept = subject.graph, subject.rest
-        subject.graph, subject.rest = graph, rest
-        try:
-            return subject.forward(own, inputs, real, key, causal=case.causal, method="attend")
-        finally:
-            subject.graph, subject.rest = kept
+    def step(own, rest, inputs, real, key):
+        traces.append(None)
+        layer = nnx.merge(subject.graph, own, rest)
+        out = subject.call(layer, inputs, real, key, causal=case.causal)
+        after, own, rest = nnx.split(layer, nnx.Param, ...)
+        if after != subject.graph:
+            raise Broken("a call changes the mechanism's attributes: what changes belongs into an nnx.Variable made in __init__")
+        return out, own, rest
 
+    own, rest = subject.own, subject.rest
     for seed in range(3):
-        jax.eval_shape(step, layer, subject.inputs(case, seed), subject.real(case), jax.random.key(seed))
-    if len(traced) > 1:
-        raise Broken(f"{len(traced)} traces in 3 steps with other values: the mechanism changes its own attributes when called")
+        inputs, key = subject.inputs(case, seed), jax.random.key(seed)
+        _, own, rest = jax.eval_shape(step, own, rest, inputs, subject.real(case), key)
+    if len(traces) > 1:
+        advice = "a call changes the type or shape of its variables (an int that becomes a float, say)"
+        raise Broken(f"{len(traces)} compilations in 3 steps with other values: {advice}")
 
 
 def bfloat16(subject: Subject) -> None:
@@ -227,7 +229,7 @@ def many_shapes(subject: Subject) -> None:
                 if one.refusal(case):
                     continue
                 fast, slow = one.result(case), one.result(case, "reference")
-                compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", _likely(one, case))
+                compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, one, case))
                 compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "")
 
 

@@ -16,14 +16,16 @@ EVERY = 0.1  # seconds between progress lines
 
 def run_cell(config: configs.Config, progress) -> dict:
     """The record of one cell; a cell that cannot be trained gives a record that says why."""
-    from xformers_lab.train import loop
+    from xformers_lab.train import loop, records
 
     try:
         return loop.run(config, resume=True, progress=progress)
     except loop.Interrupted:
         raise
     except LabError as error:
-        return {"status": "nan" if "non-finite" in str(error) else "failed", "reason": str(error)}
+        # A run that diverged wrote its own record, with what it measured until then.
+        written = records.read_json(configs.folder(config) / "result.json")
+        return written or {"status": getattr(error, "status", "failed"), "reason": str(error)}
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()

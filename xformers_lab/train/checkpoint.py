@@ -56,8 +56,9 @@ def save(run_dir: pathlib.Path, step: int, state, about: dict) -> pathlib.Path:
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
     # Steps only grow: anything beyond this one is what a resume fell back from.
+    kept = [other for other in steps(run_dir) if other <= step][-KEPT:]
     for other in steps(run_dir):
-        if other > step or other in steps(run_dir)[:-KEPT]:
+        if other not in kept:
             shutil.rmtree(folder.with_name(str(other)))
     return folder
 

@@ -40,8 +40,8 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     def place_state(self, state: TrainState) -> TrainState:
-        """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the host,
-        for between devices `may_alias=False` does not keep a replica from aliasing the original."""
+        """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the
+        host, for between devices `may_alias=False` does not keep a replica from aliasing the original."""
         return jax.device_put(jax.device_get(state), self.whole, may_alias=False)
 
     def shape_batch(self, batch: Batch) -> Batch:

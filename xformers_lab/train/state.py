@@ -18,13 +18,15 @@ from xformers_lab.tasks import Task
 class TrainState:
     """params: the parameters; extra: variables that are no parameters (counters, running statistics, fixed random
     features); opt: the optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite
-    and changed nothing. The data position is `step`, for a batch is a function of (seed, split, step)."""
+    and changed nothing; seed: the run's, an array so that runs that differ in nothing else share one compiled program.
+    The data position is `step`, for a batch is a function of (seed, split, step)."""
 
     params: Any
     extra: Any
     opt: Any
     step: jax.Array
     skipped: jax.Array
+    seed: jax.Array
 
 
 def split(model: Model) -> tuple[nnx.GraphDef, Any, Any]:
@@ -46,8 +48,8 @@ def merge(graph: nnx.GraphDef, params, extra) -> Model:
 def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step, drawn from the config's seed."""
     _, params, extra = split(build_model(config, task))
-    # Two distinct arrays: the step donates its input, and one buffer cannot be donated twice.
-    return TrainState(params, extra, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
+    return TrainState(params, extra, tx.init(params), count(), count(), jnp.uint32(config.seed % 2**32))
 
 
 def abstract(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:

@@ -14,7 +14,7 @@ from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, merge, split
 
 
-def stream(seed: int, step, name: str) -> jax.Array:
+def stream(seed, step, name: str) -> jax.Array:
     """The random key of one purpose at one step: nothing random is stored, so nothing random is lost."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(name.encode()))
 
@@ -43,7 +43,7 @@ def make_train_step(
         return extra, (grads, sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        key = stream(config.seed, state.step, "dropout")
+        key = stream(state.seed, state.step, "dropout")
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         extra, sums = in_parts(functools.partial(part, state.params), state.extra, batch, key, config.train.accumulate)
@@ -59,7 +59,7 @@ def make_train_step(
         params, extra, opt = keep(
             (optax.apply_updates(state.params, updates), extra, opt), (state.params, state.extra, state.opt)
         )
-        state = TrainState(params, extra, opt, state.step + 1, state.skipped + ~ok)
+        state = TrainState(params, extra, opt, state.step + 1, state.skipped + ~ok, state.seed)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
     return train_step

@@ -316,8 +316,11 @@ class _View:
     def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
         self.part, self.real, self.bias, self.T, self.S = part, real, bias, T, S
         self.block_q, self.block_k = blocks
-        self.shift = S - T
+        self.shift, self.lead = S - T, part.lead * self.block_k
         self.q = self.block_queries(q)
+        # Positions hang on the data through this zero: else differentiation sees that masks do not, and stores every
+        # one of them for the backward, a T x S array in all.
+        self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = (self._in_order(x, part.keys, 0) for x in (k, v))
         padded = len(part.keys) != S or not part.natural
         if real is None and padded:
@@ -329,7 +332,8 @@ class _View:
     def _in_order(self, x, positions: np.ndarray, shift: int):
         """x by positions - shift; zeros (False) where a position is padding."""
         if self.part.natural:
-            return jnp.pad(x, [(0, len(positions) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+            lead = self.lead if positions is self.part.keys else 0
+            return jnp.pad(x, [(lead, len(positions) - x.shape[0] - lead)] + [(0, 0)] * (x.ndim - 1))
         index = np.where(positions == PAD, x.shape[0], positions - shift)
         return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
@@ -344,7 +348,8 @@ class _View:
 
     def _to_natural(self, x, positions: np.ndarray, shift: int, length: int):
         if self.part.natural:
-            return x[:length]
+            lead = self.lead if positions is self.part.keys else 0
+            return x[lead : lead + length]
         back = np.empty(length, np.int32)
         back[positions[positions != PAD] - shift] = np.nonzero(positions != PAD)[0]
         return x[back]
@@ -378,12 +383,12 @@ class _View:
         if self.query_at is None:
             q = self.shift + i * self.block_q + jnp.arange(self.block_q)
             if isinstance(cols, tuple):
-                k = cols[0] + jnp.arange(cols[1])
+                k = cols[0] + jnp.arange(cols[1]) - self.lead
             else:
-                k = (cols[:, None] * self.block_k + jnp.arange(self.block_k)).reshape(-1)
+                k = (cols[:, None] * self.block_k + jnp.arange(self.block_k)).reshape(-1) - self.lead
         else:
             q, k = self.query_at[i], self._at(self.key_at, cols)
-        return q[:, None], k[None]
+        return q[:, None] + self.zero, k[None]
 
     def scores(self, group: Group, index):
         """Masked scores (block, M * block) of a row, and its columns."""
@@ -403,11 +408,11 @@ class _View:
         at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
         if self.query_at is None:
             q = self.shift + (at + jnp.arange(R))[:, None] * self.block_q + jnp.arange(self.block_q)
-            k = (first + jnp.arange(R))[:, None] * self.block_k + jnp.arange(M * self.block_k)
+            k = (first + jnp.arange(R))[:, None] * self.block_k + jnp.arange(M * self.block_k) - self.lead
         else:
             q = lax.dynamic_slice_in_dim(self.query_at, at, R)
             k = _slab(self.key_at.reshape(-1, self.block_k), first, R, M)
-        return q[:, :, None], k[:, None]
+        return q[:, :, None] + self.zero, k[:, None]
 
     def slab_scores(self, group: Group, rows):
         """Masked scores (R, block, M * block) of neighbouring rows of a group, and their keys and values."""

@@ -11,6 +11,8 @@ from xformers_lab.attention._engine.pattern import DEAD, MIXED, WHOLE, Pattern
 GROUPS = 8
 # Marks padding in a list of positions; queries before the first key have negative positions, so -1 would not do.
 PAD = -(1 << 30)
+# A band is run as one diagonal of equal rows, its ends padded, where that computes at most this much more.
+PADDED_BAND = 1.25
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
 
@@ -40,13 +42,15 @@ class Part:
     """One pattern in one order of positions.
 
     queries (blocks of queries, flat) and keys (likewise) hold positions in the natural order, PAD where a block
-    is padded; natural: they are 0, 1, 2, ... (shifted by S - T for queries), so nothing is gathered.
+    is padded; natural: apart from `lead` blocks of padded keys in front, they are 0, 1, 2, ... (for queries, S - T and
+    on), so nothing is gathered. Columns of groups count the leading blocks.
     """
 
     pattern: Pattern
     queries: np.ndarray
     keys: np.ndarray
     natural: bool
+    lead: int
     groups: tuple[Group, ...]
 
 
@@ -77,7 +81,9 @@ def _part(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Part:
     state = np.where(padded_k[None] & (state == WHOLE), MIXED, state)
     _evaluate(pattern, q, k, state)
     # Rows of padded queries alone touch nothing; a padded query inside a block is computed and thrown away.
-    return Part(pattern, queries, keys, natural, _groups(state))
+    lead, tail, band = _band(state) if natural else (0, 0, None)
+    keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
+    return Part(pattern, queries, keys, natural, lead, (band,) if band is not None else _groups(state))
 
 
 def _ordered(start: int, stop: int, stride: int, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,6 +115,21 @@ def _evaluate(pattern: Pattern, q: np.ndarray, k: np.ndarray, state: np.ndarray)
         whole = (seen | ~asked).all((1, 2))
         state[i[dead], j[dead]] = DEAD
         state[i[whole & ~dead], j[whole & ~dead]] = WHOLE
+
+
+def _band(state: np.ndarray) -> tuple[int, int, Group | None]:
+    """One diagonal group for a band of blocks, and the blocks of padding it needs before and after the keys."""
+    rows, columns = np.nonzero(state != DEAD)
+    if len(rows) == 0 or len(np.unique(rows)) < max(2, len(state)):
+        return 0, 0, None
+    low, high = int((columns - rows).min()), int((columns - rows).max())
+    size = high - low + 1
+    if size * len(state) > PADDED_BAND * len(rows):
+        return 0, 0, None
+    lead, tail = max(0, -low), max(0, len(state) - 1 + high - (state.shape[1] - 1))
+    first = np.arange(len(state)) + low + lead
+    group = Group(np.arange(len(state), dtype=np.int32), (first[:, None] + np.arange(size)).astype(np.int32), True, False)
+    return lead, tail, group
 
 
 def _groups(state: np.ndarray) -> tuple[Group, ...]:

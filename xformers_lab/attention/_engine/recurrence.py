@@ -22,24 +22,32 @@ def linear_recurrence(q, k, v, *, chunk: int):
         out, total = linear_recurrence(q[T - S :], k, v, chunk=chunk)
         return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
     before = S - T
-    state = jnp.dot(k[:before].T, v[:before], preferred_element_type=jnp.float32), k[:before].astype(jnp.float32).sum(0)
+    state = None
+    if before:
+        past = jnp.dot(k[:before].T, v[:before], preferred_element_type=jnp.float32)
+        state = past, k[:before].astype(jnp.float32).sum(0)
     chunk = min(chunk, T)
     pad = -T % chunk
     blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], _chunked(*map(blocks, (q, k[before:], v[before:])), state))
+    out, total = _chunked(*map(blocks, (q, k[before:], v[before:])), state)
+    return out.reshape(-1, out.shape[2])[:T], total.reshape(-1)[:T]
 
 
 def _chunked(q, k, v, state):
-    """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) -> (M, C, H), (M, C)."""
+    """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) before the first chunk, or None -> (M, C, H), (M, C)."""
     exact = dict(preferred_element_type=jnp.float32)
+    weights = jnp.einsum("mcf,mdf->mcd", q, k, **exact) * jnp.tril(jnp.ones((q.shape[1],) * 2))
+    out, total = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **exact), weights.sum(-1)
+    if len(q) == 1 and state is None:
+        return out, total
+    if state is None:
+        state = jnp.zeros((k.shape[2], v.shape[2]), jnp.float32), jnp.zeros(k.shape[2], jnp.float32)
     added = jnp.einsum("mcf,mch->mfh", k, v, **exact), k.astype(jnp.float32).sum(1)
 
     def add(state, added):
         return jax.tree.map(jnp.add, state, added), state
 
     _, (states, sums) = lax.scan(add, state, added)
-    weights = jnp.einsum("mcf,mdf->mcd", q, k, **exact) * jnp.tril(jnp.ones((q.shape[1],) * 2))
-    out = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **exact)
     out += jnp.einsum("mcf,mfh->mch", q, states.astype(q.dtype), **exact)
-    total = weights.sum(-1) + jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **exact)
+    total += jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **exact)
     return out, total

@@ -1,0 +1,126 @@
+"""Properties of what a mechanism costs: decoding, its state, its declared FLOPs and memory against what is counted."""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.attention import Attention
+from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare
+from xformers_lab.measure.exponent import fit
+from xformers_lab.measure.flops import count_flops, largest_intermediate
+
+LENGTHS = (512, 1024, 2048, 4096)
+# How far an exponent may be off, and by which factor a declared number may miss the counted one.
+EXPONENT, FACTOR, STATE_FACTOR = 0.1, 3.0, 1.1
+STEP = 5e-5
+# What the default `step` can give to attend.
+DECODED = {"real", "causal", "bias"}
+
+
+def decoding(subject: Subject) -> None:
+    """`init_state` and `step`, token by token, give the rows of the causal pass."""
+    mechanism, kind = _decodes(subject), type(subject.mechanism)
+    extra = kind.takes() - DECODED
+    if kind.step is Attention.step and extra:
+        names = ", ".join(sorted(extra))
+        raise NotApplicable(f"the default step cannot give {names} to attend: define init_state and step to decode")
+    case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
+    inputs = subject.inputs(case)
+    given = {"bias": inputs["bias"]} if case.biased else {}
+    given = {name: leaf for name, leaf in (given | mechanism.per_head()).items() if name in inspect.signature(kind.step).parameters}
+    times = mechanism.size.heads // mechanism.size.key_heads
+    k, v = (jnp.repeat(inputs[name], times, 2) for name in ("k", "v"))
+
+    def head(q, k, v, given):
+        one = lambda state, new: tuple(reversed(mechanism.step(state, *new, **given)))
+        return jax.lax.scan(one, mechanism.init_state(subject.length), (q, k, v))[1]
+
+    over = jax.vmap(jax.vmap(head, in_axes=(1, 1, 1, 0), out_axes=1), in_axes=(0, 0, 0, None))
+    with jax.default_matmul_precision("highest"):
+        out = np.asarray(jax.jit(over)(inputs["q"], k, v, given))
+    advice = "The state before token t must hold what attend sees of tokens 0 .. t-1; check what happens once a window is full."
+    expected = subject.result(case).out
+    rows = np.abs(out - expected).max((0, 2, 3))
+    first = int(np.argmax(rows > STEP * np.abs(expected).max()))
+    compare(out, expected, STEP, f"step by step against the causal pass ({case}; first wrong token: {first})", advice)
+
+
+def state_size(subject: Subject) -> None:
+    """The elements of `init_state` are those that `cost` declares as state."""
+    _decodes(subject)
+    counted, declared = [], []
+    for length, layer in _layers(subject):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda layer=layer, length=length: layer.init_state(length)))
+        counted.append(sum(leaf.size for leaf in leaves))
+        declared.append(layer.cost(length, length).state)
+    _agree(subject, "state", counted, declared, STATE_FACTOR, "cost(T, S).state is the number of elements that init_state makes")
+
+
+def flops(subject: Subject) -> None:
+    """Declared matmul FLOPs of one head grow as those counted in the program, and are within a factor of three."""
+    advice = "Count 2 M N K for a product of M x K by K x N, with the blocks that are computed in vain."
+    counted = [count_flops(*_head(subject, layer, T)) for T, layer in _layers(subject)]
+    declared = [layer.cost(T, T).flops for T, layer in _layers(subject)]
+    _agree(subject, "flops", counted, declared, FACTOR, advice)
+
+
+def memory(subject: Subject) -> None:
+    """The largest array of the program, forward and backward, grows with length as declared."""
+    counted, declared = [], []
+    for T, layer in _layers(subject):
+        forward, *arrays = _head(subject, layer, T)
+
+        def both(*arrays, forward=forward):
+            out, pull = jax.vjp(forward, *arrays)
+            return out, pull(out)
+
+        counted.append(largest_intermediate(both, *arrays))
+        declared.append(layer.cost(T, T).memory)
+    advice = "An array of T x S, a mask say, makes it quadratic even where it is never read twice; loop over blocks instead."
+    _agree(subject, "memory", counted, declared, None, advice)
+
+
+def _decodes(subject: Subject) -> Attention:
+    if not subject.per_head:
+        raise NotApplicable("it is not per head: decoding is tested through the model")
+    subject.causal_only()
+    return subject.mechanism
+
+
+def _layers(subject: Subject) -> list[tuple[int, Attention]]:
+    """One head of the mechanism, with its options as given, built for each length."""
+    return [(T, subject.as_given.built(T, dim=16, heads=1, kv_heads=1)) for T in LENGTHS]
+
+
+def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, ...]:
+    """The forward pass of one head and shapes of its arrays; not causal where it can be, for that is what cost declares."""
+    causal = subject.modes[-1]
+    graph, variables = nnx.split(layer)
+    shape = jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
+    if subject.whole:
+        return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], shape
+    heads = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+    x = (shape,) if not subject.per_head or "x" in layer.takes() else ()
+
+    def forward(q, k, v, *x):
+        given = {"x": x[0]} if x else {}
+        return nnx.merge(graph, variables).mix(q, k, v, causal=causal, key=jax.random.key(0), **given)[0]
+
+    return forward, heads, heads, heads, *x
+
+
+def _agree(subject: Subject, what: str, counted, declared, factor: float | None, advice: str) -> None:
+    found, said = fit(LENGTHS, counted), fit(LENGTHS, declared)
+    table = ", ".join(f"T={T}: {c:.3g} counted, {d:.3g} declared" for T, c, d in zip(LENGTHS, counted, declared, strict=True))
+    if abs(found - said) > EXPONENT:
+        raise Broken(f"{what} grows as T^{found:.2f}, declared is T^{said:.2f} ({table}). {advice}")
+    ratio = max(max(c / d, d / c) for c, d in zip(counted, declared, strict=True))
+    if factor is not None and ratio > factor:
+        raise Broken(f"{what} is off by a factor of {ratio:.2f}, at most {factor:g} is allowed ({table}). {advice}")
+
+
+PROPERTIES = [decoding, state_size, flops, memory]

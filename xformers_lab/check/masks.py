@@ -1,0 +1,108 @@
+"""Properties of what a mechanism may not see: the future where it is causal, and padding."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from xformers_lab.check.subject import LENGTH, SHORT, Broken, Case, NotApplicable, Subject
+
+GARBAGE = 1e4
+# Other positions may be summed in another order when a masked value changes; what leaks through a mask is far larger.
+UNCHANGED = 1e-5
+
+
+def no_future(subject: Subject) -> None:
+    """Under causality the derivative of a query's output to every later key, value and query is exactly zero, and its
+    value does not change when they do; with as many queries as keys, and with fewer."""
+    subject.causal_only()
+    for T in (LENGTH, SHORT):
+        case = Case(T, LENGTH, True, biased=subject.takes_bias)
+        if subject.refusal(case):
+            continue
+        inputs, before = subject.inputs(case), subject.result(case)
+        for row in sorted({0, 1, T // 2, T - 2}):
+            at = LENGTH - T + row
+            grads = subject.apply(case, inputs, cotangent=subject.cotangent(case, inputs, row)).grads["inputs"]
+            for name in [name for name in ("k", "v", "x", "q") if name in grads]:
+                after = row if name == "q" else at
+                seen = np.abs(grads[name][:, after + 1 :]).max((0, *range(2, grads[name].ndim)))
+                if seen.any():
+                    where = after + 1 + int(np.nonzero(seen)[0][0])
+                    late = "the bias or the mask is not aligned at the end" if T < LENGTH and name != "q" else "an off-by-one?"
+                    raise Broken(
+                        f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: derivative "
+                        f"{seen.max():.1e} instead of exactly 0. Query t may see keys up to S - T + t ({late})"
+                    )
+            changed = dict(inputs)
+            for name in subject.sources:
+                changed[name] = inputs[name].at[:, at + 1 :].multiply(-3.0)
+            _unchanged(subject.apply(case, changed).out, before.out, np.arange(T) <= row, f"later keys change ({case})")
+
+
+def no_padding(subject: Subject) -> None:
+    """The derivative to padded keys and values is exactly zero, and what they hold, however large, changes nothing."""
+    for causal in subject.modes:
+        case = subject.square(causal)
+        real = np.asarray(subject.real(case))
+        rows = np.ones(real.shape, bool)
+        inputs, cotangent = subject.inputs(case), None
+        if subject.whole:  # a padded position's own output may depend on itself
+            rows, cotangent = real, subject.cotangent(case, inputs) * real[..., None]
+        grads = subject.apply(case, inputs, cotangent=cotangent).grads["inputs"]
+        for name in [name for name in ("k", "v", "x") if name in grads]:
+            leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~real
+            if leak.any():
+                sample, at = (int(index[0]) for index in np.nonzero(leak))
+                raise Broken(
+                    f"the output depends on {name}[{at}] of sample {sample}, which is padding ({case}): derivative "
+                    f"{leak.max():.1e} instead of exactly 0. Mask scores with `real` before the softmax, or zero such keys"
+                )
+        noise = np.random.default_rng(2)
+        filled = dict(inputs)
+        for name in [name for name in ("k", "v", "x") if name in inputs]:
+            shape = inputs[name].shape
+            padded = ~real.reshape(real.shape + (1,) * (len(shape) - 2))
+            garbage = GARBAGE * noise.standard_normal(shape).astype(np.float32)
+            filled[name] = jnp.where(padded, garbage, inputs[name])
+        before, after = subject.result(case).out, subject.apply(case, filled).out
+        _unchanged(after, before, rows, f"padding holds values near {GARBAGE:g} ({case})")
+
+
+def nothing_to_see(subject: Subject) -> None:
+    """Where a query may see no key the output is zero, and values and gradients are finite."""
+    for causal in subject.modes:
+        case = subject.square(causal)
+        result, real = subject.result(case), np.asarray(subject.real(case))
+        found = {f"the gradient of {name}": grad for name, grad in result.grads["inputs"].items() if name != "bias"}
+        for name, leaf in ({"the output": result.out} | found).items():
+            if not np.isfinite(leaf[-1]).all():
+                raise Broken(
+                    f"a sample that is all padding: {name} is not finite ({case}). A softmax over nothing divides 0 by 0: "
+                    "keep the masked score finite (-1e30) and the row's sum above 0, or select with jnp.where twice"
+                )
+        if subject.whole:
+            continue
+        blind = ~np.logical_or.accumulate(real, 1) if causal else np.broadcast_to(~real.any(1, keepdims=True), real.shape)
+        size = np.abs(result.out).max((2, 3)) * blind
+        if size.max() > 1e-6:
+            sample, at = np.unravel_index(size.argmax(), size.shape)
+            raise Broken(
+                f"query {at} of sample {sample} may see no key ({case}), but its output is {size.max():.3g}: it must be 0. "
+                "A softmax whose scores are all masked is uniform over the padding: give weights that are masked too"
+            )
+
+
+def _unchanged(after, before, rows, when: str) -> None:
+    """Raises Broken where the output of `rows` (positions, or (sample, position)) differs."""
+    gap = np.abs(after - before).max(tuple(range(2, before.ndim)))
+    gap = np.where(np.broadcast_to(rows, gap.shape), gap, 0.0)
+    scale = max(1.0, float(np.abs(before).max()))
+    bad = ~(gap <= UNCHANGED * scale)
+    if bad.any():
+        sample, at = (int(index[0]) for index in np.nonzero(bad))
+        raise Broken(
+            f"the output of query {at}, sample {sample} changes by {gap[sample, at]:.2g} when {when}, though its gradient "
+            "is zero there: something is computed over all keys (a maximum, a mean, a sort) before the mask"
+        )
+
+
+PROPERTIES = [no_future, no_padding, nothing_to_see]

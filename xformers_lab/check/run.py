@@ -1,0 +1,106 @@
+"""Runs the kit on one mechanism: every property in turn, each with a verdict and, where it fails, what to look at."""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.attention import Attention
+from xformers_lab.check import costs, masks, values
+from xformers_lab.check.subject import Broken, NotApplicable, Subject
+from xformers_lab.errors import UsageError
+from xformers_lab.size import Size
+
+PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
+# Whole-number options from here on are shrunk for the kit, so that its lengths hold several windows or chunks.
+LARGE, SMALL = 8, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    property: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.property
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    property: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The kit's verdict on one mechanism."""
+
+    name: str
+    passed: bool
+    failed: list[Failure]
+    skipped: list[Skip]
+    seconds: float
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Report:
+    """Run the kit on a choice of the attention shelf: a name with options, a dotted module, or the path of a file.
+
+    deep adds many more lengths (minutes). Raises UsageError where the choice does not exist; whatever else goes wrong
+    in it is a failed property.
+    """
+    if shelf != "attention":
+        raise UsageError(f'check: the kit is for attention; shelf "{shelf}" has none')
+    resolved = spec.resolve("attention", choice)
+    begun = time.perf_counter()
+    try:
+        subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
+    except Exception as error:
+        return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
+    return examine(subject, PROPERTIES + (values.DEEP if deep else []))
+
+
+def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -> Report:
+    """Run some properties on a subject, in order."""
+    begun = time.perf_counter()
+    failed, skipped = [], []
+    for holds in properties:
+        try:
+            holds(subject)
+        except Broken as broken:
+            failed.append(Failure(holds.__name__, str(broken)))
+        except NotApplicable as reason:
+            skipped.append(Skip(holds.__name__, str(reason)))
+        except Exception as error:
+            failed.append(Failure(holds.__name__, _words(error)))
+    return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun)
+
+
+def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attention:
+    """The mechanism at the kit's size: large options shrunk where `small`, and without options that only fit another length."""
+    asked = spec.parse(text).options
+    shrunk = {name: SMALL for name, value in choice.options.items() if type(value) is int and value >= LARGE} if small else {}
+    kept = {name: choice.options[name] for name in asked}
+    attempts = [kept | shrunk, kept]
+    attempts += [{name: value for name, value in (kept | shrunk).items() if name != left} for left in kept]
+    attempts += [shrunk, {}]
+    for options in attempts:
+        try:
+            built = spec.build("attention", str(spec.Choice(choice.name, options)), size, rngs=nnx.Rngs(0), where=text)
+        except UsageError as error:
+            refused = error
+            continue
+        return built
+    raise refused
+
+
+def _words(error: Exception) -> str:
+    """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{where}"
