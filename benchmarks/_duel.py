@@ -22,7 +22,11 @@ class Side:
 
     def __init__(self, module: str, python: str = sys.executable):
         self.process = subprocess.Popen(
-            [python, str(HERE / "_worker.py"), module], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [python, str(HERE / "_worker.py"), module],
+            cwd=HERE,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def ask(self, **request) -> dict:

@@ -19,10 +19,8 @@ def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, d
     q, k, v, cotangent = (jax.random.normal(key, (B, N, T, H), dtype) for key in jax.random.split(jax.random.key(0), 4))
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     forward = lambda q, k, v: swap(mechanism.mix(swap(q), swap(k), swap(v), causal=causal)[0])
-    if grad:
-        run = jax.jit(lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent))
-    else:
-        run = jax.jit(forward)
+    both = lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent)
+    run = jax.jit(both if grad else forward)
     return lambda: jax.block_until_ready(run(q, k, v))
 
 

@@ -24,7 +24,7 @@ DUELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="mechanisms side by side with their peers")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--torch-python", default=sys.executable)
     chosen = parser.parse_args()
@@ -39,7 +39,10 @@ def main() -> None:
     for name, (peer, _, choice, _, *targets) in DUELS.items():
         for grad, target in zip((False, True), targets, strict=True):
             ours, theirs = found[f"{name}|{grad}|lab"], found[f"{name}|{grad}|peer"]
-            rows.append(row(name, "forward+backward" if grad else "forward", ours, theirs, target) | {"peer": peer, "choice": choice})
+            rows.append(
+                row(name, "forward+backward" if grad else "forward", ours, theirs, target)
+                | {"peer": peer, "choice": choice}
+            )
     save("attention", rows, chosen.rounds)
     lab.close()
     torch.close()

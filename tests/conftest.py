@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 @pytest.fixture
 def shared() -> pathlib.Path:
-    """The folder of real data and reference outputs beside the checkout; a test that needs it skips where it is missing."""
+    """The folder of real data and reference outputs beside the checkout; tests skip where it is missing."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared here")

@@ -12,7 +12,7 @@ from xformers_lab.cli import main
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
+    lambda event, duration, **_: COMPILED.append(event) if "backend_compile" in event else None  # pyright: ignore
 )
 
 
@@ -85,7 +85,7 @@ def test_misspelt_option(capsys, shelf, name, typo, option):
 NUMBERS = [key for key, (_, _, kind) in configs.LEAVES.items() if kind in (int, float)]
 
 
-@pytest.mark.parametrize("key, value", itertools.product(NUMBERS, ["lots", "nan", "-3", "1.5.2"]))
+@pytest.mark.parametrize("key, value", list(itertools.product(NUMBERS, ["lots", "nan", "-3", "1.5.2"])))
 def test_wrong_number(capsys, key, value):
     assert key in refused(capsys, "train", f"{key}={value}")
 
@@ -179,10 +179,26 @@ def test_not_text(capsys, tmp_path):
 
 
 COMMANDS = [
-    ("list", "attention-span"), ("show", "locl"), ("show",), ("check", "locl"), ("bench", "attention=full+local"), ("report", "--runs", "nowhere"),
-    ("resume", "nowhere"), ("resume", "last", "--runs", "nowhere"), ("eval", "nowhere"), ("bench", "--rounds", "0"), ("new", "attention", "2x"),
-    ("new", "attentoin", "mine"), ("compare",), ("compare", "attention=full,axial:shape=3x3"), ("frobnicate",), ("show", "none"),
-]  # fmt: skip
+    words.split()
+    for words in (
+        "list attention-span",
+        "show",
+        "show locl",
+        "show none",
+        "check locl",
+        "bench --rounds 0",
+        "bench attention=full+local",
+        "report --runs nowhere",
+        "resume nowhere",
+        "resume last --runs nowhere",
+        "eval nowhere",
+        "new attention 2x",
+        "new attentoin mine",
+        "compare",
+        "compare attention=full,axial:shape=3x3",
+        "frobnicate",
+    )
+]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
@@ -192,5 +208,12 @@ def test_commands(capsys, tmp_path, monkeypatch, arguments):
 
 
 def test_there_are_enough_cases():
-    generated = len(MISSPELT_KEYS) + len(MISSPELT_NAMES) + len(MISSPELT_OPTIONS) + 4 * len(NUMBERS) + len(IMPOSSIBLE) + len(FILES)
+    generated = (
+        len(MISSPELT_KEYS)
+        + len(MISSPELT_NAMES)
+        + len(MISSPELT_OPTIONS)
+        + 4 * len(NUMBERS)
+        + len(IMPOSSIBLE)
+        + len(FILES)
+    )
     assert generated >= 200

@@ -20,7 +20,8 @@ def run(capsys, *arguments, code=0):
 
 
 def test_help_needs_no_jax():
-    program = "import sys; from xformers_lab.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('jax' in sys.modules)"
+    program = "import sys; from xformers_lab.cli import main\n"
+    program += "try: main(['--help'])\nexcept SystemExit: pass\nprint('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "compare" in done.stdout
@@ -53,7 +54,9 @@ def test_show_resolves_a_config(capsys):
 
 
 def test_bench_rows(capsys):
-    rows = run(capsys, "bench", "attention=full,linear", "seq_len=16,32", "dim=16", "batch=1", "--rounds", "2", "--no-check")
+    rows = run(
+        capsys, "bench", "attention=full,linear", "seq_len=16,32", "dim=16", "batch=1", "--rounds", "2", "--no-check"
+    )
     assert len(rows) == 8
     for row in rows:
         assert row["status"] == "ok" and row["attention"] in ("full", "linear") and row["seq_len"] in (16, 32)
@@ -70,7 +73,9 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     assert [row["attention"] for row in rows] == ["full", "linear", "axial:shape=4x4"]
     for row in rows:
         assert row["status"] == "ok" and row["metric_name"] == "accuracy" and 0 <= row["metric"] <= 1
-        assert row["parameters"] > 0 and row["flops"] > 0 and row["tokens_per_second"] > 0 and row["compile_seconds"] > 0
+        assert (
+            row["parameters"] > 0 and row["flops"] > 0 and row["tokens_per_second"] > 0 and row["compile_seconds"] > 0
+        )
         assert pathlib.Path(row["run_dir"], "result.json").is_file()
     assert pathlib.Path("runs/report.html").read_text().count("axial:shape=4x4") >= 1
 

@@ -30,7 +30,8 @@ def test_sweeps_and_ranges():
 def test_keys_that_only_follow_the_task_do_not_name_a_series(tmp_path):
     recipe = tmp_path / "grid.py"
     recipe.write_text(
-        "configs = [{'task': t, 'steps': s, 'attention': a} for t, s in (('copy', 9), ('mqar', 7)) for a in ('full', 'linear')]"
+        "tasks = (('copy', 9), ('mqar', 7))\n"
+        "configs = [{'task': t, 'steps': s, 'attention': a} for t, s in tasks for a in ('full', 'linear')]"
     )
     cells, varied = sweep([f"@{recipe}", "dim=32"])
     assert len(cells) == 4 and {c.model.dim for c in cells} == {32}
@@ -67,7 +68,12 @@ def test_identity():
     base = edit(Config(), attention="local")
     assert identity(base) == identity(edit(base, attention="local:window=128"))
     assert identity(base) == identity(edit(base, runs="elsewhere", save_every=5))
-    others = [edit(base, attention="local:window=127"), edit(base, seed=1), edit(base, lr=2e-3), edit(base, task="copy")]
+    others = [
+        edit(base, attention="local:window=127"),
+        edit(base, seed=1),
+        edit(base, lr=2e-3),
+        edit(base, task="copy"),
+    ]
     assert len({identity(c) for c in [base, *others]}) == 5
 
 

@@ -50,7 +50,9 @@ def test_python_block_runs():
 
 def test_catalogue_is_the_shelves_own():
     written = TEXT.partition("<!-- catalogue -->\n")[2].partition("\n\nTasks read data")[0].strip()
-    assert written == catalogue.markdown().strip(), "run: python -c 'from xformers_lab import catalogue; print(catalogue.markdown())'"
+    assert written == catalogue.markdown().strip(), (
+        "run: python -c 'from xformers_lab import catalogue; print(catalogue.markdown())'"
+    )
 
 
 def test_links_lead_somewhere():

@@ -11,6 +11,19 @@ def test_train_compare_bench_check(capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)
     assert [row["status"] for row in rows] == ["ok"] * 5
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
-    assert main(["train", *tiny, "layout=pmap", "dtype=bfloat16", "position=rope", "norm=post:normaliser=rmsnorm", "ffn=glu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *tiny,
+                "layout=pmap",
+                "dtype=bfloat16",
+                "position=rope",
+                "norm=post:normaliser=rmsnorm",
+                "ffn=glu",
+            ]
+        )
+        == 0
+    )
     assert main(["bench", "attention=linear", "seq_len=16", "--rounds", "1", "--no-check"]) == 0
     assert main(["check", "linear"]) == 0

@@ -51,7 +51,7 @@ def write(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         separator = "\t" if path.suffix == ".tsv" else ","
-        quote = lambda value: '"' + str(value).replace('"', '""') + '"'  # noqa: E731
+        quote = lambda value: '"' + str(value).replace('"', '""') + '"'
         lines = [separator.join(rows[0])] + [separator.join(map(quote, row.values())) for row in rows]
         path.write_text("\n".join(lines) + "\n")
     return path

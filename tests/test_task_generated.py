@@ -36,7 +36,7 @@ def test_splits_have_their_shares_and_do_not_follow_the_seed():
 def test_mqar_is_zoologys_layout(length, pairs, vocab):
     batch = build(f"mqar:pairs={pairs}:vocab={vocab}", length).batch("train", 0)
     keys, values = batch.inputs[:, 0 : 2 * pairs : 2], batch.inputs[:, 1 : 2 * pairs : 2]
-    assert 1 <= keys.min() and keys.max() < vocab // 2 <= values.min() and values.max() < vocab
+    assert keys.min() >= 1 and keys.max() < vocab // 2 <= values.min() and values.max() < vocab
     for row in range(64):
         assert len(set(keys[row])) == len(set(values[row])) == pairs
         asked = np.flatnonzero(batch.weights[row])
@@ -131,10 +131,11 @@ def test_evaluate_agrees_with_every_published_label():
         pytest.skip("the published ListOps data are not here")
     checked = 0
     for file in sorted(PUBLISHED.glob("*.tsv.gz")):
-        for line in gzip.open(file, "rt"):
-            label, expression = line.split("\t")
-            assert evaluate(expression) == int(label), expression
-            checked += 1
+        with gzip.open(file, "rt") as lines:
+            for line in lines:
+                label, expression = line.split("\t")
+                assert evaluate(expression) == int(label), expression
+                checked += 1
     assert checked >= 50_000
 
 

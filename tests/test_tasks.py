@@ -74,8 +74,8 @@ def test_a_batch_is_what_the_contract_says(name, choice):
         assert batch.inputs.shape == (16, 32)
         assert batch.targets.shape == batch.weights.shape == ((16, 32) if task.target == "token" else (16,))
         assert (batch.inputs.dtype, batch.targets.dtype, batch.weights.dtype) == (np.int32, np.int32, np.float32)
-        assert 0 <= batch.inputs.min() and batch.inputs.max() < task.vocab
-        assert 0 <= batch.targets.min() and batch.targets.max() < task.outputs
+        assert batch.inputs.min() >= 0 and batch.inputs.max() < task.vocab
+        assert batch.targets.min() >= 0 and batch.targets.max() < task.outputs
         assert set(np.unique(batch.weights)) <= {0.0, 1.0} and batch.weights.sum() >= 16
         if batch.real is not None:
             assert batch.real.dtype == bool and batch.real.any(axis=1).all()

@@ -20,7 +20,10 @@ def shelf(name: str) -> list[dict]:
 def _row(shelf: str, name: str) -> dict:
     found = spec.entry(shelf, name)
     options = spec.options(found)
-    row: dict = {"name": name, "options": ":".join(f"{key}={_short(option.default)}" for key, option in options.items())}
+    row: dict = {
+        "name": name,
+        "options": ":".join(f"{key}={_short(option.default)}" for key, option in options.items()),
+    }
     if hasattr(found, "takes"):
         takes = found.takes()
         row |= {"causal": "causal" in takes, "bias": "bias" in takes, "random": "key" in takes}
@@ -80,12 +83,14 @@ def _mechanism(name: str, config: configs.Config) -> dict:
         "can": {word: word in built.takes() for word in ("causal", "bias", "key", "carry", "x")},
     }
     if hasattr(built, "seen"):
-        result["pattern"] = _drawing(built.seen("causal" in built.takes() and config.model.model != "encoder"), size.length)
+        result["pattern"] = _drawing(
+            built.seen("causal" in built.takes() and config.model.model != "encoder"), size.length
+        )
     return result
 
 
 def _drawing(pattern, length: int, side: int = 64) -> list[str]:
-    """Rows of a picture, a query each: full where it may look, from the predicate that runs; long sequences are sampled."""
+    """A picture, one row a query, full where it may look: from the predicate that runs; long sequences are sampled."""
     import numpy as np
 
     at = np.unique(np.linspace(0, length - 1, min(length, side)).round().astype(int))
@@ -95,7 +100,11 @@ def _drawing(pattern, length: int, side: int = 64) -> list[str]:
 def resolved(config: configs.Config) -> list[dict]:
     """Every key of a config with its value, in full spelling."""
     return [
-        {"key": key, "value": spec.show(configs.canonical(key, configs.get(config, key))), "help": field.metadata["help"]}
+        {
+            "key": key,
+            "value": spec.show(configs.canonical(key, configs.get(config, key))),
+            "help": field.metadata["help"],
+        }
         for key, (_, field, _) in configs.LEAVES.items()
     ]
 

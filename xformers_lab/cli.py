@@ -13,8 +13,8 @@ from xformers_lab import config as configs
 from xformers_lab.errors import LabError, UsageError
 
 WORDS = """\
-Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml, @file.json
-or a Python recipe @file.py with configs = [...] bring many at once, later words win.
+Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
+@file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
 Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
 module path, or the path of a .py file of your own."""
 
@@ -65,10 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     printed(command("doctor", _doctor, "versions, devices, and a self-test of a few seconds"))
 
     added = command("list", _list, "the choices on a shelf, or the shelves")
-    added.add_argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
+    added.add_argument(
+        "shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task"
+    )
     printed(added)
 
-    added = command("show", _show, "what a choice is, with its options and drawing; or a whole config, resolved", words="NAME or key=value")
+    added = command(
+        "show",
+        _show,
+        "what a choice is, with its options and drawing; or a whole config, resolved",
+        words="NAME or key=value",
+    )
     printed(added)
 
     added = command("train", _train, "train one config", words="words", keys=True)
@@ -86,14 +93,22 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
     printed(added)
 
-    added = command("bench", _bench, "time attention mechanisms over lengths: speed, FLOPs, memory", words="words", keys=True)
+    added = command(
+        "bench", _bench, "time attention mechanisms over lengths: speed, FLOPs, memory", words="words", keys=True
+    )
     added.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    added.add_argument("--pass", dest="passes", choices=("forward", "both"), default="both", help="which passes to time")
-    added.add_argument("--no-check", action="store_true", help="time mechanisms without their conformance check, and say so")
+    added.add_argument(
+        "--pass", dest="passes", choices=("forward", "both"), default="both", help="which passes to time"
+    )
+    added.add_argument(
+        "--no-check", action="store_true", help="time mechanisms without their conformance check, and say so"
+    )
     added.add_argument("--report", metavar="FILE", help="write the figures as one offline HTML file")
     printed(added)
 
-    added = command("compare", _compare, "train a grid of configs and report accuracy, speed and memory", words="words", keys=True)
+    added = command(
+        "compare", _compare, "train a grid of configs and report accuracy, speed and memory", words="words", keys=True
+    )
     added.add_argument("--report", metavar="FILE", help="where the HTML goes (default: RUNS/report.html)")
     added.add_argument("--skip-impossible", action="store_true", help="keep impossible combinations as refused rows")
     printed(added)
@@ -108,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("name", help="its name: the file will be NAME.py")
     added.add_argument("--folder", default=".", help="where to write it (default: here)")
 
-    added = command("check", _check, "run the conformance kit on mechanisms (none named: the whole shelf)", words="NAME")
+    added = command(
+        "check", _check, "run the conformance kit on mechanisms (none named: the whole shelf)", words="NAME"
+    )
     added.add_argument("--deep", action="store_true", help="many more shapes")
     printed(added)
     return parser
@@ -215,7 +232,9 @@ def _bench(chosen) -> int:
     if chosen.report:
         path = pathlib.Path(chosen.report)
         title = "What the mechanisms cost"
-        html.write_report(rows, [*varied, "pass"], path, title=title, machine=speed.machine(), command=_command(chosen), notes=[])
+        html.write_report(
+            rows, [*varied, "pass"], path, title=title, machine=speed.machine(), command=_command(chosen), notes=[]
+        )
         print(f"report: {path}", file=sys.stderr)
     return code if all(row["status"] == "ok" for row in rows) else 5
 
@@ -253,7 +272,9 @@ def _report(chosen) -> int:
     except FileNotFoundError:
         raise UsageError(f"{path}: no comparison there yet; run xlab compare, or name its folder with --runs") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again") from None
+        raise UsageError(
+            f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again"
+        ) from None
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
     return _print(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
 

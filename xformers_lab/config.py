@@ -12,24 +12,36 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from xformers_lab import spec
 from xformers_lab.errors import UsageError, nearest
 
 
-def knob(default, help: str, *, shelf: str | None = None, cycle: bool = False, least: float | None = None, same_result: bool = False):
-    """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers, `least` is its smallest value.
+def knob(
+    default,
+    help: str,
+    *,
+    shelf: str | None = None,
+    cycle: bool = False,
+    least: float | None = None,
+    below: float | None = None,
+    same_result: bool = False,
+):
+    """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id.
     """
-    rules = dict(help=help, shelf=shelf, cycle=cycle, least=least, same_result=same_result)
+    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "same_result": same_result}
     return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     model: str = knob("auto", "encoder, decoder, or auto: what the task is made for", shelf="model")
-    attention: str = knob("full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True)
+    attention: str = knob(
+        "full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True
+    )
     position: str = knob("learned", "where a token is", shelf="position")
     norm: str = knob("pre", "residual placement and normaliser", shelf="norm")
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
@@ -39,7 +51,7 @@ class Model:
     layers: int = knob(2, "number of layers L", least=1)
     heads: int = knob(2, "query heads N", least=1)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
-    dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0)
+    dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
 
 
@@ -51,7 +63,7 @@ class Train:
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
     lr: float = knob(1e-3, "peak learning rate", least=0)
     schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
-    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0)
+    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
     eval_every: int = knob(0, "validate every so many steps (0: only at the end)", least=0)
@@ -100,16 +112,16 @@ def edit(config: Config, **changes) -> Config:
     return config
 
 
-def typed(key: str, value, where: str = ""):
+def typed(key: str, value, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
     _, field, kind = LEAVES[key]
     value = spec.coerce(value, kind, where)
-    least = field.metadata["least"]
-    if least is not None and value is not None and value < least:
+    least, below = field.metadata["least"], field.metadata["below"]
+    if value is not None and least is not None and value < least:
         raise UsageError(f"{where}: {key} must be at least {least}")
-    if key == "dropout" and value >= 1:
-        raise UsageError(f"{where}: dropout must be below 1")
+    if value is not None and below is not None and value >= below:
+        raise UsageError(f"{where}: {key} must be below {below}")
     if field.metadata["shelf"]:
         canonical(key, value, where)
     return value
@@ -192,7 +204,7 @@ def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
 
 
 def varied(configs: list[Config]) -> list[str]:
-    """The keys that tell configs apart: task, length and seed where they differ, and what differs at equal task and length."""
+    """The keys that tell configs apart: task, length and seed, and whatever differs at equal task and length."""
     frame = ("task", "seq_len", "seed")
     groups: dict[tuple, list[Config]] = {}
     for config in configs:
@@ -201,7 +213,8 @@ def varied(configs: list[Config]) -> list[str]:
     return [
         key
         for key in KEYS
-        if (key in frame and differs(key, configs)) or (key not in frame and any(differs(key, g) for g in groups.values()))
+        if (key in frame and differs(key, configs))
+        or (key not in frame and any(differs(key, g) for g in groups.values()))
     ]
 
 
@@ -209,7 +222,9 @@ def single(words: Iterable[str]) -> Config:
     """The one config of command-line words; a sweep is refused."""
     configs, differing = sweep(words)
     if len(configs) != 1:
-        raise UsageError(f"this command takes one config, but {', '.join(differing)} has several values; use compare or bench")
+        raise UsageError(
+            f"this command takes one config, but {', '.join(differing)} has several values; use compare or bench"
+        )
     return configs[0]
 
 
@@ -229,7 +244,9 @@ def axes_of(tree: Mapping, where: str) -> dict[str, list]:
             leaf = _leaf(".".join((*path, key)), where)
             if leaf in axes:
                 raise UsageError(f'{where}: "{leaf}" is given twice')
-            listed = value if isinstance(value, list) else _spread(leaf, value, where) if isinstance(value, str) else [value]
+            listed = (
+                value if isinstance(value, list) else _spread(leaf, value, where) if isinstance(value, str) else [value]
+            )
             if not listed:
                 raise UsageError(f'{where}: "{leaf}" is an empty list')
             axes[leaf] = [typed(leaf, item, f"{where}: {leaf}={spec.show(item)}") for item in listed]
@@ -267,7 +284,7 @@ def save(config: Config, path: pathlib.Path) -> None:
     if path.suffix == ".toml":
         import tomli_w
 
-        path.write_text(tomli_w.dumps({k: v for k, v in _no_none(tree).items()}))
+        path.write_text(tomli_w.dumps(_no_none(tree)))
     elif path.suffix in (".yaml", ".yml"):
         import yaml
 
@@ -291,7 +308,9 @@ def _leaf(key: str, where: str) -> str:
     if name in LEAVES and key in (name, ".".join(LEAVES[name][0])):
         return name
     known = ".".join(LEAVES[name][0]) if name in LEAVES else None
-    raise UsageError(f'{where}: unknown key "{key}": ' + (f'did you mean "{known}"?' if known else nearest(name, KEYS, "keys")))
+    raise UsageError(
+        f'{where}: unknown key "{key}": ' + (f'did you mean "{known}"?' if known else nearest(name, KEYS, "keys"))
+    )
 
 
 def _spread(key: str, text: str, where: str) -> list[str]:
@@ -346,7 +365,7 @@ def _yaml(text: str):
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 

@@ -51,4 +51,8 @@ def _repeats() -> dict:
         first = loop.run(edit(tiny, runs=f"{folder}/a"))
         second = loop.run(edit(tiny, runs=f"{folder}/b"))
     same = (first["loss"], first["metric"]) == (second["loss"], second["metric"])
-    return {"what": "same seed, same result", "found": "bit for bit" if same else "NOT repeatable on this device", "ok": same}
+    return {
+        "what": "same seed, same result",
+        "found": "bit for bit" if same else "NOT repeatable on this device",
+        "ok": same,
+    }

@@ -15,7 +15,13 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def _bar(console: Console) -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
     return Progress(*columns, console=console, transient=True)
 
 
@@ -37,7 +43,9 @@ def steps(title: str) -> Iterator:
         task = bar.add_task(escape(title))
 
         def update(step: int, total: int, metrics: dict) -> None:
-            bar.update(task, completed=step, total=total, description=f"{escape(title)} · loss {_number(metrics.get('loss'))}")
+            bar.update(
+                task, completed=step, total=total, description=f"{escape(title)} · loss {_number(metrics.get('loss'))}"
+            )
 
         yield update
 
@@ -57,13 +65,19 @@ class Cells:
 
     def stepped(self, step: int, total: int, loss: float | None) -> None:
         if self.bar is not None:
-            self.bar.update(self.cell, completed=step, total=total, description=f"{escape(self.at)} · loss {_number(loss)}")
+            self.bar.update(
+                self.cell, completed=step, total=total, description=f"{escape(self.at)} · loss {_number(loss)}"
+            )
 
     def finished(self, index: int, row: dict) -> None:
         if self.bar is not None:
             self.bar.update(self.grid, completed=index + 1)
         elif not self.quiet and self.at:
-            score = f"{row['metric_name']} {_number(row['metric'])}" if row.get("metric") is not None else row.get("reason", "")
+            score = (
+                f"{row['metric_name']} {_number(row['metric'])}"
+                if row.get("metric") is not None
+                else row.get("reason", "")
+            )
             print(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}", file=sys.stderr, flush=True)
         self.at = ""
 

@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from typing import Any
 
 from xformers_lab.errors import UsageError, nearest
 from xformers_lab.size import Size
@@ -102,7 +103,7 @@ def entry(shelf: str, name: str, where: str = "") -> Callable:
 
 
 def options(build: Callable) -> dict[str, Option]:
-    """The options a constructor declares: keyword-only parameters with a default, with their help from the docstring's `Options:`."""
+    """What a constructor declares: keyword-only parameters with a default; help from the docstring's `Options:`."""
     hints = typing.get_type_hints(_constructor(build))
     help_lines = dict(re.findall(r"^\s+(\w+): (.+)$", (inspect.getdoc(build) or "").partition("Options:")[2], re.M))
     found = {}
@@ -118,7 +119,7 @@ def _constructor(build: Callable) -> Callable:
 
 
 def resolve(shelf: str, text: str, where: str = "") -> Choice:
-    """The choice with every option typed and every default filled in; raises UsageError on unknown or ill-typed ones."""
+    """The choice with every option typed and every default filled in; raises UsageError on unknown or ill-typed."""
     where = where or f"{shelf}={text}"
     choice = parse(text, where)
     declared = options(entry(shelf, choice.name, where))
@@ -168,7 +169,7 @@ def digest(shelf: str, text: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def coerce(value, kind, where: str):
+def coerce(value, kind, where: str) -> Any:
     """`value` (text from the command line, or typed from a file) as the type `kind`; raises UsageError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -211,7 +212,9 @@ def _whole(value) -> int:
         match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)(k|m|ki|mi)?", value.strip().lower())
         if match is None:
             raise ValueError
-        value = float(match[1]) * _SUFFIXES.get(match[2] or "", 1) if not match[1].isdigit() or match[2] else int(match[1])
+        value = (
+            float(match[1]) * _SUFFIXES.get(match[2] or "", 1) if not match[1].isdigit() or match[2] else int(match[1])
+        )
     if int(value) != value:
         raise ValueError
     return int(value)
@@ -246,7 +249,7 @@ def _is_file(name: str) -> bool:
     return name.endswith(".py") or "/" in name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _from_file(path: pathlib.Path) -> types.ModuleType:
     found = importlib.util.spec_from_file_location(path.stem, path)
     assert found is not None and found.loader is not None

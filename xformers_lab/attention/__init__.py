@@ -12,8 +12,9 @@ shares something with the same mechanism in the layer below takes `carry` and re
 `init_carry(T, S)`; per-head parameters are named by `per_head()`. The lab adds heads, batch, grouped key/value heads,
 projections and devices, and refuses what a signature cannot do.
 
-Causal is aligned at the end: query t stands at position S - T + t. real (S,) bool marks keys that are no padding; a
-query that may see no key gets zeros; a mechanism that writes `real=None` gets None where nothing is padded. bias, where given, is called with (T', 1) and (1, S') positions.
+Causal is aligned at the end: query t stands at position S - T + t. real (S,) bool marks keys that are no padding (a
+mechanism that writes `real=None` gets None where nothing is padded); a query that may see no key gets zeros. bias,
+where given, is called with broadcasting query and key positions, (T', 1) and (1, S').
 
 A mechanism that is not per head overrides `mix` on (B, T, N, H), or `__call__` on (B, T, D).
 """
@@ -91,12 +92,13 @@ class Attention(nnx.Module):
 
         def one(q, k, v, carry, of_sample, of_head):
             given = {"carry": carry} | of_sample | of_head
-            return function(q, k, v, **fixed, **{name: value for name, value in given.items() if name in takes})
+            out = function(q, k, v, **fixed, **{name: value for name, value in given.items() if name in takes})
+            return out if "carry" in takes else (out, None)
 
         of_sample = {"real": real} | ({"x": x} if "x" in takes else {})
         of_head = {"bias": bias, "key": keys} | self.per_head()
-        out = over_heads(one, q, k, v, carry if "carry" in takes else None, of_sample, of_head)
-        return out if "carry" in takes else (out, carry)
+        out, above = over_heads(one, q, k, v, carry if "carry" in takes else None, of_sample, of_head)
+        return out, above if "carry" in takes else carry
 
     @classmethod
     def takes(cls, method: str = "attend") -> frozenset[str]:
@@ -158,4 +160,6 @@ def why_not(mechanism: type, what: str) -> str:
         return f"{name} has no scores to bias: use position=rope, learned, sinusoidal or none"
     text = inspect.getdoc(mechanism) or ""
     reason = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Not causal:")), "")
-    return f"{name} cannot be causal: {reason or 'its attend takes no `causal`'}; use model=encoder or another attention"
+    return (
+        f"{name} cannot be causal: {reason or 'its attend takes no `causal`'}; use model=encoder or another attention"
+    )

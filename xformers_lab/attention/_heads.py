@@ -28,19 +28,17 @@ def _grouped(q, carry, of_head, K):
 
 
 def _batch(one, q, k, v, carry, of_sample, of_head):
-    B, T, N, H = q.shape
+    B, _, N, _ = q.shape
     q, carry, of_head = _grouped(q, carry, of_head, k.shape[2])
     heads = jax.vmap(one, in_axes=(1, None, None, 0, None, 0))
     groups = jax.vmap(heads, in_axes=(1, 1, 1, 0, None, 0))
     out = jax.vmap(groups, in_axes=(0, 0, 0, 0, 0, None))(q, k, v, carry, of_sample, of_head)
-    merge = lambda tree: jax.tree.map(lambda x: x.reshape(B, N, *x.shape[3:]), tree)
-    if isinstance(out, tuple):
-        return jnp.swapaxes(merge(out[0]), 1, 2), merge(out[1])
-    return jnp.swapaxes(merge(out), 1, 2)
+    out, carry = jax.tree.map(lambda x: x.reshape(B, N, *x.shape[3:]), out)
+    return jnp.swapaxes(out, 1, 2), carry
 
 
 def _loop(one, q, k, v, carry, of_sample, of_head):
-    B, T, N, H = q.shape
+    B, _, N, _ = q.shape
     K = k.shape[2]
     q, carry, of_head = _grouped(q, carry, of_head, K)
     flat = lambda x: x.reshape(B * K, *x.shape[2:])
@@ -59,7 +57,5 @@ def _loop(one, q, k, v, carry, of_sample, of_head):
         return lax.map(head, (q, carry, heads))
 
     out = lax.map(group, (q, k, v, carry, jnp.arange(B * K)))
-    merge = lambda tree: jax.tree.map(lambda x: x.reshape(B, N, *x.shape[2:]), tree)
-    if isinstance(out, tuple):
-        return merge(out[0]).swapaxes(1, 2), merge(out[1])
-    return merge(out).swapaxes(1, 2)
+    out, carry = jax.tree.map(lambda x: x.reshape(B, N, *x.shape[2:]), out)
+    return out.swapaxes(1, 2), carry

@@ -12,7 +12,7 @@ EPSILON = 1e-6
 class Linear(Attention):
     """Linear attention with phi(x) = elu(x) + 1 (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
 
-    out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, or causally over s <= t.
+    out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, causally over s <= t.
     Time O(T H^2), chunked where causal; memory O(T H); decoding keeps one H x H matrix and one vector.
     Exact for its kernel, which is not the softmax. No scores exist, so no bias can be added.
 
@@ -35,7 +35,7 @@ class Linear(Attention):
 
     def _both_sides(self, q, k, v, real):
         q, k = _features(q), _masked(_features(k), real)
-        exact = dict(preferred_element_type=jnp.float32)
+        exact = {"preferred_element_type": jnp.float32}
         out = jnp.dot(q, jnp.dot(k.T, v, **exact).astype(q.dtype), **exact)
         total = jnp.dot(q, k.sum(0, dtype=jnp.float32).astype(q.dtype), **exact)
         return (out / (total + EPSILON)[:, None]).astype(v.dtype)

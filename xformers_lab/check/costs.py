@@ -1,5 +1,6 @@
 """Properties of what a mechanism costs: decoding, its state, its declared FLOPs and memory against what is counted."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 
@@ -31,7 +32,11 @@ def decoding(subject: Subject) -> None:
     case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
     inputs = subject.inputs(case)
     given = {"bias": inputs["bias"]} if case.biased else {}
-    given = {name: leaf for name, leaf in (given | mechanism.per_head()).items() if name in inspect.signature(kind.step).parameters}
+    given = {
+        name: leaf
+        for name, leaf in (given | mechanism.per_head()).items()
+        if name in inspect.signature(kind.step).parameters
+    }
     times = mechanism.size.heads // mechanism.size.key_heads
     k, v = (jnp.repeat(inputs[name], times, 2) for name in ("k", "v"))
 
@@ -43,7 +48,7 @@ def decoding(subject: Subject) -> None:
     with jax.default_matmul_precision("highest"):
         out = np.asarray(jax.jit(over)(inputs["q"], k, v, given))
     advice = "The state before token t must hold what attend sees of tokens 0 .. t-1; check what happens once a window is full."
-    expected = subject.result(case).out
+    expected = subject.apply(case, inputs).out
     rows = np.abs(out - expected).max((0, 2, 3))
     first = int(np.argmax(rows > STEP * np.abs(expected).max()))
     compare(out, expected, STEP, f"step by step against the causal pass ({case}; first wrong token: {first})", advice)
@@ -57,7 +62,14 @@ def state_size(subject: Subject) -> None:
         leaves = jax.tree.leaves(jax.eval_shape(lambda layer=layer, length=length: layer.init_state(length)))
         counted.append(sum(leaf.size for leaf in leaves))
         declared.append(layer.cost(length, length).state)
-    _agree(subject, "state", counted, declared, STATE_FACTOR, "cost(T, S).state is the number of elements that init_state makes")
+    _agree(
+        subject,
+        "state",
+        counted,
+        declared,
+        STATE_FACTOR,
+        "cost(T, S).state is the number of elements that init_state makes",
+    )
 
 
 def flops(subject: Subject) -> None:
@@ -80,7 +92,9 @@ def memory(subject: Subject) -> None:
 
         counted.append(largest_intermediate(both, *arrays))
         declared.append(layer.cost(T, T).memory)
-    advice = "An array of T x S, a mask say, makes it quadratic even where it is never read twice; loop over blocks instead."
+    advice = (
+        "An array of T x S, a mask say, makes it quadratic even where it is never read twice; loop over blocks instead."
+    )
     _agree(subject, "memory", counted, declared, None, advice)
 
 
@@ -115,7 +129,9 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, ...]:
 
 def _agree(subject: Subject, what: str, counted, declared, factor: float | None, advice: str) -> None:
     found, said = fit(LENGTHS, counted), fit(LENGTHS, declared)
-    table = ", ".join(f"T={T}: {c:.3g} counted, {d:.3g} declared" for T, c, d in zip(LENGTHS, counted, declared, strict=True))
+    table = ", ".join(
+        f"T={T}: {c:.3g} counted, {d:.3g} declared" for T, c, d in zip(LENGTHS, counted, declared, strict=True)
+    )
     if abs(found - said) > EXPONENT:
         raise Broken(f"{what} grows as T^{found:.2f}, declared is T^{said:.2f} ({table}). {advice}")
     ratio = max(max(c / d, d / c) for c, d in zip(counted, declared, strict=True))

@@ -27,7 +27,11 @@ def no_future(subject: Subject) -> None:
                 seen = np.abs(grads[name][:, after + 1 :]).max((0, *range(2, grads[name].ndim)))
                 if seen.any():
                     where = after + 1 + int(np.nonzero(seen)[0][0])
-                    late = "the bias or the mask is not aligned at the end" if T < LENGTH and name != "q" else "an off-by-one?"
+                    late = (
+                        "the bias or the mask is not aligned at the end"
+                        if T < LENGTH and name != "q"
+                        else "an off-by-one?"
+                    )
                     raise Broken(
                         f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: derivative "
                         f"{seen.max():.1e} instead of exactly 0. Query t may see keys up to S - T + t ({late})"
@@ -81,7 +85,9 @@ def nothing_to_see(subject: Subject) -> None:
                 )
         if subject.whole:
             continue
-        blind = ~np.logical_or.accumulate(real, 1) if causal else np.broadcast_to(~real.any(1, keepdims=True), real.shape)
+        blind = (
+            ~np.logical_or.accumulate(real, 1) if causal else np.broadcast_to(~real.any(1, keepdims=True), real.shape)
+        )
         size = np.abs(result.out).max((2, 3)) * blind
         if size.max() > 1e-6:
             sample, at = np.unravel_index(size.argmax(), size.shape)

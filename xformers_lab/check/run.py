@@ -84,7 +84,11 @@ def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -
 def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attention:
     """The mechanism at the kit's size: large options shrunk where `small`, and without options that only fit another length."""
     asked = spec.parse(text).options
-    shrunk = {name: SMALL for name, value in choice.options.items() if type(value) is int and value >= LARGE} if small else {}
+    shrunk = (
+        {name: SMALL for name, value in choice.options.items() if type(value) is int and value >= LARGE}
+        if small
+        else {}
+    )
     kept = {name: choice.options[name] for name in asked}
     attempts = [kept | shrunk, kept]
     attempts += [{name: value for name, value in (kept | shrunk).items() if name != left} for left in kept]

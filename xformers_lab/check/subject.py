@@ -266,4 +266,6 @@ def compare_trees(fast: Mapping, slow: Mapping, tolerance: float, where: str, ad
 
 def _index(at) -> str:
     names = ("sample", "position", "head", "channel") if len(at) == 4 else ("sample", "position", "channel")
-    return ", ".join(f"{name} {index}" for name, index in zip(names, at, strict=False)) if len(at) > 1 else f"index {at}"
+    return (
+        ", ".join(f"{name} {index}" for name, index in zip(names, at, strict=False)) if len(at) > 1 else f"index {at}"
+    )

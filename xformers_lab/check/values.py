@@ -34,7 +34,9 @@ def signature(subject: Subject) -> None:
     kind = type(subject.mechanism)
     title = (kind.__doc__ or "").strip().split("\n\n")[0]
     if not PAPER.search(title):
-        raise Broken(f'the first lines of {kind.__name__}\'s docstring name no paper: write "Title (Authors, year, arXiv id)"')
+        raise Broken(
+            f'the first lines of {kind.__name__}\'s docstring name no paper: write "Title (Authors, year, arXiv id)"'
+        )
     if not subject.per_head:
         return
     own = subject.mechanism.per_head()
@@ -52,7 +54,9 @@ def signature(subject: Subject) -> None:
         for name in names[3:]:
             if name not in GIVEN and name not in own:
                 known = ", ".join([*GIVEN, *own])
-                raise Broken(f'{method} takes "{name}", which nobody gives: the lab gives {known}; per_head() can name more')
+                raise Broken(
+                    f'{method} takes "{name}", which nobody gives: the lab gives {known}; per_head() can name more'
+                )
         if "real" not in names:
             raise Broken(f"{method} takes no `real`, so it cannot keep padding out")
     fast, slow = (kind.takes(method) for method in ("attend", "reference"))
@@ -75,7 +79,9 @@ def equals_reference(subject: Subject) -> None:
     _has_reference(subject)
     for case in subject.cases():
         fast, slow = subject.result(case), subject.result(case, "reference")
-        compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, subject, case))
+        compare(
+            fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, subject, case)
+        )
 
 
 def same_gradients(subject: Subject) -> None:
@@ -108,7 +114,9 @@ def end_aligned(subject: Subject) -> None:
         inputs = subject.inputs(case)
         inputs["q"] = inputs["x" if subject.whole else "q"][:, -SHORT:]
         expected = subject.result(case).out[:, -SHORT:]
-        advice = "With fewer queries than keys, query t stands at position S - T + t, for causality, windows and bias alike."
+        advice = (
+            "With fewer queries than keys, query t stands at position S - T + t, for causality, windows and bias alike."
+        )
         compare(subject.apply(tail, inputs).out, expected, VALUE, f"the last {SHORT} queries alone ({tail})", advice)
 
 
@@ -122,7 +130,9 @@ def grouped_query(subject: Subject) -> None:
     inputs |= {name: jnp.repeat(inputs[name], times, 2) for name in ("k", "v")}
     advice = "Query head n uses key/value head n // (N / K)."
     expected = subject.apply(case, inputs).out
-    compare(subject.result(case).out, expected, VALUE, f"{KEY_HEADS} key/value heads against repeated ones ({case})", advice)
+    compare(
+        subject.result(case).out, expected, VALUE, f"{KEY_HEADS} key/value heads against repeated ones ({case})", advice
+    )
 
 
 def heads_apart(subject: Subject) -> None:
@@ -159,7 +169,9 @@ def no_retrace(subject: Subject) -> None:
         out = subject.call(layer, inputs, real, key, causal=case.causal)
         after, own, rest = nnx.split(layer, nnx.Param, ...)
         if after != subject.graph:
-            raise Broken("a call changes the mechanism's attributes: what changes belongs into an nnx.Variable made in __init__")
+            raise Broken(
+                "a call changes the mechanism's attributes: what changes belongs into an nnx.Variable made in __init__"
+            )
         return out, own, rest
 
     own, rest = subject.own, subject.rest
@@ -177,7 +189,9 @@ def bfloat16(subject: Subject) -> None:
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), subject.inputs(case))
     found = subject.apply(case, half)
     if found.dtype != jnp.bfloat16:
-        raise Broken(f"bfloat16 inputs give {found.dtype}: end with .astype(v.dtype), or a model in bfloat16 is not one")
+        raise Broken(
+            f"bfloat16 inputs give {found.dtype}: end with .astype(v.dtype), or a model in bfloat16 is not one"
+        )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     advice = "Keep scores, sums and normalisers in float32 (preferred_element_type=jnp.float32)."
     compare(found.out, subject.apply(case, wide).out, HALF, f"bfloat16 against float32 ({case})", advice)
@@ -186,7 +200,9 @@ def bfloat16(subject: Subject) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path({"the output": result.out, "gradients": result.grads}):
         if not np.isfinite(leaf).all():
             name = jax.tree_util.keystr(path, simple=True, separator=" ")
-            raise Broken(f"q and k times 30 in bfloat16 ({case}): {name} is not finite. Subtract the row's maximum before exp.")
+            raise Broken(
+                f"q and k times 30 in bfloat16 ({case}): {name} is not finite. Subtract the row's maximum before exp."
+            )
 
 
 def carried(subject: Subject) -> None:
@@ -202,7 +218,15 @@ def carried(subject: Subject) -> None:
         def layer(state, k):
             q, carry = state
             out, carry = mechanism.mix(
-                q, k, inputs["v"], real=real, causal=case.causal, carry=carry, x=inputs.get("x"), key=jax.random.key(0), method=method
+                q,
+                k,
+                inputs["v"],
+                real=real,
+                causal=case.causal,
+                carry=carry,
+                x=inputs.get("x"),
+                key=jax.random.key(0),
+                method=method,
             )
             return (q + out, carry), out
 
@@ -210,10 +234,17 @@ def carried(subject: Subject) -> None:
         (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), turned)
         return out, carry
 
-    (fast, carry), (slow, expected) = jax.jit(run, static_argnums=0)("attend"), jax.jit(run, static_argnums=0)("reference")
-    advice = "init_carry must be what the first layer may take, and attend must return the carry that reference returns."
+    (fast, carry), (slow, expected) = (
+        jax.jit(run, static_argnums=0)("attend"),
+        jax.jit(run, static_argnums=0)("reference"),
+    )
+    advice = (
+        "init_carry must be what the first layer may take, and attend must return the carry that reference returns."
+    )
     for layer in range(3):
-        compare(np.asarray(fast[layer]), np.asarray(slow[layer]), 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice)
+        compare(
+            np.asarray(fast[layer]), np.asarray(slow[layer]), 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice
+        )
     for one, other in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
         compare(np.asarray(one), np.asarray(other), 10 * VALUE, f"the carry after 3 layers ({case})", advice)
 
@@ -229,7 +260,13 @@ def many_shapes(subject: Subject) -> None:
                 if one.refusal(case):
                     continue
                 fast, slow = one.result(case), one.result(case, "reference")
-                compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, one, case))
+                compare(
+                    fast.out,
+                    slow.out,
+                    VALUE,
+                    f"attend against reference ({case})",
+                    functools.partial(_likely, one, case),
+                )
                 compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "")
 
 

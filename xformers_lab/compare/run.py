@@ -17,7 +17,7 @@ SETTLED = ("ok", "nan")
 
 
 def check_cells(cells: list[Config], *, skip_impossible: bool = False) -> dict[Config, str]:
-    """Check every cell before any runs. -> the reasons of impossible ones; raises UsageError unless these are skipped."""
+    """Check every cell before any runs. -> why some are impossible; raises UsageError unless these are skipped."""
     from xformers_lab.model import check_config
 
     refused = {}
@@ -94,7 +94,7 @@ class _Worker:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit, with the process)
 
     def __enter__(self):
         return self
@@ -110,7 +110,12 @@ class _Worker:
             command = [sys.executable, "-m", "xformers_lab.compare.worker"]
             # Its own process group: Ctrl-C reaches the driver alone, which passes it on once.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+                start_new_session=True,
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -138,7 +143,10 @@ class _Worker:
         said = self.log.read().strip().splitlines()
         if code == -signal.SIGKILL:
             return {"status": "oom", "reason": "the process was killed (signal 9), most likely for want of memory"}
-        return {"status": "failed", "reason": f"the process ended with {code}: {said[-1][:300] if said else 'no message'}"}
+        return {
+            "status": "failed",
+            "reason": f"the process ended with {code}: {said[-1][:300] if said else 'no message'}",
+        }
 
 
 def save_table(rows: list[dict], varied: list[str], command: str, runs: str) -> pathlib.Path:

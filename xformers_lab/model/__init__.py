@@ -49,7 +49,9 @@ def build_task(config: Config) -> Task:
 def build_model(config: Config, task: Task) -> Model:
     """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError."""
     kind = kind_of(config, task)
-    return spec.build("model", kind, size_of(config), config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
+    return spec.build(
+        "model", kind, size_of(config), config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}"
+    )
 
 
 def kind_of(config: Config, task: Task) -> str:
@@ -59,7 +61,9 @@ def kind_of(config: Config, task: Task) -> str:
         return task.kinds[0]
     if not spec.entry("model", spec.parse(choice).name).causal and "encoder" not in task.kinds:
         name = spec.parse(config.task).name
-        raise UsageError(f"model={choice}: it sees both sides, so it would see the answers of task {name}; use model=decoder")
+        raise UsageError(
+            f"model={choice}: it sees both sides, so it would see the answers of task {name}; use model=decoder"
+        )
     return choice
 
 

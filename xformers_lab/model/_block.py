@@ -17,7 +17,8 @@ class Block(nnx.Module):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
         self.attention, self.attention_norm = build("attention", attention), build("norm", config.model.norm)
         self.ffn = build("ffn", config.model.ffn)
-        self.ffn_norm = None if self.ffn is None else build("norm", config.model.norm)
+        if self.ffn is not None:
+            self.ffn_norm = build("norm", config.model.norm)
         self.name, self.causal, self.dropout = attention, causal, config.model.dropout
 
     def initial_carries(self, x) -> dict:
@@ -49,7 +50,7 @@ class Block(nnx.Module):
 
 
 def drop(x, rate: float, key):
-    """Residual dropout (Srivastava et al., 2014): zero a share `rate` of x and scale the rest; identity without a key."""
+    """Residual dropout (Srivastava et al., 2014): zero a share `rate` of x, scale the rest; identity without a key."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)

@@ -4,7 +4,7 @@ from xformers_lab.model._transformer import Transformer
 
 
 class Encoder(Transformer):
-    """Every position sees both sides; a sequence is pooled by the mean of its real positions (BERT-like, without [CLS])."""
+    """Every position sees both sides; a sequence is pooled by the mean of its real positions (BERT without [CLS])."""
 
     def pool(self, x, real):
         if real is None:

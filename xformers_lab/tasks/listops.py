@@ -1,6 +1,7 @@
 """Listops: evaluate nested operations on lists of digits."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -157,7 +158,7 @@ def expressions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` trees and keep those of fitting length: token ids (n, longest) padded with 0, and values (n,)."""
     levels = _grow(rng, count, shortest, longest, max_depth, max_args)
-    for level, below in reversed(list(zip(levels, levels[1:], strict=False))):
+    for level, below in reversed(list(itertools.pairwise(levels))):
         _gather(level, below)
     tokens = np.zeros((len(levels[0].tree), longest), np.int32)
     start = np.zeros(len(tokens), np.int64)

@@ -100,7 +100,7 @@ def _backward(pattern, blocks, residuals, grad):
     scale = q.shape[-1] ** -0.5
     scaled = (q * scale).astype(q.dtype)
     delta = (out.astype(jnp.float32) * grad).sum(-1)
-    dq, dk, dv = 0.0, 0.0, 0.0
+    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dbias = jax.tree.map(jnp.zeros_like, bias)
     for part in layout(pattern, T, S, *blocks):
         view = _View(part, scaled, k, v, real, bias, T, S, blocks)
@@ -147,6 +147,8 @@ class _Totals:
         return self.blocked
 
     def _sum(self, which: int):
+        if self.blocked is None:  # a part may have no live block at all, then these are zeros
+            self.transposed = self.start_transposed()
         found = 0.0 if self.transposed is None else self.transposed[which].T
         return found if self.blocked is None else found + self.blocked[which].reshape(-1, self.blocked[which].shape[-1])
 
@@ -218,7 +220,8 @@ def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals
         carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
     else:
         carry, dq = _scan_chunks(many, carry, len(group.rows), at_once)
-    *totals.transposed, totals.bias = carry
+    dk, dv, totals.bias = carry
+    totals.transposed = dk, dv
     return dq, totals
 
 
@@ -269,7 +272,7 @@ def _batched_rows(view: "_View", group: Group):
 
 def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
     """dq (R, block, H) of a diagonal group, and the totals with what it adds to them."""
-    exact = dict(preferred_element_type=jnp.float32)
+    exact = {"preferred_element_type": jnp.float32}
     M = group.columns.shape[1]
 
     def chunk(carry, rows):
@@ -287,7 +290,8 @@ def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Total
         return (dk, dv, db), jnp.einsum("rqk,rkh->rqh", ds, keys, **exact)
 
     carry = (*totals.start_blocked(), totals.bias)
-    (*totals.blocked, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), _batch_size(group, view))
+    (dk, dv, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), _batch_size(group, view))
+    totals.blocked = dk, dv
     return dq, totals
 
 
@@ -380,7 +384,7 @@ class _View:
 
     def positions(self, i, cols):
         """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
-        if self.query_at is None:
+        if self.query_at is None or self.key_at is None:
             q = self.shift + i * self.block_q + jnp.arange(self.block_q)
             if isinstance(cols, tuple):
                 k = cols[0] + jnp.arange(cols[1]) - self.lead
@@ -406,7 +410,7 @@ class _View:
         """Natural positions of the queries (R, block, 1) and keys (R, 1, M * block) of neighbouring rows of a group."""
         R, M = len(rows), group.columns.shape[1]
         at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
-        if self.query_at is None:
+        if self.query_at is None or self.key_at is None:
             q = self.shift + (at + jnp.arange(R))[:, None] * self.block_q + jnp.arange(self.block_q)
             k = (first + jnp.arange(R))[:, None] * self.block_k + jnp.arange(M * self.block_k) - self.lead
         else:

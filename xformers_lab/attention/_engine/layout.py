@@ -32,7 +32,7 @@ class Group:
 
     @property
     def diagonal(self) -> bool:
-        """Several neighbouring rows, each one's run a block further than the last one's: a band, or blocks of their own."""
+        """Neighbouring rows, each one's run a block further than the last one's: a band, or blocks of their own."""
         ahead = self.run and len(self.rows) > 1
         return ahead and bool((np.diff(self.rows) == 1).all() and (np.diff(self.columns[:, 0]) == 1).all())
 
@@ -87,7 +87,7 @@ def _part(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Part:
 
 
 def _ordered(start: int, stop: int, stride: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions start..stop-1 by residue, every residue padded to whole blocks with PAD; and the residue of each block."""
+    """Positions start..stop-1 by residue, each padded to whole blocks with PAD; and the residue of every block."""
     lists = [np.arange(start + (r - start) % stride, stop, stride) for r in range(stride)]
     size = -(-max(map(len, lists)) // block) * block
     padded = [np.pad(found, (0, size - len(found)), constant_values=PAD) for found in lists]
@@ -128,7 +128,9 @@ def _band(state: np.ndarray) -> tuple[int, int, Group | None]:
         return 0, 0, None
     lead, tail = max(0, -low), max(0, len(state) - 1 + high - (state.shape[1] - 1))
     first = np.arange(len(state)) + low + lead
-    group = Group(np.arange(len(state), dtype=np.int32), (first[:, None] + np.arange(size)).astype(np.int32), True, False)
+    group = Group(
+        np.arange(len(state), dtype=np.int32), (first[:, None] + np.arange(size)).astype(np.int32), True, False
+    )
     return lead, tail, group
 
 
@@ -152,7 +154,9 @@ def _groups(state: np.ndarray) -> tuple[Group, ...]:
         whole = (state[rows[:, None], columns] == WHOLE).all(1)
         for flag in (True, False):
             if (whole == flag).any():
-                groups.append(Group(rows[whole == flag].astype(np.int32), columns[whole == flag].astype(np.int32), run, flag))
+                groups.append(
+                    Group(rows[whole == flag].astype(np.int32), columns[whole == flag].astype(np.int32), run, flag)
+                )
     return tuple(groups)
 
 

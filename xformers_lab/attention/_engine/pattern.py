@@ -146,7 +146,10 @@ class BlockLocal(Pattern):
         return q // self.size == k // self.size
 
     def extent(self, q_low, q_high, k_low, k_high):
-        first, last = np.maximum(q_low // self.size, k_low // self.size), np.minimum(q_high // self.size, k_high // self.size)
+        first, last = (
+            np.maximum(q_low // self.size, k_low // self.size),
+            np.minimum(q_high // self.size, k_high // self.size),
+        )
         one_run = (q_low // self.size == k_high // self.size) & (k_low // self.size == q_high // self.size)
         return _extent(first <= last, one_run)
 

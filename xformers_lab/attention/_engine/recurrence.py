@@ -13,7 +13,7 @@ from jax import lax
 
 
 def linear_recurrence(q, k, v, *, chunk: int):
-    """Causal sums: for each query t at position S - T + t the sum over s <= S - T + t of (q_t . k_s) v_s, and of (q_t . k_s).
+    """Causal sums: for the query at position p = S - T + t the sums over s <= p of (q_t . k_s) v_s and of (q_t . k_s).
 
     q (T, F), k (S, F), v (S, H) -> (T, H) and (T,), in float32. Queries before the first key get zeros.
     """
@@ -29,13 +29,13 @@ def linear_recurrence(q, k, v, *, chunk: int):
     chunk = min(chunk, T)
     pad = -T % chunk
     blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
-    out, total = _chunked(*map(blocks, (q, k[before:], v[before:])), state)
+    out, total = _chunked(blocks(q), blocks(k[before:]), blocks(v[before:]), state)
     return out.reshape(-1, out.shape[2])[:T], total.reshape(-1)[:T]
 
 
 def _chunked(q, k, v, state):
     """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) before the first chunk, or None -> (M, C, H), (M, C)."""
-    exact = dict(preferred_element_type=jnp.float32)
+    exact = {"preferred_element_type": jnp.float32}
     weights = jnp.einsum("mcf,mdf->mcd", q, k, **exact) * jnp.tril(jnp.ones((q.shape[1],) * 2))
     out, total = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **exact), weights.sum(-1)
     if len(q) == 1 and state is None:

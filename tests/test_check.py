@@ -1,0 +1,563 @@
+"""The kit passes every mechanism of the shelf, and names the property that each planted fault breaks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import dense
+from xformers_lab.attention._engine.pattern import Band, Causal
+from xformers_lab.attention.linear import EPSILON, Linear
+from xformers_lab.attention.local import Local
+from xformers_lab.check import run
+from xformers_lab.check.run import PROPERTIES, check, examine
+from xformers_lab.check.subject import Subject
+from xformers_lab.errors import UsageError
+
+NAMED = {holds.__name__: holds for holds in PROPERTIES}
+
+
+@pytest.mark.parametrize("name", spec.names("attention"))
+def test_shelf(name):
+    report = check(name)
+    assert report.passed, report.failed
+    assert len(report.skipped) < len(PROPERTIES) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*spec.names("attention"), "local:window=1", "strided:stride=1", "axial:axis=row", "axial:axis=column"])
+def test_shelf_at_many_shapes(name):
+    assert check(name, deep=True).failed == []
+
+
+# ---- mechanisms that are right: what each fault starts from, and kinds that the shelf does not have yet ----------
+
+
+class Plain(Attention):
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        return _softmax(self.scores(q, k, real, causal, bias), v)
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        return self.reference(q, k, v, real=real, causal=causal, bias=bias)
+
+    def scores(self, q, k, real, causal, bias=None):
+        return jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -1e30)
+
+    def cost(self, T, S):
+        return Cost(flops=4 * T * S * self.size.head, memory=T * S, state=2 * S * self.size.head)
+
+
+class Span(Plain):
+    """Adaptive span with a parameter for each head (Sukhbaatar et al., 2019, arXiv 1905.07799), in its score form."""
+
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.span = nnx.Param(jnp.linspace(2.0, 9.0, size.heads))
+
+    def per_head(self):
+        return {"span": self.span[...]}
+
+    def reference(self, q, k, v, *, real, causal, bias=None, span):
+        distance = jnp.abs(_at(q, k)[0] - _at(q, k)[1])
+        return _softmax(self.scores(q, k, real, causal, bias) - distance / span, v)
+
+    def attend(self, q, k, v, *, real, causal, bias=None, span):
+        return self.reference(q, k, v, real=real, causal=causal, bias=bias, span=span)
+
+
+class Residual(Plain):
+    """Scores are added to those of the layer below (RealFormer, He et al., 2020, arXiv 2012.11747)."""
+
+    def init_carry(self, T, S):
+        return jnp.zeros((T, S))
+
+    def reference(self, q, k, v, *, real, causal, carry):
+        total = _scores(q, k) + carry
+        return _softmax(jnp.where(_mask(q, k, real, causal), total, -1e30), v), total
+
+    def attend(self, q, k, v, *, real, causal, carry):
+        return self.reference(q, k, v, real=real, causal=causal, carry=carry)
+
+
+class BothSides(Plain):
+    """Attention that cannot be causal: the mean of all values (as FNet's mixing, Lee-Thorp et al., 2022).
+
+    Not causal: its mean is over every position.
+    """
+
+    def reference(self, q, k, v, *, real):
+        return _softmax(jnp.where(real[None], jnp.zeros((q.shape[0], k.shape[0])), -1e30), v)
+
+    def attend(self, q, k, v, *, real):
+        weights = real.astype(jnp.float32)
+        return jnp.broadcast_to(weights @ v / jnp.maximum(weights.sum(), 1), q.shape).astype(v.dtype)
+
+    def cost(self, T, S):
+        return Cost(flops=2 * S * self.size.head, memory=max(T, S) * self.size.head, state=0)
+
+
+class TalkingHeads(Attention):
+    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`."""
+
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.talk = nnx.Param(jnp.eye(size.heads) + 0.1 * rngs.params.normal((size.heads, size.heads)))
+
+    def mix(self, q, k, v, *, x=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"):
+        if bias is not None:
+            raise ValueError("talking heads take no bias")
+        k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
+        s = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        s = jnp.einsum("bnts,nm->bmts", s, self.talk[...])
+        seen = _mask(q[0, :, 0], k[0, :, 0], jnp.ones(k.shape[1], bool), causal)
+        seen = seen[None, None] & (True if real is None else real[:, None, None])
+        p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1) * seen
+        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry
+
+    cost = Plain.cost
+
+
+class Whole(Attention):
+    """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`."""
+
+    def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
+        if memory is not None or not causal:
+            raise ValueError("the running mean looks at the past of its own input alone")
+        w = jnp.ones(x.shape[:2]) if real is None else real
+        w = jnp.asarray(w, jnp.float32)[..., None]
+        x = jnp.where(w > 0, x, 0)
+        return (jnp.cumsum(x * w, 1) / jnp.maximum(jnp.cumsum(w, 1), 1)).astype(x.dtype), carry, {}
+
+    def cost(self, T, S):
+        return Cost(flops=1, memory=T * self.size.dim, state=self.size.dim + 1)
+
+
+def _at(q, k):
+    return jnp.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0], jnp.arange(k.shape[0])[None]
+
+
+def _mask(q, k, real, causal):
+    q_at, k_at = _at(q, k)
+    return real[None] & ((k_at <= q_at) | (not causal)) & (q_at == q_at)
+
+
+def _scores(q, k, bias=None):
+    s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return s if bias is None else s + bias(*_at(q, k))
+
+
+def _softmax(s, v):
+    p = jax.nn.softmax(s, -1) * (s > -1e29)
+    return jnp.dot(p, v, preferred_element_type=jnp.float32).astype(v.dtype)
+
+
+def subject(kind, **options):
+    return Subject(kind.__name__, lambda size, small: kind(size, **options, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("kind, skipped", [
+    (Plain, {"carried"}),
+    (Span, {"carried", "decoding"}),
+    (Residual, {"decoding"}),
+    (BothSides, {"carried", "decoding", "state_size", "no_future"}),
+    (TalkingHeads, {"carried", "decoding", "state_size", "heads_apart"}),
+])  # fmt: skip
+def test_right_mechanisms_of_every_kind_pass(kind, skipped):
+    report = examine(subject(kind), PROPERTIES)
+    assert report.passed, report.failed
+    assert {skip.property for skip in report.skipped} == skipped
+    assert all(skip.reason for skip in report.skipped)
+
+
+def test_a_mechanism_that_overrides_the_whole_call():
+    names = ["signature", "equals_reference", "jit_equals_eager", "no_retrace", "bfloat16", "no_future", "no_padding", "nothing_to_see", "memory"]
+    report = examine(subject(Whole), [NAMED[name] for name in names])
+    assert report.passed, report.failed
+    assert [skip.property for skip in report.skipped] == ["equals_reference"]
+
+
+# ---- planted faults: each a common mistake, and the property that must name it -----------------------------------
+
+
+class SeesOneAhead(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        q_at, k_at = _at(q, k)
+        seen = real[None] & ((k_at <= q_at + 1) | (not causal))
+        return _softmax(jnp.where(seen, _scores(q, k, bias), -1e30), v)
+
+
+class AlignedAtTheStart(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        s = _scores(q, k, bias)
+        seen = real[None] & (jnp.tril(jnp.ones(s.shape, bool)) if causal else True)
+        return _softmax(jnp.where(seen, s, -1e30), v)
+
+
+class LeaksThroughAMean(Plain):
+    """Keys are centred over the whole sequence (2026)."""
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        mean = jnp.where(real[:, None], k, 0).sum(0) / jnp.maximum(real.sum(), 1)
+        return super().reference(q, k - 0.1 * jax.lax.stop_gradient(mean), v * (1 + mean), real=real, causal=causal, bias=bias)
+
+
+class HiddenLeak(Plain):
+    """Its gradient to the future is zero, its values change all the same (2026)."""
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        top = jax.lax.stop_gradient(jnp.where(real, jnp.abs(v).max(-1), 0).max())
+        return super().reference(q, k, v, real=real, causal=causal, bias=bias) * (1 + 0.1 * top)
+
+
+class ForgetsPadding(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        return super().reference(q, k, v, real=jnp.ones_like(real), causal=causal, bias=bias)
+
+
+class PaddingIsSoft(Plain):
+    """Padding is pushed down by ten instead of masked (2026)."""
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        s = self.scores(q, k, jnp.ones_like(real), causal, bias)
+        return _softmax(s - 10.0 * ~real[None], v)
+
+
+class FastForgetsPadding(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        return super().attend(q, k, v, real=jnp.ones_like(real), causal=causal, bias=bias)
+
+
+class WrongScale(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        return super().attend(q / q.shape[-1] ** 0.5, k, v, real=real, causal=causal, bias=bias)
+
+
+class WindowOffByOne(Local):
+    __doc__ = Local.__doc__
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None):
+        pattern = Band(self.window + 1) & Causal() if causal else Band(self.window + 1)
+        return dense(q, k, v, pattern=pattern, real=real, bias=bias)
+
+
+class LastChunkLost(Linear):
+    __doc__ = Linear.__doc__
+
+    def attend(self, q, k, v, *, real=None, causal):
+        kept = k.shape[0] // self.chunk * self.chunk
+        last = jnp.arange(k.shape[0]) < kept
+        return super().attend(q, k, v, real=last if real is None else real & last, causal=causal)
+
+
+class NoBiasGradient(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        return super().attend(q, k, v, real=real, causal=causal, bias=jax.lax.stop_gradient(bias))
+
+
+class NoParameterGradient(Span):
+    __doc__ = Span.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None, span):
+        return super().attend(q, k, v, real=real, causal=causal, bias=bias, span=jax.lax.stop_gradient(span))
+
+
+@jax.custom_vjp
+def _wrong_backward(q, k):
+    return q @ k.T
+
+
+_wrong_backward.defvjp(lambda q, k: (q @ k.T, (q, k)), lambda saved, g: (g @ saved[1], g.T @ saved[0] * 1.01))
+
+
+class WrongCustomGradient(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        s = _wrong_backward(q, k) * q.shape[-1] ** -0.5
+        s = s if bias is None else s + bias(*_at(q, k))
+        return _softmax(jnp.where(_mask(q, k, real, causal), s, -1e30), v)
+
+
+class BiasShifted(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        shifted = None if bias is None else lambda q_at, k_at: bias(q_at - k.shape[0] + q.shape[0], k_at)
+        return super().reference(q, k, v, real=real, causal=causal, bias=shifted)
+
+
+class QuadraticMask(Linear):
+    """Declares linear memory (Linear, 2020), and builds a T x S mask."""
+
+    def attend(self, q, k, v, *, real=None, causal):
+        seen = jnp.tril(jnp.ones((q.shape[0], k.shape[0]))).any(1)
+        return super().attend(q, k, v, real=real, causal=causal) * seen[:, None]
+
+
+class QuadraticProducts(Linear):
+    """Declares linear cost (Linear, 2020), and multiplies out all pairs."""
+
+    def attend(self, q, k, v, *, real=None, causal):
+        return self.reference(q, k, v, real=real, causal=causal)
+
+
+class CostOffByTen(Plain):
+    __doc__ = Plain.__doc__
+
+    def cost(self, T, S):
+        return Cost(flops=0.4 * T * S * self.size.head, memory=T * S, state=2 * S * self.size.head)
+
+
+class StateUndeclared(Local):
+    __doc__ = Local.__doc__
+
+    def init_state(self, length, dtype=jnp.float32):
+        return Attention.init_state(self, length, dtype)
+
+    step = Attention.step
+
+
+class StaleState(Linear):
+    __doc__ = Linear.__doc__
+
+    def step(self, state, q, k, v):
+        out, _ = super().step(state, q, k, v)
+        late = super().step(state, q, k, jnp.zeros_like(v))[1]
+        return out, late
+
+
+class RingTooShort(Local):
+    __doc__ = Local.__doc__
+
+    def init_state(self, length, dtype=jnp.float32):
+        return jax.tree.map(lambda leaf: leaf[1:] if leaf.ndim else leaf, super().init_state(length, dtype))
+
+
+class OverflowsInHalf(Plain):
+    """A softmax without its maximum (Plain, 2017)."""
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        weights = jnp.exp(_scores(q, k, bias)) * _mask(q, k, real, causal)
+        return (weights @ v / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)).astype(v.dtype)
+
+
+class SumsInHalf(Linear):
+    """A running sum kept in the inputs' type (Linear, 2020)."""
+
+    def attend(self, q, k, v, *, real=None, causal):
+        if not causal:
+            return self.reference(q, k, v, real=real, causal=causal)
+        real = jnp.ones(k.shape[0], bool) if real is None else real
+        q, k = jax.nn.elu(q) + 1, jnp.where(real[:, None], jax.nn.elu(k) + 1, 0)
+        add = lambda state, new: (state + jnp.outer(*new), state + jnp.outer(*new))
+        first = jnp.zeros((k.shape[1], v.shape[1]), v.dtype)
+        states = jax.lax.scan(add, first, (k, v))[1]
+        sums = jax.lax.scan(lambda s, new: (s + new, s + new), jnp.zeros(k.shape[1], k.dtype), k)[1]
+        at = jnp.arange(q.shape[0]) + k.shape[0] - q.shape[0]
+        return jnp.einsum("tf,tfh->th", q, states[at]) / (jnp.einsum("tf,tf->t", q, sums[at])[:, None] + EPSILON)
+
+
+class ForgetsItsType(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        return super().reference(q, k, v.astype(jnp.float32), real=real, causal=causal, bias=bias)
+
+
+class NanOnPadding(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        s = jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -jnp.inf)
+        return (jax.nn.softmax(s, -1) @ v).astype(v.dtype)
+
+
+class NanInTheGradient(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        out = (jax.nn.softmax(jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -jnp.inf), -1) @ v).astype(v.dtype)
+        return jnp.where(_mask(q, k, real, causal).any(1)[:, None], out, 0)
+
+
+class UniformOnPadding(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        s = jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -1e30)
+        return jax.nn.softmax(s, -1).astype(v.dtype) @ v
+
+
+class GroupsInTheWrongOrder(TalkingHeads):
+    __doc__ = TalkingHeads.__doc__
+
+    def mix(self, q, k, v, **given):
+        k, v = (jnp.tile(y, (1, 1, q.shape[2] // y.shape[2], 1)) for y in (k, v))
+        return super().mix(q, k, v, **given)
+
+
+class KnowsItsNeighbours(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None):
+        out = super().attend(q, k, v, real=real, causal=causal, bias=bias)
+        return out * (2 if type(q).__name__ == "BatchTracer" else 1)
+
+
+class DependsOnTracing(Plain):
+    __doc__ = Plain.__doc__
+
+    def mix(self, q, k, v, **given):
+        out, carry = super().mix(q, k, v, **given)
+        return out * (1 if isinstance(q, jax.core.Tracer) else 2), carry
+
+
+class CountsItsCalls(Plain):
+    __doc__ = Plain.__doc__
+
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.calls = 0
+
+    def mix(self, q, k, v, **given):
+        self.calls += 1
+        return super().mix(q, k, v, **given)
+
+
+class VariableChangesType(Plain):
+    __doc__ = Plain.__doc__
+
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.mean = nnx.Variable(jnp.zeros((), jnp.bfloat16))
+
+    def mix(self, q, k, v, **given):
+        self.mean[...] = self.mean[...]
+        self.mean.set_value(self.mean[...] * 0.9 + q.mean())
+        return super().mix(q, k, v, **given)
+
+
+class CarryDropped(Residual):
+    __doc__ = Residual.__doc__
+
+    def attend(self, q, k, v, *, real, causal, carry):
+        return super().attend(q, k, v, real=real, causal=causal, carry=carry)[0], carry
+
+
+class UnknownArgument(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None, mask=None):
+        return super().attend(q, k, v, real=real, causal=causal, bias=bias)
+
+
+class BiasOnlyWhenFast(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal):
+        return super().reference(q, k, v, real=real, causal=causal)
+
+
+class NoPaper(Plain):
+    """An idea."""
+
+
+FAULTS = {
+    SeesOneAhead: "no_future",
+    AlignedAtTheStart: "end_aligned",
+    LeaksThroughAMean: "no_future",
+    HiddenLeak: "no_future",
+    ForgetsPadding: "no_padding",
+    PaddingIsSoft: "no_padding",
+    FastForgetsPadding: "equals_reference",
+    WrongScale: "equals_reference",
+    WindowOffByOne: "equals_reference",
+    LastChunkLost: "equals_reference",
+    NoBiasGradient: "same_gradients",
+    NoParameterGradient: "same_gradients",
+    WrongCustomGradient: "same_gradients",
+    BiasShifted: "end_aligned",
+    QuadraticMask: "memory",
+    QuadraticProducts: "flops",
+    CostOffByTen: "flops",
+    StateUndeclared: "state_size",
+    StaleState: "decoding",
+    RingTooShort: "decoding",
+    OverflowsInHalf: "bfloat16",
+    SumsInHalf: "bfloat16",
+    ForgetsItsType: "bfloat16",
+    NanOnPadding: "nothing_to_see",
+    NanInTheGradient: "nothing_to_see",
+    UniformOnPadding: "nothing_to_see",
+    GroupsInTheWrongOrder: "grouped_query",
+    KnowsItsNeighbours: "heads_apart",
+    DependsOnTracing: "jit_equals_eager",
+    CountsItsCalls: "no_retrace",
+    VariableChangesType: "no_retrace",
+    CarryDropped: "carried",
+    UnknownArgument: "signature",
+    BiasOnlyWhenFast: "signature",
+    NoPaper: "signature",
+}
+SMALL = {WindowOffByOne: {"window": 5}, RingTooShort: {"window": 5}, LastChunkLost: {"chunk": 5}}
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_planted_fault_is_caught_by_its_property(kind):
+    expected = FAULTS[kind]
+    report = examine(subject(kind, **SMALL.get(kind, {})), [NAMED[expected]])
+    assert [failure.property for failure in report.failed] == [expected]
+    # A message for the author, not an exception that happened on the way.
+    message = report.failed[0].message
+    assert len(message) > 40 and "Error: " not in message, message
+
+
+def test_every_property_has_a_fault_that_it_catches():
+    assert {"several_blocks"} == set(NAMED) - set(FAULTS.values())
+
+
+def test_a_whole_report_of_a_broken_mechanism(tmp_path):
+    """One fault, every property: those about it fail, the others are still run, and a crash is a failed property."""
+    path = tmp_path / "crashes.py"
+    path.write_text(
+        "from xformers_lab.attention.full import Full\n\n\n"
+        'class Crashes(Full):\n    """Full (Vaswani et al., 2017)."""\n\n'
+        "    def attend(self, q, k, v, *, real=None, causal, bias=None):\n"
+        "        return q + missing\n"
+    )
+    report = check(str(path))
+    failed = {failure.property: failure.message for failure in report.failed}
+    assert not report.passed and "signature" not in failed and "state_size" not in failed
+    assert "NameError: name 'missing' is not defined" in failed["equals_reference"] and "crashes.py:8" in failed["equals_reference"]
+    assert report.to_dict()["failed"][0] == {"property": report.failed[0].property, "message": report.failed[0].message}
+
+
+def test_options_are_shrunk_or_dropped_to_fit():
+    """Windows and chunks are small beside the kit's lengths; an option tied to another length does not stop the check."""
+    built = lambda text, length: run._fitted(text, spec.resolve("attention", text), run.Size(length, 32, 4), True)
+    assert built("local", 67).window == 5
+    assert built("local:window=3", 67).window == 3
+    assert built("axial:shape=4x4:axis=row", 67).axis == "row"
+    as_given = run._fitted("local", spec.resolve("attention", "local"), run.Size(67, 32, 4), False)
+    assert as_given.window == 128
+
+
+def test_only_attention_has_a_kit():
+    with pytest.raises(UsageError, match="kit is for attention"):
+        check("rope", "position")
