@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from xformers_lab import config as configs
 from xformers_lab import spec
+from xformers_lab.model import build_task
+from xformers_lab.train import optimizer
+from xformers_lab.train.layout import compile_train_step, layout_of
+from xformers_lab.train.state import init, structure
 
 
 def case(name: str, **options):
@@ -28,3 +33,21 @@ def matmul(n=2048):
     a = jnp.ones((n, n))
     run = jax.jit(lambda a: a @ a)
     return lambda: run(a).block_until_ready()
+
+
+def train_step(layers=4, dim=256, heads=4, T=512, B=8):
+    """One step of the product's own trainer (AdamW, clipped) on bytes of the default corpus, as `xlab train` runs it."""
+    config = configs.edit(
+        configs.Config(), task="lm", layers=layers, dim=dim, heads=heads, seq_len=T, batch=B, attention="full"
+    )
+    layout, task, tx = layout_of(config), build_task(config), optimizer.build(config.train)
+    batch = task.batch("train", 0)
+    state = layout.place_state(init(config, task, tx))
+    compiled = compile_train_step(config, task, structure(config, task), tx, layout, state, batch)
+
+    def run():
+        nonlocal state
+        state, metrics = compiled.step(state, layout.place_batch(batch))
+        return float(metrics["loss"])
+
+    return run

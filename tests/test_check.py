@@ -1,9 +1,12 @@
 """The kit passes every mechanism of the shelf, and names the property that each planted fault breaks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.core import Tracer
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention, Cost
@@ -27,7 +30,9 @@ def test_shelf(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*spec.names("attention"), "local:window=1", "strided:stride=1", "axial:axis=row", "axial:axis=column"])
+@pytest.mark.parametrize(
+    "name", [*spec.names("attention"), "local:window=1", "strided:stride=1", "axial:axis=row", "axial:axis=column"]
+)
 def test_shelf_at_many_shapes(name):
     assert check(name, deep=True).failed == []
 
@@ -174,7 +179,17 @@ def test_right_mechanisms_of_every_kind_pass(kind, skipped):
 
 
 def test_a_mechanism_that_overrides_the_whole_call():
-    names = ["signature", "equals_reference", "jit_equals_eager", "no_retrace", "bfloat16", "no_future", "no_padding", "nothing_to_see", "memory"]
+    names = [
+        "signature",
+        "equals_reference",
+        "jit_equals_eager",
+        "no_retrace",
+        "bfloat16",
+        "no_future",
+        "no_padding",
+        "nothing_to_see",
+        "memory",
+    ]
     report = examine(subject(Whole), [NAMED[name] for name in names])
     assert report.passed, report.failed
     assert [skip.property for skip in report.skipped] == ["equals_reference"]
@@ -206,7 +221,9 @@ class LeaksThroughAMean(Plain):
 
     def reference(self, q, k, v, *, real, causal, bias=None):
         mean = jnp.where(real[:, None], k, 0).sum(0) / jnp.maximum(real.sum(), 1)
-        return super().reference(q, k - 0.1 * jax.lax.stop_gradient(mean), v * (1 + mean), real=real, causal=causal, bias=bias)
+        return super().reference(
+            q, k - 0.1 * jax.lax.stop_gradient(mean), v * (1 + mean), real=real, causal=causal, bias=bias
+        )
 
 
 class HiddenLeak(Plain):
@@ -392,7 +409,9 @@ class NanInTheGradient(Plain):
     __doc__ = Plain.__doc__
 
     def reference(self, q, k, v, *, real, causal, bias=None):
-        out = (jax.nn.softmax(jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -jnp.inf), -1) @ v).astype(v.dtype)
+        out = (jax.nn.softmax(jnp.where(_mask(q, k, real, causal), _scores(q, k, bias), -jnp.inf), -1) @ v).astype(
+            v.dtype
+        )
         return jnp.where(_mask(q, k, real, causal).any(1)[:, None], out, 0)
 
 
@@ -425,7 +444,7 @@ class DependsOnTracing(Plain):
 
     def mix(self, q, k, v, **given):
         out, carry = super().mix(q, k, v, **given)
-        return out * (1 if isinstance(q, jax.core.Tracer) else 2), carry
+        return out * (1 if isinstance(q, Tracer) else 2), carry
 
 
 class CountsItsCalls(Plain):
@@ -544,18 +563,22 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     report = check(str(path))
     failed = {failure.property: failure.message for failure in report.failed}
     assert not report.passed and "signature" not in failed and "state_size" not in failed
-    assert "NameError: name 'missing' is not defined" in failed["equals_reference"] and "crashes.py:8" in failed["equals_reference"]
+    assert (
+        "NameError: name 'missing' is not defined" in failed["equals_reference"]
+        and "crashes.py:8" in failed["equals_reference"]
+    )
     assert report.to_dict()["failed"][0] == {"property": report.failed[0].property, "message": report.failed[0].message}
 
 
 def test_options_are_shrunk_or_dropped_to_fit():
-    """Windows and chunks are small beside the kit's lengths; an option tied to another length does not stop the check."""
-    built = lambda text, length: run._fitted(text, spec.resolve("attention", text), run.Size(length, 32, 4), True)
-    assert built("local", 67).window == 5
-    assert built("local:window=3", 67).window == 3
-    assert built("axial:shape=4x4:axis=row", 67).axis == "row"
-    as_given = run._fitted("local", spec.resolve("attention", "local"), run.Size(67, 32, 4), False)
-    assert as_given.window == 128
+    """Windows and chunks are small beside the kit's lengths; an option tied to another length stops nothing."""
+    built: Any = lambda text, small=True: run._fitted(text, spec.resolve("attention", text), run.Size(67, 32, 4), small)
+    assert built("local").window == 5
+    assert built("local:window=3").window == 3
+    assert built("axial:shape=4x4:axis=row").axis == "row"
+    assert built("local", small=False).window == 128
+    assert [skip.property for skip in run._left_out("axial:shape=4x4", spec.parse("axial:shape=4x4"))] == ["options"]
+    assert run._left_out("local:window=3", spec.parse("local:window=3")) == []
 
 
 def test_only_attention_has_a_kit():

@@ -9,6 +9,7 @@ from jax.experimental import pallas
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from xformers_lab import config as configs
+from xformers_lab.check import remembered
 from xformers_lab.check import run as kit
 from xformers_lab.check import values
 from xformers_lab.errors import UsageError
@@ -362,14 +363,23 @@ def test_a_refused_mechanism_is_not_timed(mine, monkeypatch):
 
 def test_each_mechanism_is_checked_once(monkeypatch):
     checked = []
-
-    class Report:
-        passed, failed = False, ["causality"]
-
-    monkeypatch.setattr(kit, "check", lambda choice: checked.append(choice) or Report)
+    report = {"passed": False, "failed": [{"property": "causality", "message": ""}]}
+    monkeypatch.setattr(remembered, "verdict", lambda choice: checked.append(choice) or report)
     rows = bench(grid("attention=full,linear", "seq_len=8,16"), rounds=1)
     assert sorted(checked) == ["full", "linear"]
     assert all(row["reason"].startswith("fails its check: causality") for row in rows)
+
+
+def test_a_verdict_is_remembered_until_a_source_changes(mine, monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kit, "PROPERTIES", [lambda subject: runs.append(subject.name)])
+    path = mine("return jnp.broadcast_to(v[0], q.shape)")
+    first = remembered.verdict(str(path))
+    assert remembered.verdict(str(path)) == first and len(runs) == 1
+    path.write_text(path.read_text() + "\n# changed\n")
+    remembered.verdict(str(path))
+    assert len(runs) == 2
 
 
 def test_out_of_memory_and_failure_are_rows_and_the_others_go_on(monkeypatch):

@@ -31,23 +31,25 @@ def decoding(subject: Subject) -> None:
         raise NotApplicable(f"the default step cannot give {names} to attend: define init_state and step to decode")
     case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
     inputs = subject.inputs(case)
-    given = {"bias": inputs["bias"]} if case.biased else {}
-    given = {
-        name: leaf
-        for name, leaf in (given | mechanism.per_head()).items()
-        if name in inspect.signature(kind.step).parameters
-    }
+    given = dict(mechanism.per_head())
+    if case.biased:  # of distances alone: a cache may hold the newest token last, whatever its position
+        wave = inputs["bias"]
+        inputs["bias"] = given["bias"] = dataclasses.replace(wave, height=0 * wave.height)
+    given = {name: leaf for name, leaf in given.items() if name in inspect.signature(kind.step).parameters}
     times = mechanism.size.heads // mechanism.size.key_heads
     k, v = (jnp.repeat(inputs[name], times, 2) for name in ("k", "v"))
 
     def head(q, k, v, given):
-        one = lambda state, new: tuple(reversed(mechanism.step(state, *new, **given)))
+        def one(state, new):
+            out, state = mechanism.step(state, *new, **given)
+            return state, out
+
         return jax.lax.scan(one, mechanism.init_state(subject.length), (q, k, v))[1]
 
     over = jax.vmap(jax.vmap(head, in_axes=(1, 1, 1, 0), out_axes=1), in_axes=(0, 0, 0, None))
     with jax.default_matmul_precision("highest"):
         out = np.asarray(jax.jit(over)(inputs["q"], k, v, given))
-    advice = "The state before token t must hold what attend sees of tokens 0 .. t-1; check what happens once a window is full."
+    advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
     expected = subject.apply(case, inputs).out
     rows = np.abs(out - expected).max((0, 2, 3))
     first = int(np.argmax(rows > STEP * np.abs(expected).max()))
@@ -75,8 +77,11 @@ def state_size(subject: Subject) -> None:
 def flops(subject: Subject) -> None:
     """Declared matmul FLOPs of one head grow as those counted in the program, and are within a factor of three."""
     advice = "Count 2 M N K for a product of M x K by K x N, with the blocks that are computed in vain."
-    counted = [count_flops(*_head(subject, layer, T)) for T, layer in _layers(subject)]
-    declared = [layer.cost(T, T).flops for T, layer in _layers(subject)]
+    counted, declared = [], []
+    for T, layer in _layers(subject):
+        forward, arrays = _head(subject, layer, T)
+        counted.append(count_flops(forward, *arrays))
+        declared.append(layer.cost(T, T).flops)
     _agree(subject, "flops", counted, declared, FACTOR, advice)
 
 
@@ -84,7 +89,7 @@ def memory(subject: Subject) -> None:
     """The largest array of the program, forward and backward, grows with length as declared."""
     counted, declared = [], []
     for T, layer in _layers(subject):
-        forward, *arrays = _head(subject, layer, T)
+        forward, arrays = _head(subject, layer, T)
 
         def both(*arrays, forward=forward):
             out, pull = jax.vjp(forward, *arrays)
@@ -110,13 +115,13 @@ def _layers(subject: Subject) -> list[tuple[int, Attention]]:
     return [(T, subject.as_given.built(T, dim=16, heads=1, kv_heads=1)) for T in LENGTHS]
 
 
-def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, ...]:
-    """The forward pass of one head and shapes of its arrays; not causal where it can be, for that is what cost declares."""
+def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
+    """The forward pass of one head and shapes of its arrays; not causal where it can, as cost declares."""
     causal = subject.modes[-1]
     graph, variables = nnx.split(layer)
     shape = jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
     if subject.whole:
-        return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], shape
+        return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], (shape,)
     heads = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
     x = (shape,) if not subject.per_head or "x" in layer.takes() else ()
 
@@ -124,7 +129,7 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, ...]:
         given = {"x": x[0]} if x else {}
         return nnx.merge(graph, variables).mix(q, k, v, causal=causal, key=jax.random.key(0), **given)[0]
 
-    return forward, heads, heads, heads, *x
+    return forward, (heads, heads, heads, *x)
 
 
 def _agree(subject: Subject, what: str, counted, declared, factor: float | None, advice: str) -> None:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from xformers_lab.check.subject import LENGTH, SHORT, Broken, Case, NotApplicable, Subject
+from xformers_lab.check.subject import LENGTH, SHORT, Broken, Case, Subject
 
 GARBAGE = 1e4
 # Other positions may be summed in another order when a masked value changes; what leaks through a mask is far larger.
@@ -33,8 +33,8 @@ def no_future(subject: Subject) -> None:
                         else "an off-by-one?"
                     )
                     raise Broken(
-                        f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: derivative "
-                        f"{seen.max():.1e} instead of exactly 0. Query t may see keys up to S - T + t ({late})"
+                        f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: "
+                        f"derivative {seen.max():.1e} instead of 0. Query t may see keys up to S - T + t ({late})"
                     )
             changed = dict(inputs)
             for name in subject.sources:
@@ -58,7 +58,7 @@ def no_padding(subject: Subject) -> None:
                 sample, at = (int(index[0]) for index in np.nonzero(leak))
                 raise Broken(
                     f"the output depends on {name}[{at}] of sample {sample}, which is padding ({case}): derivative "
-                    f"{leak.max():.1e} instead of exactly 0. Mask scores with `real` before the softmax, or zero such keys"
+                    f"{leak.max():.1e} instead of exactly 0. Mask scores by `real` before the softmax"
                 )
         noise = np.random.default_rng(2)
         filled = dict(inputs)
@@ -80,7 +80,7 @@ def nothing_to_see(subject: Subject) -> None:
         for name, leaf in ({"the output": result.out} | found).items():
             if not np.isfinite(leaf[-1]).all():
                 raise Broken(
-                    f"a sample that is all padding: {name} is not finite ({case}). A softmax over nothing divides 0 by 0: "
+                    f"a sample that is all padding: {name} is not finite ({case}). A softmax over nothing is 0 / 0: "
                     "keep the masked score finite (-1e30) and the row's sum above 0, or select with jnp.where twice"
                 )
         if subject.whole:
@@ -92,7 +92,7 @@ def nothing_to_see(subject: Subject) -> None:
         if size.max() > 1e-6:
             sample, at = np.unravel_index(size.argmax(), size.shape)
             raise Broken(
-                f"query {at} of sample {sample} may see no key ({case}), but its output is {size.max():.3g}: it must be 0. "
+                f"query {at} of sample {sample} may see no key ({case}), but its output is {size.max():.3g}, not 0. "
                 "A softmax whose scores are all masked is uniform over the padding: give weights that are masked too"
             )
 
@@ -106,8 +106,8 @@ def _unchanged(after, before, rows, when: str) -> None:
     if bad.any():
         sample, at = (int(index[0]) for index in np.nonzero(bad))
         raise Broken(
-            f"the output of query {at}, sample {sample} changes by {gap[sample, at]:.2g} when {when}, though its gradient "
-            "is zero there: something is computed over all keys (a maximum, a mean, a sort) before the mask"
+            f"the output of query {at}, sample {sample} changes by {gap[sample, at]:.2g} when {when}, though its "
+            "gradient is zero there: something is computed over all keys (a maximum, a mean, a sort) before the mask"
         )
 
 

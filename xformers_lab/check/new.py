@@ -23,7 +23,9 @@ def new(shelf: str, name: str, folder: str | pathlib.Path = ".") -> pathlib.Path
         raise UsageError(f'new: no skeleton for shelf "{shelf}": {nearest(shelf, known, "there are")}')
     legal = _legal(name)
     if name != legal:
-        raise UsageError(f'new: "{name}" cannot name a {shelf}: a name is lower-case letters, digits and _, for example "{legal}"')
+        raise UsageError(
+            f'new: "{name}" cannot name a {shelf}: a name is lower-case letters, digits and _, for example "{legal}"'
+        )
     if name in spec.names(shelf):
         raise UsageError(f'new: shelf {shelf} has "{name}" already: choose another name, for example "my_{name}"')
     path = pathlib.Path(folder).expanduser() / f"{name}.py"

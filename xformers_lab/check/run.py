@@ -1,5 +1,6 @@
 """Runs the kit on one mechanism: every property in turn, each with a verdict and, where it fails, what to look at."""
 
+import contextlib
 import dataclasses
 import time
 import traceback
@@ -10,7 +11,7 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.check import costs, masks, values
-from xformers_lab.check.subject import Broken, NotApplicable, Subject
+from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
 from xformers_lab.errors import UsageError
 from xformers_lab.size import Size
 
@@ -62,7 +63,8 @@ def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Repor
         subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
     except Exception as error:
         return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
-    return examine(subject, PROPERTIES + (values.DEEP if deep else []))
+    report = examine(subject, PROPERTIES + (values.DEEP if deep else []))
+    return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
 
 def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -> Report:
@@ -82,7 +84,7 @@ def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -
 
 
 def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attention:
-    """The mechanism at the kit's size: large options shrunk where `small`, and without options that only fit another length."""
+    """The mechanism at a size of the kit: large options shrunk if `small`, those that fit another length left out."""
     asked = spec.parse(text).options
     shrunk = (
         {name: SMALL for name, value in choice.options.items() if type(value) is int and value >= LARGE}
@@ -93,14 +95,23 @@ def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attentio
     attempts = [kept | shrunk, kept]
     attempts += [{name: value for name, value in (kept | shrunk).items() if name != left} for left in kept]
     attempts += [shrunk, {}]
-    for options in attempts:
-        try:
-            built = spec.build("attention", str(spec.Choice(choice.name, options)), size, rngs=nnx.Rngs(0), where=text)
-        except UsageError as error:
-            refused = error
-            continue
-        return built
-    raise refused
+    for options in attempts[:-1]:
+        with contextlib.suppress(UsageError):
+            return _build(text, choice.name, options, size)
+    return _build(text, choice.name, attempts[-1], size)
+
+
+def _build(text: str, name: str, options: dict, size: Size) -> Attention:
+    return spec.build("attention", str(spec.Choice(name, options)), size, rngs=nnx.Rngs(0), where=text)
+
+
+def _left_out(text: str, choice: spec.Choice) -> list[Skip]:
+    """Says so where the options as asked do not fit the kit's length, so that some of them are left out."""
+    try:
+        _build(text, choice.name, spec.parse(text).options, Size(LENGTH, HEADS * HEAD, HEADS, KEY_HEADS))
+    except UsageError as refusal:
+        return [Skip("options", f"checked without what fits only another length: {refusal}")]
+    return []
 
 
 def _words(error: Exception) -> str:

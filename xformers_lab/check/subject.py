@@ -10,6 +10,7 @@ import functools
 import linecache
 import traceback
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +104,9 @@ class Subject:
         """The same with its options as they were asked for, at a length of several blocks."""
         return Subject(self.name, self.make, length=LONG, small=False)
 
-    def built(self, length: int, **sizes) -> Attention:
-        size = Size(length, **{"dim": HEADS * HEAD, "heads": HEADS, "kv_heads": KEY_HEADS} | sizes)
-        return self.make(size, self.small)
+    def built(self, length: int, **sizes: int) -> Attention:
+        size = Size(length, dim=HEADS * HEAD, heads=HEADS, kv_heads=KEY_HEADS)
+        return self.make(dataclasses.replace(size, **sizes), self.small)
 
     def causal_only(self) -> None:
         if True not in self.modes:
@@ -113,13 +114,16 @@ class Subject:
 
     # ---- inputs --------------------------------------------------------------------------------------------------
 
-    def inputs(self, case: Case, seed: int = 0) -> dict:
-        """Arrays to differentiate: q (B, T, N, H), k and v (B, S, K, H), the bias, and x (B, S, D) where it is taken."""
+    def inputs(self, case: Case, seed: int = 0) -> dict[str, Any]:
+        """Arrays to differentiate: q (B, T, N, H), k and v (B, S, K, H), the bias, and x (B, S, D) where taken."""
         size = self.mechanism.size
         random = np.random.default_rng(seed)  # on the host, where drawing costs no compilation
         draw = lambda *shape: jnp.asarray(random.standard_normal((case.batch, *shape)), jnp.float32)
         # Keys first: cases that differ in T alone attend to the same.
-        found = {"k": draw(case.S, size.key_heads, size.head), "v": draw(case.S, size.key_heads, size.head)}
+        found: dict[str, Any] = {
+            "k": draw(case.S, size.key_heads, size.head),
+            "v": draw(case.S, size.key_heads, size.head),
+        }
         x = draw(case.S, size.dim)
         q = draw(max(case.S, case.T), size.heads, size.head)[:, -case.T :]
         if self.whole:
@@ -184,7 +188,7 @@ class Subject:
         with jax.default_matmul_precision("highest"), mapped:
             return Result(*run(self.own, inputs, real, jax.random.key(1), cotangent))
 
-    def cotangent(self, case: Case, inputs: dict, rows=slice(None)):
+    def cotangent(self, case: Case, inputs: dict, rows: slice | int = slice(None)):
         """A random gradient of the output, zero but in some rows (positions of queries)."""
         like = inputs.get("q", inputs.get("x"))
         assert like is not None

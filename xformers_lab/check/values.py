@@ -24,13 +24,13 @@ from xformers_lab.check.subject import (
 
 # Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
 VALUE, GRADIENT = 2e-5, 5e-5
-# bfloat16 keeps 8 bits; a softmax and two products lose about two of them.
-HALF = 0.03
+# bfloat16 keeps 8 bits: a rounded result is off by up to 0.004, a sum kept in bfloat16 by more the longer it is.
+HALF = 0.01
 PAPER = re.compile(r"arXiv:? ?[\w./-]*\d{4}|\b(19|20)\d\d\b")
 
 
 def signature(subject: Subject) -> None:
-    """The docstring names a source, and attend and reference declare the same arguments, all of which the lab can give."""
+    """The docstring names a source, and attend and reference take the same arguments, which the lab can give."""
     kind = type(subject.mechanism)
     title = (kind.__doc__ or "").strip().split("\n\n")[0]
     if not PAPER.search(title):
@@ -105,7 +105,7 @@ def several_blocks(subject: Subject) -> None:
 
 
 def end_aligned(subject: Subject) -> None:
-    """The last t queries alone, against all keys, give the last t rows of the full pass: query t stands at S - T + t."""
+    """The last t queries alone, against all keys, give the last t rows of the pass: query t stands at S - T + t."""
     for causal in subject.modes:
         case = subject.square(causal)
         tail = Case(SHORT, case.S, causal, biased=case.biased)
@@ -184,9 +184,11 @@ def no_retrace(subject: Subject) -> None:
 
 
 def bfloat16(subject: Subject) -> None:
-    """In bfloat16 the output is bfloat16, near the float32 one, and finite with its gradients, even for large scores."""
+    """In bfloat16 the output is bfloat16, near the float32 one, and finite with its gradients for large scores too."""
     case = Case(subject.length, subject.length, subject.modes[0])
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), subject.inputs(case))
+    inputs = subject.inputs(case)
+    inputs |= {name: inputs[name] + 2 for name in inputs if name == "v"}  # off zero, so that sums grow
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
     found = subject.apply(case, half)
     if found.dtype != jnp.bfloat16:
         raise Broken(
@@ -194,7 +196,9 @@ def bfloat16(subject: Subject) -> None:
         )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     advice = "Keep scores, sums and normalisers in float32 (preferred_element_type=jnp.float32)."
-    compare(found.out, subject.apply(case, wide).out, HALF, f"bfloat16 against float32 ({case})", advice)
+    late = slice(case.T // 2, None)
+    expected = subject.apply(case, wide).out[:, late]
+    compare(found.out[:, late], expected, HALF, f"bfloat16 against float32, later half ({case})", advice)
     large = {name: x * 30 if name in ("q", "k", "x") else x for name, x in half.items()}
     result = subject.apply(case, large)
     for path, leaf in jax.tree_util.tree_leaves_with_path({"the output": result.out, "gradients": result.grads}):
@@ -276,7 +280,7 @@ def _likely(subject: Subject, case: Case) -> str:
     try:
         compare(subject.result(easier).out, subject.result(easier, "reference").out, VALUE, "", "")
     except Broken:
-        return f"It differs without padding and bias too: look at the mask, the scale, and lengths that no block divides ({case.S})."
+        return "It differs without padding and bias too: look at the mask, the scale, and what no block divides."
     return "It agrees without padding and bias: look at `real` and `bias`."
 
 

@@ -179,18 +179,18 @@ def _cells(configs: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
 
 def _refused(cell: Cell, reports: dict[str, str | None], progress) -> str | None:
     """Why a mechanism's conformance check refuses it, None where it passes; each mechanism is checked once."""
-    from xformers_lab.check import run
+    from xformers_lab.check import remembered
 
     choice = cell.config.model.attention
     if choice not in reports:
         _tell(progress, f"checking {choice}")
         try:
-            report = run.check(choice)
+            report = remembered.verdict(choice)
         except Exception as error:
             reports[choice] = f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
         else:
-            failed = ", ".join(map(str, report.failed))
-            reports[choice] = None if report.passed else f"fails its check: {failed}; see xlab check {choice}"
+            failed = ", ".join(failure["property"] for failure in report["failed"])
+            reports[choice] = None if report["passed"] else f"fails its check: {failed}; see xlab check {choice}"
     return reports[choice]
 
 

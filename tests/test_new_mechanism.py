@@ -1,0 +1,83 @@
+"""A mechanism of one's own: `xlab new` writes it, the kit passes it, a model trains with it."""
+
+import pytest
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.check.new import new
+from xformers_lab.check.run import check
+from xformers_lab.errors import UsageError
+from xformers_lab.measure.bench import bench
+from xformers_lab.model import build_model, build_task
+from xformers_lab.train.loop import run
+
+TINY = {"dim": 16, "layers": 1, "heads": 2, "seq_len": 16, "batch": 4, "steps": 2, "eval_batches": 1}
+
+
+def tiny(folder, **edits):
+    return configs.edit(configs.Config(), **{**TINY, "task": "copy", "runs": str(folder / "runs"), **edits})
+
+
+def sources():
+    package = spec.folder("attention").parent
+    return {path: path.read_bytes() for path in package.rglob("*.py")}
+
+
+def test_skeleton_passes_trains_and_is_timed_without_touching_the_package(tmp_path):
+    before = sources()
+    path = new("attention", "my_attn", tmp_path)
+    report = check(str(path))
+    assert report.passed, report.failed
+    record = run(tiny(tmp_path, attention=f"{path}:reach=8"))
+    assert record["status"] == "ok"
+    rows = bench([tiny(tmp_path, attention=str(path))], rounds=1, passes=["forward"], check=False)
+    assert rows[0]["status"] == "ok" and rows[0]["attention"] == str(path)
+    assert sources() == before
+
+
+@pytest.mark.parametrize("shelf", ["position", "ffn", "norm", "task"])
+def test_skeletons_of_other_shelves_train(tmp_path, shelf):
+    path = new(shelf, "my_own", tmp_path)
+    assert spec.entry(shelf, str(path)).__name__ == "MyOwn"
+    record = run(tiny(tmp_path, **{shelf: str(path)}))
+    assert record["status"] == "ok"
+
+
+def test_its_options_are_options_of_the_lab(tmp_path):
+    path = new("attention", "fading_2", tmp_path)
+    assert spec.options(spec.entry("attention", str(path)))["reach"].help == "positions over which a score falls by one"
+    model = build_model(tiny(tmp_path, attention=f"{path}:reach=3"), build_task(tiny(tmp_path)))
+    assert model is not None
+    with pytest.raises(UsageError, match="reach must be above 0"):
+        spec.build("attention", f"{path}:reach=0", length=8, dim=8, heads=1)
+    with pytest.raises(UsageError, match='did you mean "reach"'):
+        spec.build("attention", f"{path}:reech=1", length=8, dim=8, heads=1)
+
+
+@pytest.mark.parametrize("shelf, name, message", [
+    ("attention", "MyAttn", 'for example "my_attn"'),
+    ("attention", "my-attn", 'for example "my_attn"'),
+    ("attention", "2fast", 'for example "my_2fast"'),
+    ("attention", "class", 'for example "my_class"'),
+    ("attention", "../evil", 'for example "evil"'),
+    ("attention", "_hidden", 'for example "hidden"'),
+    ("attention", "", 'for example "my"'),
+    ("attention", "attn.py", 'for example "attn_py"'),
+    ("attention", "local", 'has "local" already'),
+    ("atention", "mine", 'did you mean "attention"'),
+    ("memory", "mine", "no skeleton"),
+])  # fmt: skip
+def test_bad_names_are_refused_with_the_nearest_right_one(tmp_path, shelf, name, message):
+    with pytest.raises(UsageError, match=message):
+        new(shelf, name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = new("attention", "mine", tmp_path)
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="exists already"):
+        new("attention", "mine", tmp_path)
+    assert path.read_text() == "precious"
+    with pytest.raises(UsageError, match="cannot write"):
+        new("attention", "mine", tmp_path / "nowhere")
