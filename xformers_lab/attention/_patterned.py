@@ -7,8 +7,8 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import fused
-from xformers_lab.attention._engine.block_sparse import block_sparse, dense, softmax
-from xformers_lab.attention._engine.layout import layout, live_pairs
+from xformers_lab.attention._engine.block_sparse import block_sparse, dense, largest_array, softmax
+from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.size import Size
 
@@ -58,13 +58,13 @@ class Patterned(Attention):
         return dense(q, k, v, pattern=self.seen(causal), real=real, bias=bias)
 
     def cost(self, T: int, S: int) -> Cost:
-        blocks = self.blocks(T, S, causal=False)
+        pairs = live_pairs(self.seen(False), T, S, *self.blocks(T, S, causal=False))
         H = self.size.head
-        parts = layout(self.seen(False), T, S, *blocks)
-        widest = max(group.columns.shape[1] for part in parts for group in part.groups)
-        # The largest array is a row of scores, or the keys and values themselves.
-        memory = max(max(len(part.keys) for part in parts) * H, blocks[0] * blocks[1] * widest)
-        return Cost(flops=4 * H * live_pairs(self.seen(False), T, S, *blocks), memory=memory, state=2 * S * H)
+        return Cost(flops=4 * H * pairs, memory=self.largest(T, S), state=2 * S * H)
+
+    def largest(self, T: int, S: int) -> int:
+        """Elements of the largest array of one head: a row of scores, a batch of narrow rows, or the keys themselves."""
+        return largest_array(self.seen(False), T, S, self.size.head, self.blocks(T, S, causal=False))
 
     def step(self, state, q, k, v, *, bias=None):
         """Keys stay at their absolute positions, so that a pattern tied to them (a grid, say) decodes alike."""

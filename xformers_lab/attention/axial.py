@@ -48,7 +48,7 @@ class Axial(Patterned):
     def cost(self, T: int, S: int) -> Cost:
         H, columns = self.size.head, self.shape[1]
         row, column = (self.axis != "column") * columns, (self.axis != "row") * S / columns
-        return Cost(flops=4 * T * (row + column) * H, memory=max(S * H, columns * max(row, column)), state=2 * S * H)
+        return Cost(flops=4 * T * (row + column) * H, memory=self.largest(T, S), state=2 * S * H)
 
 
 def _nearest_grid(length: int) -> str:

@@ -40,7 +40,7 @@ class Local(Patterned):
     def cost(self, T: int, S: int) -> Cost:
         H, block = self.size.head, self.blocks(T, S, causal=False)[0]
         band = min(2 * (-(-self.window // block)) + 1, -(-S // block)) * block
-        return Cost(flops=4 * T * band * H, memory=max(S * H, block * band), state=2 * (self.window + 1) * H)
+        return Cost(flops=4 * T * band * H, memory=self.largest(T, S), state=2 * (self.window + 1) * H)
 
     def init_state(self, length: int, dtype=jnp.float32):
         ring = jnp.zeros((min(length, self.window + 1), self.size.head), dtype)

@@ -35,4 +35,4 @@ class Strided(Patterned):
     def cost(self, T: int, S: int) -> Cost:
         H, stride = self.size.head, self.stride
         pairs = T * (3 * stride + S / stride)
-        return Cost(flops=4 * H * pairs, memory=max(S * H, stride * max(3 * stride, S / stride)), state=2 * S * H)
+        return Cost(flops=4 * H * pairs, memory=self.largest(T, S), state=2 * S * H)

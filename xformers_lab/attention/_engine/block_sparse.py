@@ -173,7 +173,8 @@ def _looped_rows(view: "_View", group: Group):
         o = jnp.dot(p.astype(view.v.dtype), view.values(cols), preferred_element_type=jnp.float32)
         return o / l, (m + jnp.log(l))[:, 0]
 
-    return lax.map(row, np.arange(len(group.rows)), batch_size=_at_once(group, view))
+    at_once = rows_at_once(group, view.blocks)
+    return lax.map(row, np.arange(len(group.rows)), batch_size=at_once if at_once > 1 else None)
 
 
 def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
@@ -215,7 +216,7 @@ def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals
         scatter = lambda into, x: _scatter(into, x, columns, view.block_k)
         return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
 
-    carry, at_once = (*totals.start_transposed(), totals.bias), _at_once(group, view)
+    carry, at_once = (*totals.start_transposed(), totals.bias), rows_at_once(group, view.blocks)
     if at_once == 1:
         carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
     else:
@@ -243,14 +244,23 @@ def _scatter(into, x, columns, block):
     return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
 
 
-def _at_once(group: Group, view: "_View") -> int:
-    if jax.default_backend() == "cpu":
+def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
+    """How many rows of a group are computed together."""
+    if jax.default_backend() != "cpu":
+        scores = ACCELERATOR_SCORES
+    elif group.diagonal:
+        scores = CPU_SCORES
+    else:
         return 1
-    return _rows_of(ACCELERATOR_SCORES, group, view)
+    return int(np.clip(scores // (group.columns.shape[1] * blocks[0] * blocks[1]), 1, len(group.rows)))
 
 
-def _rows_of(scores: int, group: Group, view: "_View") -> int:
-    return int(np.clip(scores // (group.columns.shape[1] * view.block_q * view.block_k), 1, len(group.rows)))
+def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
+    """Elements of the largest array that a head needs: keys or values, or the scores or keys of rows computed together."""
+    parts = layout(pattern, T, S, *blocks)
+    groups = [group for part in parts for group in part.groups]
+    rows = [rows_at_once(group, blocks) * group.columns.shape[1] * blocks[1] * max(blocks[0], H) for group in groups]
+    return max(max(len(part.keys) for part in parts) * H, *rows)
 
 
 # ---- rows in a batch: row r of the group sees the blocks first + r, first + r + 1, ... -----------------------------
@@ -267,7 +277,7 @@ def _batched_rows(view: "_View", group: Group):
         o = jnp.einsum("rqk,rkh->rqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return carry, (o / l, (m + jnp.log(l))[..., 0])
 
-    return _scan_chunks(chunk, None, len(group.rows), _batch_size(group, view))[1]
+    return _scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
 
 
 def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
@@ -290,13 +300,9 @@ def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Total
         return (dk, dv, db), jnp.einsum("rqk,rkh->rqh", ds, keys, **exact)
 
     carry = (*totals.start_blocked(), totals.bias)
-    (dk, dv, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), _batch_size(group, view))
+    (dk, dv, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
     totals.blocked = dk, dv
     return dq, totals
-
-
-def _batch_size(group: Group, view: "_View") -> int:
-    return _rows_of(CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES, group, view)
 
 
 def _slab(blocks, first, R: int, M: int):
@@ -319,7 +325,7 @@ class _View:
 
     def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
         self.part, self.real, self.bias, self.T, self.S = part, real, bias, T, S
-        self.block_q, self.block_k = blocks
+        self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = S - T, part.lead * self.block_k
         self.q = self.block_queries(q)
         # Positions hang on the data through this zero: else differentiation sees that masks do not, and stores every
