@@ -36,7 +36,7 @@ def matmul(n=2048):
 
 
 def train_step(layers=4, dim=256, heads=4, T=512, B=8):
-    """One step of the product's own trainer (AdamW, clipped) on bytes of the default corpus, as `xlab train` runs it."""
+    """One step of the product's own trainer (AdamW, clipped) on bytes, as `xlab train` runs it."""
     config = configs.edit(
         configs.Config(), task="lm", layers=layers, dim=dim, heads=heads, seq_len=T, batch=B, attention="full"
     )

@@ -9,9 +9,8 @@ from jax.experimental import pallas
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from xformers_lab import config as configs
-from xformers_lab.check import remembered
+from xformers_lab.check import remembered, values
 from xformers_lab.check import run as kit
-from xformers_lab.check import values
 from xformers_lab.errors import UsageError
 from xformers_lab.measure import bench as benches
 from xformers_lab.measure import memory, speed

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
 # What the lab can hand to `attend`; every other parameter must be named by `per_head`.
@@ -50,10 +51,10 @@ class Attention(nnx.Module):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
         self.query, self.key, self.value = (
-            nnx.Linear(size.dim, heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
+            Linear(size.dim, heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
             for heads in (size.heads, size.key_heads, size.key_heads)
         )
-        self.out = nnx.Linear(size.heads * size.head, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.out = Linear(size.heads * size.head, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
         """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, auxiliary scalars.

@@ -63,7 +63,7 @@ class Patterned(Attention):
         return Cost(flops=4 * H * pairs, memory=self.largest(T, S), state=2 * S * H)
 
     def largest(self, T: int, S: int) -> int:
-        """Elements of the largest array of one head: a row of scores, a batch of narrow rows, or the keys themselves."""
+        """Elements of the largest array of one head: a wide row of scores, a batch of narrow ones, or the keys."""
         return largest_array(self.seen(False), T, S, self.size.head, self.blocks(T, S, causal=False))
 
     def step(self, state, q, k, v, *, bias=None):

@@ -3,6 +3,7 @@ import functools
 from flax import nnx
 
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
 
@@ -17,7 +18,7 @@ class Glu(Ffn):
     """
 
     def __init__(self, size: Size, *, ratio: float = 8 / 3, activation: Activation = "silu", rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
         hidden = hidden_size(size, ratio)
         self.gate, self.up, self.down = linear(size.dim, hidden), linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation

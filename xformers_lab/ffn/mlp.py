@@ -3,6 +3,7 @@ import functools
 from flax import nnx
 
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
 
@@ -15,7 +16,7 @@ class Mlp(Ffn):
     """
 
     def __init__(self, size: Size, *, ratio: float = 4.0, activation: Activation = "gelu", rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=size.dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=size.dtype, rngs=rngs)
         hidden = hidden_size(size, ratio)
         self.up, self.down = linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation

@@ -7,6 +7,7 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
+from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.size import Size
@@ -32,7 +33,7 @@ class Transformer(Model):
         self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
-        self.head = nnx.Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+        self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, inputs, *, real=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)

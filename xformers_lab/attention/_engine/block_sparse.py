@@ -124,7 +124,7 @@ _attend.defvjp(_forward, _backward)
 class _Totals:
     """Gradients of one part's keys, values and bias while its groups add to them.
 
-    Looped rows add to (H, S) arrays, batched ones to (blocks, block, H) arrays; each exists once something adds to it.
+    Looped rows add to (H, S) arrays, batched ones to (blocks, H, block) arrays; each exists once something adds to it.
     """
 
     def __init__(self, view: "_View", bias):
@@ -141,16 +141,18 @@ class _Totals:
     def start_blocked(self):
         if self.blocked is None:
             self.blocked = tuple(
-                jnp.zeros((x.shape[0] // self.view.block_k, self.view.block_k, x.shape[1]), jnp.float32)
+                jnp.zeros((x.shape[0] // self.view.block_k, x.shape[1], self.view.block_k), jnp.float32)
                 for x in (self.view.k, self.view.v)
             )
         return self.blocked
 
     def _sum(self, which: int):
-        if self.blocked is None:  # a part may have no live block at all, then these are zeros
-            self.transposed = self.start_transposed()
-        found = 0.0 if self.transposed is None else self.transposed[which].T
-        return found if self.blocked is None else found + self.blocked[which].reshape(-1, self.blocked[which].shape[-1])
+        """(S, H); zeros where a part has no live block at all."""
+        found = None if self.transposed is None and self.blocked else self.start_transposed()[which].T
+        if self.blocked is None:
+            return found
+        blocked = self.blocked[which].swapaxes(1, 2).reshape(-1, self.blocked[which].shape[1])
+        return blocked if found is None else found + blocked
 
     def keys(self):
         return self._sum(0)
@@ -256,7 +258,7 @@ def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
 
 
 def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
-    """Elements of the largest array that a head needs: keys or values, or the scores or keys of rows computed together."""
+    """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
     parts = layout(pattern, T, S, *blocks)
     groups = [group for part in parts for group in part.groups]
     rows = [rows_at_once(group, blocks) * group.columns.shape[1] * blocks[1] * max(blocks[0], H) for group in groups]
@@ -295,8 +297,8 @@ def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Total
         db = jax.tree.map(jnp.add, db, view.pull_bias(view.slab_positions(group, rows), ds))
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
         first = group.columns[0, 0] + rows[0]
-        dk = _add_slab(dk, jnp.einsum("rqk,rqh->rkh", ds, q, **exact), first, M)
-        dv = _add_slab(dv, jnp.einsum("rqk,rqh->rkh", p, g, **exact), first, M)
+        dk = _add_slab(dk, jnp.einsum("rhq,rqk->rhk", q.swapaxes(1, 2), ds, **exact), first, M)
+        dv = _add_slab(dv, jnp.einsum("rhq,rqk->rhk", g.swapaxes(1, 2), p, **exact), first, M)
         return (dk, dv, db), jnp.einsum("rqk,rkh->rqh", ds, keys, **exact)
 
     carry = (*totals.start_blocked(), totals.bias)
@@ -312,11 +314,11 @@ def _slab(blocks, first, R: int, M: int):
 
 
 def _add_slab(into, x, first, M: int):
-    """The transpose of `_slab`: add (R, M * block, H) where its rows came from."""
-    R, block = x.shape[0], into.shape[1]
+    """The transpose of `_slab`: add (R, H, M * block) where its rows came from in (blocks, H, block)."""
+    R, block = x.shape[0], into.shape[2]
     slab = lax.dynamic_slice_in_dim(into, first, R + M - 1)
     for j in range(M):
-        slab = slab.at[j : j + R].add(x[:, j * block : (j + 1) * block])
+        slab = slab.at[j : j + R].add(x[:, :, j * block : (j + 1) * block])
     return lax.dynamic_update_slice_in_dim(into, slab, first, 0)
 
 
