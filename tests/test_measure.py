@@ -173,8 +173,9 @@ def traced(attention, lengths, direction="forward", model="encoder"):
     ],
 )
 @pytest.mark.parametrize("direction", PASSES)
-def test_flops_grow_as_published(attention, lengths, exponent, direction):
-    flops = [count_flops(*call) for call in traced(attention, lengths, direction)]
+@pytest.mark.parametrize("model", ["encoder", "decoder"])
+def test_flops_grow_as_published(attention, lengths, exponent, direction, model):
+    flops = [count_flops(*call) for call in traced(attention, lengths, direction, model=model)]
     assert fit(lengths, flops) == pytest.approx(exponent, abs=0.02)
 
 
