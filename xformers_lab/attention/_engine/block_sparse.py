@@ -330,14 +330,14 @@ class _View:
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = S - T, part.lead * self.block_k
         self.q = self.block_queries(q)
-        # Positions hang on the data through this zero: else differentiation sees that masks do not, and stores every
-        # one of them for the backward, a T x S array in all.
+        # Positions and padding hang on the data through this zero: else differentiation sees that masks do not, and
+        # stores every one of them for the backward, a T x S array in all.
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = (self._in_order(x, part.keys, 0) for x in (k, v))
         padded = len(part.keys) != S or not part.natural
         if real is None and padded:
             real = jnp.ones(S, bool)
-        self.real = None if real is None else self._in_order(real, part.keys, 0)
+        self.real = None if real is None else self._in_order(real, part.keys, 0) & (self.zero == 0)
         self.query_at = None if part.natural else jnp.asarray(part.queries).reshape(-1, self.block_q)
         self.key_at = None if part.natural else jnp.asarray(part.keys)
 
