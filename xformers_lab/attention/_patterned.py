@@ -12,7 +12,6 @@ from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.size import Size
 
-
 LONG = 1024
 
 
@@ -37,8 +36,8 @@ class Patterned(Attention):
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Queries and keys per block of the engine.
 
-        Wide rows make large products; causal rows are narrower, so that less of the triangle is computed in vain. A long
-        causal sequence has its keys in eighths: 9/16 of the square is computed, at every length.
+        Wide rows make large products; causal rows are narrower, so that less of the triangle is computed in vain. From
+        LONG positions on, causal keys come in eighths: 9/16 of the square is computed, at every length.
         """
         if self.block is not None:
             return self.block, self.block
