@@ -48,7 +48,8 @@ def main() -> int:
         try:
             record = run_cell(config, progress)
         except LabError as error:  # interrupted: the checkpoint is saved
-            print(json.dumps({"record": {"status": "interrupted", "reason": str(error)}}), file=replies)
+            reason = str(error).removeprefix("interrupted: ")
+            print(json.dumps({"record": {"status": "interrupted", "reason": reason}}), file=replies)
             return error.exit_code
         print(json.dumps({"record": record}), file=replies)
     return 0
