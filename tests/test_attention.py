@@ -275,3 +275,11 @@ def test_equal_patterns_share_one_layout():
     one = layout(Band(3) & Causal(), 16, 16, 8, 8)
     assert layout(Band(3) & Causal(), 16, 16, 8, 8) is one
     assert layout(Band(4) & Causal(), 16, 16, 8, 8) is not one
+
+
+def test_a_union_of_many_orders_counts_every_pair_once():
+    union = Residue(3) | Residue(4) | Residue(5) | Residue(7) | Band(1)
+    at = np.arange(60)
+    masks = [part(at[:, None], at[None]) for part in union.parts()]
+    assert len(masks) == 5
+    np.testing.assert_array_equal(np.sum(masks, 0), union(at[:, None], at[None]))

@@ -62,10 +62,10 @@ class Either(Pattern):
                 found.append(part)
             else:
                 found[same] = found[same] | part
-        disjoint = [found[0]]
+        disjoint, before = [found[0]], found[0]
         for part in found[1:]:
-            before = disjoint[0] if len(disjoint) == 1 else Either(disjoint[0], disjoint[1])
             disjoint.append(part & ~before)
+            before = before | part
         return disjoint
 
 
