@@ -41,7 +41,10 @@ def test_shelf_at_many_shapes(name):
 
 
 class Plain(Attention):
-    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+
+    Kind: full
+    """
 
     def reference(self, q, k, v, *, real, causal, bias=None):
         return _softmax(self.scores(q, k, real, causal, bias), v)
@@ -57,7 +60,10 @@ class Plain(Attention):
 
 
 class Span(Plain):
-    """Adaptive span with a parameter for each head (Sukhbaatar et al., 2019, arXiv 1905.07799), in its score form."""
+    """Adaptive span with a parameter for each head (Sukhbaatar et al., 2019, arXiv 1905.07799), in its score form.
+
+    Kind: multi-head
+    """
 
     def __init__(self, size, *, rngs):
         super().__init__(size, rngs=rngs)
@@ -75,7 +81,10 @@ class Span(Plain):
 
 
 class Residual(Plain):
-    """Scores are added to those of the layer below (RealFormer, He et al., 2020, arXiv 2012.11747)."""
+    """Scores are added to those of the layer below (RealFormer, He et al., 2020, arXiv 2012.11747).
+
+    Kind: prior
+    """
 
     def init_carry(self, T, S):
         return jnp.zeros((T, S))
@@ -91,6 +100,7 @@ class Residual(Plain):
 class BothSides(Plain):
     """Attention that cannot be causal: the mean of all values (as FNet's mixing, Lee-Thorp et al., 2022).
 
+    Kind: without attention
     Not causal: its mean is over every position.
     """
 
@@ -106,13 +116,18 @@ class BothSides(Plain):
 
 
 class TalkingHeads(Attention):
-    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`."""
+    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`.
+
+    Kind: multi-head
+    """
 
     def __init__(self, size, *, rngs):
         super().__init__(size, rngs=rngs)
         self.talk = nnx.Param(jnp.eye(size.heads) + 0.1 * rngs.params.normal((size.heads, size.heads)))
 
-    def mix(self, q, k, v, *, x=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"):
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
         if bias is not None:
             raise ValueError("talking heads take no bias")
         k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
@@ -121,13 +136,17 @@ class TalkingHeads(Attention):
         seen = _mask(q[0, :, 0], k[0, :, 0], jnp.ones(k.shape[1], bool), causal)
         seen = seen[None, None] & (True if real is None else real[:, None, None])
         p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1) * seen
-        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry
+        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry, {}
 
     cost = Plain.cost
 
 
 class Whole(Attention):
-    """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`."""
+    """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`.
+
+    Kind: without attention
+    No decoding: it is a test
+    """
 
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
         if memory is not None or not causal:
@@ -165,11 +184,11 @@ def subject(kind, **options):
 
 
 @pytest.mark.parametrize("kind, skipped", [
-    (Plain, {"carried"}),
-    (Span, {"carried", "decoding"}),
-    (Residual, {"decoding"}),
-    (BothSides, {"carried", "decoding", "state_size", "no_future"}),
-    (TalkingHeads, {"carried", "decoding", "state_size", "heads_apart"}),
+    (Plain, {"carried", "full_in_the_limit"}),
+    (Span, {"carried", "full_in_the_limit"}),
+    (Residual, {"full_in_the_limit"}),
+    (BothSides, {"carried", "decoding", "state_size", "no_future", "full_in_the_limit"}),
+    (TalkingHeads, {"carried", "heads_apart", "full_in_the_limit"}),
 ])  # fmt: skip
 def test_right_mechanisms_of_every_kind_pass(kind, skipped):
     report = examine(subject(kind), PROPERTIES)
@@ -344,10 +363,8 @@ class CostOffByTen(Plain):
 class StateUndeclared(Local):
     __doc__ = Local.__doc__
 
-    def init_state(self, length, dtype=jnp.float32):
-        return Attention.init_state(self, length, dtype)
-
-    step = Attention.step
+    def slots(self, length):
+        return length
 
 
 class StaleState(Linear):
@@ -362,8 +379,8 @@ class StaleState(Linear):
 class RingTooShort(Local):
     __doc__ = Local.__doc__
 
-    def init_state(self, length, dtype=jnp.float32):
-        return jax.tree.map(lambda leaf: leaf[1:] if leaf.ndim else leaf, super().init_state(length, dtype))
+    def slots(self, length):
+        return self.window
 
 
 class OverflowsInHalf(Plain):
@@ -443,8 +460,8 @@ class DependsOnTracing(Plain):
     __doc__ = Plain.__doc__
 
     def mix(self, q, k, v, **given):
-        out, carry = super().mix(q, k, v, **given)
-        return out * (1 if isinstance(q, Tracer) else 2), carry
+        out, carry, aux = super().mix(q, k, v, **given)
+        return out * (1 if isinstance(q, Tracer) else 2), carry, aux
 
 
 class CountsItsCalls(Plain):

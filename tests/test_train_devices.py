@@ -70,8 +70,8 @@ class Counting(Full):
     def mix(self, q, k, v, **given):
         self.calls[...] = self.calls[...] + 1
         # Older calls fade in what it computes, so that a lost counter shows in every number after it.
-        out, carry = super().mix(q, k, v, **given)
-        return out * (1 + self.fade / self.calls[...]), carry
+        out, carry, aux = super().mix(q, k, v, **given)
+        return out * (1 + self.fade / self.calls[...]), carry, aux
 """
 
 

@@ -9,18 +9,28 @@ A mechanism is one file with one class, a subclass of `Attention`, that says wha
 The signature of `attend` is the declaration. One that cannot be causal has no `causal`; one that has no scores to bias
 has no `bias`; one that draws random numbers takes `key`; one that needs the block's input takes `x` (S, D); one that
 shares something with the same mechanism in the layer below takes `carry` and returns (out, carry), and defines
-`init_carry(T, S)`; per-head parameters are named by `per_head()`. The lab adds heads, batch, grouped key/value heads,
-projections and devices, and refuses what a signature cannot do.
+`init_carry(T, S)`. Whatever else it takes it names itself: `per_head()` gives arrays for each head (parameters, say),
+`from_keys(x)` and `from_queries(x)` give arrays for each head of each position, computed from the block's input (gates,
+step sizes). The lab adds heads, batch, grouped key/value heads, projections and devices, and refuses what a signature
+cannot do.
 
 Causal is aligned at the end: query t stands at position S - T + t. real (S,) bool marks keys that are no padding (a
 mechanism that writes `real=None` gets None where nothing is padded); a query that may see no key gets zeros. bias,
 where given, is called with broadcasting query and key positions, (T', 1) and (1, S').
 
-A mechanism that is not per head overrides `mix` on (B, T, N, H), or `__call__` on (B, T, D).
+A mechanism that is not per head, or adds auxiliary scalars, overrides `mix` on (B, T, N, H); one without these
+projections overrides `__call__` on (B, T, D).
+
+Decoding works by itself wherever a mechanism only depends on distances: keys and values are kept, and `attend` is
+called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
+
+The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
+and where they apply `Not causal: reason`, `Not cross: reason`, `No bias: reason` and `No decoding: reason` are read.
 """
 
 import dataclasses
 import inspect
+import itertools
 from typing import Any
 
 import jax
@@ -33,6 +43,18 @@ from xformers_lab.size import Size
 
 # What the lab can hand to `attend`; every other parameter must be named by `per_head`.
 GIVEN = ("real", "causal", "bias", "carry", "x", "key")
+# The families of the survey (Lin et al., 2021, section 4) and what came since.
+KINDS = (
+    "full",
+    "sparse by position",
+    "sparse by content",
+    "linearised",
+    "memory compression",
+    "low rank",
+    "prior",
+    "multi-head",
+    "without attention",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +91,19 @@ class Attention(nnx.Module):
             T, S = q.shape[1], k.shape[1]
             q, k = position.rotate(q, jnp.arange(T) + S - T), position.rotate(k, jnp.arange(S))
             bias = position.bias()
-        out, carry = self.mix(q, k, v, x=source, real=real, causal=causal, bias=bias, carry=carry, key=key)
-        return self.out(out.reshape(*out.shape[:2], -1)), carry, {}
+        given = {"real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        out, carry, aux = self.mix(q, k, v, x=source, x_q=x, **given)
+        return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
-    def mix(self, q, k, v, *, x=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"):
-        """All heads of a batch: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H) and the carry.
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        """All heads of a batch: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), the carry, auxiliary scalars.
 
-        bias is a pytree whose leaves have a leading axis N; method is "attend" or "reference". Raises ValueError where
-        the mechanism's signature has no place for what is asked.
+        x (B, S, D) is the block's input that keys and values came from, x_q (B, T, D) the queries' (default: the last T
+        of x). bias is a pytree whose leaves have a leading axis N; key is given in training alone; method is "attend"
+        or "reference". Scalars named "loss/..." are added to the loss. Raises ValueError where the mechanism's
+        signature has no place for what is asked.
         """
         takes = self.takes(method)
         if causal and "causal" not in takes:
@@ -90,21 +117,37 @@ class Attention(nnx.Module):
         keys = None if key is None or "key" not in takes else jax.random.split(key, q.shape[2])
         fixed = {"causal": causal} if "causal" in takes else {}
         function = getattr(self, method)
+        tokens = self._of_tokens(x, x_q, q.shape[1])
 
-        def one(q, k, v, carry, of_sample, of_head):
-            given = {"carry": carry} | of_sample | of_head
+        def one(q, k, v, of_pair, of_sample, of_head):
+            carry, tokens = of_pair
+            given = {"carry": carry} | tokens | of_sample | of_head
             out = function(q, k, v, **fixed, **{name: value for name, value in given.items() if name in takes})
             return out if "carry" in takes else (out, None)
 
         of_sample = {"real": real} | ({"x": x} if "x" in takes else {})
         of_head = {"bias": bias, "key": keys} | self.per_head()
-        out, above = over_heads(one, q, k, v, carry if "carry" in takes else None, of_sample, of_head)
-        return out, above if "carry" in takes else carry
+        out, above = over_heads(one, q, k, v, (carry if "carry" in takes else None, tokens), of_sample, of_head)
+        return out, above if "carry" in takes else carry, {}
+
+    def _of_tokens(self, x, x_q, T: int) -> dict[str, Any]:
+        """What `from_keys` and `from_queries` give, heads before positions: (B, N, S, ...) and (B, N, T, ...)."""
+        found = {}
+        if type(self).from_keys is not Attention.from_keys:
+            found |= self.from_keys(x)
+        if type(self).from_queries is not Attention.from_queries:
+            found |= self.from_queries(x[:, -T:] if x_q is None else x_q)
+        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), found)
 
     @classmethod
     def takes(cls, method: str = "attend") -> frozenset[str]:
         """The keyword arguments a method declares."""
         return frozenset(inspect.signature(getattr(cls, method)).parameters) - {"self", "q", "k", "v"}
+
+    @classmethod
+    def carries(cls) -> bool:
+        """Whether layers share something: attend takes `carry`, or a mix of its own does and `init_carry` is defined."""
+        return "carry" in cls.takes() or cls.init_carry is not Attention.init_carry
 
     @classmethod
     def optional(cls, method: str, name: str) -> bool:
@@ -113,6 +156,14 @@ class Attention(nnx.Module):
 
     def per_head(self) -> dict[str, Any]:
         """Arrays with a leading axis N, passed to `attend` under their names, one head at a time."""
+        return {}
+
+    def from_keys(self, x) -> dict[str, Any]:
+        """(B, S, D), what the keys are projected from -> arrays (B, S, N, ...), passed to `attend` as (S, ...)."""
+        return {}
+
+    def from_queries(self, x) -> dict[str, Any]:
+        """(B, T, D), what the queries are projected from -> arrays (B, T, N, ...), passed to `attend` as (T, ...)."""
         return {}
 
     def initial_carry(self, B: int, T: int, S: int):
@@ -132,35 +183,110 @@ class Attention(nnx.Module):
     def cost(self, T: int, S: int) -> Cost:
         raise NotImplementedError(f"{type(self).__name__} must define cost(T, S)")
 
-    # ---- decoding: one head of one sequence, one token at a time -----------------------------------------------
+    @staticmethod
+    def limit(length: int) -> dict[str, Any] | None:
+        """Options with which the mechanism is full softmax attention at this length, within `limit_error`; None where
+        there are none. The conformance kit holds it to that."""
+        return None
+
+    # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
+    limit_error = 0.0
+
+    # ---- decoding, one token at a time -------------------------------------------------------------------------
 
     def init_state(self, length: int, dtype=jnp.float32):
-        """What decoding remembers of up to `length` tokens: by default every key and value, newest last."""
-        cache = jnp.zeros((length, self.size.head), dtype)
-        return {"k": cache, "v": cache, "seen": jnp.zeros((), jnp.int32)}
+        """What one head of one sequence remembers of up to `length` tokens, with `step`."""
+        raise NotImplementedError(f"{type(self).__name__} has a step: define init_state(length, dtype)")
 
-    def step(self, state, q, k, v, *, bias=None):
-        """One more token: q, k, v (H,) -> out (H,) and the new state; equal to the last row of `attend` on all so far.
+    def step(self, state, q, k, v):
+        """One more token of one head: q, k, v (H,) -> out (H,) and the new state; equal to the last row of `attend` on
+        all tokens so far. It may take, by name, `bias`, `x` (D,), and what `per_head`, `from_keys` and `from_queries`
+        name, each for this token. A mechanism defines it where keys and values are not what it keeps, or where it is
+        tied to absolute positions."""
+        raise NotImplementedError(f"{type(self).__name__} defines no step")
 
-        The default calls `attend` with one query at the end of the cache, which is right wherever the mechanism only
-        depends on distances; a mechanism tied to absolute positions or with a smaller state overrides both methods.
+    def init_cache(self, B: int, length: int, dtype=jnp.float32):
+        """What a layer remembers of up to `length` tokens of B sequences: every head's `init_state` where the mechanism
+        has a `step`, else every key and value (and x, where attend looks at it), newest last."""
+        if type(self).step is not Attention.step:
+            wide = lambda leaf: jnp.broadcast_to(leaf, (B, self.size.heads, *leaf.shape))
+            return jax.tree.map(wide, self.init_state(length, dtype))
+        rows = jnp.zeros((B, length, self.size.key_heads, self.size.head), dtype)
+        cache = {"k": rows, "v": rows, "seen": jnp.zeros((), jnp.int32)}
+        if "x" in self.takes() or type(self).from_keys is not Attention.from_keys:
+            cache["x"] = jnp.zeros((B, length, self.size.dim), dtype)
+        return cache
+
+    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+        """One more token of all heads of a batch: q (B, N, H), k and v (B, K, H), x (B, D), carry that of this token
+        from the layer below -> out (B, N, H), the new cache, the carry for the layer above.
+
+        Raises ValueError where the mechanism cannot decode.
         """
-        keys, values = (jnp.concatenate([state[name][1:], new[None]]) for name, new in (("k", k), ("v", v)))
-        seen = state["seen"] + 1
-        length = keys.shape[0]
-        real = jnp.arange(length) >= length - seen
-        given = {"bias": bias} if "bias" in self.takes() else {}
-        out = self.attend(q[None], keys, values, real=real, causal=True, **given)  # pyright: ignore[reportCallIssue]
-        return out[0], {"k": keys, "v": values, "seen": seen}
+        if reason := why_not_decode(type(self)):
+            raise ValueError(reason)
+        if type(self).step is not Attention.step:
+            return *self._steps(cache, q, k, v, x, bias), carry
+        new = {"k": k, "v": v, "x": x}
+        cache = {
+            name: rows + 1 if name == "seen" else jnp.concatenate([rows[:, 1:], new[name][:, None]], 1)
+            for name, rows in cache.items()
+        }
+        length = cache["k"].shape[1]
+        real = jnp.broadcast_to(jnp.arange(length) >= length - cache["seen"], cache["k"].shape[:2])
+        if carry is None and self.carries():
+            carry = self.initial_carry(q.shape[0], 1, length)
+        given = {"x": cache.get("x"), "x_q": None if x is None else x[:, None], "bias": bias, "carry": carry}
+        out, carry, _ = self.mix(q[:, None], cache["k"], cache["v"], real=real, causal=True, **given)
+        return out[:, 0], cache, carry
+
+    def _steps(self, cache, q, k, v, x, bias):
+        """`step` of every head of every sample."""
+        takes = self.takes("step")
+        if bias is not None and "bias" not in takes:
+            raise ValueError(why_not(type(self), "bias"))
+        times = self.size.heads // self.size.key_heads
+        k, v = (jnp.repeat(y, times, 1) for y in (k, v))
+        tokens = self._of_tokens(None if x is None else x[:, None], None, 1)
+        tokens = {name: jax.tree.map(lambda leaf: leaf[:, :, 0], tree) for name, tree in tokens.items()}
+        of_head = {"bias": bias} | self.per_head()
+        kept = lambda given: {name: value for name, value in given.items() if name in takes}
+        tokens, of_head, of_sample = kept(tokens), kept(of_head), kept({"x": x})
+
+        def one(state, q, k, v, tokens, of_sample, of_head):
+            return self.step(state, q, k, v, **tokens, **of_sample, **of_head)
+
+        heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, 0))
+        return jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None))(cache, q, k, v, tokens, of_sample, of_head)
 
 
 def why_not(mechanism: type, what: str) -> str:
     """Why a mechanism is refused, from its signature and, where it says so, from the `Not causal:` of its docstring."""
     name = mechanism.__name__.lower()
     if what == "bias":
-        return f"{name} has no scores to bias: use position=rope, learned, sinusoidal or none"
-    text = inspect.getdoc(mechanism) or ""
-    reason = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Not causal:")), "")
-    return (
-        f"{name} cannot be causal: {reason or 'its attend takes no `causal`'}; use model=encoder or another attention"
-    )
+        reason = stated(mechanism, "No bias") or "it has no scores to bias"
+        return f"{name} takes no bias: {reason}; use position=rope, learned, sinusoidal or none"
+    reason = stated(mechanism, "Not causal") or "its attend takes no `causal`"
+    return f"{name} cannot be causal: {reason}; use model=encoder or another attention"
+
+
+def why_not_decode(mechanism: type[Attention]) -> str | None:
+    """Why a mechanism cannot decode token by token; None where it can."""
+    name = mechanism.__name__.lower()
+    if reason := stated(mechanism, "No decoding"):
+        return f"{name} cannot decode: {reason}"
+    own = mechanism.step is not Attention.step or mechanism.mix_step is not Attention.mix_step
+    if not own and (reason := stated(mechanism, "Not cross")):
+        return f"{name} cannot decode: one query against many keys is refused, for {reason}"
+    causal = "causal" in mechanism.takes() or mechanism.mix is not Attention.mix
+    return None if causal and not stated(mechanism, "Not causal") else why_not(mechanism, "causal")
+
+
+def stated(mechanism: type, word: str) -> str:
+    """What a docstring's line that begins with `word:` says, with the indented lines after it; "" where it has none."""
+    lines = (inspect.getdoc(mechanism) or "").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"{word}:")), None)
+    if start is None:
+        return ""
+    more = itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 :])
+    return " ".join(" ".join([lines[start], *more]).partition(":")[2].split()).rstrip(".")

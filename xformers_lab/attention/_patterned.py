@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -47,10 +48,13 @@ class Patterned(Attention):
         most = 256 if causal else 512
         return _even(T, most), _even(S, most)
 
-    def mix(self, q, k, v, *, x=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"):
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
         if method == "attend" and fused.fits(q, k, real, bias) and (kernel := self.fused(causal)):
-            return kernel(q, k, v), carry
-        return super().mix(q, k, v, x=x, real=real, causal=causal, bias=bias, carry=carry, key=key, method=method)
+            return kernel(q, k, v), carry, {}
+        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        return super().mix(q, k, v, **given, method=method)
 
     def fused(self, causal: bool) -> Callable | None:
         """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
@@ -72,15 +76,33 @@ class Patterned(Attention):
         """Elements of the largest array of one head: a wide row of scores, a batch of narrow ones, or the keys."""
         return largest_array(self.seen(False), T, S, self.size.head, self.blocks(T, S, causal=False))
 
-    def step(self, state, q, k, v, *, bias=None):
-        """Keys stay at their absolute positions, so that a pattern tied to them (a grid, say) decodes alike."""
-        at = state["seen"]
-        keys, values = (state[name].at[at].set(new) for name, new in (("k", k), ("v", v)))
-        q_at, k_at = at[None, None], jnp.arange(keys.shape[0])[None]
-        s = (q * q.shape[-1] ** -0.5 @ keys.T)[None]
-        s = s if bias is None else s + bias(q_at, k_at)
-        out = softmax(s, self.seen(True)(q_at, k_at), values)
-        return out[0], {"k": keys, "v": values, "seen": at + 1}
+    def slots(self, length: int) -> int:
+        """How many of the newest positions decoding must keep of up to `length`: all, unless the pattern is near."""
+        return length
+
+    def init_cache(self, B: int, length: int, dtype=jnp.float32):
+        rows = jnp.zeros((B, self.slots(length), self.size.key_heads, self.size.head), dtype)
+        return {"k": rows, "v": rows, "seen": jnp.zeros((), jnp.int32)}
+
+    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+        """A ring: slot s of R holds the newest position that is s modulo R, so that a pattern that is tied to absolute
+        positions (a grid, say) decodes alike."""
+        at, R = cache["seen"], cache["k"].shape[1]
+        keys, values = (cache[name].at[:, at % R].set(new) for name, new in (("k", k), ("v", v)))
+        positions = at - (at - jnp.arange(R)) % R
+        seen = (positions >= 0) & self.seen(True)(at, positions)
+
+        def head(q, k, v, bias):
+            s = q * q.shape[-1] ** -0.5 @ k.T
+            s = s if bias is None else s + bias(at[None, None], positions[None])[0]
+            return softmax(s, seen, v)
+
+        group = jax.vmap(head, in_axes=(0, None, None, 0))
+        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0))
+        by_group = lambda x: x.reshape(self.size.key_heads, -1, *x.shape[1:])
+        grouped = jax.vmap(by_group)(q)
+        out = jax.vmap(of_sample, in_axes=(0, 0, 0, None))(grouped, keys, values, jax.tree.map(by_group, bias))
+        return out.reshape(q.shape), {"k": keys, "v": values, "seen": at + 1}, carry
 
 
 def _even(length: int, most: int) -> int:

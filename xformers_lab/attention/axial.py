@@ -14,6 +14,7 @@ class Axial(Patterned):
 
     Positions are laid out row by row on a grid of `columns` columns; a query sees the keys of its row and its column:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over s // columns = t // columns or (s - t) mod columns = 0.
+    Kind: sparse by position
     Time O(T (rows + columns) H), O(T^1.5 H) on a square; memory O(S H); decoding keeps every key and value.
     Exact on its pattern. The paper runs a row layer and a column layer in turn: `axial:axis=row+axial:axis=column`; the
     default is one softmax over both, so that a single layer stands beside the other mechanisms.
@@ -44,6 +45,10 @@ class Axial(Patterned):
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Blocks of one row of the grid; a column of as many rows as columns is then one block too."""
         return (block := max(8, min(self.shape[1], 512))), block
+
+    @staticmethod
+    def limit(length: int):
+        return {"shape": (1, length)}
 
     def cost(self, T: int, S: int) -> Cost:
         H, columns = self.size.head, self.shape[1]

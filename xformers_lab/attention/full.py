@@ -12,6 +12,7 @@ class Full(Patterned):
     """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over every key (causal: every key up to t).
+    Kind: full
     Time O(T S H); memory O(S) per row of blocks, the T x S scores are never stored; decoding keeps every key and value.
     Exact. On NVIDIA GPUs, in half precision without padding or bias, cuDNN's fused kernel runs it.
     """

@@ -13,6 +13,7 @@ class Linear(Attention):
     """Linear attention with phi(x) = elu(x) + 1 (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
 
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, causally over s <= t.
+    Kind: linearised
     Time O(T H^2), chunked where causal; memory O(T H); decoding keeps one H x H matrix and one vector.
     Exact for its kernel, which is not the softmax. No scores exist, so no bias can be added.
 

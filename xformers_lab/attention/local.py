@@ -1,12 +1,9 @@
 import functools
 
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from xformers_lab.attention import Cost
 from xformers_lab.attention._engine import fused
-from xformers_lab.attention._engine.block_sparse import softmax
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.size import Size
@@ -16,6 +13,7 @@ class Local(Patterned):
     """Sliding-window attention, the band of the survey (Beltagy et al., 2020, arXiv 2004.05150).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= window (causal: t - window <= s <= t).
+    Kind: sparse by position
     Time O(T window H); memory O(S H); decoding keeps a ring of window + 1 keys and values.
     Exact within the window. Longformer counts the window on both sides together; here it is one side.
 
@@ -37,23 +35,14 @@ class Local(Patterned):
     def fused(self, causal: bool):
         return functools.partial(fused.attend, causal=True, window=self.window) if causal else None
 
+    @staticmethod
+    def limit(length: int):
+        return {"window": length}
+
     def cost(self, T: int, S: int) -> Cost:
         H, block = self.size.head, self.blocks(T, S, causal=False)[0]
         band = min(2 * (-(-self.window // block)) + 1, -(-S // block)) * block
         return Cost(flops=4 * T * band * H, memory=self.largest(T, S), state=2 * (self.window + 1) * H)
 
-    def init_state(self, length: int, dtype=jnp.float32):
-        ring = jnp.zeros((min(length, self.window + 1), self.size.head), dtype)
-        return {"k": ring, "v": ring, "seen": jnp.zeros((), jnp.int32)}
-
-    def step(self, state, q, k, v, *, bias=None):
-        """A ring: slot s of R holds the newest position that is s modulo R, so all that it holds is in the window."""
-        at, ring = state["seen"], state["k"].shape[0]
-        keys, values = (
-            lax.dynamic_update_slice_in_dim(state[name], new[None], at % ring, 0) for name, new in (("k", k), ("v", v))
-        )
-        positions = at - (at - jnp.arange(ring)) % ring
-        s = (q * q.shape[-1] ** -0.5 @ keys.T)[None]
-        s = s if bias is None else s + bias(at[None, None], positions[None])
-        out = softmax(s, (positions >= 0)[None], values)
-        return out[0], {"k": keys, "v": values, "seen": at + 1}
+    def slots(self, length: int) -> int:
+        return min(length, self.window + 1)

@@ -13,6 +13,7 @@ class Strided(Patterned):
 
     A query sees the keys at most `stride` away and every key a multiple of `stride` away:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= stride or (t - s) mod stride = 0.
+    Kind: sparse by position
     Time O(T (stride + S / stride) H), least at the default stride sqrt(length): O(T^1.5 H); memory O(S H); decoding
     keeps every key and value. Exact on its pattern. One softmax runs over the union of the paper's two patterns (its
     "merged" form); the paper's factorised heads are `strided` alternated with `local` by `+`.
@@ -31,6 +32,10 @@ class Strided(Patterned):
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Blocks of one stride: the band is three of them, and at the square root so is a residue exactly one."""
         return (block := max(8, min(self.stride, 512))), block
+
+    @staticmethod
+    def limit(length: int):
+        return {"stride": length}
 
     def cost(self, T: int, S: int) -> Cost:
         H, stride = self.size.head, self.stride

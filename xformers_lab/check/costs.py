@@ -1,7 +1,6 @@
 """Properties of what a mechanism costs: decoding, its state, its declared FLOPs and memory against what is counted."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention
+from xformers_lab.attention import Attention, why_not_decode
 from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
@@ -18,37 +17,28 @@ LENGTHS = (512, 1024, 2048, 4096)
 # How far an exponent may be off, and by which factor a declared number may miss the counted one.
 EXPONENT, FACTOR, STATE_FACTOR = 0.1, 3.0, 1.1
 STEP = 5e-5
-# What the default `step` can give to attend.
-DECODED = {"real", "causal", "bias"}
 
 
 def decoding(subject: Subject) -> None:
-    """`init_state` and `step`, token by token, give the rows of the causal pass."""
-    mechanism, kind = _decodes(subject), type(subject.mechanism)
-    extra = kind.takes() - DECODED
-    if kind.step is Attention.step and extra:
-        names = ", ".join(sorted(extra))
-        raise NotApplicable(f"the default step cannot give {names} to attend: define init_state and step to decode")
+    """`init_cache` and `mix_step`, token by token, give the rows of the causal pass."""
+    mechanism = _decodes(subject)
     case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
     inputs = subject.inputs(case)
-    given = dict(mechanism.per_head())
     if case.biased:  # of distances alone: a cache may hold the newest token last, whatever its position
         wave = inputs["bias"]
-        inputs["bias"] = given["bias"] = dataclasses.replace(wave, height=0 * wave.height)
-    given = {name: leaf for name, leaf in given.items() if name in inspect.signature(kind.step).parameters}
-    times = mechanism.size.heads // mechanism.size.key_heads
-    k, v = (jnp.repeat(inputs[name], times, 2) for name in ("k", "v"))
+        inputs["bias"] = dataclasses.replace(wave, height=0 * wave.height)
+    tokens = {name: jnp.swapaxes(inputs[name], 0, 1) for name in ("q", "k", "v", "x") if name in inputs}
 
-    def head(q, k, v, given):
-        def one(state, new):
-            out, state = mechanism.step(state, *new, **given)
-            return state, out
+    def run(tokens, bias):
+        def one(cache, new):
+            q, k, v = (new[name] for name in "qkv")
+            out, cache, _ = mechanism.mix_step(cache, q, k, v, x=new.get("x"), bias=bias)
+            return cache, out
 
-        return jax.lax.scan(one, mechanism.init_state(subject.length), (q, k, v))[1]
+        return jnp.swapaxes(jax.lax.scan(one, mechanism.init_cache(2, subject.length), tokens)[1], 0, 1)
 
-    over = jax.vmap(jax.vmap(head, in_axes=(1, 1, 1, 0), out_axes=1), in_axes=(0, 0, 0, None))
     with jax.default_matmul_precision("highest"):
-        out = np.asarray(jax.jit(over)(inputs["q"], k, v, given))
+        out = np.asarray(jax.jit(run)(tokens, inputs.get("bias")))
     advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
     expected = subject.apply(case, inputs).out
     rows = np.abs(out - expected).max((0, 2, 3))
@@ -57,11 +47,11 @@ def decoding(subject: Subject) -> None:
 
 
 def state_size(subject: Subject) -> None:
-    """The elements of `init_state` are those that `cost` declares as state."""
+    """The elements of one head's cache are those that `cost` declares as state."""
     _decodes(subject)
     counted, declared = [], []
     for length, layer in _layers(subject):
-        leaves = jax.tree.leaves(jax.eval_shape(lambda layer=layer, length=length: layer.init_state(length)))
+        leaves = jax.tree.leaves(jax.eval_shape(lambda layer=layer, length=length: layer.init_cache(1, length)))
         counted.append(sum(leaf.size for leaf in leaves))
         declared.append(layer.cost(length, length).state)
     _agree(
@@ -70,7 +60,7 @@ def state_size(subject: Subject) -> None:
         counted,
         declared,
         STATE_FACTOR,
-        "cost(T, S).state is the number of elements that init_state makes",
+        "cost(T, S).state is the number of elements that init_cache makes for one head",
     )
 
 
@@ -104,8 +94,10 @@ def memory(subject: Subject) -> None:
 
 
 def _decodes(subject: Subject) -> Attention:
-    if not subject.per_head:
-        raise NotApplicable("it is not per head: decoding is tested through the model")
+    if subject.whole:
+        raise NotApplicable("it overrides __call__ and decodes, if at all, through the model")
+    if reason := why_not_decode(type(subject.mechanism)):
+        raise NotApplicable(reason)
     subject.causal_only()
     return subject.mechanism
 
@@ -123,7 +115,7 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
     if subject.whole:
         return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], (shape,)
     heads = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
-    x = (shape,) if not subject.per_head or "x" in layer.takes() else ()
+    x = (shape,) if subject.takes_x else ()
 
     def forward(q, k, v, *x):
         given = {"x": x[0]} if x else {}

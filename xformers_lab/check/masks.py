@@ -37,7 +37,7 @@ def no_future(subject: Subject) -> None:
                         f"derivative {seen.max():.1e} instead of 0. Query t may see keys up to S - T + t ({late})"
                     )
             changed = dict(inputs)
-            for name in subject.sources:
+            for name in [name for name in ("k", "v", "x") if name in inputs]:
                 changed[name] = inputs[name].at[:, at + 1 :].multiply(-3.0)
             _unchanged(subject.apply(case, changed).out, before.out, np.arange(T) <= row, f"later keys change ({case})")
 
@@ -49,8 +49,9 @@ def no_padding(subject: Subject) -> None:
         real = np.asarray(subject.real(case))
         rows = np.ones(real.shape, bool)
         inputs, cotangent = subject.inputs(case), None
-        if subject.whole:  # a padded position's own output may depend on itself
-            rows, cotangent = real, subject.cotangent(case, inputs) * real[..., None]
+        if subject.own_input:  # a padded position's own output may depend on itself
+            kept = real.reshape(real.shape + (1,) * (1 if subject.whole else 2))
+            rows, cotangent = real, subject.cotangent(case, inputs) * kept
         grads = subject.apply(case, inputs, cotangent=cotangent).grads["inputs"]
         for name in [name for name in ("k", "v", "x") if name in grads]:
             leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~real

@@ -99,6 +99,24 @@ class Subject:
     def takes_bias(self) -> bool:
         return not self.whole and self.refusal(Case(self.length, self.length, self.modes[0], biased=True)) is None
 
+    def tokens(self) -> dict[str, Any]:
+        """What `from_keys` and `from_queries` name, with shapes (B, S, N, ...)."""
+        x = jax.ShapeDtypeStruct((1, self.length, self.mechanism.size.dim), jnp.float32)
+        return jax.eval_shape(lambda x: self.mechanism.from_keys(x) | self.mechanism.from_queries(x), x)
+
+    @property
+    def takes_x(self) -> bool:
+        """Whether it may look at the block's input, besides q, k and v."""
+        kind = type(self.mechanism)
+        hooks = any(getattr(kind, name) is not getattr(Attention, name) for name in ("from_keys", "from_queries"))
+        return not self.per_head or "x" in kind.takes() or hooks
+
+    @property
+    def own_input(self) -> bool:
+        """Whether a query may depend on the input at its own position otherwise than through q."""
+        kind = type(self.mechanism)
+        return not self.per_head or kind.from_queries is not Attention.from_queries
+
     @functools.cached_property
     def as_given(self) -> "Subject":
         """The same with its options as they were asked for, at a length of several blocks."""
@@ -130,8 +148,10 @@ class Subject:
             found = {"x": x} if case.T == case.S else {"q": draw(case.T, size.dim), "x": x}
         else:
             found["q"] = q
-            if not self.per_head or "x" in self.mechanism.takes():
+            if self.takes_x:
                 found["x"] = x
+                if case.T > case.S:
+                    found["x_q"] = draw(case.T, size.dim)
         if case.biased:
             heads = jnp.arange(1.0, size.heads + 1)
             found["bias"] = Wave(heads / size.heads, 1 - heads / 8)
@@ -160,7 +180,7 @@ class Subject:
             if "q" in inputs:
                 return layer(inputs["q"], inputs["x"], **rest, **with_method)[0]
             return layer(inputs["x"], **rest, **with_method)[0]
-        rest |= {"x": inputs.get("x"), "bias": inputs.get("bias")}
+        rest |= {name: inputs.get(name) for name in ("x", "x_q", "bias")}
         if method != "attend":
             rest["method"] = method
         return layer.mix(inputs["q"], inputs["k"], inputs["v"], **rest)[0]

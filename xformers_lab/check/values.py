@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import GIVEN, Attention
+from xformers_lab.attention import GIVEN, KINDS, Attention, stated
+from xformers_lab.attention.full import Full
 from xformers_lab.check.subject import (
     KEY_HEADS,
     LONG,
@@ -37,9 +38,18 @@ def signature(subject: Subject) -> None:
         raise Broken(
             f'the first lines of {kind.__name__}\'s docstring name no paper: write "Title (Authors, year, arXiv id)"'
         )
+    kind_line = stated(kind, "Kind")
+    if kind_line not in KINDS:
+        raise Broken(f'the docstring needs a line "Kind: ..." that is one of: {", ".join(KINDS)}; it has "{kind_line}"')
+    if bool(stated(kind, "Not causal")) != (True not in subject.modes):
+        raise Broken(
+            'the docstring says why it is "Not causal: ...", but it runs causally'
+            if True in subject.modes
+            else f'it refuses to be causal ({subject.refusals[True]}): say why in the docstring, "Not causal: reason"'
+        )
     if not subject.per_head:
         return
-    own = subject.mechanism.per_head()
+    own, tokens = subject.mechanism.per_head(), subject.tokens()
     for name, leaf in ((name, leaf) for name, tree in own.items() for leaf in jax.tree.leaves(tree)):
         if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != subject.mechanism.size.heads:
             heads = subject.mechanism.size.heads
@@ -52,10 +62,11 @@ def signature(subject: Subject) -> None:
         if names[:3] != ["q", "k", "v"]:
             raise Broken(f"{method} takes ({', '.join(names[:3])}, ...); its first arguments are q, k, v")
         for name in names[3:]:
-            if name not in GIVEN and name not in own:
-                known = ", ".join([*GIVEN, *own])
+            if name not in GIVEN and name not in own | tokens:
+                known = ", ".join([*GIVEN, *own, *tokens])
                 raise Broken(
-                    f'{method} takes "{name}", which nobody gives: the lab gives {known}; per_head() can name more'
+                    f'{method} takes "{name}", which nobody gives: the lab gives {known}; '
+                    "per_head(), from_keys(x) and from_queries(x) can name more"
                 )
         if "real" not in names:
             raise Broken(f"{method} takes no `real`, so it cannot keep padding out")
@@ -81,6 +92,28 @@ def equals_reference(subject: Subject) -> None:
         fast, slow = subject.result(case), subject.result(case, "reference")
         compare(
             fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, subject, case)
+        )
+
+
+def full_in_the_limit(subject: Subject) -> None:
+    """With the options that `limit` names, the mechanism is full softmax attention."""
+    options = type(subject.mechanism).limit(subject.length)
+    if options is None:
+        raise NotApplicable("it has no limit in which it is full attention, or declares none: limit(length)")
+    size = subject.mechanism.size
+    full = Subject("full", lambda size, small: Full(size, rngs=nnx.Rngs(0)), length=subject.length)
+    one = Subject(subject.name, lambda size, small: type(subject.mechanism)(size, **options, rngs=nnx.Rngs(0)))
+    words = ", ".join(f"{name}={value}" for name, value in options.items())
+    for causal in one.modes:
+        case = Case(size.length, size.length, causal, biased=one.takes_bias)
+        inputs = one.inputs(case)
+        expected = full.apply(case, {name: inputs[name] for name in inputs if not name.startswith("x")}).out
+        compare(
+            one.apply(case, inputs).out,
+            expected,
+            max(one.mechanism.limit_error, VALUE),
+            f"with {words} against full attention ({case})",
+            "limit(length) names options in which nothing is left out; limit_error says how near they come.",
         )
 
 
@@ -212,7 +245,7 @@ def bfloat16(subject: Subject) -> None:
 def carried(subject: Subject) -> None:
     """Through three scanned layers that pass their carry on, attend gives what reference gives."""
     mechanism = subject.mechanism
-    if not subject.per_head or "carry" not in mechanism.takes():
+    if subject.whole or not mechanism.carries():
         raise NotApplicable("it carries nothing from layer to layer")
     case = Case(subject.length, subject.length, subject.modes[0])
     inputs, real = subject.inputs(case), subject.real(case)
@@ -221,7 +254,7 @@ def carried(subject: Subject) -> None:
     def run(method):
         def layer(state, k):
             q, carry = state
-            out, carry = mechanism.mix(
+            out, carry, _ = mechanism.mix(
                 q,
                 k,
                 inputs["v"],
@@ -292,6 +325,7 @@ PROPERTIES = [
     signature,
     equals_reference,
     same_gradients,
+    full_in_the_limit,
     several_blocks,
     end_aligned,
     grouped_query,

@@ -131,7 +131,8 @@ def subject(config: Config, direction: str) -> Subject:
     fixed = {} if whole else {name: params[name] for name in PROJECTIONS if name in params}
     own = {name: leaf for name, leaf in params.items() if name not in fixed}
     shape = lambda *axes: jax.ShapeDtypeStruct((batch, size.length, *axes), size.dtype)
-    inputs = {"x": shape(size.dim)} if whole or "x" in layer.takes() else {}
+    hooks = any(getattr(type(layer), name) is not getattr(Attention, name) for name in ("from_keys", "from_queries"))
+    inputs = {"x": shape(size.dim)} if whole or own_mix or hooks or "x" in layer.takes() else {}
     if not whole:
         inputs |= {"q": shape(size.heads, size.head)} | dict.fromkeys("kv", shape(size.key_heads, size.head))
 

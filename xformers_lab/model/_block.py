@@ -23,7 +23,7 @@ class Block(nnx.Module):
 
     def initial_carries(self, x) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
-        if "carry" not in self.attention.takes():
+        if not self.attention.carries():
             return {}
         B, T, _ = x.shape
         return {self.name: self.attention.initial_carry(B, T, T)}
