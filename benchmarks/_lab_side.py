@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab import spec
@@ -27,6 +28,19 @@ def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, d
     both = lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent)
     run = jax.jit(both if grad else forward)
     return lambda: jax.block_until_ready(run(q, k, v))
+
+
+def layer(choice="full", T=4096, D=512, N=8, B=1, grad=False):
+    """A mechanism with its projections on (B, T, D); backward to the input and every parameter."""
+    mechanism = spec.build("attention", choice, length=T, dim=D, heads=N)
+    graph, own, rest = nnx.split(mechanism, nnx.Param, ...)
+    x, cotangent = (jax.random.normal(key, (B, T, D)) for key in jax.random.split(jax.random.key(0)))
+    # What is drawn in training is drawn here too.
+    key = jax.random.key(1) if grad else None
+    forward = lambda own, x: nnx.merge(graph, own, rest)(x, key=key)[0]
+    both = lambda own, x: jax.vjp(forward, own, x)[1](cotangent)
+    run = jax.jit(both if grad else forward)
+    return lambda: jax.block_until_ready(run(own, x))
 
 
 def matmul(n=2048):

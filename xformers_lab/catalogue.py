@@ -20,14 +20,45 @@ def shelf(name: str) -> list[dict]:
 def _row(shelf: str, name: str) -> dict:
     found = spec.entry(shelf, name)
     options = spec.options(found)
-    row: dict = {
-        "name": name,
-        "options": ":".join(f"{key}={_short(option.default)}" for key, option in options.items()),
-    }
-    if hasattr(found, "takes"):
-        takes = found.takes()
-        row |= {"causal": "causal" in takes, "bias": "bias" in takes, "random": "key" in takes}
+    row: dict = {"name": name}
+    if shelf == "attention":
+        row |= _abilities(found) | {"error": _checked(name)}
+    row["options"] = ":".join(f"{key}={_short(option.default)}" for key, option in options.items())
     return row | {"title": title(found)}
+
+
+def _abilities(mechanism) -> dict:
+    """What a mechanism is, costs and can do, from its docstring and signatures."""
+    from xformers_lab.attention import stated, why_not_decode
+
+    about = " ".join((inspect.getdoc(mechanism) or "").split())
+    own_mix = "attend" not in vars(mechanism) and not any("attend" in vars(base) for base in mechanism.__mro__[:-2])
+    takes = mechanism.takes("mix") if own_mix else mechanism.takes()
+    nature = re.search(r"\b(Exact|Approximate)\b", about)
+    return {
+        "kind": stated(mechanism, "Kind"),
+        "time": _cost("Time", about),
+        "memory": _cost("memory", about),
+        "causal": not stated(mechanism, "Not causal"),
+        "cross": not stated(mechanism, "Not cross"),
+        "bias": "bias" in takes and not stated(mechanism, "No bias"),
+        "decode": why_not_decode(mechanism) is None,
+        "nature": nature.group().lower() if nature else "",
+    }
+
+
+def _cost(word: str, about: str) -> str:
+    """The first O(...) after a word, with its brackets closed; "" where there is none."""
+    found = re.search(rf"\b{word} (O\((?:[^()]|\([^()]*\))*\))", about)
+    return found.group(1) if found else ""
+
+
+def _checked(name: str) -> float | None:
+    """The largest difference between a mechanism and its reference, relative to the largest output, as last checked."""
+    from xformers_lab.check import remembered
+
+    verdict = remembered.known(name)
+    return verdict["error"] if verdict else None
 
 
 def _short(value) -> str:
@@ -111,8 +142,13 @@ def resolved(config: configs.Config) -> list[dict]:
 
 def markdown() -> str:
     """Every shelf as a Markdown table: the catalogue of README."""
-    lines = ["| shelf | choice | options | what it is |", "|---|---|---|---|"]
-    for home in spec.SHELVES:
+    lines = ["| attention | kind | time | causal | cross | decode | options | what it is |", "|" + "---|" * 8]
+    for row in shelf("attention"):
+        can = " | ".join("yes" if row[word] else "" for word in ("causal", "cross", "decode"))
+        options, what = f"`{row['options']}`" if row["options"] else "", row["title"].replace("|", "/")
+        lines.append(f"| `{row['name']}` | {row['kind']} | {row['time']} | {can} | {options} | {what} |")
+    lines += ["", "| shelf | choice | options | what it is |", "|---|---|---|---|"]
+    for home in (home for home in spec.SHELVES if home != "attention"):
         for row in shelf(home):
             options = f"`{row['options']}`" if row["options"] else ""
             lines.append(f"| {home} | `{row['name']}` | {options} | {row['title'].replace('|', '/')} |")

@@ -19,6 +19,10 @@ Choices read name:option=value:option=value, a+b cycles mechanisms over layers; 
 module path, or the path of a .py file of your own."""
 
 
+# Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
+HIDDEN = ("memory", "bias", "options")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; -> its exit code (0 ok, 1 our bug, 2 usage, 3 run failed, 4 integrity, 5 some cells failed)."""
     chosen = _parser().parse_args(arguments)
@@ -147,7 +151,9 @@ def _list(chosen) -> int:
     from xformers_lab.report import pages
 
     rows = catalogue.shelf(chosen.shelf) if chosen.shelf else catalogue.shelves()
-    return _print(chosen, rows, lambda: pages.print_table(rows))
+    hidden = HIDDEN if chosen.shelf == "attention" else ()
+    shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
+    return _print(chosen, rows, lambda: pages.print_table(shown))
 
 
 def _show(chosen) -> int:
@@ -305,10 +311,15 @@ def _check(chosen) -> int:
     names = chosen.words or configs.spec.names("attention")
     for name in names:
         configs.spec.resolve("attention", name)  # a misspelt name is found before the kit runs
-    from xformers_lab.check import run
+    from xformers_lab import progress
+    from xformers_lab.check import remembered, run
     from xformers_lab.report import pages
 
-    reports = [run.check(name, deep=chosen.deep).to_dict() for name in names]
+    reports = []
+    with progress.items("check", len(names), quiet=chosen.json) as tell:
+        for name in names:
+            tell(name)
+            reports.append(remembered.keep(name, run.check(name, deep=chosen.deep).to_dict()))
     _print(chosen, reports, lambda: pages.print_checks(reports))
     return 0 if all(report["passed"] for report in reports) else 1
 

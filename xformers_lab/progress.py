@@ -100,5 +100,30 @@ def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
         yield Cells(total, bar, quiet)
 
 
+@contextlib.contextmanager
+def items(title: str, total: int, *, quiet: bool = False) -> Iterator:
+    """A callable (name) that says which of `total` things is being done."""
+    console, done = Console(stderr=True), 0
+    if not console.is_terminal:
+
+        def line(name: str) -> None:
+            nonlocal done
+            done += 1
+            if not quiet and total > 1:
+                print(f"{title} {done}/{total}: {name}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(title, total=total)
+
+        def update(name: str) -> None:
+            nonlocal done
+            bar.update(task, completed=done, description=f"{title} · {escape(name)}")
+            done += 1
+
+        yield update
+
+
 def _number(value) -> str:
     return "-" if value is None else f"{value:.3f}"

@@ -146,7 +146,7 @@ class Attention(nnx.Module):
 
     @classmethod
     def carries(cls) -> bool:
-        """Whether layers share something: attend takes `carry`, or a mix of its own does and `init_carry` is defined."""
+        """Whether layers share something: attend takes `carry`, or a mix of its own does and `init_carry` is there."""
         return "carry" in cls.takes() or cls.init_carry is not Attention.init_carry
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, why_not_decode
-from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare
+from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, quick_jit
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
@@ -38,7 +38,7 @@ def decoding(subject: Subject) -> None:
         return jnp.swapaxes(jax.lax.scan(one, mechanism.init_cache(2, subject.length), tokens)[1], 0, 1)
 
     with jax.default_matmul_precision("highest"):
-        out = np.asarray(jax.jit(run)(tokens, inputs.get("bias")))
+        out = np.asarray(quick_jit(run)(tokens, inputs.get("bias")))
     advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
     expected = subject.apply(case, inputs).out
     rows = np.abs(out - expected).max((0, 2, 3))

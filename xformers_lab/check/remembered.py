@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 import jax
 
@@ -15,15 +16,24 @@ _PACKAGE = pathlib.Path(spec.__file__).parent
 
 
 def verdict(choice: str) -> dict:
-    """`run.check(choice)` as a dict, from the cache where the same sources were checked before.
+    """`run.check(choice)` as a dict, from the cache where the same sources were checked before."""
+    return known(choice) or keep(choice, run.check(choice).to_dict())
+
+
+def known(choice: str) -> dict | None:
+    """The verdict on these very sources, None where they have not been checked.
 
     The cache is a file in $XDG_CACHE_HOME (default ~/.cache); one that cannot be read or written is done without.
     """
-    path = _folder() / f"{_key(choice)}.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads((_folder() / f"{_key(choice)}.json").read_text())
     except (OSError, ValueError):
-        report = run.check(choice).to_dict()
+        return None
+
+
+def keep(choice: str, report: dict) -> dict:
+    """Remember a verdict; -> it."""
+    path = _folder() / f"{_key(choice)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -44,7 +54,7 @@ def _key(choice: str) -> str:
     about = [
         str(spec.resolve("attention", choice)),
         spec.digest("attention", choice),
-        _sources(),
+        _sources(spec.parse(choice).name),
         [holds.__name__ for holds in run.PROPERTIES],
         jax.__version__,
         jax.devices()[0].device_kind,
@@ -52,7 +62,18 @@ def _key(choice: str) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
 
 
-@functools.lru_cache(maxsize=1)
-def _sources() -> str:
-    files = sorted([*_PACKAGE.glob("*.py"), *_PACKAGE.glob("attention/**/*.py"), *_PACKAGE.glob("check/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+@functools.lru_cache(maxsize=256)
+def _sources(name: str) -> str:
+    """A hash of what the lab runs a mechanism with, and of the mechanisms whose code it uses."""
+    shelf = _PACKAGE / "attention"
+    files = {*_PACKAGE.glob("*.py"), *shelf.glob("_*.py"), *shelf.glob("_engine/*.py"), *_PACKAGE.glob("check/*.py")}
+    used = [shelf / f"{name}.py"]
+    while used:
+        file = used.pop()
+        if file.is_file() and file not in files:
+            files.add(file)
+            used += [
+                shelf / f"{other}.py"
+                for other in re.findall(r"xformers_lab\.attention\.(\w+) import", file.read_text())
+            ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()

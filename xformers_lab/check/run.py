@@ -44,6 +44,8 @@ class Report:
     failed: list[Failure]
     skipped: list[Skip]
     seconds: float
+    # The largest difference between attend and reference, relative to the largest output; None where none was compared.
+    error: float | None = None
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -80,7 +82,7 @@ def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -
             skipped.append(Skip(holds.__name__, str(reason)))
         except Exception as error:
             failed.append(Failure(holds.__name__, _words(error)))
-    return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun)
+    return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun, subject.error())
 
 
 def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attention:

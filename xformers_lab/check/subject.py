@@ -223,6 +223,15 @@ class Subject:
             self._results[case, method, loop] = self.apply(case, self.inputs(case), method=method, loop=loop)
         return self._results[case, method, loop]
 
+    def error(self) -> float | None:
+        """The largest difference between attend and reference so far, relative to the largest output of its case."""
+        found = []
+        for (case, method, loop), slow in self._results.items():
+            fast = self._results.get((case, "attend", loop))
+            if method == "reference" and fast is not None and fast.out.shape == slow.out.shape:
+                found.append(float(np.abs(fast.out - slow.out).max() / max(np.abs(slow.out).max(), 0.1)))
+        return max(found, default=None)
+
     def _run(self, causal: bool, method: str, loop: bool):
         if (causal, method, loop) not in self._runs:
 
@@ -232,7 +241,7 @@ class Subject:
                 out, pull = jax.vjp(forward, own, inputs)
                 return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
 
-            self._runs[causal, method, loop] = jax.jit(run)
+            self._runs[causal, method, loop] = quick_jit(run)
         return self._runs[causal, method, loop]
 
     # ---- cases ---------------------------------------------------------------------------------------------------
@@ -247,6 +256,13 @@ class Subject:
         found.append(Case(EVEN, EVEN, first, padded=False))
         tall = [Case(SHORT, LENGTH, first, biased=self.takes_bias), Case(LENGTH, SHORT, last, biased=self.takes_bias)]
         return found + [case for case in tall if self.refusal(case) is None]
+
+
+def quick_jit(function):
+    """jax.jit with the cheapest machine code on CPU: the kit runs a program a few times, so most of its time would be
+    the compiler's. What XLA makes of the program is the same."""
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from xformers_lab.check.subject import (
     Subject,
     compare,
     compare_trees,
+    quick_jit,
 )
 
 # Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
@@ -100,21 +101,22 @@ def full_in_the_limit(subject: Subject) -> None:
     options = type(subject.mechanism).limit(subject.length)
     if options is None:
         raise NotApplicable("it has no limit in which it is full attention, or declares none: limit(length)")
-    size = subject.mechanism.size
-    full = Subject("full", lambda size, small: Full(size, rngs=nnx.Rngs(0)), length=subject.length)
     one = Subject(subject.name, lambda size, small: type(subject.mechanism)(size, **options, rngs=nnx.Rngs(0)))
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     for causal in one.modes:
-        case = Case(size.length, size.length, causal, biased=one.takes_bias)
-        inputs = one.inputs(case)
-        expected = full.apply(case, {name: inputs[name] for name in inputs if not name.startswith("x")}).out
+        case = one.square(causal)
         compare(
-            one.apply(case, inputs).out,
-            expected,
+            one.result(case).out,
+            _full_attention(case),
             max(one.mechanism.limit_error, VALUE),
             f"with {words} against full attention ({case})",
             "limit(length) names options in which nothing is left out; limit_error says how near they come.",
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _full_attention(case: Case):
+    return Subject("full", lambda size, small: Full(size, rngs=nnx.Rngs(0)), length=case.S).result(case).out
 
 
 def same_gradients(subject: Subject) -> None:
@@ -272,8 +274,8 @@ def carried(subject: Subject) -> None:
         return out, carry
 
     (fast, carry), (slow, expected) = (
-        jax.jit(run, static_argnums=0)("attend"),
-        jax.jit(run, static_argnums=0)("reference"),
+        quick_jit(lambda: run("attend"))(),
+        quick_jit(lambda: run("reference"))(),
     )
     advice = (
         "init_carry must be what the first layer may take, and attend must return the carry that reference returns."

@@ -64,6 +64,8 @@ def print_record(record: dict, console: Console | None = None) -> None:
 def _word(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "-"
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
