@@ -1,0 +1,79 @@
+"""Every mechanism of the shelf inside a model: it trains, every parameter of it learns, nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.attention import stated
+from xformers_lab.check.subject import quick_jit
+from xformers_lab.config import Config, edit
+from xformers_lab.model import build_model, build_task
+from xformers_lab.train import feed, optimizer
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
+
+NAMES = spec.names("attention")
+
+
+def causal(name: str) -> bool:
+    return not stated(spec.entry("attention", name), "Not causal")
+
+
+def config(attention: str, **changes) -> Config:
+    found = Config()
+    found = edit(found, task="copy" if causal(attention.partition("+")[0]) else "listops", attention=attention)
+    small = {"seq_len": 24, "dim": 32, "heads": 4, "kv_heads": 2, "layers": 2, "batch": 4, "steps": 4, "warmup": 0}
+    return edit(found, **(small | changes))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains(name):
+    """Two steps through scanned layers with grouped heads: finite, and no parameter of the mechanism is left untouched."""
+    chosen = config(name)
+    task, tx = build_task(chosen), optimizer.build(chosen.train)
+    state = init(chosen, task, tx)
+    step = quick_jit(make_train_step(chosen, task, structure(chosen, task), tx))
+    after = state
+    for at in range(2):
+        after, metrics = step(after, feed.checked(task, "train", at))
+        assert bool(metrics["ok"]) and np.isfinite(metrics["loss"])
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    moments = [
+        leaf for leaf in jax.tree_util.tree_leaves_with_path(after.opt) if ".nu" in jax.tree_util.keystr(leaf[0])
+    ]
+    assert moments
+    still = [
+        jax.tree_util.keystr(path)
+        for path, leaf in moments
+        if "attention" in jax.tree_util.keystr(path) and not leaf.any()
+    ]
+    assert not still, f"no gradient ever reaches {still}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision(name):
+    """In bfloat16 the block's output is bfloat16 and the loss float32, as for every other choice."""
+    chosen = config(name, dtype="bfloat16")
+    task = build_task(chosen)
+    batch = feed.checked(task, "train", 0)
+    logits, aux = jax.eval_shape(
+        lambda: build_model(chosen, task)(jnp.asarray(batch.inputs), real=batch.real, key=jax.random.key(0))
+    )
+    assert logits.dtype == jnp.float32
+    assert all(value.shape == () for value in aux.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if causal(name)])
+def test_alternates_with_another(name):
+    """In a hybrid, whatever it carries from layer to layer passes by the layers between."""
+    chosen = config(f"{name}+full", layers=4)
+    task = build_task(chosen)
+    model = nnx.eval_shape(lambda: build_model(chosen, task))
+    batch = feed.checked(task, "train", 0)
+    graph, variables = nnx.split(model)
+    logits, _ = jax.eval_shape(lambda v: nnx.merge(graph, v)(jnp.asarray(batch.inputs), real=batch.real), variables)
+    assert logits.shape[:2] == (4, 24)
