@@ -31,7 +31,7 @@ def config(attention: str, **changes) -> Config:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains(name):
-    """Two steps through scanned layers with grouped heads: finite, and no parameter of the mechanism is left untouched."""
+    """Two steps through scanned layers with grouped heads: finite, and every parameter of the mechanism learns."""
     chosen = config(name)
     task, tx = build_task(chosen), optimizer.build(chosen.train)
     state = init(chosen, task, tx)

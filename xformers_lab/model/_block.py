@@ -16,9 +16,11 @@ class Block(nnx.Module):
     def __init__(self, size: Size, attention: str, *, config: Config, causal: bool, rngs: nnx.Rngs):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
         self.attention, self.attention_norm = build("attention", attention), build("norm", config.model.norm)
+        self.attention_norm.start(self.attention)
         self.ffn = build("ffn", config.model.ffn)
         if self.ffn is not None:
             self.ffn_norm = build("norm", config.model.norm)
+            self.ffn_norm.start(self.ffn)
         self.name, self.causal, self.dropout = attention, causal, config.model.dropout
 
     def initial_carries(self, x) -> dict:

@@ -1,6 +1,7 @@
 """The shelf of residual placements: where the residual branch and its normaliser sit. One file = one `Norm`.
 
-Around a sub-layer f the lab computes `after(x, f(before(x)))`; each sub-layer has its own placement. A placement that
+Around a sub-layer f the lab computes `after(x, f(before(x)))`; each sub-layer has its own placement, which may change
+the sub-layer's first parameters (`start(f)`). A placement that
 defines `final(x)` gets one more instance of itself for the end of the stack. Normalisers are a shelf of their own.
 """
 
@@ -23,6 +24,9 @@ class Norm(nnx.Module):
 
     def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
         self.norm = spec.build("normaliser", normaliser, size, rngs=rngs)
+
+    def start(self, layer) -> None:
+        """Change the initial parameters of the sub-layer that it is placed around, where the paper asks for it."""
 
     def before(self, x):
         """The input of the sub-layer, from the residual stream x (B, T, D)."""

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -8,24 +10,39 @@ from xformers_lab.size import Size
 class Rope(Position):
     """Rotary positions: queries and keys are turned by their position (Su et al., 2021, arXiv 2104.09864, equation 34).
 
-    Channels i and i + H/2 form a plane (the half-split layout of GPT-NeoX and Llama) turned by t / base^(2i/H), so a
-    score depends on the distance alone.
+    Plane i of H/2 is turned by the angle t / (scale base^(2i/H)), so a score depends on the distance alone.
 
     Options:
         base: the longest wavelength is base * 2 pi
+        pairs: which channels form a plane; half: i and i + H/2 (GPT-NeoX, Llama), interleaved: 2i and 2i + 1 (GPT-J)
+        scale: positions are divided by it, to reach lengths beyond those trained on (Chen et al., 2023, arXiv
+            2306.15595)
     """
 
-    def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        base: float = 10_000.0,
+        pairs: Literal["half", "interleaved"] = "half",
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         if base <= 1:
             raise ValueError(f"base must be above 1, got {base}")
+        if scale <= 0:
+            raise ValueError(f"scale must be above 0, got {scale}")
         if size.head % 2:
             raise ValueError(f"rotary positions pair channels, and a head of {size.head} (dim / heads) is odd")
         super().__init__(size, rngs=rngs)
-        self.base = base
+        self.base, self.pairs, self.scale = base, pairs, scale
 
     def rotate(self, x, at):
         H = x.shape[-1]
-        angle = at[:, None] * self.base ** (-jnp.arange(0, H, 2) / H)
+        angle = at[:, None] / self.scale * self.base ** (-jnp.arange(0, H, 2) / H)
         cos, sin = (wave(angle)[:, None].astype(x.dtype) for wave in (jnp.cos, jnp.sin))
-        a, b = jnp.split(x, 2, -1)
-        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+        if self.pairs == "half":
+            a, b = jnp.split(x, 2, -1)
+            return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+        a, b = x[..., ::2], x[..., 1::2]
+        return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)

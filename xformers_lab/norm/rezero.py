@@ -1,0 +1,16 @@
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.norm import Norm
+from xformers_lab.size import Size
+
+
+class Rezero(Norm):
+    """ReZero: x + a f(x) without a normaliser, the learned scalar a of each sub-layer starting at 0 (Bachlechner
+    et al., 2020, arXiv 2003.04887)."""
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.zeros(()))
+
+    def after(self, x, y):
+        return x + self.scale[...].astype(y.dtype) * y

@@ -1,0 +1,26 @@
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.norm import Norm
+from xformers_lab.size import Size
+
+
+class Sandwich(Norm):
+    """Sandwich-LN: x + n2(f(n1(x))), and n1 once more at the end of the stack (Ding et al., 2021, arXiv 2105.13290).
+
+    Options:
+        normaliser: a file of norm/normaliser
+    """
+
+    def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
+        super().__init__(size, normaliser=normaliser, rngs=rngs)
+        self.outer = spec.build("normaliser", normaliser, size, rngs=rngs)
+
+    def before(self, x):
+        return self.norm(x)
+
+    def after(self, x, y):
+        return x + self.outer(y)
+
+    def final(self, x):
+        return self.norm(x)
