@@ -97,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
     printed(added)
 
+    added = command("generate", _generate, "continue prompts with the newest checkpoint of a run")
+    added.add_argument("run_dir", help="the run's folder, or `last` for the newest one")
+    added.add_argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times")
+    added.add_argument("--new", type=int, default=64, help="tokens to add (default: 64)")
+    added.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
+    added.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
+    added.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that add up to p")
+    added.add_argument("--min-p", type=float, default=0.0, help="draw among those with p times the best's probability")
+    added.add_argument("--beams", type=int, default=None, help="beam search with so many hypotheses, nothing is drawn")
+    added.add_argument("--length-penalty", type=float, default=0.6, help="of beam search (default: 0.6)")
+    added.add_argument("--stop", default=None, help="a token at which to stop, spelled as prompts are")
+    added.add_argument("--seed", type=int, default=0)
+    added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
+    printed(added)
+
     added = command(
         "bench", _bench, "time attention mechanisms over lengths: speed, FLOPs, memory", words="words", keys=True
     )
@@ -221,6 +236,40 @@ def _eval(chosen) -> int:
 
     record = loop.evaluate(folder, split=chosen.split, batches=chosen.batches)
     return _print(chosen, record, lambda: pages.print_record(record))
+
+
+def _generate(chosen) -> int:
+    folder = _run_dir(chosen)
+    from xformers_lab import generate, progress
+    from xformers_lab.train import loop
+
+    sampling = generate.Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+    config, task, model = loop.load(folder)
+    try:
+        prompts = [task.encode(prompt) for prompt in chosen.prompt]
+        stop = [] if chosen.stop is None else task.encode(chosen.stop)
+    except ValueError as error:
+        raise UsageError(f"--prompt or --stop: {error}; task {config.task} reads numbers with spaces between") from None
+    if len(stop) > 1:
+        raise UsageError(f"--stop {chosen.stop}: it is {len(stop)} tokens, one is wanted")
+    common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
+    if chosen.beams is not None:
+        given = {"beams": chosen.beams, "length_penalty": chosen.length_penalty}
+        found = [generate.beam_search(model, prompt, **given, **common) for prompt in prompts]
+        rows = [{"tokens": tokens, "score": score} for tokens, score in found]
+    else:
+        live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
+        show = progress.growing(chosen.prompt[0], task.decode) if live else None
+        found = generate.generate(model, prompts, sampling=sampling, seed=chosen.seed, on_token=show, **common)
+        if live:
+            print()
+            return 0
+        rows = [{"tokens": tokens} for tokens in found]
+    rows = [
+        {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
+        for prompt, row in zip(chosen.prompt, rows, strict=True)
+    ]
+    return _print(chosen, rows, lambda: [print(row["prompt"] + row["text"]) for row in rows])
 
 
 def _bench(chosen) -> int:

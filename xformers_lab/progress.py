@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -98,6 +98,22 @@ def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
         return
     with _bar(console) as bar:
         yield Cells(total, bar, quiet)
+
+
+def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, int], None]:
+    """A callable (_, token) that prints a text as it grows; a letter of several tokens when it is whole."""
+    tokens, shown = [], ""
+    print(start, end="", flush=True)
+
+    def add(_: int, token: int) -> None:
+        nonlocal shown
+        tokens.append(token)
+        text = decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    return add
 
 
 @contextlib.contextmanager

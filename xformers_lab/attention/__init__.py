@@ -217,6 +217,22 @@ class Attention(nnx.Module):
             cache["x"] = jnp.zeros((B, length, self.size.dim), dtype)
         return cache
 
+    def decode(self, x, cache, *, at, position=None, carry=None):
+        """One more token through the whole layer: x (B, D) at position `at` () -> (B, D), the new cache, the carry.
+
+        Raises ValueError where the mechanism cannot decode.
+        """
+        if reason := why_not_decode(type(self)):
+            raise ValueError(reason)
+        heads = lambda y: y.reshape(len(x), -1, self.size.head)
+        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        bias = None
+        if position is not None:
+            q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
+            bias = position.bias()
+        out, cache, carry = self.mix_step(cache, q, k, v, x=x, bias=bias, carry=carry)
+        return self.out(out.reshape(len(x), -1)), cache, carry
+
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         """One more token of all heads of a batch: q (B, N, H), k and v (B, K, H), x (B, D), carry that of this token
         from the layer below -> out (B, N, H), the new cache, the carry for the layer above.
@@ -275,6 +291,8 @@ def why_not_decode(mechanism: type[Attention]) -> str | None:
     name = mechanism.__name__.lower()
     if reason := stated(mechanism, "No decoding"):
         return f"{name} cannot decode: {reason}"
+    if mechanism.__call__ is not Attention.__call__ and mechanism.decode is Attention.decode:
+        return f"{name} cannot decode: it has a layer of its own, and no decode(x, cache) for it"
     own = mechanism.step is not Attention.step or mechanism.mix_step is not Attention.mix_step
     if not own and (reason := stated(mechanism, "Not cross")):
         return f"{name} cannot decode: one query against many keys is refused, for {reason}"

@@ -1,8 +1,9 @@
 """The shelf of depths: how many layers a token gets. One file = one class, a subclass of `Depth`.
 
 A depth builds its layers with `make_block(index, rngs)` and runs them. A block is called as
-`block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(x)`; carries hold what a
-mechanism passes to the same mechanism in the layer above, aux is a dict of scalars.
+`block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
+mechanism passes to the same mechanism in the layer above, aux is a dict of scalars. For decoding it gives its
+`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token.
 """
 
 import dataclasses
@@ -29,3 +30,11 @@ class Depth(nnx.Module):
     def __call__(self, x, context: Context, *, key=None):
         """(B, T, D) -> (B, T, D), aux."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def init_cache(self, B: int, length: int):
+        """What decoding remembers in all layers of up to `length` tokens of B sequences."""
+        raise ValueError(f"depth={type(self).__name__.lower()} cannot decode token by token")
+
+    def step(self, x, cache, context: Context, *, at):
+        """One token (B, D) at position `at` () -> (B, D) and the new cache."""
+        raise ValueError(f"depth={type(self).__name__.lower()} cannot decode token by token")

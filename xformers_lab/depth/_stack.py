@@ -19,13 +19,47 @@ def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):
     return make(rngs)
 
 
-def initial_carries(blocks: list, x) -> dict:
-    """What the mechanisms of a stack find below their first layer."""
+def initial_carries(blocks: list, B: int, T: int, S: int) -> dict:
+    """What the mechanisms of a stack find below their first layer, for T queries and S keys."""
     carries = {}
     for block in blocks:
-        graph, variables = nnx.split(block)
-        carries |= nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables)).initial_carries(x)
+        carries |= _first(block).initial_carries(B, T, S)
     return carries
+
+
+def init_caches(blocks: list, B: int, length: int) -> list:
+    """What decoding remembers, one tree per place in the period, with a leading axis of layers."""
+    found = []
+    for block in blocks:
+        layers = jax.tree.leaves(nnx.state(block))[0].shape[0]
+        one = _first(block).init_cache(B, length)
+        found.append(jax.tree.map(lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape)), one))
+    return found
+
+
+def _first(block):
+    """The first layer of a stacked module."""
+    graph, variables = nnx.split(block)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
+
+
+def step_stack(blocks: list, x, caches: list, carries, context, at):
+    """One token (B, D) through the layers of `run_stack` -> (B, D), the new caches, the carries."""
+    if not blocks:
+        return x, caches, carries
+    split = [nnx.split(block) for block in blocks]
+
+    def period(state, layer):
+        x, carries = state
+        variables, caches = layer
+        changed = []
+        for (graph, _), variable, cache in zip(split, variables, caches, strict=True):
+            x, cache, carries = nnx.merge(graph, variable).step(x, cache, carries, context, at)
+            changed.append(cache)
+        return (x, carries), changed
+
+    (x, carries), caches = jax.lax.scan(period, (x, carries), ([variables for _, variables in split], caches))
+    return x, caches, carries
 
 
 def add_aux(a: dict, b: dict) -> dict:

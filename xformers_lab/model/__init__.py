@@ -31,6 +31,14 @@ class Model(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
+    def init_cache(self, B: int, length: int):
+        """What decoding remembers of up to `length` tokens of B sequences; raises ValueError where it cannot decode."""
+        raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+
+    def step(self, cache, tokens):
+        """One more token of every sequence, (B,) int32 -> logits (B, outputs) of what follows it, and the new cache."""
+        raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+
 
 def size_of(config: Config) -> Size:
     """The sizes of a config; raises UsageError where they do not fit one another."""

@@ -21,14 +21,11 @@ class Block(nnx.Module):
         if self.ffn is not None:
             self.ffn_norm = build("norm", config.model.norm)
             self.ffn_norm.start(self.ffn)
-        self.name, self.causal, self.dropout = attention, causal, config.model.dropout
+        self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
 
-    def initial_carries(self, x) -> dict:
+    def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
-        if not self.attention.carries():
-            return {}
-        B, T, _ = x.shape
-        return {self.name: self.attention.initial_carry(B, T, T)}
+        return {self.name: self.attention.initial_carry(B, T, S)} if self.attention.carries() else {}
 
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
@@ -49,6 +46,22 @@ class Block(nnx.Module):
             x = self.ffn_norm.after(x, drop(y, self.dropout, keys[3]))
             aux = add_aux(aux, more)
         return x, carries, aux
+
+    def init_cache(self, B: int, length: int):
+        """What decoding remembers in this layer of up to `length` tokens of B sequences."""
+        return self.attention.init_cache(B, length, self.dtype)
+
+    def step(self, x, cache, carries, context, at):
+        """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
+        y, cache, carry = self.attention.decode(
+            self.attention_norm.before(x), cache, at=at, position=context.position, carry=carries.get(self.name)
+        )
+        if self.name in carries:
+            carries = carries | {self.name: carry}
+        x = self.attention_norm.after(x, y)
+        if self.ffn is not None:
+            x = self.ffn_norm.after(x, self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0])
+        return x, cache, carries
 
 
 def drop(x, rate: float, key):

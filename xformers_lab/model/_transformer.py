@@ -46,6 +46,20 @@ class Transformer(Model):
             x = self.pool(x, real)
         return self.head(x).astype(jnp.float32), aux
 
+    def init_cache(self, B: int, length: int):
+        if not self.causal:
+            raise ValueError("an encoder sees both sides, so it cannot decode token by token; use model=decoder")
+        if self.target == "sequence":
+            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+        return {"at": jnp.zeros((), jnp.int32), "layers": self.stack.init_cache(B, length)}
+
+    def step(self, cache, tokens):
+        at = cache["at"]
+        x = self.position.embed(self.embedding(tokens)[:, None], at[None])[:, 0]
+        x, layers = self.stack.step(x, cache["layers"], Context(self.position), at=at)
+        x = x if self.final is None else self.final.final(x)
+        return self.head(x).astype(jnp.float32), {"at": at + 1, "layers": layers}
+
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""
         raise NotImplementedError

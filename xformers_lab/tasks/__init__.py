@@ -64,6 +64,17 @@ class Task:
     def batch(self, split: Split, step: int) -> Batch:
         raise NotImplementedError(f"{type(self).__name__} must define batch(split, step)")
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt as a user types it; by default numbers with spaces between. Raises ValueError."""
+        tokens = [int(word) for word in text.replace(",", " ").split()]
+        if bad := [token for token in tokens if not 0 <= token < self.vocab]:
+            raise ValueError(f"token {bad[0]} is not below the vocabulary's {self.vocab}")
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Tokens as text: the inverse of `encode`."""
+        return " ".join(map(str, tokens))
+
     def describe(self) -> dict:
         return {}
 

@@ -73,6 +73,12 @@ class Lm(Task):
         windows = content[starts[:, None] + np.arange(self.setting.seq_len + 1)].astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:], np.ones((self.setting.batch, self.setting.seq_len), np.float32))
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
     def metric(self, logits, batch: Batch):
         return self.loss(logits, batch)
 

@@ -21,14 +21,14 @@ from flax import nnx
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
-from xformers_lab.model import build_task
+from xformers_lab.model import Model, build_task
 from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
 from xformers_lab.train.interrupt import Interrupted, listening
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of
-from xformers_lab.train.state import TrainState, abstract, init, structure
+from xformers_lab.train.state import TrainState, abstract, init, merge, structure
 
-__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "resume", "run"]
+__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "resume", "run"]
 
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
@@ -85,6 +85,16 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
     loss, metric = _score(job, state, split, count, lambda: 0)
     found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric}
     return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
+
+
+def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
+    """The config, task and model of a run, with the parameters of its newest good checkpoint."""
+    run_dir = pathlib.Path(run_dir)
+    job = _prepare(_stored_config(run_dir), run_dir)
+    if not checkpoint.steps(run_dir):
+        raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
+    state, _ = checkpoint.restore(run_dir, job.target(), job.about)
+    return job.config, job.task, merge(job.graph, state.params, state.extra)
 
 
 @dataclasses.dataclass(frozen=True)

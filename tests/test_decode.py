@@ -1,0 +1,64 @@
+"""Token by token through a whole model gives the logits of the causal pass, for every mechanism that can decode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.attention import why_not_decode
+from xformers_lab.check.subject import quick_jit
+from xformers_lab.config import Config, edit
+from xformers_lab.model import build_model, build_task
+
+DECODABLE = [name for name in spec.names("attention") if why_not_decode(spec.entry("attention", name)) is None]
+
+
+def model_of(attention: str, **changes):
+    small = {"seq_len": 20, "dim": 32, "heads": 4, "kv_heads": 2, "layers": 2, "batch": 2}
+    config = edit(Config(), task="copy", attention=attention, **(small | changes))
+    task = build_task(config)
+    return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs[:2])
+
+
+def by_steps(model, tokens):
+    graph, variables = nnx.split(model)
+
+    def run(variables, tokens):
+        model = nnx.merge(graph, variables)
+        step = lambda cache, token: model.step(cache, token)[::-1]
+        return jax.lax.scan(step, model.init_cache(*tokens.shape), tokens.T)[1].swapaxes(0, 1)
+
+    return quick_jit(run)(variables, tokens)
+
+
+def agree(model, tokens):
+    with jax.default_matmul_precision("highest"):
+        graph, variables = nnx.split(model)
+        whole = quick_jit(lambda v, tokens: nnx.merge(graph, v)(tokens)[0])(variables, tokens)
+        np.testing.assert_allclose(by_steps(model, tokens), whole, atol=1e-4 * float(jnp.abs(whole).max()))
+    assert float(jnp.abs(whole[:, 1:] - whole[:, :-1]).max()) > 1e-3  # positions do differ
+
+
+@pytest.mark.parametrize("name", DECODABLE)
+def test_mechanism(name):
+    agree(*model_of(name))
+
+
+@pytest.mark.parametrize("changes", [
+    {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
+    {"norm": "post"}, {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
+    {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},
+], ids=str)  # fmt: skip
+def test_other_axes(changes):
+    agree(*model_of(**({"attention": "full"} | changes)))
+
+
+@pytest.mark.parametrize("name", sorted(set(spec.names("attention")) - set(DECODABLE)))
+def test_what_cannot_decode_says_why(name):
+    mechanism = spec.build("attention", name, length=20, dim=32, heads=4)
+    with pytest.raises(ValueError, match="cannot"):
+        mechanism.decode(jnp.ones((1, 32)), functools.partial(dict), at=jnp.zeros((), jnp.int32))

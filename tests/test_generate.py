@@ -1,0 +1,152 @@
+"""Generation: equal to recomputing the whole sequence for each token, honest draws, and clear refusals."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xformers_lab.cli import main
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
+from xformers_lab.generate import Sampling, beam_search, filtered, generate
+from xformers_lab.model import build_model, build_task
+from xformers_lab.progress import growing
+
+PROMPTS = [[3, 1, 2], [5], [0, 4, 4, 7, 1, 9]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = edit(Config(), task="copy", attention="full+local:window=4+linear", layers=3, seq_len=24, dim=32, heads=4)
+    return build_model(config, build_task(config))
+
+
+def logits_of(model, tokens):
+    return np.asarray(model(jnp.asarray([tokens], jnp.int32))[0][0, -1])
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence(model):
+    """For prompts of different lengths in one batch."""
+    found = generate(model, PROMPTS, new=8, length=24)
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        text = list(prompt)
+        for token in tokens:
+            assert token == logits_of(model, text).argmax()
+            text.append(token)
+        assert len(tokens) == 8
+
+
+def test_a_batch_is_what_each_prompt_gives_alone(model):
+    together = generate(model, PROMPTS, new=6, length=24)
+    assert together == [generate(model, [prompt], new=6, length=24)[0] for prompt in PROMPTS]
+
+
+def test_stops_at_a_token_and_streams(model):
+    free = generate(model, PROMPTS[:1], new=8, length=24)[0]
+    stop = free[3]
+    seen = []
+    stopped = generate(
+        model, PROMPTS[:1], new=8, length=24, stop=[stop], on_token=lambda row, t: seen.append((row, t))
+    )[0]
+    assert stopped == free[: free.index(stop) + 1]
+    assert seen == [(0, token) for token in stopped]
+
+
+def test_draws_follow_the_seed(model):
+    draw = lambda seed: generate(model, PROMPTS, new=8, length=24, sampling=Sampling(1.5), seed=seed)
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_draws_follow_the_probabilities(model):
+    """Over many drawn first tokens, frequencies are the filtered softmax."""
+    sampling = Sampling(temperature=2.0, top_k=5)
+    drawn = generate(model, [[3, 1, 2]] * 2000, new=1, length=24, sampling=sampling, seed=3)
+    counts = np.bincount([tokens[0] for tokens in drawn], minlength=11) / 2000
+    expected = np.asarray(jax.nn.softmax(filtered(logits_of(model, [3, 1, 2])[None], sampling)))[0]
+    assert (expected > 0).sum() == 5
+    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 2000))
+    assert (counts[expected == 0] == 0).all()
+
+
+def test_filters_keep_what_they_say():
+    p = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
+    kept = lambda **given: (np.asarray(filtered(jnp.log(p)[None], Sampling(**given)))[0] > -1e20).sum()
+    assert [kept(top_k=k) for k in (1, 3, 9)] == [1, 3, 5]
+    assert [kept(top_p=x) for x in (0.01, 0.5, 0.51, 0.9, 1.0)] == [1, 1, 2, 3, 5]
+    assert [kept(min_p=x) for x in (0.0, 0.1, 0.25, 0.9)] == [5, 4, 3, 1]
+    assert kept(top_k=4, top_p=0.6, min_p=0.4) == 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6])
+def test_beam_search_with_many_beams_is_exhaustive(model, penalty):
+    """As many beams as there are prefixes: the best of all continuations of three tokens, with a stop token."""
+    stop, prompt, V = 4, [3, 1, 2], 11
+    log = lambda tokens: np.asarray(jax.nn.log_softmax(jnp.asarray(logits_of(model, tokens))), np.float64)
+    best, logs = (-np.inf, []), {}
+    for text in itertools.product(range(V), repeat=2):
+        total = 0.0
+        for n, token in enumerate(text, 1):
+            before = text[: n - 1]
+            if before not in logs:
+                logs[before] = log([*prompt, *before])
+            total += logs[before][token]
+            if token == stop or n == 2:
+                best = max(best, (total / ((5 + n) / 6) ** penalty, list(text[:n])))
+                break
+    found, score = beam_search(model, prompt, new=2, length=24, beams=V, length_penalty=penalty, stop=[stop])
+    assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+
+
+def test_one_beam_is_greedy(model):
+    tokens, score = beam_search(model, PROMPTS[0], new=6, length=24, beams=1)
+    assert tokens == generate(model, PROMPTS[:1], new=6, length=24)[0] and score < 0
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"prompts": [[]]}, "empty prompt"),
+    ({"new": 0}, "at least one token"),
+    ({"new": 30}, "at most 21 new ones fit"),
+    ({"sampling": {"temperature": -1}}, "temperature=-1"),
+    ({"sampling": {"top_k": 0}}, "top_k=0"),
+    ({"sampling": {"top_p": 0}}, "top_p=0"),
+    ({"sampling": {"min_p": 1}}, "min_p=1"),
+])  # fmt: skip
+def test_bad_requests(model, given, message):
+    asked = {"prompts": [[3, 1, 2]], "new": 4} | given
+    with pytest.raises(UsageError, match=message):
+        sampling = Sampling(**asked.pop("sampling", {}))
+        generate(model, asked.pop("prompts"), length=24, sampling=sampling, **asked)
+
+
+def test_an_encoder_does_not_decode():
+    config = edit(Config(), task="listops", seq_len=24, dim=32, heads=4)
+    with pytest.raises(UsageError, match="encoder sees both sides"):
+        generate(build_model(config, build_task(config)), [[1]], new=2, length=24)
+
+
+def test_text_grows_by_whole_letters(capsys):
+    add = growing("a", lambda tokens: bytes(tokens).decode(errors="replace"))
+    for byte in "né!".encode():
+        add(0, byte)
+    assert capsys.readouterr().out == "ané!"
+
+
+def test_command(capsys, tmp_path):
+    tiny = [f"runs={tmp_path}", "dim=16", "batch=4", "steps=3", "eval_batches=1", "seq_len=16", "layers=1"]
+    assert main(["train", "task=lm", *tiny]) == 0
+    capsys.readouterr()
+    last = ["generate", "last", "--runs", str(tmp_path)]
+    assert main([*last, "--prompt", "def ", "--prompt", "x", "--new", "5", "--temperature", "0", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in rows] == ["def ", "x"] and all(len(row["tokens"]) == 5 for row in rows)
+    assert main([*last, "--prompt", "def ", "--new", "5", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert main([*last, "--prompt", "def ", "--beams", "2", "--new", "4", "--stop", ":"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert main([*last, "--prompt", "def ", "--new", "50"]) == 2
+    assert "at most 12 new ones fit" in capsys.readouterr().err
+    assert main([*last, "--prompt", "def ", "--stop", "::"]) == 2
+    assert "2 tokens, one is wanted" in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""Autoregressive decoding: greedy, sampling and beam search over a model's cache, one token at a time.
+
+Prompts of different lengths share a batch: all start at position 0, and a sequence whose prompt has ended goes on with
+its own tokens while the others still read theirs. So nothing is padded, and every mechanism decodes exactly what it
+would compute on the whole sequence.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.errors import UsageError
+from xformers_lab.model import Model
+
+NOTHING = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: logits are divided by temperature (0: the likeliest token, no chance), then only the
+    top_k likeliest remain, then the fewest whose probabilities add up to top_p (Holtzman et al., 2020, arXiv
+    1904.09751), then those with at least min_p times the likeliest one's probability (Nguyen et al., 2024, arXiv
+    2407.01082)."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UsageError(f"temperature={self.temperature}: at least 0, which takes the likeliest token")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k={self.top_k}: at least 1")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p}: above 0 and at most 1")
+        if not 0 <= self.min_p < 1:
+            raise UsageError(f"min_p={self.min_p}: at least 0 and below 1")
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new: int,
+    length: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] = (),
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt by up to `new` tokens -> the new tokens of each, a stop token included.
+
+    length: positions the model was built for. on_token(prompt, token) is called as tokens come. What is drawn depends
+    on (seed, position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the
+    model cannot decode.
+    """
+    sampling = sampling or Sampling(temperature=0)
+    _check(prompts, new, length)
+    graph, variables = nnx.split(model)
+    step = _sampled_step(graph, sampling)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    cache = _cache(model, len(prompts), int(lengths.max()) + new)
+    tokens = np.array([prompt[0] for prompt in prompts], np.int32)
+    found: list[list[int]] = [[] for _ in prompts]
+    done = np.zeros(len(prompts), bool)
+    for at in range(int(lengths.max()) + new - 1):
+        drawn, cache = step(variables, cache, tokens, seed, at)
+        drawn, tokens = np.asarray(drawn), np.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            if at + 1 < len(prompt):
+                tokens[row] = prompt[at + 1]
+            elif not done[row]:
+                tokens[row] = token = int(drawn[row])
+                found[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                done[row] = token in stop or len(found[row]) == new
+        if done.all():
+            break
+    return found
+
+
+def beam_search(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    new: int,
+    length: int,
+    beams: int = 4,
+    length_penalty: float = 0.6,
+    stop: Sequence[int] = (),
+) -> tuple[list[int], float]:
+    """The best continuation of one prompt by up to `new` tokens that `beams` parallel hypotheses find, and its score.
+
+    The score is the sum of log probabilities over ((5 + n) / 6)^length_penalty for n tokens (Wu et al., 2016, arXiv
+    1609.08144, equation 14). Raises UsageError as `generate` does.
+    """
+    if beams < 1:
+        raise UsageError(f"beams={beams}: at least 1")
+    _check([prompt], new, length)
+    graph, variables = nnx.split(model)
+    step = _beam_step(graph)
+    cache = _cache(model, beams, len(prompt) + new)
+    for token in prompt[:-1]:
+        _, cache = step(variables, cache, np.full(beams, token, np.int32))
+    tokens = np.full(beams, prompt[-1], np.int32)
+    # All beams are alike at first: only one may branch.
+    totals, texts = np.where(np.arange(beams) == 0, 0.0, NOTHING), [[] for _ in range(beams)]
+    finished: list[tuple[float, list[int]]] = []
+    penalty = lambda n: ((5 + n) / 6) ** length_penalty
+    for n in range(1, new + 1):
+        logs, cache = step(variables, cache, tokens)
+        scores = totals[:, None] + np.asarray(logs, np.float64)
+        # Twice as many candidates as beams, so that as many go on however many stop.
+        best = np.argsort(-scores, axis=None, kind="stable")[: 2 * beams]
+        rows, symbols = np.unravel_index(best, scores.shape)
+        going = []
+        for row, symbol in zip(rows, symbols, strict=True):
+            text, score = [*texts[row], int(symbol)], scores[row, symbol]
+            if symbol in stop or n == new:
+                finished.append((score / penalty(n), text))
+            elif len(going) < beams:
+                going.append((score, row, text))
+        # The best that a hypothesis can still reach adds nothing more to its sum.
+        bound = max((score for score, _, _ in going), default=NOTHING) / penalty(new if length_penalty > 0 else n)
+        if not going or (len(finished) >= beams and max(finished)[0] >= bound):
+            break
+        while len(going) < beams:  # fewer symbols than beams: a copy that can never win
+            going.append((NOTHING, going[0][1], going[0][2]))
+        totals, texts = np.array([score for score, _, _ in going]), [text for _, _, text in going]
+        tokens = np.array([text[-1] for text in texts], np.int32)
+        cache = _reorder(cache, np.array([row for _, row, _ in going]))
+    score, text = max(finished, key=lambda found: found[0])
+    return text, float(score)
+
+
+def filtered(logits, sampling: Sampling):
+    """Logits (..., V) after temperature, top_k, top_p and min_p: what may not be drawn is hugely negative."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, NOTHING, logits)
+    if sampling.top_p < 1:
+        ranked = jnp.sort(logits, descending=True)
+        p = jax.nn.softmax(ranked)
+        needed = jnp.cumsum(p, -1) - p < sampling.top_p  # the likeliest one always is
+        least = jnp.where(needed, ranked, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, NOTHING, logits)
+    if sampling.min_p > 0:
+        least = logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(logits < least, NOTHING, logits)
+    return logits
+
+
+@functools.lru_cache(maxsize=8)
+def _sampled_step(graph, sampling: Sampling):
+    """step(variables, cache, tokens (B,), seed, at) -> the tokens that follow, and the new cache."""
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(variables, cache, tokens, seed, at):
+        logits, cache = nnx.merge(graph, variables).step(cache, tokens)
+        if sampling.temperature == 0:
+            return logits.argmax(-1), cache
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), at), len(tokens))
+        return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)), cache
+
+    return step
+
+
+@functools.lru_cache(maxsize=8)
+def _beam_step(graph):
+    """step(variables, cache, tokens (B,)) -> log probabilities (B, V), and the new cache."""
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(variables, cache, tokens):
+        logits, cache = nnx.merge(graph, variables).step(cache, tokens)
+        return jax.nn.log_softmax(logits), cache
+
+    return step
+
+
+def _cache(model: Model, B: int, length: int):
+    """An empty cache, every leaf an array of its own, so that each can be donated."""
+    try:
+        cache = model.init_cache(B, length)
+        jax.eval_shape(model.step, cache, jnp.zeros(B, jnp.int32))
+    except ValueError as refusal:
+        raise UsageError(str(refusal)) from None
+    return jax.tree.map(jnp.array, cache)
+
+
+def _reorder(cache, rows: np.ndarray):
+    """The cache of other hypotheses: samples are the second axis, behind the layers."""
+    return jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim > 1 else leaf, cache)
+
+
+def _check(prompts: Sequence[Sequence[int]], new: int, length: int) -> None:
+    if new < 1:
+        raise UsageError(f"new={new}: at least one token")
+    for prompt in prompts:
+        if not len(prompt):
+            raise UsageError("an empty prompt: give at least one token to continue")
+        if len(prompt) + new > length:
+            most = max(length - len(prompt), 0)
+            raise UsageError(
+                f"a prompt of {len(prompt)} tokens and {new} new ones do not fit into the {length} positions that the "
+                f"model was trained with: at most {most} new ones fit"
+            )
