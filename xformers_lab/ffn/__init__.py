@@ -8,14 +8,24 @@ from flax import nnx
 
 from xformers_lab.size import Size
 
-Activation = Literal["relu", "gelu", "silu", "sigmoid"]
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+Activation = Literal["relu", "relu2", "gelu", "silu", "sigmoid"]
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,  # So et al., 2021, arXiv 2109.08668
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+}
 
 
 class Ffn(nnx.Module):
     def __call__(self, x, *, real=None, key=None):
         """(B, T, D) -> (B, T, D) and a dict of auxiliary scalars; those named "loss/..." are added to the loss."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def not_causal(self) -> str | None:
+        """Why a token's output depends on later tokens; None where it does not."""
+        return None
 
 
 def hidden_size(size: Size, ratio: float) -> int:

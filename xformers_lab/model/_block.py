@@ -21,6 +21,8 @@ class Block(nnx.Module):
         if self.ffn is not None:
             self.ffn_norm = build("norm", config.model.norm)
             self.ffn_norm.start(self.ffn)
+            if causal and (reason := self.ffn.not_causal()):
+                raise ValueError(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:

@@ -1,0 +1,133 @@
+"""Feed-forward sub-layers against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config, edit
+from xformers_lab.ffn import ACTIVATIONS
+from xformers_lab.measure.flops import count_flops
+from xformers_lab.model import build_model, build_task
+
+
+def build(choice: str, dim: int = 16):
+    return spec.build("ffn", choice, length=16, dim=dim, heads=2)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def by_definition(moe, x, real=None):
+    """Every expert on every token, weighted by the router's choice."""
+    p = jax.nn.softmax(x @ moe.router.kernel[...])
+    ranked = jnp.sort(p, -1, descending=True)[..., moe.top - 1 : moe.top]
+    weight = jnp.where(p >= ranked, p, 0)
+    weight = weight / weight.sum(-1, keepdims=True) if moe.top > 1 else weight
+    weight = weight if real is None else weight * real[..., None]
+    hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, moe.up[...]))
+    return jnp.einsum("btef,efd,bte->btd", hidden, moe.down[...], weight)
+
+
+@pytest.mark.parametrize("top", [1, 2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_moe_is_its_definition(top, padded):
+    moe, x = build(f"moe:experts=4:top={top}"), draw(3, 11, 16)
+    real = jnp.asarray(np.random.default_rng(1).random((3, 11)) < 0.7) if padded else None
+    graph, params = nnx.split(moe)
+
+    def both(run):
+        loss = lambda params, x: (run(nnx.merge(graph, params), x) * draw(3, 11, 16, seed=2)).sum()
+        return run(moe, x), jax.grad(loss, (0, 1))(params, x)
+
+    with jax.default_matmul_precision("highest"):
+        fast = both(lambda moe, x: moe(x, real=real)[0])
+        slow = both(lambda moe, x: by_definition(moe, x, real))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), fast, slow)
+
+
+@pytest.mark.parametrize("choice", ["moe:top=2", "moe:capacity=0.5", "moe:choice=expert"])
+def test_order_of_tokens_changes_nothing(choice):
+    moe, x = build(choice), draw(2, 24, 16)
+    order = np.random.default_rng(0).permutation(24)
+    np.testing.assert_allclose(moe(x[:, order])[0], moe(x)[0][:, order], atol=1e-5)
+    for name, value in moe(x)[1].items():
+        np.testing.assert_allclose(moe(x[:, order])[1][name], value, rtol=1e-5)
+
+
+def test_moe_computes_only_what_was_sent():
+    """Products grow with the choices per token, not with the experts."""
+    count = lambda choice: count_flops(
+        lambda x: build(choice, 32)(x)[0], jax.ShapeDtypeStruct((1, 1024, 32), jnp.float32)
+    )
+    one = 2 * 2 * 1024 * 32 * 128
+    assert one <= count("moe:experts=4") < 1.4 * one
+    assert count("moe:experts=4:top=2") < 2.4 * one
+    assert count("moe:experts=16") < 2.1 * one
+
+
+def test_capacity_keeps_the_most_certain():
+    moe, x = build("moe:experts=2:capacity=0.5"), draw(1, 12, 16)
+    p = np.asarray(jax.nn.softmax(x @ moe.router.kernel[...]))[0]
+    kept = np.abs(moe(x)[0][0]).max(-1) > 0
+    for expert in range(2):
+        mine = np.nonzero(p.argmax(-1) == expert)[0]
+        best = mine[np.argsort(-p[mine, expert])][:3]  # 0.5 * 12 / 2
+        assert set(np.nonzero(kept)[0]) & set(mine) == set(best)
+
+
+def test_experts_choose_equally_many():
+    moe, x = build("moe:experts=4:choice=expert"), draw(1, 16, 16)
+    p = jax.nn.softmax(x @ moe.router.kernel[...])
+    chosen = np.stack([np.isin(np.arange(16), np.argsort(-p[0, :, e])[:4]) for e in range(4)], -1)
+    hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, moe.up[...]))
+    expected = jnp.einsum("btef,efd,bte->btd", hidden, moe.down[...], p * chosen[None])
+    np.testing.assert_allclose(moe(x)[0], expected, atol=2e-5)
+
+
+def test_router_losses_are_switch_transformers(shared):
+    path = shared / "golden" / "switch_router_losses.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} here")
+    found = np.load(path)
+    moe = build("moe:experts=4:balance=1:z=1", 4)
+    moe.router.kernel[...] = jnp.eye(4)
+    aux = moe(jnp.asarray(found["logits"]))[1]
+    np.testing.assert_allclose(aux["loss/router_z"], found["z_loss"], rtol=1e-4)
+    np.testing.assert_allclose(aux["loss/balance"], found["aux_loss"], rtol=1e-4)
+
+
+def test_product_key_finds_the_best_of_all_slots():
+    memory, x = build("product_key:side=6:top=3:reads=2:key=8"), draw(2, 5, 16)
+    q = memory.norm((memory.query(x)).reshape(10, 2, 8)).reshape(10, 2, 2, 4)
+    a, b = (jnp.einsum("nrd,rkd->nrk", q[:, :, half], memory.keys[half]) for half in range(2))
+    scores = (a[..., :, None] + b[..., None, :]).reshape(10, 2, 36)
+    top, slot = jax.lax.top_k(scores, 3)
+    expected = jnp.einsum("nrk,nrkd->nd", jax.nn.softmax(top), memory.values[slot]).reshape(2, 5, 16)
+    np.testing.assert_allclose(memory(x)[0], expected, atol=2e-5)
+
+
+def test_squared_relu():
+    np.testing.assert_allclose(ACTIVATIONS["relu2"](jnp.array([-2.0, 0.0, 3.0])), [0, 0, 9])
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("moe:top=9", "top=9 must be from 1 to experts=8"),
+    ("moe:capacity=0", "capacity must be above 0"),
+    ("moe:balance=-1", "at least 0"),
+    ("product_key:top=65", "top=65"),
+    ("product_key:key=7", "key must be even"),
+])  # fmt: skip
+def test_bad_options(choice, message):
+    with pytest.raises(Exception, match=message):
+        build(choice)
+
+
+@pytest.mark.parametrize("choice", ["moe:choice=expert", "moe:capacity=1"])
+def test_what_looks_ahead_is_refused_in_a_decoder(choice):
+    config = edit(Config(), task="copy", ffn=choice, seq_len=16, dim=16, heads=2)
+    with pytest.raises(Exception, match="cannot be causal"):
+        build_model(config, build_task(config))
