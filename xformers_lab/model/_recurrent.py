@@ -1,0 +1,64 @@
+"""Recurrent baselines: embedding, a stack of cells that read from left to right, and a linear head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.config import Config
+from xformers_lab.config import Model as Axes
+from xformers_lab.linear import Linear
+from xformers_lab.model import Model
+from xformers_lab.model._block import drop
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+# What only a transformer has: a baseline that was asked for one of these would ignore it.
+UNUSED = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads")
+
+
+class Recurrent(Model):
+    """A stack of cells; a sequence is pooled by the state after its last real position."""
+
+    causal = True
+
+    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
+        refuse_unused(type(self).__name__.lower(), config)
+        self.dropout, self.target, self.width = config.model.dropout, task.target, size.dim
+        self.embedding = nnx.Embed(
+            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+        self.cells = nnx.List(self.cell(size, rngs) for _ in range(size.layers))
+        self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def cell(self, size: Size, rngs: nnx.Rngs) -> nnx.Module:
+        """One layer: `cell(x (B, T, D), real) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`."""
+        raise NotImplementedError(f"{type(self).__name__} must define cell")
+
+    def __call__(self, inputs, *, real=None, key=None):
+        keys = [None] * (len(self.cells) + 1) if key is None else list(jax.random.split(key, len(self.cells) + 1))
+        x = drop(self.embedding(inputs), self.dropout, keys[0])
+        for cell, key in zip(self.cells, keys[1:], strict=True):
+            x = drop(cell(x, real), self.dropout, key)
+        # Padding leaves a state as it was, so the last one is that of the last real position.
+        x = x[:, -1] if self.target == "sequence" else x
+        return self.head(x).astype(jnp.float32), {}
+
+    def init_cache(self, B: int, length: int):
+        if self.target == "sequence":
+            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+        one = [cell.init_state(B) for cell in self.cells]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+
+    def step(self, cache, tokens):
+        x, states = self.embedding(tokens), []
+        for layer, cell in enumerate(self.cells):
+            state, x = cell.step(jax.tree.map(lambda leaf, layer=layer: leaf[layer], cache), x)
+            states.append(state)
+        return self.head(x).astype(jnp.float32), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def refuse_unused(name: str, config: Config) -> None:
+    """Raises ValueError where a config asks a baseline for what only a transformer has."""
+    for axis in UNUSED:
+        if (asked := getattr(config.model, axis)) != getattr(Axes(), axis):
+            raise ValueError(f"model={name} has no {axis}: leave out {axis}={asked}")

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.config import Config
+from xformers_lab.linear import Linear
+from xformers_lab.model import Model
+from xformers_lab.model._recurrent import refuse_unused
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+
+class Bag(Model):
+    """Bag of tokens: a network on the mean of the embeddings so far, blind to order (Iyyer et al., 2015, the deep
+    averaging network). What it solves needs no attention."""
+
+    causal = True
+
+    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
+        refuse_unused("bag", config)
+        self.target, self.dim = task.target, size.dim
+        self.embedding = nnx.Embed(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        self.layers = nnx.List(Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(size.layers))
+        self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, inputs, *, real=None, key=None):
+        real = jnp.ones(inputs.shape, bool) if real is None else real
+        x = jnp.where(real[..., None], self.embedding(inputs), 0).astype(jnp.float32)
+        mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(real, 1), 1)[..., None]
+        return self._answer(mean[:, -1] if self.target == "sequence" else mean), {}
+
+    def _answer(self, mean):
+        x = mean.astype(self.embedding.dtype or jnp.float32)
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.head(x).astype(jnp.float32)
+
+    def init_cache(self, B: int, length: int):
+        if self.target == "sequence":
+            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+        return {"sum": jnp.zeros((1, B, self.dim)), "seen": jnp.zeros(())}
+
+    def step(self, cache, tokens):
+        total, seen = cache["sum"] + self.embedding(tokens), cache["seen"] + 1
+        return self._answer(total[0] / seen), {"sum": total, "seen": seen}

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.config import Config
+from xformers_lab.linear import Linear
+from xformers_lab.model import Model
+from xformers_lab.model._block import drop
+from xformers_lab.model._recurrent import refuse_unused
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+
+class Bytenet(Model):
+    """Dilated causal convolutions in residual blocks, a decoder as in ByteNet (Kalchbrenner et al., 2016, arXiv
+    1610.10099): block l looks back 2^l positions between its taps, up to `farthest`, and then begins again.
+
+    Options:
+        kernel: taps of a convolution
+        farthest: the largest dilation
+    """
+
+    causal = True
+
+    def __init__(self, size: Size, *, kernel: int = 3, farthest: int = 16, config: Config, task: Task, rngs: nnx.Rngs):
+        if kernel < 2 or farthest < 1:
+            raise ValueError(f"kernel must be at least 2 and farthest at least 1, got {kernel} and {farthest}")
+        refuse_unused("bytenet", config)
+        self.target, self.dropout = task.target, config.model.dropout
+        self.embedding = nnx.Embed(
+            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+        cycle = farthest.bit_length()
+        self.blocks = nnx.List(ConvBlock(size, kernel, 2 ** (at % cycle), rngs) for at in range(size.layers))
+        self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, inputs, *, real=None, key=None):
+        keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
+        x = self.embedding(inputs)
+        for block, key in zip(self.blocks, keys, strict=True):
+            x = x + drop(block(x, real), self.dropout, key)
+        x = self.norm(x)
+        if self.target == "sequence":
+            last = inputs.shape[1] - 1 if real is None else inputs.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
+            x = jnp.take_along_axis(x, jnp.broadcast_to(last, len(x))[:, None, None], 1)[:, 0]
+        return self.head(x).astype(jnp.float32), {}
+
+
+class ConvBlock(nnx.Module):
+    """Norm, squeeze to half the width, norm, dilated causal convolution, norm, back to the full width."""
+
+    def __init__(self, size: Size, kernel: int, dilation: int, rngs: nnx.Rngs):
+        half = max(1, size.dim // 2)
+        self.dilation, self.reach = dilation, (kernel - 1) * dilation
+        self.norms = nnx.List(nnx.LayerNorm(width, dtype=size.dtype, rngs=rngs) for width in (size.dim, half, half))
+        self.down = Linear(size.dim, half, dtype=size.dtype, rngs=rngs)
+        self.up = Linear(half, size.dim, dtype=size.dtype, rngs=rngs)
+        self.taps = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, half, half)))
+
+    def __call__(self, x, real):
+        x = self.down(jax.nn.relu(self.norms[0](x)))
+        x = jax.nn.relu(self.norms[1](x))
+        x = x if real is None else jnp.where(real[..., None], x, 0)
+        x = lax.conv_general_dilated(
+            x, self.taps[...].astype(x.dtype), (1,), [(self.reach, 0)],
+            rhs_dilation=(self.dilation,), dimension_numbers=("NTC", "TIO", "NTC"),
+        )  # fmt: skip
+        return self.up(jax.nn.relu(self.norms[2](x)))

@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.linear import Linear
+from xformers_lab.model._recurrent import Recurrent
+from xformers_lab.size import Size
+
+
+class Gru(Recurrent):
+    """Stacked gated recurrent units (Cho et al., 2014, arXiv 1406.1078)."""
+
+    def cell(self, size: Size, rngs: nnx.Rngs):
+        return Cell(size, rngs)
+
+
+class Cell(nnx.Module):
+    """r, z = sig(W x_t + U h_(t-1)); n = tanh(W' x_t + r (U' h_(t-1) + b)); h_t = (1 - z) n + z h_(t-1).
+
+    The products with x run for all positions at once.
+    """
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        D = size.dim
+        self.width, self.dtype = D, size.dtype
+        self.input = Linear(D, 3 * D, dtype=size.dtype, rngs=rngs)
+        draw = nnx.initializers.orthogonal()
+        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(3)], 1))
+        self.bias = nnx.Param(jnp.zeros(D))
+
+    def __call__(self, x, real):
+        gates = jnp.swapaxes(self.input(x), 0, 1)
+        kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
+
+        def one(h, given):
+            gate, keep = given
+            h = jnp.where(keep[:, None], self._advance(gate, h), h)
+            return h, h
+
+        return jnp.swapaxes(lax.scan(one, self.init_state(len(x)), (gates, kept))[1], 0, 1)
+
+    def init_state(self, B: int):
+        return jnp.zeros((B, self.width), self.dtype)
+
+    def step(self, state, x):
+        h = self._advance(self.input(x), state)
+        return h, h
+
+    def _advance(self, gates, h):
+        """One position: gates (B, 3D) from the input and h (B, D) -> the new h."""
+        turned = jnp.dot(h, self.recurrent[...].astype(h.dtype), preferred_element_type=jnp.float32)
+        (r, z, n), (ur, uz, un) = (jnp.split(y, 3, -1) for y in (gates.astype(jnp.float32), turned))
+        r, z = jax.nn.sigmoid(r + ur), jax.nn.sigmoid(z + uz)
+        n = jnp.tanh(n + r * (un + self.bias[...]))
+        return ((1 - z) * n + z * h).astype(h.dtype)

@@ -1,0 +1,104 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.linear import Linear
+from xformers_lab.model._recurrent import Recurrent
+from xformers_lab.size import Size
+
+
+class Lstm(Recurrent):
+    """Stacked LSTM (Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et al., 2000)."""
+
+    def cell(self, size: Size, rngs: nnx.Rngs):
+        return Cell(size, rngs)
+
+
+class Cell(nnx.Module):
+    """i, f, g, o = W x_t + U h_(t-1) + b; c_t = sig(f) c_(t-1) + sig(i) tanh(g); h_t = sig(o) tanh(c_t).
+
+    The forget gate's bias starts at 1 (Jozefowicz et al., 2015). The products with x run for all positions at once.
+    """
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        D = size.dim
+        self.width, self.dtype = D, size.dtype
+        self.input = Linear(D, 4 * D, dtype=size.dtype, rngs=rngs)
+        self.input.bias[...] = self.input.bias[...].at[D : 2 * D].set(1.0)
+        draw = nnx.initializers.orthogonal()
+        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
+
+    def __call__(self, x, real):
+        gates = jnp.swapaxes(self.input(x), 0, 1)
+        kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
+        return jnp.swapaxes(_scan(gates, self.recurrent[...].astype(x.dtype), kept), 0, 1)
+
+    def init_state(self, B: int):
+        return {"h": jnp.zeros((B, self.width), self.dtype), "c": jnp.zeros((B, self.width), jnp.float32)}
+
+    def step(self, state, x):
+        h, c, _ = _advance(self.input(x), state["h"], state["c"], self.recurrent[...].astype(x.dtype))
+        return {"h": h, "c": c}, h
+
+
+def _advance(gates, h, c, recurrent):
+    """One position: gates (B, 4D) from the input, h and c (B, D) -> the new h and c, and the four activations."""
+    total = gates.astype(jnp.float32) + jnp.dot(h, recurrent, preferred_element_type=jnp.float32)
+    i, f, g, o = jnp.split(total, 4, -1)
+    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+    c = f * c + i * g
+    return (o * jnp.tanh(c)).astype(h.dtype), c, (i, f, g, o)
+
+
+@functools.partial(jax.custom_vjp)
+def _scan(gates, recurrent, kept):
+    """gates (T, B, 4D), recurrent (D, 4D), kept (T, B) -> h (T, B, D). A position that is not kept changes nothing."""
+    return _forward(gates, recurrent, kept)[0]
+
+
+def _forward(gates, recurrent, kept):
+    B, D = gates.shape[1], recurrent.shape[0]
+
+    def one(state, given):
+        h, c = state
+        gate, keep = given
+        new_h, new_c, active = _advance(gate, h, c, recurrent)
+        h, c = jnp.where(keep[:, None], new_h, h), jnp.where(keep[:, None], new_c, c)
+        return (h, c), (h, c, active)
+
+    start = jnp.zeros((B, D), gates.dtype), jnp.zeros((B, D), jnp.float32)
+    _, (h, c, active) = lax.scan(one, start, (gates, kept))
+    return h, (recurrent, kept, h, c, active)
+
+
+def _backward(saved, grad):
+    """Backwards through time, only for the gates; the gradient of the recurrent matrix is then one product."""
+    recurrent, kept, h, c, active = saved
+    T, B, D = h.shape
+    before = jnp.concatenate([jnp.zeros((1, B, D), jnp.float32), c[:-1]])
+    turned = recurrent.T
+
+    def one(state, given):
+        dh, dc = state
+        g_out, keep, c, c_before, (i, f, g, o) = given
+        keep = keep[:, None]
+        dh = dh + g_out
+        bent = jnp.tanh(c)
+        d = dc + dh * o * (1 - bent * bent)
+        gates = [d * g * i * (1 - i), d * c_before * f * (1 - f), d * i * (1 - g * g), dh * bent * o * (1 - o)]
+        gates = jnp.where(keep, jnp.concatenate(gates, -1), 0).astype(recurrent.dtype)
+        earlier = jnp.dot(gates, turned, preferred_element_type=jnp.float32)
+        return (jnp.where(keep, earlier, dh), jnp.where(keep, d * f, dc)), gates
+
+    zeros = jnp.zeros((B, D), jnp.float32)
+    given = grad.astype(jnp.float32), kept, c, before, active
+    _, gates = lax.scan(one, (zeros, zeros), given, reverse=True)
+    h_before = jnp.concatenate([jnp.zeros((1, B, D), h.dtype), h[:-1]]).reshape(T * B, D)
+    total = jnp.dot(h_before.T, gates.reshape(T * B, -1), preferred_element_type=jnp.float32)
+    return gates, total.astype(recurrent.dtype), None
+
+
+_scan.defvjp(_forward, _backward)
