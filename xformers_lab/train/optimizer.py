@@ -38,8 +38,8 @@ def decays(params):
     """Which parameters decay: those of two axes or more in their own layer. Kernels, embeddings and position tables do;
     biases and the scales of norms do not.
 
-    Everything beneath `stack` has one more leading axis, the layers (depth/_stack.py), which does not count: a stacked
-    bias is (L, D).
+    What depth/fixed.py stacks has one more leading axis, the layers, which does not count: a stacked bias is (L, D).
     """
-    axes = lambda path, leaf: jnp.ndim(leaf) - (getattr(path[0], "key", None) == "stack")
+    names = lambda path: [getattr(part, "key", None) for part in path[:2]]
+    axes = lambda path, leaf: jnp.ndim(leaf) - (names(path) in (["stack", "periods"], ["stack", "rest"]))
     return jax.tree_util.tree_map_with_path(lambda path, leaf: axes(path, leaf) >= 2, params)

@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Universal(Depth):
+    """Universal Transformer: one layer, applied again and again (Dehghani et al., 2018, arXiv 1807.03819).
+
+    `layers` counts the applications; mechanisms joined by `+` make one period that is applied layers / period times.
+    Before each, a sinusoidal code of the step is added. With act=true every position halts on its own (Graves, 2016,
+    arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while their sum stays
+    below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The loss gets ponder
+    times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps are computed for
+    every position, so halting saves nothing in time here.
+
+    Options:
+        act: whether positions halt on their own
+        slack: how near to 1 the halting probabilities must come
+        ponder: what a step costs in the loss
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        act: bool = False,
+        slack: float = 0.01,
+        ponder: float = 0.01,
+        make_block,
+        period: int,
+        rngs: nnx.Rngs,
+    ):
+        if size.layers % period:
+            raise ValueError(
+                f"layers={size.layers} is not divisible by the {period} mechanisms that share their weights"
+            )
+        if not 0 < slack < 1 or ponder < 0:
+            raise ValueError(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
+        self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
+        self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
+        if act:
+            self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
+
+    def __call__(self, x, context: Context, *, key=None):
+        carries = {}
+        for block in self.blocks:
+            carries |= block.initial_carries(x.shape[0], x.shape[1], x.shape[1])
+        keys = None if key is None else jax.random.split(key, (self.steps, len(self.blocks)))
+        split = [nnx.split(block, nnx.Param, ...) for block in self.blocks]
+
+        def apply(state, given):
+            x, carries, rest, halting = state
+            number, keys = given
+            y, total, changed = _marked(x, number), {}, []
+            for place, (graph, params, _) in enumerate(split):
+                block = nnx.merge(graph, params, rest[place])
+                y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
+                total = add_aux(total, aux)
+                changed.append(nnx.split(block, nnx.Param, ...)[2])
+            if halting is not None:
+                y, halting = self._halted(x, y, number, halting)
+            return (y, carries, changed, halting), total
+
+        start = (x, carries, [rest for _, _, rest in split], self._running(x))
+        # Not unrolled: the layers are one anyway, and the steps may be many.
+        (y, _, rest, halting), aux = lax.scan(apply, start, (jnp.arange(self.steps), keys))
+        for block, changed in zip(self.blocks, rest, strict=True):
+            nnx.update(block, changed)
+        aux = jax.tree.map(lambda values: jnp.sum(values, 0), aux)
+        if halting is None:
+            return y, aux
+        real = jnp.ones(x.shape[:2], bool) if context.real is None else context.real
+        mean = lambda values: jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
+        spent = {"steps": mean(halting["steps"]), "loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
+        return halting["out"].astype(x.dtype), aux | spent
+
+    def _running(self, x):
+        """Sums of each position (B, T), or (B,): halting probability, steps taken, remainder, and the output so far."""
+        if not self.act:
+            return None
+        zeros = jnp.zeros(x.shape[:-1])
+        return {"sum": zeros, "steps": zeros, "left": zeros, "out": jnp.zeros(x.shape, jnp.float32)}
+
+    def _halted(self, x, y, number, halting):
+        """The state after a step, and the sums with it: y where a position still ran, x where it had halted."""
+        running = halting["sum"] < 1 - self.slack
+        y = jnp.where(running[..., None], y, x)
+        p = jax.nn.sigmoid(self.halt(y.astype(jnp.float32)))[..., 0]
+        last = running & ((halting["sum"] + p >= 1 - self.slack) | (number == self.steps - 1))
+        left = 1 - halting["sum"]
+        weight = jnp.where(last, left, jnp.where(running, p, 0))
+        return y, {
+            "sum": jnp.where(last, 1.0, halting["sum"] + weight),
+            "steps": halting["steps"] + running,
+            "left": jnp.where(last, left, halting["left"]),
+            "out": halting["out"] + weight[..., None] * y,
+        }
+
+    def init_cache(self, B: int, length: int):
+        """Every step keeps what its layer would; what the mechanisms find below the first step."""
+        one, below = [block.init_cache(B, length) for block in self.blocks], {}
+        for block in self.blocks:
+            below |= block.initial_carries(B, 1, length)
+        wide = lambda leaf: jnp.broadcast_to(leaf, (self.steps, *leaf.shape))
+        return {"steps": jax.tree.map(wide, one), "below": below}
+
+    def step(self, x, cache, context: Context, *, at):
+        def apply(state, given):
+            x, carries, halting = state
+            number, caches = given
+            y, changed = _marked(x[:, None], number)[:, 0], []
+            for block, one in zip(self.blocks, caches, strict=True):
+                y, one, carries = block.step(y, one, carries, context, at)
+                changed.append(one)
+            if halting is not None:
+                y, halting = self._halted(x, y, number, halting)
+            return (y, carries, halting), changed
+
+        start = (x, cache["below"], self._running(x))
+        (y, _, halting), caches = lax.scan(apply, start, (jnp.arange(self.steps), cache["steps"]))
+        out = y if halting is None else halting["out"].astype(x.dtype)
+        return out, cache | {"steps": caches}
+
+
+def _marked(x, number):
+    """(B, T, D) plus the sinusoidal code of a step's number."""
+    D = x.shape[-1]
+    angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)
+    code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(-1)[:D]
+    return x + code.astype(x.dtype)
