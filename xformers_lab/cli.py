@@ -19,6 +19,12 @@ Choices read name:option=value:option=value, a+b cycles mechanisms over layers; 
 module path, or the path of a .py file of your own."""
 
 
+# What `bench --pass` may say.
+BENCH_PASSES = {
+    "forward": ("forward",),
+    "both": ("forward", "forward+backward"),
+    "decode": ("forward", "decode"),
+}
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
 
@@ -117,7 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     added.add_argument(
-        "--pass", dest="passes", choices=("forward", "both"), default="both", help="which passes to time"
+        "--pass",
+        dest="passes",
+        choices=tuple(BENCH_PASSES),
+        default="both",
+        help="which passes to time; decode: prefill, and one token behind a context of seq_len",
     )
     added.add_argument(
         "--no-check", action="store_true", help="time mechanisms without their conformance check, and say so"
@@ -275,12 +285,14 @@ def _generate(chosen) -> int:
 def _bench(chosen) -> int:
     if chosen.rounds < 1:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
-    cells, varied = configs.sweep(chosen.words)
+    words = [word for word in chosen.words if word != "mode=decode"]
+    chosen.passes = chosen.passes if words == chosen.words else "decode"
+    cells, varied = configs.sweep(words)
     from xformers_lab import progress
     from xformers_lab.measure import bench, speed
     from xformers_lab.report import html, table
 
-    passes = ("forward",) if chosen.passes == "forward" else ("forward", "forward+backward")
+    passes = BENCH_PASSES[chosen.passes]
     with progress.cells(len(cells), quiet=chosen.json) as tell:
         rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell.line)
     code = _print(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))

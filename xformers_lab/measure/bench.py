@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention import Attention
+from xformers_lab.attention import Attention, why_not_decode
 from xformers_lab.config import Config, get, to_dict, varied
 from xformers_lab.errors import UsageError, nearest
 from xformers_lab.measure import speed
@@ -25,8 +25,9 @@ from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.measure.memory import available_bytes, compiled_memory
 from xformers_lab.model import size_of
+from xformers_lab.size import Size
 
-PASSES = ("forward", "forward+backward")
+PASSES = ("forward", "forward+backward", "decode")
 # The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.
 PROJECTIONS = ("query", "key", "value", "out")
 MEASURED = (
@@ -39,6 +40,7 @@ MEASURED = (
     "flops",
     "parameters",
     "temp_bytes",
+    "state_bytes",
     "exponent",
     "exponent_flops",
     "exponent_bytes",
@@ -49,15 +51,17 @@ def bench(
     configs: Sequence[Config],
     *,
     rounds: int = 5,
-    passes: Sequence[str] = PASSES,
+    passes: Sequence[str] = PASSES[:2],
     check: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict]:
     """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
 
-    tokens_per_second is B T / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call,
-    parameters of the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are
-    fitted over the lengths of an otherwise equal config, None with fewer than two. What has no figure is None.
+    The pass "decode" is one more token behind a context of seq_len, with state_bytes, what is kept of that context;
+    "forward" at the same length is its prefill. tokens_per_second is B T (decode: B) / seconds_median. flops and
+    temp_bytes (on accelerators also peak_bytes) are of one call, parameters of the whole layer with its projections.
+    exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over the lengths of an otherwise equal
+    config, None with fewer than two. What has no figure is None.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
@@ -131,10 +135,9 @@ def subject(config: Config, direction: str) -> Subject:
     fixed = {} if whole else {name: params[name] for name in PROJECTIONS if name in params}
     own = {name: leaf for name, leaf in params.items() if name not in fixed}
     shape = lambda *axes: jax.ShapeDtypeStruct((batch, size.length, *axes), size.dtype)
-    hooks = any(getattr(type(layer), name) is not getattr(Attention, name) for name in ("from_keys", "from_queries"))
-    inputs = {"x": shape(size.dim)} if whole or own_mix or hooks or "x" in layer.takes() else {}
+    inputs = {"x": shape(size.dim)} if whole else {"q": shape(size.heads, size.head)}
     if not whole:
-        inputs |= {"q": shape(size.heads, size.head)} | dict.fromkeys("kv", shape(size.key_heads, size.head))
+        inputs |= dict.fromkeys("kv", shape(size.key_heads, size.head))
 
     def forward(own, inputs):
         layer = nnx.merge(graph, fixed | own, rest)
@@ -146,11 +149,33 @@ def subject(config: Config, direction: str) -> Subject:
         out, pull = jax.vjp(forward, own, inputs)
         return out, pull(grad)
 
+    try:
+        jax.eval_shape(forward, own, inputs)
+    except Exception:  # it cannot do without the block's input; whatever else is wrong shows again
+        inputs = {"x": shape(size.dim)} | inputs
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     timed = "call" if whole else "mix"
+    if direction == "decode":
+        cache = _cache(layer, choice, batch, size)
+        token = {name: jax.ShapeDtypeStruct((batch, *leaf.shape[2:]), leaf.dtype) for name, leaf in inputs.items()}
+
+        def decode(own, cache, token):
+            layer = nnx.merge(graph, fixed | own, rest)
+            if whole:
+                return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
+            return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
+
+        return Subject(decode, own, (cache, token), count, "mix_step", True)
     if direction == "forward":
         return Subject(forward, own, (inputs,), count, timed, causal)
     return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
+
+
+def _cache(layer: Attention, choice: str, batch: int, size: Size):
+    """Shapes of what decoding keeps of a whole context; raises UsageError where the mechanism cannot decode."""
+    if reason := why_not_decode(type(layer)):
+        raise UsageError(f"attention={choice}: {reason}")
+    return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
 
 
 def _cells(configs: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
@@ -169,7 +194,8 @@ def _cells(configs: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
         mine = [Cell(config, direction, swept | {"pass": direction} | blank) for direction in passes]
         cells += mine
         try:
-            jax.eval_shape(lambda config=config: subject(config, "forward").own)
+            for direction in {"forward", *passes}:
+                jax.eval_shape(lambda config=config, direction=direction: subject(config, direction).own)
         except UsageError:
             raise
         except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
@@ -219,7 +245,7 @@ def _measure(cells: Sequence[Cell], rounds: int, progress) -> None:
         if isinstance(timing, Exception):
             cell.fail(timing)
             continue
-        tokens = cell.config.train.batch * cell.config.seq_len
+        tokens = cell.config.train.batch * (1 if cell.direction == "decode" else cell.config.seq_len)
         cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_median)
 
 
@@ -227,6 +253,8 @@ def _compile(cell: Cell):
     """The compiled pass and its subject, or None where it cannot fit; the row gets all that needs no run."""
     found = subject(cell.config, cell.direction)
     cell.row.update(parameters=found.parameters, timed=found.timed, causal=found.causal)
+    if cell.direction == "decode":
+        cell.row["state_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found.shapes[0]))
     with contextlib.suppress(ValueError):  # a loop of unknown length, an opaque kernel: there is no figure
         cell.row["flops"] = count_flops(found.run, found.own, *found.shapes)
     too_much = _too_much(_least_bytes(found))
