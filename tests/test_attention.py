@@ -196,7 +196,7 @@ def test_parts_are_disjoint_and_make_the_pattern(name, T, S):
     pattern = PATTERNS[name]
     parts = [pair_mask(part, T, S) for part in pattern.parts()]
     np.testing.assert_array_equal(sum(part.astype(int) for part in parts), pair_mask(pattern, T, S))
-    assert len({part.stride for part in pattern.parts()}) == len(parts)
+    assert len({part.order for part in pattern.parts()}) == len(parts)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

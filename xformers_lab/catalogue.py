@@ -40,7 +40,7 @@ def _abilities(mechanism) -> dict:
         "time": _cost("Time", about),
         "memory": _cost("memory", about),
         "causal": not stated(mechanism, "Not causal"),
-        "cross": not stated(mechanism, "Not cross"),
+        "cross": not stated(mechanism, "Not cross") and not stated(mechanism, "One way"),
         "bias": "bias" in takes and not stated(mechanism, "No bias"),
         "decode": why_not_decode(mechanism) is None,
         "nature": nature.group().lower() if nature else "",

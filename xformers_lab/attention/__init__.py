@@ -25,7 +25,7 @@ Decoding works by itself wherever a mechanism only depends on distances: keys an
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
 
 The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
-and where they apply `Not causal: reason`, `Not cross: reason`, `No bias: reason` and `No decoding: reason` are read.
+and where they apply `Not causal: reason`, `One way: reason`, `Not cross: reason`, `No bias: reason` and `No decoding: reason` are read.
 """
 
 import dataclasses
@@ -284,6 +284,12 @@ def why_not(mechanism: type, what: str) -> str:
         return f"{name} takes no bias: {reason}; use position=rope, learned, sinusoidal or none"
     reason = stated(mechanism, "Not causal") or "its attend takes no `causal`"
     return f"{name} cannot be causal: {reason}; use model=encoder or another attention"
+
+
+def why_not_one_way(mechanism: type) -> str:
+    """Why a recurrence is refused where both sides are seen."""
+    name = mechanism.__name__.lower()
+    return f"{name} reads from left to right alone, so it serves no encoder: use model=decoder or another attention"
 
 
 def why_not_decode(mechanism: type[Attention]) -> str | None:

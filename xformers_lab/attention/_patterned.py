@@ -1,9 +1,12 @@
 """Base of every mechanism that is softmax attention over a fixed pattern of positions: a pattern is all it adds."""
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
@@ -11,6 +14,7 @@ from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse, dense, largest_array, softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
+from xformers_lab.attention._heads import over_heads
 from xformers_lab.size import Size
 
 LONG = 1024
@@ -19,20 +23,23 @@ LONG = 1024
 class Patterned(Attention):
     """softmax(q k^T / sqrt(H) + bias) v over the keys that `pattern` allows, run by the block-sparse engine.
 
-    A subclass sets `pattern` (without causality, which is added where asked) and may set `block`, the size of the
-    engine's blocks of queries and keys where its geometry suggests one.
+    A subclass sets `pattern` (without causality, which is added where asked), one for all heads or a tuple of one for
+    each, and may set `block`, the size of the engine's blocks of queries and keys where its geometry suggests one.
     """
 
     block: int | None = None
+    # How many of the first positions decoding keeps for good, beside a ring of the newest.
+    kept: int = 0
 
-    def __init__(self, size: Size, pattern: Pattern, *, rngs: nnx.Rngs):
+    def __init__(self, size: Size, pattern: Pattern | tuple[Pattern, ...], *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
         self.pattern = pattern
 
-    def seen(self, causal: bool) -> Pattern:
+    def seen(self, causal: bool, head: int = 0) -> Pattern:
+        pattern = self.pattern[head] if isinstance(self.pattern, tuple) else self.pattern
         if not causal:
-            return self.pattern
-        return Causal() if isinstance(self.pattern, All) else self.pattern & Causal()
+            return pattern
+        return Causal() if isinstance(pattern, All) else pattern & Causal()
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Queries and keys per block of the engine.
@@ -53,8 +60,29 @@ class Patterned(Attention):
     ):
         if method == "attend" and fused.fits(q, k, real, bias) and (kernel := self.fused(causal)):
             return kernel(q, k, v), carry, {}
+        if isinstance(self.pattern, tuple):
+            return self._own_patterns(q, k, v, real, causal, bias, method), carry, {}
         given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
+
+    def _own_patterns(self, q, k, v, real, causal: bool, bias, method: str):
+        """(B, T, N, H): heads of one pattern at a time."""
+        heads, times, found = range(q.shape[2]), q.shape[2] // k.shape[2], []
+        for pattern, group in itertools.groupby(heads, lambda head: self.seen(causal, head)):
+            chosen = np.array(list(group))
+            run = functools.partial(dense, pattern=pattern)
+            if method == "attend":
+                run = functools.partial(
+                    block_sparse, pattern=pattern, blocks=self.blocks(q.shape[1], k.shape[1], causal)
+                )
+
+            def one(q, k, v, _, of_sample, of_head, run=run):
+                return run(q, k, v, real=of_sample, bias=of_head), None
+
+            keys, values = (x[:, :, chosen // times] for x in (k, v))
+            of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], bias)
+            found.append(over_heads(one, q[:, :, chosen], keys, values, None, real, of_head)[0])
+        return jnp.concatenate(found, 2)
 
     def fused(self, causal: bool) -> Callable | None:
         """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
@@ -70,14 +98,15 @@ class Patterned(Attention):
     def cost(self, T: int, S: int) -> Cost:
         pairs = live_pairs(self.seen(False), T, S, *self.blocks(T, S, causal=False))
         H = self.size.head
-        return Cost(flops=4 * H * pairs, memory=self.largest(T, S), state=2 * S * H)
+        return Cost(flops=4 * H * pairs, memory=self.largest(T, S), state=2 * self.slots(S) * H)
 
     def largest(self, T: int, S: int) -> int:
         """Elements of the largest array of one head: a wide row of scores, a batch of narrow ones, or the keys."""
         return largest_array(self.seen(False), T, S, self.size.head, self.blocks(T, S, causal=False))
 
     def slots(self, length: int) -> int:
-        """How many of the newest positions decoding must keep of up to `length`: all, unless the pattern is near."""
+        """How many positions decoding must keep of up to `length`: all, unless the pattern is near, and then the first
+        `kept` and the newest."""
         return length
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
@@ -85,24 +114,38 @@ class Patterned(Attention):
         return {"k": rows, "v": rows, "seen": jnp.zeros((), jnp.int32)}
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
-        """A ring: slot s of R holds the newest position that is s modulo R, so that a pattern that is tied to absolute
-        positions (a grid, say) decodes alike."""
+        """The first `kept` positions have a slot each, then comes a ring: slot s of R holds the newest position that is
+        s modulo R, so that a pattern that is tied to absolute positions (a grid, say) decodes alike."""
         at, R = cache["seen"], cache["k"].shape[1]
-        keys, values = (cache[name].at[:, at % R].set(new) for name, new in (("k", k), ("v", v)))
-        positions = at - (at - jnp.arange(R)) % R
-        seen = (positions >= 0) & self.seen(True)(at, positions)
+        slots, ring = jnp.arange(R), max(R - self.kept, 1)
+        slot = jnp.where(at < self.kept, at, self.kept + (at - self.kept) % ring)
+        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", k), ("v", v)))
+        first = slots < self.kept
+        positions = jnp.where(first, slots, at - (at - slots) % ring)
+        heads = range(self.size.heads)
+        seen = jnp.stack([self.seen(True, head)(at, positions) for head in heads]) & (first | (positions >= self.kept))
 
-        def head(q, k, v, bias):
+        def head(q, k, v, bias, seen):
             s = q * q.shape[-1] ** -0.5 @ k.T
             s = s if bias is None else s + bias(at[None, None], positions[None])[0]
             return softmax(s, seen, v)
 
-        group = jax.vmap(head, in_axes=(0, None, None, 0))
-        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0))
+        group = jax.vmap(head, in_axes=(0, None, None, 0, 0))
+        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0, 0))
         by_group = lambda x: x.reshape(self.size.key_heads, -1, *x.shape[1:])
-        grouped = jax.vmap(by_group)(q)
-        out = jax.vmap(of_sample, in_axes=(0, 0, 0, None))(grouped, keys, values, jax.tree.map(by_group, bias))
+        grouped, of_head = jax.vmap(by_group)(q), jax.tree.map(by_group, (bias, seen))
+        out = jax.vmap(of_sample, in_axes=(0, 0, 0, None, None))(grouped, keys, values, *of_head)
         return out.reshape(q.shape), {"k": keys, "v": values, "seen": at + 1}, carry
+
+
+def near_block(width: int) -> int:
+    """Blocks of half a band's width on one side, between 16 and 128: finer ones waste less of it, coarser ones loop less."""
+    return min(128, max(16, -(-width // 16) * 8))
+
+
+def run_block(size: int) -> int:
+    """Blocks for runs of `size` positions: one run, several short ones, or equal shares of a long one."""
+    return size * -(-32 // size) if size < 32 else -(-size // -(-size // 512))
 
 
 def _even(length: int, most: int) -> int:

@@ -1,10 +1,10 @@
+import functools
 import math
-from typing import Literal
+import operator
 
 from flax import nnx
 
-from xformers_lab.attention import Cost
-from xformers_lab.attention._engine.pattern import BlockLocal, Residue
+from xformers_lab.attention._engine.pattern import BlockLocal, Pattern, Residue
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.size import Size
 
@@ -12,16 +12,18 @@ from xformers_lab.size import Size
 class Axial(Patterned):
     """Axial attention over a grid (Ho et al., 2019, arXiv 1912.12180).
 
-    Positions are laid out row by row on a grid of `columns` columns; a query sees the keys of its row and its column:
+    Positions are laid out row by row on a grid of any number of axes; a query sees the keys that differ from it in one
+    coordinate alone, on a plane those of its row and its column:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over s // columns = t // columns or (s - t) mod columns = 0.
     Kind: sparse by position
-    Time O(T (rows + columns) H), O(T^1.5 H) on a square; memory O(S H); decoding keeps every key and value.
-    Exact on its pattern. The paper runs a row layer and a column layer in turn: `axial:axis=row+axial:axis=column`; the
-    default is one softmax over both, so that a single layer stands beside the other mechanisms.
+    Time O(T (rows + columns) H), O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes; memory O(S H); decoding
+    keeps the keys and values as far back as an axis reaches.
+    Exact on its pattern. The paper runs one layer for each axis in turn: `axial:axis=row+axial:axis=column`; the default
+    is one softmax over all of them, so that a single layer stands beside the other mechanisms.
 
     Options:
-        shape: rows x columns of the grid, whose product is the length; none: the most square grid that holds it
-        axis: which keys a query sees: its row, its column, or both
+        shape: sizes of the axes, rows x columns for example, whose product is the length; none: the most square plane
+        axis: which coordinate may differ: row (the last one varies), column (the one before), a number from 0, or both: any
     """
 
     def __init__(
@@ -29,31 +31,48 @@ class Axial(Patterned):
         size: Size,
         *,
         shape: tuple[int, ...] | None = None,
-        axis: Literal["both", "row", "column"] = "both",
+        axis: str = "both",
         rngs: nnx.Rngs,
     ):
         if shape is None:
             columns = math.ceil(math.sqrt(size.length))
             shape = (math.ceil(size.length / columns), columns)
-        elif len(shape) != 2 or min(shape) < 1 or math.prod(shape) != size.length:
+        elif len(shape) < 2 or min(shape) < 1 or math.prod(shape) != size.length:
             grid = "x".join(map(str, shape))
             raise ValueError(f"shape={grid} does not fit a length of {size.length}: {_nearest_grid(size.length)}")
-        row, column = BlockLocal(shape[1]), Residue(shape[1])
-        super().__init__(size, {"both": row | column, "row": row, "column": column}[axis], rngs=rngs)
-        self.shape, self.axis = shape, axis
+        axes = _axes(axis, len(shape))
+        super().__init__(size, functools.reduce(operator.or_, (_along(shape, one) for one in axes)), rngs=rngs)
+        self.shape, self.axis, self.axes = shape, axis, axes
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        """Blocks of one row of the grid; a column of as many rows as columns is then one block too."""
-        return (block := max(8, min(self.shape[1], 512))), block
+        """Blocks of the axis with which least is computed; in its own order, an axis fills whole blocks."""
+        sizes = [self.shape[axis] for axis in self.axes]
+        padded = lambda block: sum((-(-size // block) * block) ** 2 / size for size in sizes)
+        return (block := min({max(8, min(size, 512)) for size in sizes}, key=lambda b: (padded(b), -b))), block
 
     @staticmethod
     def limit(length: int):
         return {"shape": (1, length)}
 
-    def cost(self, T: int, S: int) -> Cost:
-        H, columns = self.size.head, self.shape[1]
-        row, column = (self.axis != "column") * columns, (self.axis != "row") * S / columns
-        return Cost(flops=4 * T * (row + column) * H, memory=self.largest(T, S), state=2 * S * H)
+    def slots(self, length: int) -> int:
+        return min(length, 1 + max((self.shape[axis] - 1) * math.prod(self.shape[axis + 1 :]) for axis in self.axes))
+
+
+def _axes(axis: str, count: int) -> list[int]:
+    words = {"both": range(count), "row": [count - 1], "column": [count - 2]}
+    words |= {str(number): [number] for number in range(count)}
+    if axis not in words:
+        raise ValueError(f'axis must be both, row, column or a number below {count}, got "{axis}"')
+    return list(words[axis])
+
+
+def _along(shape: tuple[int, ...], axis: int) -> Pattern:
+    """Positions that agree in every coordinate but one."""
+    step = math.prod(shape[axis + 1 :])
+    run = BlockLocal(step * shape[axis])
+    if step == 1:
+        return run
+    return Residue(step) if axis == 0 else run & Residue(step)
 
 
 def _nearest_grid(length: int) -> str:

@@ -1,69 +1,199 @@
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.recurrence import linear_recurrence
+from xformers_lab.attention._engine.features import (
+    EXACT,
+    divided,
+    dpfp,
+    elu,
+    empty_state,
+    exponential,
+    one_more,
+    sums,
+    taylor,
+    turned,
+)
 from xformers_lab.size import Size
 
 EPSILON = 1e-6
+# exp(k) of the softmax over positions: beyond this a key's channel counts as this.
+CLIP = 40.0
 
 
 class Linear(Attention):
-    """Linear attention with phi(x) = elu(x) + 1 (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
+    """Linear attention with a choice of feature maps (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
 
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, causally over s <= t.
     Kind: linearised
-    Time O(T H^2), chunked where causal; memory O(T H); decoding keeps one H x H matrix and one vector.
-    Exact for its kernel, which is not the softmax. No scores exist, so no bias can be added.
+    Time O(T H F), chunked where causal; memory O(T F); decoding keeps one H x F matrix and one vector. F is H for elu,
+    relu and softmax, 2 H for cosformer, 2 H nu for dpfp, 2 width for hedgehog, about width^2 / 2 for taylor.
+    Exact for its kernel, which is not the softmax. No scores exist, so no bias can be added. Feature maps:
+    elu(x) + 1;
+    relu(x);
+    dpfp: products of channels of relu([x, -x]) (Schlag et al., 2021, arXiv 2102.11174);
+    taylor: weights 1 + s + s^2 / 2 with s = q . k / sqrt(width), Based (Arora et al., 2024, arXiv 2402.18668);
+    cosformer: weights relu(q) . relu(k) cos(pi (i - j) / 2 length) (Qin et al., 2022, arXiv 2202.08791);
+    hedgehog: exp([Wx, -Wx]) with learned W for q and for k of each head (Zhang et al., 2024, arXiv 2402.04347);
+    softmax: over features for q, over the visible positions of each channel for k, without a further normaliser
+    (Shen et al., 2018, arXiv 1812.01243).
+    Deviations from the papers: Based's sliding window is another layer here; cosFormer's length is that the model is
+    built for; Hedgehog's W starts as the identity and is trained with the rest, not by distillation; Shen's softmax
+    over positions sees, causally, those up to the query's, and takes keys beyond 40 as 40.
 
     Options:
+        features: the map phi: elu, relu, dpfp, taylor, cosformer, hedgehog or softmax
+        nu: shifts of dpfp, each of which gives 2 H features
+        width: channels a learned map per head brings q and k to first (taylor, hedgehog); 0: all H, taylor without map
         chunk: positions whose causal products are computed together
     """
 
-    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        features: Literal["elu", "relu", "dpfp", "taylor", "cosformer", "hedgehog", "softmax"] = "elu",
+        nu: int = 1,
+        width: int = 0,
+        chunk: int = 64,
+        rngs: nnx.Rngs,
+    ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if not 1 <= nu < 2 * size.head:
+            raise ValueError(f"nu must be between 1 and {2 * size.head - 1} for heads of {size.head}, got {nu}")
+        if not 0 <= width <= size.head:
+            raise ValueError(f"width must be between 0 and {size.head}, the size of a head, got {width}")
+        if nu != 1 and features != "dpfp":
+            raise ValueError(f"nu is an option of features=dpfp, got features={features}")
+        if width and features not in ("taylor", "hedgehog"):
+            raise ValueError(f"width is an option of features=taylor and features=hedgehog, got features={features}")
         super().__init__(size, rngs=rngs)
-        self.chunk = chunk
+        self.features, self.nu, self.width, self.chunk = features, nu, width or size.head, chunk
+        shape = (size.heads, 2, size.head, self.width)
+        if features == "hedgehog":
+            self.maps = nnx.Param(jnp.broadcast_to(jnp.eye(*shape[2:]), shape))
+        elif features == "taylor" and width:
+            self.maps = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5)
+        else:
+            self.maps = None
 
-    def attend(self, q, k, v, *, real=None, causal):
-        return jax.checkpoint(self._causal if causal else self._both_sides)(q, k, v, real)
+    def per_head(self):
+        return {"maps": None if self.maps is None else self.maps[...]}
 
-    def _causal(self, q, k, v, real):
-        out, total = linear_recurrence(_features(q), _masked(_features(k), real), v, chunk=self.chunk)
-        return (out / (total + EPSILON)[:, None]).astype(v.dtype)
+    def attend(self, q, k, v, *, real=None, causal, maps=None):
+        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, real, maps, causal)
 
-    def _both_sides(self, q, k, v, real):
-        q, k = _features(q), _masked(_features(k), real)
-        exact = {"preferred_element_type": jnp.float32}
-        out = jnp.dot(q, jnp.dot(k.T, v, **exact).astype(q.dtype), **exact)
-        total = jnp.dot(q, k.sum(0, dtype=jnp.float32).astype(q.dtype), **exact)
-        return (out / (total + EPSILON)[:, None]).astype(v.dtype)
+    def _attend(self, q, k, v, real, own, causal):
+        T, S = q.shape[0], k.shape[0]
+        length = max(self.size.length, S)
+        # A query further than that in front of the last key counts as if it stood there: its cosine is not negative.
+        q, _ = self._map(q, jnp.maximum(jnp.arange(T) + S - T, S - length), length, own, 0)
+        k, log = self._map(k, jnp.arange(S), length, own, 1)
+        given = {"real": real, "causal": causal, "chunk": self.chunk, "log": log}
+        if self.features == "softmax":
+            q = q / _seen_sums(k if real is None else jnp.where(real[:, None], k, 0), T, causal)
+            return sums(q, k, v, **given)[0].astype(v.dtype)
+        out, total = sums(q, k, v, **given)
+        return _divided(out, total, log).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal):
-        weights = jnp.dot(_features(q), _masked(_features(k), real).T, preferred_element_type=jnp.float32)
-        if causal:
-            weights = jnp.tril(weights, k.shape[0] - q.shape[0])
-        return (weights @ v / (weights.sum(-1, keepdims=True) + EPSILON)).astype(v.dtype)
+    def _map(self, x, at, length, own, which: int):
+        """phi of queries (which = 0) or keys (1) at positions, and the logarithm of its scale, None where that is 1."""
+        if own is not None:
+            x = jnp.dot(x, own[which], **EXACT)
+        match self.features:
+            case "elu":
+                return elu(x), None
+            case "relu":
+                return jax.nn.relu(x), None
+            case "dpfp":
+                return dpfp(x, self.nu), None
+            case "taylor":
+                return taylor(x * x.shape[-1] ** -0.25), None
+            case "cosformer":
+                return turned(x, at, length), None
+            case "hedgehog":
+                return exponential(jnp.concatenate([x, -x], -1))
+        x = x.astype(jnp.float32)
+        return (jnp.exp(jnp.clip(x, -CLIP, CLIP)) if which else jax.nn.softmax(x, -1)), None
+
+    def reference(self, q, k, v, *, real=None, causal, maps=None):
+        T, S = q.shape[0], k.shape[0]
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        seen = (keys <= at) | (not causal) if real is None else ((keys <= at) | (not causal)) & real
+        if self.features == "softmax":
+            weights = jnp.exp(jnp.clip(k, -CLIP, CLIP)) * seen[..., None]  # (T, S, H)
+            total = weights.sum(1, keepdims=True)
+            weights = weights / jnp.where(total > 0, total, 1)
+            return jnp.einsum("tf,tsf,sh->th", jax.nn.softmax(q, -1), weights, v).astype(v.dtype)
+        weights = self._weights(q, k, jnp.maximum(at, S - max(self.size.length, S)) - keys, maps) * seen
+        epsilon = 0 if self.features == "hedgehog" else EPSILON
+        total = weights.sum(-1, keepdims=True)
+        return (weights @ v / jnp.where(seen.any(-1, keepdims=True), total + epsilon, 1)).astype(v.dtype)
+
+    def _weights(self, q, k, apart, own):
+        """(T, S) unnormalised weights by the definition of the kernel."""
+        if own is not None:
+            q, k = q @ own[0], k @ own[1]
+        dot = lambda q, k: jnp.dot(q, k.T, **EXACT)
+        relu = jax.nn.relu
+        match self.features:
+            case "elu":
+                return dot(jax.nn.elu(q) + 1, jax.nn.elu(k) + 1)
+            case "relu":
+                return dot(relu(q), relu(k))
+            case "dpfp":
+                q, k = (relu(jnp.concatenate([x, -x], -1)) for x in (q, k))
+                i = jnp.arange(2 * self.size.head)
+                before = [(i - shift) % len(i) for shift in range(1, self.nu + 1)]
+                return sum((dot(q * q[:, j], k * k[:, j]) for j in before), jnp.zeros(()))
+            case "taylor":
+                s = dot(q, k) * q.shape[1] ** -0.5
+                return 1 + s + s**2 / 2
+            case "cosformer":
+                length = max(self.size.length, len(k))
+                return dot(relu(q), relu(k)) * jnp.cos(jnp.pi / 2 * apart / length)
+        return 2 * jnp.cosh(q[:, None] + k[None]).sum(-1)  # hedgehog: exp(q + k) + exp(-q - k)
 
     def cost(self, T: int, S: int) -> Cost:
-        H = self.size.head
-        return Cost(flops=2 * H * H * (T + S), memory=max(T, S) * H, state=H * H + H)
+        H, W, F = self.size.head, self.width, self._count()
+        mapped = 0 if self.maps is None else 2 * H * W * (T + S)
+        state = H * F + F + (3 if self.features == "cosformer" else 1)
+        return Cost(flops=2 * H * F * (T + S) + mapped, memory=max(T, S) * max(H, F), state=state)
+
+    def _count(self) -> int:
+        """F, the number of features."""
+        H, W = self.size.head, self.width
+        taylor = 1 + W + W * (W // 2 + 1)
+        return {"dpfp": 2 * H * self.nu, "taylor": taylor, "cosformer": 2 * H, "hedgehog": 2 * W}.get(self.features, H)
 
     def init_state(self, length: int, dtype=jnp.float32):
-        H = self.size.head
-        return {"sum": jnp.zeros((H, H), jnp.float32), "norm": jnp.zeros(H, jnp.float32)}
+        state = {"sums": empty_state(self._count(), self.size.head)}
+        if self.features == "cosformer":
+            state |= {"at": jnp.zeros((), jnp.int32), "length": jnp.asarray(max(self.size.length, length), jnp.int32)}
+        return state
 
-    def step(self, state, q, k, v):
-        q, k = _features(q), _features(k)
-        state = {"sum": state["sum"] + jnp.outer(k, v), "norm": state["norm"] + k}
-        return q @ state["sum"] / (q @ state["norm"] + EPSILON), state
+    def step(self, state, q, k, v, *, maps=None):
+        at, length = state.get("at", 0), state.get("length", 1)
+        q, k = (self._map(x[None], jnp.asarray(at)[None], length, maps, which) for which, x in enumerate((q, k)))
+        sums, out, total = one_more(state["sums"], q[0][0], k[0][0], v, k[1])
+        state = state | {"sums": sums} | ({"at": at + 1} if "at" in state else {})
+        if self.features == "softmax":
+            return (sums[0] @ (q[0][0] / sums[1])).astype(v.dtype), state
+        return _divided(out[None], total[None], k[1])[0].astype(v.dtype), state
 
 
-def _features(x):
-    return jax.nn.elu(x) + 1
+def _divided(out, total, log):
+    return divided(out, total) if log is not None else out / (total + EPSILON)[:, None]
 
 
-def _masked(k, real):
-    return k if real is None else jnp.where(real[:, None], k, 0)
+def _seen_sums(k, T: int, causal: bool):
+    """(T, F) sums of the features of the keys that each query sees, 1 where there are none."""
+    S = k.shape[0]
+    total = jnp.cumsum(k, 0) if causal else k.sum(0, keepdims=True)
+    if causal:
+        total = total[S - T :] if T <= S else jnp.pad(total, ((T - S, 0), (0, 0)))
+    return jnp.where(total > 0, total, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, why_not_decode
-from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, quick_jit
+from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of, quick_jit
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
@@ -114,17 +114,19 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
     shape = jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
     if subject.whole:
         return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], (shape,)
-    heads = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+    heads = [jax.ShapeDtypeStruct((1, T, *heads_of(layer)[name]), jnp.float32) for name in "qkv"]
     x = (shape,) if subject.takes_x else ()
 
     def forward(q, k, v, *x):
         given = {"x": x[0]} if x else {}
         return nnx.merge(graph, variables).mix(q, k, v, causal=causal, key=jax.random.key(0), **given)[0]
 
-    return forward, (heads, heads, heads, *x)
+    return forward, (*heads, *x)
 
 
 def _agree(subject: Subject, what: str, counted, declared, factor: float | None, advice: str) -> None:
+    if not any(counted) and not any(declared):
+        raise NotApplicable(f"it has no {what}, and declares none")
     found, said = fit(LENGTHS, counted), fit(LENGTHS, declared)
     table = ", ".join(
         f"T={T}: {c:.3g} counted, {d:.3g} declared" for T, c, d in zip(LENGTHS, counted, declared, strict=True)

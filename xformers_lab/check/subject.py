@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, _heads
+from xformers_lab.attention._projected import Projected
 from xformers_lab.size import Size
 
 # A prime, so that no window, chunk, block or grid divides it; T below S and above it; a length with many divisors.
@@ -72,13 +73,28 @@ class Result:
 
 
 class Subject:
-    """A mechanism at the kit's sizes. `make(size, small)` builds it, with its options shrunk where `small`."""
+    """A mechanism at the kit's sizes. `make(size, small)` builds it, with its options shrunk where `small`.
 
-    def __init__(self, name: str, make: Callable[[Size, bool], Attention], *, length: int = LENGTH, small: bool = True):
+    Its parameters are moved a little, as training does, unless `initial`: heads whose parameters start equal, or that
+    start as zeros, would hide that they are mistaken for one another or never used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[Size, bool], Attention],
+        *,
+        length: int = LENGTH,
+        small: bool = True,
+        initial: bool = False,
+    ):
         self.name, self.make, self.length, self.small = name, make, length, small
         self.mechanism = self.built(length)
+        graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
+        if not initial:
+            self.mechanism = nnx.merge(graph, _moved(own), rest)
         kind = type(self.mechanism)
-        self.whole = kind.__call__ is not Attention.__call__
+        self.whole = kind.__call__ not in (Attention.__call__, Projected.__call__)
         self.per_head = not self.whole and kind.attend is not Attention.attend
         self.sources = ("x",) if self.whole else ("k", "v")
         self.graph, self.own, self.rest = nnx.split(self.mechanism, nnx.Param, ...)
@@ -137,13 +153,11 @@ class Subject:
         size = self.mechanism.size
         random = np.random.default_rng(seed)  # on the host, where drawing costs no compilation
         draw = lambda *shape: jnp.asarray(random.standard_normal((case.batch, *shape)), jnp.float32)
+        shapes = heads_of(self.mechanism)
         # Keys first: cases that differ in T alone attend to the same.
-        found: dict[str, Any] = {
-            "k": draw(case.S, size.key_heads, size.head),
-            "v": draw(case.S, size.key_heads, size.head),
-        }
+        found: dict[str, Any] = {name: draw(case.S, *shapes[name]) for name in ("k", "v")}
         x = draw(case.S, size.dim)
-        q = draw(max(case.S, case.T), size.heads, size.head)[:, -case.T :]
+        q = draw(max(case.S, case.T), *shapes["q"])[:, -case.T :]
         if self.whole:
             found = {"x": x} if case.T == case.S else {"q": draw(case.T, size.dim), "x": x}
         else:
@@ -171,19 +185,21 @@ class Subject:
 
     def forward(self, own, inputs: dict, real, key, *, causal: bool, method: str):
         """The output alone; raises ValueError where the mechanism refuses."""
-        return self.call(nnx.merge(self.graph, own, self.rest), inputs, real, key, causal=causal, method=method)
+        return self.call(nnx.merge(self.graph, own, self.rest), inputs, real, key, causal=causal, method=method)[0]
 
     def call(self, layer, inputs: dict, real, key, *, causal: bool, method: str = "attend"):
+        """The output and the auxiliary scalars."""
         rest = {"real": real, "causal": causal, "key": key}
         if self.whole:
             with_method = {"method": method} if method != "attend" else {}
-            if "q" in inputs:
-                return layer(inputs["q"], inputs["x"], **rest, **with_method)[0]
-            return layer(inputs["x"], **rest, **with_method)[0]
+            sources = (inputs["q"], inputs["x"]) if "q" in inputs else (inputs["x"],)
+            out, _, aux = layer(*sources, **rest, **with_method)
+            return out, aux
         rest |= {name: inputs.get(name) for name in ("x", "x_q", "bias")}
         if method != "attend":
             rest["method"] = method
-        return layer.mix(inputs["q"], inputs["k"], inputs["v"], **rest)[0]
+        out, _, aux = layer.mix(inputs["q"], inputs["k"], inputs["v"], **rest)
+        return out, aux
 
     def refusal(self, case: Case) -> str | None:
         """Why the mechanism refuses a kind of call, None where it does not: a ValueError that it raises itself."""
@@ -198,7 +214,17 @@ class Subject:
             return None
         return None
 
-    def apply(self, case: Case, inputs: dict, *, real=None, cotangent=None, method: str = "attend", loop: bool = False):
+    def apply(
+        self,
+        case: Case,
+        inputs: dict,
+        *,
+        real=None,
+        cotangent=None,
+        method: str = "attend",
+        loop: bool = False,
+        training: bool = True,
+    ):
         """-> Result of `inputs` with the case's padding; cotangent (of the output's shape) defaults to a random one."""
         real = self.real(case) if real is None else real
         run = self._run(case.causal, method, loop)
@@ -206,14 +232,15 @@ class Subject:
             cotangent = self.cotangent(case, inputs)
         mapped = heads_in_a_loop() if loop else contextlib.nullcontext()
         with jax.default_matmul_precision("highest"), mapped:
-            return Result(*run(self.own, inputs, real, jax.random.key(1), cotangent))
+            return Result(*run(self.own, inputs, real, jax.random.key(1) if training else None, cotangent))
 
     def cotangent(self, case: Case, inputs: dict, rows: slice | int = slice(None)):
         """A random gradient of the output, zero but in some rows (positions of queries)."""
         like = inputs.get("q", inputs.get("x"))
         assert like is not None
-        whole = np.random.default_rng(5).standard_normal(like.shape)
-        kept = np.zeros(like.shape)
+        shape = like.shape if self.whole else (*like.shape[:3], self.mechanism.size.head)
+        whole = np.random.default_rng(5).standard_normal(shape)
+        kept = np.zeros(shape)
         kept[:, rows] = whole[:, rows]
         return jnp.asarray(kept, like.dtype)
 
@@ -258,11 +285,31 @@ class Subject:
         return found + [case for case in tall if self.refusal(case) is None]
 
 
-def quick_jit(function):
+def _moved(own):
+    """Parameters with noise of a tenth of their size, or of 0.1 where they are all zero."""
+    random = np.random.default_rng(7)
+
+    def one(leaf):
+        size = float(jnp.sqrt(jnp.mean(leaf**2))) if leaf.size else 0.0
+        return leaf + jnp.asarray(0.1 * (size or 1.0) * random.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(one, own)
+
+
+def quick_jit(function, **options):
     """jax.jit with the cheapest machine code on CPU: the kit runs a program a few times, so most of its time would be
     the compiler's. What XLA makes of the program is the same."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
+    return jax.jit(function, **options, compiler_options=quick if jax.default_backend() == "cpu" else None)
+
+
+def heads_of(mechanism: Attention) -> dict[str, tuple[int, ...]]:
+    """Shapes of one position's q, k and v, as `mix` takes them."""
+    if isinstance(mechanism, Projected):
+        return dict(zip("qkv", mechanism.shapes(), strict=True))
+    size = mechanism.size
+    keys = (size.key_heads, size.head)
+    return {"q": (size.heads, size.head), "k": keys, "v": keys}
 
 
 @contextlib.contextmanager

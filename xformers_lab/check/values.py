@@ -1,5 +1,6 @@
 """Properties of what a mechanism computes: the signature it declares, its values, its gradients, its number types."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -13,6 +14,7 @@ from xformers_lab.attention import GIVEN, KINDS, Attention, stated
 from xformers_lab.attention.full import Full
 from xformers_lab.check.subject import (
     KEY_HEADS,
+    LENGTH,
     LONG,
     SHORT,
     Broken,
@@ -48,6 +50,15 @@ def signature(subject: Subject) -> None:
             if True in subject.modes
             else f'it refuses to be causal ({subject.refusals[True]}): say why in the docstring, "Not causal: reason"'
         )
+    first, last = subject.modes[0], subject.modes[-1]
+    tall = [Case(SHORT, LENGTH, first), Case(LENGTH, SHORT, last)]
+    refused = next((reason for case in tall if (reason := subject.refusal(case))), None)
+    if bool(stated(kind, "Not cross")) != bool(refused):
+        raise Broken(
+            f'it refuses other numbers of queries than of keys ({refused}): say why, "Not cross: reason"'
+            if refused
+            else 'the docstring says why it is "Not cross: ...", but it takes other numbers of queries than of keys'
+        )
     if not subject.per_head:
         return
     own, tokens = subject.mechanism.per_head(), subject.tokens()
@@ -78,12 +89,20 @@ def signature(subject: Subject) -> None:
         subject.mechanism.init_carry(4, 4)
 
 
-def _has_reference(subject: Subject) -> None:
+def _methods(subject: Subject) -> tuple[str, ...]:
+    """Which of attend and reference a call can ask for; a mix that hands on `**given` takes what it stands before."""
     kind = type(subject.mechanism)
-    if subject.whole and "method" not in inspect.signature(kind.__call__).parameters:
+    parameters = inspect.signature(kind.__call__ if subject.whole else kind.mix).parameters.values()
+    asked = any(parameter.name == "method" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return ("attend", "reference") if asked else ("attend",)
+
+
+def _has_reference(subject: Subject) -> None:
+    if "reference" in _methods(subject):
+        return
+    if subject.whole:
         raise NotApplicable('it overrides __call__ without `method="attend"`, so there is no reference to compare with')
-    if not subject.whole and "method" not in inspect.signature(kind.mix).parameters:
-        raise Broken('its mix takes no `method="attend"`: with method="reference" it gives the same by definition')
+    raise Broken('its mix takes no `method="attend"`: with method="reference" it gives the same by definition')
 
 
 def equals_reference(subject: Subject) -> None:
@@ -101,7 +120,8 @@ def full_in_the_limit(subject: Subject) -> None:
     options = type(subject.mechanism).limit(subject.length)
     if options is None:
         raise NotApplicable("it has no limit in which it is full attention, or declares none: limit(length)")
-    one = Subject(subject.name, lambda size, small: type(subject.mechanism)(size, **options, rngs=nnx.Rngs(0)))
+    make = lambda size, small: type(subject.mechanism)(size, **options, rngs=nnx.Rngs(0))
+    one = Subject(subject.name, make, length=subject.length, initial=True)
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     for causal in one.modes:
         case = one.square(causal)
@@ -139,8 +159,20 @@ def several_blocks(subject: Subject) -> None:
     compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "Look at where two blocks meet.")
 
 
+def shortest(subject: Subject) -> None:
+    """A sequence of one position, in a model built for one: attend gives what reference gives, all of it finite."""
+    _has_reference(subject)
+    one = Subject(subject.name, subject.make, length=1)
+    case = Case(1, 1, one.modes[0], biased=one.takes_bias)
+    fast, slow = one.result(case), one.result(case, "reference")
+    advice = "Look at divisions by T - 1, at blocks larger than the sequence, at sizes that are made of the length."
+    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", advice)
+    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice)
+
+
 def end_aligned(subject: Subject) -> None:
-    """The last t queries alone, against all keys, give the last t rows of the pass: query t stands at S - T + t."""
+    """The last t queries alone, against all keys, give the last t rows of the pass, for query t stands at S - T + t;
+    queries in front of the first key change nothing behind them, and causally see nothing."""
     for causal in subject.modes:
         case = subject.square(causal)
         tail = Case(SHORT, case.S, causal, biased=case.biased)
@@ -153,6 +185,18 @@ def end_aligned(subject: Subject) -> None:
             "With fewer queries than keys, query t stands at position S - T + t, for causality, windows and bias alike."
         )
         compare(subject.apply(tail, inputs).out, expected, VALUE, f"the last {SHORT} queries alone ({tail})", advice)
+    case = subject.square(subject.modes[0])
+    tall = dataclasses.replace(case, T=case.S + SHORT)
+    if subject.refusal(tall):
+        return
+    inputs, more = subject.inputs(case), subject.inputs(tall)
+    queries = {"q": inputs["x" if subject.whole else "q"]} | ({"x_q": inputs["x"]} if "x_q" in more else {})
+    inputs |= {name: jnp.concatenate([more[name][:, :SHORT], last], 1) for name, last in queries.items()}
+    out = subject.apply(tall, inputs).out
+    advice = "With more queries than keys, the first T - S queries stand before the first key."
+    compare(out[:, SHORT:], subject.result(case).out, VALUE, f"{SHORT} queries more, in front ({tall})", advice)
+    if case.causal and not subject.whole and np.abs(out[:, :SHORT]).max() > 1e-6:
+        raise Broken(f"queries that stand before the first key see something ({tall}), but must give 0. {advice}")
 
 
 def grouped_query(subject: Subject) -> None:
@@ -179,6 +223,64 @@ def heads_apart(subject: Subject) -> None:
     advice = "attend must be a pure function of one head: no global state, no look at other heads or samples."
     compare(apart.out, together.out, VALUE, f"heads in a loop against heads in a batch ({case})", advice)
     compare_trees(apart.grads["inputs"], together.grads["inputs"], GRADIENT, str(case), advice)
+
+
+def samples_apart(subject: Subject) -> None:
+    """Outside training, the other sequences of a batch change nothing."""
+    if subject.per_head:
+        raise NotApplicable("the lab maps it over samples, so it sees one at a time")
+    case = Case(SHORT, SHORT, subject.modes[0])
+    case = subject.square(subject.modes[0]) if subject.refusal(case) else case
+    inputs = subject.inputs(case)
+    others = {name: x if name == "bias" else x.at[1:].multiply(-3.0) for name, x in inputs.items()}
+    first, second = (subject.apply(case, each, training=False).out[:1] for each in (inputs, others))
+    advice = "Statistics of a batch belong into an nnx.Variable, updated in training alone."
+    compare(second, first, VALUE, f"sample 0 when the other samples change ({case})", advice)
+
+
+def auxiliary(subject: Subject) -> None:
+    """Auxiliary scalars: attend gives those that reference gives, finite with their gradients, and padding has none."""
+    case = subject.square(subject.modes[0])
+    inputs, real, key = subject.inputs(case), subject.real(case), jax.random.key(1)
+
+    def scalars(own, inputs, real, method):
+        layer = nnx.merge(subject.graph, own, subject.rest)
+        return subject.call(layer, inputs, real, key, causal=case.causal, method=method)[1]
+
+    def run(own, inputs, real, method):
+        found, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, real, method), own, inputs)
+        return found, dict(zip(("own", "inputs"), pull(jax.tree.map(jnp.ones_like, found)), strict=True))
+
+    shapes = jax.eval_shape(lambda own, inputs: scalars(own, inputs, real, "attend"), subject.own, inputs)
+    if not shapes:
+        raise NotApplicable("it gives no auxiliary scalars")
+    if wrong := {name: leaf.shape for name, leaf in shapes.items() if leaf.shape}:
+        raise Broken(f"auxiliary values are scalars; these have shapes: {wrong}")
+    compiled = quick_jit(run, static_argnames="method")
+    with jax.default_matmul_precision("highest"):
+        fast, grads = jax.tree.map(np.asarray, compiled(subject.own, inputs, real, method="attend"))
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"value": fast, "gradient": grads}):
+        if not np.isfinite(leaf).all():
+            name = jax.tree_util.keystr(path, simple=True, separator=" ")
+            raise Broken(f"an auxiliary scalar is not finite where a sample is all padding ({case}): {name}")
+    for name in [name for name in ("q", "k", "v", "x") if name in inputs]:
+        leak = np.abs(grads["inputs"][name]).max(tuple(range(2, inputs[name].ndim))) * ~np.asarray(real)
+        if leak.any():
+            raise Broken(
+                f"auxiliary scalars depend on {name} at positions that are padding ({case}): derivative "
+                f"{leak.max():.1e} instead of exactly 0. Take means over what `real` marks"
+            )
+    if "reference" not in _methods(subject):
+        return
+    with jax.default_matmul_precision("highest"):
+        slow, expected = jax.tree.map(np.asarray, compiled(subject.own, inputs, real, method="reference"))
+    if fast.keys() != slow.keys():
+        raise Broken(f"attend gives the scalars {sorted(fast)}, reference {sorted(slow)}: they must be the same")
+    advice = "An auxiliary loss trains the model like any other: both forms must give the same."
+    for name in fast:
+        compare(fast[name][None], slow[name][None], VALUE, f'the scalar "{name}" ({case})', advice)
+    for part in ("inputs", "own"):
+        compare_trees(_plain(grads[part]), _plain(expected[part]), GRADIENT, f"auxiliary scalars ({case})", advice)
 
 
 def jit_equals_eager(subject: Subject) -> None:
@@ -329,9 +431,12 @@ PROPERTIES = [
     same_gradients,
     full_in_the_limit,
     several_blocks,
+    shortest,
     end_aligned,
     grouped_query,
     heads_apart,
+    samples_apart,
+    auxiliary,
     jit_equals_eager,
     no_retrace,
     bfloat16,

@@ -58,7 +58,7 @@ def scores(q, k, bias=None):
 def softmax(s, seen, v):
     """softmax(s) @ v over the seen keys; a row that sees none gives zeros."""
     s = jnp.where(seen, s, MASKED)
-    p = jnp.exp(s - jnp.maximum(s.max(-1, keepdims=True), EMPTY))
+    p = jnp.exp(s - lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY)))
     p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
     return jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(v.dtype)
 

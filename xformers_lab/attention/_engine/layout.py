@@ -1,40 +1,58 @@
-"""From a pattern to the blocks it touches: computed on the host, once per shape, never a T x S array."""
+"""From a pattern to the blocks it touches: computed on the host, once per shape, never a T x S array.
+
+Only pairs of blocks that the pattern's spans name are looked at; those that are live are lists, a row of blocks after
+the other, so memory and time are those of the live blocks.
+"""
 
 import dataclasses
 import functools
 
 import numpy as np
 
-from xformers_lab.attention._engine.pattern import DEAD, MIXED, WHOLE, Pattern
+from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
+from xformers_lab.attention._engine.order import PAD, runs
 
 # A row is padded to a multiple of an eighth of the widest row, so that a layout compiles to at most eight loops.
 GROUPS = 8
-# Marks padding in a list of positions; queries before the first key have negative positions, so -1 would not do.
-PAD = -(1 << 30)
-# A band is run as one diagonal of equal rows, its ends padded, where that computes at most this much more.
-PADDED_BAND = 1.25
+# Rows are run together, their ends padded, where that computes at most this much more than what is live.
+PADDED = 1.25
+# Rows of at most so many scores are too small to be run one at a time, and rows this much wider than most are.
+NARROW, WIDER = 1 << 17, 1.5
+# Rows that are worth running together, and pieces that rows may come in.
+FEW, PIECES = 4, 4
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
+# Pairs of blocks looked at together.
+AT_ONCE = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Query blocks that touch equally many key blocks.
+    """Query blocks that are run alike, each against equally many key blocks: its own and those that all of them share.
 
-    rows (R,): the query blocks. columns (R, M): their key blocks. run: columns are M neighbours starting at
-    columns[:, 0]. whole: every pair in every block is live, no predicate is needed.
+    rows (R,): the query blocks. own (R, M): key blocks of each row. shared (F,): key blocks of every row. run: own ones
+    are M neighbours starting at own[:, 0]. whole: no predicate is needed. own_live (R, M), shared_live (R, F): the blocks
+    that count; None: all do, or the predicate tells.
+
+    Batched groups are computed many rows at once, the others row by row. offsets: the rows are neighbours, and row r's
+    first own blocks are r + offset for each of these.
     """
 
     rows: np.ndarray
-    columns: np.ndarray
-    run: bool
-    whole: bool
+    own: np.ndarray
+    run: bool = False
+    whole: bool = False
+    own_live: np.ndarray | None = None
+    batched: bool = False
+    offsets: tuple[int, ...] = ()
+    shared: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    shared_whole: bool = True
+    shared_live: np.ndarray | None = None
 
     @property
-    def diagonal(self) -> bool:
-        """Neighbouring rows, each one's run a block further than the last one's: a band, or blocks of their own."""
-        ahead = self.run and len(self.rows) > 1
-        return ahead and bool((np.diff(self.rows) == 1).all() and (np.diff(self.columns[:, 0]) == 1).all())
+    def width(self) -> int:
+        """Key blocks that each row is computed against."""
+        return self.own.shape[1] + len(self.shared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,16 +60,33 @@ class Part:
     """One pattern in one order of positions.
 
     queries (blocks of queries, flat) and keys (likewise) hold positions in the natural order, PAD where a block
-    is padded; natural: apart from `lead` blocks of padded keys in front, they are 0, 1, 2, ... (for queries, S - T and
-    on), so nothing is gathered. Columns of groups count the leading blocks.
+    is padded. natural_queries and natural_keys: apart from `lead` blocks of padded keys in front, they are 0, 1, 2, ...
+    (for queries, S - T and on), so nothing is gathered. Columns of groups count the leading blocks.
     """
 
     pattern: Pattern
     queries: np.ndarray
     keys: np.ndarray
-    natural: bool
+    natural_queries: bool
+    natural_keys: bool
     lead: int
     groups: tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Live:
+    """Blocks that are not dead, a row after the other and each row's in order: three arrays of equal length."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    state: np.ndarray
+
+    def where(self, chosen) -> "Live":
+        return Live(self.rows[chosen], self.columns[chosen], self.state[chosen])
+
+    def of_rows(self, rows: np.ndarray) -> "Live":
+        """Those of some rows."""
+        return self.where(np.isin(self.rows, rows))
 
 
 @functools.lru_cache(maxsize=256)
@@ -63,104 +98,200 @@ def layout(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> tupl
 def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> int:
     """Query-key pairs that the engine computes: live blocks, with the padding of rows, times the size of a block."""
     parts = layout(pattern, T, S, block_q, block_k)
-    blocks = sum(group.columns.size for part in parts for group in part.groups)
+    blocks = sum(len(group.rows) * group.width for part in parts for group in part.groups)
     return blocks * block_q * block_k
 
 
 def _part(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Part:
-    natural = pattern.stride == 1
-    keys, key_class = _ordered(0, S, pattern.stride, block_k)
-    queries, query_class = _ordered(S - T, S, pattern.stride, block_q)
-    q, k = queries.reshape(-1, block_q), keys.reshape(-1, block_k)
-    bounds = [*_bounds(q), *_bounds(k)]
-    state = pattern.extent(bounds[0][:, None], bounds[1][:, None], bounds[2][None], bounds[3][None])
-    if not natural:
-        # A rectangle in natural order says nothing about one residue: only equal residues can be live.
-        state = np.where(query_class[:, None] == key_class[None], MIXED, DEAD).astype(np.int8)
-    padded_k = (k == PAD).any(1)
-    state = np.where(padded_k[None] & (state == WHOLE), MIXED, state)
-    _evaluate(pattern, q, k, state)
-    # Rows of padded queries alone touch nothing; a padded query inside a block is computed and thrown away.
-    lead, tail, band = _band(state) if natural else (0, 0, None)
+    order = pattern.order
+    queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
+    live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
+    natural = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
+    groups, lead, tail = _groups(live, len(keys) // block_k, block_q * block_k)
     keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
-    return Part(pattern, queries, keys, natural, lead, (band,) if band is not None else _groups(state))
+    in_order = np.array_equal(queries[:T], np.arange(S - T, S))
+    return Part(pattern, queries, keys, in_order, natural, lead, groups)
 
 
-def _ordered(start: int, stop: int, stride: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions start..stop-1 by residue, each padded to whole blocks with PAD; and the residue of every block."""
-    lists = [np.arange(start + (r - start) % stride, stop, stride) for r in range(stride)]
-    size = -(-max(map(len, lists)) // block) * block
-    padded = [np.pad(found, (0, size - len(found)), constant_values=PAD) for found in lists]
-    return np.concatenate(padded).astype(np.int32), np.repeat(np.arange(stride), size // block)
+# ---- which blocks are live -----------------------------------------------------------------------------------------
 
 
-def _bounds(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    high = blocks.max(1)
-    return np.where(blocks == PAD, high[:, None], blocks).min(1).astype(np.int64), high.astype(np.int64)
+def _live(pattern: Pattern, q: np.ndarray, k: np.ndarray, S: int) -> Live:
+    order = pattern.order
+    q_runs, k_runs = runs(order, q.reshape(-1), q.shape[1]), runs(order, k.reshape(-1), k.shape[1])
+    rows = np.nonzero(q_runs.high != PAD)[0]
+    spans = []
+    for first, last in pattern.spans(q_runs.low[rows], q_runs.high[rows]):
+        first, last = np.maximum(first, 0), np.minimum(last, S - 1)
+        empty = first > last
+        begin, end = order.find(q_runs[rows], np.where(empty, 0, first), np.where(empty, 0, last), S, k.shape[1])
+        spans.append((begin, np.where(empty, begin - 1, np.minimum(end, len(k) - 1))))
+    counts = np.sum([np.maximum(end - begin + 1, 0) for begin, end in spans], 0)
+    found, cuts = [], np.searchsorted(np.cumsum(counts), np.arange(AT_ONCE, counts.sum(), AT_ONCE))
+    for some in np.split(np.arange(len(rows)), np.unique(cuts)):
+        i, j = _expanded(rows[some], [(begin[some], end[some]) for begin, end in spans], len(k))
+        there = k_runs.high[j] != PAD
+        i, j = i[there], j[there]
+        state = pattern.state(q_runs[i], k_runs[j])
+        found.append(Live(i, j, state).where(state != DEAD))
+    live = Live(*(np.concatenate([getattr(each, name) for each in found]) for name in ("rows", "columns", "state")))
+    padded = (k == PAD).any(1)
+    live = Live(live.rows, live.columns, np.where(padded[live.columns] & (live.state == WHOLE), MIXED, live.state))
+    return _evaluated(pattern, q, k, live)
 
 
-def _evaluate(pattern: Pattern, q: np.ndarray, k: np.ndarray, state: np.ndarray) -> None:
-    """Settle mixed blocks by their predicate, in place."""
-    rows, columns = np.nonzero(state == MIXED)
-    each = q.shape[1] * k.shape[1]
-    if len(rows) * each > EVALUATED:
-        return
-    step = max(1, (1 << 22) // each)
-    for at in range(0, len(rows), step):
-        i, j = rows[at : at + step], columns[at : at + step]
-        qi, kj = q[i][:, :, None], k[j][:, None, :]
-        seen = pattern(qi, kj) & (kj != PAD)
-        asked = qi != PAD
-        dead = ~(seen & asked).any((1, 2))
-        whole = (seen | ~asked).all((1, 2))
-        state[i[dead], j[dead]] = DEAD
-        state[i[whole & ~dead], j[whole & ~dead]] = WHOLE
+def _expanded(rows: np.ndarray, spans: list, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every (row, column) of some spans of columns, once, in order."""
+    i, j = [], []
+    for begin, end in spans:
+        count = np.maximum(end - begin + 1, 0)
+        i.append(np.repeat(rows, count))
+        j.append(np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - begin, count))
+    if len(spans) == 1:
+        return i[0], j[0]
+    code = np.unique(np.concatenate(i).astype(np.int64) * columns + np.concatenate(j))
+    return code // columns, code % columns
 
 
-def _band(state: np.ndarray) -> tuple[int, int, Group | None]:
-    """One diagonal group for a band of blocks, and the blocks of padding it needs before and after the keys."""
-    rows, columns = np.nonzero(state != DEAD)
-    if len(rows) == 0 or len(np.unique(rows)) < max(2, len(state)):
-        return 0, 0, None
-    low, high = int((columns - rows).min()), int((columns - rows).max())
-    size = high - low + 1
-    if size * len(state) > PADDED_BAND * len(rows):
-        return 0, 0, None
-    lead, tail = max(0, -low), max(0, len(state) - 1 + high - (state.shape[1] - 1))
-    first = np.arange(len(state)) + low + lead
-    group = Group(
-        np.arange(len(state), dtype=np.int32), (first[:, None] + np.arange(size)).astype(np.int32), True, False
-    )
-    return lead, tail, group
+def _evaluated(pattern: Pattern, q: np.ndarray, k: np.ndarray, live: Live) -> Live:
+    """Mixed blocks settled by their predicate."""
+    mixed, each = np.nonzero(live.state == MIXED)[0], q.shape[1] * k.shape[1]
+    if len(mixed) * each > EVALUATED:
+        return live
+    state, step = live.state.copy(), max(1, AT_ONCE // each)
+    for at in range(0, len(mixed), step):
+        some = mixed[at : at + step]
+        qi, kj = q[live.rows[some]][:, :, None], k[live.columns[some]][:, None, :]
+        seen, asked = pattern(qi, kj) & (kj != PAD), qi != PAD
+        # A padded query inside a block is computed and thrown away.
+        state[some[~(seen & asked).any((1, 2))]] = DEAD
+        state[some[(seen | ~asked).all((1, 2))]] = WHOLE
+    return Live(live.rows, live.columns, state).where(state != DEAD)
 
 
-def _groups(state: np.ndarray) -> tuple[Group, ...]:
-    count = (state != DEAD).sum(1)
-    widest = max(int(count.max()), 1)
-    quantum = -(-widest // GROUPS)
-    width = np.minimum(-(-np.maximum(count, 1) // quantum) * quantum, state.shape[1])
-    groups = []
-    for size in np.unique(width[count > 0]):
-        rows = np.nonzero((width == size) & (count > 0))[0]
-        first = np.array([np.nonzero(state[r])[0][0] for r in rows])
-        last = np.array([np.nonzero(state[r])[0][-1] for r in rows])
-        run = bool((last - first < size).all())
-        if run:
-            start = np.minimum(first, state.shape[1] - size)
-            columns = start[:, None] + np.arange(size)[None]
+# ---- how they are run ----------------------------------------------------------------------------------------------
+
+
+def _groups(live: Live, columns: int, each: int) -> tuple[tuple[Group, ...], int, int]:
+    """Groups of rows, and the blocks of padding that their offsets need before and after the keys.
+
+    columns: how many key blocks there are. each: pairs in one block.
+    """
+    if len(live.rows) == 0:
+        return (), 0, 0
+    counts = np.bincount(live.rows)
+    rows = np.nonzero(counts)[0]
+    wide = counts[rows] > WIDER * np.median(counts[rows])
+    alike, batched, rest = rows[~wide], [], [rows[wide]]
+    pieces = np.split(alike, np.nonzero(np.diff(alike) != 1)[0] + 1)
+    for piece in pieces:
+        group = _batched(live.of_rows(piece), piece, each) if len(pieces) <= PIECES else None
+        if group is None:
+            rest.append(piece)
         else:
-            # Short rows repeat key blocks that are dead for them: the predicate masks those, so nothing counts twice.
-            columns = np.stack([_padded(state[r], size) for r in rows])
-        whole = (state[rows[:, None], columns] == WHOLE).all(1)
+            batched.append(group)
+    ends = [row + offset for group in batched for offset in group.offsets for row in group.rows[[0, -1]]]
+    lead, tail = max(0, -min(ends, default=0)), max(0, max(ends, default=0) - columns + 1)
+    looped = _looped(live.of_rows(np.concatenate(rest)), columns, each)
+    return tuple(_moved(group, lead) for group in (*batched, *looped)), lead, tail
+
+
+def _moved(group: Group, lead: int) -> Group:
+    """Key blocks counted from `lead` blocks further ahead."""
+    moved = {"own": group.own + lead, "shared": group.shared + lead, "offsets": tuple(o + lead for o in group.offsets)}
+    return dataclasses.replace(group, **moved) if lead else group
+
+
+def _batched(live: Live, rows: np.ndarray, each: int) -> Group | None:
+    """One group of neighbouring rows, where hardly more is computed than is live: what most of them see at the same
+    distance, what most of them see at the same place, and for each row what is left."""
+    R, total = len(rows), len(live.rows)
+    if R < 2:
+        return None
+    apart = live.columns - live.rows
+    low, high = int(apart.min()), int(apart.max())
+    if (high - low + 1) * R <= PADDED * total:
+        return _assigned(live, rows, np.arange(low, high + 1), np.zeros(0, np.int64), 0)
+    if R < FEW or each * total > NARROW * R:
+        return None
+    shared = np.nonzero(2 * np.bincount(live.columns) >= R)[0]
+    left = live.where(~np.isin(live.columns, shared))
+    distances, counts = np.unique(left.columns - left.rows, return_counts=True)
+    offsets = distances[2 * counts >= R]
+    left = left.where(~np.isin(left.columns - left.rows, offsets))
+    further = int(np.bincount(left.rows).max(initial=0))
+    if R * (len(shared) + len(offsets) + further) > PADDED * total:
+        return None
+    return _assigned(live, rows, offsets, shared, further)
+
+
+def _assigned(live: Live, rows: np.ndarray, offsets: np.ndarray, shared: np.ndarray, further: int) -> Group:
+    """A batched group of neighbouring rows: blocks at these offsets, shared ones, and up to `further` others."""
+    row, R, O = live.rows - rows[0], len(rows), len(offsets)
+    is_shared = np.isin(live.columns, shared)
+    at_offset = ~is_shared & np.isin(live.columns - live.rows, offsets)
+    other = ~is_shared & ~at_offset
+    own = np.concatenate([rows[:, None] + offsets, np.zeros((R, further), np.int64)], 1)
+    own_live, shared_live = np.zeros(own.shape, bool), np.zeros((R, len(shared)), bool)
+    own_live[row[at_offset], np.searchsorted(offsets, (live.columns - live.rows)[at_offset])] = True
+    shared_live[row[is_shared], np.searchsorted(shared, live.columns[is_shared])] = True
+    place = O + _places(row[other])
+    own[row[other], place], own_live[row[other], place] = live.columns[other], True
+    whole, shared_whole = ((live.state[chosen] == WHOLE).all() for chosen in (~is_shared, is_shared))
+    # A predicate masks what is dead, but not what counts elsewhere in its row.
+    masked = not whole and not further and not len(shared)
+    return Group(
+        rows.astype(np.int32),
+        own.astype(np.int32),
+        whole=bool(whole),
+        own_live=None if masked or own_live.all() else own_live,
+        batched=True,
+        offsets=tuple(offsets.tolist()),
+        shared=shared.astype(np.int32),
+        shared_whole=bool(shared_whole),
+        shared_live=None if not shared_whole or shared_live.all() else shared_live,
+    )
+
+
+def _places(rows: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... within each stretch of equal numbers."""
+    starts = np.nonzero(np.diff(rows, prepend=-1))[0]
+    return np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+
+
+def _looped(live: Live, columns: int, each: int) -> list[Group]:
+    """Groups of rows of (nearly) equally many blocks; where those are narrow, they are gathered and batched."""
+    if len(live.rows) == 0:
+        return []
+    rows, starts, counts = np.unique(live.rows, return_index=True, return_counts=True)
+    quantum = -(-int(counts.max()) // GROUPS)
+    width = np.minimum(-(-counts // quantum) * quantum, columns)
+    groups = []
+    for size in np.unique(width).tolist():
+        chosen = width == size
+        some = live.of_rows(rows[chosen])
+        first, last = live.columns[starts[chosen]], live.columns[(starts + counts - 1)[chosen]]
+        run = bool((last - first < size).all())
+        R, row = int(chosen.sum()), np.repeat(np.arange(chosen.sum()), counts[chosen])
+        state = np.full((R, size), DEAD, np.int8)
+        if run:
+            own = np.minimum(first, columns - size)[:, None] + np.arange(size)
+            state[row, some.columns - own[row, 0]] = some.state
+        else:
+            own, place = np.zeros((R, size), np.int64), _places(row)
+            own[row, place], state[row, place] = some.columns, some.state
+        whole = ((state == WHOLE) | ((state == DEAD) & (not run))).all(1)
         for flag in (True, False):
-            if (whole == flag).any():
+            if (same := whole == flag).any():
+                dead = not run and bool((state[same] == DEAD).any())
                 groups.append(
-                    Group(rows[whole == flag].astype(np.int32), columns[whole == flag].astype(np.int32), run, flag)
+                    Group(
+                        rows[chosen][same].astype(np.int32),
+                        own[same].astype(np.int32),
+                        run=run,
+                        whole=flag,
+                        own_live=state[same] != DEAD if dead else None,
+                        batched=int(same.sum()) >= FEW and size * each <= NARROW,
+                    )
                 )
-    return tuple(groups)
-
-
-def _padded(row: np.ndarray, size: int) -> np.ndarray:
-    """The live key blocks of a row, filled up to `size` with dead ones."""
-    live, dead = np.nonzero(row != DEAD)[0], np.nonzero(row == DEAD)[0]
-    return np.sort(np.concatenate([live, dead[: size - len(live)]]))
+    return groups

@@ -1,0 +1,147 @@
+"""Feature maps of the linear family, and the sums over keys whose weights are dot products of features.
+
+A map takes q or k (T, H) to features (T, F); the weight of key s for query t is phi(q_t) . phi(k_s). Maps that are
+exponentials give their features relative to the position's largest, with its logarithm apart: where a key's size is
+compared with that of other keys, it is with keys the query sees, so that no later key is felt, not even by rounding.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xformers_lab.attention._engine.recurrence import linear_recurrence
+
+EXACT = {"preferred_element_type": jnp.float32}
+# The logarithm of a key that is not there; finite, so that the difference of two is 0.
+NOTHING = -1e30
+# Sums of weights below this are none: features that all but miss each other.
+TINY = 1e-28
+
+
+# ---- maps --------------------------------------------------------------------------------------------------------
+
+
+def elu(x):
+    return jax.nn.elu(x) + 1
+
+
+def dpfp(x, nu: int):
+    """Products of every channel of relu([x, -x]) with those 1 .. nu before it: 2 H nu features."""
+    both = jax.nn.relu(jnp.concatenate([x, -x], -1))
+    return jnp.concatenate([both * jnp.roll(both, shift, -1) for shift in range(1, nu + 1)], -1)
+
+
+def taylor(x):
+    """phi(q) . phi(k) = 1 + q . k + (q . k)^2 / 2, each product of two channels once: 1 + H + H (H // 2 + 1) features.
+
+    Channel i is multiplied by channel i + j modulo H for j up to H / 2: slices, where an upper triangle is a gather.
+    """
+    T, H = x.shape
+    twice, half = jnp.concatenate([x, x], -1), H // 2
+    pairs = jnp.stack([x * twice[:, shift : shift + H] for shift in range(half + 1)], 1)
+    # Squares count half; so do the pairs half a turn apart, which come twice.
+    weight = np.where((np.arange(half + 1) == 0) | (2 * np.arange(half + 1) == H), 0.5**0.5, 1)
+    pairs = pairs * jnp.asarray(weight, x.dtype)[:, None]
+    return jnp.concatenate([jnp.ones((T, 1), x.dtype), x, pairs.reshape(T, -1)], -1)
+
+
+def turned(x, at, length: int):
+    """relu(x) times the cosine and the sine of its position's angle: weights fall as cos(pi (i - j) / 2 length)."""
+    angle = (jnp.pi / 2 / length * at)[:, None]
+    x = jax.nn.relu(x)
+    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], -1).astype(x.dtype)
+
+
+def exponential(e):
+    """exp(e) as features of at most 1 and the logarithm (T,) of what they are to be multiplied by."""
+    log = lax.stop_gradient(e.max(-1))
+    return jnp.exp(e - log[:, None]), log
+
+
+# ---- sums --------------------------------------------------------------------------------------------------------
+
+
+def sums(q, k, v, *, real, causal: bool, chunk: int, log=None):
+    """sum_s w_ts v_s and sum_s w_ts in float32, over all real keys or those up to the query's position S - T + t.
+
+    w_ts = q_t . k_s, or where `log` (S,) is given q_t . k_s exp(log_s - c_t) with c_t the largest log that t sees.
+    """
+    if real is not None:
+        k = jnp.where(real[:, None], k, 0)
+    if log is not None:
+        log = log if real is None else jnp.where(real, log, NOTHING)
+        if causal:
+            return scaled_recurrence(q, k, v, log, chunk=chunk)
+        k = k * jnp.exp(log - log.max())[:, None]
+    if causal:
+        return linear_recurrence(q, k, v, chunk=chunk)
+    # The state as (H, F): XLA:CPU contracts the narrower of two tall matrices faster on the left.
+    state = jnp.dot(v.T, k, **EXACT).astype(q.dtype)
+    return jnp.dot(q, state.T, **EXACT), jnp.dot(q, k.sum(0, dtype=jnp.float32).astype(q.dtype), **EXACT)
+
+
+def scaled_recurrence(q, k, v, log, *, chunk: int):
+    """`linear_recurrence` with keys of very different size: weights q_t . k_s exp(log_s - c_t), c_t = max_(s<=t) log_s.
+
+    k must be zero where log is NOTHING. The scale c_t cancels where the two sums are divided.
+    """
+    T, S = q.shape[0], k.shape[0]
+    if T > S:  # queries that stand before the first key
+        out, total = scaled_recurrence(q[T - S :], k, v, log, chunk=chunk)
+        return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
+    before, chunk = S - T, min(chunk, T)
+    state = _added(k[:before], v[:before], log[:before])
+    pad = -T % chunk
+    blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
+    q, k, v = blocks(q), blocks(k[before:]), blocks(v[before:])
+    log = jnp.pad(log[before:], (0, pad), constant_values=NOTHING).reshape(-1, chunk)
+    states, norms, tops = lax.scan(lambda state, new: (_merged(state, new), state), state, jax.vmap(_added)(k, v, log))[
+        1
+    ]
+
+    seen = np.tril(np.ones((chunk, chunk), bool))
+    top = jnp.maximum(tops[:, None], jnp.where(seen, log[:, None, :], NOTHING).max(-1))
+    scale = jnp.where(seen, jnp.exp(jnp.minimum(log[:, None, :] - top[:, :, None], 0)), 0)
+    weights = jnp.einsum("mcf,mdf->mcd", q, k, **EXACT) * scale
+    past = jnp.exp(tops[:, None] - top)
+    out = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **EXACT)
+    out += jnp.einsum("mcf,mhf->mch", q, states, **EXACT) * past[..., None]
+    total = weights.sum(-1) + jnp.einsum("mcf,mf->mc", q, norms, **EXACT) * past
+    return out.reshape(-1, out.shape[2])[:T], total.reshape(-1)[:T]
+
+
+def _added(k, v, log):
+    """What keys (C, F) add to the state: (H, F), (F,), both to be multiplied by exp of the third."""
+    top = log.max(initial=NOTHING)
+    k = k * jnp.exp(log - top)[:, None]
+    return jnp.dot(v.T, k, **EXACT), k.sum(0, dtype=jnp.float32), top
+
+
+def _merged(state, new):
+    """Two states of keys as that of all of them."""
+    top = jnp.maximum(state[2], new[2])
+    kept, weight = jnp.exp(state[2] - top), jnp.exp(new[2] - top)
+    return state[0] * kept + new[0] * weight, state[1] * kept + new[1] * weight, top
+
+
+def divided(out, total):
+    """out / total by rows, 0 where total is 0 or as good as 0. Scaled first: a derivative divides by total squared."""
+    seen = total > TINY
+    scale = lax.stop_gradient(jnp.where(seen, 1 / jnp.where(seen, total, 1), 0))
+    return out * scale[:, None] / jnp.where(seen, total * scale, 1)[:, None]
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------
+
+
+def empty_state(F: int, H: int):
+    """No key yet: the sum of v k^T (H, F), that of k (F,), and the logarithm of what both are to be multiplied by."""
+    return jnp.zeros((H, F), jnp.float32), jnp.zeros(F, jnp.float32), jnp.asarray(NOTHING, jnp.float32)
+
+
+def one_more(state, q, k, v, log=None):
+    """The state with one more key (F,), and the two sums for the query (F,)."""
+    log = jnp.zeros(1) if log is None else log
+    state = _merged(state, _added(k[None], v[None], log))
+    return state, state[0] @ q, state[1] @ q

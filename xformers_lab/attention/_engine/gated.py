@@ -1,0 +1,154 @@
+"""Chunked recurrences whose state fades or is corrected: the engine of the gated half of the linear family.
+
+    S_t = a_t S_(t-1) + k_t u_t^T,   out_t = q_t S_t
+
+with a_t <= 1 a scalar or one number per key channel, and u_t = v_t, or under the delta rule the correction
+u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of C x C matrices, between
+chunks only the state passes. Decays are given as logarithms, and only differences that are at most 0 are ever raised
+to a power, so nothing overflows however strong a decay is.
+
+All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state (F, H). A position that must count for
+nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Positions whose decays per channel are compared pair by pair.
+FINE = 16
+
+
+def scalar_decay(q, k, v, decay, *, chunk: int):
+    """decay (T,): log a_t, at most 0."""
+    T, C = len(q), min(chunk, len(q))
+    q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay[:, None]))
+    fall = jnp.cumsum(decay[..., 0].astype(jnp.float32), 1)  # (M, C), from before the chunk
+    inside = product("mcf,mdf->mcd", q, k) * _falling(fall)
+    out = product("mcd,mdh->mch", inside.astype(v.dtype), v)
+    last = fall[:, -1:]
+    added = product("mcf,mch->mfh", k * jnp.exp(last - fall)[..., None].astype(k.dtype), v)
+    states, end = _states(added, jnp.exp(last[..., None]))
+    out += product("mcf,mfh->mch", (q * jnp.exp(fall)[..., None]).astype(q.dtype), states.astype(q.dtype))
+    return out.reshape(-1, v.shape[-1])[:T], end
+
+
+def channel_decay(q, k, v, decay, *, chunk: int):
+    """decay (T, F): log a_t of every key channel, at most 0."""
+    T, F = q.shape
+    C = -(-min(chunk, T) // FINE) * FINE
+    q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay))
+    fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F)
+    last = fall[:, -1:]
+    added = product("mcf,mch->mfh", (k * jnp.exp(last - fall)).astype(k.dtype), v)
+    states, end = _states(added, jnp.exp(last).swapaxes(1, 2))
+    out = product("mcf,mfh->mch", (q * jnp.exp(fall)).astype(q.dtype), states.astype(q.dtype))
+    inside = _channel_weights(q, k, fall)
+    out += product("mcd,mdh->mch", inside.astype(v.dtype), v)
+    return out.reshape(-1, v.shape[-1])[:T], end
+
+
+def _channel_weights(q, k, fall):
+    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. A run of FINE positions is compared with earlier runs
+    through the fall before it, which lies between the two, so both factors are at most 1."""
+    M, C, F = q.shape
+    runs = C // FINE
+    fine = lambda x: x.reshape(M, runs, FINE, F)
+    before = jnp.pad(fall, ((0, 0), (1, 0), (0, 0)))[:, :-1].reshape(M, runs, FINE, F)[:, :, :1]
+    left = (fine(q) * jnp.exp(fine(fall) - before)).astype(q.dtype)
+    # Later keys would grow here; they are masked, before the exponential.
+    earlier = jnp.arange(runs)[:, None] > jnp.arange(C)[None] // FINE  # (runs, C)
+    rise = jnp.where(earlier[None, :, :, None], before - fall[:, None], -jnp.inf)
+    right = (k[:, None] * jnp.exp(rise)).astype(k.dtype)
+    far = product("mrif,mrcf->mric", left, right)
+    seen = jnp.tril(jnp.ones((FINE, FINE), bool))[..., None]
+    gap = jnp.where(seen, fine(fall)[:, :, :, None] - fine(fall)[:, :, None], -jnp.inf)
+    near = (fine(q)[:, :, :, None] * fine(k)[:, :, None] * jnp.exp(gap)).astype(jnp.float32).sum(-1)
+    placed = far.reshape(M, runs, FINE, runs, FINE)
+    diagonal = jnp.eye(runs)[None, :, None, :, None]
+    return (placed + diagonal * near[:, :, :, None]).reshape(M, C, C)
+
+
+def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
+    """beta (T,): how much of the error is corrected; decay (T,) or None: log a_t, at most 0.
+
+    In a chunk the corrections U solve a unit triangular system: (I + b A) U = b (V - a K S), with A_ij = k_i . k_j times
+    the decay between (the WY form: Yang et al., 2024, arXiv 2406.06484, equations 7 to 10).
+    """
+    T, C = len(q), min(chunk, len(q))
+    decay = jnp.zeros(T) if decay is None else decay
+    q, k, v = (blocks(x, C) for x in (q, k, v))
+    beta, decay = (blocks(x[:, None], C).astype(jnp.float32) for x in (beta, decay))
+    fall = jnp.cumsum(decay[..., 0], 1)
+    ratio = _falling(fall)
+    strict = jnp.tril(jnp.ones((C, C)), -1)
+    system = jnp.eye(C) + beta * product("mcf,mdf->mcd", k, k) * ratio * strict
+    passed = jnp.exp(fall)[..., None]
+    right = jnp.concatenate([beta * v, beta * passed * k], -1).astype(jnp.float32)
+    solved = lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    fresh, from_state = jnp.split(solved, [v.shape[-1]], -1)
+    weights = product("mcf,mdf->mcd", q, k) * ratio
+    last = fall[:, -1:]
+    written = k * jnp.exp(last - fall)[..., None]
+
+    def one(state, given):
+        fresh, from_state, weights, q, written, whole = given
+        u = fresh - from_state @ state
+        return whole * state + written.T @ u, q @ state + weights @ u
+
+    given = fresh, from_state, weights, q * passed, written, jnp.exp(last)
+    end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), given)
+    return out.reshape(-1, v.shape[-1])[:T], end
+
+
+def _falling(fall):
+    """(M, C, C): exp(fall_i - fall_j) for j <= i, else 0."""
+    seen = jnp.tril(jnp.ones((fall.shape[1],) * 2, bool))
+    return jnp.exp(jnp.where(seen, fall[:, :, None] - fall[:, None], -jnp.inf))
+
+
+def _states(added, kept):
+    """States before each chunk (M, F, H), and after the last: state = kept (M, F or 1, 1) state + added (M, F, H)."""
+
+    def one(state, given):
+        added, kept = given
+        return kept * state + added, state
+
+    end, states = lax.scan(one, jnp.zeros(added.shape[1:], jnp.float32), (added, kept))
+    return states, end
+
+
+def blocks(x, C: int):
+    """(T, ...) -> (M, C, ...), zeros behind."""
+    return jnp.pad(x, ((0, -len(x) % C), (0, 0))).reshape(-1, C, x.shape[1])
+
+
+def product(equation: str, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def aligned(run, q, keys: dict, real):
+    """run(q, **keys) over all positions, with queries at the end of them: q (T, F), keys of (S, ...) -> (T, H).
+
+    Keys that are padding become zeros, in every array: they write nothing, and a decay of 0 forgets nothing. Earlier
+    positions than the first query only write; queries before the first key get zeros.
+    """
+    T, S = len(q), len(next(iter(keys.values())))
+    if real is not None:
+        keys = {name: jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in keys.items()}
+    if T > S:
+        return jnp.pad(aligned(run, q[T - S :], keys, None), ((T - S, 0), (0, 0)))
+    return run(jnp.pad(q, ((S - T, 0), (0, 0))), **keys)[S - T :]
+
+
+def one_by_one(update, state, q, keys: dict, real):
+    """The same by definition: out, state = update(state, q_t, **keys_t) position after position."""
+
+    def run(q, **keys):
+        def one(state, given):
+            out, state = update(state, given[0], **given[1])
+            return state, out
+
+        return lax.scan(one, state, (q, keys))[1]
+
+    return aligned(run, q, keys, real)

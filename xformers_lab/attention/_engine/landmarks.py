@@ -1,0 +1,54 @@
+"""What low-rank attention through landmarks shares: means over runs of positions, and inverses by products alone."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EXACT = {"preferred_element_type": jnp.float32}
+
+
+def segments(real, T: int, count: int):
+    """(count, T) bool: which of the positions that are real belong to which of `count` runs of nearly equal size.
+
+    Where there are fewer real positions than runs, some runs are empty.
+    """
+    if real is None:
+        run = jnp.arange(T) * count // T
+        return run == jnp.arange(count)[:, None]
+    run = (jnp.cumsum(real) - 1) * count // jnp.maximum(real.sum(), 1)
+    return (run == jnp.arange(count)[:, None]) & real
+
+
+def means(x, member):
+    """(T, H), (count, T) -> (count, H) in float32; zeros for a run without members."""
+    weight = member / jnp.maximum(member.sum(1, keepdims=True), 1)
+    return jnp.dot(weight.astype(x.dtype), x, **EXACT)
+
+
+def probabilities(q, k, seen=None):
+    """softmax of q k^T / sqrt(H) over the keys that are seen (a bool that broadcasts), zeros where none is."""
+    s = jnp.dot(q, k.T, **EXACT) * q.shape[-1] ** -0.5
+    if seen is None:
+        return jax.nn.softmax(s, -1)
+    s = jnp.where(seen, s, -1e30)
+    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1)
+
+
+def inverse(a, iterations: int, scale=None):
+    """The Moore-Penrose inverse of a matrix (m, m) by third-order Newton-Schulz steps (Razavi et al., 2014).
+
+    Z' = Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T scale. Directions in which A is small come last; six
+    steps leave those below about 1/30 of the largest unfinished. scale: 1 / (|A|_1 |A|_inf) unless given.
+    """
+    if scale is None:
+        scale = 1 / (jnp.abs(a).sum(0).max() * jnp.abs(a).sum(1).max())
+    eye = jnp.eye(len(a), dtype=a.dtype)
+    product = lambda a, b: jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
+    def step(z, _):
+        az = product(a, z)
+        return product(z, 13 * eye - product(az, 15 * eye - product(az, 7 * eye - az))) / 4, None
+
+    return lax.scan(step, a.T * scale, length=iterations)[0]

@@ -1,0 +1,33 @@
+"""Softmax attention between a sequence and a few slots, of all heads of a batch: linear in the sequence."""
+
+import jax
+import jax.numpy as jnp
+
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention._heads import over_heads
+
+# Queries at once: rows of as many scores as there are slots stay in the cache of a CPU.
+ROWS = 512
+
+
+def over_all(q, k, v, real=None):
+    """One head: (T, H) (S, H) (S, H) -> (T, H); zeros where nothing is real."""
+    T, S = q.shape[0], k.shape[0]
+    return block_sparse(q, k, v, pattern=All(), real=real, blocks=(-(-T // -(-T // ROWS)), S))
+
+
+def attended(q, k, v, real=None, *, method: str = "attend"):
+    """(B, T, N, H), (B, S, K, H) and real (B, S) or None -> (B, T, N, H)."""
+    if method == "reference":
+        return _by_definition(q, k, v, real)
+    return over_heads(lambda q, k, v, _, real, __: (over_all(q, k, v, real), None), q, k, v, None, real, None)[0]
+
+
+def _by_definition(q, k, v, real):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], 2) for x in (k, v))
+    s = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[3] ** 0.5
+    if real is None:
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s, -1), v)
+    p = jax.nn.softmax(jnp.where(real[:, None, None], s, -1e30), -1) * real[:, None, None]
+    return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype)

@@ -1,0 +1,69 @@
+"""Base of full attention whose queries, keys and values come from the block's input in a way of their own."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention
+from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention.full import Full
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Projected(Full):
+    """A subclass makes its own projections and defines `project`; what it gives, `mix` takes and decoding keeps."""
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        self.size, self.pattern = size, All()
+        self.out = Linear(size.heads * size.head, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
+
+    def project(self, x, source, turn_q, turn_k):
+        """(B, T, D) and (B, S, D) -> what `mix` takes as q (B, T, N, ...), k (B, S, ...) and v (B, S, ...).
+
+        turn_q and turn_k give an array (B, T or S, heads, size) its rotary positions, where there are any.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define project")
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of one position's q, k and v."""
+        x = jax.ShapeDtypeStruct((1, 1, self.size.dim), jnp.float32)
+        found = jax.eval_shape(lambda x: self.project(x, x, _as_it_is, _as_it_is), x)
+        return tuple(y.shape[2:] for y in found)
+
+    def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
+        source = x if memory is None else memory
+        S = source.shape[1]
+        at = jnp.arange(x.shape[1]) + S - x.shape[1]
+        q, k, v = self.project(x, source, _turn(position, at), _turn(position, jnp.arange(S)))
+        given = {"real": real, "causal": causal, "bias": _bias(position), "carry": carry, "key": key}
+        out, carry, aux = self.mix(q, k, v, x=source, x_q=x, **given)
+        return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
+
+    def decode(self, x, cache, *, at, position=None, carry=None):
+        turn = _turn(position, at[None])
+        q, k, v = (y[:, 0] for y in self.project(x[:, None], x[:, None], turn, turn))
+        out, cache, carry = self.mix_step(cache, q, k, v, x=x, bias=_bias(position), carry=carry)
+        return self.out(out.reshape(len(x), -1)), cache, carry
+
+    def fused(self, causal: bool):
+        return None
+
+    def init_cache(self, B: int, length: int, dtype=jnp.float32):
+        _, k, v = self.shapes()
+        k, v = (jnp.zeros((B, length, *shape), dtype) for shape in (k, v))
+        return {"k": k, "v": v, "seen": jnp.zeros((), jnp.int32)}
+
+    mix_step = Attention.mix_step
+
+
+def _as_it_is(y):
+    return y
+
+
+def _turn(position, at):
+    return _as_it_is if position is None else lambda y: position.rotate(y, at)
+
+
+def _bias(position):
+    return None if position is None else position.bias()

@@ -1,0 +1,60 @@
+"""Base of mechanisms that are a recurrence with a state per head: read from left to right, decoded at constant cost."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, why_not_one_way
+from xformers_lab.attention._engine.gated import aligned, one_by_one
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+# Near-zero outputs are amplified no further than this allows.
+EPSILON = 1e-5
+
+
+class Recurrent(Attention):
+    """A subclass defines `scanned(q, **keys)` over all positions at once, and `update(state, q, **keys)` for one.
+
+    keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads.
+    """
+
+    def forward(self, q, keys: dict, real, causal: bool):
+        self.one_way(causal)
+        return jax.checkpoint(lambda q, keys: aligned(self.scanned, q, keys, real))(q, keys)
+
+    def by_definition(self, q, keys: dict, real, causal: bool):
+        self.one_way(causal)
+        state = self.init_state(len(keys["k"]))
+        wide = {name: x.astype(jnp.float32) for name, x in keys.items()}
+        return one_by_one(self.update, state, q.astype(jnp.float32), wide, real)
+
+    def one_way(self, causal: bool) -> None:
+        if not causal:
+            raise ValueError(why_not_one_way(type(self)))
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        return jnp.zeros((self.size.head, self.size.head), jnp.float32)
+
+    def scanned(self, q, **keys):
+        raise NotImplementedError(f"{type(self).__name__} must define scanned")
+
+    def update(self, state, q, **keys):
+        raise NotImplementedError(f"{type(self).__name__} must define update")
+
+
+def gate_of(size: Size, rngs: nnx.Rngs) -> Linear:
+    """The projection of an output gate: one number per channel of every head."""
+    return Linear(size.dim, size.heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
+
+
+def gated(out, gate, dtype):
+    """silu(gate) times out at unit root mean square over the head's channels."""
+    out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
+    return (out * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)
+
+
+def unit(x):
+    """x over its length along the channels."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + EPSILON)

@@ -1,0 +1,206 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import softmax
+from xformers_lab.size import Size
+
+# Queries whose scores are computed together: they share most of the spans they see.
+BLOCK = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Window:
+    """Spans of 2**level positions that a block of queries looks at: `width` of them from starts[block] on."""
+
+    level: int
+    starts: np.ndarray
+    width: int
+    left: bool
+    right: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(nodes: int, T: int, S: int, causal: bool) -> tuple[int, tuple[_Window, ...]]:
+    """Queries per block, and the windows of every level that has spans to see."""
+    block, found = min(BLOCK, T), []
+    first = np.arange(S - T, S, block)
+    last = np.minimum(first + block, S) - 1
+    for level in range(S.bit_length() + 1):
+        (low, _, after, _), (_, before, _, high) = _reach(nodes, first, level), _reach(nodes, last, level)
+        left, right = _window(level, S, low, before), _window(level, S, after, high)
+        both = _window(level, S, low, last + 1 if causal else high)
+        if level == 0:
+            found.append((level, (both, True, not causal)))
+        elif causal:
+            found.append((level, (left, True, False)))
+        elif both[1] <= left[1] + right[1]:
+            found.append((level, (both, True, True)))
+        else:
+            found += [(level, (left, True, False)), (level, (right, False, True))]
+    return block, tuple(_Window(level, *window, left, right) for level, (window, left, right) in found if window[1] > 0)
+
+
+def _window(level: int, S: int, low, high):
+    """Starts and the common width of windows that hold spans low..high-1 as far as they exist."""
+    count = (S + (1 << level) - 1) >> level
+    low, high = np.maximum(low, 0), np.minimum(high, count)
+    width = max(0, int((high - low).max()))
+    return np.clip(low, 0, count - width).astype(np.int32), width
+
+
+def _reach(nodes: int, at, level):
+    """Spans of 2**level positions seen by the query at `at`: low..before-1 on its left, after..high-1 on its right.
+
+    A level begins where the one below it ended, and ends where both halves of a coarser span are behind it, so one span
+    more than `nodes` may be seen there and one fewer on the next level.
+    """
+    first = level == 0
+    below = level - 1 + first
+    left = lambda level: (((at - 1 + nodes) >> level) - 2 * nodes + 1) >> 1
+    right = lambda level: (((at + 1 - nodes) >> level) + 2 * nodes + 1) >> 1
+    before = first * at + (1 - first) * left(below)
+    after = first * (at + 1) + (1 - first) * right(below)
+    return 2 * left(level), before, after, 2 * right(level)
+
+
+def _live(nodes: int, at, index, level, *, left: bool = True, right: bool = False):
+    """Whether queries see spans by their index, on the given sides; on level 0 themselves too."""
+    low, before, after, high = _reach(nodes, at, level)
+    seen = (level == 0) & (index == at)
+    if left:
+        seen |= (index >= low) & (index < before)
+    if right:
+        seen |= (index >= after) & (index < high)
+    return seen
+
+
+def _pyramid(k, v, real, levels: int):
+    """For each level the means of keys and values (spans, 2 H), and which spans hold a position that is no padding
+    (None: all do)."""
+    S = k.shape[0]
+    sums, counts = jnp.concatenate([k, v], 1).astype(jnp.float32), jnp.ones(S) if real is None else real
+    sums, counts, found = jnp.where(counts[:, None] > 0, sums, 0), counts.astype(jnp.float32), []
+    for _ in range(levels):
+        means = sums / jnp.maximum(counts, 1)[:, None]
+        found.append((means.astype(k.dtype), None if real is None else counts > 0))
+        halves = lambda x: jnp.pad(x, [(0, len(x) % 2)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, 2, *x.shape[1:])
+        sums, counts = halves(sums).sum(1), halves(counts).sum(1)
+    return found
+
+
+def _graph(nodes: int, T: int, S: int, causal: bool):
+    """The paper's construction, edge by edge: which positions (spans, S) a span holds, which spans (T, spans) a query
+    sees."""
+    levels = S.bit_length() + 1
+    offsets = np.cumsum([0] + [(S + (1 << level) - 1) >> level for level in range(levels)])
+    number = lambda level, index: offsets[level] + index if 0 <= index < offsets[level + 1] - offsets[level] else None
+    members, edges = np.zeros((offsets[-1], S), bool), np.zeros((T, offsets[-1]), bool)
+    for level in range(levels):
+        for index in range(offsets[level + 1] - offsets[level]):
+            members[offsets[level] + index, index << level : (index + 1) << level] = True
+    for t in range(T):
+        at = S - T + t
+        reached = [number(0, at)]
+        for way in (-1,) if causal else (-1, 1):
+            pointer, half = at + way, None
+            for level in range(levels):
+                for step in range(nodes):
+                    # The first span of a level may lie half in what the level below has covered: its other half then.
+                    reached.append(number(level, pointer) if half is None or step else number(level - 1, half))
+                    pointer += way
+                half = pointer if pointer % 2 == (way > 0) else None
+                pointer >>= 1
+        edges[t, [found for found in reached if found is not None]] = True
+    return members, edges
+
+
+class Bp(Attention):
+    """BP-Transformer: spans of a binary partition, coarser with distance (Ye et al., 2019, arXiv 1911.04070).
+
+    out_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u over the token itself and spans u that tile all other positions: going
+    away from t on either side, k spans of 1 position, then k of 2, of 4 and so on; k_u and v_u are means over a span.
+    Kind: sparse by position
+    Time O(T k log(T / k) H); memory O(T (k log T + H)); decoding keeps 2 k + 2 sums of keys and values for each power of 2.
+    Exact for its spans. Causal: only spans that end before t.
+    No bias: a span of several positions has no one position
+    Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the mean
+    of the keys and values of its positions that are no padding.
+
+    Options:
+        nodes: spans of each size on each side, k in the paper
+    """
+
+    def __init__(self, size: Size, *, nodes: int = 4, rngs: nnx.Rngs):
+        if nodes < 1:
+            raise ValueError(f"nodes must be at least 1, got {nodes}")
+        super().__init__(size, rngs=rngs)
+        self.nodes = nodes
+
+    def attend(self, q, k, v, *, real=None, causal):
+        return jax.checkpoint(functools.partial(self._blocks, causal=causal))(q, k, v, real)
+
+    def _blocks(self, q, k, v, real, *, causal: bool):
+        T, S, H = q.shape[0], k.shape[0], q.shape[1]
+        block, windows = _windows(self.nodes, T, S, causal)
+        at = (jnp.arange(T + -T % block) + S - T).reshape(-1, block, 1)
+        levels = _pyramid(k, v, real, 1 + max(window.level for window in windows))
+        slabs, seen = [], []
+        for window in windows:
+            spans, filled = levels[window.level]
+            take = lambda x, window=window: jax.vmap(lambda s: lax.dynamic_slice_in_dim(x, s, window.width))(
+                window.starts
+            )
+            slabs.append(take(spans))
+            index = (window.starts[:, None] + np.arange(window.width))[:, None]
+            live = _live(self.nodes, at, index, window.level, left=window.left, right=window.right)
+            seen.append(live if filled is None else live & take(filled)[:, None])
+        slab, seen = jnp.concatenate(slabs, 1), jnp.concatenate(seen, 2)
+        scaled = jnp.pad(q * H**-0.5, ((0, -T % block), (0, 0))).reshape(-1, block, H).astype(q.dtype)
+        s = jnp.einsum("bqh,bkh->bqk", scaled, slab[..., :H], preferred_element_type=jnp.float32)
+        return jax.vmap(softmax)(s, seen, slab[..., H:]).reshape(-1, v.shape[1])[:T]
+
+    def reference(self, q, k, v, *, real=None, causal):
+        T, S = q.shape[0], k.shape[0]
+        members, edges = _graph(self.nodes, T, S, causal)
+        members = members if real is None else members & real[None]
+        share = members / jnp.maximum(members.sum(1, keepdims=True), 1)
+        keys, values = share @ k, share @ v
+        return softmax(q * q.shape[1] ** -0.5 @ keys.T, edges & members.any(1)[None], values).astype(v.dtype)
+
+    @staticmethod
+    def limit(length: int):
+        return {"nodes": length}
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, (block, windows) = self.size.head, _windows(self.nodes, T, S, False)
+        width, blocks = sum(window.width for window in windows), -(-T // block)
+        state = 2 * S.bit_length() * (2 * self.nodes + 2) * H
+        return Cost(flops=4 * T * width * H, memory=blocks * width * max(block, 2 * H), state=state)
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        sums = jnp.zeros((length.bit_length(), 2 * self.nodes + 2, self.size.head), dtype)
+        return {"k": sums, "v": sums, "seen": jnp.zeros((), jnp.int32)}
+
+    def step(self, state, q, k, v):
+        """Each level has a ring of spans, the newest of them growing; a query sees those that are complete."""
+        at, (levels, R, H) = state["seen"], state["k"].shape
+        level = jnp.arange(levels)
+        newest = at >> level
+        fresh = (at == newest << level)[:, None]
+
+        def add(sums, new):
+            slot = sums[level, newest % R]
+            return sums.at[level, newest % R].set(jnp.where(fresh, 0, slot) + new / (1 << level)[:, None])
+
+        keys, values = add(state["k"], k), add(state["v"], v)
+        index = newest[:, None] - (newest[:, None] - jnp.arange(R)) % R
+        seen = _live(self.nodes, at, index, level[:, None]) & (index >= 0)
+        s = jnp.dot(q * H**-0.5, keys.reshape(-1, H).T, preferred_element_type=jnp.float32)
+        return softmax(s, seen.reshape(-1), values.reshape(-1, H)), {"k": keys, "v": values, "seen": at + 1}

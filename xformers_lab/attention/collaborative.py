@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.layout import live_pairs
+from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._projected import Projected
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Collaborative(Projected):
+    """Collaborative multi-head attention (Cordonnier et al., 2020, arXiv 2006.16362).
+
+    out_t = sum_s softmax_s((m_n * q_t) . k_s / sqrt(R)) v_s: all heads share one query and one key of R channels, and
+    head n weights these channels by its learned vector m_n.
+    Kind: multi-head
+    Time O(T S (R + H)) a head; memory O(S) per row of blocks; decoding keeps one key of R channels for all heads, and
+    every head's values.
+    Exact. With R = N H and m_n = sqrt(N) on the channels of head n, 0 elsewhere, it is multi-head attention.
+    Deviations from the paper: scores are divided by sqrt(R), a factor that m could as well hold; m starts as standard
+    normal. Rotary positions turn the weighted query and the shared key.
+
+    Options:
+        shared: R, the channels of the shared key; none: a quarter of all heads', at least one head's
+    """
+
+    def __init__(self, size: Size, *, shared: int | None = None, rngs: nnx.Rngs):
+        R = max(size.head, size.heads * size.head // 8 * 2) if shared is None else shared
+        if R < 1 or (shared is not None and R % 2):
+            raise ValueError(f"shared must be even and at least 2, got {shared}; the nearest is {max(2, R + R % 2)}")
+        super().__init__(size, rngs=rngs)
+        self.query, self.key, self.value = (
+            Linear(size.dim, wide, use_bias=False, dtype=size.dtype, rngs=rngs)
+            for wide in (R, R, size.key_heads * size.head)
+        )
+        self.mixing = nnx.Param(jax.random.normal(rngs.params(), (size.heads, R)))
+
+    def project(self, x, source, turn_q, turn_k):
+        q = self.query(x)[:, :, None] * self.mixing[...].astype(x.dtype)
+        v = self.value(source)
+        return turn_q(q), turn_k(self.key(source)[:, :, None]), v.reshape(*v.shape[:2], -1, self.size.head)
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        function = getattr(self, method)
+
+        def one(q, v, _, carry, of_sample, bias):
+            k, real = of_sample
+            return function(q, k, v, real=real, causal=causal, bias=bias), None
+
+        return over_heads(one, q, v, v, None, (k[:, :, 0], real), bias)[0], carry, {}
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None):
+        T, S = q.shape[0], k.shape[0]
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
+        seen = (keys <= at) | (not causal)
+        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if real is None else seen & real)
+        return jnp.dot(p, v).astype(v.dtype)
+
+    @staticmethod
+    def limit(length: int):
+        return None
+
+    def cost(self, T: int, S: int) -> Cost:
+        size, R = self.size, self.mixing.shape[1]
+        pairs = live_pairs(self.pattern, T, S, *self.blocks(T, S, causal=False))
+        state = S * (R + size.key_heads * size.head) / size.heads
+        return Cost(flops=2 * pairs * (R + size.head), memory=max(self.largest(T, S), S * R), state=state)

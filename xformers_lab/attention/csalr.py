@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.landmarks import EXACT, means, probabilities, segments
+from xformers_lab.size import Size
+
+# The weight of the identity: above 1, the largest an eigenvalue of a softmax can be, so that A + I has an inverse.
+IDENTITY = 1.001
+
+
+class Csalr(Attention):
+    """CSALR, compressed self-attention with low-rank approximation (Chen et al., IJCAI 2020).
+
+    out = (F + E) (A + I)^-1 B v, F = softmax(q k'^T / sqrt(H)), A = softmax(q' k'^T / sqrt(H)),
+    B = softmax(q' k^T / sqrt(H)), with q' and k' the means of the queries and keys of m equal runs of positions (the
+    landmarks) and E_tj = 1 where position t is in run j. B v is what landmarks attend to; (F + E) (A + I)^-1, whose
+    rows sum to 1, combines it for every query, from its own run unless F says otherwise.
+    Kind: low rank
+    Time O(T m H + m^3); memory O(T m).
+    Approximate; with a landmark for every position it is full attention.
+    Not causal: a landmark is a mean over a run of positions, and the inverse mixes runs that are to come
+    Not cross: landmarks are runs of the same sequence on both sides
+    Deviations from the paper: there runs are tiles of an image, of a fixed size, and scores are not divided by sqrt(H).
+    Here runs divide the positions that are no padding into a fixed number; E and I count 1.001, for with 1 A + I may
+    have no inverse. A position of padding is in no run: its own output is B v combined by F alone.
+
+    Options:
+        landmarks: m, runs of positions; at most the length counts
+    """
+
+    def __init__(self, size: Size, *, landmarks: int = 64, rngs: nnx.Rngs):
+        if landmarks < 1:
+            raise ValueError(f"landmarks must be at least 1, got {landmarks}")
+        super().__init__(size, rngs=rngs)
+        self.landmarks = landmarks
+
+    def attend(self, q, k, v, *, real=None):
+        if len(q) != len(k):
+            raise ValueError(
+                f"csalr takes as many queries as keys, got {len(q)} and {len(k)}: "
+                "its landmarks are runs of the same sequence; use linformer or another attention"
+            )
+        return jax.checkpoint(self._attend)(q, k, v, real)
+
+    def _attend(self, q, k, v, real):
+        member = segments(real, len(q), min(self.landmarks, len(q)))
+        there = None if real is None else member.any(1)
+        q_mean, k_mean = means(q, member).astype(q.dtype), means(k, member).astype(q.dtype)
+        middle = probabilities(q_mean, k_mean, there) + IDENTITY * jnp.eye(len(member))
+        right = jnp.dot(probabilities(q_mean, k, real).astype(v.dtype), v, **EXACT)
+        if there is not None:
+            right = jnp.where(there[:, None], right, 0)
+        left = probabilities(q, k_mean, there) + IDENTITY * member.T
+        return jnp.dot(left, jnp.linalg.solve(middle, right)).astype(v.dtype)
+
+    def reference(self, q, k, v, *, real=None):
+        T = len(q)
+        if len(k) != T:
+            raise ValueError("csalr takes as many queries as keys")
+        real = jnp.ones(T, bool) if real is None else real
+        m, number = min(self.landmarks, T), jnp.cumsum(real) - 1
+        of_run = [real & (number * m // jnp.maximum(real.sum(), 1) == run) for run in range(m)]
+        mean = lambda x, run: jnp.where(run[:, None], x, 0).sum(0) / jnp.maximum(run.sum(), 1)
+        q_mean, k_mean = (jnp.stack([mean(x, run) for run in of_run]) for x in (q, k))
+        of_run = jnp.stack(of_run)
+        there = of_run.any(1)
+
+        def softmax(q, k, seen):
+            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, -1e30), -1)
+            return jnp.where(seen, p, 0)
+
+        a = softmax(q_mean, k_mean, there) * there[:, None] + IDENTITY * jnp.eye(m)
+        coefficients = (softmax(q, k_mean, there) + IDENTITY * of_run.T) @ jnp.linalg.inv(a)
+        return (coefficients @ (softmax(q_mean, k, real) * there[:, None] @ v)).astype(v.dtype)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, m = self.size.head, min(self.landmarks, S)
+        return Cost(flops=12 * T * m * H, memory=T * max(m, H), state=0)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.gated import delta_rule
+from xformers_lab.attention._recurrent import Recurrent, gate_of, gated, unit
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class DeltaNet(Recurrent):
+    """DeltaNet: a memory that corrects what it holds under a key (Schlag et al., 2021, arXiv 2102.11174, equation 24;
+    in chunks: Yang et al., 2024, arXiv 2406.06484).
+
+    S_t = S_(t-1) + b_t k_t (v_t - k_t S_(t-1))^T, out_t = silu(W x_t) * rms(q_t S_t), b_t = sigmoid(w x_t), q and k of
+    unit length after silu.
+    Kind: linearised
+    Time O(T H (H + chunk) + T chunk^2); memory O(T (H + chunk)); decoding keeps one H x H matrix.
+    Exact.
+    One way: it reads from left to right, so it serves no encoder and no cross-attention
+    Deviations from the paper: no short convolution before q, k and v.
+
+    Options:
+        chunk: positions whose corrections are solved for together
+    """
+
+    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        super().__init__(size, rngs=rngs)
+        self.gate, self.chunk = gate_of(size, rngs), chunk
+        self.strength = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs)
+
+    def from_keys(self, x):
+        return {"beta": jax.nn.sigmoid(self.strength(x).astype(jnp.float32))}
+
+    def from_queries(self, x):
+        return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
+
+    def attend(self, q, k, v, *, real=None, causal, beta, gate):
+        keys = {"k": direction(k), "v": v, "beta": beta}
+        return gated(self.forward(direction(q), keys, real, causal), gate, v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, beta, gate):
+        keys = {"k": direction(k), "v": v, "beta": beta}
+        return gated(self.by_definition(direction(q), keys, real, causal), gate, v.dtype)
+
+    def scanned(self, q, k, v, beta):
+        return delta_rule(q, k, v, beta, chunk=self.chunk)[0]
+
+    def update(self, state, q, k, v, beta):
+        state = state + beta * jnp.outer(k, v - k @ state)
+        return q @ state, state
+
+    def step(self, state, q, k, v, *, beta, gate):
+        out, state = self.update(state, direction(q), direction(k), v, beta)
+        return gated(out, gate, v.dtype), state
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C = self.size.head, min(self.chunk, S)
+        return Cost(flops=S * H * (6 * C + 6 * H), memory=S * max(C, 2 * H), state=H * H)
+
+
+def direction(x):
+    """silu(x) at unit length, in float32."""
+    return unit(jax.nn.silu(x.astype(jnp.float32)))

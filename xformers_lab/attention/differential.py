@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention.full import Full
+from xformers_lab.size import Size
+
+EPSILON = 1e-5
+
+
+class Differential(Full):
+    """Differential attention (Ye et al., 2024, arXiv 2410.05258).
+
+    out_t = (1 - lambda_init) RMSNorm(sum_s (p1_ts - lambda p2_ts) v_s), p1 and p2 the softmaxes of the two halves of a
+    head's query and key, lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init with learned a and b, one for all heads.
+    Kind: multi-head
+    Time O(T S H), as two softmaxes over heads of half the size; memory O(S) per row of blocks; decoding keeps every key
+    and value.
+    Exact. A bias is added to the scores of both halves.
+    Deviations from the paper: lambda_init is the same in every layer, where the paper has 0.8 - 0.6 exp(-0.3 (l - 1))
+    in layer l: 0.2 in the first, 0.56 in the fourth, 0.8 at last. A head's halves are its first and third, and its
+    second and fourth quarter of channels, because rotary positions turn channels that are half a head apart.
+
+    Options:
+        lambda_init: what is taken of the second softmax before training
+    """
+
+    def __init__(self, size: Size, *, lambda_init: float = 0.5, rngs: nnx.Rngs):
+        if size.head % 4:
+            raise ValueError(f"a head is split into quarters, and one of {size.head} (dim / heads) has none")
+        if not 0 <= lambda_init < 1:
+            raise ValueError(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
+        super().__init__(size, rngs=rngs)
+        self.lambda_init = lambda_init
+        self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)))
+        self.gain = nnx.Param(jnp.ones(size.head))
+
+    def per_head(self):
+        N = self.size.heads
+        first, second = jnp.exp(self.vectors[...].prod(0).sum(-1))
+        balance = first - second + self.lambda_init
+        return {"balance": jnp.broadcast_to(balance, N), "gain": jnp.broadcast_to(self.gain[...], (N, self.size.head))}
+
+    def fused(self, causal: bool):
+        return None
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None, balance, gain):
+        # Values in float32: the difference of two rounded outputs would keep few of their bits.
+        given = {"real": real, "causal": causal, "bias": bias}
+        wide = v.astype(jnp.float32)
+        first, second = (
+            super(Differential, self).attend(q, k, wide, **given) for q, k in zip(_halves(q), _halves(k), strict=True)
+        )
+        return self._normalised(first - balance * second, gain).astype(v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None, balance, gain):
+        T, S, H = q.shape[0], k.shape[0], q.shape[1]
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        seen = (keys <= at) | (not causal)
+        seen = seen if real is None else seen & real
+        score = 0 if bias is None else bias(at, keys)
+        weights = jnp.zeros((T, S))
+        for half, part in enumerate((1.0, -balance)):
+            mine = jnp.arange(H) // (H // 4) % 2 == half
+            s = jnp.dot(q * mine, (k * mine).T, preferred_element_type=jnp.float32) / (H / 2) ** 0.5 + score
+            weights += part * masked_softmax(s, seen)
+        return self._normalised(weights @ v.astype(jnp.float32), gain).astype(v.dtype)
+
+    def _normalised(self, out, gain):
+        size = jax.lax.rsqrt((out**2).mean(-1, keepdims=True) + EPSILON)
+        return (1 - self.lambda_init) * gain * out * size
+
+    def cost(self, T: int, S: int) -> Cost:
+        one = super().cost(T, S)
+        return Cost(flops=1.5 * one.flops, memory=one.memory, state=one.state)
+
+    mix_step = Attention.mix_step
+
+
+def _halves(x):
+    """(T, H) -> the two heads of (T, H / 2)."""
+    a, b, c, d = jnp.split(x, 4, -1)
+    return jnp.concatenate([a, c], -1), jnp.concatenate([b, d], -1)

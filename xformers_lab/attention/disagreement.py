@@ -1,0 +1,121 @@
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.rows import ROWS, largest, masked_softmax, over_samples, readings
+from xformers_lab.attention.full import Full
+from xformers_lab.size import Size
+
+EPSILON = 1e-6
+
+
+class Disagreement(Full):
+    """Multi-head attention with disagreement regularisation (Li et al., 2018, arXiv 1810.10183).
+
+    Full attention; the loss gets weight times how much the heads agree: the mean over all pairs of heads (i, j), i = j
+    too, of cos(o_i, o_j) (outputs), of cos(v_i, v_j) (values), or of sum_s p_i(s) p_j(s) (positions).
+    Kind: multi-head
+    Time O(T S H), for positions half as much again; memory O(S) per row of blocks; decoding keeps every key and value.
+    Exact. The loss is a mean over the positions that are no padding, so its size does not depend on the length.
+    Deviations from the paper: agreement of positions is a mean over queries, not a sum.
+
+    Options:
+        on: what of the heads is compared: their outputs, their values or the positions they attend to
+        weight: the share of the agreement in the loss
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        on: Literal["outputs", "values", "positions"] = "outputs",
+        weight: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        if weight < 0:
+            raise ValueError(f"weight must be at least 0, got {weight:g}")
+        super().__init__(size, rngs=rngs)
+        self.on, self.weight = on, weight
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        out, carry, aux = super().mix(q, k, v, **given, method=method)
+        agreement = self._by_pairs if method == "reference" else self._by_means
+        found = agreement(q, k, v, out, real, causal, bias)
+        return out, carry, aux | {"loss/disagreement": self.weight * found, "agreement": found}
+
+    def _by_means(self, q, k, v, out, real, causal: bool, bias):
+        """The mean over pairs of heads of u_i . u_j is the square of the mean u."""
+        if self.on == "positions":
+            at_once = max(16, ROWS // q.shape[2])
+            heads = lambda y: jnp.swapaxes(jnp.repeat(y, q.shape[2] // y.shape[2], 2), 1, 2)
+
+            def one(q, k, _, real):
+                return readings(q, k, _shared, bias, real=real, causal=causal, at_once=at_once)
+
+            return _mean(over_samples(one, heads(q), heads(k), None, real), _asked(q, k, real))
+        u, counted = (out, _asked(q, k, real)) if self.on == "outputs" else (v, _of_keys(k, real))
+        return _mean((_directions(u, counted).mean(2) ** 2).sum(-1), counted)
+
+    def _by_pairs(self, q, k, v, out, real, causal: bool, bias):
+        """The same by definition."""
+        if self.on == "positions":
+            u = self._weights(q, k, real, causal, bias)
+            counted = _asked(q, k, real)
+        else:
+            u, counted = (out, _asked(q, k, real)) if self.on == "outputs" else (v, _of_keys(k, real))
+            u = _directions(u, counted)
+        return _mean(jnp.einsum("btnh,btmh->btnm", u, u).mean((2, 3)), counted)
+
+    def _weights(self, q, k, real, causal: bool, bias):
+        """(B, T, N, S)."""
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
+        T, S = q.shape[1], k.shape[1]
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        s = jnp.einsum("btnh,bsnh->btns", q, k, preferred_element_type=jnp.float32) / q.shape[3] ** 0.5
+        if bias is not None:
+            s += jnp.swapaxes(jax.vmap(lambda bias: bias(at, keys))(bias), 0, 1)
+        seen = ((keys <= at) | (not causal))[None] & _of_keys(k, real)[:, None]
+        return masked_softmax(s, seen[:, :, None])
+
+    @staticmethod
+    def limit(length: int):
+        return {}
+
+    def cost(self, T: int, S: int) -> Cost:
+        one, H = super().cost(T, S), self.size.head
+        if self.on != "positions":
+            return one
+        memory = max(one.memory, largest(T, S, H, max(16, ROWS // self.size.heads)))
+        return Cost(flops=one.flops + 2 * T * S * H, memory=memory, state=one.state)
+
+
+def _shared(s, seen, positions, bias):
+    """(N, C, S) scores -> (C,): the sum over keys of the heads' mean weight, squared."""
+    if bias is not None:
+        s = s + jax.vmap(lambda bias: bias(*positions))(bias)
+    return (masked_softmax(s, seen).mean(0) ** 2).sum(-1)
+
+
+def _directions(u, counted):
+    """(B, T, N, H) as unit vectors; zeros stay zeros, and what is not counted leaves no trace in the gradient."""
+    u = jnp.where(counted[..., None, None], u.astype(jnp.float32), 0)
+    return u * jax.lax.rsqrt((u**2).sum(-1, keepdims=True) + EPSILON)
+
+
+def _of_keys(k, real):
+    return jnp.ones(k.shape[:2], bool) if real is None else real
+
+
+def _asked(q, k, real):
+    """(B, T): the queries that are no padding, as far as is known; queries of their own source count all."""
+    return _of_keys(k if q.shape[1] == k.shape[1] else q, real if q.shape[1] == k.shape[1] else None)
+
+
+def _mean(x, counted):
+    return jnp.where(counted, x, 0).sum() / jnp.maximum(counted.sum(), 1)

@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.size import Size
+
+
+class Fnet(Attention):
+    """FNet, token mixing by Fourier transforms (Lee-Thorp et al., 2021, arXiv 2105.03824).
+
+    y = Re(F_T x F_D): the real part of a discrete Fourier transform over positions of one over channels. Nothing is
+    learned.
+    Kind: without attention
+    Time O(T D log(T D)), with no products of matrices; memory O(T D); decoding keeps nothing, there is none.
+    Exact. Padding is zeros to the transform, so it adds nothing; but the frequencies are those of the padded length, so
+        the same sequence padded to another length gives other values, as in the paper.
+    Not causal: every output is a sum over all positions
+    Not cross: one sequence is transformed; there are no queries to another
+    No bias: it has no scores
+    Deviations from the paper: none.
+    """
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        nnx.Module.__init__(self)
+        self.size = size
+
+    def __call__(
+        self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None, method="attend"
+    ):
+        if causal:
+            raise ValueError(why_not(type(self), "causal"))
+        if memory is not None:
+            raise ValueError("fnet transforms one sequence: it has no queries to another; use another attention")
+        if position is not None and position.bias() is not None:
+            raise ValueError(why_not(type(self), "bias"))
+        wide = x.astype(jnp.float32)
+        wide = wide if real is None else jnp.where(real[:, :, None], wide, 0)
+        return (_transformed(wide) if method == "attend" else _by_definition(wide)).astype(x.dtype), carry, {}
+
+    def cost(self, T: int, S: int) -> Cost:
+        return Cost(flops=0, memory=T * self.size.head, state=0)
+
+
+@jax.custom_vjp
+def _transformed(x):
+    """Re(F_T x F_D) of real x (B, T, D). Half of the channels' frequencies are enough: the other half of a real input
+    is their conjugate, at the negative frequency of positions."""
+    D = x.shape[2]
+    half = jnp.fft.fft(jnp.fft.rfft(x, axis=2).swapaxes(1, 2), axis=2).real
+    mirrored = half[:, 1 : (D + 1) // 2][:, ::-1]
+    mirrored = jnp.roll(mirrored[:, :, ::-1], 1, 2)
+    return jnp.concatenate([half, mirrored], 1).swapaxes(1, 2)
+
+
+# The transform is a symmetric linear map, C_T x C_D - S_T x S_D: its gradient is itself.
+_transformed.defvjp(lambda x: (_transformed(x), None), lambda _, grad: (_transformed(grad),))
+
+
+def _by_definition(x):
+    """cos and sin as matrices: Re((C_T - i S_T) x (C_D - i S_D))."""
+    cos, sin = zip(*map(_waves, x.shape[1:]), strict=True)
+    return jnp.einsum("ts,bsd,de->bte", cos[0], x, cos[1]) - jnp.einsum("ts,bsd,de->bte", sin[0], x, sin[1])
+
+
+def _waves(n: int):
+    angle = 2 * np.pi / n * (np.outer(np.arange(n), np.arange(n)) % n)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.gated import FINE, channel_decay
+from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Gla(Recurrent):
+    """Gated linear attention (Yang et al., 2023, arXiv 2312.06635, equations 3 to 6).
+
+    S_t = diag(a_t) S_(t-1) + k_t v_t^T, out_t = silu(W x_t) * rms(q_t S_t / sqrt(H)), with a forget gate for every key
+    channel, a_t = sigmoid(W2 W1 x_t)^(1 / temperature).
+    Kind: linearised
+    Time O(T H (H + chunk)); memory O(T H fine), fine = 16; decoding keeps one H x H matrix.
+    Exact.
+    One way: it reads from left to right, so it serves no encoder and no cross-attention
+    Deviations from the paper: keys are as wide as values.
+
+    Options:
+        chunk: positions whose products are computed together, rounded up to a multiple of 16
+        rank: width of W1 x, from which all heads' gates are computed
+        temperature: the larger, the slower a gate forgets
+    """
+
+    def __init__(self, size: Size, *, chunk: int = 64, rank: int = 16, temperature: float = 16.0, rngs: nnx.Rngs):
+        if chunk < 1 or rank < 1:
+            raise ValueError(f"chunk and rank must be at least 1, got {chunk} and {rank}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        super().__init__(size, rngs=rngs)
+        self.gate, self.chunk, self.temperature = gate_of(size, rngs), chunk, temperature
+        self.down = Linear(size.dim, rank, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.up = Linear(rank, size.heads * size.head, dtype=size.dtype, rngs=rngs)
+
+    def from_keys(self, x):
+        forget = self.up(self.down(x)).astype(jnp.float32)
+        return {"decay": jax.nn.log_sigmoid(forget).reshape(*x.shape[:2], self.size.heads, -1) / self.temperature}
+
+    def from_queries(self, x):
+        return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
+
+    def attend(self, q, k, v, *, real=None, causal, decay, gate):
+        keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
+        return gated(self.forward(q, keys, real, causal), gate, v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, decay, gate):
+        keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
+        return gated(self.by_definition(q, keys, real, causal), gate, v.dtype)
+
+    def scanned(self, q, k, v, decay):
+        return channel_decay(q, k, v, decay, chunk=self.chunk)[0]
+
+    def update(self, state, q, k, v, decay):
+        state = jnp.exp(decay)[:, None] * state + jnp.outer(k, v)
+        return q @ state, state
+
+    def step(self, state, q, k, v, *, decay, gate):
+        out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
+        return gated(out, gate, v.dtype), state
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C = self.size.head, -(-min(self.chunk, S) // FINE) * FINE
+        return Cost(flops=4 * S * H * (H + C), memory=S * H * FINE, state=H * H)

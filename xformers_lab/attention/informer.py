@@ -1,0 +1,107 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import scores
+from xformers_lab.attention._engine.maps import products, weighted, weights
+from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.size import Size
+
+
+class Informer(Attention):
+    """ProbSparse attention of Informer (Zhou et al., 2021, arXiv 2012.07436, algorithm 1).
+
+    The u = factor ceil(ln T) queries whose scores with a sample of as many keys have the largest maximum less mean are
+    answered by full softmax attention; every other query, taken to be near uniform, by the mean of the values.
+    Kind: memory compression
+    Time O(T log T H); memory O(T log T).
+    Approximate; with u = T every query is answered in full.
+    Not causal: which queries are answered in full is decided among all of them, later ones too
+    Not cross: the choice is among the queries that came, and padding is known of the keys alone
+    Deviations from the paper: one sample of keys serves all queries of a head, as in algorithm 1 (the authors' code draws one
+    for each query, and divides the sum of its scores by the number of all keys); it takes one key of every
+    equal share of those that are no padding. It is drawn anew in every training step, and is fixed by seed in
+    evaluation. Padded queries are chosen last.
+
+    Options:
+        factor: c, sampled keys and chosen queries per logarithm of the length
+        seed: draws the sample of evaluation
+    """
+
+    def __init__(self, size: Size, *, factor: int = 5, seed: int = 0, rngs: nnx.Rngs):
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        super().__init__(size, rngs=rngs)
+        self.factor, self.seed = factor, seed
+
+    def _count(self, length: int) -> int:
+        return min(length, self.factor * max(1, math.ceil(math.log(length))))
+
+    def attend(self, q, k, v, *, real=None, bias=None, key=None):
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"informer takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
+                "it chooses among the queries, so that a part of them would be answered in another way"
+            )
+        return jax.checkpoint(self._attend)(q, k, v, real, bias, key)
+
+    def _attend(self, q, k, v, real, bias, key):
+        T, scale = q.shape[0], q.shape[1] ** -0.5
+        at = jnp.arange(T)
+        sample = self._sample(real, T, key)
+        # Scaled last, so that the choice does not depend on how a half precision rounds.
+        s = jnp.dot(lax.stop_gradient(q), lax.stop_gradient(k)[sample].T, preferred_element_type=jnp.float32) * scale
+        measure = _measure(s if bias is None else s + bias(at[:, None], sample[None]), real)
+        top = lax.top_k(lax.stop_gradient(measure), self._count(T))[1]
+        s = products(q[top] * scale, k)
+        s = s if bias is None else s + bias(top[:, None], at[None])
+        exact = weighted(weights(s, True if real is None else real), v)
+        mean = v.mean(0, dtype=jnp.float32) if real is None else jnp.where(real[:, None], v, 0).sum(0) / _number(real)
+        mean, exact = mean.astype(v.dtype), exact.astype(v.dtype)
+        return jnp.broadcast_to(mean, v.shape).at[top].set(exact, unique_indices=True)
+
+    def _sample(self, real, T: int, key):
+        """Positions of the sampled keys: one of each equal share of those that are real."""
+        count = self._count(T)
+        chance = np.random.default_rng(self.seed).random(count) if key is None else jax.random.uniform(key, (count,))
+        place = (np.arange(count) + chance) / count
+        if real is None:
+            return jnp.minimum(place * T, T - 1).astype(jnp.int32)
+        rank = jnp.floor(place * real.sum()).astype(jnp.int32)
+        return jnp.minimum(jnp.searchsorted(jnp.cumsum(real), rank + 1), T - 1)
+
+    def reference(self, q, k, v, *, real=None, bias=None, key=None):
+        T = q.shape[0]
+        if k.shape[0] != T:
+            raise ValueError("informer takes as many queries as keys")
+        s, sample = scores(q, k, bias), self._sample(real, T, key)
+        measure = lax.stop_gradient(s[:, sample].max(1) - s[:, sample].mean(1))
+        real = jnp.ones(T, bool) if real is None else real
+        measure, at = jnp.where(real, measure, -jnp.inf), jnp.arange(T)
+        ahead = (measure > measure[:, None]) | ((measure == measure[:, None]) & (at < at[:, None]))
+        chosen = ahead.sum(1) < self._count(T)
+        p = jnp.where(chosen[:, None], masked_softmax(s, real), masked_softmax(jnp.zeros((T, T)), real))
+        return (p @ v).astype(v.dtype)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, u = self.size.head, self._count(S)
+        return Cost(flops=6 * u * S * H, memory=S * max(u, H), state=0)
+
+    @staticmethod
+    def limit(length: int):
+        return {"factor": length}
+
+
+def _measure(s, real):
+    """How far from uniform the weights of each query are: (T, samples) -> (T,); padded queries are last."""
+    measure = s.max(1) - s.mean(1)
+    return measure if real is None else jnp.where(real, measure, -jnp.inf)
+
+
+def _number(real):
+    return jnp.maximum(real.sum(), 1)

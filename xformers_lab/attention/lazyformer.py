@@ -1,0 +1,92 @@
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine import maps
+from xformers_lab.attention._engine.block_sparse import scores
+from xformers_lab.attention._heads import over_heads
+from xformers_lab.size import Size
+
+
+class Lazyformer(Attention):
+    """LazyFormer, attention with lazy update (Ying et al., 2021, arXiv 2102.12702).
+
+    out = P v with P = softmax(q k^T / sqrt(H)) in the first of every `share` layers, and the P of the layer below in
+    the others.
+    Kind: prior
+    Time O(T S H), half of it where P is taken over; memory O(T S), for P is what layers hand on; decoding keeps every
+        key and value.
+    Exact in the layers that compute P.
+    Deviations from the paper: layers that take P over own projections of queries and keys too, which they do not use,
+        for all layers are one scanned program; the paper's other training tricks (wider layers, no dropout of P) are
+        options of the model, not of the mechanism.
+
+    Options:
+        share: layers that share one P, the first of them computing it
+    """
+
+    def __init__(self, size: Size, *, share: int = 2, rngs: nnx.Rngs):
+        if share < 1:
+            raise ValueError(f"share must be at least 1, got {share}")
+        super().__init__(size, rngs=rngs)
+        self.share = share
+
+    def init_carry(self, T: int, S: int):
+        return jnp.zeros((T, S), self.size.dtype)
+
+    def initial_carry(self, B: int, T: int, S: int):
+        """P of every head, and how many layers there are below."""
+        return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        shared, below = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
+        fresh = functools.partial(super().mix, real=real, causal=causal, bias=bias, method=method)
+
+        def taken_over(q, k, v, shared):
+            apply = _plainly if method == "reference" else functools.partial(_by_blocks, causal=causal)
+            one = lambda q, k, v, shared, of_sample, of_head: (apply(shared, v), shared)
+            return over_heads(one, q, k, v, shared, None, None)
+
+        def computed(q, k, v, shared):
+            return fresh(q, k, v, carry=shared)[:2]
+
+        out, shared = lax.cond(below % self.share == 0, computed, taken_over, q, k, v, shared)
+        return out, (shared, below + 1), {}
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None, carry):
+        S = k.shape[0]
+
+        def block(q, at, keys):
+            s = maps.biased(maps.products(q * q.shape[-1] ** -0.5, k[:keys]), bias, at)
+            p = maps.weights(s, maps.seen_from(at, keys, real, causal)).astype(carry.dtype)
+            return maps.weighted(p, v[:keys]).astype(v.dtype), maps.widened(p, S)
+
+        return maps.by_blocks(block, q, S, causal)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None, carry):
+        T, S = q.shape[0], k.shape[0]
+        seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
+        seen = seen if real is None else seen & real[None]
+        out, p = maps.by_definition(scores(q, k, bias), seen, v)
+        return out, p.astype(carry.dtype)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H = self.size.head
+        return Cost(flops=4 * T * S * H, memory=T * S, state=2 * S * H)
+
+    @staticmethod
+    def limit(length: int):
+        return {"share": 1}
+
+
+def _by_blocks(p, v, causal: bool):
+    return maps.by_blocks(lambda p, at, keys: maps.weighted(p[:, :keys], v[:keys]).astype(v.dtype), p, len(v), causal)
+
+
+def _plainly(p, v):
+    return (p.astype(jnp.float32) @ v.astype(jnp.float32)).astype(v.dtype)

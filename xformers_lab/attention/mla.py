@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.layout import live_pairs
+from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._projected import Projected
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Mla(Projected):
+    """Multi-head latent attention (DeepSeek-AI, 2024, arXiv 2405.04434, section 2.1).
+
+    out_t = sum_s softmax_s((q_t . k_s + p_t . r_s) / sqrt(H + rotary)) v_s, where k_s and v_s of every head are linear
+    in one latent vector c_s = RMSNorm(W x_s), and the key r_s, which carries the rotary position, is shared by all
+    heads.
+    Kind: multi-head
+    Time O(T S H); memory O(S) per row of blocks; decoding keeps one latent and one rotary key per token for all heads.
+    Exact. Where queries are few (decoding) the matrices that expand the latent are applied to query and output
+    instead, so no key is ever expanded: the same sums in another order. Position rotates p and r alone; kv_heads plays
+    no part.
+    Deviations from the paper: the default latent is no wider than all heads together.
+
+    Options:
+        latent: size of the latent that keys and values are expanded from; none: four heads', or all there are
+        rotary: channels of the key with the position; none: half a head's
+        query_latent: size of a latent for queries, 0 for none
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        latent: int | None = None,
+        rotary: int | None = None,
+        query_latent: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        N, H, D = size.heads, size.head, size.dim
+        self.latent = min(4, N) * H if latent is None else latent
+        self.rotary = max(2, H // 4 * 2) if rotary is None else rotary
+        if self.latent < 1 or query_latent < 0:
+            raise ValueError(f"latent must be at least 1 and query_latent 0, got {self.latent} and {query_latent}")
+        if self.rotary < 2 or self.rotary % 2:
+            raise ValueError(f"rotary must be even and at least 2, for positions turn pairs, got {self.rotary}")
+        super().__init__(size, rngs=rngs)
+        linear = lambda wide, out: Linear(wide, out, use_bias=False, dtype=size.dtype, rngs=rngs)
+        norm = lambda wide: nnx.RMSNorm(wide, dtype=size.dtype, rngs=rngs)
+        self.query_down = linear(D, query_latent) if query_latent else None
+        self.query_norm = norm(query_latent) if query_latent else None
+        self.query = linear(query_latent or D, N * (H + self.rotary))
+        self.down, self.norm = linear(D, self.latent + self.rotary), norm(self.latent)
+        self.up = linear(self.latent, N * 2 * H)
+
+    def project(self, x, source, turn_q, turn_k):
+        """q (B, T, N, H + rotary), the rotary key (B, S, 1, rotary) and the latent (B, S, 1, latent)."""
+        if self.query_down is not None and self.query_norm is not None:
+            x = self.query_norm(self.query_down(x))
+        q = self.query(x)
+        q = q.reshape(*q.shape[:2], self.size.heads, -1)
+        q = jnp.concatenate([q[..., : self.size.head], turn_q(q[..., self.size.head :])], -1)
+        down = self.down(source)[:, :, None]
+        return q, turn_k(down[..., self.latent :]), self.norm(down[..., : self.latent])
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        given = {"real": real, "causal": causal, "bias": bias, "carry": carry}
+        k, v = k[:, :, :1], v[:, :, :1]
+        if method == "reference":
+            return self._by_definition(q, k[:, :, 0], v[:, :, 0], real, causal, bias), carry, {}
+        if self._absorbs(q.shape[1], k.shape[1]):
+            return self._absorbed(q, k, v, given), carry, {}
+        (B, S), N, H = v.shape[:2], self.size.heads, self.size.head
+        up = self.up.kernel[...].astype(v.dtype)
+        expanded = (v.reshape(B * S, -1) @ up).reshape(B, S, N, 2 * H)
+        keys = jnp.concatenate([expanded[..., :H], jnp.broadcast_to(k, (B, S, N, k.shape[3]))], -1)
+        return super().mix(q, keys, expanded[..., H:], **given)
+
+    def _absorbed(self, q, k, v, given):
+        """One key head, the latent and the rotary key, for all queries, which are brought into the latent's space."""
+        H = self.size.head
+        to_key, to_value = self._expanding(q.dtype)
+        inside = jnp.einsum("btnh,cnh->btnc", q[..., :H], to_key)
+        keys = jnp.concatenate([v, k], -1)
+        scale = (keys.shape[3] / q.shape[3]) ** 0.5
+        out, _, _ = super().mix(jnp.concatenate([inside, q[..., H:]], -1) * scale, keys, v, **given)
+        return jnp.einsum("btnc,cnh->btnh", out, to_value)
+
+    def _by_definition(self, q, k, v, real, causal: bool, bias):
+        """Every head's keys and values, and all its scores."""
+        (_, T, N, _), S, H = q.shape, k.shape[1], self.size.head
+        to_key, to_value = self._expanding(v.dtype)
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        seen = jnp.broadcast_to((keys <= at) | (not causal), (len(q), T, S))
+        seen = seen if real is None else seen & real[:, None]
+        out = []
+        for n in range(N):
+            s = jnp.einsum("bth,bsh->bts", q[:, :, n, :H], v @ to_key[:, n])
+            s = (s + jnp.einsum("btr,bsr->bts", q[:, :, n, H:], k)).astype(jnp.float32) / q.shape[3] ** 0.5
+            if bias is not None:
+                s += jax.tree.map(lambda leaf, n=n: leaf[n], bias)(at, keys)
+            out.append(masked_softmax(s, seen) @ (v @ to_value[:, n]))
+        return jnp.stack(out, 2).astype(v.dtype)
+
+    def _expanding(self, dtype):
+        """The matrices (latent, N, H) from the latent to keys and to values."""
+        weight = self.up.kernel[...].astype(dtype).reshape(self.latent, self.size.heads, -1)
+        return jnp.split(weight, 2, -1)
+
+    def _absorbs(self, T: int, S: int) -> bool:
+        """Whether products with the latent itself cost less than expanding it."""
+        H = self.size.head
+        return T * self.latent * (H + S) < S * H * (self.latent + T)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C, R = self.size.head, self.latent, self.rotary
+        pairs = live_pairs(self.pattern, T, S, *self.blocks(T, S, causal=False))
+        absorbs = self._absorbs(T, S)
+        flops = 4 * T * H * C + 2 * pairs * (2 * C + R) if absorbs else 4 * S * C * H + 2 * pairs * (2 * H + R)
+        memory = max(self.largest(T, S), S * max(C + R, 2 * H))
+        return Cost(flops=flops, memory=memory, state=S * (C + R) / self.size.heads)

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention._engine.slots import attended
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Perceiver(Attention):
+    """Perceiver (Jaegle et al., 2021, arXiv 2103.03206), read out by the positions as in Perceiver IO (arXiv 2107.14795).
+
+    L <- L + attention(L, k, v); `steps` times L <- L + attention(L, L, L); out = attention(q, K L, V L), an MLP after each of
+    the first two. Learned latents look at the sequence once, talk among themselves, and are looked at by every position:
+    in `set` they do not talk, in `luna` they stay from layer to layer instead.
+    Kind: memory compression
+    Time O(T latents H + steps latents^2 D); memory O(T H).
+    Approximate: positions exchange nothing that does not pass through the latents.
+    Not causal: a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last positions of
+        a sequence, gives outputs for those alone, where a layer needs them for all
+    No bias: a latent has no position
+    Deviations from the paper: what the paper builds once around a model is one layer here, its latents begin anew in every
+    layer, are as wide as the model, and their steps share one set of weights, as those of the paper's repeated blocks
+    may.
+
+    Options:
+        latents: learned rows
+        steps: rounds of self-attention among the latents
+    """
+
+    def __init__(self, size: Size, *, latents: int = 32, steps: int = 2, rngs: nnx.Rngs):
+        if latents < 1:
+            raise ValueError(f"latents must be at least 1, got {latents}")
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0, got {steps}")
+        super().__init__(size, rngs=rngs)
+        self.steps = steps
+        self.latents = nnx.Param(jax.random.normal(rngs.params(), (latents, size.dim)))
+        self.look = _Part(size, self_attention=False, rngs=rngs)
+        self.talk = _Part(size, self_attention=True, rngs=rngs) if steps else None
+        width = size.key_heads * size.head
+        self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.latent_key, self.latent_value = (
+            Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
+        )
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        if causal:
+            raise ValueError(why_not(type(self), "causal"))
+        if bias is not None:
+            raise ValueError(why_not(type(self), "bias"))
+        B, shape = q.shape[0], self.latents.shape
+        L = jnp.broadcast_to(self.latents[...].astype(k.dtype), (B, *shape))
+        L = self.look(L, k, v, real, method=method)
+        if self.talk is not None:
+            graph, variables = nnx.split(self.talk)
+            step = lambda L, _: (nnx.merge(graph, variables)(L, method=method), None)
+            L = lax.scan(jax.checkpoint(step), L, length=self.steps)[0]
+        L = self.norm(L)
+        keys, values = (linear(L).reshape(B, shape[0], -1, self.size.head) for linear in (self.latent_key, self.latent_value))
+        there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, shape[0]))
+        out = attended(q, keys.astype(k.dtype), values.astype(k.dtype), there, method=method)
+        return out.astype(v.dtype), carry, {}
+
+    def cost(self, T: int, S: int) -> Cost:
+        (m, D), H, N = self.latents.shape, self.size.head, self.size.heads
+        look, talk = 8 * m * D * D, self.steps * (12 * m * D * D + 4 * m * m * D)
+        inside = (look + talk + 4 * m * D * self.size.key_heads * H) / N
+        return Cost(flops=4 * m * H * (S + T) + inside, memory=max(T, S) * max(H, m), state=0)
+
+
+class _Part(nnx.Module):
+    """L + attention(L, ...) and an MLP, both behind a norm: L (B, m, D) looks at given keys and values or at itself."""
+
+    def __init__(self, size: Size, *, self_attention: bool, rngs: nnx.Rngs):
+        linear = lambda: Linear(size.dim, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.size, self.query, self.out = size, linear(), linear()
+        self.key, self.value = (linear(), linear()) if self_attention else (None, None)
+        self.grow, self.shrink = (Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
+        self.norm, self.mlp_norm = (nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
+
+    def __call__(self, L, k=None, v=None, real=None, *, method: str):
+        y = self.norm(L)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head).astype(L.dtype)
+        if k is None and self.key is not None and self.value is not None:
+            k, v = heads(self.key(y)), heads(self.value(y))
+        found = attended(heads(self.query(y)), k, v, real, method=method)
+        L = L + self.out(found.reshape(L.shape)).astype(L.dtype)
+        return L + self.shrink(jax.nn.gelu(self.grow(self.mlp_norm(L)))).astype(L.dtype)

@@ -1,0 +1,115 @@
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.features import EXACT, divided, empty_state, exponential, one_more, sums
+from xformers_lab.size import Size
+
+# Added to every feature of the relu kernel, so that no query is without weights.
+FLOOR = 1e-3
+
+
+class Performer(Attention):
+    """Performer, FAVOR+: softmax by positive orthogonal random features (Choromanski et al., 2020, arXiv 2009.14794).
+
+    out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), phi(x) = exp(W x - |x|^2 / 2) of x / H^(1/4):
+    on average over Gaussian rows of W, phi(q) . phi(k) is exp(q . k / sqrt(H)). The rows of W come in orthogonal blocks
+    of H, with the lengths of Gaussian vectors.
+    Kind: linearised
+    Time O(T H F), chunked where causal; memory O(T F); decoding keeps one H x F matrix, one vector, one number.
+    Approximate: the variance falls as 1 / F and grows as exp(|q + k|^2 / sqrt(H)), so that many features come near the
+    softmax for short q and k alone.
+    Deviations from the paper: a key's features are divided by the largest of those that the query may see, exactly so
+    that no later key is felt (the authors' code divides by the largest of all keys); nothing is added to the features
+    of the exponential (code adds 1e-4 or 1e-6, which mixes in uniform attention).
+
+    Options:
+        features: F, rows of W per head; none: int(H log H)
+        kernel: softmax, or relu: phi(x) = relu(W x) + 0.001, which is not the softmax
+        rows: orthogonal blocks, or independent Gaussian rows
+        redraw: when W is drawn: once, or anew in every training step (evaluation keeps the first)
+        chunk: positions whose causal products are computed together
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        features: int | None = None,
+        kernel: Literal["softmax", "relu"] = "softmax",
+        rows: Literal["orthogonal", "independent"] = "orthogonal",
+        redraw: Literal["once", "step"] = "once",
+        chunk: int = 128,
+        rngs: nnx.Rngs,
+    ):
+        if features is not None and features < 1:
+            raise ValueError(f"features must be at least 1, or none for int(H log H), got {features}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        super().__init__(size, rngs=rngs)
+        self.features = max(1, int(size.head * math.log(size.head))) if features is None else features
+        self.kernel, self.rows, self.redraw, self.chunk = kernel, rows, redraw, chunk
+        self.projection = nnx.Variable(jax.vmap(self._draw)(jax.random.split(rngs.params(), size.heads)))
+
+    def _draw(self, key):
+        """W (F, H) of one head."""
+        F, H = self.features, self.size.head
+        gaussian = jax.random.normal(key, (F, H))
+        if self.rows == "independent":
+            return gaussian
+        directions, upper = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, 1), (-(-F // H), H, H)))
+        # With these signs the directions are uniform (Mezzadri, 2006).
+        directions *= jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]
+        return directions.reshape(-1, H)[:F] * jnp.linalg.norm(gaussian, axis=1, keepdims=True)
+
+    def per_head(self):
+        return {"projection": self.projection[...]}
+
+    def attend(self, q, k, v, *, real=None, causal, projection, key=None):
+        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, real, self._rows(projection, key), causal)
+
+    def _attend(self, q, k, v, real, W, causal):
+        (q, _), (k, log) = self._map(q, W, key=False), self._map(k, W, key=True)
+        out, total = sums(q, k, v, real=real, causal=causal, chunk=self.chunk, log=log)
+        return divided(out, total).astype(v.dtype)
+
+    def _rows(self, projection, key):
+        return self._draw(key) if self.redraw == "step" and key is not None else projection
+
+    def _map(self, x, W, *, key: bool):
+        """phi and the logarithm of its scale; of a query the scale cancels, and |q|^2 with it."""
+        H = x.shape[-1]
+        e = jnp.dot(x, (W * H**-0.25).T.astype(x.dtype), **EXACT)
+        if self.kernel == "relu":
+            return jax.nn.relu(e) + FLOOR, None
+        return exponential(e - jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True) * (H**-0.5 / 2) if key else e)
+
+    def reference(self, q, k, v, *, real=None, causal, projection, key=None):
+        T, S = q.shape[0], k.shape[0]
+        W = self._rows(projection, key)
+        seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
+        seen = seen if real is None else seen & real
+        q, k = (x * self.size.head**-0.25 for x in (q, k))
+        if self.kernel == "relu":
+            weights = (jax.nn.relu(q @ W.T) + FLOOR) @ (jax.nn.relu(k @ W.T) + FLOOR).T * seen
+        else:
+            logs = jax.nn.logsumexp((q @ W.T)[:, None] + (k @ W.T)[None], -1) - jnp.square(k).sum(-1) / 2
+            logs = jnp.where(seen, logs, -1e30)
+            weights = jnp.exp(logs - logs.max(-1, keepdims=True)) * seen
+        return (weights @ v / jnp.where(seen.any(-1), weights.sum(-1), 1)[:, None]).astype(v.dtype)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, F = self.size.head, self.features
+        return Cost(flops=4 * F * H * (T + S), memory=max(T, S) * max(F, H), state=H * F + F + 1)
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        return empty_state(self.features, self.size.head)
+
+    def step(self, state, q, k, v, *, projection):
+        (q, _), (k, log) = self._map(q[None], projection, key=False), self._map(k[None], projection, key=True)
+        state, out, total = one_more(state, q[0], k[0], v, log)
+        return divided(out[None], total[None])[0].astype(v.dtype), state

@@ -1,0 +1,158 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine import maps
+from xformers_lab.attention._engine.block_sparse import scores, softmax
+from xformers_lab.attention._heads import over_heads
+from xformers_lab.size import Size
+
+
+class Predictive(Attention):
+    """Predictive attention, later called evolving attention (Wang et al., 2021, arXiv 2102.12895).
+
+    I_l = a A_(l-1) + (1 - a) q k^T / sqrt(H), A_l = b relu(conv(I_l)) + (1 - b) I_l, out = softmax(A_l) v. A
+    convolution over the map of queries and keys, whose channels are the heads, predicts the scores of a layer from
+    those of the layer below; the first layer is full attention.
+    Kind: prior
+    Time O(T S (H + N kernel^2)); memory O(T S), for the scores are what layers hand on; decoding keeps every key and
+        value and the newest kernel // 2 rows of I.
+    Exact. A score bias is added to A and not handed on.
+    Not cross: the convolution reads the rows of neighbouring queries, so the queries must be those of the keys
+    Deviations from the paper: causally the kernel has no rows for later queries and reads zeros where a query sees no
+        key, so that no later key can reach an earlier query; padded rows and columns are zeros to it too.
+
+    Options:
+        residual: a, the share of the layer below
+        convolved: b, the share of the convolution
+        kernel: rows and columns of the convolution, odd
+    """
+
+    def __init__(self, size: Size, *, residual: float = 0.2, convolved: float = 0.1, kernel: int = 3, rngs: nnx.Rngs):
+        for name, share in (("residual", residual), ("convolved", convolved)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {share}")
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and at least 1, got {kernel}: try {max(kernel, 0) + 1}")
+        super().__init__(size, rngs=rngs)
+        self.residual, self.convolved, self.around = residual, convolved, kernel // 2
+        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, size.heads, size.heads)))
+        self.level = nnx.Param(jnp.zeros(size.heads))
+
+    def init_carry(self, T: int, S: int):
+        return jnp.zeros((T, S), jnp.float32)
+
+    def initial_carry(self, B: int, T: int, S: int):
+        """The scores of every head, and how many layers there are below."""
+        return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        (B, T), S = q.shape[:2], k.shape[1]
+        if T != S:
+            raise ValueError(f"predictive reads the scores of neighbouring queries: {T} queries need {T} keys, got {S}")
+        below, layers = self.initial_carry(B, T, S) if carry is None else carry
+        real = jnp.ones((B, S), bool) if real is None else real
+        if method == "reference":
+            new = self._by_definition(q, k, real, causal, below, layers)
+        else:
+            valid = real[:, None, None] & real[:, None, :, None]
+            valid = valid & jnp.tri(T, dtype=bool) if causal else valid
+            evolved = jax.checkpoint(lambda s, below: self._evolved(self._blend(s, below), valid, causal))
+            s = over_heads(functools.partial(_dot_products, causal=causal), q, k, v, None, None, None)[1]
+            new = lax.cond(layers == 0, lambda s, below: s, evolved, s, below)
+
+        def attended(q, k, v, s, real, bias):
+            def block(s, at, keys):
+                p = maps.weights(maps.biased(s[:, :keys], bias, at), maps.seen_from(at, keys, real, causal))
+                return maps.weighted(p, v[:keys]).astype(v.dtype)
+
+            return maps.by_blocks(block, s, S, causal), None
+
+        def defined(q, k, v, s, real, bias):
+            seen = (jnp.tri(T, dtype=bool) if causal else jnp.ones((T, T), bool)) & real[None]
+            s = s if bias is None else s + bias(jnp.arange(T)[:, None], jnp.arange(S)[None])
+            return maps.by_definition(s, seen, v)[0], None
+
+        out = over_heads(attended if method == "attend" else defined, q, k, v, new, real, bias)[0]
+        return out, (new, layers + 1), {}
+
+    def _blend(self, s, below):
+        return self.residual * below + (1 - self.residual) * s
+
+    def _evolved(self, blend, valid, causal: bool):
+        """A of I (B, N, T, S) where valid (B, 1, T, S) marks what the convolution may read."""
+        r = self.around
+        kernel = self.kernel[: r + 1] if causal else self.kernel[...]
+        return self._add_convolution(blend, jnp.where(valid, blend, 0), kernel, (r, 0 if causal else r))
+
+    def _add_convolution(self, blend, read, kernel, rows: tuple[int, int]):
+        columns = (self.around, self.around)
+        shape = ("NCHW", "HWIO", "NCHW")
+        found = lax.conv_general_dilated(read, kernel, (1, 1), (rows, columns), dimension_numbers=shape)
+        found = jax.nn.relu(found + self.level[:, None, None])
+        return self.convolved * found + (1 - self.convolved) * blend
+
+    def _by_definition(self, q, k, real, causal: bool, below, layers):
+        """A (B, N, T, S), tap by tap."""
+        T, r = q.shape[1], self.around
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
+        s = jax.vmap(jax.vmap(scores))(jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2))
+        blend = self.residual * below + (1 - self.residual) * s
+        t, u = jnp.arange(T)[:, None], jnp.arange(T)[None]
+        there = real[:, None, :, None] & real[:, None, None] & ((u <= t) | (not causal))
+        read = jnp.pad(jnp.where(there, blend, 0), ((0, 0), (0, 0), (r, r), (r, r)))
+        found = self.level[:, None, None]
+        for down in range(r + 1 if causal else 2 * r + 1):
+            for right in range(2 * r + 1):
+                tap = read[:, :, down : down + T, right : right + T]
+                found = found + jnp.einsum("bits,io->bots", tap, self.kernel[down, right])
+        evolved = self.convolved * jnp.maximum(found, 0) + (1 - self.convolved) * blend
+        return jnp.where(layers == 0, s, evolved)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, N, r = self.size.head, self.size.heads, self.around
+        taps = (2 * r + 1) ** 2
+        return Cost(flops=(4 * H + 2 * N * taps) * T * S, memory=T * S, state=(2 * H + r) * S)
+
+    @staticmethod
+    def limit(length: int):
+        """The first layer predicts nothing."""
+        return {}
+
+    def init_cache(self, B: int, length: int, dtype=jnp.float32):
+        rows = jnp.zeros((B, self.size.heads, self.around, length), jnp.float32)
+        return super().init_cache(B, length, dtype) | {"rows": rows}
+
+    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+        k, v = (jnp.concatenate([cache[name][:, 1:], new[:, None]], 1) for name, new in (("k", k), ("v", v)))
+        (B, S), N, seen = k.shape[:2], q.shape[1], cache["seen"] + 1
+        below, layers = self.initial_carry(B, 1, S) if carry is None else carry
+        real = jnp.arange(S) >= S - seen
+        s = over_heads(functools.partial(_dot_products, causal=True), q[:, None], k, v, None, None, None)[1]
+        blend = self._blend(s, below)
+        # Positions have moved on by one since the rows of earlier queries were kept.
+        kept = jnp.pad(cache["rows"][..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        read = jnp.concatenate([kept, jnp.where(real, blend, 0)], 2)
+        evolved = self._add_convolution(blend, read, self.kernel[: self.around + 1], (0, 0))
+        new = jnp.where(layers == 0, s, evolved)
+
+        def one(q, k, v, s, of_sample, bias):
+            s = s if bias is None else s + bias(jnp.full((1, 1), S - 1), jnp.arange(S)[None])
+            return softmax(s, real, v), None
+
+        out = over_heads(one, q[:, None], k, v, new, None, bias)[0]
+        cache = {"k": k, "v": v, "seen": seen, "rows": read[:, :, 1:]}
+        return out.reshape(B, N, -1), cache, (new, layers + 1)
+
+
+def _dot_products(q, k, v, *_, causal: bool):
+    """Scores (T, S), zeros among those that no query may see."""
+    S = k.shape[0]
+    block = lambda q, at, keys: maps.widened(maps.products(q * q.shape[-1] ** -0.5, k[:keys]), S)
+    return q, maps.by_blocks(block, q, S, causal)

@@ -1,0 +1,49 @@
+import jax.numpy as jnp
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine import maps
+from xformers_lab.attention._engine.block_sparse import scores
+
+
+class Realformer(Attention):
+    """RealFormer, residual attention (He et al., 2020, arXiv 2012.11747).
+
+    A_l = q k^T / sqrt(H) + A_(l-1), out = softmax(A_l) v: the scores of every layer are added to those of the layer
+    below, head by head.
+    Kind: prior
+    Time O(T S H); memory O(T S), for the scores are what layers hand on; decoding keeps every key and value.
+    Exact. A score bias is added after the sum and not handed on, so that it counts once in every layer.
+    Deviations from the paper: none.
+    """
+
+    def init_carry(self, T: int, S: int):
+        return jnp.zeros((T, S), jnp.float32)
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None, carry):
+        S = k.shape[0]
+
+        def block(given, at, keys):
+            q, below = given
+            seen = maps.seen_from(at, keys, real, causal)
+            # What no query may see is handed on as zero: it is never used, and padding may hold anything.
+            s = jnp.where(seen, maps.products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)
+            out = maps.weighted(maps.weights(maps.biased(s, bias, at), seen), v[:keys])
+            return out.astype(v.dtype), maps.widened(s, S)
+
+        return maps.by_blocks(block, (q, carry), S, causal)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None, carry):
+        T, S = q.shape[0], k.shape[0]
+        seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
+        seen = seen if real is None else seen & real[None]
+        carry = jnp.where(seen, scores(q, k) + carry, 0)
+        return maps.by_definition(carry + (scores(q, k, bias) - scores(q, k)), seen, v)[0], carry
+
+    def cost(self, T: int, S: int) -> Cost:
+        H = self.size.head
+        return Cost(flops=4 * T * S * H, memory=T * S, state=2 * S * H)
+
+    @staticmethod
+    def limit(length: int):
+        """The first layer has nothing below."""
+        return {}

@@ -1,0 +1,65 @@
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.gated import scalar_decay
+from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
+from xformers_lab.size import Size
+
+
+class Retnet(Recurrent):
+    """Retention (Sun et al., 2023, arXiv 2307.08621, equations 5 to 8).
+
+    S_t = g S_(t-1) + k_t v_t^T, out_t = silu(W x_t) * rms(q_t S_t / sqrt(H)); every head has a g of its own.
+    Kind: linearised
+    Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
+    Exact.
+    One way: it reads from left to right, so it serves no encoder and no cross-attention
+    Deviations from the paper: rotation by position is the model's position=rope; heads are normalised by their root
+        mean square.
+
+    Options:
+        chunk: positions whose products are computed together
+        slowest: g of the head that forgets least is 1 - 1 / slowest
+        fastest: g of the head that forgets most is 1 - 1 / fastest
+    """
+
+    def __init__(self, size: Size, *, chunk: int = 64, slowest: float = 512.0, fastest: float = 32.0, rngs: nnx.Rngs):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if not 1 < fastest <= slowest:
+            raise ValueError(f"fastest must be above 1 and at most slowest, got {fastest} and {slowest}")
+        super().__init__(size, rngs=rngs)
+        self.gate = gate_of(size, rngs)
+        self.chunk, self.slowest, self.fastest = chunk, slowest, fastest
+
+    def per_head(self):
+        span = jnp.exp(jnp.linspace(jnp.log(self.fastest), jnp.log(self.slowest), self.size.heads))
+        return {"decay": jnp.log1p(-1 / span)}
+
+    def from_queries(self, x):
+        return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
+
+    def attend(self, q, k, v, *, real=None, causal, decay, gate):
+        return gated(self.forward(q, self._keys(q, k, v, decay), real, causal), gate, v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, decay, gate):
+        return gated(self.by_definition(q, self._keys(q, k, v, decay), real, causal), gate, v.dtype)
+
+    def _keys(self, q, k, v, decay):
+        return {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": jnp.full(len(k), decay)}
+
+    def scanned(self, q, k, v, decay):
+        return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
+
+    def update(self, state, q, k, v, decay):
+        state = jnp.exp(decay) * state + jnp.outer(k, v)
+        return q @ state, state
+
+    def step(self, state, q, k, v, *, decay, gate):
+        out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
+        return gated(out, gate, v.dtype), state
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C = self.size.head, min(self.chunk, S)
+        return Cost(flops=4 * S * H * (H + C), memory=S * max(C, H, H * H / C), state=H * H)

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention._engine.slots import attended
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Set(Attention):
+    """Induced set attention, ISAB of the Set Transformer (Lee et al., 2019, arXiv 1810.00825, equations 9 and 10).
+
+    h = norm(y + relu(W y)) with y = norm(I + attention(I, k, v)), out = attention(q, K h, V h): learned points I look at all
+    positions, then every position looks at what they found. The points begin anew in every layer.
+    Kind: memory compression
+    Time O(T points H); memory O(T H).
+    Approximate: positions exchange nothing that does not pass through the points.
+    Not causal: a point is a mean over all positions, later ones too
+    No bias: a point has no position
+    Deviations from the paper: the residual, normaliser and feed-forward of the outer attention are the block's own. The
+    points stand for their projected queries, as nothing else is projected from them.
+
+    Options:
+        points: induced points, m in the paper
+    """
+
+    def __init__(self, size: Size, *, points: int = 32, rngs: nnx.Rngs):
+        if points < 1:
+            raise ValueError(f"points must be at least 1, got {points}")
+        super().__init__(size, rngs=rngs)
+        self.points = nnx.Param(jax.random.normal(rngs.params(), (points, size.dim)))
+        self.inner = Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs)
+        self.norm, self.inner_norm = (nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
+        width = size.key_heads * size.head
+        self.point_key, self.point_value = (
+            Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
+        )
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        if causal:
+            raise ValueError(why_not(type(self), "causal"))
+        if bias is not None:
+            raise ValueError(why_not(type(self), "bias"))
+        B, (m, D) = q.shape[0], self.points.shape
+        points = jnp.broadcast_to(self.points[...].astype(k.dtype), (B, m, D))
+        heads = lambda y: y.reshape(B, m, -1, self.size.head).astype(k.dtype)
+        y = self.norm(points + attended(heads(points), k, v, real, method=method).reshape(B, m, D))
+        h = self.inner_norm(y + jax.nn.relu(self.inner(y)))
+        there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, m))
+        out = attended(q, heads(self.point_key(h)), heads(self.point_value(h)), there, method=method)
+        return out.astype(v.dtype), carry, {}
+
+    def cost(self, T: int, S: int) -> Cost:
+        (m, D), H, N, K = self.points.shape, self.size.head, self.size.heads, self.size.key_heads
+        inside = 2 * m * D * (D + 2 * K * H) / N
+        return Cost(flops=4 * m * H * (S + T) + inside, memory=max(T, S) * max(H, m), state=0)

@@ -1,0 +1,53 @@
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.rows import largest, masked_softmax, rows
+from xformers_lab.size import Size
+
+
+class Softcap(Attention):
+    """Soft-capped attention scores (Gemma Team, 2024, arXiv 2408.00118, section 2).
+
+    out_t = sum_s softmax_s(cap tanh(q_t . k_s / (cap sqrt(H)))) v_s. No score leaves (-cap, cap), so that training
+    stays stable where scores would grow.
+    Kind: full
+    Time O(T S H); memory O(S) per block of queries; decoding keeps every key and value.
+    Exact. A bias is added to the capped score.
+
+    Options:
+        cap: the size that no score reaches
+    """
+
+    def __init__(self, size: Size, *, cap: float = 50.0, rngs: nnx.Rngs):
+        if cap <= 0:
+            raise ValueError(f"cap must be above 0, got {cap:g}")
+        super().__init__(size, rngs=rngs)
+        self.cap = cap
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None):
+        return rows(q, k, v, functools.partial(_weights, self.cap), bias, real=real, causal=causal)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None):
+        T, S = q.shape[0], k.shape[0]
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
+        s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
+        s = self.cap * jnp.tanh(s / self.cap)
+        seen = (keys <= at) | (not causal)
+        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if real is None else seen & real)
+        return jnp.dot(p, v).astype(v.dtype)
+
+    @staticmethod
+    def limit(length: int):
+        return {"cap": 1e4}
+
+    def cost(self, T: int, S: int) -> Cost:
+        H = self.size.head
+        return Cost(flops=4 * T * S * H, memory=largest(T, S, H), state=2 * S * H)
+
+
+def _weights(cap: float, s, seen, positions, bias):
+    s = cap * jnp.tanh(s / cap)
+    return masked_softmax(s if bias is None else s + bias(*positions), seen)

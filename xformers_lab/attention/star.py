@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, softmax
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Star(Attention):
+    """Star-Transformer (Guo et al., 2019, arXiv 1902.09113, section 3 and algorithm 1).
+
+    A ring of satellites and one relay r: out_t = sum_c softmax_c(q_t . k_c / sqrt(H)) v_c over five nodes c: positions t - 1,
+    t, t + 1 (the last and the first are neighbours), the embedding e_t that position t had in the first layer, and r. Between
+    two layers the relay looks at itself and at every satellite: r <- norm(relu(attention(r, [r; x]))), at first mean(x).
+    Kind: sparse by position
+    Time O(T (H + D)); memory O(T H); nothing is decoded.
+    Exact for its graph; two steps lead from any position to any other.
+    Not causal: the relay gathers every position
+    Deviations from the paper: x and e are what the residual block hands to attention; its residual, normaliser and
+    feed-forward stand in place of the satellites' norm(relu()). The relay is updated as the next layer begins. Rotary
+    positions turn the keys of the ring alone.
+    """
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        super().__init__(size, rngs=rngs)
+        self.relay_query, self.relay_key, self.relay_value, self.relay_out = (
+            Linear(size.dim, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(4)
+        )
+        self.relay_norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        if causal:
+            raise ValueError(why_not(type(self), "causal"))
+        carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
+        real = jnp.ones(k.shape[:2], bool) if real is None else real
+        first = (carry["layers"] == 0)[:, None]
+        relay = jnp.where(first, _mean(x, real), self._relay(carry["relay"].astype(x.dtype), x, real))
+        embedding = jnp.where(first[..., None], x, carry["embedding"].astype(x.dtype))
+        # As many heads as the keys that came: a caller may have repeated them.
+        heads = lambda y: jnp.repeat(y := y.reshape(*y.shape[:-1], -1, self.size.head), k.shape[2] // y.shape[-2], -2)
+        satellites = jax.checkpoint(_ring) if method == "attend" else _graph
+        nodes = [heads(linear(node)) for node in (embedding, relay) for linear in (self.key, self.value)]
+        out = satellites(q, k, v, *nodes, real, bias)
+        new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
+        return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), {}
+
+    def _relay(self, relay, x, real):
+        """(B, D): the relay after one look at itself and at x (B, S, D)."""
+        B, N, H = x.shape[0], self.size.heads, self.size.head
+        nodes = jnp.concatenate([relay[:, None], x], 1)
+        q = self.relay_query(relay).reshape(B, N, H) * H**-0.5
+        k, v = (linear(nodes).reshape(B, -1, N, H) for linear in (self.relay_key, self.relay_value))
+        s = jnp.einsum("bnh,bsnh->bns", q, k, preferred_element_type=jnp.float32)
+        seen = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)[:, None]
+        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+        out = jnp.einsum("bns,bsnh->bnh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return self.relay_norm(jax.nn.relu(self.relay_out(out.reshape(B, -1).astype(x.dtype))))
+
+    def init_carry(self, T: int, S: int):
+        """Of one sequence: the relay and the embeddings, set by the first layer, and how many layers have run."""
+        kept = {"relay": (self.size.dim,), "embedding": (S, self.size.dim)}
+        return {name: jnp.zeros(shape, self.size.dtype) for name, shape in kept.items()} | {"layers": jnp.int32(0)}
+
+    def initial_carry(self, B: int, T: int, S: int):
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (B, *leaf.shape)), self.init_carry(T, S))
+
+    def cost(self, T: int, S: int) -> Cost:
+        D, H = self.size.dim, self.size.head
+        return Cost(flops=8 * S * D * H + 4 * S * H, memory=max(T, S) * H, state=0)
+
+
+def _mean(x, real):
+    """(B, S, D) -> (B, D), over what is no padding."""
+    total = jnp.where(real[..., None], x, 0).sum(1, dtype=jnp.float32)
+    return (total / jnp.maximum(real.sum(1), 1)[:, None]).astype(x.dtype)
+
+
+def _ring(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
+    """Satellites by shifted views of the keys, which are all products of single rows.
+
+    q (B, T, N, H); k, v of the ring and own_k, own_v of the embeddings (B, S, K, H); relay_k, relay_v (B, K, H); real (B, S).
+    """
+    (B, T, N, H), S, K = q.shape, k.shape[1], k.shape[2]
+    before = max(T - S, 0) + 1
+    # Fewer than three positions are each other's neighbours on both sides, but one node each.
+    offsets = (-1, 0, 1) if S > 2 else (0, 1)[:S]
+
+    def near(x, offset):
+        """(B, T, ...): what stands `offset` positions on from each query, around the ring."""
+        x = jnp.pad(x, [(0, 0), (before, 1)] + [(0, 0)] * (x.ndim - 2), mode="wrap")
+        return x[:, (start := before + S - T + offset) : start + T]
+
+    everywhere = lambda relay: jnp.broadcast_to(relay[:, None], (B, T, K, H))
+    keys = [*(near(k, offset) for offset in offsets), near(own_k, 0), everywhere(relay_k)]
+    values = [*(near(v, offset) for offset in offsets), near(own_v, 0), everywhere(relay_v)]
+    seen = [near(real, offset) for offset in (*offsets, 0)]
+    seen = jnp.stack([*seen, jnp.broadcast_to(real.any(1, keepdims=True), (B, T))], -1)
+    q = (q.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H)
+    s = jnp.stack([(q * key[:, :, :, None].astype(jnp.float32)).sum(-1) for key in keys], -1).reshape(B, T, N, -1)
+    if bias is not None:
+        at = jnp.arange(S - T, S)[:, None]
+        added = jax.vmap(lambda bias: bias(at, (at + np.array(offsets)) % S))(bias)
+        s = s.at[..., : len(offsets)].add(added.swapaxes(0, 1))
+    s = jnp.where(seen[:, :, None], s, MASKED)
+    p = jnp.exp(s - jnp.maximum(lax.stop_gradient(s).max(-1, keepdims=True), EMPTY))
+    p = (p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)).reshape(B, T, K, N // K, -1)
+    out = sum(p[..., node, None] * value[:, :, :, None].astype(jnp.float32) for node, value in enumerate(values))
+    return out.reshape(B, T, N, H).astype(v.dtype)
+
+
+def _graph(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
+    """The same by definition: one softmax over all positions, all embeddings and the relay, with the star's edges."""
+    T, S, times = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    at, keys = jnp.arange(S - T, S)[:, None] % S, jnp.arange(S)[None]
+    ring = (keys == at) | (keys == (at + 1) % S) | (keys == (at - 1) % S)
+    edges = jnp.concatenate([ring, keys == at, jnp.ones((T, 1), bool)], 1)
+    nodes = [(k, own_k, relay_k[:, None]), (v, own_v, relay_v[:, None])]
+    k, v = (jnp.repeat(jnp.concatenate(found, 1), times, 2) for found in nodes)
+    real = jnp.concatenate([real, real, real.any(1, keepdims=True)], 1)
+
+    def head(q, k, v, real, bias):
+        s = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
+        if bias is not None:
+            s = s.at[:, :S].add(bias(jnp.arange(S - T, S)[:, None], keys))
+        return softmax(s, edges & real[None], v)
+
+    of_sample = jax.vmap(head, in_axes=(1, 1, 1, None, 0), out_axes=1)
+    return jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None))(q, k, v, real, bias)
