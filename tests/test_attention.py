@@ -215,18 +215,32 @@ def test_extents_never_lie_about_a_rectangle(name):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layout_covers_every_live_pair_once(name, T, S):
     """Live pairs of all parts' blocks, by the predicate where a block is mixed, add up to the dense mask."""
+    np.testing.assert_array_equal(counted(PATTERNS[name], T, S, 4, 8), pair_mask(PATTERNS[name], T, S))
+
+
+def counted(pattern, T, S, block_q, block_k):
+    """How often each pair is counted: in live blocks, by the predicate where a block is mixed."""
     count = np.zeros((T, S), int)
-    for part in layout(PATTERNS[name], T, S, 4, 8):
-        queries, keys = part.queries.reshape(-1, 4), part.keys.reshape(-1, 8)
-        for group in part.groups:
-            for row, columns in zip(group.rows, group.columns, strict=True):
-                assert len(set(columns.tolist())) == len(columns)
-                for column in columns:
-                    q_at, k_at = np.meshgrid(queries[row], keys[column], indexing="ij")
-                    inside = (q_at >= S - T) & (q_at < S) & (k_at >= 0) & (k_at < S)
-                    seen = inside if group.whole else inside & np.asarray(part.pattern(q_at, k_at))
-                    np.add.at(count, (q_at[seen] - (S - T), k_at[seen]), 1)
-    np.testing.assert_array_equal(count, pair_mask(PATTERNS[name], T, S))
+    for part in layout(pattern, T, S, block_q, block_k):
+        queries, keys = part.queries.reshape(-1, block_q), part.keys.reshape(-1, block_k)
+        for row, column, whole in computed_blocks(part):
+            q_at, k_at = np.meshgrid(queries[row], keys[column], indexing="ij")
+            inside = (q_at >= S - T) & (q_at < S) & (k_at >= 0) & (k_at < S)
+            seen = inside if whole else inside & np.asarray(part.pattern(q_at, k_at))
+            np.add.at(count, (q_at[seen] - (S - T), k_at[seen]), 1)
+    return count
+
+
+def computed_blocks(part):
+    """(row, column, whole) of the blocks that a part counts."""
+    for group in part.groups:
+        shared = np.broadcast_to(group.shared, (len(group.rows), len(group.shared)))
+        for columns, live, whole in (
+            (group.own, group.own_live, group.whole),
+            (shared, group.shared_live, group.shared_whole),
+        ):
+            for at, place in np.argwhere(np.ones(columns.shape, bool) if live is None else live):
+                yield group.rows[at], columns[at, place], whole
 
 
 @pytest.mark.parametrize("name", ["all", "causal", "causal band", "strided", "causal grid", "column"])

@@ -214,6 +214,10 @@ class Gated(Plain):
     def attend(self, q, k, v, *, real, causal, bias=None, gate, opening):
         return self.reference(q, k, v, real=real, causal=causal, bias=bias, gate=gate, opening=opening)
 
+    def cost(self, T, S):
+        H, x = self.size.head, S * self.size.dim // self.size.heads
+        return Cost(flops=4 * T * S * H, memory=T * S, state=2 * S * H + x)
+
 
 class Decayed(Attention):
     """Retention, a recurrence with a fixed decay (Sun et al., 2023, arXiv 2307.08621).
@@ -278,6 +282,8 @@ class Whole(Attention):
     """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`.
 
     Kind: without attention
+    One way: it looks at the past of its own input
+    Not cross: it has no queries
     No decoding: it is a test
     """
 
@@ -745,11 +751,11 @@ class ScalarsCountPadding(Noted):
         return super().notes(v, jnp.ones_like(real), method)
 
 
-class ScalarWithoutAGradient(Noted):
-    """A norm, whose derivative at zero is not a number (Noted, 2017)."""
+class ScalarOfNothing(Noted):
+    """A mean over each sample, one of which may be all padding (Noted, 2017)."""
 
     def notes(self, v, real, method):
-        return {"loss/size": jnp.sqrt((jnp.where(real[..., None, None], v, 0) ** 2).sum((1, 2, 3))).mean()}
+        return {"loss/size": (jnp.where(real, v.mean((2, 3)), 0).sum(1) / real.sum(1)).mean()}
 
 
 class ScalarForEveryHead(Noted):
@@ -983,6 +989,15 @@ class RefusesToBeCausalInSilence(BothSides):
     """
 
 
+class RefusesBothSidesInSilence(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        if not causal:
+            raise ValueError("it reads from left to right")
+        return super().reference(q, k, v, real=real, causal=causal, bias=bias)
+
+
 class RefusesOtherLengthsInSilence(Plain):
     __doc__ = Plain.__doc__
 
@@ -1066,7 +1081,7 @@ FAULTS = {
     StateDecaysInTheWrongType: "decoding",
     ScalarsOnlyWhenFast: "auxiliary",
     ScalarsCountPadding: "auxiliary",
-    ScalarWithoutAGradient: "auxiliary",
+    ScalarOfNothing: "auxiliary",
     ScalarForEveryHead: "auxiliary",
     ScalarStopsItsGradient: "auxiliary",
     ScalesInTheWrongOrder: "equals_reference",
@@ -1094,6 +1109,7 @@ FAULTS = {
     UnknownKind: "signature",
     SaysItIsNotCausal: "signature",
     RefusesToBeCausalInSilence: "signature",
+    RefusesBothSidesInSilence: "signature",
     RefusesOtherLengthsInSilence: "signature",
     OneParameterForAllHeads: "signature",
     NoDefinition: "signature",
@@ -1129,7 +1145,7 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     path = tmp_path / "crashes.py"
     path.write_text(
         "from xformers_lab.attention.full import Full\n\n\n"
-        'class Crashes(Full):\n    """Full (Vaswani et al., 2017)."""\n\n'
+        'class Crashes(Full):\n    """Full (Vaswani et al., 2017).\n\n    Kind: full\n    """\n\n'
         "    def attend(self, q, k, v, *, real=None, causal, bias=None):\n"
         "        return q + missing\n"
     )
@@ -1138,7 +1154,7 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     assert not report.passed and "signature" not in failed and "state_size" not in failed
     assert (
         "NameError: name 'missing' is not defined" in failed["equals_reference"]
-        and "crashes.py:8" in failed["equals_reference"]
+        and "crashes.py:11" in failed["equals_reference"]
     )
     assert report.to_dict()["failed"][0] == {"property": report.failed[0].property, "message": report.failed[0].message}
 

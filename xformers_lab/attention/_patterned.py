@@ -68,13 +68,12 @@ class Patterned(Attention):
     def _own_patterns(self, q, k, v, real, causal: bool, bias, method: str):
         """(B, T, N, H): heads of one pattern at a time."""
         heads, times, found = range(q.shape[2]), q.shape[2] // k.shape[2], []
+        blocks = self.blocks(q.shape[1], k.shape[1], causal)
         for pattern, group in itertools.groupby(heads, lambda head: self.seen(causal, head)):
             chosen = np.array(list(group))
             run = functools.partial(dense, pattern=pattern)
             if method == "attend":
-                run = functools.partial(
-                    block_sparse, pattern=pattern, blocks=self.blocks(q.shape[1], k.shape[1], causal)
-                )
+                run = functools.partial(block_sparse, pattern=pattern, blocks=blocks)
 
             def one(q, k, v, _, of_sample, of_head, run=run):
                 return run(q, k, v, real=of_sample, bias=of_head), None
@@ -124,6 +123,12 @@ class Patterned(Attention):
         positions = jnp.where(first, slots, at - (at - slots) % ring)
         heads = range(self.size.heads)
         seen = jnp.stack([self.seen(True, head)(at, positions) for head in heads]) & (first | (positions >= self.kept))
+        out = self.look(q, keys, values, at, positions, seen, bias)
+        return out, {"k": keys, "v": values, "seen": at + 1}, carry
+
+    def look(self, q, keys, values, at, positions, seen, bias):
+        """(B, N, H): one query of each head, standing `at`, on rows (B, R, K, H) of `positions` (R,) that are `seen`
+        (N, R)."""
 
         def head(q, k, v, bias, seen):
             s = q * q.shape[-1] ** -0.5 @ k.T
@@ -135,11 +140,11 @@ class Patterned(Attention):
         by_group = lambda x: x.reshape(self.size.key_heads, -1, *x.shape[1:])
         grouped, of_head = jax.vmap(by_group)(q), jax.tree.map(by_group, (bias, seen))
         out = jax.vmap(of_sample, in_axes=(0, 0, 0, None, None))(grouped, keys, values, *of_head)
-        return out.reshape(q.shape), {"k": keys, "v": values, "seen": at + 1}, carry
+        return out.reshape(q.shape)
 
 
 def near_block(width: int) -> int:
-    """Blocks of half a band's width on one side, between 16 and 128: finer ones waste less of it, coarser ones loop less."""
+    """Blocks of half a band's width on one side, 16 to 128: finer ones waste less of it, coarser ones loop less."""
     return min(128, max(16, -(-width // 16) * 8))
 
 

@@ -16,14 +16,15 @@ class Axial(Patterned):
     coordinate alone, on a plane those of its row and its column:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over s // columns = t // columns or (s - t) mod columns = 0.
     Kind: sparse by position
-    Time O(T (rows + columns) H), O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes; memory O(S H); decoding
-    keeps the keys and values as far back as an axis reaches.
-    Exact on its pattern. The paper runs one layer for each axis in turn: `axial:axis=row+axial:axis=column`; the default
-    is one softmax over all of them, so that a single layer stands beside the other mechanisms.
+    Time O(T (rows + columns) H), O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes; memory O(S H);
+    decoding keeps the keys and values as far back as an axis reaches.
+    Exact on its pattern. The paper runs one layer for each axis in turn: `axial:axis=row+axial:axis=column`; the
+    default is one softmax over all of them, so that a single layer stands beside the other mechanisms.
 
     Options:
         shape: sizes of the axes, rows x columns for example, whose product is the length; none: the most square plane
-        axis: which coordinate may differ: row (the last one varies), column (the one before), a number from 0, or both: any
+        axis: which coordinate may differ: row (the last one varies), column (the one before), a number from 0, or both:
+            any
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Axial(Patterned):
         return min(length, 1 + max((self.shape[axis] - 1) * math.prod(self.shape[axis + 1 :]) for axis in self.axes))
 
 
-def _axes(axis: str, count: int) -> list[int]:
+def _axes(axis: str, count: int) -> tuple[int, ...]:
     words = {"both": range(count), "row": [count - 1], "column": [count - 2]}
     words |= {str(number): [number] for number in range(count)}
     if axis not in words:
         raise ValueError(f'axis must be both, row, column or a number below {count}, got "{axis}"')
-    return list(words[axis])
+    return tuple(words[axis])
 
 
 def _along(shape: tuple[int, ...], axis: int) -> Pattern:

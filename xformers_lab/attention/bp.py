@@ -34,25 +34,23 @@ def _windows(nodes: int, T: int, S: int, causal: bool) -> tuple[int, tuple[_Wind
     last = np.minimum(first + block, S) - 1
     for level in range(S.bit_length() + 1):
         (low, _, after, _), (_, before, _, high) = _reach(nodes, first, level), _reach(nodes, last, level)
-        left, right = _window(level, S, low, before), _window(level, S, after, high)
-        both = _window(level, S, low, last + 1 if causal else high)
+        whole = _window(level, S, low, last + 1 if causal else high, left=True, right=not causal)
+        left, right = _window(level, S, low, before, left=True), _window(level, S, after, high, right=True)
         if level == 0:
-            found.append((level, (both, True, not causal)))
+            found.append(whole)
         elif causal:
-            found.append((level, (left, True, False)))
-        elif both[1] <= left[1] + right[1]:
-            found.append((level, (both, True, True)))
+            found.append(left)
         else:
-            found += [(level, (left, True, False)), (level, (right, False, True))]
-    return block, tuple(_Window(level, *window, left, right) for level, (window, left, right) in found if window[1] > 0)
+            found += [whole] if whole.width <= left.width + right.width else [left, right]
+    return block, tuple(window for window in found if window.width > 0)
 
 
-def _window(level: int, S: int, low, high):
-    """Starts and the common width of windows that hold spans low..high-1 as far as they exist."""
+def _window(level: int, S: int, low, high, *, left: bool = False, right: bool = False) -> _Window:
+    """Windows that hold spans low..high-1 of every block, as far as they exist, all as wide as the widest."""
     count = (S + (1 << level) - 1) >> level
     low, high = np.maximum(low, 0), np.minimum(high, count)
     width = max(0, int((high - low).max()))
-    return np.clip(low, 0, count - width).astype(np.int32), width
+    return _Window(level, np.clip(low, 0, count - width).astype(np.int32), width, left, right)
 
 
 def _reach(nodes: int, at, level):
@@ -124,14 +122,16 @@ def _graph(nodes: int, T: int, S: int, causal: bool):
 class Bp(Attention):
     """BP-Transformer: spans of a binary partition, coarser with distance (Ye et al., 2019, arXiv 1911.04070).
 
-    out_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u over the token itself and spans u that tile all other positions: going
-    away from t on either side, k spans of 1 position, then k of 2, of 4 and so on; k_u and v_u are means over a span.
+    out_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u over the token itself and spans u that tile all other positions:
+    going away from t on either side, k spans of 1 position, then k of 2, of 4 and so on; k_u and v_u are means over a
+    span.
     Kind: sparse by position
-    Time O(T k log(T / k) H); memory O(T (k log T + H)); decoding keeps 2 k + 2 sums of keys and values for each power of 2.
+    Time O(T k log(T / k) H); memory O(T (k log T + H)); decoding keeps 2 k + 2 sums of keys and values for each power
+    of 2.
     Exact for its spans. Causal: only spans that end before t.
     No bias: a span of several positions has no one position
-    Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the mean
-    of the keys and values of its positions that are no padding.
+    Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the
+    mean of the keys and values of its positions that are no padding.
 
     Options:
         nodes: spans of each size on each side, k in the paper
@@ -169,7 +169,7 @@ class Bp(Attention):
     def reference(self, q, k, v, *, real=None, causal):
         T, S = q.shape[0], k.shape[0]
         members, edges = _graph(self.nodes, T, S, causal)
-        members = members if real is None else members & real[None]
+        members = jnp.asarray(members) if real is None else members & real[None]
         share = members / jnp.maximum(members.sum(1, keepdims=True), 1)
         keys, values = share @ k, share @ v
         return softmax(q * q.shape[1] ** -0.5 @ keys.T, edges & members.any(1)[None], values).astype(v.dtype)
@@ -185,7 +185,7 @@ class Bp(Attention):
         return Cost(flops=4 * T * width * H, memory=blocks * width * max(block, 2 * H), state=state)
 
     def init_state(self, length: int, dtype=jnp.float32):
-        sums = jnp.zeros((length.bit_length(), 2 * self.nodes + 2, self.size.head), dtype)
+        sums = jnp.zeros((length.bit_length(), 2 * self.nodes + 2, self.size.head), jnp.float32)
         return {"k": sums, "v": sums, "seen": jnp.zeros((), jnp.int32)}
 
     def step(self, state, q, k, v):
@@ -203,4 +203,5 @@ class Bp(Attention):
         index = newest[:, None] - (newest[:, None] - jnp.arange(R)) % R
         seen = _live(self.nodes, at, index, level[:, None]) & (index >= 0)
         s = jnp.dot(q * H**-0.5, keys.reshape(-1, H).T, preferred_element_type=jnp.float32)
-        return softmax(s, seen.reshape(-1), values.reshape(-1, H)), {"k": keys, "v": values, "seen": at + 1}
+        out = softmax(s, seen.reshape(-1), values.reshape(-1, H)).astype(v.dtype)
+        return out, {"k": keys, "v": values, "seen": at + 1}

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.landmarks import EXACT, inverse, means, probabilities, segments
+from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
 from xformers_lab.size import Size
 
 # Positions whose convolution is one product: a wider one wastes more zeros, a narrower one is slower.
@@ -88,7 +88,7 @@ class Nystrom(Attention):
             return jnp.where(seen, p, 0)
 
         a = softmax(q_mean, k_mean, there) * there[:, None] + jnp.diag(1.0 - there)
-        z = a.T / (a.sum(0).max() * a.sum(1).max())
+        z = a.T / (largest(a.sum(0)) * largest(a.sum(1)))
         for _ in range(self.iterations):
             # The polynomial nested: powers of a z would lose what is small.
             z = z @ (13 * jnp.eye(m) - a @ z @ (15 * jnp.eye(m) - a @ z @ (7 * jnp.eye(m) - a @ z))) / 4

@@ -99,7 +99,7 @@ class Performer(Attention):
         else:
             logs = jax.nn.logsumexp((q @ W.T)[:, None] + (k @ W.T)[None], -1) - jnp.square(k).sum(-1) / 2
             logs = jnp.where(seen, logs, -1e30)
-            weights = jnp.exp(logs - logs.max(-1, keepdims=True)) * seen
+            weights = jnp.exp(logs - jax.lax.stop_gradient(logs.max(-1, keepdims=True))) * seen
         return (weights @ v / jnp.where(seen.any(-1), weights.sum(-1), 1)[:, None]).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:

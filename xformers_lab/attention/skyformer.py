@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.landmarks import EXACT, inverse
+from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest
 from xformers_lab.size import Size
 
 
@@ -98,7 +98,7 @@ class Skyformer(Attention):
         a = columns[rows] + self.ridge * jnp.eye(len(at))
         root = jnp.diag(a.sum(1) ** -0.5)
         a = root @ a @ root
-        inverse = a.T / (a.sum(0).max() * a.sum(1).max())
+        inverse = a.T / (largest(a.sum(0)) * largest(a.sum(1)))
         for _ in range(self.iterations):
             x, eye = a @ inverse, jnp.eye(len(a))
             inverse = inverse @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4

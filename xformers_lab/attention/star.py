@@ -1,3 +1,6 @@
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +16,10 @@ from xformers_lab.size import Size
 class Star(Attention):
     """Star-Transformer (Guo et al., 2019, arXiv 1902.09113, section 3 and algorithm 1).
 
-    A ring of satellites and one relay r: out_t = sum_c softmax_c(q_t . k_c / sqrt(H)) v_c over five nodes c: positions t - 1,
-    t, t + 1 (the last and the first are neighbours), the embedding e_t that position t had in the first layer, and r. Between
-    two layers the relay looks at itself and at every satellite: r <- norm(relu(attention(r, [r; x]))), at first mean(x).
+    A ring of satellites and one relay r: out_t = sum_c softmax_c(q_t . k_c / sqrt(H)) v_c over five nodes c: positions
+    t - 1, t, t + 1 (the last and the first are neighbours), the embedding e_t that position t had in the first layer,
+    and r. Between two layers the relay looks at itself and at every satellite: r <- norm(relu(attention(r, [r; x]))),
+    at first mean(x).
     Kind: sparse by position
     Time O(T (H + D)); memory O(T H); nothing is decoded.
     Exact for its graph; two steps lead from any position to any other.
@@ -37,6 +41,7 @@ class Star(Attention):
     ):
         if causal:
             raise ValueError(why_not(type(self), "causal"))
+        assert x is not None
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
         real = jnp.ones(k.shape[:2], bool) if real is None else real
         first = (carry["layers"] == 0)[:, None]
@@ -45,8 +50,8 @@ class Star(Attention):
         # As many heads as the keys that came: a caller may have repeated them.
         heads = lambda y: jnp.repeat(y := y.reshape(*y.shape[:-1], -1, self.size.head), k.shape[2] // y.shape[-2], -2)
         satellites = jax.checkpoint(_ring) if method == "attend" else _graph
-        nodes = [heads(linear(node)) for node in (embedding, relay) for linear in (self.key, self.value)]
-        out = satellites(q, k, v, *nodes, real, bias)
+        of_embedding, of_relay = ([heads(self.key(node)), heads(self.value(node))] for node in (embedding, relay))
+        out = satellites(q, k, v, of_embedding, of_relay, real, bias)
         new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
         return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), {}
 
@@ -81,10 +86,10 @@ def _mean(x, real):
     return (total / jnp.maximum(real.sum(1), 1)[:, None]).astype(x.dtype)
 
 
-def _ring(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
+def _ring(q, k, v, of_embedding, of_relay, real, bias):
     """Satellites by shifted views of the keys, which are all products of single rows.
 
-    q (B, T, N, H); k, v of the ring and own_k, own_v of the embeddings (B, S, K, H); relay_k, relay_v (B, K, H); real (B, S).
+    q (B, T, N, H); keys and values of the ring and of the embeddings (B, S, K, H), of the relay (B, K, H); real (B, S).
     """
     (B, T, N, H), S, K = q.shape, k.shape[1], k.shape[2]
     before = max(T - S, 0) + 1
@@ -97,8 +102,8 @@ def _ring(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
         return x[:, (start := before + S - T + offset) : start + T]
 
     everywhere = lambda relay: jnp.broadcast_to(relay[:, None], (B, T, K, H))
-    keys = [*(near(k, offset) for offset in offsets), near(own_k, 0), everywhere(relay_k)]
-    values = [*(near(v, offset) for offset in offsets), near(own_v, 0), everywhere(relay_v)]
+    nodes = lambda x, own, relay: [*(near(x, offset) for offset in offsets), near(own, 0), everywhere(relay)]
+    keys, values = (nodes(x, own, relay) for x, own, relay in zip((k, v), of_embedding, of_relay, strict=True))
     seen = [near(real, offset) for offset in (*offsets, 0)]
     seen = jnp.stack([*seen, jnp.broadcast_to(real.any(1, keepdims=True), (B, T))], -1)
     q = (q.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H)
@@ -110,18 +115,18 @@ def _ring(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
     s = jnp.where(seen[:, :, None], s, MASKED)
     p = jnp.exp(s - jnp.maximum(lax.stop_gradient(s).max(-1, keepdims=True), EMPTY))
     p = (p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)).reshape(B, T, K, N // K, -1)
-    out = sum(p[..., node, None] * value[:, :, :, None].astype(jnp.float32) for node, value in enumerate(values))
-    return out.reshape(B, T, N, H).astype(v.dtype)
+    weighted = [p[..., node, None] * value[:, :, :, None].astype(jnp.float32) for node, value in enumerate(values)]
+    return functools.reduce(operator.add, weighted).reshape(B, T, N, H).astype(v.dtype)
 
 
-def _graph(q, k, v, own_k, own_v, relay_k, relay_v, real, bias):
+def _graph(q, k, v, of_embedding, of_relay, real, bias):
     """The same by definition: one softmax over all positions, all embeddings and the relay, with the star's edges."""
     T, S, times = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     at, keys = jnp.arange(S - T, S)[:, None] % S, jnp.arange(S)[None]
     ring = (keys == at) | (keys == (at + 1) % S) | (keys == (at - 1) % S)
     edges = jnp.concatenate([ring, keys == at, jnp.ones((T, 1), bool)], 1)
-    nodes = [(k, own_k, relay_k[:, None]), (v, own_v, relay_v[:, None])]
-    k, v = (jnp.repeat(jnp.concatenate(found, 1), times, 2) for found in nodes)
+    nodes = zip((k, v), of_embedding, of_relay, strict=True)
+    k, v = (jnp.repeat(jnp.concatenate([x, own, relay[:, None]], 1), times, 2) for x, own, relay in nodes)
     real = jnp.concatenate([real, real, real.any(1, keepdims=True)], 1)
 
     def head(q, k, v, real, bias):

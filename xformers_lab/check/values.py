@@ -50,6 +50,12 @@ def signature(subject: Subject) -> None:
             if True in subject.modes
             else f'it refuses to be causal ({subject.refusals[True]}): say why in the docstring, "Not causal: reason"'
         )
+    if bool(stated(kind, "One way")) != (False not in subject.modes):
+        raise Broken(
+            'the docstring says why it reads "One way: ...", but it runs on both sides too'
+            if False in subject.modes
+            else f'it runs causally alone ({subject.refusals[False]}): say why in the docstring, "One way: reason"'
+        )
     first, last = subject.modes[0], subject.modes[-1]
     tall = [Case(SHORT, LENGTH, first), Case(LENGTH, SHORT, last)]
     refused = next((reason for case in tall if (reason := subject.refusal(case))), None)

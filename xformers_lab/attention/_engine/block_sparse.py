@@ -5,8 +5,8 @@ backward recomputes the row from the saved log-sum-exp. Rows are run in one of t
 
 * looped over, one at a time (on accelerators, many): 2-D products, which XLA:CPU runs best where a row is wide. dK and
   dV are accumulated transposed, (H, S), because p.T @ do runs three times slower there than do.T @ p.
-* batched, where each row's keys are a block further than the last one's (bands, runs, residues): rows are narrow, and a
-  loop over them would cost more than it computes; their keys are shifted views of one slab, so nothing is gathered.
+* batched, where rows are narrow and a loop over them would cost more than it computes. Key blocks at the same distance
+  from every row are shifted views of the keys, those that all rows share take one wide product, others are gathered.
 
 Patterns whose parts need different orders of positions
 (a band and a residue, say) are run part by part and merged exactly by their log-sum-exps.
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine.layout import PAD, Group, Part, layout
-from xformers_lab.attention._engine.pattern import Pattern
+from xformers_lab.attention._engine.algebra import Pattern
+from xformers_lab.attention._engine.layout import Group, Part, layout
+from xformers_lab.attention._engine.order import PAD
 
 MASKED = -1e30
 # The running maximum never falls below this, so a row that sees no key gets weights exp(MASKED - EMPTY) = 0.
@@ -77,11 +78,8 @@ def _forward(q, k, v, real, bias, pattern, blocks):
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
-            o, l = _batched_rows(view, group) if group.diagonal else _looped_rows(view, group)
-            if len(group.rows) == len(out):
-                out, stat = o, l
-            else:
-                out, stat = out.at[group.rows].set(o), stat.at[group.rows].set(l)
+            o, l = _batched_rows(view, group) if group.batched else _looped_rows(view, group)
+            out, stat = _placed(out, group.rows, o), _placed(stat, group.rows, l)
         out, stat = view.unblock_queries(out), view.unblock_queries(stat)
         if total is None or lse is None:
             total, lse = out, stat
@@ -104,13 +102,12 @@ def _backward(pattern, blocks, residuals, grad):
     dbias = jax.tree.map(jnp.zeros_like, bias)
     for part in layout(pattern, T, S, *blocks):
         view = _View(part, scaled, k, v, real, bias, T, S, blocks)
-        grads, deltas, lses = (view.block_queries(x) for x in (grad, delta, lse))
+        incoming = tuple(view.block_queries(x) for x in (grad, delta, lse))
         totals = _Totals(view, dbias)
         dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
         for group in part.groups:
-            backward = _batched_rows_backward if group.diagonal else _looped_rows_backward
-            dq_rows, totals = backward(view, group, (grads, deltas, lses), totals)
-            dq_part = dq_rows if len(group.rows) == len(dq_part) else dq_part.at[group.rows].set(dq_rows)
+            backward = _batched_rows_backward if group.batched else _looped_rows_backward
+            dq_part = _placed(dq_part, group.rows, backward(view, group, incoming, totals))
         dq += view.unblock_queries(dq_part)
         dk += view.unblock_keys(totals.keys())
         dv += view.unblock_keys(totals.values())
@@ -119,6 +116,19 @@ def _backward(pattern, blocks, residuals, grad):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _placed(into, rows: np.ndarray, x):
+    """x (R, ...) in the place of these rows."""
+    if len(rows) == into.shape[0]:
+        return x
+    if neighbours(rows):
+        return lax.dynamic_update_slice_in_dim(into, x, int(rows[0]), 0)
+    return into.at[rows].set(x)
+
+
+def neighbours(rows: np.ndarray) -> bool:
+    return bool((np.diff(rows) == 1).all())
 
 
 class _Totals:
@@ -161,7 +171,38 @@ class _Totals:
         return self._sum(1)
 
 
-# ---- rows in a loop ----------------------------------------------------------------------------------------------
+def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
+    """How many rows of a group are computed together, so that all chunks are alike."""
+    if jax.default_backend() != "cpu":
+        scores = ACCELERATOR_SCORES
+    elif group.batched:
+        scores = CPU_SCORES
+    else:
+        return 1
+    most = int(np.clip(scores // (group.width * blocks[0] * blocks[1]), 1, len(group.rows)))
+    return -(-len(group.rows) // -(-len(group.rows) // most))
+
+
+def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
+    """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
+    parts = layout(pattern, T, S, *blocks)
+    groups = [group for part in parts for group in part.groups]
+    rows = [rows_at_once(group, blocks) * group.width * blocks[1] * max(blocks[0], H) for group in groups]
+    return max(max(len(part.keys) for part in parts) * H, *rows)
+
+
+def _scan_chunks(step, carry, rows: int, at_once: int):
+    """scan over chunks of rows, the last one shorter; step gives (carry, one output per row)."""
+    whole = rows // at_once * at_once
+    carry, out = lax.scan(step, carry, np.arange(whole).reshape(-1, at_once))
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+    if whole < rows:
+        carry, rest = step(carry, np.arange(whole, rows))
+        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
+    return carry, out
+
+
+# ---- rows in a loop ------------------------------------------------------------------------------------------------
 
 
 def _looped_rows(view: "_View", group: Group):
@@ -180,7 +221,7 @@ def _looped_rows(view: "_View", group: Group):
 
 
 def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
-    """dq (R, block, H) of a group, and the totals with what it adds to them."""
+    """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals."""
     grads, deltas, lses = incoming
 
     def row(index):
@@ -214,7 +255,7 @@ def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals
     def many(carry, rows):
         dk, dv, db = carry
         dq, dkT, dvT, dbias = jax.vmap(lambda index: row(index)[:4])(rows)
-        columns = jnp.asarray(group.columns)[rows]
+        columns = jnp.asarray(group.own)[rows]
         scatter = lambda into, x: _scatter(into, x, columns, view.block_k)
         return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
 
@@ -223,20 +264,8 @@ def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals
         carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
     else:
         carry, dq = _scan_chunks(many, carry, len(group.rows), at_once)
-    dk, dv, totals.bias = carry
-    totals.transposed = dk, dv
-    return dq, totals
-
-
-def _scan_chunks(step, carry, rows: int, at_once: int):
-    """scan over chunks of rows, the last one shorter; step gives (carry, one output per row)."""
-    whole = rows // at_once * at_once
-    carry, out = lax.scan(step, carry, np.arange(whole).reshape(-1, at_once))
-    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
-    if whole < rows:
-        carry, rest = step(carry, np.arange(whole, rows))
-        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
-    return carry, out
+    *totals.transposed, totals.bias = carry
+    return dq
 
 
 def _scatter(into, x, columns, block):
@@ -246,125 +275,199 @@ def _scatter(into, x, columns, block):
     return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
 
 
-def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
-    """How many rows of a group are computed together."""
-    if jax.default_backend() != "cpu":
-        scores = ACCELERATOR_SCORES
-    elif group.diagonal:
-        scores = CPU_SCORES
-    else:
-        return 1
-    return int(np.clip(scores // (group.columns.shape[1] * blocks[0] * blocks[1]), 1, len(group.rows)))
-
-
-def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
-    """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
-    parts = layout(pattern, T, S, *blocks)
-    groups = [group for part in parts for group in part.groups]
-    rows = [rows_at_once(group, blocks) * group.columns.shape[1] * blocks[1] * max(blocks[0], H) for group in groups]
-    return max(max(len(part.keys) for part in parts) * H, *rows)
-
-
-# ---- rows in a batch: row r of the group sees the blocks first + r, first + r + 1, ... -----------------------------
+# ---- rows in a batch -----------------------------------------------------------------------------------------------
 
 
 def _batched_rows(view: "_View", group: Group):
-    """The rows of a diagonal group: outputs (R, block, H) and log-sum-exps (R, block)."""
+    """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
 
     def chunk(carry, rows):
-        s, _, values = view.slab_scores(group, rows)
-        m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
-        p = jnp.exp(s - m)
-        l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-        o = jnp.einsum("rqk,rkh->rqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        q, pieces = view.chunk(group, rows)
+        scores = [piece.scores(q) for piece in pieces]
+        m = jnp.maximum(_joined(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]), EMPTY)
+        weights = [jnp.exp(s - m) for s in scores]
+        l = jnp.maximum(_joined(jnp.add, [p.sum(-1, keepdims=True) for p in weights]), 1e-30)
+        o = _joined(jnp.add, [piece.weighed(p, piece.values) for piece, p in zip(pieces, weights, strict=True)])
         return carry, (o / l, (m + jnp.log(l))[..., 0])
 
     return _scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
 
 
 def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
-    """dq (R, block, H) of a diagonal group, and the totals with what it adds to them."""
-    exact = {"preferred_element_type": jnp.float32}
-    M = group.columns.shape[1]
+    """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals."""
 
     def chunk(carry, rows):
         dk, dv, db = carry
-        s, keys, values = view.slab_scores(group, rows)
-        at = group.rows[0] + rows[0]
-        q, g, delta, lse = (lax.dynamic_slice_in_dim(x, at, len(rows)) for x in (view.q, *incoming))
-        p = jnp.exp(s - lse[..., None])
-        ds = p * (jnp.einsum("rqh,rkh->rqk", g, values, **exact) - delta[..., None])
-        db = jax.tree.map(jnp.add, db, view.pull_bias(view.slab_positions(group, rows), ds))
-        p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
-        first = group.columns[0, 0] + rows[0]
-        dk = _add_slab(dk, jnp.einsum("rhq,rqk->rhk", q.swapaxes(1, 2), ds, **exact), first, M)
-        dv = _add_slab(dv, jnp.einsum("rhq,rqk->rhk", g.swapaxes(1, 2), p, **exact), first, M)
-        return (dk, dv, db), jnp.einsum("rqk,rkh->rqh", ds, keys, **exact)
+        q, pieces = view.chunk(group, rows)
+        g, delta, lse = (view.of_rows(x, group, rows) for x in incoming)
+        dq = []
+        for piece in pieces:
+            p = jnp.exp(piece.scores(q) - lse[..., None])
+            ds = p * (piece.dots(g, piece.values) - delta[..., None])
+            db = jax.tree.map(jnp.add, db, view.pull_bias(piece.positions, ds))
+            dk, dv = piece.added(dk, q, ds), piece.added(dv, g, p)
+            dq.append(piece.weighed(ds, piece.keys))
+        return (dk, dv, db), _joined(jnp.add, dq)
 
     carry = (*totals.start_blocked(), totals.bias)
-    (dk, dv, totals.bias), dq = _scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
-    totals.blocked = dk, dv
-    return dq, totals
+    carry, dq = _scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
+    *totals.blocked, totals.bias = carry
+    return dq
 
 
-def _slab(blocks, first, R: int, M: int):
-    """(R, M * block, ...): row r holds blocks first + r to first + r + M - 1 of (N, block, ...)."""
-    slab = lax.dynamic_slice_in_dim(blocks, first, R + M - 1)
-    return jnp.concatenate([slab[j : j + R] for j in range(M)], 1)
+def _joined(function, arrays):
+    return functools.reduce(function, arrays)
 
 
-def _add_slab(into, x, first, M: int):
-    """The transpose of `_slab`: add (R, H, M * block) where its rows came from in (blocks, H, block)."""
-    R, block = x.shape[0], into.shape[2]
-    slab = lax.dynamic_slice_in_dim(into, first, R + M - 1)
-    for j in range(M):
-        slab = slab.at[j : j + R].add(x[:, :, j * block : (j + 1) * block])
-    return lax.dynamic_update_slice_in_dim(into, slab, first, 0)
+class _Piece:
+    """Key blocks of some rows that are computed together: keys and values, positions, and what masks their scores."""
+
+    def __init__(self, view: "_View", positions, mask, whole: bool):
+        self.view, self.positions, self.mask, self.whole = view, positions, mask, whole
+        self.keys, self.values = self.taken(view.blocked(view.k)), self.taken(view.blocked(view.v))
+
+    def scores(self, q):
+        """(R, block, H) -> masked scores (R, block, n)."""
+        s = self.dots(q, self.keys)
+        if self.view.bias is not None:
+            s = s + self.view.bias(*self.positions)
+        if not self.whole:
+            s = jnp.where(self.view.part.pattern(*self.positions), s, MASKED)
+        return s if self.mask is None else jnp.where(self.mask, s, MASKED)
+
+    def taken(self, blocks):
+        raise NotImplementedError
+
+    def dots(self, x, of_keys):
+        """(R, block, H) and what the piece has of keys -> (R, block, n)."""
+        raise NotImplementedError
+
+    def weighed(self, p, of_keys):
+        """(R, block, n) and what the piece has of keys -> (R, block, H)."""
+        raise NotImplementedError
+
+    def added(self, into, x, p):
+        """into (blocks, H, block), with x^T p added at the piece's keys."""
+        raise NotImplementedError
+
+
+class _Own(_Piece):
+    """Every row's own key blocks, (R, n, H): at the group's offsets, and others."""
+
+    def __init__(self, view: "_View", group: Group, rows):
+        self.group, self.rows, self.first = group, rows, int(group.rows[0]) + rows[0]
+        columns = jnp.asarray(group.own)[rows]
+        mask = view.known_of(columns) if not group.whole or view.real is not None else None
+        if group.own_live is not None:
+            live = jnp.repeat(jnp.asarray(group.own_live)[rows], view.block_k, axis=1)
+            mask = live if mask is None else mask & live
+        queries, keys = view.query_positions(group, rows), view.key_positions(columns)
+        mask = None if mask is None else (mask & (view.zero == 0))[:, None]
+        super().__init__(view, (queries, keys[:, None]), mask, group.whole)
+
+    def taken(self, blocks):
+        R, offsets = len(self.rows), self.group.offsets
+        found = [lax.dynamic_slice_in_dim(blocks, self.first + offset, R) for offset in offsets]
+        if self.group.own.shape[1] > len(offsets):
+            others = blocks[jnp.asarray(self.group.own[:, len(offsets) :])[self.rows]]
+            found.append(others.reshape(R, -1, *blocks.shape[2:]))
+        return jnp.concatenate(found, 1)
+
+    def dots(self, x, of_keys):
+        return jnp.einsum("rqh,rkh->rqk", x, of_keys, preferred_element_type=jnp.float32)
+
+    def weighed(self, p, of_keys):
+        return jnp.einsum("rqk,rkh->rqh", p.astype(of_keys.dtype), of_keys, preferred_element_type=jnp.float32)
+
+    def added(self, into, x, p):
+        R, block, offsets = len(self.rows), into.shape[2], self.group.offsets
+        p = p.astype(self.keys.dtype)
+        found = jnp.einsum("rhq,rqk->rhk", x.swapaxes(1, 2), p, preferred_element_type=jnp.float32)
+        for place, offset in enumerate(offsets):
+            more = lax.dynamic_slice_in_dim(into, self.first + offset, R) + found[..., place * block : (place + 1) * block]
+            into = lax.dynamic_update_slice_in_dim(into, more, self.first + offset, 0)
+        if self.group.own.shape[1] > len(offsets):
+            others = found[..., len(offsets) * block :].reshape(R, into.shape[1], -1, block).swapaxes(1, 2)
+            into = into.at[jnp.asarray(self.group.own[:, len(offsets) :])[self.rows]].add(others)
+        return into
+
+
+class _Shared(_Piece):
+    """Key blocks that all rows share, (n, H)."""
+
+    def __init__(self, view: "_View", group: Group, rows):
+        self.columns = group.shared
+        mask = view.known_of(group.shared) if not group.shared_whole or view.real is not None else None
+        if group.shared_live is not None:
+            live = jnp.repeat(jnp.asarray(group.shared_live)[rows], view.block_k, axis=1)[:, None]
+            mask = live if mask is None else mask & live
+        queries, keys = view.query_positions(group, rows), view.key_positions(group.shared)
+        mask = None if mask is None else mask & (view.zero == 0)
+        super().__init__(view, (queries, keys[None, None]), mask, group.shared_whole)
+
+    def taken(self, blocks):
+        found = blocks[self.columns]
+        return found.reshape(-1, *found.shape[2:])
+
+    def dots(self, x, of_keys):
+        flat = x.reshape(-1, x.shape[2])
+        return jnp.dot(flat, of_keys.T, preferred_element_type=jnp.float32).reshape(*x.shape[:2], -1)
+
+    def weighed(self, p, of_keys):
+        flat = p.reshape(-1, p.shape[2]).astype(of_keys.dtype)
+        return jnp.dot(flat, of_keys, preferred_element_type=jnp.float32).reshape(*p.shape[:2], -1)
+
+    def added(self, into, x, p):
+        x, p = (y.reshape(-1, y.shape[2]) for y in (x, p.astype(self.keys.dtype)))
+        found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(into.shape[1], -1, into.shape[2])
+        return into.at[self.columns].add(found.swapaxes(0, 1))
 
 
 class _View:
     """One part's arrays in blocks, in the part's order of positions."""
 
     def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
-        self.part, self.real, self.bias, self.T, self.S = part, real, bias, T, S
+        self.part, self.bias, self.T, self.S = part, bias, T, S
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = S - T, part.lead * self.block_k
         self.q = self.block_queries(q)
         # Positions and padding hang on the data through this zero: else differentiation sees that masks do not, and
         # stores every one of them for the backward, a T x S array in all.
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
-        self.k, self.v = (self._in_order(x, part.keys, 0) for x in (k, v))
-        padded = len(part.keys) != S or not part.natural
-        if real is None and padded:
-            real = jnp.ones(S, bool)
-        self.real = None if real is None else self._in_order(real, part.keys, 0) & (self.zero == 0)
-        self.query_at = None if part.natural else jnp.asarray(part.queries).reshape(-1, self.block_q)
-        self.key_at = None if part.natural else jnp.asarray(part.keys)
+        self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
+        # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
+        self.real = None if real is None else self._keys_in_order(real) & (self.zero == 0)
+        there = part.keys != PAD
+        self.known = self.real if self.real is not None or there.all() else jnp.asarray(there) & (self.zero == 0)
+        self.query_at = None if part.natural_queries else jnp.asarray(part.queries).reshape(-1, self.block_q)
+        self.key_at = None if part.natural_keys else jnp.asarray(part.keys).reshape(-1, self.block_k)
 
-    def _in_order(self, x, positions: np.ndarray, shift: int):
-        """x by positions - shift; zeros (False) where a position is padding."""
-        if self.part.natural:
-            lead = self.lead if positions is self.part.keys else 0
-            return jnp.pad(x, [(lead, len(positions) - x.shape[0] - lead)] + [(0, 0)] * (x.ndim - 1))
-        index = np.where(positions == PAD, x.shape[0], positions - shift)
-        return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+    def _keys_in_order(self, x):
+        """x by key positions; zeros (False) where a position is padding."""
+        if self.part.natural_keys:
+            return jnp.pad(x, [(self.lead, len(self.part.keys) - x.shape[0] - self.lead)] + [(0, 0)] * (x.ndim - 1))
+        return _taken(x, self.part.keys)
 
     def block_queries(self, x):
-        return self._in_order(x, self.part.queries, self.shift).reshape(-1, self.block_q, *x.shape[1:])
+        if self.part.natural_queries:
+            x = jnp.pad(x, [(0, len(self.part.queries) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        else:
+            x = _taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift))
+        return x.reshape(-1, self.block_q, *x.shape[1:])
 
     def unblock_queries(self, x):
-        return self._to_natural(x.reshape(-1, *x.shape[2:]), self.part.queries, self.shift, self.T)
+        x = x.reshape(-1, *x.shape[2:])
+        return x[: self.T] if self.part.natural_queries else x[_places(self.part.queries, self.shift, self.T)]
 
     def unblock_keys(self, x):
-        return self._to_natural(x, self.part.keys, 0, self.S)
+        if self.part.natural_keys:
+            return x[self.lead : self.lead + self.S]
+        return _taken(x, _places(self.part.keys, 0, self.S))
 
-    def _to_natural(self, x, positions: np.ndarray, shift: int, length: int):
-        if self.part.natural:
-            lead = self.lead if positions is self.part.keys else 0
-            return x[lead : lead + length]
-        back = np.empty(length, np.int32)
-        back[positions[positions != PAD] - shift] = np.nonzero(positions != PAD)[0]
-        return x[back]
+    def blocked(self, x):
+        return x.reshape(-1, self.block_k, *x.shape[1:])
+
+    # Rows in a loop.
 
     def row(self, group: Group, index):
         return jnp.asarray(group.rows)[index]
@@ -372,17 +475,17 @@ class _View:
     def columns(self, group: Group, index):
         """Where a row's keys are: (start, size) of a run, or (M,) block numbers."""
         if not group.run:
-            return jnp.asarray(group.columns)[index]
-        size = group.columns.shape[1] * self.block_k
-        same = (group.columns[:, 0] == group.columns[0, 0]).all()
-        start = int(group.columns[0, 0]) if same else jnp.asarray(group.columns[:, 0])[index]
+            return jnp.asarray(group.own)[index]
+        size = group.own.shape[1] * self.block_k
+        same = (group.own[:, 0] == group.own[0, 0]).all()
+        start = int(group.own[0, 0]) if same else jnp.asarray(group.own[:, 0])[index]
         return start * self.block_k, size
 
     def _at(self, x, cols):
         if isinstance(cols, tuple):
             start, size = cols
             return x if size == x.shape[0] else lax.dynamic_slice_in_dim(x, start, size, 0)
-        return x.reshape(-1, self.block_k, *x.shape[1:])[cols].reshape(-1, *x.shape[1:])
+        return self.blocked(x)[cols].reshape(-1, *x.shape[1:])
 
     def keys(self, cols):
         return self._at(self.k, cols)
@@ -392,14 +495,16 @@ class _View:
 
     def positions(self, i, cols):
         """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
-        if self.query_at is None or self.key_at is None:
+        if self.query_at is None:
             q = self.shift + i * self.block_q + jnp.arange(self.block_q)
-            if isinstance(cols, tuple):
-                k = cols[0] + jnp.arange(cols[1]) - self.lead
-            else:
-                k = (cols[:, None] * self.block_k + jnp.arange(self.block_k)).reshape(-1) - self.lead
         else:
-            q, k = self.query_at[i], self._at(self.key_at, cols)
+            q = self.query_at[i]
+        if not isinstance(cols, tuple):
+            k = self.key_positions(cols)
+        elif self.key_at is None:
+            k = cols[0] + jnp.arange(cols[1]) - self.lead
+        else:
+            k = self._at(self.key_at.reshape(-1), cols)
         return q[:, None] + self.zero, k[None]
 
     def scores(self, group: Group, index):
@@ -410,41 +515,65 @@ class _View:
             s = s + self.bias(*self.positions(i, cols))
         if not group.whole:
             s = jnp.where(self.part.pattern(*self.positions(i, cols)), s, MASKED)
-        if self.real is not None:
-            s = jnp.where(self._at(self.real, cols)[None], s, MASKED)
+        known = self.real if group.whole else self.known
+        if known is not None:
+            s = jnp.where(self._at(known, cols)[None], s, MASKED)
+        if group.own_live is not None:
+            live = jnp.repeat(jnp.asarray(group.own_live)[index], self.block_k) & (self.zero == 0)
+            s = jnp.where(live[None], s, MASKED)
         return s, cols
 
-    def slab_positions(self, group: Group, rows):
-        """Natural positions of the queries (R, block, 1) and keys (R, 1, M * block) of neighbouring rows of a group."""
-        R, M = len(rows), group.columns.shape[1]
-        at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
-        if self.query_at is None or self.key_at is None:
-            q = self.shift + (at + jnp.arange(R))[:, None] * self.block_q + jnp.arange(self.block_q)
-            k = (first + jnp.arange(R))[:, None] * self.block_k + jnp.arange(M * self.block_k) - self.lead
-        else:
-            q = lax.dynamic_slice_in_dim(self.query_at, at, R)
-            k = _slab(self.key_at.reshape(-1, self.block_k), first, R, M)
-        return q[:, :, None] + self.zero, k[:, None]
+    # Rows in a batch; rows are R neighbouring numbers within a group.
 
-    def slab_scores(self, group: Group, rows):
-        """Masked scores (R, block, M * block) of neighbouring rows of a group, and their keys and values."""
-        R, M = len(rows), group.columns.shape[1]
-        at, first = group.rows[0] + rows[0], group.columns[0, 0] + rows[0]
-        blocks = lambda x: x.reshape(-1, self.block_k, *x.shape[1:])
-        keys, values = (_slab(blocks(x), first, R, M) for x in (self.k, self.v))
-        q = lax.dynamic_slice_in_dim(self.q, at, R)
-        s = jnp.einsum("rqh,rkh->rqk", q, keys, preferred_element_type=jnp.float32)
-        positions = self.slab_positions(group, rows)
-        if self.bias is not None:
-            s = s + self.bias(*positions)
-        if not group.whole:
-            s = jnp.where(self.part.pattern(*positions), s, MASKED)
-        if self.real is not None:
-            s = jnp.where(_slab(blocks(self.real), first, R, M)[:, None], s, MASKED)
-        return s, keys, values
+    def chunk(self, group: Group, rows):
+        """Their queries (R, block, H), and their keys in pieces."""
+        pieces: list[_Piece] = [_Own(self, group, rows)] if group.own.shape[1] else []
+        if len(group.shared):
+            pieces.append(_Shared(self, group, rows))
+        return self.of_rows(self.q, group, rows), pieces
+
+    def of_rows(self, x, group: Group, rows):
+        """(query blocks, ...) -> (R, ...)."""
+        if neighbours(group.rows):
+            return lax.dynamic_slice_in_dim(x, int(group.rows[0]) + rows[0], len(rows))
+        return x[jnp.asarray(group.rows)[rows]]
+
+    def query_positions(self, group: Group, rows):
+        """(R, block, 1)."""
+        if self.query_at is not None:
+            return self.of_rows(self.query_at, group, rows)[..., None] + self.zero
+        first = self.shift + jnp.asarray(group.rows)[rows] * self.block_q
+        return (first[:, None] + jnp.arange(self.block_q))[..., None] + self.zero
+
+    def key_positions(self, columns):
+        """(..., M) key blocks -> (..., M * block)."""
+        if self.key_at is not None:
+            at = self.key_at[columns]
+        else:
+            at = columns[..., None] * self.block_k + jnp.arange(self.block_k) - self.lead
+        return at.reshape(*columns.shape[:-1], -1)
+
+    def known_of(self, columns):
+        """Which keys of key blocks (..., M) there are, (..., M * block); None: all."""
+        if self.known is None:
+            return None
+        return self.blocked(self.known)[columns].reshape(*columns.shape[:-1], -1)
 
     def pull_bias(self, positions, ds):
         """The gradient of the bias's leaves from the gradient of scores at these positions."""
         if self.bias is None:
             return None
         return jax.vjp(lambda bias: bias(*positions) + jnp.zeros_like(ds), self.bias)[1](ds)[0]
+
+
+def _taken(x, index: np.ndarray):
+    """x[index], zeros (False) where the index is negative."""
+    return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=0)
+
+
+def _places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
+    """Where in a list of positions those from `shift` on are; PAD where one is missing."""
+    there = np.nonzero(positions != PAD)[0]
+    back = np.full(length, PAD, np.int32)
+    back[positions[there] - shift] = there
+    return back

@@ -61,9 +61,16 @@ def _channel_weights(q, k, fall):
     rise = jnp.where(earlier[None, :, :, None], before - fall[:, None], -jnp.inf)
     right = (k[:, None] * jnp.exp(rise)).astype(k.dtype)
     far = product("mrif,mrcf->mric", left, right)
-    seen = jnp.tril(jnp.ones((FINE, FINE), bool))[..., None]
-    gap = jnp.where(seen, fine(fall)[:, :, :, None] - fine(fall)[:, :, None], -jnp.inf)
-    near = (fine(q)[:, :, :, None] * fine(k)[:, :, None] * jnp.exp(gap)).astype(jnp.float32).sum(-1)
+    q_run, k_run, fall_run = (x.reshape(M * runs, FINE, F) for x in (q, k, fall))
+
+    def against(given):
+        """Every query of a run against one of its keys: (M runs, FINE)."""
+        at, key, level = given
+        gap = jnp.where(jnp.arange(FINE)[:, None] >= at, fall_run - level[:, None], -jnp.inf)
+        return (q_run * (key[:, None] * jnp.exp(gap))).astype(jnp.float32).sum(-1)
+
+    keys = jnp.arange(FINE), k_run.swapaxes(0, 1), fall_run.swapaxes(0, 1)
+    near = jnp.moveaxis(lax.map(against, keys), 0, -1).reshape(M, runs, FINE, FINE)
     placed = far.reshape(M, runs, FINE, runs, FINE)
     diagonal = jnp.eye(runs)[None, :, None, :, None]
     return (placed + diagonal * near[:, :, :, None]).reshape(M, C, C)

@@ -36,6 +36,11 @@ def probabilities(q, k, seen=None):
     return p / jnp.where(total > 0, total, 1)
 
 
+def largest(x):
+    """max(x) of a vector, whose derivative does not compare x with a maximum that XLA may have rounded otherwise."""
+    return x[jnp.argmax(lax.stop_gradient(x))]
+
+
 def inverse(a, iterations: int, scale=None):
     """The Moore-Penrose inverse of a matrix (m, m) by third-order Newton-Schulz steps (Razavi et al., 2014).
 
@@ -43,7 +48,7 @@ def inverse(a, iterations: int, scale=None):
     steps leave those below about 1/30 of the largest unfinished. scale: 1 / (|A|_1 |A|_inf) unless given.
     """
     if scale is None:
-        scale = 1 / (jnp.abs(a).sum(0).max() * jnp.abs(a).sum(1).max())
+        scale = 1 / (largest(jnp.abs(a).sum(0)) * largest(jnp.abs(a).sum(1)))
     eye = jnp.eye(len(a), dtype=a.dtype)
     product = lambda a, b: jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 

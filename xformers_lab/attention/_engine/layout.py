@@ -23,7 +23,7 @@ FEW, PIECES = 4, 4
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
 # Pairs of blocks looked at together.
-AT_ONCE = 1 << 21
+AT_ONCE = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,323 @@
+"""Recurrences that fade, are corrected or are normalised: other implementations' numbers, and what makes each itself."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xformers_lab import spec
+from xformers_lab.attention._engine.gated import FINE, aligned, channel_decay, delta_rule, one_by_one, scalar_decay
+from xformers_lab.attention._engine.recurrence import linear_recurrence
+from xformers_lab.attention._recurrent import unit
+from xformers_lab.errors import UsageError
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
+def golden(shared):
+    """Reads one file of numbers that another implementation gave."""
+
+    def read(name: str) -> dict:
+        path = shared / "golden" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"no {path.name} here")
+        found = np.load(path)
+        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
+
+    return read
+
+
+def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):
+    return spec.build("attention", choice, length=length, dim=dim, heads=heads, kv_heads=kv_heads)
+
+
+def draw(seed: int, *shapes: tuple[int, ...], scale: float = 1.0):
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(scale * random.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def by_head(function, *arrays):
+    """function of one head of one sample, mapped over the two leading axes."""
+    return jax.jit(jax.vmap(jax.vmap(function)))(*arrays)
+
+
+def time_first(x):
+    """(B, N, T, ...) -> (B, T, N, ...), and back."""
+    return np.swapaxes(x, 1, 2)
+
+
+# ---- other implementations, with values wider than keys ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_sums_are_linear_attention(golden, chunk):
+    found = golden("linear_attn_naive")
+    q, k, v = (time_first(found[name]) for name in "qkv")
+    q = q * q.shape[-1] ** -0.5
+    out, total = by_head(lambda q, k, v: linear_recurrence(q, k, v, chunk=chunk), q, k, v)
+    assert_close(out, time_first(found["y"]))
+    assert_close(out / total[..., None], time_first(found["y_norm"]))
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_a_decay_of_every_channel_is_gla(golden, chunk):
+    found = golden("gla_naive")
+    q, k, v, g = (time_first(found[name]) for name in "qkvg")
+    k = k * k.shape[-1] ** -0.5
+    out = by_head(lambda q, k, v, g: channel_decay(q, k, v, g, chunk=chunk)[0], q, k, v, g)
+    assert_close(out, time_first(found["y"]))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_delta_rule_is_that_of_flash_linear_attention(golden, chunk):
+    """The package divides queries by sqrt(F)."""
+    found = golden("delta_rule_naive")
+    q = found["q"] * found["q"].shape[-1] ** -0.5
+    run = lambda q, k, v, beta: delta_rule(q, k, v, beta, chunk=chunk)
+    out, state = by_head(run, q, found["k"], found["v"], found["beta"])
+    assert_close(out, found["y"])
+    assert_close(state, found["state"])
+
+
+@pytest.mark.parametrize("method", ["attend", "reference"])
+def test_retnet_and_gla_and_delta_net_hold_the_same_recurrences(golden, method):
+    """Layers up to their gate: where it is constant, a head's output is the recurrence's at unit root mean square."""
+    found = golden("gla_naive")
+    q, k, v, g = (time_first(found[name]) for name in "qkvg")
+    v = v[..., :8]
+    layer = build("gla:chunk=5", 18, 32, 4)
+    one = lambda q, k, v, g: getattr(layer, method)(q, k, v, causal=True, decay=g, gate=jnp.full(v.shape, 2.0))
+    y = time_first(found["y"])[..., :8]
+    assert_close(by_head(one, q, k, v, g), jax.nn.silu(2.0) * y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5))
+
+
+@pytest.mark.parametrize("method", ["attend", "reference"])
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_rwkv_is_the_operator_of_transformers(golden, method, chunk):
+    found = golden("rwkv4_wkv")
+    layer = build(f"rwkv:shift=none:chunk={chunk}", 16, 8, 1)
+    layer.decay[...], layer.bonus[...] = found["time_decay"][None], found["time_first"][None]
+    k, v = found["k"][:, :, None], found["v"][:, :, None]
+    out = layer.mix(jnp.zeros_like(k), k, v, causal=True, method=method)[0]  # a receptance of 0 is a half
+    assert_close(2 * out[:, :, 0], found["y"])
+
+
+@pytest.mark.parametrize("method", ["attend", "reference"])
+def test_lightning_is_that_of_minimax(golden, method):
+    """MiniMax normalises all heads together, with weights; here every head is normalised alone, so that is undone."""
+    found = golden("minimax_lightning_attention")
+    x, N = found["x"], found["meta"]["heads"]
+    layer = build("lightning:chunk=7", 20, 32, N)
+    decay = layer.per_head()["decay"]
+    first_layer = found["slope_rate"][:, 0, 0] / -decay  # MiniMax scales the slopes by the depth of the layer
+    assert_close(first_layer, np.full(N, first_layer[0]))
+    q, k, v = np.moveaxis((x @ found["w.qkv_proj.weight"].T).reshape(2, 20, N, 3, 8), (3, 2), (0, 2))
+    keys = lambda k, v, decay: {"k": jax.nn.silu(k), "v": jax.nn.silu(v), "decay": jnp.full(20, decay)}
+    run = layer.forward if method == "attend" else layer.by_definition
+    head = lambda q, k, v, decay: run(jax.nn.silu(q), keys(k, v, decay), None, True)
+    decay = jnp.broadcast_to(decay * first_layer[0], (2, N))
+    out = time_first(by_head(head, *(time_first(y) for y in (q, k, v)), decay)).reshape(2, 20, 32)
+    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * found["w.norm.weight"]
+    out = out * jax.nn.sigmoid(x @ found["w.output_gate.weight"].T)
+    assert_close(out @ found["w.out_proj.weight"].T, found["y"])
+
+
+# ---- the engine --------------------------------------------------------------------------------------------------
+
+LENGTHS = [(1, 4), (FINE - 1, 64), (37, 5), (37, 16), (50, 48), (64, 64)]
+
+
+def one_step(state, q, k, v, beta=None, decay=0.0):
+    decay = jnp.asarray(decay)
+    state = jnp.exp(decay[:, None] if decay.ndim else decay) * state
+    return q @ state + q @ k * (new := v if beta is None else beta * (v - k @ state)), state + jnp.outer(k, new)
+
+
+@pytest.mark.parametrize("T, chunk", LENGTHS)
+@pytest.mark.parametrize("kind", ["scalar", "channel", "delta", "gated delta"])
+def test_chunks_are_the_recurrence(kind, T, chunk):
+    """In value, last state and gradient; keys are of 6 channels, values of 3."""
+    q, k, v, fade, beta = draw(T, (T, 6), (T, 6), (T, 3), (T, 6), (T,))
+    given = {"k": k, "v": v} | {
+        "scalar": {"decay": -jnp.exp(fade[:, 0])},
+        "channel": {"decay": -jnp.exp(fade)},
+        "delta": {"k": unit(k), "beta": jax.nn.sigmoid(beta)},
+        "gated delta": {"k": unit(k), "beta": jax.nn.sigmoid(beta), "decay": -jnp.exp(fade[:, 0])},
+    }[kind]
+    fast = {"scalar": scalar_decay, "channel": channel_decay}.get(kind, delta_rule)
+    weight = draw(1, (T, 3))[0]
+
+    def slow(q, given):
+        def one(state, now):
+            out, state = one_step(state, now[0], **now[1])
+            return state, out
+
+        state, out = jax.lax.scan(one, jnp.zeros((6, 3)), (q, given))
+        return out, state
+
+    loss = lambda run: lambda q, given: (run(q, given)[0] * weight).sum() + (run(q, given)[1] ** 2).sum()
+    chunked = lambda q, given: fast(q, **given, chunk=chunk)
+    for found, expected in zip(jax.jit(chunked)(q, given), jax.jit(slow)(q, given), strict=True):
+        assert_close(found, expected)
+    grads = (jax.jit(jax.grad(loss(run), (0, 1)))(q, given) for run in (chunked, slow))
+    for found, expected in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 50.0, 1e4])
+def test_decays_of_any_strength_neither_overflow_nor_leave_wrong_sums(strength):
+    """exp of a chunk's whole fall, undone by its inverse, would be 0 times infinity."""
+    T = 40
+    q, k, v, fade = draw(3, (T, 6), (T, 6), (T, 4), (T, 6))
+    fade = -strength * jnp.exp(fade)
+
+    def dense(q, k, v, fade):
+        fall = jnp.cumsum(fade.astype(jnp.float32), 0)
+        gap = jnp.where(jnp.tril(jnp.ones((T, T), bool))[..., None], fall[:, None] - fall[None], -jnp.inf)
+        return jnp.einsum("if,jf,ijf->ij", q, k, jnp.exp(gap)) @ v
+
+    for fast, fade in ((channel_decay, fade), (scalar_decay, fade[:, 0])):
+        run = lambda q, k, v, fade, fast=fast: fast(q, k, v, fade, chunk=32)[0]
+        full = fade if fade.ndim == 2 else jnp.broadcast_to(fade[:, None], (T, 6))
+        assert_close(run(q, k, v, fade), dense(q, k, v, full))
+        grads = jax.grad(lambda *args, run=run: run(*args).sum(), (0, 1, 2, 3))(q, k, v, fade)
+        assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_a_correction_holds_however_alike_keys_are():
+    """One key again and again: the triangular system is as far from the identity as it can be."""
+    T = 64
+    k = jnp.tile(unit(draw(4, (1, 8))[0]), (T, 1))
+    v = draw(5, (T, 3))[0]
+    out, state = delta_rule(k, k, v, jnp.ones(T), chunk=32)
+    assert_close(out, v)  # what is held under a key is the last value written
+    assert_close(k[0] @ state, v[-1])
+
+
+@pytest.mark.parametrize("T", [4, 11, 15])
+def test_padding_and_earlier_keys(T):
+    """Queries stand at the end; padding in between neither writes nor fades."""
+    S = 11
+    q, k, v, fade = draw(6, (T, 5), (S, 5), (S, 3), (S,))
+    keys = {"k": k, "v": v, "decay": -jnp.exp(fade)}
+    real = jnp.arange(S) % 3 != 1
+    run = lambda q, k, v, decay: scalar_decay(q, k, v, decay, chunk=4)[0]
+    fast = aligned(run, q, keys, real)
+    slow = one_by_one(lambda state, q, **new: one_step(state, q, **new), jnp.zeros((5, 3)), q, keys, real)
+    assert fast.shape == (T, 3)
+    assert_close(fast, slow)
+    np.testing.assert_array_equal(fast[: max(0, T - S)], 0)
+    kept = aligned(run, q[-1:], {name: x[real] for name, x in keys.items()}, None) if real[-1] else None
+    if kept is not None:
+        assert_close(fast[-1:], kept)
+
+
+# ---- mechanisms --------------------------------------------------------------------------------------------------
+
+
+ONE_WAY = ["retnet", "gla", "delta_net", "gated_delta_net", "mamba2", "rwkv", "lightning", "rfa:gate=learned"]
+
+
+@pytest.mark.parametrize("choice", ONE_WAY)
+def test_a_recurrence_refuses_to_see_both_sides(choice):
+    layer = build(choice, 8, 16, 2)
+    x = jnp.ones((1, 8, 16))
+    with pytest.raises(ValueError, match="left to right"):
+        layer(x, causal=False)
+
+
+@pytest.mark.parametrize("choice", [*ONE_WAY, "rwkv:shift=none", "rfa", "rfa:kernel=arccos"])
+def test_padding_in_front_is_as_if_it_were_not_there(choice):
+    layer = build(choice, 13, 16, 4, kv_heads=2)
+    x = draw(7, (1, 13, 16))[0]
+    out = layer(x, real=jnp.arange(13)[None] >= 5, causal=True)[0]
+    assert_close(out[:, 5:], layer(x[:, 5:], causal=True)[0])
+
+
+def test_rwkv_sees_the_position_before_through_its_shift():
+    layer = build("rwkv", 6, 8, 1)
+    layer.share_k[...] = layer.share_v[...] = jnp.zeros((1, 8))
+    q, k, v = draw(8, (1, 6, 1, 8), (1, 6, 1, 8), (1, 6, 1, 8))
+    plain = build("rwkv:shift=none", 6, 8, 1)
+    before = lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    assert_close(layer.mix(q, k, v, causal=True)[0], plain.mix(q, before(k), before(v), causal=True)[0])
+
+
+def test_rwkv_keys_of_any_size_do_not_overflow():
+    layer = build("rwkv:shift=none:chunk=3", 12, 8, 1)
+    q, k, v = draw(9, (1, 12, 1, 8), (1, 12, 1, 8), (1, 12, 1, 8))
+    k = k.at[:, 5].set(500.0)  # far beyond exp's range: from here on its value is all there is
+    out = layer.mix(q, k, v, causal=True)[0] / jax.nn.sigmoid(q)
+    assert_close(out[:, 5], v[:, 5])
+    assert np.isfinite(out).all()
+    longer = layer.mix(q, k.at[:, 5:].set(0.0), v, causal=True)[0] / jax.nn.sigmoid(q)
+    np.testing.assert_array_equal(longer[:, :5], out[:, :5])  # and those before feel nothing of it
+
+
+def test_rfa_comes_near_its_kernel_with_many_features():
+    q, k, v = draw(10, (24, 8), (24, 8), (24, 8))
+    weights = jnp.exp(-jnp.square(unit(q)[:, None] - unit(k)[None]).sum(-1) / 2)
+    expected = weights @ v / weights.sum(1, keepdims=True)
+
+    def error(features):
+        layer = build(f"rfa:features={features}", 24, 64, 8)
+        of_head = layer.per_head()
+        one = lambda W, s: layer.attend(q, k, v, causal=False, projection=W, spread=s)
+        out = jax.vmap(one)(of_head["projection"], of_head["spread"])
+        return float(jnp.sqrt(jnp.square(out - expected).mean()))
+
+    few, many = error(64), error(4096)
+    assert many < 0.05 and 4 < few / many < 16  # 8 = sqrt(4096 / 64)
+
+
+def test_rfa_forgets_through_its_gate():
+    layer = build("rfa:gate=learned:features=2048", 10, 8, 1)
+    q, k, v = draw(11, (10, 8), (10, 8), (10, 8))
+    of_head = {name: x[0] for name, x in layer.per_head().items()}
+    attend = lambda decay: layer.attend(q, k, v, causal=True, decay=decay, **of_head)
+    assert_close(attend(jnp.full(10, -50.0)), v)  # a gate of 0 keeps the newest alone
+    plain = build("rfa:features=2048", 10, 8, 1)
+    even = plain.attend(q, k, v, causal=True, **of_head)
+    np.testing.assert_allclose(attend(jnp.full(10, -1e-4)), even, atol=5e-3)  # a gate near 1 keeps all alike
+
+
+def test_rfa_draws_in_training_alone():
+    q, k, v = draw(12, (1, 6, 2, 8), (1, 6, 2, 8), (1, 6, 2, 8))
+    once, step = (build(f"rfa:redraw={when}", 6, 16, 2) for when in ("once", "step"))
+    out = lambda layer, seed: layer.mix(q, k, v, key=None if seed is None else jax.random.key(seed))[0]
+    np.testing.assert_array_equal(out(once, 0), out(once, None))
+    assert np.abs(out(step, 0) - out(step, 1)).max() > 1e-3
+    np.testing.assert_array_equal(out(step, None), out(once, None))
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ("retnet:chunk=0", "chunk must be at least 1"),
+        ("retnet:fastest=1.0", "fastest must be above 1 and at most slowest"),
+        ("gla:rank=0", "chunk and rank must be at least 1"),
+        ("gla:temperature=0.0", "temperature must be above 0"),
+        ("delta_net:chunk=0", "chunk must be at least 1"),
+        ("mamba2:chunk=0", "chunk must be at least 1"),
+        ("rwkv:chunk=0", "chunk must be at least 1"),
+        ("rwkv:shift=two", "shift"),
+        ("lightning:chunk=0", "chunk must be at least 1"),
+        ("rfa:features=0", "features must be at least 1"),
+        ("rfa:chunk=0", "chunk must be at least 1"),
+        ("rfa:kernel=gausian", "gaussian"),
+    ],
+)
+def test_impossible_options_are_refused(choice, message):
+    with pytest.raises(UsageError, match=message):
+        build(choice, 16, 16, 2)

@@ -1,0 +1,58 @@
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+
+from xformers_lab.attention._engine.random_blocks import RandomBlocks
+from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.size import Size
+
+
+class Bigbird(Patterned):
+    """BigBird: window, global and random blocks (Zaheer et al., 2020, arXiv 2007.14062, section 2 and appendix D).
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of t's own block, of its two neighbours, of the first
+    and the last block, and of `random` random blocks out of the others; queries of the first and the last block see
+    every key.
+    Kind: sparse by position
+    Time O(T (7 + random) block H), of which two parts are the global blocks' queries; memory O(S H); decoding keeps
+    every key and value.
+    Exact on its pattern, the paper's internal construction (ITC), where global blocks are part of the sequence.
+    Causal: what of the pattern lies in the past.
+    Deviations from the paper: random blocks are drawn once, from `seed`, for all layers. The last block is shorter
+    where `block` does not divide the length; of five blocks or fewer nothing is left out.
+
+    Options:
+        block: positions of one block; the length where that is less
+        random: random blocks that a block sees
+        seed: of the random draw
+        heads: shared: one draw for all heads; own: one for each, as in the paper's code, at the price of one program
+            for each
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        block: int = 64,
+        random: int = 3,
+        seed: int = 0,
+        heads: Literal["shared", "own"] = "shared",
+        rngs: nnx.Rngs,
+    ):
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        if min(random, seed) < 0:
+            raise ValueError(f"random and seed must be at least 0, got {random} and {seed}")
+        block = min(block, size.length)
+        one = RandomBlocks(block, -(-size.length // block), near=1, ends=1, count=random, seed=seed)
+        each = tuple(dataclasses.replace(one, head=head) for head in range(size.heads))
+        super().__init__(size, each if heads == "own" else one, rngs=rngs)
+        self.block_size = block
+
+    def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
+        return (block := self.block_size if 16 <= self.block_size <= 512 else run_block(self.block_size)), block
+
+    @staticmethod
+    def limit(length: int):
+        return {"block": length}

@@ -1,0 +1,212 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.maps import products, weighted, weights
+from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.size import Size
+
+EXACT = {"preferred_element_type": jnp.float32}
+# Fewest queries of one cluster that are computed together.
+BLOCK = 16
+
+
+class Clustered(Attention):
+    """Clustered attention, and improved clustered attention (Vyas et al., 2020, arXiv 2007.04825).
+
+    out_t = A_c v with A_c = softmax(q_c k^T / sqrt(H)) of the mean query q_c of t's cluster c. Improved: on the keys whose
+    A_c is largest, A_c is replaced by their total times softmax(q_t k^T / sqrt(H)) over these keys. Queries are clustered by
+    the signs of random projections, with k-means in Hamming distance.
+    Kind: memory compression
+    Time O(T H (clusters + improved) + T clusters bits iterations); memory O(T max(clusters, H)).
+    Approximate; exact where all keys are recomputed (improved = T), or where equal queries alone share a cluster.
+    Not causal: a mean query mixes later ones in, and the queries of a cluster share one row of weights
+    Not cross: the clusters are those of the queries that came, and padding is known of the keys alone
+    No bias: a mean query has no position
+    Deviations from the paper: projections are drawn once per head (the authors' code draws new ones in every call), k-means
+    begins with queries at even distances, not the first ones, and a cluster that runs empty keeps its centre, where the
+    code draws another. Padded queries join the nearest cluster, without a part in its centre and mean.
+
+    Options:
+        clusters: mean queries; at most the length counts
+        bits: random projections whose signs are compared
+        iterations: of k-means
+        improved: keys per cluster for which each query has weights of its own; 0: plain clustered attention
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        clusters: int = 64,
+        bits: int = 32,
+        iterations: int = 10,
+        improved: int = 32,
+        rngs: nnx.Rngs,
+    ):
+        for name, value in (("clusters", clusters), ("bits", bits), ("iterations", iterations)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if improved < 0:
+            raise ValueError(f"improved must be at least 0, got {improved}")
+        super().__init__(size, rngs=rngs)
+        self.clusters, self.bits, self.iterations, self.improved = clusters, bits, iterations, improved
+        # The last row is an offset, so that signs tell queries of different lengths apart too.
+        self.planes = nnx.Variable(jax.random.normal(rngs.params(), (size.heads, size.head + 1, bits)))
+
+    def per_head(self):
+        return {"planes": self.planes[...]}
+
+    def attend(self, q, k, v, *, real=None, planes):
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"clustered takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
+                "a part of the queries would form other clusters"
+            )
+        cluster = _clusters(_signs(q, planes), real, min(self.clusters, len(q)), self.iterations)
+        keep = jax.checkpoint_policies.save_only_these_names("top")
+        return jax.checkpoint(self._attend, policy=keep)(q, k, v, real, cluster)
+
+    def _attend(self, q, k, v, real, cluster):
+        C = min(self.clusters, len(q))
+        member = jax.nn.one_hot(cluster, C)
+        counted = member if real is None else jnp.where(real[:, None], member, 0)
+        # Means in float32, transposed because XLA:CPU contracts the major axis of the left side slowly.
+        mean = (jnp.dot(q.T.astype(jnp.float32), counted) / jnp.maximum(counted.sum(0), 1)).T
+        s = products(mean * q.shape[1] ** -0.5, k.astype(jnp.float32))
+        p = weights(s, True if real is None else real)
+        if not self.improved:
+            return weighted(member, weighted(p, v)).astype(v.dtype)
+        score = s if real is None else jnp.where(real, s, -jnp.inf)
+        top = checkpoint_name(lax.top_k(lax.stop_gradient(score), min(self.improved, len(k)))[1], "top")
+        chosen = jnp.zeros(p.shape, bool).at[np.arange(C)[:, None], top].set(True, unique_indices=True)
+        rest, total = weighted(jnp.where(chosen, 0, p), v), jnp.where(chosen, p, 0).sum(1)
+        return self._recomputed(q, k, v, real, cluster, member.sum(0), top, rest, total).astype(v.dtype)
+
+    def _recomputed(self, q, k, v, real, cluster, sizes, top, rest, total):
+        """Queries in the order of their clusters, in blocks of one cluster each, against their cluster's top keys."""
+        block, T, H = _block(len(q), len(sizes)), len(q), q.shape[1]
+        owner, index, place = _layout(cluster, sizes.astype(jnp.int32), block)
+        filled, kept = index < T, jnp.ones(T, bool)
+        blocks = _moved(q, index, filled, place, kept).reshape(-1, block, H)
+        near = jnp.concatenate([k, v], 1)[top][owner]  # (blocks, top, 2 H)
+        s = jnp.einsum("gbh,gmh->gbm", blocks * H**-0.5, near[..., :H], **EXACT)
+        seen = jnp.ones(top.shape, bool) if real is None else real[top]
+        p = masked_softmax(s, seen[owner][:, None]) * total[owner][:, None, None]
+        out = jnp.einsum("gbm,gmh->gbh", p.astype(v.dtype), near[..., H:], **EXACT) + rest[owner][:, None]
+        return _moved(out.reshape(-1, H), place, kept, index, filled)
+
+    def reference(self, q, k, v, *, real=None, planes):
+        T, H = q.shape
+        if len(k) != T:
+            raise ValueError("clustered takes as many queries as keys")
+        real, C, bits = jnp.ones(T, bool) if real is None else real, min(self.clusters, T), _signs(q, planes) > 0
+        number = jnp.cumsum(real)
+        wanted = np.arange(C) * jnp.maximum(number[-1], 1) // C + 1
+        centres = bits[jnp.minimum((number < wanted[:, None]).sum(1), T - 1)]
+        distance = lambda centres: (bits[:, None] != centres).sum(-1)
+        for _ in range(self.iterations):
+            member = (distance(centres).argmin(1)[:, None] == np.arange(C)) & real[:, None]  # (T, C)
+            ones = (member[..., None] & bits[:, None]).sum(0)
+            majority = 2 * ones >= member.sum(0)[:, None]
+            centres = jnp.where(member.any(0)[:, None], majority, centres)
+        cluster = distance(centres).argmin(1)
+        same = (cluster[:, None] == cluster) & real  # (queries, members)
+        mean = same @ q / jnp.maximum(same.sum(1, keepdims=True), 1)
+        shared, own = mean @ k.T / H**0.5, q @ k.T / H**0.5
+        weights = masked_softmax(shared, real)
+        if self.improved:
+            order = jnp.argsort(-jnp.where(real, lax.stop_gradient(shared), -jnp.inf), 1, stable=True)
+            rank = jnp.argsort(order, 1)
+            top = (rank < self.improved) & real
+            total = jnp.where(top, weights, 0).sum(1, keepdims=True)
+            weights = jnp.where(top, total * masked_softmax(own, top), weights)
+        return (weights @ v).astype(v.dtype)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C, K = self.size.head, min(self.clusters, T), min(self.improved, S)
+        found = 2 * T * (H + 1) * self.bits + (4 * self.iterations + 2) * T * C * self.bits
+        block, blocks = _block(T, C), _count(T, C, _block(T, C))
+        own = 4 * blocks * block * K * H if K else 2 * T * C * H
+        memory = max(T * max(C, 2 * H), blocks * max(block * max(K, H), K * 2 * H))
+        return Cost(flops=found + 2 * T * C * H + 4 * C * S * H + own, memory=memory, state=0)
+
+    @staticmethod
+    def limit(length: int):
+        return {"improved": length}
+
+
+def _signs(q, planes):
+    """(T, bits) of -1 and 1, in float32 so that half precision clusters alike."""
+    q = lax.stop_gradient(q).astype(jnp.float32)
+    return jnp.where(jnp.dot(q, planes[:-1], precision=lax.Precision.HIGHEST) + planes[-1] > 0, 1.0, -1.0)
+
+
+def _clusters(signs, real, C: int, iterations: int):
+    """k-means: (T, bits) -> (T,) the number of each query's cluster.
+
+    The dot product of two rows of signs is the number of bits less twice their Hamming distance.
+    """
+    T = signs.shape[0]
+    if real is None:
+        first, there = np.arange(C) * T // C, jnp.ones((T, 1), bool)
+    else:
+        first = jnp.searchsorted(jnp.cumsum(real), np.arange(C) * jnp.maximum(real.sum(), 1) // C + 1)
+        there = real[:, None]
+    nearest = lambda centres: jnp.dot(signs, centres.T).argmax(1)
+
+    def step(centres, _):
+        member = jax.nn.one_hot(nearest(centres), C) * there
+        sums, sizes = jnp.dot(signs.T, member).T, member.sum(0)[:, None]
+        return jnp.where(sizes > 0, jnp.where(sums >= 0, 1.0, -1.0), centres), None
+
+    centres = lax.scan(step, signs[jnp.minimum(first, T - 1)], length=iterations)[0]
+    return nearest(centres)
+
+
+def _block(T: int, C: int) -> int:
+    """Queries per block: as many as a cluster has on average."""
+    return max(BLOCK, -(-T // C))
+
+
+def _count(T: int, C: int, block: int) -> int:
+    """The most blocks that T queries in C clusters fill."""
+    return (T + C * (block - 1)) // block
+
+
+def _layout(cluster, sizes, block: int):
+    """Where queries lie when each cluster begins a new block.
+
+    -> the cluster of each block, the query at each place (T or more: none), and the place of each query.
+    """
+    T, C = len(cluster), len(sizes)
+    blocks = (sizes + block - 1) // block
+    last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
+    number = jnp.arange(_count(T, C, block))
+    owner = jnp.minimum((last <= number[:, None]).sum(1), C - 1)
+    order = jnp.argsort(cluster)
+    within = ((number - (last - blocks)[owner]) * block)[:, None] + jnp.arange(block)  # place in the cluster
+    there = (within < sizes[owner, None]) & (number < last[-1])[:, None]
+    index = jnp.where(there, order[jnp.clip((end - sizes)[owner, None] + within, 0, T - 1)], T).reshape(-1)
+    own = cluster[order]
+    places = (last - blocks)[own] * block + jnp.arange(T) - (end - sizes)[own]
+    return owner, index, jnp.zeros(T, jnp.int32).at[order].set(places, unique_indices=True)
+
+
+@jax.custom_vjp
+def _moved(x, index, filled, back, kept):
+    """x[index], zeros where not filled. Each row goes to one place at most, so that its gradient is found there: `back`
+    says where, `kept` whether it has one. A gather both ways, where differentiation would add up rows one by one."""
+    return jnp.where(filled[:, None], x[jnp.clip(index, 0, len(x) - 1)], 0)
+
+
+def _moved_backward(given, grad):
+    index, filled, back, kept = given
+    return _moved(grad, back, kept, index, filled), None, None, None, None
+
+
+_moved.defvjp(lambda x, *given: (_moved(x, *given), given), _moved_backward)

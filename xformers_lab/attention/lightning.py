@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Cost
+from xformers_lab.attention._engine.gated import scalar_decay
+from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of
+from xformers_lab.size import Size
+
+
+class Lightning(Recurrent):
+    """Lightning attention (Qin et al., 2024, arXiv 2401.04658; the layer: MiniMax-01, 2025, arXiv 2501.08313).
+
+    S_t = g S_(t-1) + silu(k_t) silu(v_t)^T, out_t = sigmoid(W x_t) * rms(silu(q_t) S_t); head n of N forgets at the
+    rate of ALiBi's slopes, g = exp(-2^(-8 n / N)).
+    Kind: linearised
+    Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
+    Exact.
+    One way: it reads from left to right, so it serves no encoder and no cross-attention
+    Deviations from the paper: every head is normalised by its own root mean square, not by that of all heads, and
+        without weights; slopes are the same on every layer, where MiniMax lets later layers forget less.
+
+    Options:
+        chunk: positions whose products are computed together
+    """
+
+    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        super().__init__(size, rngs=rngs)
+        self.gate, self.chunk = gate_of(size, rngs), chunk
+
+    def per_head(self):
+        N = self.size.heads
+        return {"decay": -jnp.exp2(-8 * jnp.arange(1, N + 1) / N)}
+
+    def from_queries(self, x):
+        return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
+
+    def attend(self, q, k, v, *, real=None, causal, decay, gate):
+        return _finished(self.forward(jax.nn.silu(q), _keys(k, v, decay), real, causal), gate, v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, decay, gate):
+        return _finished(self.by_definition(jax.nn.silu(q), _keys(k, v, decay), real, causal), gate, v.dtype)
+
+    def scanned(self, q, k, v, decay):
+        return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
+
+    def update(self, state, q, k, v, decay):
+        state = jnp.exp(decay) * state + jnp.outer(k, v)
+        return q @ state, state
+
+    def step(self, state, q, k, v, *, decay, gate):
+        q, k, wide = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k, v))
+        out, state = self.update(state, q, k, wide, decay)
+        return _finished(out, gate, v.dtype), state
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, C = self.size.head, min(self.chunk, S)
+        return Cost(flops=4 * S * H * (H + C), memory=S * max(C, H, H * H / C), state=H * H)
+
+
+def _keys(k, v, decay):
+    return {"k": jax.nn.silu(k), "v": jax.nn.silu(v), "decay": jnp.full(len(k), decay)}
+
+
+def _finished(out, gate, dtype):
+    out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
+    return (out * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(dtype)

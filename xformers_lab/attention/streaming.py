@@ -1,0 +1,89 @@
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention._engine.pattern import Band, Global
+from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.size import Size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sunk:
+    """Scores to add where a key of zeros stands in front of all others: its score is the logit."""
+
+    logit: jax.Array
+    bias: Any
+
+    def __call__(self, q_at, k_at):
+        others = 0.0 if self.bias is None else self.bias(q_at - 1, k_at - 1)
+        return jnp.where(k_at == 0, self.logit, others)
+
+
+class Streaming(Patterned):
+    """StreamingLLM: attention sinks and a window (Xiao et al., 2023, arXiv 2309.17453; a learned logit in their place:
+    OpenAI, 2025, arXiv 2508.10925).
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= window (causal: t - window <= s <= t) and s <
+    sinks; with logit=learned exp(b), b of each head, is added to the softmax's denominator.
+    Kind: sparse by position
+    Time O(T (window + sinks) H); memory O(S H); decoding keeps the sinks' keys and values and a ring of window + 1.
+    Exact on its pattern.
+    Deviations from the paper: it is trained with as well, not only decoded with; positions stay those of the sequence,
+    where the paper numbers what its cache holds anew, which matters beyond the length that was trained.
+
+    Options:
+        window: keys seen on each side of a query, besides itself
+        sinks: first positions that every query sees
+        logit: learned: one more score for each head, of a key without a value
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        window: int = 124,
+        sinks: int = 4,
+        logit: Literal["none", "learned"] = "none",
+        rngs: nnx.Rngs,
+    ):
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        if sinks < 0 or (sinks == 0 and logit == "none"):
+            raise ValueError(f"sinks must be at least 1, or 0 with logit=learned, got {sinks}; without sinks use local")
+        kept = sinks + (logit == "learned")
+        super().__init__(size, Band(window) | Global(kept, queries=False), rngs=rngs)
+        self.window, self.sinks, self.kept = window, sinks, kept
+        self.logit = nnx.Param(jnp.zeros(size.heads)) if logit == "learned" else None
+
+    def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
+        block = near_block(self.window)
+        return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        """A learned logit is the score of one more key, of zeros, in front of all: every position moves by one."""
+        if self.logit is not None:
+            front = lambda y, value=0: jnp.pad(y, [(0, 0), (1, 0)] + [(0, 0)] * (y.ndim - 2), constant_values=value)
+            k, v, real = front(k), front(v), None if real is None else front(real, True)
+            bias = _Sunk(self.logit[...], bias)
+        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        return super().mix(q, k, v, **given, method=method)
+
+    @staticmethod
+    def limit(length: int):
+        return {"window": length}
+
+    def slots(self, length: int) -> int:
+        return min(length, self.sinks + self.window + 1) + self.kept - self.sinks
+
+    def init_cache(self, B: int, length: int, dtype=jnp.float32):
+        return super().init_cache(B, length, dtype) | {"seen": jnp.int32(self.kept - self.sinks)}
+
+    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+        bias = bias if self.logit is None else _Sunk(self.logit[...], bias)
+        return super().mix_step(cache, q, k, v, bias=bias, carry=carry)

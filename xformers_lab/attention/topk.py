@@ -1,0 +1,72 @@
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import MASKED, scores, softmax
+from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
+from xformers_lab.size import Size
+
+
+class Topk(Attention):
+    """Explicit sparse attention to the highest scores (Zhao et al., 2019, arXiv 1912.11637; Gupta et al., 2021, arXiv
+    2106.06899).
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys whose score is at least the `keys`-th highest of those
+    that query t may see. Keys of the same score as that one all count, so no order of positions breaks a tie.
+    Kind: sparse by content
+    Time O(T S H), for every score is computed and only then compared; memory O(S) per block of queries; decoding keeps
+        every key and value.
+    Exact over the chosen keys, whose choice has no gradient. Queries are taken by blocks, as Gupta et al. do.
+
+    Options:
+        keys: how many keys a query attends to
+    """
+
+    def __init__(self, size: Size, *, keys: int = 32, rngs: nnx.Rngs):
+        if keys < 1:
+            raise ValueError(f"keys must be at least 1, got {keys}")
+        super().__init__(size, rngs=rngs)
+        self.keys = keys
+
+    def attend(self, q, k, v, *, real=None, causal, bias=None):
+        def row(q, at, keys: int):
+            # Scaled last, so that the choice does not depend on how a half precision rounds.
+            s = biased(products(q, k[:keys]) * q.shape[1] ** -0.5, bias, at)
+            seen = seen_from(at, keys, real, causal)
+            least = _nth_largest(lax.stop_gradient(jnp.where(seen, s, MASKED)), self.keys)
+            return weighted(weights(s, seen & (s >= least)), v[:keys])
+
+        return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, bias=None):
+        T, S = q.shape[0], k.shape[0]
+        seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
+        seen = seen if real is None else seen & real
+        s = scores(q, k, bias)
+        higher = jnp.where(seen, s, MASKED)
+        higher = (higher[:, None] > higher[:, :, None]).sum(2)
+        return softmax(s, seen & (higher < self.keys), v)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H = self.size.head
+        return Cost(flops=4 * T * S * H, memory=S * max(H, min(T, BLOCK)), state=2 * S * H)
+
+    @staticmethod
+    def limit(length: int):
+        return {"keys": length}
+
+
+def _nth_largest(s, n: int):
+    """(C, S) -> (C, 1), the n-th largest of a row; the smallest where there are fewer.
+
+    The n largest lie in those n groups of neighbours whose maxima are largest, or equal one that does, so that two
+    short selections take the place of a long one.
+    """
+    C, S = s.shape
+    size = 1 << max(0, (S // n).bit_length() // 2)  # about sqrt(S / n)
+    if size > 1:
+        s = jnp.pad(s, ((0, 0), (0, -S % size)), constant_values=MASKED).reshape(C, -1, size)
+        best = lax.top_k(s.max(2), min(n, s.shape[1]))[1]
+        s = jnp.take_along_axis(s, best[..., None], 1).reshape(C, -1)
+    return lax.top_k(s, min(n, s.shape[1]))[0][:, -1:]
