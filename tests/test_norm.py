@@ -8,7 +8,7 @@ import pytest
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
 from xformers_lab.model import build_task
-from xformers_lab.train import feed, optimizer
+from xformers_lab.train import optimizer
 from xformers_lab.train.state import init, merge, structure
 
 
@@ -84,8 +84,8 @@ def test_deepnorm_scales_the_stream_and_the_first_weights():
 
 
 def first_gradient(norm: str, layers: int) -> float:
-    """The mean norm over seeds of the loss's gradient to the last feed-forward's second matrix, at the start, with uniform attention as
-    in the theorem (queries and keys at zero)."""
+    """The mean norm over seeds of the loss's gradient to the last feed-forward's second matrix, at the start, with
+    uniform attention as in the theorem (queries and keys at zero)."""
     config = edit(Config(), task="copy", norm=norm, layers=layers, dim=64, heads=2, seq_len=32, batch=8)
     config = edit(config, position="none", ffn="mlp:ratio=1:activation=relu")
     task, tokens = build_task(config), np.random.default_rng(0).integers(0, 10, (8, 32))

@@ -25,7 +25,8 @@ Decoding works by itself wherever a mechanism only depends on distances: keys an
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
 
 The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
-and where they apply `Not causal: reason`, `One way: reason`, `Not cross: reason`, `No bias: reason` and `No decoding: reason` are read.
+and where they apply `Not causal: reason`, `One way: reason`, `Not cross: reason`, `No bias: reason` and `No decoding:
+reason` are read.
 """
 
 import dataclasses

@@ -67,38 +67,37 @@ class Clustered(Attention):
                 f"clustered takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "a part of the queries would form other clusters"
             )
-        cluster = _clusters(_signs(q, planes), real, min(self.clusters, len(q)), self.iterations)
+        member = _clusters(_signs(q, planes), real, min(self.clusters, len(q)), self.iterations)
         keep = jax.checkpoint_policies.save_only_these_names("top")
-        return jax.checkpoint(self._attend, policy=keep)(q, k, v, real, cluster)
+        return jax.checkpoint(self._attend, policy=keep)(q, k, v, real, member)
 
-    def _attend(self, q, k, v, real, cluster):
-        C = min(self.clusters, len(q))
-        member = jax.nn.one_hot(cluster, C)
-        counted = member if real is None else jnp.where(real[:, None], member, 0)
-        # Means in float32, transposed because XLA:CPU contracts the major axis of the left side slowly.
-        mean = (jnp.dot(q.T.astype(jnp.float32), counted) / jnp.maximum(counted.sum(0), 1)).T
+    def _attend(self, q, k, v, real, member):
+        """member (C, T) bool: which queries a cluster holds."""
+        C = len(member)
+        counted = (member if real is None else member & real).astype(jnp.float32)
+        # Means in float32, so that half precision finds the same keys.
+        mean = weighted(counted, q.astype(jnp.float32)) / jnp.maximum(counted.sum(1, keepdims=True), 1)
         s = products(mean * q.shape[1] ** -0.5, k.astype(jnp.float32))
         p = weights(s, True if real is None else real)
         if not self.improved:
-            return weighted(member, weighted(p, v)).astype(v.dtype)
+            return jnp.dot(weighted(p, v).T.astype(v.dtype), member.astype(v.dtype), **EXACT).T.astype(v.dtype)
         score = s if real is None else jnp.where(real, s, -jnp.inf)
         top = checkpoint_name(lax.top_k(lax.stop_gradient(score), min(self.improved, len(k)))[1], "top")
         chosen = jnp.zeros(p.shape, bool).at[np.arange(C)[:, None], top].set(True, unique_indices=True)
         rest, total = weighted(jnp.where(chosen, 0, p), v), jnp.where(chosen, p, 0).sum(1)
-        return self._recomputed(q, k, v, real, cluster, member.sum(0), top, rest, total).astype(v.dtype)
+        return self._recomputed(q, k, v, real, member, top, rest, total).astype(v.dtype)
 
-    def _recomputed(self, q, k, v, real, cluster, sizes, top, rest, total):
+    def _recomputed(self, q, k, v, real, member, top, rest, total):
         """Queries in the order of their clusters, in blocks of one cluster each, against their cluster's top keys."""
-        block, T, H = _block(len(q), len(sizes)), len(q), q.shape[1]
-        owner, index, place = _layout(cluster, sizes.astype(jnp.int32), block)
-        filled, kept = index < T, jnp.ones(T, bool)
-        blocks = _moved(q, index, filled, place, kept).reshape(-1, block, H)
+        block, H = _block(len(q), len(member)), q.shape[1]
+        owner, index, place = _layout(member, block)
+        blocks = _moved(q, index, place).reshape(-1, block, H)
         near = jnp.concatenate([k, v], 1)[top][owner]  # (blocks, top, 2 H)
         s = jnp.einsum("gbh,gmh->gbm", blocks * H**-0.5, near[..., :H], **EXACT)
         seen = jnp.ones(top.shape, bool) if real is None else real[top]
         p = masked_softmax(s, seen[owner][:, None]) * total[owner][:, None, None]
         out = jnp.einsum("gbm,gmh->gbh", p.astype(v.dtype), near[..., H:], **EXACT) + rest[owner][:, None]
-        return _moved(out.reshape(-1, H), place, kept, index, filled)
+        return _moved(out.reshape(-1, H), place, index)
 
     def reference(self, q, k, v, *, real=None, planes):
         T, H = q.shape
@@ -129,7 +128,7 @@ class Clustered(Attention):
 
     def cost(self, T: int, S: int) -> Cost:
         H, C, K = self.size.head, min(self.clusters, T), min(self.improved, S)
-        found = 2 * T * (H + 1) * self.bits + (4 * self.iterations + 2) * T * C * self.bits
+        found = 2 * T * H * self.bits + (4 * self.iterations + 2) * T * C * (self.bits + 1)
         block, blocks = _block(T, C), _count(T, C, _block(T, C))
         own = 4 * blocks * block * K * H if K else 2 * T * C * H
         memory = max(T * max(C, 2 * H), blocks * max(block * max(K, H), K * 2 * H))
@@ -147,25 +146,27 @@ def _signs(q, planes):
 
 
 def _clusters(signs, real, C: int, iterations: int):
-    """k-means: (T, bits) -> (T,) the number of each query's cluster.
+    """k-means: (T, bits) -> (C, T) bool, which queries are nearest to which centre.
 
-    The dot product of two rows of signs is the number of bits less twice their Hamming distance.
+    The dot product of two rows of signs is the number of bits less twice their Hamming distance. It is stretched by C and
+    lowered by the centre's number, so that each query has one largest, that of the first of the nearest centres.
     """
-    T = signs.shape[0]
-    if real is None:
-        first, there = np.arange(C) * T // C, jnp.ones((T, 1), bool)
-    else:
-        first = jnp.searchsorted(jnp.cumsum(real), np.arange(C) * jnp.maximum(real.sum(), 1) // C + 1)
-        there = real[:, None]
-    nearest = lambda centres: jnp.dot(signs, centres.T).argmax(1)
+    T = len(signs)
+    there = jnp.ones(T, bool) if real is None else real
+    spread = jnp.arange(C) * jnp.maximum(there.sum(), 1) // C + 1
+    centres = signs[jnp.minimum(jnp.searchsorted(jnp.cumsum(there), spread), T - 1)]
+    rows = jnp.concatenate([signs, jnp.ones((T, 1))], 1)
+    columns, number = rows.T, jnp.arange(C, dtype=jnp.float32)[:, None]
+
+    def members(centres):
+        near = jnp.dot(jnp.concatenate([centres * C, -number], 1), columns, precision=lax.Precision.HIGHEST)
+        return near == near.max(0)
 
     def step(centres, _):
-        member = jax.nn.one_hot(nearest(centres), C) * there
-        sums, sizes = jnp.dot(signs.T, member).T, member.sum(0)[:, None]
-        return jnp.where(sizes > 0, jnp.where(sums >= 0, 1.0, -1.0), centres), None
+        sums = jnp.dot(jnp.where(there, members(centres), False).astype(jnp.float32), rows)
+        return jnp.where(sums[:, -1:] > 0, jnp.where(sums[:, :-1] >= 0, 1.0, -1.0), centres), None
 
-    centres = lax.scan(step, signs[jnp.minimum(first, T - 1)], length=iterations)[0]
-    return nearest(centres)
+    return members(lax.scan(step, centres, length=iterations)[0])
 
 
 def _block(T: int, C: int) -> int:
@@ -178,12 +179,13 @@ def _count(T: int, C: int, block: int) -> int:
     return (T + C * (block - 1)) // block
 
 
-def _layout(cluster, sizes, block: int):
-    """Where queries lie when each cluster begins a new block.
+def _layout(member, block: int):
+    """Where queries lie when each cluster of member (C, T) begins a new block.
 
-    -> the cluster of each block, the query at each place (T or more: none), and the place of each query.
+    -> the cluster of each block, the query at each place (T: none), and the place of each query.
     """
-    T, C = len(cluster), len(sizes)
+    C, T = member.shape
+    cluster, sizes = member.argmax(0), member.sum(1)
     blocks = (sizes + block - 1) // block
     last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
     number = jnp.arange(_count(T, C, block))
@@ -194,19 +196,17 @@ def _layout(cluster, sizes, block: int):
     index = jnp.where(there, order[jnp.clip((end - sizes)[owner, None] + within, 0, T - 1)], T).reshape(-1)
     own = cluster[order]
     places = (last - blocks)[own] * block + jnp.arange(T) - (end - sizes)[own]
-    return owner, index, jnp.zeros(T, jnp.int32).at[order].set(places, unique_indices=True)
+    return owner, index, jnp.zeros_like(places).at[order].set(places, unique_indices=True)
 
 
 @jax.custom_vjp
-def _moved(x, index, filled, back, kept):
-    """x[index], zeros where not filled. Each row goes to one place at most, so that its gradient is found there: `back`
-    says where, `kept` whether it has one. A gather both ways, where differentiation would add up rows one by one."""
-    return jnp.where(filled[:, None], x[jnp.clip(index, 0, len(x) - 1)], 0)
+def _moved(x, index, back):
+    """x[index], zeros where the index is beyond x. `back` says where each row of x goes: the gradient is a gather too,
+    where differentiation would add up rows one by one."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-def _moved_backward(given, grad):
-    index, filled, back, kept = given
-    return _moved(grad, back, kept, index, filled), None, None, None, None
-
-
-_moved.defvjp(lambda x, *given: (_moved(x, *given), given), _moved_backward)
+_moved.defvjp(
+    lambda x, index, back: (_moved(x, index, back), (index, back)),
+    lambda given, grad: (_moved(grad, *reversed(given)), None, None),
+)

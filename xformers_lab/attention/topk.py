@@ -34,8 +34,9 @@ class Topk(Attention):
             # Scaled last, so that the choice does not depend on how a half precision rounds.
             s = biased(products(q, k[:keys]) * q.shape[1] ** -0.5, bias, at)
             seen = seen_from(at, keys, real, causal)
-            least = _nth_largest(lax.stop_gradient(jnp.where(seen, s, MASKED)), self.keys)
-            return weighted(weights(s, seen & (s >= least)), v[:keys])
+            # A minimum, not the last column, for which XLA:CPU sorts whole rows.
+            highest = lax.top_k(lax.stop_gradient(jnp.where(seen, s, MASKED)), min(self.keys, keys))[0]
+            return weighted(weights(s, seen & (s >= highest.min(1, keepdims=True))), v[:keys])
 
         return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
 
@@ -56,17 +57,3 @@ class Topk(Attention):
     def limit(length: int):
         return {"keys": length}
 
-
-def _nth_largest(s, n: int):
-    """(C, S) -> (C, 1), the n-th largest of a row; the smallest where there are fewer.
-
-    The n largest lie in those n groups of neighbours whose maxima are largest, or equal one that does, so that two
-    short selections take the place of a long one.
-    """
-    C, S = s.shape
-    size = 1 << max(0, (S // n).bit_length() // 2)  # about sqrt(S / n)
-    if size > 1:
-        s = jnp.pad(s, ((0, 0), (0, -S % size)), constant_values=MASKED).reshape(C, -1, size)
-        best = lax.top_k(s.max(2), min(n, s.shape[1]))[1]
-        s = jnp.take_along_axis(s, best[..., None], 1).reshape(C, -1)
-    return lax.top_k(s, min(n, s.shape[1]))[0][:, -1:]

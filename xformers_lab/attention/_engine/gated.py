@@ -11,7 +11,6 @@ All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state 
 nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -35,7 +34,7 @@ def scalar_decay(q, k, v, decay, *, chunk: int):
 
 def channel_decay(q, k, v, decay, *, chunk: int):
     """decay (T, F): log a_t of every key channel, at most 0."""
-    T, F = q.shape
+    T = len(q)
     C = -(-min(chunk, T) // FINE) * FINE
     q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay))
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F)
@@ -49,8 +48,8 @@ def channel_decay(q, k, v, decay, *, chunk: int):
 
 
 def _channel_weights(q, k, fall):
-    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. A run of FINE positions is compared with earlier runs
-    through the fall before it, which lies between the two, so both factors are at most 1."""
+    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. A run of FINE positions is compared with earlier
+    runs through the fall before it, which lies between the two, so both factors are at most 1."""
     M, C, F = q.shape
     runs = C // FINE
     fine = lambda x: x.reshape(M, runs, FINE, F)
@@ -79,8 +78,8 @@ def _channel_weights(q, k, fall):
 def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     """beta (T,): how much of the error is corrected; decay (T,) or None: log a_t, at most 0.
 
-    In a chunk the corrections U solve a unit triangular system: (I + b A) U = b (V - a K S), with A_ij = k_i . k_j times
-    the decay between (the WY form: Yang et al., 2024, arXiv 2406.06484, equations 7 to 10).
+    In a chunk the corrections U solve a unit triangular system, (I + b A) U = b (V - a K S), with A_ij = k_i . k_j
+    times the decay between (the WY form: Yang et al., 2024, arXiv 2406.06484, equations 7 to 10).
     """
     T, C = len(q), min(chunk, len(q))
     decay = jnp.zeros(T) if decay is None else decay

@@ -1,0 +1,175 @@
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.absent import Absent
+from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.gathered import batched, in_blocks, merged, order_by, scores_at_once
+from xformers_lab.size import Size
+
+# Taken from a token's score with itself, so that it counts where there is nothing else.
+ALONE = 1e5
+# The code of a position that is not there: far from every other.
+NOWHERE = 1 << 29
+
+
+class Reformer(Attention):
+    """LSH attention of the Reformer (Kitaev et al., 2020, arXiv 2001.04451, section 2).
+
+    out_t = sum_s softmax_s(q_t . q_s / |q_s|) v_s over the other tokens that fall into the bucket of t in one of the
+    rounds, h(q) = argmax [q R, -q R] with a random R of its own in each, and are near it there: tokens sorted by bucket
+    and position are cut into chunks, which see themselves and the one before. Queries are keys, divided by their length.
+    A token sees itself only where it sees nothing else.
+    Kind: sparse by content
+    Time O(T rounds (chunk + buckets^(1/2)) H + T rounds log T); memory O(T rounds H); decoding keeps every key, value and
+        bucket.
+    Exact over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of
+    the paper), and rounds are merged by their log-sum-exps. Padding is in no bucket, and sees nothing.
+    Not cross: queries are the keys
+    Deviations from the paper: causally a token sees those of its bucket that are at most `chunk` places before it, for
+    where chunks begin depends on later tokens; tokens of different buckets never see each other, as in the paper's
+    equations (the authors' code lets those of a chunk); from 16 buckets on a bucket is a pair of two smaller hashes, as
+    in the authors' code; R is drawn once, when the model is made.
+
+    Options:
+        rounds: hashes, each with buckets of its own
+        chunk: tokens in a chunk
+        buckets: at least so many in each round; none: 2 length / chunk, 1: no hashing
+    """
+
+    def __init__(
+        self, size: Size, *, rounds: int = 4, chunk: int = 64, buckets: int | None = None, rngs: nnx.Rngs
+    ):
+        for name, value in (("rounds", rounds), ("chunk", chunk), ("buckets", 1 if buckets is None else buckets)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(size, rngs=rngs)
+        self.key = Absent(size.key_heads * size.head, size.dtype)
+        self.rounds, self.chunk = rounds, chunk
+        self.factors = _factors(math.ceil(2 * size.length / chunk) if buckets is None else buckets)
+        shape = (size.heads, rounds, size.head, sum(self.factors) // 2)
+        self.rotations = nnx.Variable(jax.random.normal(rngs.params(), shape))
+
+    def per_head(self):
+        return {"rotations": self.rotations[...]}
+
+    def _buckets(self, q, rotations):
+        """(T, H) -> (rounds, T), numbers below `_number()`."""
+        turned = jnp.einsum("th,rhf->rtf", lax.stop_gradient(q).astype(jnp.float32), rotations)
+        bucket, start = jnp.zeros(turned.shape[:2], jnp.int32), 0
+        for factor in self.factors:
+            part = turned[..., start : start + factor // 2]
+            bucket = bucket * factor + jnp.argmax(jnp.concatenate([part, -part], -1), -1)
+            start += factor // 2
+        return bucket
+
+    def _number(self) -> int:
+        return math.prod(self.factors)
+
+    def attend(self, q, k, v, *, real=None, causal, rotations, bias=None):
+        if len(q) != len(k):
+            raise ValueError(f"reformer has one projection for queries and keys, so {len(q)} of {len(k)} cannot ask")
+        T, C, R = len(q), min(self.chunk, len(q)), self.rounds
+        buckets = self._buckets(q, rotations)
+        buckets = buckets if real is None else jnp.where(real, buckets, self._number())
+        order = jax.vmap(lambda bucket: order_by(bucket, self._number() + 1))(buckets)
+        place = jax.vmap(lambda order: jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T)))(order)
+        # i sees j where code i - code j is 0 to `width`: the code holds the bucket and the place in the order.
+        width = C if causal else 1
+        codes = place + (C + 1) * buckets if causal else place // C + 2 * buckets
+        codes = codes if real is None else jnp.where(real, codes, NOWHERE)
+        codes = jnp.stack([jnp.roll(codes, -r, 0).T for r in range(R)])  # (R, T, R), the round's own code first
+        blocks = jax.vmap(lambda order: in_blocks(order, C, T))(order)  # (R, n, C)
+
+        def sorted_by_round(x, fill=0):
+            return x.at[blocks].get(mode="fill", fill_value=fill)
+
+        def with_previous(x, fill=0):
+            """(R, n, C, ...) -> (R n, 2 C, ...)"""
+            before = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+            return jnp.concatenate([before, x], 2).reshape(-1, 2 * C, *x.shape[3:])
+
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        codes = jax.vmap(lambda codes, blocks: codes.at[blocks].get(mode="fill", fill_value=NOWHERE))(codes, blocks)
+        sorted_q = sorted_by_round(q)
+        of_block = (
+            (flat(jnp.where(codes == NOWHERE, -NOWHERE, codes)), with_previous(codes, NOWHERE)),
+            (flat(blocks), with_previous(blocks, T)),
+        )
+
+        def masked(s, of_block):
+            (q_code, k_code), (q_at, k_at) = of_block
+            q_at, k_at = q_at[:, :, None], k_at[:, None]
+            apart = (q_code[:, :, None, r] - k_code[:, None, :, r] for r in range(R))
+            near = [(x >= 0) & (x <= width) for x in apart]
+            s = s if bias is None else s + bias(q_at, k_at)
+            times = sum(x.astype(jnp.float32) for x in near)
+            s = s if R == 1 else s - jnp.log(jnp.maximum(times, 1))
+            return jnp.where(near[0], jnp.where(q_at == k_at, s - ALONE, s), MASKED)
+
+        out, lse = batched(flat(sorted_q), with_previous(_unit(sorted_q)), with_previous(sorted_by_round(v)), masked, of_block)
+        back = lambda x: jax.vmap(lambda x, place: x[place])(x.reshape(R, -1, *x.shape[2:]), place)
+        return merged(back(out), back(lse), 0).astype(v.dtype)
+
+    def reference(self, q, k, v, *, real=None, causal, rotations, bias=None):
+        T, at = len(q), jnp.arange(len(q))
+        if len(k) != T:
+            raise ValueError("reformer takes as many queries as keys")
+        real = jnp.ones(T, bool) if real is None else real
+        seen = jnp.zeros((T, T), bool)
+        for bucket in jnp.where(real, self._buckets(q, rotations), self._number()):
+            first = (bucket[:, None] > bucket) | ((bucket[:, None] == bucket) & (at[:, None] > at))
+            place = first.sum(1)  # in the order by bucket and position
+            same, chunk = bucket[:, None] == bucket, place // self.chunk
+            if causal:
+                near = (place <= place[:, None]) & (place[:, None] - place <= self.chunk)
+            else:
+                near = (chunk == chunk[:, None]) | (chunk + 1 == chunk[:, None])
+            seen |= same & near & real
+        own = jnp.eye(T, dtype=bool)
+        seen &= ~own
+        seen |= own & ~seen.any(1, keepdims=True) & real
+        s = jnp.dot(q, _unit(q).T, preferred_element_type=jnp.float32)
+        return softmax(s if bias is None else s + bias(at[:, None], at[None]), seen, v)
+
+    def cost(self, T: int, S: int) -> Cost:
+        H, R, C = self.size.head, self.rounds, min(self.chunk, S)
+        n = R * -(-T // C)
+        flops = R * T * H * sum(self.factors) + 8 * n * C * C * H
+        return Cost(flops=flops, memory=2 * n * C * max(H, C, R), state=S * (2 * H + R) + 1)
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        rows = jnp.zeros((length, self.size.head), dtype)
+        buckets = jnp.full((self.rounds, length), self._number(), jnp.int32)
+        return {"k": rows, "v": rows, "buckets": buckets, "seen": jnp.zeros((), jnp.int32)}
+
+    def step(self, state, q, k, v, *, rotations, bias=None):
+        at, bucket = state["seen"], self._buckets(q[None], rotations)
+        keys, values = (state[name].at[at].set(new) for name, new in (("k", _unit(q)), ("v", v)))
+        buckets = state["buckets"].at[:, at].set(bucket[:, 0])
+        same = buckets == bucket
+        newer = jnp.cumsum(same[:, ::-1], 1)[:, ::-1] - same  # in the bucket
+        position = jnp.arange(keys.shape[0])
+        others = (same & (newer <= self.chunk)).any(0) & (position != at)
+        seen = others | ((position == at) & ~others.any())
+        s = jnp.dot(keys, q, preferred_element_type=jnp.float32)
+        s = s if bias is None else s + bias(at[None, None], position[None])[0]
+        return softmax(s, seen, values), {"k": keys, "v": values, "buckets": buckets, "seen": at + 1}
+
+
+def _factors(buckets: int) -> tuple[int, ...]:
+    """Even numbers whose product is at least `buckets`: one, or from 16 on two that are nearly equal; none for 1."""
+    if buckets < 16:
+        return () if buckets == 1 else (buckets + buckets % 2,)
+    first = 2 * round(buckets**0.5 / 2)
+    return first, 2 * math.ceil(buckets / first / 2)
+
+
+def _unit(x):
+    """Rows of length 1; zeros stay zeros."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + 1e-12)).astype(x.dtype)
