@@ -54,7 +54,7 @@ def test_one_lstm_step_is_the_equation():
     new, h = cell.step(state, x)
     np.testing.assert_allclose(new["c"], c, atol=1e-5)
     np.testing.assert_allclose(h, sigmoid(o) * np.tanh(c), atol=1e-5)
-    assert (cell.input.bias[...][8:16] == 1).all()
+    assert cell.input.bias is not None and (cell.input.bias[...][8:16] == 1).all()
 
 
 @pytest.mark.parametrize("kind", [*CELLS, "bag"])

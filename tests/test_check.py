@@ -511,10 +511,9 @@ class CostOffByTen(Plain):
 
 
 class StateUndeclared(Local):
-    __doc__ = Local.__doc__
+    """Declares a ring of the window (Local, 2020), and keeps every key."""
 
-    def slots(self, length):
-        return length
+    init_cache = Attention.init_cache
 
 
 class StaleState(Linear):
@@ -1157,6 +1156,25 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
         and "crashes.py:11" in failed["equals_reference"]
     )
     assert report.to_dict()["failed"][0] == {"property": report.failed[0].property, "message": report.failed[0].message}
+
+
+def test_a_refusal_is_a_raise_of_the_mechanism_itself():
+    """A raise over several lines is one; a ValueError that a call of something else throws is a mistake."""
+
+    class Refuses(Plain):
+        def reference(self, q, k, v, *, real, causal, bias=None):
+            raise ValueError(
+                "it never runs, "
+                f"not with {len(k)} keys"
+            )  # fmt: skip
+
+    class Stumbles(Plain):
+        def reference(self, q, k, v, *, real, causal, bias=None):
+            return q * int("three")
+
+    case = Case(67, 67, True)
+    assert subject(Refuses).refusal(case) == "it never runs, not with 67 keys"
+    assert subject(Stumbles).refusal(case) is None
 
 
 def test_options_are_shrunk_or_dropped_to_fit():

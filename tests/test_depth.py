@@ -1,5 +1,7 @@
 """Depths: what is shared, what is skipped, and where positions halt."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from xformers_lab.model import build_model, build_task
 from xformers_lab.train import optimizer
 
 
-def model_of(depth: str, **changes):
+def model_of(depth: str, **changes) -> Any:
     small = {"seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
     config = edit(Config(), task="copy", depth=depth, **(small | changes))
     task = build_task(config)

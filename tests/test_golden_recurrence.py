@@ -1,4 +1,4 @@
-"""Recurrences that fade, are corrected or are normalised: other implementations' numbers, and what makes each itself."""
+"""Recurrences that fade or are corrected: other implementations' numbers, and what makes each algorithm itself."""
 
 import json
 
@@ -11,6 +11,7 @@ from xformers_lab import spec
 from xformers_lab.attention._engine.gated import FINE, aligned, channel_decay, delta_rule, one_by_one, scalar_decay
 from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.attention._recurrent import unit
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.errors import UsageError
 
 
@@ -49,7 +50,7 @@ def draw(seed: int, *shapes: tuple[int, ...], scale: float = 1.0):
 
 def by_head(function, *arrays):
     """function of one head of one sample, mapped over the two leading axes."""
-    return jax.jit(jax.vmap(jax.vmap(function)))(*arrays)
+    return quick_jit(jax.vmap(jax.vmap(function)))(*arrays)
 
 
 def time_first(x):
@@ -91,8 +92,8 @@ def test_delta_rule_is_that_of_flash_linear_attention(golden, chunk):
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
-def test_retnet_and_gla_and_delta_net_hold_the_same_recurrences(golden, method):
-    """Layers up to their gate: where it is constant, a head's output is the recurrence's at unit root mean square."""
+def test_gla_is_that_of_flash_linear_attention(golden, method):
+    """Where its output gate is constant, a head's output is the package's at unit root mean square."""
     found = golden("gla_naive")
     q, k, v, g = (time_first(found[name]) for name in "qkvg")
     v = v[..., :8]
@@ -109,7 +110,8 @@ def test_rwkv_is_the_operator_of_transformers(golden, method, chunk):
     layer = build(f"rwkv:shift=none:chunk={chunk}", 16, 8, 1)
     layer.decay[...], layer.bonus[...] = found["time_decay"][None], found["time_first"][None]
     k, v = found["k"][:, :, None], found["v"][:, :, None]
-    out = layer.mix(jnp.zeros_like(k), k, v, causal=True, method=method)[0]  # a receptance of 0 is a half
+    q = jnp.zeros_like(k)  # a receptance of 0 is a half
+    out = quick_jit(lambda q, k, v: layer.mix(q, k, v, causal=True, method=method)[0])(q, k, v)
     assert_close(2 * out[:, :, 0], found["y"])
 
 
@@ -122,7 +124,7 @@ def test_lightning_is_that_of_minimax(golden, method):
     decay = layer.per_head()["decay"]
     first_layer = found["slope_rate"][:, 0, 0] / -decay  # MiniMax scales the slopes by the depth of the layer
     assert_close(first_layer, np.full(N, first_layer[0]))
-    q, k, v = np.moveaxis((x @ found["w.qkv_proj.weight"].T).reshape(2, 20, N, 3, 8), (3, 2), (0, 2))
+    q, k, v = np.moveaxis((x @ found["w.qkv_proj.weight"].T).reshape(2, 20, N, 3, 8), 3, 0)
     keys = lambda k, v, decay: {"k": jax.nn.silu(k), "v": jax.nn.silu(v), "decay": jnp.full(20, decay)}
     run = layer.forward if method == "attend" else layer.by_definition
     head = lambda q, k, v, decay: run(jax.nn.silu(q), keys(k, v, decay), None, True)
@@ -135,7 +137,7 @@ def test_lightning_is_that_of_minimax(golden, method):
 
 # ---- the engine --------------------------------------------------------------------------------------------------
 
-LENGTHS = [(1, 4), (FINE - 1, 64), (37, 5), (37, 16), (50, 48), (64, 64)]
+LENGTHS = [(1, 4), (FINE - 1, 64), (37, 5), (50, 32)]
 
 
 def one_step(state, q, k, v, beta=None, decay=0.0):
@@ -168,14 +170,14 @@ def test_chunks_are_the_recurrence(kind, T, chunk):
 
     loss = lambda run: lambda q, given: (run(q, given)[0] * weight).sum() + (run(q, given)[1] ** 2).sum()
     chunked = lambda q, given: fast(q, **given, chunk=chunk)
-    for found, expected in zip(jax.jit(chunked)(q, given), jax.jit(slow)(q, given), strict=True):
+    for found, expected in zip(quick_jit(chunked)(q, given), quick_jit(slow)(q, given), strict=True):
         assert_close(found, expected)
-    grads = (jax.jit(jax.grad(loss(run), (0, 1)))(q, given) for run in (chunked, slow))
+    grads = (quick_jit(jax.grad(loss(run), (0, 1)))(q, given) for run in (chunked, slow))
     for found, expected in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("strength", [1e-4, 1.0, 50.0, 1e4])
+@pytest.mark.parametrize("strength", [1e-4, 50.0, 1e4])
 def test_decays_of_any_strength_neither_overflow_nor_leave_wrong_sums(strength):
     """exp of a chunk's whole fall, undone by its inverse, would be 0 times infinity."""
     T = 40
@@ -187,12 +189,11 @@ def test_decays_of_any_strength_neither_overflow_nor_leave_wrong_sums(strength):
         gap = jnp.where(jnp.tril(jnp.ones((T, T), bool))[..., None], fall[:, None] - fall[None], -jnp.inf)
         return jnp.einsum("if,jf,ijf->ij", q, k, jnp.exp(gap)) @ v
 
-    for fast, fade in ((channel_decay, fade), (scalar_decay, fade[:, 0])):
-        run = lambda q, k, v, fade, fast=fast: fast(q, k, v, fade, chunk=32)[0]
-        full = fade if fade.ndim == 2 else jnp.broadcast_to(fade[:, None], (T, 6))
-        assert_close(run(q, k, v, fade), dense(q, k, v, full))
-        grads = jax.grad(lambda *args, run=run: run(*args).sum(), (0, 1, 2, 3))(q, k, v, fade)
-        assert all(np.isfinite(grad).all() for grad in grads)
+    for fast, own in ((channel_decay, fade), (scalar_decay, fade[:, 0])):
+        run = lambda q, k, v, own, fast=fast: fast(q, k, v, own, chunk=32)[0]
+        out, pull = quick_jit(lambda *args, run=run: jax.vjp(run, *args))(q, k, v, own)
+        assert_close(out, quick_jit(dense)(q, k, v, jnp.broadcast_to(own.reshape(T, -1), (T, 6))))
+        assert all(np.isfinite(grad).all() for grad in quick_jit(lambda pull, out: pull(out))(pull, out))
 
 
 def test_a_correction_holds_however_alike_keys_are():
@@ -213,14 +214,12 @@ def test_padding_and_earlier_keys(T):
     keys = {"k": k, "v": v, "decay": -jnp.exp(fade)}
     real = jnp.arange(S) % 3 != 1
     run = lambda q, k, v, decay: scalar_decay(q, k, v, decay, chunk=4)[0]
-    fast = aligned(run, q, keys, real)
-    slow = one_by_one(lambda state, q, **new: one_step(state, q, **new), jnp.zeros((5, 3)), q, keys, real)
+    fast = quick_jit(lambda q, keys: aligned(run, q, keys, real))(q, keys)
+    slow = one_by_one(one_step, jnp.zeros((5, 3)), q, keys, real)
     assert fast.shape == (T, 3)
     assert_close(fast, slow)
     np.testing.assert_array_equal(fast[: max(0, T - S)], 0)
-    kept = aligned(run, q[-1:], {name: x[real] for name, x in keys.items()}, None) if real[-1] else None
-    if kept is not None:
-        assert_close(fast[-1:], kept)
+    assert_close(fast[-1:], aligned(run, q[-1:], {name: x[real] for name, x in keys.items()}, None))
 
 
 # ---- mechanisms --------------------------------------------------------------------------------------------------
@@ -241,8 +240,9 @@ def test_a_recurrence_refuses_to_see_both_sides(choice):
 def test_padding_in_front_is_as_if_it_were_not_there(choice):
     layer = build(choice, 13, 16, 4, kv_heads=2)
     x = draw(7, (1, 13, 16))[0]
-    out = layer(x, real=jnp.arange(13)[None] >= 5, causal=True)[0]
-    assert_close(out[:, 5:], layer(x[:, 5:], causal=True)[0])
+    run = quick_jit(lambda x, real: layer(x, real=real, causal=True)[0])
+    out = run(x, jnp.arange(13)[None] >= 5)
+    assert_close(out[:, 5:], run(x[:, 5:], jnp.ones((1, 8), bool)))
 
 
 def test_rwkv_sees_the_position_before_through_its_shift():
@@ -258,10 +258,11 @@ def test_rwkv_keys_of_any_size_do_not_overflow():
     layer = build("rwkv:shift=none:chunk=3", 12, 8, 1)
     q, k, v = draw(9, (1, 12, 1, 8), (1, 12, 1, 8), (1, 12, 1, 8))
     k = k.at[:, 5].set(500.0)  # far beyond exp's range: from here on its value is all there is
-    out = layer.mix(q, k, v, causal=True)[0] / jax.nn.sigmoid(q)
+    means = quick_jit(lambda k: layer.mix(q, k, v, causal=True)[0] / jax.nn.sigmoid(q))
+    out = means(k)
     assert_close(out[:, 5], v[:, 5])
     assert np.isfinite(out).all()
-    longer = layer.mix(q, k.at[:, 5:].set(0.0), v, causal=True)[0] / jax.nn.sigmoid(q)
+    longer = means(k.at[:, 5:].set(0.0))
     np.testing.assert_array_equal(longer[:, :5], out[:, :5])  # and those before feel nothing of it
 
 
@@ -274,7 +275,7 @@ def test_rfa_comes_near_its_kernel_with_many_features():
         layer = build(f"rfa:features={features}", 24, 64, 8)
         of_head = layer.per_head()
         one = lambda W, s: layer.attend(q, k, v, causal=False, projection=W, spread=s)
-        out = jax.vmap(one)(of_head["projection"], of_head["spread"])
+        out = quick_jit(jax.vmap(one))(of_head["projection"], of_head["spread"])
         return float(jnp.sqrt(jnp.square(out - expected).mean()))
 
     few, many = error(64), error(4096)

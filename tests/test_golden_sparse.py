@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.layout import layout
-from xformers_lab.attention._engine.order import PAD
+from xformers_lab.attention._engine.block_sparse import block_sparse, dense
 from xformers_lab.attention._engine.pattern import Causal
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention.bp import _graph
@@ -51,6 +50,10 @@ def mask(choice: str, length: int, causal: bool = False, head: int = 0, heads: i
     at = np.arange(length)
     seen = build(choice, length, 8 * heads, heads).seen(causal, head)(at[:, None], at[None])
     return np.broadcast_to(np.asarray(seen), (length, length))
+
+
+def mixed(layer, q, k, v, **given):
+    return jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
 
 
 def softmax_over(seen, q, k, v):
@@ -104,9 +107,9 @@ def test_axial_on_a_cube_sees_what_differs_in_one_coordinate():
     along = lambda axis: (differ == 0) | ((differ == 1) & apart[..., axis])
     for axis, seen in {"both": differ <= 1, "0": along(0), "1": along(1), "column": along(1), "row": along(2)}.items():
         layer = build(f"axial:shape={'x'.join(map(str, shape))}:axis={axis}", 60)
-        assert_close(layer.mix(q, k, v)[0], softmax_over(seen, q, k, v))
+        assert_close(mixed(layer, q, k, v), softmax_over(seen, q, k, v))
         causal = softmax_over(seen & np.tri(60, dtype=bool), q, k, v)
-        assert_close(layer.mix(q, k, v, causal=True)[0], causal)
+        assert_close(mixed(layer, q, k, v, causal=True), causal)
 
 
 def test_bigbird_sees_window_ends_and_random_blocks():
@@ -133,7 +136,7 @@ def test_heads_of_their_own_draw_their_own_blocks():
     assert len({one.tobytes() for one in seen}) == 4
     expected = softmax_over(seen, q, np.repeat(k, 2, 2), np.repeat(v, 2, 2))
     for method in ("attend", "reference"):
-        assert_close(layer.mix(q, k, v, causal=True, method=method)[0], expected)
+        assert_close(mixed(layer, q, k, v, causal=True, method=method), expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -156,9 +159,9 @@ def test_image_local_tiles_see_the_memory_around_them():
     seen &= (k_column >= left - memory[1]) & (k_column < left + tile[1] + memory[1])
     q, k, v = drawn(*[(2, rows * columns, 1, 8)] * 3)
     layer = build("image_local:form=2d:shape=9x11:block=3x4:memory=2x1", rows * columns)
-    assert_close(layer.mix(q, k, v)[0], softmax_over(seen, q, k, v))
+    assert_close(mixed(layer, q, k, v), softmax_over(seen, q, k, v))
     causal = softmax_over(seen & np.tri(rows * columns, dtype=bool), q, k, v)
-    assert_close(layer.mix(q, k, v, causal=True)[0], causal)
+    assert_close(mixed(layer, q, k, v, causal=True), causal)
 
 
 OWN_PATTERNS = {
@@ -194,21 +197,13 @@ def test_spans_hold_every_key_that_is_seen(name):
         assert not (seen & ~held).any()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("T", [60, 23])
+@pytest.mark.parametrize("T, causal", [(60, False), (23, True)])
 @pytest.mark.parametrize("name", OWN_PATTERNS)
-def test_layouts_hold_every_pair_once(name, T, causal):
+def test_engine_runs_them_as_their_dense_mask_says(name, T, causal):
     pattern = OWN_PATTERNS[name] & Causal() if causal else OWN_PATTERNS[name]
-    (part,), found = layout(pattern, T, 60, 4, 8), np.zeros((T, 60), int)
-    queries, keys = part.queries.reshape(-1, 4), part.keys.reshape(-1, 8)
-    for group in part.groups:
-        for rows, columns, whole in group.blocks():
-            for row, column in zip(rows, columns, strict=True):
-                q, k = np.meshgrid(queries[row], keys[column], indexing="ij")
-                seen = (q != PAD) & (k != PAD) & (whole | np.asarray(pattern(q, k)))
-                np.add.at(found, (q[seen] - 60 + T, k[seen]), 1)
-    at = np.arange(60 - T, 60)
-    np.testing.assert_array_equal(found, np.broadcast_to(pattern(at[:, None], np.arange(60)[None]), (T, 60)))
+    q, k, v = drawn((T, 4), (60, 4), (60, 4))
+    fast = jax.jit(lambda q, k, v: block_sparse(q, k, v, pattern=pattern, blocks=(4, 8)))
+    assert_close(fast(q, k, v), dense(q, k, v, pattern=pattern))
 
 
 # ---- the binary partition ----------------------------------------------------------------------------------------
@@ -258,7 +253,8 @@ def test_global_queries_use_their_own_projections(name):
     for pair in [own.of_global] + ([own.among_global, own.to_global] if name == "etc" else []):
         pair["k"].kernel[...], pair["v"].kernel[...] = own.key.kernel[...], own.value.kernel[...]
     for causal in (False, True):
-        assert_close(own(x, causal=causal)[0], shared(x, causal=causal)[0])
+        run = lambda layer, causal=causal: jax.jit(lambda x: layer(x, causal=causal)[0])(x)
+        assert_close(run(own), run(shared))
     before = own(x)[0]
     own.of_global["v"].kernel[...] *= 2
     changed = np.abs(own(x)[0] - before).max((0, 2)) > 1e-4

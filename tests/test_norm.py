@@ -1,5 +1,7 @@
 """Placements and normalisers: what their papers promise of values and of the first gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,8 @@ from xformers_lab.train.state import init, merge, structure
 
 
 def build(shelf: str, choice: str, **size):
-    return spec.build(shelf, choice, **({"length": 16, "dim": 32, "heads": 4, "layers": 2} | size))
+    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "layers": 2} | size
+    return spec.build(shelf, choice, **given)
 
 
 def draw(*shape):

@@ -1,5 +1,7 @@
 """Positions against other implementations, and what each of them promises."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from xformers_lab.position.t5 import bucket
 
 
 def build(choice: str, **size):
-    return spec.build("position", choice, **({"length": 16, "dim": 32, "heads": 4} | size))
+    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4} | size
+    return spec.build("position", choice, **given)
 
 
 def read(shared, name: str):

@@ -89,7 +89,7 @@ def parse(text: str, where: str = "") -> Choice:
     return Choice(name, options)
 
 
-def entry(shelf: str, name: str, where: str = "") -> Callable:
+def entry(shelf: str, name: str, where: str = "") -> Any:
     """The class or function behind a name on a shelf, a dotted module path, or the path of a Python file."""
     where = where or f"{shelf}={name}"
     module = _module(shelf, name, where)

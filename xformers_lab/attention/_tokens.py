@@ -45,8 +45,9 @@ class GlobalTokens(Patterned):
         """Only the queries that stand at global positions, at least one row, are projected once more."""
         if self.own:
             first, count = self._asking(q.shape[1], k.shape[1])
-            rows = jnp.asarray(x)[:, -q.shape[1] :] if x_q is None else x_q
-            x_q = rows[:, first : first + max(count, 1)]
+            asking = x if x_q is None else x_q
+            assert asking is not None
+            x_q = asking[:, -q.shape[1] :][:, first : first + max(count, 1)]
         given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
@@ -79,8 +80,8 @@ class GlobalTokens(Patterned):
             return super().attend(q, k, v, real=real, causal=causal, bias=bias)
         T, S = q.shape[0], k.shape[0]
         k, v = self._side(k, v, of_key)
-        blocks = self.blocks(T, S, causal)
-        out = block_sparse(q, k, v, pattern=self._near(causal), real=real, bias=bias, blocks=blocks)
+        given = {"pattern": self._near(causal), "real": real, "bias": bias, "blocks": self.blocks(T, S, causal)}
+        out = jnp.asarray(block_sparse(q, k, v, **given))
         first, count = self._asking(T, S)
         if count == 0:
             return out
@@ -91,7 +92,7 @@ class GlobalTokens(Patterned):
         s = jnp.dot(asked, of_key["k"][:last].T, **exact)
         s = s if bias is None else s + bias(at, keys)
         seen = jnp.logical_or(keys <= at, not causal)
-        seen = seen if real is None else seen & jnp.asarray(real)[None, :last]
+        seen = seen if real is None else seen & real[None, :last]
         return jnp.concatenate([out[:first], softmax(s, seen, of_key["v"][:last]), out[first + count :]])
 
     def reference(self, q, k, v, *, real=None, causal, bias=None, of_query, of_key):

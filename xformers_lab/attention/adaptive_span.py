@@ -34,7 +34,7 @@ class AdaptiveSpan(Local):
         self,
         size: Size,
         *,
-        span: int = 256,
+        span: int = 128,
         ramp: int = 32,
         start: float = 0.5,
         penalty: float = 2e-6,

@@ -23,8 +23,7 @@ class Axial(Patterned):
 
     Options:
         shape: sizes of the axes, rows x columns for example, whose product is the length; none: the most square plane
-        axis: which coordinate may differ: row (the last one varies), column (the one before), a number from 0, or both:
-            any
+        axis: which coordinate may differ: row (the last), column (the one before), a number from 0, or both (any)
     """
 
     def __init__(

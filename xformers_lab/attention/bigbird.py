@@ -26,8 +26,7 @@ class Bigbird(Patterned):
         block: positions of one block; the length where that is less
         random: random blocks that a block sees
         seed: of the random draw
-        heads: shared: one draw for all heads; own: one for each, as in the paper's code, at the price of one program
-            for each
+        heads: shared: one draw for all heads; own: one for each, as in the paper's code, and a program for each
     """
 
     def __init__(

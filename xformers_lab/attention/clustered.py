@@ -18,18 +18,18 @@ BLOCK = 16
 class Clustered(Attention):
     """Clustered attention, and improved clustered attention (Vyas et al., 2020, arXiv 2007.04825).
 
-    out_t = A_c v with A_c = softmax(q_c k^T / sqrt(H)) of the mean query q_c of t's cluster c. Improved: on the keys whose
-    A_c is largest, A_c is replaced by their total times softmax(q_t k^T / sqrt(H)) over these keys. Queries are clustered by
-    the signs of random projections, with k-means in Hamming distance.
+    out_t = A_c v with A_c = softmax(q_c k^T / sqrt(H)) of the mean query q_c of t's cluster c. Improved: on the keys
+    whose A_c is largest, A_c is replaced by their total times softmax(q_t k^T / sqrt(H)) over these keys. Queries are
+    clustered by the signs of random projections, with k-means in Hamming distance.
     Kind: memory compression
     Time O(T H (clusters + improved) + T clusters bits iterations); memory O(T max(clusters, H)).
     Approximate; exact where all keys are recomputed (improved = T), or where equal queries alone share a cluster.
     Not causal: a mean query mixes later ones in, and the queries of a cluster share one row of weights
     Not cross: the clusters are those of the queries that came, and padding is known of the keys alone
     No bias: a mean query has no position
-    Deviations from the paper: projections are drawn once per head (the authors' code draws new ones in every call), k-means
-    begins with queries at even distances, not the first ones, and a cluster that runs empty keeps its centre, where the
-    code draws another. Padded queries join the nearest cluster, without a part in its centre and mean.
+    Deviations from the paper: projections are drawn once per head (the authors' code draws new ones in every call),
+    k-means begins with queries at even distances, not the first ones, and a cluster that runs empty keeps its centre,
+    where the code draws another. Padded queries join the nearest cluster, without a part in its centre and mean.
 
     Options:
         clusters: mean queries; at most the length counts
@@ -148,8 +148,8 @@ def _signs(q, planes):
 def _clusters(signs, real, C: int, iterations: int):
     """k-means: (T, bits) -> (C, T) bool, which queries are nearest to which centre.
 
-    The dot product of two rows of signs is the number of bits less twice their Hamming distance. It is stretched by C and
-    lowered by the centre's number, so that each query has one largest, that of the first of the nearest centres.
+    The dot product of two rows of signs is the number of bits less twice their Hamming distance. Stretched by C and
+    lowered by the centre's number, it is largest at one centre of each query, the first of the nearest.
     """
     T = len(signs)
     there = jnp.ones(T, bool) if real is None else real

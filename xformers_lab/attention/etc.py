@@ -26,8 +26,7 @@ class Etc(GlobalTokens):
     Options:
         radius: long keys seen on each side of a long query, besides itself
         tokens: first positions that are the global memory; the whole sequence where it is shorter
-        projections: own: each piece its own, as in the paper; shared: one for all, as in Longformer without global
-            projections
+        projections: own: those of the pieces differ, as in the paper; shared: one for all
     """
 
     def __init__(

@@ -58,10 +58,10 @@ class Plane(Pattern):
         return self.state(Runs(NATURAL, q_low, q_high), Runs(NATURAL, k_low, k_high))
 
     def state(self, q, k):
-        rows = [(run.low // self.columns, run.high // self.columns) for run in (q, k)]
-        columns = [_columns(run, self.columns) for run in (q, k)]
-        apart = _around(*rows, self.height, self.above), _around(*columns, self.width, self.aside)
-        return np.minimum(*apart)
+        asked, held = ((run.low // self.columns, run.high // self.columns) for run in (q, k))
+        rows = _around(asked, held, self.height, self.above)
+        asked, held = (_columns(run, self.columns) for run in (q, k))
+        return np.minimum(rows, _around(asked, held, self.width, self.aside))
 
     def spans(self, low, high):
         tile = self.height * self.columns

@@ -23,8 +23,8 @@ class Informer(Attention):
     Approximate; with u = T every query is answered in full.
     Not causal: which queries are answered in full is decided among all of them, later ones too
     Not cross: the choice is among the queries that came, and padding is known of the keys alone
-    Deviations from the paper: one sample of keys serves all queries of a head, as in algorithm 1 (the authors' code draws one
-    for each query, and divides the sum of its scores by the number of all keys); it takes one key of every
+    Deviations from the paper: one sample of keys serves all queries of a head, as in algorithm 1 (the authors' code
+    draws one for each query, and divides the sum of its scores by the number of all keys); it takes one key of every
     equal share of those that are no padding. It is drawn anew in every training step, and is fixed by seed in
     evaluation. Padded queries are chosen last.
 

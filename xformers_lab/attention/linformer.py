@@ -13,14 +13,15 @@ from xformers_lab.size import Size
 class Linformer(Attention):
     """Linformer (Wang et al., 2020, arXiv 2006.04768, equation 7).
 
-    out = softmax(q (E k)^T / sqrt(H)) F v: learned E and F project the keys and the values of all positions to `rank` rows.
-    Kind: low rank
+    out = softmax(q (E k)^T / sqrt(H)) F v: learned E and F project the keys and the values of all positions to `rank`
+    rows.
+    Kind: memory compression
     Time O(T rank H); memory O(T rank).
-    Approximate: the weights of every query lie in the span of the rows of E.
+    Approximate: every query's weights over positions are mixtures of the `rank` rows of F.
     Not causal: every projected row is a sum over all positions, later ones too
     No bias: a projected row has no position
-    Deviations from the paper: E and F begin with variance 1 / length, as the authors' linear layers over positions do, not
-    1 / rank; sharing them between layers is left out. Padded keys and values are zero before they are projected. A
+    Deviations from the paper: E and F begin with variance 1 / length, as the authors' linear layers over positions do,
+    not 1 / rank; sharing them between layers is left out. Padded keys and values are zero before they are projected. A
     sequence shorter than the length that the model is built for takes the first columns of E and F, a longer one is
     refused.
 

@@ -18,15 +18,15 @@ class Luna(Attention):
 
     Y = attention(P, k, v) packs the sequence, out = attention(q, K Y, V Y) unpacks it, and the layer above takes P + Y:
     learned points P in the first layer, what was packed so far in the others. Causally nothing is packed into P; with
-    weights a_s = elu(P . k_s / sqrt(H)) + 1 and means over s <= t, c_t = softmax(mean_s (q_t . K v_s) a_s / sqrt(H)) and
-    out_t = mean_s (c_t . a_s) V v_s.
+    weights a_s = elu(P . k_s / sqrt(H)) + 1 and means over s <= t, c_t = softmax(mean_s (q_t . K v_s) a_s / sqrt(H))
+    and out_t = mean_s (c_t . a_s) V v_s.
     Kind: memory compression
     Time O(T packed H), chunked where causal; memory O(T (H + packed)); decoding keeps two H x packed matrices.
     Approximate: positions exchange nothing that does not pass through P.
     No bias: a packed row has no position
-    Deviations from the paper: keys and values have projections of their own in both attentions (an option of the authors'
-    code, which ties them), and P is normalised where it asks, not after it is added to (another option there). Layers above
-    the first have points that they do not use.
+    Deviations from the paper: keys and values have projections of their own in both attentions (an option of the
+    authors' code, which ties them), and P is normalised where it asks, not after it is added to (another option there).
+    Layers above the first have points that they do not use.
 
     Options:
         packed: rows of P
@@ -62,9 +62,10 @@ class Luna(Attention):
         P, asked = self._asked(carry, k.dtype)
         if causal:
             function = jax.checkpoint(self._causal) if method == "attend" else self._causal_by_definition
-            one = lambda q, k, _, of_pair, real, __: (function(q, k, *of_pair, real), None)
-            of_pair = [jnp.swapaxes(y, 1, 2) for y in (asked, *map(self._repeated, self._unpacking(v)))]
-            out = over_heads(one, q, k, v, of_pair, real, None)[0]
+            keys, values = self._unpacking(v)
+            one = lambda q, k, _, own, real, __: (function(q, k, own[0], own[1], own[2], real), None)
+            own = [jnp.swapaxes(y, 1, 2) for y in (asked, self._repeated(keys), self._repeated(values))]
+            out = over_heads(one, q, k, v, own, real, None)[0]
         else:
             found = attended(asked, k, v, real, method=method)
             out, P = attended(q, *self._unpacking(found), method=method), P + found.reshape(P.shape)

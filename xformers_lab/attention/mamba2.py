@@ -29,10 +29,10 @@ class Mamba2(Recurrent):
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.gate, self.chunk, N = gate_of(size, rngs), chunk, size.heads
-        self.interval = Linear(size.dim, N, dtype=size.dtype, rngs=rngs)
         # Intervals start between a thousandth and a tenth, as the paper's do.
         start = jnp.exp(jax.random.uniform(rngs.params(), (N,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
-        self.interval.bias[...] = jnp.log(jnp.expm1(start))
+        inverse = lambda key, shape, dtype: jnp.log(jnp.expm1(start)).astype(dtype)
+        self.interval = Linear(size.dim, N, bias_init=inverse, dtype=size.dtype, rngs=rngs)
         self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)))
         self.skip = nnx.Param(jnp.ones(N))
 

@@ -18,16 +18,17 @@ LONG, EIGHTHS = 1024, 8
 
 
 class Mca(Attention):
-    """Memory-compressed attention (Liu et al., 2018, arXiv 1801.10198, section 4.2.3).
+    """Memory-compressed attention (Liu et al., 2018, arXiv 1801.10198).
 
-    out = softmax(q K^T / sqrt(H)) V, K and V convolutions of k and v over windows of `kernel` positions, one every `stride`:
-    stride times fewer keys. Causally a query sees the windows that end at its position or before, and the first position.
+    out = softmax(q K^T / sqrt(H)) V, K and V convolutions of k and v over windows of `kernel` positions, one every
+    `stride`: stride times fewer keys. Causally a query sees the windows that end at its position or before, and the
+    first position.
     Kind: memory compression
     Time O(T S H / stride); memory O(S H); decoding keeps S / stride slots and the newest `kernel` keys and values.
     Exact over the slots, each a learned mixture of a few neighbours.
     No bias: a slot has no one position
-    Deviations from the paper: a convolution runs within a head, kernel x H x H weights for keys and as many for values. As in
-    the authors' code the first key stands uncompressed for the queries before the first window is full (not where
+    Deviations from the paper: a convolution runs within a head, kernel x H x H weights for keys and as many for values.
+    As in the authors' code the first key stands uncompressed for the queries before the first window is full (not where
     kernel=1, whose windows are always full); queries in the middle of a window do not see what is in it so far. Padded
     positions are zeros in a window, and a window of nothing else is not seen.
 
@@ -98,10 +99,8 @@ class Mca(Attention):
         last, member = member[:, -1], np.minimum(member, S)
         there = jnp.pad(real, (0, 1))[member]
         x = jnp.pad(jnp.stack([k, v]), ((0, 0), (0, 1), (0, 0)))[:, member]  # (2, slots, kernel, H)
-        if taps is None:
-            x = x.sum(2) / jnp.maximum(there.sum(1), 1)[:, None]
-        else:
-            x = jnp.einsum("xmci,xcij->xmj", x, taps)
+        mean = x.sum(2) / jnp.maximum(there.sum(1), 1)[:, None]
+        x = mean if taps is None else jnp.einsum("xmci,xcij->xmj", x, taps)
         there = there.any(1)
         if causal and self.kernel > 1:
             x = jnp.concatenate([jnp.stack([k[:1], v[:1]]), x], 1)

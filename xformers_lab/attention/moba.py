@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -16,9 +15,9 @@ class Moba(Attention):
     other blocks whose mean key has the largest product with q_t; causally of blocks before it, and s <= t. Every query
     of every head chooses for itself; blocks of equal products are taken in order.
     Kind: sparse by content
-    Time O(T chosen block H + T S H / block); memory O(T chosen H); decoding keeps every key and value, and a sum for each
-        block.
-    Exact over the chosen blocks. The choice itself has no gradient. A score bias counts in the softmax, not in the choice.
+    Time O(T chosen block H + T S H / block); memory O(T chosen H); decoding keeps every key and value, and a sum for
+        each block.
+    Exact over the chosen blocks. The choice has no gradient. A score bias counts in the softmax, not in the choice.
     Deviations from the paper: blocks are small, for sequences of some thousand positions (the paper's hold 512 and
     more); without causality any other block may be chosen; means are over positions that are no padding.
 
@@ -36,14 +35,15 @@ class Moba(Attention):
         self.block, self.chosen = block, chosen
 
     def attend(self, q, k, v, *, real=None, causal, bias=None):
-        T, S, H = *q.shape[:1], *k.shape
+        (T, H), S = q.shape, len(k)
         B, choices, C = self._geometry(S)
         at = jnp.arange(T) + S - T
         real = in_blocks(jnp.ones(S, bool) if real is None else real, B, False)
         keys, values = in_blocks(k, B), in_blocks(v, B)
         means = _means(lax.stop_gradient(keys), real)
         given = lax.stop_gradient(q).astype(jnp.float32), jnp.maximum(at, 0) // B
-        chosen = lax.map(lambda each: _choose(*each, means, real.any(1), choices, causal), given, batch_size=ROWS)
+        choose = lambda given: _choose(given[0], given[1], means, real.any(1), choices, causal)
+        chosen = lax.map(choose, given, batch_size=ROWS)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
         def masked(s, of_block):

@@ -10,20 +10,20 @@ from xformers_lab.size import Size
 
 
 class Perceiver(Attention):
-    """Perceiver (Jaegle et al., 2021, arXiv 2103.03206), read out by the positions as in Perceiver IO (arXiv 2107.14795).
+    """Perceiver (Jaegle et al., 2021, arXiv 2103.03206), read out by positions as in Perceiver IO (arXiv 2107.14795).
 
-    L <- L + attention(L, k, v); `steps` times L <- L + attention(L, L, L); out = attention(q, K L, V L), an MLP after each of
-    the first two. Learned latents look at the sequence once, talk among themselves, and are looked at by every position:
-    in `set` they do not talk, in `luna` they stay from layer to layer instead.
+    L <- L + attention(L, k, v); `steps` times L <- L + attention(L, L, L); out = attention(q, K L, V L), an MLP after
+    each of the first two. Learned latents look at the sequence once, talk among themselves, and are looked at by every
+    position: in `set` they do not talk, in `luna` they stay from layer to layer instead.
     Kind: memory compression
     Time O(T latents H + steps latents^2 D); memory O(T H).
     Approximate: positions exchange nothing that does not pass through the latents.
-    Not causal: a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last positions of
-        a sequence, gives outputs for those alone, where a layer needs them for all
+    Not causal: a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last
+        positions of a sequence, gives outputs for those alone, where a layer needs them for all
     No bias: a latent has no position
-    Deviations from the paper: what the paper builds once around a model is one layer here, its latents begin anew in every
-    layer, are as wide as the model, and their steps share one set of weights, as those of the paper's repeated blocks
-    may.
+    Deviations from the paper: what the paper builds once around a model is one layer here, its latents begin anew in
+    every layer, are as wide as the model, and their steps share one set of weights, as those of the paper's repeated
+    blocks may.
 
     Options:
         latents: learned rows
@@ -61,9 +61,9 @@ class Perceiver(Attention):
             step = lambda L, _: (nnx.merge(graph, variables)(L, method=method), None)
             L = lax.scan(jax.checkpoint(step), L, length=self.steps)[0]
         L = self.norm(L)
-        keys, values = (linear(L).reshape(B, shape[0], -1, self.size.head) for linear in (self.latent_key, self.latent_value))
+        heads = lambda y: y.reshape(B, shape[0], -1, self.size.head).astype(k.dtype)
         there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, shape[0]))
-        out = attended(q, keys.astype(k.dtype), values.astype(k.dtype), there, method=method)
+        out = attended(q, heads(self.latent_key(L)), heads(self.latent_value(L)), there, method=method)
         return out.astype(v.dtype), carry, {}
 
     def cost(self, T: int, S: int) -> Cost:

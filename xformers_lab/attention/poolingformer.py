@@ -19,16 +19,16 @@ from xformers_lab.size import Size
 class Poolingformer(Local):
     """Poolingformer (Zhang et al., 2021, arXiv 2105.04371, section 3).
 
-    y = attention over keys at most `window` away, z = attention of queries from y over pooled keys and values from y at most
-    `reach` away, out = y + z. A pooled key stands for `kernel` positions, one every `stride`.
+    y = attention over keys at most `window` away, z = attention of queries from y over pooled keys and values from y at
+    most `reach` away, out = y + z. A pooled key stands for `kernel` positions, one every `stride`.
     Kind: memory compression
-    Time O(T (window + reach / stride) H + T D^2); memory O(T D); decoding keeps window + 1 keys and values and
-        reach / stride pooled ones.
-    Exact within its two windows. Causally only those pooled that end at the query's position or before, so that the first
-    queries have the first level alone. A score bias is added in the first level; rotary positions turn it alone.
+    Time O(T (window + reach / stride) H + T D^2); memory O(T D); decoding keeps window + 1 keys and values and reach /
+        stride pooled ones.
+    Exact within its two windows. Causally only those pooled that end at the query's position or before, so that the
+    first queries have the first level alone. A score bias is added in the first level; rotary positions turn it alone.
     Not cross: the keys of the second level are outputs of the first, so the queries must be those of the keys
-    Deviations from the paper: runs of pooled positions are the same for all queries, and one is seen where it lies in the
-    window as a whole; padded positions are left out of a pool.
+    Deviations from the paper: pools are the same for all queries, and one is seen where it lies in the window as a
+    whole; padded positions are left out of a pool. Heads are joined before the second level without a projection.
 
     Options:
         window: keys seen on each side of a query in the first level
@@ -73,7 +73,8 @@ class Poolingformer(Local):
         if not self.reach:
             return y, carry, aux
         second = self._second_level if method == "attend" else self._by_definition
-        return (y + second(*self._projected(y), real, causal)).astype(v.dtype), carry, aux
+        q, k, v = self._projected(y)
+        return (y + second(q, k, v, real, causal)).astype(y.dtype), carry, aux
 
     def _projected(self, y):
         """Queries, keys and values of the second level from the first's outputs (B, T, N, H)."""
@@ -178,7 +179,7 @@ class Poolingformer(Local):
         newest = jnp.concatenate([second["newest"][:, :, 1:], jnp.stack(new)[:, :, None]], 2)
         there = jnp.ones((1, 1, self.kernel), bool)
         made = jnp.stack([self._pooled(x[:, None], there, i)[:, 0] for i, x in enumerate(newest)])
-        # Pool number c is full at position c stride + kernel - 1; slot s holds the newest that is s modulo the ring's size.
+        # Pool c is full at position c stride + kernel - 1; slot s holds the newest that is s modulo the ring's size.
         slot, latest = jnp.arange(R := second["pools"].shape[2]), (at - self.kernel + 1) // self.stride
         number = latest - (latest - slot) % R
         fresh = (number * self.stride == at - self.kernel + 1) & (number >= 0)

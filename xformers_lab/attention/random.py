@@ -22,7 +22,7 @@ class Random(Patterned):
         block: positions of one block; the length where that is less
         count: random blocks that a block sees
         seed: of the random draw
-        heads: shared: one draw for all heads; own: one for each, at the price of one program for each
+        heads: shared: one draw for all heads; own: one for each, and a program for each
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.block_sparse import MASKED, softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, merged, order_by, scores_at_once
 from xformers_lab.size import Size
 
@@ -22,11 +22,11 @@ class Reformer(Attention):
 
     out_t = sum_s softmax_s(q_t . q_s / |q_s|) v_s over the other tokens that fall into the bucket of t in one of the
     rounds, h(q) = argmax [q R, -q R] with a random R of its own in each, and are near it there: tokens sorted by bucket
-    and position are cut into chunks, which see themselves and the one before. Queries are keys, divided by their length.
-    A token sees itself only where it sees nothing else.
+    and position are cut into chunks, which see themselves and the one before. Keys are the queries, made of length 1. A
+    token sees itself only where it sees nothing else.
     Kind: sparse by content
-    Time O(T rounds (chunk + buckets^(1/2)) H + T rounds log T); memory O(T rounds H); decoding keeps every key, value and
-        bucket.
+    Time O(T rounds (chunk + buckets^(1/2)) H + T rounds log T); memory O(T rounds H); decoding keeps every key and
+        value and their buckets.
     Exact over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of
     the paper), and rounds are merged by their log-sum-exps. Padding is in no bucket, and sees nothing.
     Not cross: queries are the keys
@@ -41,9 +41,7 @@ class Reformer(Attention):
         buckets: at least so many in each round; none: 2 length / chunk, 1: no hashing
     """
 
-    def __init__(
-        self, size: Size, *, rounds: int = 4, chunk: int = 64, buckets: int | None = None, rngs: nnx.Rngs
-    ):
+    def __init__(self, size: Size, *, rounds: int = 4, chunk: int = 64, buckets: int | None = None, rngs: nnx.Rngs):
         for name, value in (("rounds", rounds), ("chunk", chunk), ("buckets", 1 if buckets is None else buckets)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -111,7 +109,8 @@ class Reformer(Attention):
             s = s if R == 1 else s - jnp.log(jnp.maximum(times, 1))
             return jnp.where(near[0], jnp.where(q_at == k_at, s - ALONE, s), MASKED)
 
-        out, lse = batched(flat(sorted_q), with_previous(_unit(sorted_q)), with_previous(sorted_by_round(v)), masked, of_block)
+        keys, values = with_previous(_unit(sorted_q)), with_previous(sorted_by_round(v))
+        out, lse = batched(flat(sorted_q), keys, values, masked, of_block)
         back = lambda x: jax.vmap(lambda x, place: x[place])(x.reshape(R, -1, *x.shape[2:]), place)
         return merged(back(out), back(lse), 0).astype(v.dtype)
 
@@ -140,7 +139,8 @@ class Reformer(Attention):
         H, R, C = self.size.head, self.rounds, min(self.chunk, S)
         n = R * -(-T // C)
         flops = R * T * H * sum(self.factors) + 8 * n * C * C * H
-        return Cost(flops=flops, memory=2 * n * C * max(H, C, R), state=S * (2 * H + R) + 1)
+        memory = max(2 * n * C * max(H, R), scores_at_once(n, C, 2 * C))
+        return Cost(flops=flops, memory=memory, state=S * (2 * H + R) + 1)
 
     def init_state(self, length: int, dtype=jnp.float32):
         rows = jnp.zeros((length, self.size.head), dtype)

@@ -9,10 +9,10 @@ from xformers_lab.size import Size
 
 
 class Set(Attention):
-    """Induced set attention, ISAB of the Set Transformer (Lee et al., 2019, arXiv 1810.00825, equations 9 and 10).
+    """Induced set attention, ISAB of the Set Transformer (Lee et al., 2019, arXiv 1810.00825).
 
-    h = norm(y + relu(W y)) with y = norm(I + attention(I, k, v)), out = attention(q, K h, V h): learned points I look at all
-    positions, then every position looks at what they found. The points begin anew in every layer.
+    h = norm(y + relu(W y)) with y = norm(I + attention(I, k, v)), out = attention(q, K h, V h): learned points I look
+    at all positions, then every position looks at what they found. The points begin anew in every layer.
     Kind: memory compression
     Time O(T points H); memory O(T H).
     Approximate: positions exchange nothing that does not pass through the points.

@@ -12,8 +12,8 @@ class Topk(Attention):
     """Explicit sparse attention to the highest scores (Zhao et al., 2019, arXiv 1912.11637; Gupta et al., 2021, arXiv
     2106.06899).
 
-    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys whose score is at least the `keys`-th highest of those
-    that query t may see. Keys of the same score as that one all count, so no order of positions breaks a tie.
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys whose score is at least the `keys`-th highest of
+    those that query t may see. Keys of the same score as that one all count, so no order of positions breaks a tie.
     Kind: sparse by content
     Time O(T S H), for every score is computed and only then compared; memory O(S) per block of queries; decoding keeps
         every key and value.
@@ -45,9 +45,8 @@ class Topk(Attention):
         seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
         seen = seen if real is None else seen & real
         s = scores(q, k, bias)
-        higher = jnp.where(seen, s, MASKED)
-        higher = (higher[:, None] > higher[:, :, None]).sum(2)
-        return softmax(s, seen & (higher < self.keys), v)
+        least = jnp.sort(jnp.where(seen, s, MASKED), 1)[:, -min(self.keys, S)]
+        return softmax(s, seen & (s >= lax.stop_gradient(least)[:, None]), v)
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head
@@ -56,4 +55,3 @@ class Topk(Attention):
     @staticmethod
     def limit(length: int):
         return {"keys": length}
-

@@ -40,7 +40,7 @@ def decoding(subject: Subject) -> None:
     with jax.default_matmul_precision("highest"):
         out = np.asarray(quick_jit(run)(tokens, inputs.get("bias")))
     advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
-    expected = subject.apply(case, inputs).out
+    expected = subject.apply(case, inputs, training=False).out
     rows = np.abs(out - expected).max((0, 2, 3))
     first = int(np.argmax(rows > STEP * np.abs(expected).max()))
     compare(out, expected, STEP, f"step by step against the causal pass ({case}; first wrong token: {first})", advice)

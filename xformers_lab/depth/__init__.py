@@ -7,6 +7,7 @@ mechanism passes to the same mechanism in the layer above, aux is a dict of scal
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 
@@ -19,7 +20,7 @@ class Context:
     """What every layer sees alike: the positions, and real (B, T) bool or None where nothing is padded."""
 
     position: Position
-    real: object = None
+    real: Any = None
 
 
 class Depth(nnx.Module):

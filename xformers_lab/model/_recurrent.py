@@ -1,5 +1,7 @@
 """Recurrent baselines: embedding, a stack of cells that read from left to right, and a linear head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,10 +29,10 @@ class Recurrent(Model):
         self.embedding = nnx.Embed(
             task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
         )
-        self.cells = nnx.List(self.cell(size, rngs) for _ in range(size.layers))
+        self.cells = nnx.List[Any](self.cell(size, rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
-    def cell(self, size: Size, rngs: nnx.Rngs) -> nnx.Module:
+    def cell(self, size: Size, rngs: nnx.Rngs) -> Any:
         """One layer: `cell(x (B, T, D), real) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`."""
         raise NotImplementedError(f"{type(self).__name__} must define cell")
 

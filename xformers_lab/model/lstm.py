@@ -26,8 +26,8 @@ class Cell(nnx.Module):
     def __init__(self, size: Size, rngs: nnx.Rngs):
         D = size.dim
         self.width, self.dtype = D, size.dtype
-        self.input = Linear(D, 4 * D, dtype=size.dtype, rngs=rngs)
-        self.input.bias[...] = self.input.bias[...].at[D : 2 * D].set(1.0)
+        keeping = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[D : 2 * D].set(1.0)
+        self.input = Linear(D, 4 * D, bias_init=keeping, dtype=size.dtype, rngs=rngs)
         draw = nnx.initializers.orthogonal()
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
 

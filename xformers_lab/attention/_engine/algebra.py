@@ -38,7 +38,7 @@ class Pattern:
         return self.extent(q.low, q.high, k.low, k.high)
 
     def spans(self, low, high) -> Spans:
-        """(first, last) keys, arrays like low and high, of some spans that hold every key that a query of low..high sees.
+        """(first, last) keys, arrays like low and high, of spans that hold every key that a query of low..high sees.
 
         A superset is always a right answer; a span whose first is beyond its last is empty.
         """

@@ -264,7 +264,7 @@ def _looped_rows_backward(view: "_View", group: Group, incoming, totals: _Totals
         carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
     else:
         carry, dq = _scan_chunks(many, carry, len(group.rows), at_once)
-    *totals.transposed, totals.bias = carry
+    totals.transposed, totals.bias = carry[:2], carry[2]
     return dq
 
 
@@ -280,9 +280,10 @@ def _scatter(into, x, columns, block):
 
 def _batched_rows(view: "_View", group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
+    queries = view.q, _across(view.q)
 
     def chunk(carry, rows):
-        q, pieces = view.chunk(group, rows)
+        pieces, q = view.pieces(group, rows), view.of_rows(queries, group, rows)
         scores = [piece.scores(q) for piece in pieces]
         m = jnp.maximum(_joined(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]), EMPTY)
         weights = [jnp.exp(s - m) for s in scores]
@@ -295,24 +296,35 @@ def _batched_rows(view: "_View", group: Group):
 
 def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Totals):
     """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals."""
+    grads, deltas, lses = incoming
+    queries, grads = (view.q, _across(view.q)), (grads, _across(grads))
 
     def chunk(carry, rows):
         dk, dv, db = carry
-        q, pieces = view.chunk(group, rows)
-        g, delta, lse = (view.of_rows(x, group, rows) for x in incoming)
+        pieces, given = view.pieces(group, rows), (queries, grads, deltas, lses)
+        q, g, delta, lse = view.of_rows(given, group, rows)
         dq = []
         for piece in pieces:
             p = jnp.exp(piece.scores(q) - lse[..., None])
             ds = p * (piece.dots(g, piece.values) - delta[..., None])
             db = jax.tree.map(jnp.add, db, view.pull_bias(piece.positions, ds))
-            dk, dv = piece.added(dk, q, ds), piece.added(dv, g, p)
+            dk, dv = piece.added(dk, q[0], ds), piece.added(dv, g[0], p)
             dq.append(piece.weighed(ds, piece.keys))
         return (dk, dv, db), _joined(jnp.add, dq)
 
     carry = (*totals.start_blocked(), totals.bias)
     carry, dq = _scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
-    *totals.blocked, totals.bias = carry
+    totals.blocked, totals.bias = carry[:2], carry[2]
     return dq
+
+
+def _across(x):
+    """(N, block, H) -> (N, H, block), really in that order.
+
+    XLA:CPU runs batches of small products more than twice as fast where both sides are contracted on their middle axis,
+    and would undo a transposition that it sees.
+    """
+    return lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
 
 
 def _joined(function, arrays):
@@ -323,39 +335,44 @@ class _Piece:
     """Key blocks of some rows that are computed together: keys and values, positions, and what masks their scores."""
 
     def __init__(self, view: "_View", positions, mask, whole: bool):
-        self.view, self.positions, self.mask, self.whole = view, positions, mask, whole
-        self.keys, self.values = self.taken(view.blocked(view.k)), self.taken(view.blocked(view.v))
+        self.view, self.whole = view, whole
+        # Kept as they are, so that no index is computed again for every score.
+        self.positions, self.mask = lax.optimization_barrier((positions, mask))
+        self.keys, self.values = self.taken(view.keys_across), self.taken(view.values_across)
 
     def scores(self, q):
-        """(R, block, H) -> masked scores (R, block, n)."""
+        """Masked scores (R, block, n)."""
         s = self.dots(q, self.keys)
         if self.view.bias is not None:
             s = s + self.view.bias(*self.positions)
         if not self.whole:
             s = jnp.where(self.view.part.pattern(*self.positions), s, MASKED)
-        return s if self.mask is None else jnp.where(self.mask, s, MASKED)
+        s = s if self.mask is None else jnp.where(self.mask, s, MASKED)
+        return lax.optimization_barrier(s)
 
     def taken(self, blocks):
+        """From (blocks, H, block) what the piece has of keys."""
         raise NotImplementedError
 
-    def dots(self, x, of_keys):
-        """(R, block, H) and what the piece has of keys -> (R, block, n)."""
+    def dots(self, x, keys):
+        """Queries, (R, block, H) and (R, H, block), times keys -> (R, block, n)."""
         raise NotImplementedError
 
-    def weighed(self, p, of_keys):
-        """(R, block, n) and what the piece has of keys -> (R, block, H)."""
+    def weighed(self, p, keys):
+        """(R, block, n) times keys -> (R, block, H)."""
         raise NotImplementedError
 
     def added(self, into, x, p):
-        """into (blocks, H, block), with x^T p added at the piece's keys."""
+        """into (blocks, H, block), with x^T p of x (R, block, H) and p (R, block, n) added at the piece's keys."""
         raise NotImplementedError
 
 
 class _Own(_Piece):
-    """Every row's own key blocks, (R, n, H): at the group's offsets, and others."""
+    """Every row's own key blocks, (R, H, n): at the group's offsets, and others."""
 
     def __init__(self, view: "_View", group: Group, rows):
-        self.group, self.rows, self.first = group, rows, int(group.rows[0]) + rows[0]
+        self.offsets, self.rows, self.first = group.offsets, rows, int(group.rows[0]) + rows[0]
+        self.others = jnp.asarray(group.own[:, len(group.offsets) :])[rows]
         columns = jnp.asarray(group.own)[rows]
         mask = view.known_of(columns) if not group.whole or view.real is not None else None
         if group.own_live is not None:
@@ -366,34 +383,29 @@ class _Own(_Piece):
         super().__init__(view, (queries, keys[:, None]), mask, group.whole)
 
     def taken(self, blocks):
-        R, offsets = len(self.rows), self.group.offsets
-        found = [lax.dynamic_slice_in_dim(blocks, self.first + offset, R) for offset in offsets]
-        if self.group.own.shape[1] > len(offsets):
-            others = blocks[jnp.asarray(self.group.own[:, len(offsets) :])[self.rows]]
-            found.append(others.reshape(R, -1, *blocks.shape[2:]))
-        return jnp.concatenate(found, 1)
+        found = [lax.dynamic_slice_in_dim(blocks, self.first + offset, len(self.rows)) for offset in self.offsets]
+        return jnp.concatenate([*found, *(blocks[self.others[:, place]] for place in range(self.others.shape[1]))], 2)
 
-    def dots(self, x, of_keys):
-        return jnp.einsum("rqh,rkh->rqk", x, of_keys, preferred_element_type=jnp.float32)
+    def dots(self, x, keys):
+        return jnp.einsum("rhq,rhk->rqk", x[1], keys, preferred_element_type=jnp.float32)
 
-    def weighed(self, p, of_keys):
-        return jnp.einsum("rqk,rkh->rqh", p.astype(of_keys.dtype), of_keys, preferred_element_type=jnp.float32)
+    def weighed(self, p, keys):
+        return jnp.einsum("rqk,rhk->rqh", p.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
 
     def added(self, into, x, p):
-        R, block, offsets = len(self.rows), into.shape[2], self.group.offsets
-        p = p.astype(self.keys.dtype)
-        found = jnp.einsum("rhq,rqk->rhk", x.swapaxes(1, 2), p, preferred_element_type=jnp.float32)
-        for place, offset in enumerate(offsets):
-            more = lax.dynamic_slice_in_dim(into, self.first + offset, R) + found[..., place * block : (place + 1) * block]
+        R, H, block, O = len(self.rows), into.shape[1], into.shape[2], len(self.offsets)
+        found = jnp.einsum("rqh,rqk->rhk", x, p.astype(x.dtype), preferred_element_type=jnp.float32)
+        for place, offset in enumerate(self.offsets):
+            more = found[..., place * block : (place + 1) * block]
+            more = more + lax.dynamic_slice_in_dim(into, self.first + offset, R)
             into = lax.dynamic_update_slice_in_dim(into, more, self.first + offset, 0)
-        if self.group.own.shape[1] > len(offsets):
-            others = found[..., len(offsets) * block :].reshape(R, into.shape[1], -1, block).swapaxes(1, 2)
-            into = into.at[jnp.asarray(self.group.own[:, len(offsets) :])[self.rows]].add(others)
+        if self.others.shape[1]:
+            into = into.at[self.others].add(found[..., O * block :].reshape(R, H, -1, block).swapaxes(1, 2))
         return into
 
 
 class _Shared(_Piece):
-    """Key blocks that all rows share, (n, H)."""
+    """Key blocks that all rows share, (H, n)."""
 
     def __init__(self, view: "_View", group: Group, rows):
         self.columns = group.shared
@@ -406,19 +418,20 @@ class _Shared(_Piece):
         super().__init__(view, (queries, keys[None, None]), mask, group.shared_whole)
 
     def taken(self, blocks):
-        found = blocks[self.columns]
-        return found.reshape(-1, *found.shape[2:])
+        return blocks[self.columns].swapaxes(0, 1).reshape(blocks.shape[1], -1)
 
-    def dots(self, x, of_keys):
-        flat = x.reshape(-1, x.shape[2])
-        return jnp.dot(flat, of_keys.T, preferred_element_type=jnp.float32).reshape(*x.shape[:2], -1)
+    def dots(self, x, keys):
+        return self._product(x[0], keys)
 
-    def weighed(self, p, of_keys):
-        flat = p.reshape(-1, p.shape[2]).astype(of_keys.dtype)
-        return jnp.dot(flat, of_keys, preferred_element_type=jnp.float32).reshape(*p.shape[:2], -1)
+    def weighed(self, p, keys):
+        return self._product(p.astype(keys.dtype), keys.T)
+
+    def _product(self, x, keys):
+        flat = jnp.dot(x.reshape(-1, x.shape[2]), keys, preferred_element_type=jnp.float32)
+        return flat.reshape(*x.shape[:2], -1)
 
     def added(self, into, x, p):
-        x, p = (y.reshape(-1, y.shape[2]) for y in (x, p.astype(self.keys.dtype)))
+        x, p = (y.reshape(-1, y.shape[2]) for y in (x, p.astype(x.dtype)))
         found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(into.shape[1], -1, into.shape[2])
         return into.at[self.columns].add(found.swapaxes(0, 1))
 
@@ -435,6 +448,8 @@ class _View:
         # stores every one of them for the backward, a T x S array in all.
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
+        if any(group.batched for group in part.groups):
+            self.keys_across, self.values_across = _across(self.blocked(self.k)), _across(self.blocked(self.v))
         # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
         self.real = None if real is None else self._keys_in_order(real) & (self.zero == 0)
         there = part.keys != PAD
@@ -495,10 +510,8 @@ class _View:
 
     def positions(self, i, cols):
         """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
-        if self.query_at is None:
-            q = self.shift + i * self.block_q + jnp.arange(self.block_q)
-        else:
-            q = self.query_at[i]
+        own = self.query_at
+        q = self.shift + i * self.block_q + jnp.arange(self.block_q) if own is None else own[i]
         if not isinstance(cols, tuple):
             k = self.key_positions(cols)
         elif self.key_at is None:
@@ -525,18 +538,17 @@ class _View:
 
     # Rows in a batch; rows are R neighbouring numbers within a group.
 
-    def chunk(self, group: Group, rows):
-        """Their queries (R, block, H), and their keys in pieces."""
-        pieces: list[_Piece] = [_Own(self, group, rows)] if group.own.shape[1] else []
-        if len(group.shared):
-            pieces.append(_Shared(self, group, rows))
-        return self.of_rows(self.q, group, rows), pieces
+    def pieces(self, group: Group, rows) -> list["_Piece"]:
+        own: list[_Piece] = [_Own(self, group, rows)] if group.own.shape[1] else []
+        return [*own, _Shared(self, group, rows)] if len(group.shared) else own
 
-    def of_rows(self, x, group: Group, rows):
+    def of_rows(self, tree, group: Group, rows):
         """(query blocks, ...) -> (R, ...)."""
         if neighbours(group.rows):
-            return lax.dynamic_slice_in_dim(x, int(group.rows[0]) + rows[0], len(rows))
-        return x[jnp.asarray(group.rows)[rows]]
+            first = int(group.rows[0]) + rows[0]
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, len(rows)), tree)
+        chosen = jnp.asarray(group.rows)[rows]
+        return jax.tree.map(lambda x: x[chosen], tree)
 
     def query_positions(self, group: Group, rows):
         """(R, block, 1)."""

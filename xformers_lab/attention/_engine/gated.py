@@ -53,26 +53,20 @@ def _channel_weights(q, k, fall):
     M, C, F = q.shape
     runs = C // FINE
     fine = lambda x: x.reshape(M, runs, FINE, F)
-    before = jnp.pad(fall, ((0, 0), (1, 0), (0, 0)))[:, :-1].reshape(M, runs, FINE, F)[:, :, :1]
-    left = (fine(q) * jnp.exp(fine(fall) - before)).astype(q.dtype)
-    # Later keys would grow here; they are masked, before the exponential.
-    earlier = jnp.arange(runs)[:, None] > jnp.arange(C)[None] // FINE  # (runs, C)
-    rise = jnp.where(earlier[None, :, :, None], before - fall[:, None], -jnp.inf)
-    right = (k[:, None] * jnp.exp(rise)).astype(k.dtype)
-    far = product("mrif,mrcf->mric", left, right)
-    q_run, k_run, fall_run = (x.reshape(M * runs, FINE, F) for x in (q, k, fall))
-
-    def against(given):
-        """Every query of a run against one of its keys: (M runs, FINE)."""
-        at, key, level = given
-        gap = jnp.where(jnp.arange(FINE)[:, None] >= at, fall_run - level[:, None], -jnp.inf)
-        return (q_run * (key[:, None] * jnp.exp(gap))).astype(jnp.float32).sum(-1)
-
-    keys = jnp.arange(FINE), k_run.swapaxes(0, 1), fall_run.swapaxes(0, 1)
-    near = jnp.moveaxis(lax.map(against, keys), 0, -1).reshape(M, runs, FINE, FINE)
-    placed = far.reshape(M, runs, FINE, runs, FINE)
-    diagonal = jnp.eye(runs)[None, :, None, :, None]
-    return (placed + diagonal * near[:, :, :, None]).reshape(M, C, C)
+    seen = jnp.tril(jnp.ones((FINE, FINE), bool))[..., None]
+    gap = jnp.where(seen, fine(fall)[:, :, :, None] - fine(fall)[:, :, None], -jnp.inf)
+    near = (fine(q)[:, :, :, None] * fine(k)[:, :, None] * jnp.exp(gap)).astype(jnp.float32).sum(-1)
+    rows = []
+    for run in range(runs):
+        start, stop = run * FINE, (run + 1) * FINE
+        row = [near[:, run], jnp.zeros((M, FINE, C - stop))]
+        if run:
+            before = fall[:, start - 1 : start]
+            left = (q[:, start:stop] * jnp.exp(fall[:, start:stop] - before)).astype(q.dtype)
+            right = (k[:, :start] * jnp.exp(before - fall[:, :start])).astype(k.dtype)
+            row = [product("mif,mcf->mic", left, right), *row]
+        rows.append(jnp.concatenate(row, 2))
+    return jnp.concatenate(rows, 1)
 
 
 def delta_rule(q, k, v, beta, decay=None, *, chunk: int):

@@ -34,11 +34,11 @@ class Groups:
     block: jax.Array
     place: jax.Array
 
-    def sent(self, x, choices: int = 1, fill=0):
+    def sent(self, x, choices: int = 1, fill: float = 0):
         """(T, ...) of queries with `choices` pairs each -> (n, C, ...), `fill` in empty places."""
         return x.at[self.pair // choices].get(mode="fill", fill_value=fill)
 
-    def returned(self, x, choices: int = 1, fill=0):
+    def returned(self, x, choices: int = 1, fill: float = 0):
         """(n, C, ...) -> (T, choices, ...), `fill` for pairs without a block."""
         x = x.reshape(-1, *x.shape[2:]).at[self.place].get(mode="fill", fill_value=fill)
         return x.reshape(-1, choices, *x.shape[1:])

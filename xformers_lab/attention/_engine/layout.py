@@ -31,8 +31,8 @@ class Group:
     """Query blocks that are run alike, each against equally many key blocks: its own and those that all of them share.
 
     rows (R,): the query blocks. own (R, M): key blocks of each row. shared (F,): key blocks of every row. run: own ones
-    are M neighbours starting at own[:, 0]. whole: no predicate is needed. own_live (R, M), shared_live (R, F): the blocks
-    that count; None: all do, or the predicate tells.
+    are M neighbours starting at own[:, 0]. whole: no predicate is needed. own_live (R, M), shared_live (R, F): which
+    blocks count; None: all do, or the predicate tells.
 
     Batched groups are computed many rows at once, the others row by row. offsets: the rows are neighbours, and row r's
     first own blocks are r + offset for each of these.

@@ -35,8 +35,10 @@ class Order:
         return self.queries(0, stop, block)
 
     def find(self, q: Runs, first, last, stop: int, block: int):
-        """The first and the last block of `keys(stop, block)` that may hold keys first..last (0 <= first, last < stop) of
-        the queries q; everything an array of one shape."""
+        """The first and the last block of `keys(stop, block)` that may hold keys first..last of the queries q.
+
+        0 <= first, last < stop; everything is an array of one shape.
+        """
         return first // block, last // block
 
 
@@ -59,7 +61,8 @@ class Remainders(Order):
 
     def find(self, q, first, last, stop, block):
         remainder = q.low % self.step
-        of_one = max(1, -(-(-(-stop // self.step)) // block))
+        longest = -(-stop // self.step)
+        of_one = max(1, -(-longest // block))
         begin, end = -(-(first - remainder) // self.step), (last - remainder) // self.step
         low, high = np.maximum(begin, 0) // block, np.where(begin <= end, end // block, -1)
         return remainder * of_one + low, remainder * of_one + high

@@ -384,8 +384,11 @@ class Grid(Composed):
 
 @dataclasses.dataclass(frozen=True)
 class Tree(Composed):
-    """Keys at most `width` away, and beyond that the last position of every span of 2, 4, 8, ... positions: spans double
-    where the distance does, `levels` times (the view a query of BP-Transformer has, one position for a span)."""
+    """Keys at most `width` away, and beyond that the last position of every span of 2, 4, 8, ... positions.
+
+    Spans double where the distance does, `levels` times: the view a query of BP-Transformer has, one position for a
+    span.
+    """
 
     width: int
     levels: int
@@ -418,17 +421,18 @@ def _apart(q_low, q_high, k_low, k_high, before: int, after: int):
 def _on_grid(q: Runs, k: Runs, columns: int, tile: tuple[int, int], reach: tuple[int, int]):
     """The extent of tiles at most reach[0] apart vertically and reach[1] horizontally."""
     bounds = [(run.low // columns // tile[0], run.high // columns // tile[0]) for run in (q, k)]
-    sides = [_sides(run, columns) for run in (q, k)]
-    sides = [(low // tile[1], high // tile[1]) for low, high in sides]
+    sides = [(low // tile[1], high // tile[1]) for low, high in (_sides(run, columns) for run in (q, k))]
     vertical, horizontal = (
-        _apart(*q_bounds, *k_bounds, most, most) for (q_bounds, k_bounds), most in zip((bounds, sides), reach, strict=True)
+        _apart(*q_bounds, *k_bounds, most, most)
+        for (q_bounds, k_bounds), most in zip((bounds, sides), reach, strict=True)
     )
     return np.minimum(vertical, horizontal)
 
 
 def _sides(run: Runs, columns: int):
     """The first and the last column that a run of positions touches."""
-    if isinstance(run.order, Tiles) and run.order.columns == columns and run.left is not None:
+    inside = isinstance(run.order, Tiles) and run.order.columns == columns
+    if inside and run.left is not None and run.right is not None:
         return run.left, run.right
     one_row = run.low // columns == run.high // columns
     return np.where(one_row, run.low % columns, 0), np.where(one_row, run.high % columns, columns - 1)

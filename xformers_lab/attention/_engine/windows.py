@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from xformers_lab.attention._engine.pattern import DEAD, MIXED, WHOLE, Pattern
+from xformers_lab.attention._engine.algebra import FAR, Pattern, everything, settled
 
 
 def count(length: int, width: int, step: int) -> int:
@@ -26,8 +26,8 @@ def windows(x, width: int, step: int):
 class Windows(Pattern):
     """Slots in the place of keys: slot lead + c holds the positions c step to c step + width - 1 of `length` ones.
 
-    With lead = 1 slot 0 holds position 0 alone. A query sees the slots whose positions all lie at most `behind` positions
-    before it (None: however far) and at most `ahead` after it; where it sees none ahead, a window that reaches beyond the
+    With lead = 1 slot 0 holds position 0 alone. A query sees the slots whose positions all lie at most `behind` before
+    it (None: however far) and at most `ahead` after it; where nothing ahead is seen, a window that reaches beyond the
     end is not finished. The engine counts the last query as position slots - 1; here it is length - 1.
     """
 
@@ -58,4 +58,11 @@ class Windows(Pattern):
         if self.behind is not None:
             possible = possible & (self._first(k_high) >= low - self.behind)
             certain = certain & (self._first(k_low) >= high - self.behind)
-        return np.where(certain, WHOLE, np.where(possible, MIXED, DEAD)).astype(np.int8)
+        return settled(possible, certain)
+
+    def spans(self, low, high):
+        low, high = (q + self.length - self.slots for q in (low, high))
+        first, last = everything(low)[0], self.lead + (high + self.ahead - self.width + 1) // self.step
+        if self.behind is not None:
+            first = self.lead - (self.behind - low) // self.step
+        return [(first, np.where((self.ahead > 0) & (high + self.ahead >= self.length - 1), FAR, last))]

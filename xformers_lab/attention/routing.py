@@ -1,0 +1,201 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.block_sparse import MASKED, scores, softmax
+from xformers_lab.attention._engine.gathered import ROWS, batched, count, grouped, in_blocks, order_by, scores_at_once
+from xformers_lab.size import Size
+
+# The code of a key that is not there: further from every query's than any window.
+NOWHERE = 1 << 29
+
+
+class Routing(Attention):
+    """Routing attention by online k-means (Roy et al., 2020, arXiv 2003.05997, section 4 and algorithm 1).
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of the cluster of t, that of the centroid mu with the
+    largest mu . q_t. Every cluster has as many keys, the `window` with the largest mu . k_s; causally, where these
+    would depend on later keys, the newest `window` of those whose own nearest centroid it is. Keys, queries and
+    centroids are brought to length 1 to be compared.
+    Kind: sparse by content
+    Time O(T (clusters + window) H), T^1.5 with the defaults; memory O(T H); decoding keeps every key, value and its
+        cluster.
+    Exact within a cluster. Centroids are no parameters: training moves them to a moving average of the queries and keys
+    that are nearest to each, one set for each head, from random directions on. The choice has no gradient. A query
+    whose cluster holds no key yet gets zeros.
+    Deviations from the paper: a query belongs to its nearest cluster alone, and not to those that list it among their
+    nearest `window` queries, so that each is answered once and none looks at others; causally keys are not the queries,
+    and chosen as said; scores are of queries and keys as they are, not normalised; all heads route (every second one is
+    local in the paper), the average is of means and not of sums, and a cluster without members stays where it is.
+
+    Options:
+        clusters: how many; none: about the root of the length
+        window: keys of a cluster; none: length / clusters
+        decay: how much of a centroid a training step keeps
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        clusters: int | None = None,
+        window: int | None = None,
+        decay: float = 0.999,
+        rngs: nnx.Rngs,
+    ):
+        clusters = max(1, round(size.length**0.5)) if clusters is None else clusters
+        window = -(-size.length // max(clusters, 1)) if window is None else window
+        if clusters < 1 or window < 1:
+            raise ValueError(f"clusters and window must be at least 1, got {clusters} and {window}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {decay:g}")
+        super().__init__(size, rngs=rngs)
+        self.clusters, self.window, self.decay = clusters, window, decay
+        self.centroids = nnx.Variable(_unit(jax.random.normal(rngs.params(), (size.heads, clusters, size.head))))
+
+    def per_head(self):
+        return {"centroids": lax.stop_gradient(self.centroids[...])}
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        out = super().mix(q, k, v, **given, method=method)
+        if key is not None:
+            self.centroids[...] = self._moved(q, k, real)
+        return out
+
+    def _moved(self, q, k, real):
+        """The centroids after a training step on queries (B, T, N, H) and keys (B, S, K, H)."""
+        real = jnp.ones(k.shape[:2], bool) if real is None else real
+        asked = real if q.shape[1] == k.shape[1] else jnp.ones(q.shape[:2], bool)
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
+        rows = lambda x: lax.stop_gradient(x).swapaxes(1, 2).swapaxes(0, 1).reshape(x.shape[2], -1, x.shape[3])
+        rows, there = jnp.concatenate([rows(q), rows(k)], 1), jnp.concatenate([asked.reshape(-1), real.reshape(-1)])
+
+        def head(given):
+            rows, centroids = given
+
+            def add(totals, given):
+                x, there = given
+                member = (_nearest(x, centroids)[:, None] == jnp.arange(self.clusters)) & there[:, None]
+                member = member.astype(jnp.float32)
+                return (totals[0] + member.T @ jnp.where(there[:, None], _unit(x), 0), totals[1] + member.sum(0)), None
+
+            start = jnp.zeros_like(centroids), jnp.zeros(self.clusters)
+            (total, members), _ = lax.scan(add, start, (in_blocks(rows, ROWS), in_blocks(there, ROWS, False)))
+            mean = total / jnp.maximum(members, 1)[:, None]
+            return jnp.where(members[:, None] > 0, self.decay * centroids + (1 - self.decay) * mean, centroids)
+
+        return lax.map(head, (rows, self.centroids[...]))
+
+    def attend(self, q, k, v, *, real=None, causal, centroids, bias=None):
+        S = len(k)
+        real = jnp.ones(S, bool) if real is None else real
+        route = self._newest if causal else self._best
+        (keys, values, k_code, k_at), chosen, q_code = route(q, k, v, real, centroids)
+        at = jnp.arange(len(q)) + S - len(q)
+        groups = grouped(chosen, len(keys), self._size(S))
+        block, width = groups.block, min(self.window, S)
+
+        def masked(s, of_block):
+            q_code, k_code, q_at, k_at = of_block
+            s = s if bias is None else s + bias(q_at, k_at[:, None])
+            apart = q_code - k_code[:, None]
+            return jnp.where((apart >= 0) & (apart < width), s, MASKED)
+
+        sent = lambda x: groups.sent(x)[..., None]
+        of_block = sent(q_code), k_code[block], sent(at), k_at[block]
+        out, _ = batched(groups.sent(q * q.shape[1] ** -0.5), keys[block], values[block], masked, of_block)
+        return groups.returned(out)[:, 0].astype(v.dtype)
+
+    def _size(self, S: int) -> int:
+        """Queries in a group."""
+        return max(8, min(self.window, S) // 2)
+
+    def _best(self, q, k, v, real, centroids):
+        """Blocks of the best keys of every cluster; which block a query asks, and its code."""
+        S, W = len(k), min(self.window, len(k))
+        unit = _unit(lax.stop_gradient(k))
+
+        def members(centroid):
+            near, at = lax.top_k(jnp.where(real, unit @ centroid, -jnp.inf), W)
+            return at, jnp.where(near > -jnp.inf, 0, NOWHERE)
+
+        k_at, code = lax.map(members, _unit(centroids), batch_size=max(1, ROWS * self.clusters // S))
+        chosen = _nearest(q, centroids)
+        return (k[k_at], v[k_at], code, k_at), chosen, jnp.zeros_like(chosen)
+
+    def _newest(self, q, k, v, real, centroids):
+        """The same causally. Keys are sorted by cluster and position and cut into blocks, of which a query asks the one
+        that ends its window, together with the one before. A code is a place in this order, with gaps between clusters
+        that no window reaches over."""
+        T, S, W = len(q), len(k), min(self.window, len(k))
+        asked, cluster = _nearest(q, centroids), jnp.where(real, _nearest(k, centroids), self.clusters)
+        order = order_by(cluster, self.clusters + 1)
+        code = jnp.where(real[order], cluster[order] * W + jnp.arange(S), NOWHERE)
+        # The newest key of its cluster that a query may see, or where there is none, one of a cluster before.
+        last = asked * S + jnp.maximum(jnp.arange(T) + S - T, -1)
+        place = jnp.searchsorted((cluster * S)[order] + order, last, side="right") - 1
+        chosen = jnp.where(place < 0, -(-S // W), place // W)
+
+        def pairs(x, fill=0):
+            blocks = in_blocks(x, W, fill)
+            before = jnp.pad(blocks[:-1], [(1, 0)] + [(0, 0)] * (blocks.ndim - 1), constant_values=fill)
+            return jnp.concatenate([before, blocks], 1)
+
+        return (pairs(k[order]), pairs(v[order]), pairs(code, NOWHERE), pairs(order)), chosen, place + asked * W
+
+    def reference(self, q, k, v, *, real=None, causal, centroids, bias=None):
+        T, S = len(q), len(k)
+        real = jnp.ones(S, bool) if real is None else real
+        at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)
+        near_q, near_k = (_unit(x) @ _unit(centroids).T for x in (q, k))  # (T, clusters), (S, clusters)
+        cluster = near_q.argmax(1)
+        if causal:
+            same = (near_k.argmax(1) == cluster[:, None]) & (keys <= at) & real
+            seen = same & (jnp.cumsum(same[:, ::-1], 1)[:, ::-1] <= self.window)
+        else:
+            near = jnp.where(real, near_k[:, :, None].T, -jnp.inf)[0]  # (clusters, S)
+            best = jnp.argsort(jnp.argsort(-near, 1, stable=True), 1) < self.window
+            seen = best[cluster] & real
+        return softmax(scores(q, k, bias), seen, v)
+
+    def cost(self, T: int, S: int) -> Cost:
+        """For a pass without causality, whose blocks are the clusters; without what moves the centroids in training."""
+        H, c, W, C = self.size.head, self.clusters, min(self.window, S), self._size(S)
+        n = count(T, c, C)
+        memory = max(n * W * H, n * C * H, scores_at_once(n, C, W), ROWS * c)
+        return Cost(flops=2 * (T + S) * c * H + 4 * n * C * W * H, memory=memory, state=S * (2 * H + 1) + 1)
+
+    @staticmethod
+    def limit(length: int):
+        return {"clusters": 1, "window": length}
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        rows = jnp.zeros((length, self.size.head), dtype)
+        clusters = jnp.full(length, self.clusters, jnp.int32)
+        return {"k": rows, "v": rows, "clusters": clusters, "seen": jnp.zeros((), jnp.int32)}
+
+    def step(self, state, q, k, v, *, centroids, bias=None):
+        at, (own, asked) = state["seen"], _nearest(jnp.stack([k, q]), centroids)
+        keys, values, clusters = (state[name].at[at].set(x) for name, x in (("k", k), ("v", v), ("clusters", own)))
+        same = clusters == asked
+        seen = same & (jnp.cumsum(same[::-1])[::-1] <= self.window)
+        s = jnp.dot(keys, q * q.shape[0] ** -0.5, preferred_element_type=jnp.float32)
+        s = s if bias is None else s + bias(at[None, None], jnp.arange(len(keys))[None])[0]
+        return softmax(s, seen, values), {"k": keys, "v": values, "clusters": clusters, "seen": at + 1}
+
+
+def _unit(x):
+    """Vectors of length 1 in float32; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def _nearest(x, centroids):
+    """(T, H) -> (T,): which centroid is in the direction of a row."""
+    unit = _unit(centroids)
+    return lax.map(lambda x: jnp.argmax(unit @ x).astype(jnp.int32), lax.stop_gradient(_unit(x)), batch_size=ROWS)
