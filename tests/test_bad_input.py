@@ -94,7 +94,7 @@ IMPOSSIBLE = {
     "heads do not divide dim": (["dim=64", "heads=5"], "dim=64 is not divisible by heads=5"),
     "kv_heads do not divide heads": (["heads=4", "kv_heads=3"], "kv_heads=3"),
     "axial shape": (["attention=axial:shape=7x9", "seq_len=64"], "8x8"),
-    "axial shape in three": (["attention=axial:shape=4x4x4", "seq_len=64"], "8x8"),
+    "axial shape in three": (["attention=axial:shape=4x4x5", "seq_len=64"], "8x8"),
     "no window": (["attention=local:window=0"], "window must be at least 1"),
     "no stride": (["attention=strided:stride=0"], "stride must be at least 1"),
     "no chunk": (["attention=linear:chunk=0"], "chunk must be at least 1"),

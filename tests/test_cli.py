@@ -38,7 +38,7 @@ def test_list_says_what_signatures_say(capsys):
     rows = {row["name"]: row for row in run(capsys, "list", "attention")}
     assert rows["full"]["causal"] and rows["full"]["bias"]
     assert rows["linear"]["causal"] and not rows["linear"]["bias"]
-    assert rows["local"]["options"] == "window=128"
+    assert rows["local"]["options"] == "window=128:tokens=0"
 
 
 def test_show_draws_the_pattern_that_runs(capsys):
@@ -50,7 +50,7 @@ def test_show_draws_the_pattern_that_runs(capsys):
 
 def test_show_resolves_a_config(capsys):
     found = run(capsys, "show", "attention=local+full", "lr=1e-2")
-    assert found["attention"] == "local:window=128+full" and found["lr"] == "0.01"
+    assert found["attention"] == "local:window=128:tokens=0+full" and found["lr"] == "0.01"
 
 
 def test_bench_rows(capsys):

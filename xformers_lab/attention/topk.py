@@ -36,7 +36,7 @@ class Topk(Attention):
             seen = seen_from(at, keys, real, causal)
             # A minimum, not the last column, for which XLA:CPU sorts whole rows.
             highest = lax.top_k(lax.stop_gradient(jnp.where(seen, s, MASKED)), min(self.keys, keys))[0]
-            return weighted(weights(s, seen & (s >= highest.min(1, keepdims=True))), v[:keys])
+            return weighted(weights(s, seen & _reaches(s, highest.min(1, keepdims=True))), v[:keys])
 
         return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
 
@@ -46,7 +46,7 @@ class Topk(Attention):
         seen = seen if real is None else seen & real
         s = scores(q, k, bias)
         least = jnp.sort(jnp.where(seen, s, MASKED), 1)[:, -min(self.keys, S)]
-        return softmax(s, seen & (s >= lax.stop_gradient(least)[:, None]), v)
+        return softmax(s, seen & _reaches(s, least[:, None]), v)
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head
@@ -55,3 +55,9 @@ class Topk(Attention):
     @staticmethod
     def limit(length: int):
         return {"keys": length}
+
+
+def _reaches(s, least):
+    """Whether scores are as high as the lowest that counts, to rounding: XLA may compute scores twice, fused with what
+    comes next, and the choice and its use then round differently."""
+    return s >= lax.stop_gradient(least - 1e-5 * (1 + abs(least)))

@@ -111,15 +111,16 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
     """The forward pass of one head and shapes of its arrays; not causal where it can, as cost declares."""
     causal = subject.modes[-1]
     graph, variables = nnx.split(layer)
+    merged = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))  # copies, which it may write to
     shape = jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
     if subject.whole:
-        return lambda x: nnx.merge(graph, variables)(x, causal=causal)[0], (shape,)
+        return lambda x: merged()(x, causal=causal)[0], (shape,)
     heads = [jax.ShapeDtypeStruct((1, T, *heads_of(layer)[name]), jnp.float32) for name in "qkv"]
     x = (shape,) if subject.takes_x else ()
 
     def forward(q, k, v, *x):
         given = {"x": x[0]} if x else {}
-        return nnx.merge(graph, variables).mix(q, k, v, causal=causal, key=jax.random.key(0), **given)[0]
+        return merged().mix(q, k, v, causal=causal, key=jax.random.key(0), **given)[0]
 
     return forward, (*heads, *x)
 

@@ -116,9 +116,8 @@ def equals_reference(subject: Subject) -> None:
     _has_reference(subject)
     for case in subject.cases():
         fast, slow = subject.result(case), subject.result(case, "reference")
-        compare(
-            fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, subject, case)
-        )
+        where, advice = f"attend against reference ({case})", functools.partial(_likely, subject, case)
+        compare(fast.out, slow.out, VALUE, where, advice, lambda case=case: subject.rounding(case).out)
 
 
 def full_in_the_limit(subject: Subject) -> None:
@@ -151,8 +150,10 @@ def same_gradients(subject: Subject) -> None:
     advice = "The values agree or fail on their own: look at custom gradients, stop_gradient and checkpoint."
     for case in subject.cases():
         fast, slow = subject.result(case), subject.result(case, "reference")
-        compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice)
-        compare_trees(_plain(fast.grads["own"]), _plain(slow.grads["own"]), GRADIENT, str(case), advice)
+        slack = functools.cache(lambda case=case: subject.rounding(case).grads)
+        for part, tree in (("inputs", lambda x: x), ("own", _plain)):
+            of_part = lambda part=part, tree=tree, slack=slack: tree(slack()[part])
+            compare_trees(tree(fast.grads[part]), tree(slow.grads[part]), GRADIENT, str(case), advice, of_part)
 
 
 def several_blocks(subject: Subject) -> None:
@@ -161,8 +162,10 @@ def several_blocks(subject: Subject) -> None:
     given = subject.as_given
     case = Case(LONG, LONG, given.modes[0], batch=2)
     fast, slow = given.result(case), given.result(case, "reference")
-    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", functools.partial(_likely, given, case))
-    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "Look at where two blocks meet.")
+    where, slack = f"attend against reference ({case})", functools.cache(lambda: given.rounding(case))
+    compare(fast.out, slow.out, VALUE, where, functools.partial(_likely, given, case), lambda: slack().out)
+    advice, of_inputs = "Look at where two blocks meet.", lambda: slack().grads["inputs"]
+    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice, of_inputs)
 
 
 def shortest(subject: Subject) -> None:
@@ -172,8 +175,10 @@ def shortest(subject: Subject) -> None:
     case = Case(1, 1, one.modes[0], biased=one.takes_bias)
     fast, slow = one.result(case), one.result(case, "reference")
     advice = "Look at divisions by T - 1, at blocks larger than the sequence, at sizes that are made of the length."
-    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", advice)
-    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice)
+    slack = functools.cache(lambda: one.rounding(case))
+    compare(fast.out, slow.out, VALUE, f"attend against reference ({case})", advice, lambda: slack().out)
+    of_inputs = lambda: slack().grads["inputs"]
+    compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice, of_inputs)
 
 
 def end_aligned(subject: Subject) -> None:
@@ -250,7 +255,7 @@ def auxiliary(subject: Subject) -> None:
     inputs, real, key = subject.inputs(case), subject.real(case), jax.random.key(1)
 
     def scalars(own, inputs, real, method):
-        layer = nnx.merge(subject.graph, own, subject.rest)
+        layer = subject.layer(own, subject.rest)
         return subject.call(layer, inputs, real, key, causal=case.causal, method=method)[1]
 
     def run(own, inputs, real, method):
@@ -308,7 +313,7 @@ def no_retrace(subject: Subject) -> None:
     @jax.jit
     def step(own, rest, inputs, real, key):
         traces.append(None)
-        layer = nnx.merge(subject.graph, own, rest)
+        layer = subject.layer(own, rest)
         out = subject.call(layer, inputs, real, key, causal=case.causal)
         after, own, rest = nnx.split(layer, nnx.Param, ...)
         if after != subject.graph:
@@ -341,7 +346,11 @@ def bfloat16(subject: Subject) -> None:
     advice = "Keep scores, sums and normalisers in float32 (preferred_element_type=jnp.float32)."
     late = slice(case.T // 2, None)
     expected = subject.apply(case, wide).out[:, late]
-    compare(found.out[:, late], expected, HALF, f"bfloat16 against float32, later half ({case})", advice)
+    where, slack = (
+        f"bfloat16 against float32, later half ({case})",
+        lambda: subject.rounding(case, wide, 1 / 4096, "attend"),
+    )
+    compare(found.out[:, late], expected, HALF, where, advice, lambda: slack().out[:, late])
     large = {name: x * 30 if name in ("q", "k", "x") else x for name, x in half.items()}
     result = subject.apply(case, large)
     for path, leaf in jax.tree_util.tree_leaves_with_path({"the output": result.out, "gradients": result.grads}):

@@ -187,7 +187,9 @@ def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, i
     """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
     parts = layout(pattern, T, S, *blocks)
     groups = [group for part in parts for group in part.groups]
-    rows = [rows_at_once(group, blocks) * group.width * blocks[1] * max(blocks[0], H) for group in groups]
+    # Batched rows hold the scores of their own keys and of shared ones apart.
+    width = lambda group: max(group.own.shape[1], len(group.shared)) if group.batched else group.width
+    rows = [rows_at_once(group, blocks) * width(group) * blocks[1] * max(blocks[0], H) for group in groups]
     return max(max(len(part.keys) for part in parts) * H, *rows)
 
 
