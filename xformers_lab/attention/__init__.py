@@ -140,9 +140,8 @@ class Attention(nnx.Module):
 
     def _compared(self, position, of_queries, of_keys, first):
         """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""
-        if "bias" not in self.takes():
-            raise ValueError(why_not(type(self), "bias"))
-        first = jnp.full((len(of_queries), self.size.heads), first)
+        # A number like any other leaf of a bias, which are differentiated.
+        first = jnp.full((len(of_queries), self.size.heads), first, jnp.float32)
         return position.compare(jnp.swapaxes(of_queries, 1, 2), jnp.swapaxes(of_keys, 1, 2), first)
 
     def _of_tokens(self, x, x_q, T: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 def row(at, first, rows):
     """The place of position `at` among `rows` (T, C) that begin with position `first`; the nearest where outside."""
-    return jnp.clip(at - first, 0, len(rows) - 1)
+    return jnp.clip(at - jnp.int32(first), 0, len(rows) - 1)
 
 
 def products(a, b, q_at, k_at):

@@ -22,7 +22,7 @@ class Conv(Position):
     def __init__(self, size: Size, *, width: int = 3, causal: bool, rngs: nnx.Rngs):
         if width < 2 or (not causal and width % 2 == 0):
             raise ValueError(
-                f"width must be at least 2, and odd where both sides are seen, got {width}: use width={width // 2 * 2 + 1}"
+                f"width must be at least 2, and odd where both sides are seen, got {width}: use {max(3, width + 1)}"
             )
         super().__init__(size, rngs=rngs)
         self.before = width - 1 if causal else width // 2

@@ -2,7 +2,6 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.linear import Linear
