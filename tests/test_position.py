@@ -1,5 +1,6 @@
 """Positions against other implementations, and what each of them promises."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from xformers_lab.attention import _heads
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
@@ -198,6 +200,24 @@ def test_scores_are_those_of_every_pair(choice, attention, looped, monkeypatch):
     ):
         assert np.abs(theirs).max() > 1e-3, f"no gradient reaches {jax.tree_util.keystr(path)}"
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta:reach=4", "tupe"])
+def test_nothing_of_every_pair_is_built(choice):
+    """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
+    found = []
+    for T in (256, 512, 1024):
+        size = {"length": T, "dim": 16, "heads": 2}
+        graph, params = nnx.split((build(choice, **size), spec.build("attention", "local:window=16", **size)))
+
+        def total(params, x, graph=graph):
+            position, layer = nnx.merge(graph, params)
+            return layer(x, causal=True, position=position)[0].sum()
+
+        grad, x = jax.grad(total, (0, 1)), jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
+        found.append((largest_intermediate(grad, params, x), count_flops(grad, params, x)))
+    for one, two in itertools.pairwise(found):
+        assert two[0] <= 2.1 * one[0] and two[1] <= 2.1 * one[1]
 
 
 @pytest.mark.parametrize("choice", ["alibi", "t5", *SCORED])
