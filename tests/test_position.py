@@ -117,6 +117,14 @@ def loud(position):
     return position
 
 
+def loud_model(**chosen) -> tuple[Any, Any]:
+    config = edit(Config(), **chosen)
+    task = build_task(config)
+    model: Any = build_model(config, task)
+    loud(model.position)
+    return model, task
+
+
 def slow(layer, position, x, real, window: int | None, causal: bool):
     """One layer from every pair's vector, as the papers write it: arrays of (T, S, channels)."""
     (B, T, _), N, H, name = x.shape, layer.size.heads, layer.size.head, type(position).__name__
@@ -165,15 +173,16 @@ def _nearly(position):
     return lambda y: np.vectorize(one, otypes=[int])(y)
 
 
-@pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("attention", ["full", "local:window=5"])
-@pytest.mark.parametrize("choice", SCORED)
+EVERY_PAIR = [(choice, attention, False) for choice in SCORED for attention in ("full", "local:window=5")]
+# Samples run in a loop, as long ones are on CPU.
+EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)]
+
+
+@pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
 def test_scores_are_those_of_every_pair(choice, attention, looped, monkeypatch):
     """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
-    if looped and choice not in ("xl", "deberta:reach=4"):
-        pytest.skip("a loop over samples is the same for all")
     monkeypatch.setattr(_heads, "LOOP_FROM", 1 if looped else 1 << 30)
-    size = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
+    size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
     position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size)
     layer.block = 16 if attention == "full" else None
     x, weight = np.random.default_rng(0).standard_normal((2, 3, 37, 32)).astype(np.float32)
@@ -207,7 +216,7 @@ def test_nothing_of_every_pair_is_built(choice):
     """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
     found = []
     for T in (256, 512, 1024):
-        size = {"length": T, "dim": 16, "heads": 2}
+        size: dict[str, Any] = {"length": T, "dim": 16, "heads": 2}
         graph, params = nnx.split((build(choice, **size), spec.build("attention", "local:window=16", **size)))
 
         def total(params, x, graph=graph):
@@ -237,10 +246,8 @@ def test_moved_along_it_is_the_same(choice):
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
     chosen = {"task": "copy", "attention": attention, "position": choice, "seq_len": 14, "dim": 16, "heads": 2}
-    config = edit(Config(), **chosen, layers=2, batch=2)
-    task = build_task(config)
-    model, tokens = build_model(config, task), jnp.asarray(task.batch("train", 0).inputs[:2])
-    loud(model.position)
+    model, task = loud_model(**chosen, layers=2, batch=2)
+    tokens = jnp.asarray(task.batch("train", 0).inputs[:2])
     graph, variables = nnx.split(model)
 
     def steps(variables, tokens):
@@ -268,7 +275,7 @@ def test_what_has_no_scores_is_refused_before_anything_compiles(position, attent
 
 def test_what_training_moves_is_a_mean_over_samples():
     """Routing's centroids, which a training step moves, with a bias of every sample."""
-    size = {"length": 16, "dim": 32, "heads": 4}
+    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4}
     layer, position = spec.build("attention", "routing:clusters=2:window=8", **size), build("shaw")
     before, x = np.asarray(layer.centroids[...]), np.random.default_rng(0).standard_normal((2, 16, 32))
     layer(x, position=position, causal=True)
@@ -299,15 +306,26 @@ def test_convolution(causal, width):
 def test_padding_leaves_no_trace_of_a_convolution():
     """Through a whole encoder: what padding holds changes no answer."""
     chosen = {"task": "listops", "model": "encoder", "position": "conv", "seq_len": 16, "dim": 16, "heads": 2}
-    config = edit(Config(), **chosen, layers=1)
-    model = build_model(config, build_task(config))
-    loud(model.position)
+    model, _ = loud_model(**chosen, layers=1)
     tokens, real = jnp.arange(32).reshape(2, 16) % 10, jnp.arange(16) < jnp.array([[12], [9]])
     graph, variables = nnx.split(model)
     run = quick_jit(lambda v, tokens: nnx.merge(graph, v)(tokens, real=real)[0])
     out = run(variables, tokens)
     np.testing.assert_array_equal(run(variables, jnp.where(real, tokens, 3)), out)
     assert float(jnp.abs(run(variables, jnp.where(real, tokens[:, ::-1], 3)) - out).max()) > 1e-4
+
+
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta", "tupe", "conv"])
+def test_in_half_precision(choice):
+    """What a position adds leaves a layer's type alone, and its scores are float32."""
+    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "dtype": "bfloat16"}
+    position, layer = build(choice, **size), spec.build("attention", "full", **size)
+    x = position.embed(jnp.ones((2, 16, 32), jnp.bfloat16), jnp.arange(16))
+    assert x.dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda x: layer(x, position=position, causal=True)[0], x).dtype == jnp.bfloat16
+    if position.kept is not None:
+        q = jnp.ones((2, 16, 4, 8), jnp.bfloat16)
+        assert {f(q, jnp.arange(16)).dtype for f in (position.of_queries, position.of_keys)} == {jnp.dtype("float32")}
 
 
 def test_untied_positions_are_as_many_as_it_was_built_for():

@@ -242,17 +242,23 @@ class Attention(nnx.Module):
             raise ValueError(reason)
         heads = lambda y: y.reshape(len(x), -1, self.size.head)
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        compares, own, step, bias = position is not None and position.kept is not None, cache, self.mix_step, None
-        if compares:
-            of_query, of_key = (f(y[:, None], at[None]) for f, y in ((position.of_queries, q), (position.of_keys, k)))
-            of_keys, own = cache["of_keys"].at[:, at].set(of_key[:, 0]), cache["own"]
-            bias, step = self._compared(position, of_query, of_keys, at), functools.partial(step_apart, self)
-        elif position is not None:
-            bias = position.bias()
+        own, of_keys, bias, step = cache, None, None, self.mix_step
         if position is not None:
+            if position.kept is None:
+                bias = position.bias()
+            else:
+                if "of_keys" not in cache:
+                    raise ValueError(f"{type(position).__name__.lower()} needs `kept` of the model's blocks to decode")
+                own, of_keys = (
+                    cache["own"],
+                    cache["of_keys"].at[:, at].set(position.of_keys(k[:, None], at[None])[:, 0]),
+                )
+                bias = self._compared(position, position.of_queries(q[:, None], at[None]), of_keys, at)
+                step = functools.partial(step_apart, self)
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
         out, own, carry = step(own, q, k, v, x=x, bias=bias, carry=carry)
-        return self.out(out.reshape(len(x), -1)), {"own": own, "of_keys": of_keys} if compares else own, carry
+        out = self.out(out.reshape(len(x), -1))
+        return out, own if of_keys is None else {"own": own, "of_keys": of_keys}, carry
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         """One more token of all heads of a batch: q (B, N, H), k and v (B, K, H), x (B, D), carry that of this token
