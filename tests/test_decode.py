@@ -50,6 +50,8 @@ def test_mechanism(name):
 
 @pytest.mark.parametrize("changes", [
     {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
+    {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},
+    {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
     {"norm": "post"}, {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
     {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},
 ], ids=str)  # fmt: skip

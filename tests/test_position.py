@@ -1,19 +1,30 @@
 """Positions against other implementations, and what each of them promises."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention import _heads
+from xformers_lab.check.subject import quick_jit
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops, largest_intermediate
+from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
 from xformers_lab.position.t5 import bucket
 
+SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
+
 
 def build(choice: str, **size):
-    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4} | size
+    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "causal": True} | size
     return spec.build("position", choice, **given)
 
 
@@ -37,11 +48,23 @@ def test_alibi_is_bloom_and_mpt(shared, heads):
         np.testing.assert_allclose(last, found[f"mpt_{heads}"][:, 0], atol=2e-5, rtol=1e-4)
 
 
-def test_rope_in_pairs_is_gptj(shared):
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_rope_is_llama_and_gptj(shared, pairs):
     found = read(shared, "rope")
-    rope = build("rope:pairs=interleaved", length=12, dim=64)
-    out = rope.rotate(jnp.asarray(np.swapaxes(found["q"], 1, 2)), jnp.arange(12))
-    np.testing.assert_allclose(np.swapaxes(out, 1, 2), found["q_interleaved"], atol=2e-5, rtol=1e-4)
+    rope = build(f"rope:pairs={pairs}", length=12, dim=64)
+    for name in [name for name in "qk" if f"{name}_{pairs}" in found]:
+        out = rope.rotate(jnp.asarray(np.swapaxes(found[name], 1, 2)), jnp.arange(12))
+        np.testing.assert_allclose(np.swapaxes(out, 1, 2), found[f"{name}_{pairs}"], atol=2e-5, rtol=1e-4)
+
+
+def test_rope_is_gemma(shared):
+    """Hand-written values at another base, positions 1 and 0; a scale of 2 at twice the position is the same."""
+    found = read(shared, "rope_gemma_fixture")["expected_full"]
+    for scale in (1, 2):
+        rope = build(f"rope:base=100:scale={scale}", dim=8, heads=2)
+        for sample, at in enumerate((scale, 0)):
+            out = rope.rotate(jnp.ones((1, 1, 2, 4)), jnp.array([at]))
+            np.testing.assert_allclose(out[0], found[sample], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
@@ -79,10 +102,248 @@ def test_bias_is_added_blockwise_as_by_definition(attention, choice):
     assert np.abs(fast - mechanism.mix(q[:, -5:], k, v, causal=True)[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("buckets, reach", [(16, 64), (256, 512)])
+def test_deberta_buckets(shared, buckets, reach):
+    found = read(shared, "deberta_log_bucket")
+    ours = deberta.bucket(jnp.asarray(found["rel"]), buckets, reach)
+    np.testing.assert_array_equal(ours, found[f"b_{buckets}_{reach}"])
+
+
+def loud(position):
+    """Its parameters as large as those of the products that they are added to."""
+    for _, variable in nnx.iter_graph(position):
+        if isinstance(variable, nnx.Param):
+            variable[...] = variable[...] / jnp.std(variable[...]) * variable.shape[0] ** (-0.5 * (variable.ndim == 3))
+    return position
+
+
+def loud_model(**chosen) -> tuple[Any, Any]:
+    config = edit(Config(), **chosen)
+    task = build_task(config)
+    model: Any = build_model(config, task)
+    loud(model.position)
+    return model, task
+
+
+def slow(layer, position, x, real, window: int | None, causal: bool):
+    """One layer from every pair's vector, as the papers write it: arrays of (T, S, channels)."""
+    (B, T, _), N, H, name = x.shape, layer.size.heads, layer.size.head, type(position).__name__
+    q, k, v = (linear(x).reshape(B, T, -1, H) for linear in (layer.query, layer.key, layer.value))
+    k, v = (jnp.repeat(y, N // y.shape[2], 2) for y in (k, v))
+    apart = np.arange(T)[:, None] - np.arange(T)
+    heads = lambda y: y.reshape(*y.shape[:-1], N, H)
+    s, terms = jnp.einsum("btnh,bsnh->bnts", q, k), 1
+    if name == "Shaw":
+        reach = len(position.table) // 2
+        s += jnp.einsum("btnh,tsh->bnts", q, position.table[...][np.clip(-apart, -reach, reach) + reach])
+    elif name == "Xl":
+        angle = apart[..., None] * np.array(position.waves)[None, None]
+        R = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+        R = jnp.einsum("tsc,cnh->tsnh", R, position.projection[...])
+        s += jnp.einsum("nh,bsnh->bns", position.u[...], k)[:, :, None]
+        s += jnp.einsum("btnh,tsnh->bnts", q + position.v[...][None, None], R)
+    elif name == "Deberta":
+        R, near = position.side, (lambda y: y) if position.buckets is None else _nearly(position)
+        places = lambda y: np.clip(near(y) + R, 0, 2 * R - 1)
+        s += jnp.einsum("btnh,tsnh->bnts", q, heads(position.key(position.table[...]))[places(apart)])
+        s += jnp.einsum("bsnh,tsnh->bnts", k, heads(position.query(position.table[...]))[places(-apart)])
+        terms = 3
+    elif name == "Tupe":
+        mine, theirs = (heads(linear(position.table[:T])) for linear in (position.query, position.key))
+        s += jnp.einsum("tnh,snh->nts", mine, theirs)[None]
+        terms = 2
+    s = s / (terms * H) ** 0.5
+    if name == "Tupe":
+        s += position.relative.table[...][:, bucket(apart, 32, 128, True)][None]
+    seen = (apart >= 0) if causal else np.ones((T, T), bool)
+    seen = (seen if window is None else seen & (abs(apart) <= window))[None, None] & real[:, None, None]
+    p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)
+    return layer.out(jnp.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1))
+
+
+def _nearly(position):
+    """DeBERTa's second version, distance by distance."""
+    near, last = position.buckets // 2, position.reach - 1
+
+    def one(x):
+        if abs(x) <= near:
+            return x
+        return np.sign(x) * (np.ceil(np.log(abs(x) / near) / np.log(last / near) * (near - 1)) + near)
+
+    return lambda y: np.vectorize(one, otypes=[int])(y)
+
+
+EVERY_PAIR = [(choice, attention, False) for choice in SCORED for attention in ("full", "local:window=5")]
+# Samples run in a loop, as long ones are on CPU.
+EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)]
+
+
+@pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
+def test_scores_are_those_of_every_pair(choice, attention, looped, monkeypatch):
+    """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
+    monkeypatch.setattr(_heads, "LOOP_FROM", 1 if looped else 1 << 30)
+    size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
+    position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size)
+    layer.block = 16 if attention == "full" else None
+    x, weight = np.random.default_rng(0).standard_normal((2, 3, 37, 32)).astype(np.float32)
+    real = np.arange(37) < np.array([37, 30, 5])[:, None]
+    window, causal = (None, True) if attention == "full" else (5, False)
+    graphs, params = zip(*(nnx.split(module) for module in (position, layer)), strict=True)
+
+    def fast_form(position, layer, x):
+        return layer(x, real=jnp.asarray(real), causal=causal, position=position)[0]
+
+    def run(form):
+        def total(params, x):
+            out = form(*(nnx.merge(graph, each) for graph, each in zip(graphs, params, strict=True)), x)
+            return (out * weight * real[..., None]).sum(), out
+
+        with jax.default_matmul_precision("highest"):
+            return quick_jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x)
+
+    ((_, out), grads) = run(fast_form)
+    ((_, expected), slow_grads) = run(lambda position, layer, x: slow(layer, position, x, real, window, causal))
+    np.testing.assert_allclose(out[real], expected[real], atol=3e-5)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(slow_grads), strict=True
+    ):
+        assert np.abs(theirs).max() > 1e-3, f"no gradient reaches {jax.tree_util.keystr(path)}"
+        np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta:reach=4", "tupe"])
+def test_nothing_of_every_pair_is_built(choice):
+    """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
+    found = []
+    for T in (256, 512, 1024):
+        size: dict[str, Any] = {"length": T, "dim": 16, "heads": 2}
+        graph, params = nnx.split((build(choice, **size), spec.build("attention", "local:window=16", **size)))
+
+        def total(params, x, graph=graph):
+            position, layer = nnx.merge(graph, params)
+            return layer(x, causal=True, position=position)[0].sum()
+
+        grad, x = jax.grad(total, (0, 1)), jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
+        found.append((largest_intermediate(grad, params, x), count_flops(grad, params, x)))
+    for one, two in itertools.pairwise(found):
+        assert two[0] <= 2.1 * one[0] and two[1] <= 2.1 * one[1]
+
+
+@pytest.mark.parametrize("choice", ["alibi", "t5", *SCORED])
+def test_moved_along_it_is_the_same(choice):
+    """What stands before the window changes nothing, so positions count from anywhere; not so for absolute ones."""
+    position = loud(build(choice, length=32))
+    layer = spec.build("attention", "local:window=4", length=32, dim=32, heads=4)
+    x, other = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
+    run = quick_jit(lambda x: layer(x, causal=True, position=position)[0])
+    alone, behind = run(x)[:, 4:], run(np.concatenate([other, x], 1))[:, 20:]
+    far = float(jnp.abs(alone - behind).max())
+    assert far > 1e-2 if choice.startswith("tupe") else far < 2e-5
+
+
+@pytest.mark.parametrize("attention", ["full", "local:window=4", "softcap", "poolingformer:window=3:reach=8"])
+@pytest.mark.parametrize("choice", ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"])
+def test_token_by_token_it_is_the_same(choice, attention):
+    """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
+    chosen = {"task": "copy", "attention": attention, "position": choice, "seq_len": 14, "dim": 16, "heads": 2}
+    model, task = loud_model(**chosen, layers=2, batch=2)
+    tokens = jnp.asarray(task.batch("train", 0).inputs[:2])
+    graph, variables = nnx.split(model)
+
+    def steps(variables, tokens):
+        one = lambda cache, token: nnx.merge(graph, variables).step(cache, token)[::-1]
+        cache = nnx.merge(graph, variables).init_cache(2, 14)
+        return jax.lax.scan(one, cache, tokens.T)[1].swapaxes(0, 1)
+
+    with jax.default_matmul_precision("highest"):
+        whole = quick_jit(lambda v, tokens: nnx.merge(graph, v)(tokens)[0])(variables, tokens)
+        np.testing.assert_allclose(quick_jit(steps)(variables, tokens), whole, atol=1e-4 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("position, attention, message", [
+    ("shaw", "linear", "linear takes no bias"),
+    ("xl", "gla", "takes no bias"),
+    ("tupe", "fnet", "takes no bias"),
+    ("deberta", "mla", "mla|compares queries with keys"),
+    ("conv:width=4", "full", "odd where both sides are seen"),
+])  # fmt: skip
+def test_what_has_no_scores_is_refused_before_anything_compiles(position, attention, message):
+    config = edit(Config(), task="listops", model="encoder", attention=attention, position=position, seq_len=16, dim=16)
+    with pytest.raises(UsageError, match=message):
+        check_config(config)
+
+
+def test_what_training_moves_is_a_mean_over_samples():
+    """Routing's centroids, which a training step moves, with a bias of every sample."""
+    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4}
+    layer, position = spec.build("attention", "routing:clusters=2:window=8", **size), build("shaw")
+    before, x = np.asarray(layer.centroids[...]), np.random.default_rng(0).standard_normal((2, 16, 32))
+    layer(x, position=position, causal=True)
+    np.testing.assert_array_equal(layer.centroids[...], before)
+    layer(x, position=position, causal=True, key=jax.random.key(0))
+    assert layer.centroids.shape == before.shape and 0 < np.abs(layer.centroids[...] - before).max() < 1
+
+
+@pytest.mark.parametrize("causal, width", [(True, 3), (True, 4), (False, 3), (False, 5)])
+def test_convolution(causal, width):
+    """By definition; padding, whatever it holds, and causally what comes later leave no trace."""
+    position = build(f"conv:width={width}", causal=causal)
+    w = np.asarray(position.weights[...])
+    x, other = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
+    real = np.arange(16) < np.array([16, 11])[:, None]
+    out = np.asarray(position.embed(jnp.asarray(x), jnp.arange(16), real=jnp.asarray(real)))
+    first = 1 - width if causal else -(width // 2)
+    for b, t in np.argwhere(real):
+        near = [(j, t + first + j) for j in range(width) if 0 <= t + first + j < 16 and real[b, t + first + j]]
+        np.testing.assert_allclose(out[b, t], x[b, t] + sum(w[j] * x[b, s] for j, s in near), atol=1e-5)
+    garbage = jnp.where(real[..., None], x, other)
+    np.testing.assert_array_equal(position.embed(garbage, jnp.arange(16), real=jnp.asarray(real))[real], out[real])
+    if causal:
+        later = position.embed(jnp.asarray(x).at[:, 9:].set(other[:, 9:]), jnp.arange(16), real=jnp.asarray(real))
+        np.testing.assert_array_equal(later[:, :9], out[:, :9])
+
+
+def test_padding_leaves_no_trace_of_a_convolution():
+    """Through a whole encoder: what padding holds changes no answer."""
+    chosen = {"task": "listops", "model": "encoder", "position": "conv", "seq_len": 16, "dim": 16, "heads": 2}
+    model, _ = loud_model(**chosen, layers=1)
+    tokens, real = jnp.arange(32).reshape(2, 16) % 10, jnp.arange(16) < jnp.array([[12], [9]])
+    graph, variables = nnx.split(model)
+    run = quick_jit(lambda v, tokens: nnx.merge(graph, v)(tokens, real=real)[0])
+    out = run(variables, tokens)
+    np.testing.assert_array_equal(run(variables, jnp.where(real, tokens, 3)), out)
+    assert float(jnp.abs(run(variables, jnp.where(real, tokens[:, ::-1], 3)) - out).max()) > 1e-4
+
+
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta", "tupe", "conv"])
+def test_in_half_precision(choice):
+    """What a position adds leaves a layer's type alone, and its scores are float32."""
+    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "dtype": "bfloat16"}
+    position, layer = build(choice, **size), spec.build("attention", "full", **size)
+    x = position.embed(jnp.ones((2, 16, 32), jnp.bfloat16), jnp.arange(16))
+    assert x.dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda x: layer(x, position=position, causal=True)[0], x).dtype == jnp.bfloat16
+    if position.kept is not None:
+        q = jnp.ones((2, 16, 4, 8), jnp.bfloat16)
+        assert {f(q, jnp.arange(16)).dtype for f in (position.of_queries, position.of_keys)} == {jnp.dtype("float32")}
+
+
+def test_untied_positions_are_as_many_as_it_was_built_for():
+    with pytest.raises(ValueError, match="knows 16 positions"):
+        spec.build("attention", "full", length=16, dim=32, heads=4)(jnp.ones((1, 17, 32)), position=build("tupe"))
+
+
 @pytest.mark.parametrize("choice, message", [
     ("t5:buckets=2", "buckets must be even and at least 4"),
     ("t5:farthest=4", "must be above 8"),
     ("rope:scale=0", "scale must be above 0"),
+    ("shaw:reach=0", "reach must be at least 1"),
+    ("xl:base=1", "base must be above 1"),
+    ("xl:channels=3", "channels come as sine and cosine"),
+    ("deberta:reach=0", "reach must be at least 1"),
+    ("deberta:buckets=7", "buckets must be even"),
+    ("deberta:reach=4:buckets=6", "half of them below reach - 1 = 3"),
+    ("conv:width=1", "width must be at least 2"),
 ])  # fmt: skip
 def test_bad_options(choice, message):
     with pytest.raises(Exception, match=message):

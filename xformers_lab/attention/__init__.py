@@ -30,6 +30,7 @@ reason` are read.
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from typing import Any
@@ -39,6 +40,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._samples import apart, step_apart
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -82,18 +84,23 @@ class Attention(nnx.Module):
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
         """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, auxiliary scalars.
 
-        real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)` and `bias()`.
+        real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)`, and `bias()` or what makes a
+        bias of every sample (see position/__init__.py), with which samples are run apart.
         """
         source = x if memory is None else memory
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head)
         q, k, v = heads(self.query(x)), heads(self.key(source)), heads(self.value(source))
-        bias = None
+        bias, T, S, mix = None, q.shape[1], k.shape[1], self.mix
         if position is not None:
-            T, S = q.shape[1], k.shape[1]
-            q, k = position.rotate(q, jnp.arange(T) + S - T), position.rotate(k, jnp.arange(S))
-            bias = position.bias()
+            q_at, k_at = jnp.arange(T) + S - T, jnp.arange(S)
+            if position.kept is None:
+                bias = position.bias()
+            else:
+                bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
+                mix = functools.partial(apart, self)
+            q, k = position.rotate(q, q_at), position.rotate(k, k_at)
         given = {"real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out, carry, aux = self.mix(q, k, v, x=source, x_q=x, **given)
+        out, carry, aux = mix(q, k, v, x=source, x_q=x, **given)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
     def mix(
@@ -130,6 +137,12 @@ class Attention(nnx.Module):
         of_head = {"bias": bias, "key": keys} | self.per_head()
         out, above = over_heads(one, q, k, v, (carry if "carry" in takes else None, tokens), of_sample, of_head)
         return out, above if "carry" in takes else carry, {}
+
+    def _compared(self, position, of_queries, of_keys, first):
+        """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""
+        # A number like any other leaf of a bias, which are differentiated.
+        first = jnp.full((len(of_queries), self.size.heads), first, jnp.float32)
+        return position.compare(jnp.swapaxes(of_queries, 1, 2), jnp.swapaxes(of_keys, 1, 2), first)
 
     def _of_tokens(self, x, x_q, T: int) -> dict[str, Any]:
         """What `from_keys` and `from_queries` give, heads before positions: (B, N, S, ...) and (B, N, T, ...)."""
@@ -221,18 +234,31 @@ class Attention(nnx.Module):
     def decode(self, x, cache, *, at, position=None, carry=None):
         """One more token through the whole layer: x (B, D) at position `at` () -> (B, D), the new cache, the carry.
 
+        The cache is that of `init_cache`, or with a position that compares tokens {"own": that, "of_keys": (B, length,
+        N, kept), what the position says of keys}.
         Raises ValueError where the mechanism cannot decode.
         """
         if reason := why_not_decode(type(self)):
             raise ValueError(reason)
         heads = lambda y: y.reshape(len(x), -1, self.size.head)
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        bias = None
+        own, of_keys, bias, step = cache, None, None, self.mix_step
         if position is not None:
+            if position.kept is None:
+                bias = position.bias()
+            else:
+                if "of_keys" not in cache:
+                    raise ValueError(f"{type(position).__name__.lower()} needs `kept` of the model's blocks to decode")
+                own, of_keys = (
+                    cache["own"],
+                    cache["of_keys"].at[:, at].set(position.of_keys(k[:, None], at[None])[:, 0]),
+                )
+                bias = self._compared(position, position.of_queries(q[:, None], at[None]), of_keys, at)
+                step = functools.partial(step_apart, self)
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
-            bias = position.bias()
-        out, cache, carry = self.mix_step(cache, q, k, v, x=x, bias=bias, carry=carry)
-        return self.out(out.reshape(len(x), -1)), cache, carry
+        out, own, carry = step(own, q, k, v, x=x, bias=bias, carry=carry)
+        out = self.out(out.reshape(len(x), -1))
+        return out, own if of_keys is None else {"own": own, "of_keys": of_keys}, carry
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         """One more token of all heads of a batch: q (B, N, H), k and v (B, K, H), x (B, D), carry that of this token
@@ -253,6 +279,8 @@ class Attention(nnx.Module):
         real = jnp.broadcast_to(jnp.arange(length) >= length - cache["seen"], cache["k"].shape[:2])
         if carry is None and self.carries():
             carry = self.initial_carry(q.shape[0], 1, length)
+        if bias is not None:  # the newest row stands last, whatever its position
+            bias = Behind(bias, jnp.full(q.shape[1], length - cache["seen"]))
         given = {"x": cache.get("x"), "x_q": None if x is None else x[:, None], "bias": bias, "carry": carry}
         out, carry, _ = self.mix(q[:, None], cache["k"], cache["v"], real=real, causal=True, **given)
         return out[:, 0], cache, carry
@@ -275,6 +303,18 @@ class Attention(nnx.Module):
 
         heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, 0))
         return jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None))(cache, q, k, v, tokens, of_sample, of_head)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Behind:
+    """A bias where `rows` more stand in front of the first position."""
+
+    bias: Any
+    rows: jax.Array
+
+    def __call__(self, q_at, k_at):
+        return self.bias(q_at - self.rows, k_at - self.rows)
 
 
 def why_not(mechanism: type, what: str) -> str:

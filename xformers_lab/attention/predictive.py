@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Behind, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.block_sparse import scores, softmax
 from xformers_lab.attention._heads import over_heads
@@ -141,6 +141,9 @@ class Predictive(Attention):
         read = jnp.concatenate([kept, jnp.where(real, blend, 0)], 2)
         evolved = self._add_convolution(blend, read, self.kernel[: self.around + 1], (0, 0))
         new = jnp.where(layers == 0, s, evolved)
+
+        if bias is not None:  # the newest row stands last, whatever its position
+            bias = Behind(bias, jnp.full(N, S - seen))
 
         def one(q, k, v, s, of_sample, bias):
             s = s if bias is None else s + bias(jnp.full((1, 1), S - 1), jnp.arange(S)[None])

@@ -1,6 +1,5 @@
 """Properties of what a mechanism costs: decoding, its state, its declared FLOPs and memory against what is counted."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -24,9 +23,6 @@ def decoding(subject: Subject) -> None:
     mechanism = _decodes(subject)
     case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
     inputs = subject.inputs(case)
-    if case.biased:  # of distances alone: a cache may hold the newest token last, whatever its position
-        wave = inputs["bias"]
-        inputs["bias"] = dataclasses.replace(wave, height=0 * wave.height)
     tokens = {name: jnp.swapaxes(inputs[name], 0, 1) for name in ("q", "k", "v", "x") if name in inputs}
 
     def run(tokens, bias):

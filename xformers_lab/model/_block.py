@@ -11,9 +11,14 @@ from xformers_lab.size import Size
 
 
 class Block(nnx.Module):
-    """The mechanisms and placements of one layer; one position, in the context, serves every layer."""
+    """The mechanisms and placements of one layer; one position, in the context, serves every layer.
 
-    def __init__(self, size: Size, attention: str, *, config: Config, causal: bool, rngs: nnx.Rngs):
+    kept: what that position keeps of a key when decoding, its `kept`.
+    """
+
+    def __init__(
+        self, size: Size, attention: str, *, config: Config, causal: bool, kept: int | None = None, rngs: nnx.Rngs
+    ):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
         self.attention, self.attention_norm = build("attention", attention), build("norm", config.model.norm)
         self.attention_norm.start(self.attention)
@@ -24,6 +29,7 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise ValueError(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
+        self.heads, self.kept = size.heads, kept
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
@@ -51,7 +57,10 @@ class Block(nnx.Module):
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
-        return self.attention.init_cache(B, length, self.dtype)
+        own = self.attention.init_cache(B, length, self.dtype)
+        if self.kept is None:
+            return own
+        return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.kept), jnp.float32)}
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""

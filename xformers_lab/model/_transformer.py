@@ -24,11 +24,12 @@ class Transformer(Model):
         self.embedding = nnx.Embed(
             task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
         )
-        self.position = spec.build("position", choice.position, size, rngs=rngs)
+        self.position = spec.build("position", choice.position, size, causal=self.causal, rngs=rngs)
         spec.build("memory", choice.memory, size, rngs=rngs)
 
         def make_block(index: int, rngs: nnx.Rngs):
-            return Block(size, mechanisms[index % len(mechanisms)], config=config, causal=self.causal, rngs=rngs)
+            given = {"config": config, "causal": self.causal, "kept": self.position.kept}
+            return Block(size, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
 
         self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
         norm = spec.entry("norm", spec.parse(choice.norm).name)
@@ -38,7 +39,7 @@ class Transformer(Model):
     def __call__(self, inputs, *, real=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         T = inputs.shape[1]
-        x = self.position.embed(self.embedding(inputs), jnp.arange(T))
+        x = self.position.embed(self.embedding(inputs), jnp.arange(T), real=real)
         x = drop(x, self.dropout, embed_key)
         x, aux = self.stack(x, Context(self.position, real), key=stack_key)
         x = x if self.final is None else self.final.final(x)
@@ -51,14 +52,18 @@ class Transformer(Model):
             raise ValueError("an encoder sees both sides, so it cannot decode token by token; use model=decoder")
         if self.target == "sequence":
             raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
-        return {"at": jnp.zeros((), jnp.int32), "layers": self.stack.init_cache(B, length)}
+        # What the position looks back at of embeddings, as if of one layer: samples are the second axis of every leaf.
+        before = jnp.zeros((1, B, self.position.before, self.size.dim), self.size.dtype)
+        return {"at": jnp.zeros((), jnp.int32), "before": before, "layers": self.stack.init_cache(B, length)}
 
     def step(self, cache, tokens):
-        at = cache["at"]
-        x = self.position.embed(self.embedding(tokens)[:, None], at[None])[:, 0]
+        at, new = cache["at"], self.embedding(tokens)[:, None]
+        newest = jnp.concatenate([cache["before"][0], new], 1)
+        places = at - jnp.arange(self.position.before, -1, -1)
+        x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         x, layers = self.stack.step(x, cache["layers"], Context(self.position), at=at)
         x = x if self.final is None else self.final.final(x)
-        return self.head(x).astype(jnp.float32), {"at": at + 1, "layers": layers}
+        return self.head(x).astype(jnp.float32), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""

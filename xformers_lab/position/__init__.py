@@ -1,7 +1,18 @@
 """The shelf of positions: how a token learns where it is. One file = one class, a subclass of `Position`.
 
-A position defines what it needs of three methods; what it does not define is the identity (or nothing):
-`embed(x, at)` adds to the embeddings, `rotate(x, at)` turns queries and keys, `bias()` gives scores to add.
+A position defines what it needs; what it does not define is the identity (or nothing):
+
+    embed(x, at, real=None)                     adds to the embeddings
+    rotate(x, at)                               turns queries and keys
+    bias()                                      gives scores to add, from positions alone
+    of_queries, of_keys, compare, and `kept`    give scores to add that depend on what the tokens are
+
+One position serves all layers. Its constructor may name `causal`, whether the model sees the past alone.
+
+Scores from tokens: `of_queries(q, at)` and `of_keys(k, at)` say once for every token what its scores depend on (its
+products with a table of relative vectors, say), and `compare` makes of them a bias like that of `bias()`, but of every
+sample. Blockwise mechanisms call either per block: a T x S array is never built. Mechanisms take both alike: the lab
+runs those with a bias of every sample one sample at a time (attention/_samples.py).
 """
 
 from flax import nnx
@@ -10,11 +21,19 @@ from xformers_lab.size import Size
 
 
 class Position(nnx.Module):
+    """before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
+    kept: None, or for a position that compares tokens the numbers that `of_keys` gives of a key for every query head;
+    decoding keeps them."""
+
+    before: int = 0
+    kept: int | None = None
+
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
 
-    def embed(self, x, at):
-        """Token embeddings (B, T, D) at positions at (T,) -> (B, T, D)."""
+    def embed(self, x, at, *, real=None):
+        """Token embeddings (B, T, D) at positions at (T,), real (B, T) bool or None where nothing is padded -> (B, T,
+        D)."""
         return x
 
     def rotate(self, x, at):
@@ -24,4 +43,27 @@ class Position(nnx.Module):
     def bias(self):
         """None, or a pytree whose leaves have a leading axis N; one head's slice is called with broadcasting query and
         key positions and gives scores to add. Blockwise mechanisms call it per block: a T x S array is never built."""
+        if self.kept is not None:
+            name = type(self).__name__.lower()
+            raise ValueError(
+                f"position={name} compares queries with keys of every head, and this attention makes none of its "
+                "heads' size: use another attention, or position=alibi, t5 or rope"
+            )
         return None
+
+    def of_queries(self, q, at):
+        """Queries (B, T, N, H), not rotated, at positions at (T,) -> (B, T, N, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} compares tokens: define of_queries")
+
+    def of_keys(self, k, at):
+        """Keys (B, S, K, H), not rotated, at positions at (S,) -> (B, S, N, kept)."""
+        raise NotImplementedError(f"{type(self).__name__} compares tokens: define of_keys")
+
+    def compare(self, of_queries, of_keys, first):
+        """What `of_queries` gave, (B, N, T, ...), and `of_keys`, (B, N, S, kept), the first query's position first
+        (B, N) -> a pytree whose leaves have leading axes B and N; one head's slice is called as that of `bias()`.
+
+        Row t is that of position first + t of queries, row s that of position s of keys; positions outside, which
+        padded blocks have, are masked by who calls, and may give anything finite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} compares tokens: define compare")

@@ -1,0 +1,92 @@
+"""Samples one at a time, for a bias that every sample has of its own: mechanisms know one of all samples alone."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention import _heads
+
+
+def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):
+    """`mix` with a bias whose leaves have leading axes B and N; given: x, x_q and real, each of every sample.
+
+    Auxiliary scalars, and variables that a training step moves, are means over samples.
+    """
+    graph, params, rest = nnx.split(mechanism, nnx.Param, ...)
+    carries = _Samples(lambda B: mechanism.initial_carry(B, q.shape[1], k.shape[1]) if mechanism.carries() else None)
+    mapped, shared = carries.split(carry)
+
+    def one(sample):
+        q, k, v, bias, key, mapped, given = sample
+        # Variables are made anew, so that they may change within this trace.
+        layer = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
+        q, k, v, given = _alone((q, k, v, given))
+        below = None if carry is None else carries.alone(mapped, shared)
+        out, above, aux = layer.mix(q, k, v, bias=bias, key=key, causal=causal, carry=below, **given)
+        return out[0], carries.without(above), aux, nnx.split(layer, nnx.Param, ...)[2]
+
+    keys = None if key is None else jax.random.split(key, len(q))
+    samples = (q, k, v, bias, keys, mapped, given)
+    # As with heads: one by one on CPU, where that keeps the scores in cache.
+    looped = jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= _heads.LOOP_FROM
+    out, above, aux, after = lax.map(one, samples) if looped else jax.vmap(one)(samples)
+    nnx.update(mechanism, jax.tree.map(_mean, after))
+    return out, carries.joined(above), jax.tree.map(_mean, aux)
+
+
+def step_apart(mechanism, cache, q, k, v, *, bias, x=None, carry=None):
+    """`mix_step` with a bias whose leaves have leading axes B and N."""
+    length = mechanism.size.length
+    caches = _Samples(lambda B: mechanism.init_cache(B, length))
+    carries = _Samples(lambda B: mechanism.initial_carry(B, 1, length) if mechanism.carries() else None)
+    (mapped, shared), (mapped_below, shared_below) = caches.split(cache), carries.split(carry)
+
+    def one(mapped, mapped_below, bias, given):
+        own, below = caches.alone(mapped, shared), None if carry is None else carries.alone(mapped_below, shared_below)
+        out, own, above = mechanism.mix_step(own, **_alone(given), bias=bias, carry=below)
+        return out[0], caches.without(own), carries.without(above)
+
+    out, after, above = jax.vmap(one)(mapped, mapped_below, bias, {"q": q, "k": k, "v": v, "x": x})
+    return out, caches.joined(after), carries.joined(above)
+
+
+class _Samples:
+    """Pytrees some of whose leaves have an axis of samples: the one that differs between make(1) and make(2)."""
+
+    def __init__(self, make):
+        one, two = (jax.eval_shape(lambda B=B: make(B)) for B in (1, 2))
+        grown = lambda a, b: next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
+        leaves, self.structure = jax.tree.flatten(one)
+        self.axes = [grown(a, b) for a, b in zip(leaves, jax.tree.leaves(two), strict=True)]
+
+    def split(self, tree):
+        """Leaves with samples first, and the others; None in the place of each other."""
+        pairs = list(zip(jax.tree.leaves(tree), self.axes, strict=False))
+        mapped = [None if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in pairs]
+        return mapped, [leaf if axis is None else None for leaf, axis in pairs]
+
+    def alone(self, mapped, shared):
+        """The tree of one sample, whose axis is kept, from its leaves without it."""
+        found = zip(mapped, shared, self.axes, strict=True)
+        leaves = [other if axis is None else jnp.expand_dims(leaf, axis) for leaf, other, axis in found]
+        return self.structure.unflatten(leaves)
+
+    def without(self, tree):
+        """The leaves of one sample's tree without the axis of samples."""
+        pairs = zip(jax.tree.leaves(tree), self.axes, strict=True)
+        return [leaf if axis is None else jnp.squeeze(leaf, axis) for leaf, axis in pairs]
+
+    def joined(self, leaves):
+        """The tree of all samples from leaves with samples first; what has no such axis is the same in all."""
+        pairs = zip(leaves, self.axes, strict=True)
+        return self.structure.unflatten([x[0] if axis is None else jnp.moveaxis(x, 0, axis) for x, axis in pairs])
+
+
+def _alone(tree):
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _mean(leaf):
+    """Over samples, of what is a number; what is not (a count, a random key) is the same in all."""
+    return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[0]
