@@ -113,19 +113,20 @@ def _mechanism(name: str, config: configs.Config) -> dict:
         "cost": {"flops": cost.flops, "memory": cost.memory, "state": cost.state},
         "can": {word: word in built.takes() for word in ("causal", "bias", "key", "carry", "x")},
     }
-    if hasattr(built, "seen"):
-        result["pattern"] = _drawing(
-            built.seen("causal" in built.takes() and config.model.model != "encoder"), size.length
-        )
+    if (seen := sampled(built, causal=config.model.model != "encoder")) is not None:
+        from xformers_lab.attention._engine import drawing
+
+        result |= {"pattern": drawing.lines(seen), "svg": drawing.svg(seen)}
     return result
 
 
-def _drawing(pattern, length: int, side: int = 64) -> list[str]:
-    """A picture, one row a query, full where it may look: from the predicate that runs; long sequences are sampled."""
-    import numpy as np
+def sampled(mechanism, causal: bool):
+    """(n, n) booleans: which keys a mechanism's queries see, of its first head; None where no pattern fixes that."""
+    from xformers_lab.attention._engine import drawing
 
-    at = np.unique(np.linspace(0, length - 1, min(length, side)).round().astype(int))
-    return ["".join("█" if seen else "·" for seen in row) for row in pattern(at[:, None], at[None])]
+    if not hasattr(mechanism, "seen"):
+        return None
+    return drawing.sampled(mechanism.seen(causal and "causal" in mechanism.takes()), mechanism.size.length)
 
 
 def resolved(config: configs.Config) -> list[dict]:

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "what a choice is, with its options and drawing; or a whole config, resolved",
         words="NAME or key=value",
     )
+    added.add_argument("--svg", metavar="FILE", help="write the drawing of a pattern of attention there")
     printed(added)
 
     added = command("train", _train, "train one config", words="words", keys=True)
@@ -189,10 +190,19 @@ def _show(chosen) -> int:
         raise UsageError("show what? A name (xlab show local), or a config (xlab show task=copy attention=local)")
     name, *rest = chosen.words
     if "=" in name.partition(":")[0] or name.startswith("@"):
+        if chosen.svg:
+            raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
         config = configs.single(chosen.words)
         rows = catalogue.resolved(config)
         return _print(chosen, {row["key"]: row["value"] for row in rows}, lambda: pages.print_table(rows))
     page = catalogue.page(name, rest)
+    if chosen.svg:
+        if "svg" not in page:
+            raise UsageError(f"--svg: no fixed pattern says what {name} looks at, so there is nothing to draw")
+        try:
+            pathlib.Path(chosen.svg).write_text(page["svg"])
+        except OSError as error:
+            raise UsageError(f"--svg {chosen.svg}: cannot write there ({error.strerror})") from None
     return _print(chosen, page, lambda: pages.print_page(page))
 
 

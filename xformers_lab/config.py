@@ -316,7 +316,7 @@ def _leaf(key: str, where: str) -> str:
 def _spread(key: str, text: str, where: str) -> list[str]:
     """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
     values = []
-    for part in text.split(","):
+    for part in re.split(r",(?![^(]*\))", text):  # not within brackets, as patterns of attention have them
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
         whole = int in (kind := LEAVES[key][2], *typing.get_args(kind))
         if match is None or not whole:

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from xformers_lab.errors import UsageError
-from xformers_lab.report import charts, findings, human, rows
+from xformers_lab.report import charts, findings, human, patterns, rows
 
 HERE = pathlib.Path(__file__).parent
 
@@ -88,6 +88,7 @@ def write_report(
         notes=[human.plain(note) for note in notes],
         groups=groups,
         legend=charts.look(names),
+        patterns=patterns.figures(found),
         table=_table(found, varied_keys),
         command=command,
         machine={human.plain(key): human.plain(value) for key, value in machine.items()},

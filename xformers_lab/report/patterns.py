@@ -1,0 +1,59 @@
+"""Pictures of what the compared mechanisms look at, where a fixed pattern of positions says it."""
+
+from collections.abc import Sequence
+
+from xformers_lab import catalogue, spec
+from xformers_lab import config as configs
+from xformers_lab.attention._engine import drawing
+from xformers_lab.errors import LabError
+from xformers_lab.report import human
+from xformers_lab.size import Size
+
+# Pictures on one page; each has some kilobytes.
+MOST = 24
+
+
+def figures(found: Sequence[dict]) -> list[dict]:
+    """Name, note, side and path of a picture for each mechanism of the rows, at its shortest length there."""
+    lengths: dict[tuple[str, bool], configs.Config] = {}
+    for row in found:
+        config = _config(row)
+        if config is None:
+            continue
+        for name in config.model.attention.split("+"):
+            key = name, _causal(config)
+            if key not in lengths or config.seq_len < lengths[key].seq_len:
+                lengths[key] = config
+    return [figure for (name, causal), config in lengths.items() if (figure := _figure(name, causal, config))][:MOST]
+
+
+def _config(row: dict) -> configs.Config | None:
+    """The config of a row; None where it has none, or one of another version of the laboratory."""
+    try:
+        return configs.from_dict(row["config"])
+    except (KeyError, TypeError, LabError):
+        return None
+
+
+def _causal(config: configs.Config) -> bool:
+    """Whether its model sees only what stands before; without the task's data, which may be gone."""
+    kind = config.model.model
+    try:
+        kind = spec.entry("task", spec.parse(config.task).name).kinds[0] if kind == "auto" else kind
+        return spec.entry("model", spec.parse(kind).name).causal
+    except (LabError, AttributeError):  # the file of a task or model is gone, or a model has no attention
+        return kind != "encoder"
+
+
+def _figure(name: str, causal: bool, config: configs.Config) -> dict | None:
+    heads = config.model.heads
+    try:
+        mechanism = spec.build("attention", name, Size(config.seq_len, dim=heads, heads=heads))
+    except LabError:
+        return None
+    seen = catalogue.sampled(mechanism, causal)
+    if seen is None:
+        return None
+    n, words = len(seen), "causal" if causal else "both sides"
+    note = f"{words}, {config.seq_len:,} positions" + (f", {n} of them drawn" if n < config.seq_len else "")
+    return {"name": human.plain(name), "note": note, "side": n, "path": drawing.path(seen)}
