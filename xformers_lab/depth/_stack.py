@@ -70,7 +70,8 @@ def add_aux(a: dict, b: dict) -> dict:
 def run_stack(blocks: list, x, carries, context, *, key):
     """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
 
-    Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux.
+    Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux, with the
+    "computation" that the blocks say or else 1 for each.
     """
     if not blocks:
         return x, carries, {}
@@ -86,7 +87,7 @@ def run_stack(blocks: list, x, carries, context, *, key):
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
             block = nnx.merge(graph, params, rest)
             x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
-            total = add_aux(total, aux)
+            total = add_aux(total, {"computation": jnp.ones(())} | aux)
             changed.append(nnx.split(block, nnx.Param, ...)[2])
         return (x, carries), (total, changed)
 
