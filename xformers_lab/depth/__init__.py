@@ -22,9 +22,9 @@ from xformers_lab.size import Size
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer sees alike: the positions, real (B, T) bool or None where nothing is padded, and the function
-    that the model turns the hidden states of its last layer into predictions with, (B, T, D) -> (B, T, outputs), or
-    (B, outputs) where a sequence gets one answer; in a step (B, D) -> (B, outputs)."""
+    """What every layer sees alike: the positions, real (B, T) bool or None where nothing is padded, and what the model
+    makes predictions of hidden states with: `predict(x, real=real)`, (B, T, D) -> logits (B, T, outputs), or (B,
+    outputs) where a sequence gets one answer; in a step `predict(x)`, (B, D) -> (B, outputs)."""
 
     position: Position
     real: Any = None
