@@ -104,7 +104,7 @@ def test_ponder_reaches_the_halting_parameters():
 
 
 @pytest.mark.parametrize("depth", [
-    "universal", "universal:act=true", "layerdrop", "mixture_of_depths:capacity=0.5",
+    "universal", "universal:act=true", "layerdrop", "mixture_of_depths:capacity=0.5", "conditional",
     "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "early_exit:exit=entropy:threshold=2",
 ])  # fmt: skip
 @pytest.mark.parametrize("attention", ["full", "linear+full"])
@@ -132,6 +132,8 @@ def test_layerdrop_leaves_out_layers_in_training_alone():
     ("mixture_of_depths:capacity=0", "above 0"),
     ("mixture_of_depths:every=5", "no layer is routed"),
     ("early_exit:patience=0", "at least 1"),
+    ("conditional:budget=2", "from 0 to 1"),
+    ("conditional:unit=sample", "a decoder may not see"),
 ])  # fmt: skip
 def test_bad_options(depth, message):
     with pytest.raises(Exception, match=message):
@@ -143,7 +145,7 @@ def test_a_period_that_does_not_divide_is_refused():
         model_of("universal", attention="full+linear+local")
 
 
-@pytest.mark.parametrize("depth", ["fixed", "universal", "layerdrop", "mixture_of_depths", "early_exit"])
+@pytest.mark.parametrize("depth", ["fixed", "universal", "layerdrop", "mixture_of_depths", "early_exit", "conditional"])
 def test_kernels_decay_and_biases_do_not(depth):
     params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
@@ -170,7 +172,13 @@ def test_full_capacity_is_the_formula():
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_routed_tokens_keep_their_positions_and_see_each_other_alone(kind):
     """Gathered, a block gives what it gives in place when the other tokens are hidden from it like padding."""
-    changes = {"position": "rope", "layers": 1, "seq_len": 24, "task": "listops" if kind == "encoder" else "copy", "model": kind}
+    changes = {
+        "position": "rope",
+        "layers": 1,
+        "seq_len": 24,
+        "task": "listops" if kind == "encoder" else "copy",
+        "model": kind,
+    }
     model, _ = moved(*model_of("mixture_of_depths:capacity=0.4:every=1:weight=sigmoid", **changes))
     x = jax.random.normal(jax.random.key(0), (3, 12, 16))
     real = jnp.arange(12)[None] >= jnp.array([0, 2, 9])[:, None]
@@ -377,3 +385,88 @@ def test_exits_train_and_are_told(tmp_path):
     assert 1 <= record["computation"] < 3 and record["aux"]["exit/1"] > 0
     again = loop.evaluate(record["run_dir"], batches=1)
     assert again["computation"] == record["computation"]
+
+
+# ---- conditional -------------------------------------------------------------------------------------------------
+
+
+def gates_of(model) -> list:
+    block = model.stack.periods[0]
+    return [sub.gate for sub in (block.attention, block.ffn)]
+
+
+def test_open_gates_are_the_fixed_depth_and_closed_ones_nothing():
+    model, tokens = model_of("conditional", position="none")
+    x, context = model.embedding(tokens), Context(model.position)
+    expected = x
+    for number in range(4):
+        block = layer(model.stack, number)
+        block.attention, block.ffn = block.attention.layer, block.ffn.layer
+        expected = block(expected, {}, context)[0]
+    for bias, states, layers in ((50.0, expected, 4), (-50.0, x, 0)):
+        for gate in gates_of(model):
+            gate.out.bias[...] = jnp.full((4, 1), bias)
+        found, aux = model.stack(x, context)
+        np.testing.assert_allclose(found, states, atol=1e-5)
+        assert aux["computation"] == layers
+
+
+@pytest.mark.parametrize("unit", ["token", "sample"])
+def test_gates_scale_the_sub_layers_of_each_token(unit):
+    """A layer whose tokens are skipped, gathered and put back, against one that multiplies by 0 and 1; padded."""
+    model, _ = moved(*model_of(f"conditional:unit={unit}", task="listops", seq_len=24, layers=1))
+    for gate in gates_of(model):
+        gate.out.bias[...] = jnp.zeros((1, 1))
+    x = jax.random.normal(jax.random.key(0), (6, 24, 16))
+    real = jnp.arange(24)[None] >= jnp.array([0, 3, 20, 0, 7, 1])[:, None]
+    context, block = Context(model.position, real), layer(model.stack, 0)
+    found, _, aux = block(x, {}, context)
+    expected, opened = x, []
+    for sub, norm in ((block.attention, block.attention_norm), (block.ffn, block.ffn_norm)):
+        y = norm.before(expected)
+        mean = (y * real[..., None]).sum(1, keepdims=True) / real.sum(1)[:, None, None]
+        gate = np.broadcast_to(sub.gate.logit_of(y if unit == "token" else mean) > 0, (6, 24)) & real
+        opened.append(gate.sum() / real.sum())
+        given = {"position": model.position} if sub is block.attention else {}
+        expected = expected + sub.layer(y, real=real, **given)[0] * gate[..., None]
+    assert 0 < sum(opened) < 2
+    np.testing.assert_allclose(jnp.where(real[..., None], found - expected, 0), 0, atol=1e-5)
+    np.testing.assert_allclose(aux["computation"], sum(opened) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["noise", "straight_through"])
+@pytest.mark.parametrize("budget", [0.2, 0.8])
+def test_the_budget_pulls_the_gates(estimator, budget):
+    """Plain gradient descent on the budget's loss alone brings the hard gates of evaluation near it."""
+    model = model_of(f"conditional:budget={budget}:estimator={estimator}", layers=2)[0]
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(0), (8, 12, 16))
+    context = Context(model.position)
+
+    def loss(params, key):
+        return nnx.merge(graph, params, rest)(x, context, key=key)[1]["loss/budget"]
+
+    def descend(params, key):
+        return jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params, key)), None
+
+    start = loss(params, jax.random.key(1))
+    keys = jax.random.split(jax.random.key(2), 150)
+    params = quick_jit(lambda params: jax.lax.scan(descend, params, keys)[0])(params)
+    assert loss(params, jax.random.key(1)) < 0.15 * start + 0.05
+    rate = nnx.merge(graph, params, rest)(x, context)[1]["computation"] / 2
+    assert rate < 0.5 if budget < 0.5 else rate > 0.5
+
+
+def test_straight_through_is_hard_with_a_soft_gradient():
+    gate = gates_of(model_of("conditional:estimator=straight_through:noise=0", layers=1)[0])[0]
+    graph, variables = nnx.split(gate)
+    gate = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
+    x = 3 * jax.random.normal(jax.random.key(0), (4, 9, 16))
+    gate.out.bias[...] = jnp.zeros(1)
+    hard, logit = gate.training(x, None, jax.random.key(0)), gate.logit(x)
+    np.testing.assert_allclose(hard, logit > 0, atol=1e-6)
+    assert 0 < float(hard.mean()) < 1
+    graph, params = nnx.split(gate)
+    slope = jax.grad(lambda p: nnx.merge(graph, p).training(x, None, jax.random.key(0)).sum())(params)
+    soft = jax.nn.sigmoid(logit)
+    np.testing.assert_allclose(slope.out.bias[...], [(soft * (1 - soft)).sum()], rtol=1e-5)
