@@ -1,5 +1,7 @@
 """Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -73,7 +75,7 @@ def run_stack(blocks: list, x, carries, context, *, key):
     return x, carries, aux
 
 
-def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x):
+def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x) -> tuple[Any, Any, dict, Any]:
     """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
 
     Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux with the

@@ -33,8 +33,8 @@ class EarlyExit(Fixed):
     its head learn what they would without exits, which DeeBERT's second stage gets by freezing them. Both stages run in
     one here, so the heads follow a backbone that still moves; with clip above 0 their gradients count in the norm.
 
-    In evaluation sequences that left are no longer computed: layers run on the smallest of B, B/2, B/4, B/8, 0 samples
-    that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their keys and
+    In evaluation sequences that left are no longer computed: layers run on the smallest of B, 3B/4, B/2, B/4, B/8, 0
+    samples that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their keys and
     values of it (CALM), so they run until all tokens left, and in decoding do no more than that for a token that left.
     With mechanisms joined by `+` there is an exit above each round of them. "computation" is the mean number of layers
     below the exit, "exit/<l>" the share of answers that came from there; see `expected_saving`.
@@ -82,12 +82,14 @@ class EarlyExit(Fixed):
         return self._evaluate(x, context) if key is None else self._train(x, context, key)
 
     def _train(self, x, context: Context, key):
+        assert context.predict is not None
+        predict = context.predict
         carries = initial_carries(list(self.periods), x.shape[0], x.shape[1], x.shape[1])
         x, _, aux, states = run_watched(list(self.periods), x, carries, context, key=key)
         graph, exits = nnx.split(self.exits)
 
         def head(state, own):
-            return context.predict(state + nnx.merge(graph, own)(state), real=context.real)
+            return predict(state + nnx.merge(graph, own)(state), real=context.real)
 
         for number in range(self.rounds - 1):
             state, own = states[number], jax.tree.map(lambda leaf, number=number: leaf[number], exits)
@@ -154,7 +156,7 @@ class EarlyExit(Fixed):
         counted = inside
         carries = initial_carries(list(self.periods), B, T, T)
         # What layers hand on has no known axis of samples, so it keeps the batch whole.
-        sizes = [0, B] if len(asked) == 2 or carries else sorted({0, *(B // n for n in (8, 4, 2, 1))})
+        sizes = [0, B] if len(asked) == 2 or carries else sorted({B * n // 8 for n in (0, 1, 2, 4, 6, 8)})
         graphs, stacked, exit_graph, exits = self._layers()
 
         def round_of(state, given):
