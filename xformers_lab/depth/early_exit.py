@@ -34,10 +34,10 @@ class EarlyExit(Fixed):
     one here, so the heads follow a backbone that still moves; with clip above 0 their gradients count in the norm.
 
     In evaluation sequences that left are no longer computed: layers run on the smallest of B, 3B/4, B/2, B/4, B/8, 0
-    samples that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their keys and
-    values of it (CALM), so they run until all tokens left, and in decoding do no more than that for a token that left.
-    With mechanisms joined by `+` there is an exit above each round of them. "computation" is the mean number of layers
-    below the exit, "exit/<l>" the share of answers that came from there; see `expected_saving`.
+    samples that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their
+    keys and values of it (CALM), so they run until all tokens left, and in decoding do no more than that for a token
+    that left. With mechanisms joined by `+` there is an exit above each round of them. "computation" is the mean number
+    of layers below the exit, "exit/<l>" the share of answers that came from there; see `expected_saving`.
 
     Options:
         exit: what makes an answer sure
