@@ -302,6 +302,22 @@ def test_charts_hold_the_aggregated_numbers():
     assert "Higher is better; dashed: chance, 0.125" in drawn[0].note
 
 
+def test_computation_is_drawn_where_variants_differ_in_it():
+    """A token's layers against the metric, of the cells that tell them; not where all of them spend the same."""
+    found = [cell("full", metric=0.9, computation=4.0), cell("linear", metric=0.8, computation=2.5), cell("axial")]
+    names = ["full", "linear", "axial"]
+    title = "Accuracy against computation per token"
+    drawn = {chart.title: chart for chart in charts.of_group(rows.groups(found, KEYS)[0], names, KEYS)}
+    spec = drawn[title].spec
+    assert [(item["name"], item["cost"], item["value"]) for item in spec["data"]["values"]] == [
+        ("full", 4.0, 0.9), ("linear", 2.5, 0.8),
+    ]  # fmt: skip
+    assert spec["data"]["values"][1]["cost_text"] == "2.5 layers per token"
+    assert "far left and high" in drawn[title].note
+    same = [row | {"computation": 4.0} for row in found]
+    assert title not in [chart.title for chart in charts.of_group(rows.groups(same, KEYS)[0], names, KEYS)]
+
+
 def test_every_series_looks_different_and_keeps_its_look():
     looks = charts.look([str(i) for i in range(56)])
     assert len({(item["colour"], item["shape"]) for item in looks}) == 56

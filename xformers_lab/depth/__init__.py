@@ -3,10 +3,15 @@
 A depth builds its layers with `make_block(index, rngs)` and runs them. A block is called as
 `block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
 mechanism passes to the same mechanism in the layer above, aux is a dict of scalars. For decoding it gives its
-`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token.
+`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token. It says whether it is
+`causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none).
+
+What a token cost is the scalar "computation" of aux: the layers that a real token passed through, on average. A block
+that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -17,10 +22,13 @@ from xformers_lab.size import Size
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer sees alike: the positions, and real (B, T) bool or None where nothing is padded."""
+    """What every layer sees alike: the positions, real (B, T) bool or None where nothing is padded, and what the model
+    makes predictions of hidden states with: `predict(x, real=real)`, (B, T, D) -> logits (B, T, outputs), or (B,
+    outputs) where a sequence gets one answer; in a step `predict(x)`, (B, D) -> (B, outputs)."""
 
     position: Position
     real: Any = None
+    predict: Callable | None = None
 
 
 class Depth(nnx.Module):
@@ -29,7 +37,11 @@ class Depth(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def __call__(self, x, context: Context, *, key=None):
-        """(B, T, D) -> (B, T, D), aux."""
+        """(B, T, D) -> (B, T, D), aux.
+
+        Beside scalars aux may hold "logits/<name>": (weight, logits), more predictions of what the model is asked,
+        whose loss training adds with that weight (a number).
+        """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_cache(self, B: int, length: int):

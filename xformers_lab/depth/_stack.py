@@ -1,5 +1,7 @@
 """Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -68,12 +70,19 @@ def add_aux(a: dict, b: dict) -> dict:
 
 
 def run_stack(blocks: list, x, carries, context, *, key):
+    """`run_watched`, without the states between -> x, carries, summed aux."""
+    x, carries, aux, _ = run_watched(blocks, x, carries, context, key=key, watch=lambda x: None)
+    return x, carries, aux
+
+
+def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x) -> tuple[Any, Any, dict, Any]:
     """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
 
-    Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux.
+    Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux with the
+    "computation" that the blocks say or else 1 for each, and `watch(x)` of the state above every period, stacked.
     """
     if not blocks:
-        return x, carries, {}
+        return x, carries, {}, None
     split = [nnx.split(block, nnx.Param, ...) for block in blocks]
     graphs = [graph for graph, _, _ in split]
     length = jax.tree.leaves(split[0][1])[0].shape[0]
@@ -86,13 +95,13 @@ def run_stack(blocks: list, x, carries, context, *, key):
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
             block = nnx.merge(graph, params, rest)
             x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
-            total = add_aux(total, aux)
+            total = add_aux(total, {"computation": jnp.ones(())} | aux)
             changed.append(nnx.split(block, nnx.Param, ...)[2])
-        return (x, carries), (total, changed)
+        return (x, carries), (total, changed, watch(x))
 
     unroll = length if jax.default_backend() == "cpu" and length * len(blocks) <= UNROLLED_ON_CPU else 1
     variables = [(params, rest) for _, params, rest in split]
-    (x, carries), (aux, changed) = jax.lax.scan(period, (x, carries), (variables, keys), unroll=unroll)
+    (x, carries), (aux, changed, watched) = jax.lax.scan(period, (x, carries), (variables, keys), unroll=unroll)
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)
-    return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux)
+    return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux), watched

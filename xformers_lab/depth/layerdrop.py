@@ -34,7 +34,7 @@ class Droppable(nnx.Module):
         kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.rate)
         keep = lambda new, old: jnp.where(kept, new, old)
         aux = {name: jnp.where(kept, value, 0) for name, value in aux.items()}
-        return keep(y, x), jax.tree.map(keep, above, carries), aux | {"layers": kept.astype(jnp.float32)}
+        return keep(y, x), jax.tree.map(keep, above, carries), aux | {"computation": kept.astype(jnp.float32)}
 
     def initial_carries(self, B: int, T: int, S: int):
         return self.block.initial_carries(B, T, S)

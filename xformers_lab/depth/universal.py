@@ -17,7 +17,7 @@ class Universal(Depth):
     arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while their sum stays
     below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The loss gets ponder
     times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps are computed for
-    every position, so halting saves nothing in time here.
+    every position, so halting saves nothing in time here: "computation" counts what was needed.
 
     Options:
         act: whether positions halt on their own
@@ -61,7 +61,7 @@ class Universal(Depth):
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
                 y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
-                total = add_aux(total, aux)
+                total = add_aux(total, {"computation": jnp.ones(())} | aux)
                 changed.append(nnx.split(block, nnx.Param, ...)[2])
             if halting is not None:
                 y, halting = self._halted(x, y, number, halting)
@@ -77,7 +77,9 @@ class Universal(Depth):
             return y, aux
         real = jnp.ones(x.shape[:2], bool) if context.real is None else context.real
         mean = lambda values: jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
-        spent = {"steps": mean(halting["steps"]), "loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
+        steps = mean(halting["steps"])
+        spent = {"steps": steps, "computation": steps * len(self.blocks)}
+        spent |= {"loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
         return halting["out"].astype(x.dtype), aux | spent
 
     def _running(self, x):

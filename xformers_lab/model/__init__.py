@@ -27,7 +27,8 @@ class Model(nnx.Module):
         """Tokens (B, T) int32 and real (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and aux.
 
         key turns on dropout and whatever else is random in training. aux: dict of scalars; names that start with
-        "loss/" are added to the loss.
+        "loss/" are added to the loss. Names that start with "logits/" hold (weight, logits): further predictions of
+        the same targets, whose loss is added with that weight.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 

@@ -41,11 +41,15 @@ class Transformer(Model):
         T = inputs.shape[1]
         x = self.position.embed(self.embedding(inputs), jnp.arange(T), real=real)
         x = drop(x, self.dropout, embed_key)
-        x, aux = self.stack(x, Context(self.position, real), key=stack_key)
+        x, aux = self.stack(x, Context(self.position, real, self.predict), key=stack_key)
+        return self.predict(x, real=real), aux
+
+    def predict(self, x, *, real=None):
+        """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token."""
         x = x if self.final is None else self.final.final(x)
         if self.target == "sequence":
             x = self.pool(x, real)
-        return self.head(x).astype(jnp.float32), aux
+        return self.head(x).astype(jnp.float32)
 
     def init_cache(self, B: int, length: int):
         if not self.causal:
@@ -61,9 +65,8 @@ class Transformer(Model):
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
         x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
-        x, layers = self.stack.step(x, cache["layers"], Context(self.position), at=at)
-        x = x if self.final is None else self.final.final(x)
-        return self.head(x).astype(jnp.float32), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
+        x, layers = self.stack.step(x, cache["layers"], Context(self.position, predict=self.predict), at=at)
+        return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""

@@ -50,6 +50,9 @@ class Measure:
 
 
 TOKENS = Measure("tokens_per_second", "tokens/s", human.rate, "format(datum.value, '~s')", log=True)
+COMPUTATION = Measure(
+    "computation", "layers per token", lambda value: f"{value:.3g} layers per token", "format(datum.value, '~r')"
+)
 SECONDS = Measure(
     "seconds_median",
     "time",
@@ -90,7 +93,11 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> 
         _by_length(group, names, MEMORY, _memory_title(group), "less is better", None),
     ]
     if not group.bench:
-        charts += [_trade(group, names, quality), _curves(group, names, varied)]
+        charts += [
+            _trade(group, names, quality, TOKENS, "speed", "training tokens/s", "right"),
+            _spent(group, names, quality),
+            _curves(group, names, varied),
+        ]
     return [chart for chart in charts if chart is not None]
 
 
@@ -151,24 +158,33 @@ def _dots(data: list, names: Sequence[str], x: dict, lengths: list[int], chance:
     return _chart([_rule(chance, "x"), *layers], data, 26 * len(data) + 10)
 
 
-def _trade(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
-    """Metric against speed at one length, which the reader chooses."""
-    speeds = {(item["series"], item["length"]): item for item in _data(group, names, TOKENS)}
+def _spent(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
+    """Metric against the layers that a token passed through, where variants differ in them."""
+    if len({item["value"] for item in _data(group, names, COMPUTATION)}) < 2:
+        return None
+    return _trade(group, names, quality, COMPUTATION, "computation per token", "layers per token, on average", "left")
+
+
+def _trade(
+    group: rows.Group, names: Sequence[str], quality: Measure, cost: Measure, against: str, axis: str, best: str
+) -> Chart | None:
+    """Metric against what it costs at one length, which the reader chooses; the best lie far to the `best` side."""
+    costs = {(item["series"], item["length"]): item for item in _data(group, names, cost)}
     data = []
     for item in _data(group, names, quality):
-        fast = speeds.get((item["series"], item["length"]))
-        if fast:
-            data.append(item | {"speed": fast["value"], "speed_text": fast["text"]})
+        spent = costs.get((item["series"], item["length"]))
+        if spent:
+            data.append(item | {"cost": spent["value"], "cost_text": spent["text"]})
     if not data:
         return None
     lengths = sorted({item["length"] for item in data})
-    low, high = min(item["speed"] for item in data), max(item["speed"] for item in data)
-    x = _axis(TOKENS, (low, high), None, title="training tokens/s", grid=False) | {"field": "speed"}
+    low, high = min(item["cost"] for item in data), max(item["cost"] for item in data)
+    x = _axis(cost, (low, high), None, title=axis, grid=False) | {"field": "cost"}
     chance, words = _chance(data, human.number(group.first("chance")))
     y = _axis(quality, _ends(data, chance), chance)
     layers = [
         _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
-        _points({"x": x, "y": y}, names, "speed"),
+        _points({"x": x, "y": y}, names, "cost"),
     ]
     spec = _chart([_rule(chance, "y"), *layers], data, 250)
     if len(lengths) > 1:
@@ -176,8 +192,8 @@ def _trade(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart |
         for layer in spec["layer"]:
             if "data" not in layer:
                 layer["transform"] = [*layer.get("transform", []), {"filter": "datum.length === at"}]
-    note = f"The best are far right and {'high' if group.better('metric') > 0 else 'low'}"
-    title = f"{_capital(quality.title)} against speed"
+    note = f"The best are far {best} and {'high' if group.better('metric') > 0 else 'low'}"
+    title = f"{_capital(quality.title)} against {against}"
     return Chart(title, f"{note}{words}.", spec, lengths if len(lengths) > 1 else [])
 
 
@@ -254,7 +270,7 @@ def _chart(layers: list[dict | None], data: list[dict], height: int) -> dict:
 
 
 def _points(place: dict, names: Sequence[str], more: str = "") -> dict:
-    shown = ["name", "text", *(["speed_text"] if more == "speed" else []), *(["length"] if more else [])]
+    shown = ["name", "text", *(["cost_text"] if more == "cost" else []), *(["length"] if more else [])]
     return {
         "mark": {"type": "point", "filled": True, "size": 80, "stroke": "var(--page)", "strokeWidth": 1, "opacity": 1},
         "encoding": place | {"tooltip": _tip(*shown)} | _ink(names, shape=True),

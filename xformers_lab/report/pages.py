@@ -6,7 +6,8 @@ from rich.table import Table
 
 # What a run's record says first; the rest of it is for programs.
 SUMMARY = (
-    "status", "reason", "metric", "metric_name", "chance", "loss", "split", "steps", "tokens_per_second",
+    "status", "reason", "metric", "metric_name", "chance", "loss", "split", "computation", "steps",
+    "tokens_per_second",
     "seconds_median", "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
 )  # fmt: skip
 

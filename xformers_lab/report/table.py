@@ -112,6 +112,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
         Column("time", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
         Column("memory", _measured(lines, "memory", human.size), 1),
         Column("state", _measured(lines, "state_bytes", human.size), 1),
+        Column("layers/token", _measured(lines, "computation", lambda value: f"{value:.3g}"), 4),
         Column("FLOPs", _measured(lines, "flops", human.count), 4),
         Column("parameters", _measured(lines, "parameters", human.count), 5),
         Column("compile", _measured(lines, "compile_seconds", human.duration), 6),

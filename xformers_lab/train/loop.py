@@ -82,8 +82,8 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     count = job.config.train.eval_batches if batches is None else batches
-    loss, metric = _score(job, state, split, count, lambda: 0)
-    found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric}
+    loss, metric, told = _score(job, state, split, count, lambda: 0)
+    found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric, **_told(told)}
     return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
 
 
@@ -177,7 +177,7 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
         return Interrupted(f"interrupted: {how}", asked())
 
     def validate(line: dict) -> dict:
-        loss, metric = _score(job, state, "validation", train.eval_batches, asked)
+        loss, metric, _ = _score(job, state, "validation", train.eval_batches, asked)
         return line | {"validation_loss": loss, "validation_metric": metric}
 
     try:
@@ -205,7 +205,7 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
                     checkpoint.save(job.run_dir, step, state, job.about)
                 if asked():
                     raise stopped()
-        loss, metric = _score(job, state, "test", train.eval_batches, asked)
+        loss, metric, told = _score(job, state, "test", train.eval_batches, asked)
     except _Stopped:
         raise stopped() from None
     except Diverged as error:
@@ -215,30 +215,36 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
         error = Diverged(f"the loss on the test split is non-finite after step {step}; try a smaller lr")
         _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error
-    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric)
+    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_told(told))
 
 
-def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int]) -> tuple[float, float]:
-    """The mean loss in nats and the metric over the first `count` batches of a split; raises _Stopped."""
-    totals = np.zeros((2, 2))
+def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int]):
+    """The mean loss in nats, the metric and the mean auxiliary scalars over the first `count` batches of a split;
+    raises _Stopped."""
+    totals: dict[str, np.ndarray] = {}
     pending = None
     with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
         for batch in batches:
             sums = job.score(state, batch)
             if pending is not None:
-                totals += _read_sums(pending)
+                _add(totals, pending)
             pending = sums
             if asked():
                 raise _Stopped
-    totals += _read_sums(pending)
-    (loss, asked_for), (metric, weight) = totals
-    mean = lambda total, weight: float(total / weight) if weight else math.nan
-    return mean(loss, asked_for), float(job.task.finish(mean(metric, weight)))
+    _add(totals, pending)
+    means = {name: float(total / weight) if weight else math.nan for name, (total, weight) in totals.items()}
+    told = {name.removeprefix("aux/"): mean for name, mean in means.items() if name.startswith("aux/")}
+    return means["loss"], float(job.task.finish(means["metric"])), told
 
 
-def _read_sums(sums) -> np.ndarray:
-    sums = jax.device_get(sums)
-    return np.array([sums["loss"], sums["metric"]], float)
+def _add(totals: dict[str, np.ndarray], sums) -> None:
+    for name, pair in jax.device_get(sums).items():
+        totals[name] = totals.get(name, np.zeros(2)) + np.array(pair, float)
+
+
+def _told(told: dict[str, float]) -> dict:
+    """What a model says of itself, for a record: the layers that a token passed through, and all it reports."""
+    return {"computation": told.get("computation"), "aux": told}
 
 
 class _Log:

@@ -27,14 +27,17 @@ def make_train_step(
     batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
     weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
     divided once. Auxiliary terms are the mean of the parts', each weighted as its targets are; those named "loss/..."
-    are added to the loss. A step whose loss or gradient is not finite changes nothing but `step` and `skipped`.
+    are added to the loss, and so is the weighted loss of further predictions, "logits/...". A step whose loss or
+    gradient is not finite changes nothing but `step` and `skipped`.
     """
 
     def objective(params, extra, batch: Batch, key):
         model = merge(graph, params, extra)
         logits, aux = model(batch.inputs, real=batch.real, key=key)
         loss, weight = task.loss(logits, batch)
+        aux, more = _scalars(aux)
         aux = {name: value * weight for name, value in aux.items()}
+        aux |= {f"loss/{name}": share * task.loss(logits, batch)[0] for name, (share, logits) in more.items()}
         total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
         return total, (split(model)[2], {"loss": total, "weight": weight, **aux})
 
@@ -89,11 +92,21 @@ def agree(extra, axis: str):
 
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], dict]:
-    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, without randomness or change."""
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, and the same of each auxiliary
+    scalar that is no loss, "aux/<name>"; without randomness or change."""
 
     def eval_step(state: TrainState, batch: Batch) -> dict:
-        logits, _ = merge(graph, state.params, state.extra)(batch.inputs, real=batch.real)
+        logits, aux = merge(graph, state.params, state.extra)(batch.inputs, real=batch.real)
         sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
+        weight = sums["loss"][1]
+        told = {name: value for name, value in _scalars(aux)[0].items() if not name.startswith("loss/")}
+        sums |= {f"aux/{name}": (value * weight, weight) for name, value in told.items()}
         return sums if axis is None else jax.lax.psum(sums, axis)
 
     return eval_step
+
+
+def _scalars(aux: dict) -> tuple[dict, dict]:
+    """The scalars of a model's aux, and its further predictions {name: (weight, logits)}."""
+    more = {name.removeprefix("logits/"): value for name, value in aux.items() if name.startswith("logits/")}
+    return {name: value for name, value in aux.items() if not name.startswith("logits/")}, more

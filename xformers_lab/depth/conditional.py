@@ -1,0 +1,204 @@
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.depth import Context
+from xformers_lab.depth._buckets import over_first
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+# A gate starts at the logit +2: nearly open, so that every sub-layer first learns what it is for.
+START = 2.0
+
+
+class Conditional(Fixed):
+    """Conditional computation: a small network decides for each token which sub-layers it gets (Control Transformer:
+    Bapna, Arivazhagan and Firat, 2020, arXiv 2002.07106).
+
+    Each sub-layer f, attention or feed-forward, has a gate on its input x, G(x) = w . relu(W x + b) + c, and gives g
+    f(x) in place of f(x). In training g = sigmoid(G + noise z), z standard normal, so that only a large |G| is safe
+    from the noise and gates become hard; with estimator=straight_through g is 1 where that is above 1/2, else 0, with
+    the sigmoid's gradient. In evaluation g is 1 where G > 0, else 0. The loss gets weight |mean g - budget|, the mean
+    over sub-layers and real tokens of a batch. The noise has one size; the paper lets it grow over the run.
+
+    A token whose attention is skipped still has a key and a value that others see. Evaluation skips an attention that
+    no token of the batch asks for, and runs a feed-forward layer on the tokens that ask for it, gathered to the
+    smallest of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence asks, but for keys and
+    values. Attention that hands something to the layer above is always run. "computation" is the mean number of layers
+    that a token got, a sub-layer counting as half of one.
+
+    Options:
+        budget: share of sub-layers that a token should get
+        weight: of the budget's loss
+        unit: token: each token decides; sample: a sequence's mean decides for all of it (encoder)
+        estimator: how training sees a gate
+        noise: standard deviation of the noise on a gate's logit
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        budget: float = 0.5,
+        weight: float = 1.0,
+        unit: Literal["token", "sample"] = "token",
+        estimator: Literal["noise", "straight_through"] = "noise",
+        noise: float = 1.0,
+        make_block,
+        period: int,
+        rngs: nnx.Rngs,
+    ):
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget is a share of the sub-layers, from 0 to 1, got {budget}")
+        if weight < 0 or noise < 0:
+            raise ValueError(f"weight and noise must be at least 0, got {weight} and {noise}")
+
+        def gated(index: int, rngs: nnx.Rngs):
+            block = make_block(index, rngs)
+            if unit == "sample" and block.causal:
+                raise ValueError(
+                    "unit=sample decides by the mean of a sequence, which a decoder may not see; use token"
+                )
+            share = 1.0 if block.ffn is None else 0.5
+            gate = lambda: Gate(size, unit=unit, estimator=estimator, noise=noise, share=share, rngs=rngs)
+            block.attention = GatedAttention(block.attention, gate())
+            if block.ffn is not None:
+                block.ffn = GatedFfn(block.ffn, gate())
+            return block
+
+        super().__init__(size, make_block=gated, period=period, rngs=rngs)
+        self.layers, self.budget, self.weight = size.layers, budget, weight
+
+    def __call__(self, x, context: Context, *, key=None):
+        x, aux = super().__call__(x, context, key=key)
+        if key is None:
+            return x, aux
+        return x, aux | {"loss/budget": self.weight * jnp.abs(aux["computation"] / self.layers - self.budget)}
+
+
+class Gate(nnx.Module):
+    """Whether a token gets a sub-layer that counts as `share` of a layer."""
+
+    def __init__(self, size: Size, *, unit: str, estimator: str, noise: float, share: float, rngs: nnx.Rngs):
+        hidden = max(1, size.dim // 4)
+        self.hidden = Linear(size.dim, hidden, rngs=rngs)
+        self.out = Linear(hidden, 1, bias_init=nnx.initializers.constant(START), rngs=rngs)
+        self.unit, self.estimator, self.noise, self.share = unit, estimator, noise, share
+
+    def logit(self, x, real=None):
+        """(..., T, D) -> (..., T): above 0 where open."""
+        x = x.astype(jnp.float32)
+        if self.unit == "sample":
+            weights = jnp.ones(x.shape[:2]) if real is None else real.astype(jnp.float32)
+            mean = (x * weights[..., None]).sum(1) / jnp.maximum(weights.sum(1), 1)[:, None]
+            return jnp.broadcast_to(self.logit_of(mean)[:, None], x.shape[:2])
+        return self.logit_of(x)
+
+    def logit_of(self, x):
+        return self.out(jax.nn.relu(self.hidden(x)))[..., 0]
+
+    def training(self, x, real, key):
+        """The soft gate, or the hard one with the soft one's gradient, (B, T)."""
+        logit = self.logit(x, real)
+        shape = (len(x), 1) if self.unit == "sample" else logit.shape
+        soft = jax.nn.sigmoid(logit + self.noise * jax.random.normal(key, shape))
+        if self.estimator == "noise":
+            return soft
+        return soft + lax.stop_gradient((soft > 0.5) - soft)
+
+    def spent(self, gate, real) -> dict:
+        """The share of a layer that a real token gets, on average."""
+        gate = gate.astype(jnp.float32)
+        if real is None:
+            return {"computation": self.share * gate.mean()}
+        return {"computation": self.share * jnp.where(real, gate, 0).sum() / jnp.maximum(real.sum(), 1)}
+
+
+class GatedAttention(nnx.Module):
+    """In the place of a block's attention."""
+
+    def __init__(self, layer, gate: Gate):
+        self.layer, self.gate = layer, gate
+
+    def carries(self) -> bool:
+        return self.layer.carries()
+
+    def initial_carry(self, B: int, T: int, S: int):
+        return self.layer.initial_carry(B, T, S)
+
+    def init_cache(self, *sizes):
+        return self.layer.init_cache(*sizes)
+
+    def __call__(self, x, memory=None, *, real=None, key=None, carry=None, **given):
+        """`given`, whatever else a layer is called with, passes by."""
+        if key is not None:
+            first, second = jax.random.split(key)
+            gate = self.gate.training(x, real, first)
+            y, carry, aux = self.layer(x, memory, real=real, key=second, carry=carry, **given)
+            return _scaled(y, gate), carry, aux | self.gate.spent(gate, real)
+        gate = self.gate.logit(x, real) > 0
+        asked = gate if real is None else gate & real
+        graph, variables = nnx.split(self.layer)
+        call = lambda: nnx.merge(graph, variables)(x, memory, real=real, carry=carry, **given)
+        always = jnp.array(self.carries())
+        y, carry, aux = lax.cond(always | asked.any(), call, lambda: _nothing(call))
+        return _scaled(y, asked), carry, aux | self.gate.spent(asked, real)
+
+    def decode(self, x, cache, *, carry=None, **given):
+        gate = self.gate.logit(x) > 0
+        graph, variables = nnx.split(self.layer)
+        call = lambda: nnx.merge(graph, variables).decode(x, cache, carry=carry, **given)
+
+        def remember():
+            """The compiler drops what only the unused output needs."""
+            _, cache, carry = call()
+            return jnp.zeros_like(x), cache, carry
+
+        y, cache, carry = lax.cond(gate.any(), call, remember)
+        return _scaled(y, gate), cache, carry
+
+
+class GatedFfn(nnx.Module):
+    """In the place of a block's feed-forward layer."""
+
+    def __init__(self, layer, gate: Gate):
+        self.layer, self.gate = layer, gate
+
+    def __call__(self, x, *, real=None, key=None):
+        if key is not None:
+            first, second = jax.random.split(key)
+            gate = self.gate.training(x, real, first)
+            y, aux = self.layer(x, real=real, key=second)
+            return _scaled(y, gate), aux | self.gate.spent(gate, real)
+        gate = self.gate.logit(x, real) > 0
+        asked = gate if real is None else gate & real
+        T = x.shape[1]
+        places = jnp.sort(jnp.where(asked, jnp.arange(T)[None], T), axis=1)
+        graph, variables = nnx.split(self.layer)
+
+        def run(size: int):
+            call = lambda inside, real: nnx.merge(graph, variables)(inside, real=real)
+            if not size:
+                return _nothing(lambda: call(x, asked))
+            mine = places[:, :size]
+            inside = jnp.take_along_axis(x, jnp.minimum(mine, T - 1)[..., None], 1)
+            y, aux = call(inside, mine < T)
+            # Places of T lie outside, and are dropped.
+            return jax.vmap(lambda y, at: jnp.zeros((T, x.shape[2]), y.dtype).at[at].set(y, mode="drop"))(y, mine), aux
+
+        sizes = sorted({0, -(-T // 4), -(-T // 2), T})
+        y, aux = over_first(asked.sum(1).max(), sizes, run)
+        return y, aux | self.gate.spent(asked, real)
+
+
+def _scaled(y, gate):
+    return (y * gate[..., None]).astype(y.dtype)
+
+
+def _nothing(call):
+    """Zeros in the shape of what a call would give."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(call))
