@@ -64,8 +64,7 @@ class Nsa(Projected):
         window: int = 128,
         rngs: nnx.Rngs,
     ):
-        options = {"stride": stride, "select": select, "chosen": chosen, "window": window}
-        for name, value in options.items():
+        for name, value in {"stride": stride, "select": select, "chosen": chosen, "window": window}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if block < stride:
@@ -258,23 +257,13 @@ class Nsa(Projected):
         g, (run, choices, C) = self.size.heads // self.size.key_heads, self._geometry(S)
         n = gathered.count(T * choices, -(-S // run), C)
         phi = 4 * slots * (self.width + 1) * H * H / g
-        sizes = [
-            slots * self.width * H,
-            T * choices * H,
-            n * C * H,
-            n * run * H,
-            min(T, BLOCK) * self._shares(S)[0].size,
-        ]
+        sizes = slots * self.width * H, T * choices * H, n * max(C, run) * H, scores_at_once(n, C, run)
+        row = min(T, BLOCK) * max(slots, self._shares(S)[0].size)
         return Cost(
             flops=near.flops + phi + 4 * T * slots * H + 4 * n * C * run * H + 6 * T * self.size.dim,
-            memory=max(near.memory, *sizes, scores_at_once(n, C, run), min(T, BLOCK) * slots),
+            memory=max(near.memory, row, *sizes),
             state=2 * H * (self._kept(S) + min(S, self.window + 1) + slots + self.width) + 1,
         )
-
-    @staticmethod
-    def limit(length: int):
-        """None: gates are never one, nor is a branch without the others."""
-        return None
 
     def _kept(self, length: int) -> int:
         """Positions of whole runs."""
@@ -294,8 +283,7 @@ class Nsa(Projected):
         new = jnp.stack([k, v], 2).reshape(B, K, 2, 3, H)
         bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), bias)
         step = lambda rows, q, new, gates, bias: self._step(rows, q, new, gates, bias, cache["seen"])
-        groups = jax.vmap(step)
-        out, rows = jax.vmap(groups, (0, 0, 0, 0, None))(cache["rows"], q, new, gates, bias)
+        out, rows = jax.vmap(jax.vmap(step), (0, 0, 0, 0, None))(cache["rows"], q, new, gates, bias)
         return out.reshape(B, N, H).astype(v.dtype), {"rows": rows, "seen": cache["seen"] + 1}, carry
 
     def _step(self, rows, q, new, gates, bias, at):
