@@ -15,6 +15,7 @@ from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention.bp import _graph
 from xformers_lab.attention.fixed import Summary
 from xformers_lab.attention.image_local import Line, Plane
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.errors import UsageError
 
 
@@ -54,6 +55,10 @@ def mask(choice: str, length: int, causal: bool = False, head: int = 0, heads: i
 
 def mixed(layer, q, k, v, **given):
     return jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
+
+
+def quickly(layer, q, k, v, **given):
+    return quick_jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
 
 
 def softmax_over(seen, q, k, v):
@@ -328,15 +333,15 @@ def branch_of_nsa(which: int, options: str, length: int, heads: int = 2, kv_head
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_branch_of_nsa_is_local(causal):
     layer, q, k, v, x = branch_of_nsa(2, "block=4:stride=2:window=3", 21)
-    expected = mixed(build("local:window=3", 21, 16, 2, 1), q[..., 8:], k[..., 16:], v[..., 16:], causal=causal)
-    assert_close(mixed(layer, q, k, v, x=x, causal=causal), expected)
+    expected = quickly(build("local:window=3", 21, 16, 2, 1), q[..., 8:], k[..., 16:], v[..., 16:], causal=causal)
+    assert_close(quickly(layer, q, k, v, x=x, causal=causal), expected)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_nsa_that_chooses_every_run_sees_all(causal):
     layer, q, k, v, x = branch_of_nsa(1, "block=4:stride=2:select=4:chosen=6", 21)
-    expected = mixed(build("full", 21, 16, 2, 1), q[..., 8:], k[..., 8:16], v[..., 8:16], causal=causal)
-    assert_close(mixed(layer, q, k, v, x=x, causal=causal), expected)
+    expected = quickly(build("full", 21, 16, 2, 1), q[..., 8:], k[..., 8:16], v[..., 8:16], causal=causal)
+    assert_close(quickly(layer, q, k, v, x=x, causal=causal), expected)
 
 
 def test_heads_of_a_group_choose_the_runs_that_their_compressed_keys_weigh_most():
@@ -344,7 +349,7 @@ def test_heads_of_a_group_choose_the_runs_that_their_compressed_keys_weigh_most(
     options = "block=4:stride=4:select=4:chosen=4"
     layer, q, k, v, x = branch_of_nsa(1, options, 40, heads=4, kv_heads=2)
 
-    @jax.jit
+    @quick_jit
     def influence(v):
         return jax.jacrev(lambda v: layer.mix(q, k, v, x=x, causal=True)[0][0, -1].sum(-1))(v)
 
@@ -352,7 +357,7 @@ def test_heads_of_a_group_choose_the_runs_that_their_compressed_keys_weigh_most(
     own_group = np.repeat(np.eye(2, dtype=bool), 2, 0)
     seen = (seen & own_group[:, None]).any(2)
     assert (seen == seen[[0, 0, 2, 2]]).all() and (seen.sum(1) == 4).all() and seen[:, [0, 8, 9]].all()
-    keys = jax.jit(jax.vmap(lambda k: layer._compressed(k, jnp.ones(40, bool), 0), 1))(k[0, :, :, :8])  # (K, runs, H)
+    keys = quick_jit(jax.vmap(lambda k: layer._compressed(k, jnp.ones(40, bool), 0), 1))(k[0, :, :, :8])  # (K, runs, H)
     for group in range(2):
         s = q[0, -1, 2 * group : 2 * group + 2, :8] @ keys[group].T / np.sqrt(8)
         weight = np.asarray(jax.nn.softmax(s)).sum(0)
@@ -362,7 +367,7 @@ def test_heads_of_a_group_choose_the_runs_that_their_compressed_keys_weigh_most(
 def test_compressed_keys_of_nsa_know_the_order_in_a_block():
     layer, q, k, v, x = branch_of_nsa(0, "block=4:stride=4", 8)
     turned = lambda y: y.at[:, :4].set(y[:, :4][:, ::-1])
-    run = lambda k, v: np.asarray(mixed(layer, q, k, v, x=x, causal=True))
+    run = lambda k, v: np.asarray(quickly(layer, q, k, v, x=x, causal=True))
     before, after = run(k, v), run(turned(k), turned(v))
     assert (before[:, :3] == 0).all()  # no block is full yet
     assert np.abs(after - before)[:, 3:].max() > 1e-3

@@ -147,18 +147,23 @@ class Nsa(Projected):
         return self._phi(windows(x, self.width, self.stride), there, which)
 
     def _phi(self, x, there, which: int):
-        """(slots, width, H) -> (slots, H); which: 0 for keys, 1 for values."""
-        place, hidden, squeezed = (y[...][which].astype(x.dtype) for y in (self.place, self.hidden, self.squeezed))
-        x = jnp.where(there[..., None], x + place, 0).reshape(len(x), -1)
-        return weighted(jax.nn.gelu(weighted(x, hidden)).astype(x.dtype), squeezed).astype(x.dtype)
+        """(slots, width, H) -> (slots, H) in float32, lest rounding chooses; which: 0 for keys, 1 for values."""
+        place, hidden, squeezed = (y[...][which] for y in (self.place, self.hidden, self.squeezed))
+        x = jnp.where(there[..., None], x.astype(jnp.float32) + place, 0).reshape(len(x), -1)
+        return weighted(jax.nn.gelu(weighted(x, hidden)), squeezed)
 
     def _first(self, q, compressed, values, real, causal: bool):
         """The compressed branch (G, T, g, H), and the runs (T, choices) that each query chooses."""
         (G, _, g, H), S, slots = q.shape, len(real), compressed.shape[1]
-        there, ends = windows(real, self.width, self.stride).any(1), jnp.arange(slots) * self.stride + self.width - 1
-        full = in_blocks(real, self._geometry(S)[0], False).any(1)
+        ends = jnp.arange(slots) * self.stride + self.width - 1
+        something_real = (
+            windows(real, self.width, self.stride).any(1),
+            in_blocks(real, self._geometry(S)[0], False).any(1),
+        )
 
         def row(q, at, keys):
+            # Masks must look dependent on the data: else each of them is stored for the backward, T x slots in all.
+            q, at, there, full = lax.optimization_barrier((q, at, *something_real))
             C, known = len(q), max(1, min(slots, (keys - self.width) // self.stride + 1)) if causal else slots
             s = jax.vmap(products)(q.transpose(1, 0, 2, 3).reshape(G, -1, H) * H**-0.5, compressed[:, :known])
             seen = there[:known] & (ends[:known] <= at) if causal else there[None]
@@ -167,7 +172,7 @@ class Nsa(Projected):
             total = widened(lax.stop_gradient(p).sum((0, 2)), slots)
             return out.swapaxes(0, 1), self._choose(total, at, full, causal, S)
 
-        out, chosen = by_blocks(row, q.swapaxes(0, 1), S, causal)
+        out, chosen = by_blocks(row, q.swapaxes(0, 1).astype(jnp.float32), S, causal)
         return out.swapaxes(0, 1), chosen
 
     def _choose(self, weight, at, full, causal: bool, S: int):
@@ -278,7 +283,7 @@ class Nsa(Projected):
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         (B, N, _), K, H = q.shape, self.size.key_heads, self.size.head
-        gates = self._of_tokens(None, x[:, None], 1)["gates"][:, :, 0]
+        gates = self._of_tokens(None if x is None else x[:, None], None, 1)["gates"][:, :, 0]
         q, gates = q.reshape(B, K, -1, 2, H), gates.reshape(B, K, -1, 3)
         new = jnp.stack([k, v], 2).reshape(B, K, 2, 3, H)
         bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), bias)
@@ -297,7 +302,7 @@ class Nsa(Projected):
         compressed = jnp.where((ends == at)[:, None], made[:, None], rows["slots"])
         kept = rows["kept"].at[:, at].set(new[:, 1])
         ring = rows["ring"].at[:, at % R].set(new[:, 2])
-        p = weights(scores(plain, compressed[0]), (ends <= at)[None])
+        p = weights(scores(plain.astype(jnp.float32), compressed[0]), (ends <= at)[None])
         first = weighted(p, compressed[1])
         full = jnp.arange(kept.shape[1] // run) * run <= at
         chosen = self._choose(p.sum(0)[None], at[None, None], full, True, kept.shape[1])[0]
@@ -318,4 +323,5 @@ class Nsa(Projected):
 
 def _gated(gates, branches):
     """(..., 3) and three of (..., H) -> (..., H)."""
-    return sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
+    first, second, third = (gates[..., i, None] * branch for i, branch in enumerate(branches))
+    return first + second + third
