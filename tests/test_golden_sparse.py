@@ -15,6 +15,7 @@ from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention.bp import _graph
 from xformers_lab.attention.fixed import Summary
 from xformers_lab.attention.image_local import Line, Plane
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.errors import UsageError
 
 
@@ -54,6 +55,10 @@ def mask(choice: str, length: int, causal: bool = False, head: int = 0, heads: i
 
 def mixed(layer, q, k, v, **given):
     return jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
+
+
+def quickly(layer, q, k, v, **given):
+    return quick_jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
 
 
 def softmax_over(seen, q, k, v):
@@ -313,6 +318,61 @@ def test_star_reaches_every_position_through_the_relay():
     assert all(np.abs(after - before)[0, 6].max() > 1e-4 for before, after in zip((first, second), moved, strict=False))
 
 
+# ---- native sparse attention --------------------------------------------------------------------------------------
+
+
+def branch_of_nsa(which: int, options: str, length: int, heads: int = 2, kv_heads: int = 1):
+    """A layer whose gates let one branch through: 0 compressed, 1 selected, 2 window; and its q, k, v and x."""
+    layer = build(f"nsa:{options}", length, 8 * heads, heads, kv_heads)
+    layer.gate.kernel[...] = jnp.zeros_like(layer.gate.kernel[...])
+    layer.gate.bias[...] = jnp.tile(jnp.where(jnp.arange(3) == which, 90.0, -90.0), heads)
+    shapes = [(1, length, *shape) for shape in layer.shapes()]
+    return layer, *drawn(*shapes, (1, length, 8 * heads))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_branch_of_nsa_is_local(causal):
+    layer, q, k, v, x = branch_of_nsa(2, "block=4:stride=2:window=3", 21)
+    expected = quickly(build("local:window=3", 21, 16, 2, 1), q[..., 8:], k[..., 16:], v[..., 16:], causal=causal)
+    assert_close(quickly(layer, q, k, v, x=x, causal=causal), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nsa_that_chooses_every_run_sees_all(causal):
+    layer, q, k, v, x = branch_of_nsa(1, "block=4:stride=2:select=4:chosen=6", 21)
+    expected = quickly(build("full", 21, 16, 2, 1), q[..., 8:], k[..., 8:16], v[..., 8:16], causal=causal)
+    assert_close(quickly(layer, q, k, v, x=x, causal=causal), expected)
+
+
+def test_heads_of_a_group_choose_the_runs_that_their_compressed_keys_weigh_most():
+    """Runs of 4, compressed keys of 4 without overlap: a run is as important as its compressed key is to both heads."""
+    options = "block=4:stride=4:select=4:chosen=4"
+    layer, q, k, v, x = branch_of_nsa(1, options, 40, heads=4, kv_heads=2)
+
+    @quick_jit
+    def influence(v):
+        return jax.jacrev(lambda v: layer.mix(q, k, v, x=x, causal=True)[0][0, -1].sum(-1))(v)
+
+    seen = np.abs(np.asarray(influence(v))[:, 0, :, :, 8:16]).max(-1).reshape(4, 10, 4, 2).max(2) > 0  # (N, runs, K)
+    own_group = np.repeat(np.eye(2, dtype=bool), 2, 0)
+    seen = (seen & own_group[:, None]).any(2)
+    assert (seen == seen[[0, 0, 2, 2]]).all() and (seen.sum(1) == 4).all() and seen[:, [0, 8, 9]].all()
+    keys = quick_jit(jax.vmap(lambda k: layer._compressed(k, jnp.ones(40, bool), 0), 1))(k[0, :, :, :8])  # (K, runs, H)
+    for group in range(2):
+        s = q[0, -1, 2 * group : 2 * group + 2, :8] @ keys[group].T / np.sqrt(8)
+        weight = np.asarray(jax.nn.softmax(s)).sum(0)
+        assert seen[2 * group][1 + np.argmax(weight[1:8])]
+
+
+def test_compressed_keys_of_nsa_know_the_order_in_a_block():
+    layer, q, k, v, x = branch_of_nsa(0, "block=4:stride=4", 8)
+    turned = lambda y: y.at[:, :4].set(y[:, :4][:, ::-1])
+    run = lambda k, v: np.asarray(quickly(layer, q, k, v, x=x, causal=True))
+    before, after = run(k, v), run(turned(k), turned(v))
+    assert (before[:, :3] == 0).all()  # no block is full yet
+    assert np.abs(after - before)[:, 3:].max() > 1e-3
+
+
 # ---- options -----------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +390,8 @@ def test_star_reaches_every_position_through_the_relay():
         ("longformer:window=0", "window must be at least 1, got 0"),
         ("etc:radius=0", "radius must be at least 1, got 0"),
         ("bp:nodes=0", "nodes must be at least 1, got 0"),
+        ("nsa:chosen=0", "chosen must be at least 1, got 0"),
+        ("nsa:block=4", "block must be at least stride, or positions are lost: got 4 and 16"),
         ("streaming:sinks=0", "without sinks use local"),
         ("axial:shape=4x5", "rows x columns must be 60, for example 6x10"),
         ("axial:axis=3", "axis must be both, row, column or a number below 2"),
