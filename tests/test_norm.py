@@ -86,6 +86,30 @@ def test_deepnorm_scales_the_stream_and_the_first_weights():
     np.testing.assert_allclose(ffn.up.kernel[...], 64**-0.25 * kernel, rtol=1e-6)
 
 
+def test_normformer_is_its_equations():
+    x = draw(2, 5, 32)
+    unit = lambda y: (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    placed, plain, attention = build("norm", "normformer"), build("attention", "full"), build("attention", "full")
+    placed.start(attention)
+    attention.out.gain[...] = jnp.array([2.0, 0, 0, 0])  # the first head alone, twice
+    weights = plain.out.kernel[...]
+    plain.out.kernel[...] = jnp.where(jnp.arange(32)[:, None] < 8, 2 * weights, 0)
+    y = attention(placed.before(x))[0]
+    np.testing.assert_allclose(y, plain(unit(x))[0], atol=1e-5)
+    np.testing.assert_allclose(placed.after(x, y), x + unit(y), atol=1e-5)
+    placed, plain, ffn = build("norm", "normformer"), build("ffn", "mlp"), build("ffn", "mlp")
+    placed.start(ffn)
+    hidden = jax.nn.gelu(plain.up(unit(x)))
+    expected = x + plain.down(unit(hidden))
+    np.testing.assert_allclose(placed.after(x, ffn(placed.before(x))[0]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shelf, choice", [("ffn", "moe"), ("attention", "fnet")])
+def test_normformer_refuses_what_has_no_place_for_it(shelf, choice):
+    with pytest.raises(ValueError, match=f"no place in {choice}"):
+        build("norm", "normformer").start(build(shelf, choice))
+
+
 def first_gradient(norm: str, layers: int) -> float:
     """The mean norm over seeds of the loss's gradient to the last feed-forward's second matrix, at the start, with
     uniform attention as in the theorem (queries and keys at zero)."""

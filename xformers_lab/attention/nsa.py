@@ -310,14 +310,14 @@ class Nsa(Projected):
         k_at = (chosen[:, None] * run + jnp.arange(run)).reshape(-1)
         near_at = at - (at - jnp.arange(R)) % R
 
-        def look(keys, values, k_at):
-            s = scores(turned, keys)
+        def look(rows, k_at):
+            s = scores(turned, rows[0])
             if bias is not None:
                 s = s + jax.vmap(lambda bias: bias(at[None, None], k_at[None])[0])(bias)
-            return softmax(s, ((k_at >= 0) & (k_at <= at))[None], values)
+            return softmax(s, ((k_at >= 0) & (k_at <= at))[None], rows[1])
 
-        second = look(*kept.at[:, k_at].get(mode="fill", fill_value=0), k_at)
-        third = look(*ring, near_at)
+        second = look(kept.at[:, k_at].get(mode="fill", fill_value=0), k_at)
+        third = look(ring, near_at)
         out = _gated(gates, [first, second, third])
         return out, {"slots": compressed, "newest": newest, "kept": kept, "ring": ring}
 

@@ -1,0 +1,75 @@
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.attention import Attention
+from xformers_lab.norm import Norm
+from xformers_lab.size import Size
+
+
+class Normformer(Norm):
+    """NormFormer: pre-normalisation with three operations more (Shleifer et al., 2021, arXiv 2110.09456).
+
+    x + n2(attention(n1(x))), where head i of the attention is multiplied by a learned g_i, 1 at the start, before the
+    output projection; x + down(n3(hidden layer of n1(x))) for the feed-forward; n1 once more at the end of the stack.
+    A mechanism whose last step is no linear layer `out` on its heads, and a feed-forward without a linear layer `down`
+    after its hidden one, are refused.
+
+    Options:
+        normaliser: a file of norm/normaliser
+    """
+
+    def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
+        super().__init__(size, normaliser=normaliser, rngs=rngs)
+        self.size, self.normaliser = size, normaliser
+
+    def start(self, layer):
+        """Puts what belongs inside the sub-layer in front of its last projection."""
+        attends = isinstance(layer, Attention)
+        name = "out" if attends else "down"
+        last = getattr(layer, name, None)
+        width = self.size.heads * self.size.head
+        if not isinstance(last, nnx.Linear) or (attends and last.in_features != width):
+            kind = type(layer).__name__.lower()
+            raise ValueError(f"norm=normformer has no place in {kind}: it has no linear layer `{name}` at its end")
+        if attends:
+            self.outer = self._built(self.size.dim)
+            setattr(layer, name, Scaled(last, self.size.heads))
+        else:
+            setattr(layer, name, Normalised(last, self._built(last.in_features)))
+
+    def _built(self, width: int):
+        size = dataclasses.replace(self.size, dim=width, heads=1, kv_heads=None)
+        return spec.build("normaliser", self.normaliser, size, rngs=nnx.Rngs(0))  # none of them draws anything
+
+    def before(self, x):
+        return self.norm(x)
+
+    def after(self, x, y):
+        return x + (self.outer(y) if hasattr(self, "outer") else y)
+
+    def final(self, x):
+        return self.norm(x)
+
+
+class Scaled(nnx.Module):
+    """A linear layer on heads (..., N H), each multiplied by a learned number."""
+
+    def __init__(self, linear: nnx.Linear, heads: int):
+        self.linear, self.gain = linear, nnx.Param(jnp.ones(heads))
+
+    def __call__(self, x):
+        gain = jnp.repeat(self.gain[...].astype(x.dtype), x.shape[-1] // self.gain.shape[0])
+        return self.linear(x * gain.reshape((1,) * (x.ndim - 1) + gain.shape))
+
+
+class Normalised(nnx.Module):
+    """A linear layer on what a normaliser gives."""
+
+    def __init__(self, linear: nnx.Linear, norm: nnx.Module):
+        self.linear, self.norm = linear, norm
+
+    def __call__(self, x):
+        return self.linear(self.norm(x))
