@@ -40,7 +40,7 @@ DUELS = {
     "axial layer, 64x64": ("axial", {}, "layer", {"choice": "axial:shape=64x64"}, 0.7, 0.7),
     "Routing layer, window 128, N=4096": ("routing", {}, "layer", {"choice": "routing:window=128"}, 0.7, 0.7),
     "Reformer layer, bucket 64, 4 rounds, N=4096": (
-        "reformer", {}, "layer", {"choice": "reformer:bucket=64:rounds=4"}, 0.7, 0.7
+        "reformer", {}, "layer", {"choice": "reformer:chunk=64:rounds=4"}, 0.7, 0.7
     ),
 }  # fmt: skip
 # Our own full causal attention over our own mechanism, forward: at least so many times slower.

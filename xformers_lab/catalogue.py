@@ -111,7 +111,7 @@ def _mechanism(name: str, config: configs.Config) -> dict:
     result = {
         "length": size.length,
         "cost": {"flops": cost.flops, "memory": cost.memory, "state": cost.state},
-        "can": {word: word in built.takes() for word in ("causal", "bias", "key", "carry", "x")},
+        "can": {word: able for word, able in _abilities(type(built)).items() if isinstance(able, bool)},
     }
     if (seen := sampled(built, causal=config.model.model != "encoder")) is not None:
         from xformers_lab.attention._engine import drawing
@@ -122,9 +122,11 @@ def _mechanism(name: str, config: configs.Config) -> dict:
 
 def sampled(mechanism, causal: bool):
     """(n, n) booleans: which keys a mechanism's queries see, of its first head; None where no pattern fixes that."""
+    from xformers_lab.attention import stated
     from xformers_lab.attention._engine import drawing
 
-    if not hasattr(mechanism, "seen"):
+    fixed = stated(type(mechanism), "Kind") in ("full", "sparse by position") and hasattr(mechanism, "seen")
+    if not fixed:  # others look at a pattern and at something else besides
         return None
     return drawing.sampled(mechanism.seen(causal and "causal" in mechanism.takes()), mechanism.size.length)
 

@@ -38,7 +38,8 @@ def print_page(page: dict, console: Console | None = None) -> None:
             f"one head, {page['length']} positions: {cost['flops']:,.0f} matmul FLOPs forward, "
             f"largest array {cost['memory']:,.0f} numbers, decoding keeps {cost['state']:,.0f} numbers"
         )
-        console.print(f"takes: {', '.join(can) or 'nothing but q, k, v'}")
+        cannot = [word for word, yes in page["can"].items() if not yes]
+        console.print(f"can: {', '.join(can) or 'none of these'}" + (f"; cannot: {', '.join(cannot)}" if cannot else ""))
     if "pattern" in page:
         console.print("\nrows are queries, columns the keys they see:")
         for line in page["pattern"]:
