@@ -7,7 +7,7 @@ mechanism passes to the same mechanism in the layer above, aux is a dict of scal
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -24,6 +24,10 @@ class Context:
 
 
 class Depth(nnx.Module):
+    """own_layers: whether every layer has variables of its own, with a leading axis of layers, as a memory needs."""
+
+    own_layers: ClassVar[bool] = False
+
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
         """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`)."""
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
