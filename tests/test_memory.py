@@ -109,7 +109,8 @@ def test_gradients_stop_at_the_old_segment(text):
     x = model.embedding(inputs)
 
     def last(x):
-        fresh, context = merge(*split(model)), Context(model.position)
+        fresh: Any = merge(*split(model))
+        context = Context(model.position)
         fresh.stack(x[:, :T], context)
         return (fresh.stack(x[:, T:], context)[0] ** 2).sum()
 
@@ -207,7 +208,7 @@ def test_parts_of_a_batch_keep_the_memory_of_their_rows(text):
 
 @pytest.mark.parametrize("split_", ["train", "validation", "test"])
 def test_rows_of_the_text_go_on_from_step_to_step(text, split_):
-    task = build_task(tiny(text, seq_len=8))
+    task: Any = build_task(tiny(text, seq_len=8))
     content = bytes(task.bytes[split_])
     each = (len(content) - 1) // 16
     for step in (0, each - 1, each):

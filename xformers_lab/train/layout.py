@@ -6,6 +6,7 @@ Both compile ahead of time, so that compile time is measured apart and the compi
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ class Layout:
     @property
     def of_state(self) -> TrainState:
         """Where each part of a train state lives: memory, (L, B, ...), with the batch, all else on every device."""
-        places: dict = dict.fromkeys((field.name for field in dataclasses.fields(TrainState)), self.whole)
+        places: dict[str, Any] = {field.name: self.whole for field in dataclasses.fields(TrainState)}
         return TrainState(**places | {"memory": NamedSharding(self.mesh, PartitionSpec(None, AXIS))})
 
     def place_state(self, state: TrainState) -> TrainState:
