@@ -122,7 +122,7 @@ def first_gradient(norm: str, layers: int) -> float:
         return 0 * leaf if "query" in jax.tree_util.keystr(path) else leaf
 
     def loss(params):
-        logits = merge(graph, params, {})(jnp.asarray(tokens), real=None)[0]
+        logits = merge(graph, params, {}, {})(jnp.asarray(tokens), real=None)[0]
         return -jax.nn.log_softmax(logits)[..., 0].mean()
 
     gradient, found = jax.jit(jax.grad(loss)), []

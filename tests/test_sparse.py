@@ -11,6 +11,7 @@ from xformers_lab.attention._engine import drawing
 from xformers_lab.attention._engine.layout import layout
 from xformers_lab.attention._engine.pattern import Band, Causal, Global, Random
 from xformers_lab.attention.sparse import WORDS, parsed
+from xformers_lab.size import Size
 
 Q, K = np.arange(24)[:, None], np.arange(24)[None]
 SEEN = {
@@ -60,7 +61,7 @@ def test_every_word_is_tried():
         ("blocks(0)", "at least 1"),
         ("near(0,1,1)", "at least 1"),
         ("grid(0,1,1)", "at least 1"),
-        ("fixed(2,3)", "last positions"),
+        ("fixed(2,3)", "no more positions"),
         ("band(3)+first(1)", "no word of a pattern"),
         ("__import__(4)", "no word"),
         ("band(3).x", "no word of a pattern"),
@@ -77,11 +78,14 @@ def test_refused(capsys, pattern, says):
 
 
 def test_is_the_mechanism_it_spells():
-    size = {"length": 40, "dim": 16, "heads": 2}
+    size = Size(length=40, dim=16, heads=2)
     q, k, v = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 40, 2, 8)), jnp.float32) for i in range(3))
-    pairs = [("sparse:pattern=band(5)", "local:window=5"), ("sparse:pattern=dilated(3,4)", "dilated:window=3:dilation=4")]
+    pairs = [
+        ("sparse:pattern=band(5)", "local:window=5"),
+        ("sparse:pattern=dilated(3,4)", "dilated:window=3:dilation=4"),
+    ]
     for (mine, other), causal in itertools.product(pairs, (True, False)):
-        found, wanted = (spec.build("attention", text, **size).mix(q, k, v, causal=causal)[0] for text in (mine, other))
+        found, wanted = (spec.build("attention", text, size).mix(q, k, v, causal=causal)[0] for text in (mine, other))
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 

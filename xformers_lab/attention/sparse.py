@@ -68,7 +68,7 @@ def parsed(text: str, length: int) -> Pattern:
         return _pattern(tree, text, length)
     except (SyntaxError, RecursionError) as error:
         raise ValueError(
-            f'pattern={text} cannot be read ({type(error).__name__}): write words joined by | & ~, "band(64)|first(1)" say'
+            f'pattern={text} cannot be read ({type(error).__name__}): join words by | & ~, as in "band(64)|first(1)"'
         ) from None
 
 
@@ -98,13 +98,13 @@ def _word(word: str, numbers: list[int], length: int) -> Pattern:
         wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         raise ValueError(f"pattern: {word} takes {wanted} numbers, got {len(numbers)}")
     if build is None:
-        size, count, *seed = numbers
+        size, count, seed = (*numbers, 0)[:3]
         _at_least_one(word, size, count)
         runs = -(-length // size)
-        return shapes.Random(size, min(count, runs), runs, *seed)
+        return shapes.Random(size, min(count, runs), runs, seed)
     _at_least_one(word, *numbers[: FIRST.get(word, len(numbers))])
     if word == "fixed" and numbers[1] > numbers[0]:
-        raise ValueError(f"pattern: fixed({numbers[0]},{numbers[1]}): no run of {numbers[0]} has so many last positions")
+        raise ValueError(f"pattern: fixed({numbers[0]},{numbers[1]}): a run has no more positions than that")
     return build(*numbers)
 
 

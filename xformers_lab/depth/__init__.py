@@ -12,7 +12,7 @@ that says nothing of it counts as 1 (see _stack.py); evaluation records it, and 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -32,6 +32,10 @@ class Context:
 
 
 class Depth(nnx.Module):
+    """own_layers: whether every layer has variables of its own, with a leading axis of layers, as a memory needs."""
+
+    own_layers: ClassVar[bool] = False
+
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
         """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`)."""
         raise NotImplementedError(f"{type(self).__name__} must define __init__")

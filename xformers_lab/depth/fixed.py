@@ -9,6 +9,8 @@ from xformers_lab.size import Size
 class Fixed(Depth):
     """Every token gets every layer, each with parameters of its own (Vaswani et al., 2017, arXiv 1706.03762)."""
 
+    own_layers = True
+
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
         whole = size.layers // period * period
         places = lambda first, last: [list(range(first + place, last, period)) for place in range(period)]

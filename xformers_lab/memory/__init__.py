@@ -1,5 +1,73 @@
-"""The shelf of memories: what survives from one segment to the next. One file = one class or function.
+"""The shelf of memories: what survives from one segment of a text to the next. One file = one class or function.
 
-`none` returns None. A memory will hand each layer the keys' source of past segments, (B, M, D), to stand before the
-current one; attention is aligned at the end, so every mechanism that takes T != S takes it.
+`none` returns None. Every other choice is a `Memory`, of which each layer has one of its own: what it read in earlier
+segments stands before the current one as the source of keys and values. Attention is aligned at the end, so every
+mechanism that takes T != S takes it.
+
+What is remembered of each sequence is kept in variables of type `Remembered`, which are no parameters and no part of
+the model that is shared: they are built for one sequence, (1, ...), and all zeros, which means that nothing was read
+yet. Behind the axis of layers that a stack gives them, the batch is their second axis, (L, B, ...); the train state
+holds them so, shares them out over devices with the batch, saves and restores them, and zeroes those of a sequence
+that begins a new text (`Batch.fresh`). Evaluation starts with an empty memory of its own.
+
+A task gives segments that follow one another by `segment(split, step)`, see tasks/__init__.py; others are refused.
+Decoding with a memory is refused, too.
 """
+
+from typing import Any
+
+from flax import nnx
+
+from xformers_lab.position import Position
+from xformers_lab.size import Size
+
+
+class Remembered(nnx.Variable):
+    """What is remembered of each sequence; all zeros where nothing is."""
+
+
+class Memory(nnx.Module):
+    """The memory of one layer. length: how many keys it puts before those of a segment."""
+
+    length: int
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        raise NotImplementedError(f"{type(self).__name__} must define __init__")
+
+    def read(self, B: int) -> tuple[Any, Any]:
+        """What stands before the segment: hidden states (B, length, D), oldest first, and which are real (B, length).
+
+        No gradient flows through it to what was written.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define read(B)")
+
+    def write(self, x, real) -> None:
+        """Remember the layer's input x (B, T, D) of a segment, real (B, T) bool or None where nothing is padded."""
+        raise NotImplementedError(f"{type(self).__name__} must define write(x, real)")
+
+
+def check(position: Position, layers: bool, segments: bool) -> None:
+    """Raises ValueError where a model cannot have a memory. layers: whether its depth gives every layer variables of
+    its own; segments: whether its task gives texts in segments that follow one another."""
+    if not segments:
+        raise ValueError("the task gives unrelated sequences, none of which goes on in the next batch; use task=lm")
+    if not layers:
+        raise ValueError("this depth uses its layers again, but each layer has one memory; use depth=fixed")
+    if type(position).embed is not Position.embed:
+        raise ValueError(
+            "this position marks the embeddings themselves, and begins anew in every segment, so that what is "
+            "remembered would seem to stand where the segment does; use position=xl, rope, alibi, t5, shaw or none"
+        )
+
+
+def why_not(attention) -> str | None:
+    """Why a layer's attention cannot look at a memory; None where it can."""
+    from xformers_lab.attention import stated
+
+    mechanism = type(attention)
+    name = mechanism.__name__.lower()
+    if reason := stated(mechanism, "Not cross") or stated(mechanism, "One way"):
+        return f"attention={name} takes no keys but the segment's own: {reason}"
+    if attention.carries():
+        return f"attention={name} hands something to the layer above, which is made for the segment's own keys"
+    return None

@@ -1,10 +1,12 @@
 """One layer: attention and feed-forward, each inside a residual placement."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab import spec
+from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.size import Size
@@ -20,7 +22,12 @@ class Block(nnx.Module):
         self, size: Size, attention: str, *, config: Config, causal: bool, kept: int | None = None, rngs: nnx.Rngs
     ):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
-        self.attention, self.attention_norm = build("attention", attention), build("norm", config.model.norm)
+        self.memory = build("memory", config.model.memory)
+        keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
+        self.attention = spec.build("attention", attention, keys, rngs=rngs)
+        if self.memory is not None and (reason := memory.why_not(self.attention)):
+            raise ValueError(f"memory={config.model.memory} cannot be read: {reason}")
+        self.attention_norm = build("norm", config.model.norm)
         self.attention_norm.start(self.attention)
         self.ffn = build("ffn", config.model.ffn)
         if self.ffn is not None:
@@ -38,9 +45,11 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        source, real = self._source(x, context.real)
         y, carry, aux = self.attention(
-            self.attention_norm.before(x),
-            real=context.real,
+            source if self.memory is None else source[:, -x.shape[1] :],
+            None if self.memory is None else source,
+            real=real,
             causal=self.causal,
             position=context.position,
             carry=carries.get(self.name),
@@ -55,8 +64,19 @@ class Block(nnx.Module):
             aux = add_aux(aux, more)
         return x, carries, aux
 
+    def _source(self, x, real):
+        """What keys and values come from, the segment last, and which of it is real."""
+        if self.memory is None:
+            return self.attention_norm.before(x), real
+        old, known = self.memory.read(len(x))
+        self.memory.write(x, real)
+        real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
+        return self.attention_norm.before(jnp.concatenate([old, x], 1)), real
+
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
+        if self.memory is not None:
+            raise ValueError("a model with a memory reads segments; decoding token by token needs memory=none")
         own = self.attention.init_cache(B, length, self.dtype)
         if self.kept is None:
             return own

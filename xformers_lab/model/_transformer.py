@@ -1,10 +1,12 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab import spec
+from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.linear import Linear
@@ -24,8 +26,16 @@ class Transformer(Model):
         self.embedding = nnx.Embed(
             task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
         )
-        self.position = spec.build("position", choice.position, size, causal=self.causal, rngs=rngs)
-        spec.build("memory", choice.memory, size, rngs=rngs)
+        # Each block builds a memory of its own; here it only says how far back positions reach.
+        before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
+        reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
+        self.position = spec.build("position", choice.position, reach, causal=self.causal, rngs=rngs)
+        if before is not None:
+            layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
+            try:
+                memory.check(self.position, layers, task.segments)
+            except ValueError as reason:
+                raise ValueError(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs):
             given = {"config": config, "causal": self.causal, "kept": self.position.kept}

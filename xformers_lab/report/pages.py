@@ -39,7 +39,7 @@ def print_page(page: dict, console: Console | None = None) -> None:
             f"largest array {cost['memory']:,.0f} numbers, decoding keeps {cost['state']:,.0f} numbers"
         )
         cannot = [word for word, yes in page["can"].items() if not yes]
-        console.print(f"can: {', '.join(can) or 'none of these'}" + (f"; cannot: {', '.join(cannot)}" if cannot else ""))
+        console.print(f"can: {', '.join(can) or '-'}; cannot: {', '.join(cannot) or '-'}")
     if "pattern" in page:
         console.print("\nrows are queries, columns the keys they see:")
         for line in page["pattern"]:

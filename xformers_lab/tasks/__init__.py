@@ -8,6 +8,9 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
   only "decoder": an encoder would see the answer.
+* `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
+  `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
+  text begins. It is a pure function like `batch`.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus).
 """
@@ -38,13 +41,15 @@ class Batch:
     """One batch, as numpy on the host and as jax arrays on devices.
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
-    shaped like targets, 0 where nothing is asked; real (B, T) bool, False at padding, or None where a task never pads.
+    shaped like targets, 0 where nothing is asked; real (B, T) bool, False at padding, or None where a task never pads;
+    fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
     """
 
     inputs: np.ndarray | jax.Array
     targets: np.ndarray | jax.Array
     weights: np.ndarray | jax.Array
     real: np.ndarray | jax.Array | None = None
+    fresh: np.ndarray | jax.Array | None = None
 
 
 class Task:
@@ -57,12 +62,16 @@ class Task:
     metric_name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     chance: float
+    segments: ClassVar[bool] = False
 
     def __init__(self, setting: Setting):
         self.setting = setting
 
     def batch(self, split: Split, step: int) -> Batch:
         raise NotImplementedError(f"{type(self).__name__} must define batch(split, step)")
+
+    def segment(self, split: Split, step: int) -> Batch:
+        raise NotImplementedError(f"{type(self).__name__} has segments: define segment(split, step)")
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt as a user types it; by default numbers with spaces between. Raises ValueError."""

@@ -1,5 +1,6 @@
 """Lm: predict the next byte of text."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -27,7 +28,9 @@ class Lm(Task):
     (80 / 10 / 10), and files with the same content count once; a single file is cut into its first 90 %, the next 5 %
     and the last 5 %; a table or hub data set that has splits of its own keeps them, and a missing one is taken from
     train by document. A sequence is a window of seq_len + 1 bytes at a random place of its split; it may span the end
-    of a document.
+    of a document. With a memory, every row of the batch reads a part of its own of the split from its first byte to its
+    last, one segment a step, and begins anew, a little shifted, when all have been read; nothing is forgotten at the
+    end of a document, as in Transformer-XL.
 
     Options:
         path: a file or folder (none, and no hub: the standard library's source)
@@ -42,6 +45,7 @@ class Lm(Task):
     higher_is_better = False
     vocab = outputs = 256
     chance = 8.0
+    segments = True
 
     def __init__(
         self,
@@ -70,6 +74,23 @@ class Lm(Task):
     def batch(self, split: Split, step: int) -> Batch:
         rng, content = _splits.generator(self.setting.seed, split, step), self.bytes[split]
         starts = rng.integers(0, len(content) - self.setting.seq_len, self.setting.batch)
+        return self._windows(split, starts)
+
+    def segment(self, split: Split, step: int) -> Batch:
+        T, B, room = self.setting.seq_len, self.setting.batch, len(self.bytes[split]) - 1
+        each = room // (B * T)  # segments that every row reads before all begin anew
+        if not each:
+            raise UsageError(
+                f"the {split} split of {self.source} has {room + 1} bytes, too few for batch={B} rows that each read a "
+                f"part of their own in segments of seq_len={T}: use a smaller batch or seq_len, or give more text"
+            )
+        turn, number = divmod(step, each)
+        shift = _splits.generator(self.setting.seed, split, turn).integers(0, room - each * B * T + 1)
+        starts = shift + np.arange(B) * each * T + number * T
+        return dataclasses.replace(self._windows(split, starts), fresh=np.full(B, number == 0))
+
+    def _windows(self, split: Split, starts: np.ndarray) -> Batch:
+        content = self.bytes[split]
         windows = content[starts[:, None] + np.arange(self.setting.seq_len + 1)].astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:], np.ones((self.setting.batch, self.setting.seq_len), np.float32))
 

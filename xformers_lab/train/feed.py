@@ -24,14 +24,15 @@ def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Generator[T]:
             yield coming.result()
 
 
-def checked(task: Task, split: Split, step: int) -> Batch:
+def checked(task: Task, split: Split, step: int, segments: bool = False) -> Batch:
     """The batch of a step; raises UsageError where it breaks the task's own declaration, for a device would clamp an id
     beyond its table without a word."""
-    batch, setting, name = task.batch(split, step), task.setting, type(task).__name__
+    batch = task.segment(split, step) if segments else task.batch(split, step)
+    setting, name = task.setting, type(task).__name__
     per_sequence = (setting.batch,)
     per_token = (setting.batch, setting.seq_len)
     answers = per_token if task.target == "token" else per_sequence
-    shapes = {"inputs": per_token, "targets": answers, "weights": answers, "real": per_token}
+    shapes = {"inputs": per_token, "targets": answers, "weights": answers, "real": per_token, "fresh": per_sequence}
     for field, shape in shapes.items():
         value = getattr(batch, field)
         if value is not None and np.shape(value) != shape:

@@ -6,6 +6,7 @@ Both compile ahead of time, so that compile time is measured apart and the compi
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,10 +40,17 @@ class Layout:
         """The leading axis is shared out over the devices."""
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
+    @property
+    def of_state(self) -> TrainState:
+        """Where each part of a train state lives: memory, (L, B, ...), with the batch, all else on every device."""
+        places: dict[str, Any] = {field.name: self.whole for field in dataclasses.fields(TrainState)}
+        places["memory"] = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+        return TrainState(**places)
+
     def place_state(self, state: TrainState) -> TrainState:
         """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the
         host, for between devices `may_alias=False` does not keep a replica from aliasing the original."""
-        return jax.device_put(jax.device_get(state), self.whole, may_alias=False)
+        return jax.device_put(jax.device_get(state), self.of_state, may_alias=False)
 
     def shape_batch(self, batch: Batch) -> Batch:
         """(B, ...) as the step takes it: the same, or (devices, B / devices, ...) for pmap."""
@@ -56,12 +64,17 @@ class Layout:
 
     def abstract_state(self, state: TrainState) -> TrainState:
         """Shapes, types and places, as a checkpoint is restored to."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), state)
+        on = lambda place, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+        return jax.tree.map(on, self.of_state, state)
 
 
 def layout_of(config: Config) -> Layout:
     """The layout over all devices; raises UsageError where the batch cannot be shared out equally."""
     train, devices = config.train, jax.devices()
+    if train.layout == "pmap" and config.model.memory != "none":
+        raise UsageError(
+            f"layout=pmap keeps the whole state on every device, memory={config.model.memory} too: layout=jit"
+        )
     if train.batch % (len(devices) * train.accumulate):
         parts = f" in accumulate={train.accumulate} parts" if train.accumulate > 1 else ""
         step = len(devices) * train.accumulate
@@ -103,8 +116,8 @@ def compile_train_step(
     # Counted on the global view, which pmap would show one device's share of.
     counted = step = jax.jit(
         make_train_step(config, task, graph, tx),
-        in_shardings=(layout.whole, layout.shared),
-        out_shardings=layout.whole,
+        in_shardings=(layout.of_state, layout.shared),
+        out_shardings=(layout.of_state, layout.whole),
         donate_argnums=0,
     )
     if layout.kind == "pmap":
@@ -128,7 +141,9 @@ def compile_eval_step(task: Task, graph: nnx.GraphDef, layout: Layout) -> Callab
     """Compiled at its first call."""
     if layout.kind == "pmap":
         return jax.pmap(make_eval_step(task, graph, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    return jax.jit(make_eval_step(task, graph), in_shardings=(layout.whole, layout.shared), out_shardings=layout.whole)
+    found = {"loss": layout.whole, "metric": layout.whole, "memory": layout.of_state.memory}
+    given = (layout.of_state, layout.shared)
+    return jax.jit(make_eval_step(task, graph), in_shardings=given, out_shardings=found)
 
 
 def _flops(step: Callable, state: TrainState, batch: Batch) -> int | None:

@@ -26,7 +26,7 @@ from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
 from xformers_lab.train.interrupt import Interrupted, listening
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of
-from xformers_lab.train.state import TrainState, abstract, init, merge, structure
+from xformers_lab.train.state import TrainState, abstract, empty, init, merge, structure
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "resume", "run"]
 
@@ -94,7 +94,7 @@ def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
     if not checkpoint.steps(run_dir):
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, _ = checkpoint.restore(run_dir, job.target(), job.about)
-    return job.config, job.task, merge(job.graph, state.params, state.extra)
+    return job.config, job.task, merge(job.graph, state.params, state.extra, state.memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +110,16 @@ class _Job:
     score: Callable
     about: dict
 
+    @property
+    def segments(self) -> bool:
+        """Whether batches follow one another, for a memory to carry over."""
+        return self.config.model.memory != "none"
+
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
 
     def place(self, split: Split) -> Callable:
-        return lambda step: self.layout.place_batch(feed.checked(self.task, split, step))
+        return lambda step: self.layout.place_batch(feed.checked(self.task, split, step, self.segments))
 
 
 def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
@@ -167,7 +172,7 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = _device_peak()
     compiled = compile_train_step(
-        job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0)
+        job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0, job.segments)
     )
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
@@ -223,9 +228,11 @@ def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callab
     raises _Stopped."""
     totals: dict[str, np.ndarray] = {}
     pending = None
+    state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
         for batch in batches:
             sums = job.score(state, batch)
+            state = dataclasses.replace(state, memory=sums.pop("memory"))
             if pending is not None:
                 _add(totals, pending)
             pending = sums

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from xformers_lab.config import Config
+from xformers_lab.memory import Remembered
 from xformers_lab.model import Model, build_model
 from xformers_lab.tasks import Task
 
@@ -17,22 +18,25 @@ from xformers_lab.tasks import Task
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """params: the parameters; extra: variables that are no parameters (counters, running statistics, fixed random
-    features); opt: the optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite
-    and changed nothing; seed: the run's, an array so that runs that differ in nothing else share one compiled program.
+    features); memory: what is remembered of each sequence of the batch, (L, B, ...), empty without a memory; opt: the
+    optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite and changed nothing;
+    seed: the run's, an array so that runs that differ in nothing else share one compiled program.
     The data position is `step`, for a batch is a function of (seed, split, step)."""
 
     params: Any
     extra: Any
+    memory: Any
     opt: Any
     step: jax.Array
     skipped: jax.Array
     seed: jax.Array
 
 
-def split(model: Model) -> tuple[nnx.GraphDef, Any, Any]:
-    """The structure of a model, its parameters and its other variables, both as pure dicts."""
-    graph, params, extra = nnx.split(model, nnx.Param, ...)
-    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
+def split(model: Model) -> tuple[nnx.GraphDef, Any, Any, Any]:
+    """The structure of a model, its parameters, its other variables and its memory, all three as pure dicts."""
+    graph, *parts = nnx.split(model, nnx.Param, nnx.All(nnx.Not(nnx.Param), nnx.Not(Remembered)), Remembered)
+    params, extra, memory = map(nnx.to_pure_dict, parts)
+    return graph, params, extra, memory
 
 
 def structure(config: Config, task: Task) -> nnx.GraphDef:
@@ -40,16 +44,30 @@ def structure(config: Config, task: Task) -> nnx.GraphDef:
     return split(nnx.eval_shape(lambda: build_model(config, task)))[0]
 
 
-def merge(graph: nnx.GraphDef, params, extra) -> Model:
+def merge(graph: nnx.GraphDef, params, extra, memory) -> Model:
     """The inverse of `split`."""
-    return nnx.merge(graph, params, extra)
+    return nnx.merge(graph, params, extra, memory)
+
+
+def empty(memory):
+    """The same memory with nothing in it."""
+    return jax.tree.map(jnp.zeros_like, memory)
+
+
+def begun(memory, fresh):
+    """The memory of a batch in which the sequences that fresh (B,) names begin a new text."""
+    if fresh is None:
+        return memory
+    axes = lambda leaf: jnp.reshape(fresh, (1, -1) + (1,) * (leaf.ndim - 2))
+    return jax.tree.map(lambda leaf: jnp.where(axes(leaf), jnp.zeros_like(leaf), leaf), memory)
 
 
 def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step, drawn from the config's seed."""
-    _, params, extra = split(build_model(config, task))
+    _, params, extra, memory = split(build_model(config, task))
+    memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.train.batch, 1), memory)
     count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
-    return TrainState(params, extra, tx.init(params), count(), count(), jnp.uint32(config.seed % 2**32))
+    return TrainState(params, extra, memory, tx.init(params), count(), count(), jnp.uint32(config.seed % 2**32))
 
 
 def abstract(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:

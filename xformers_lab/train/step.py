@@ -11,7 +11,7 @@ from flax import nnx
 
 from xformers_lab.config import Config
 from xformers_lab.tasks import Batch, Task
-from xformers_lab.train.state import TrainState, merge, split
+from xformers_lab.train.state import TrainState, begun, merge, split
 
 
 def stream(seed, step, name: str) -> jax.Array:
@@ -31,25 +31,27 @@ def make_train_step(
     gradient is not finite changes nothing but `step` and `skipped`.
     """
 
-    def objective(params, extra, batch: Batch, key):
-        model = merge(graph, params, extra)
+    def objective(params, extra, memory, batch: Batch, key):
+        model = merge(graph, params, extra, memory)
         logits, aux = model(batch.inputs, real=batch.real, key=key)
         loss, weight = task.loss(logits, batch)
         aux, more = _scalars(aux)
         aux = {name: value * weight for name, value in aux.items()}
         aux |= {f"loss/{name}": share * task.loss(logits, batch)[0] for name, (share, logits) in more.items()}
         total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
-        return total, (split(model)[2], {"loss": total, "weight": weight, **aux})
+        return total, (split(model)[2:], {"loss": total, "weight": weight, **aux})
 
-    def part(params, extra, batch: Batch, key):
-        (_, (extra, sums)), grads = jax.value_and_grad(objective, has_aux=True)(params, extra, batch, key)
-        return extra, (grads, sums)
+    def part(params, extra, memory, batch: Batch, key):
+        (_, (changed, sums)), grads = jax.value_and_grad(objective, has_aux=True)(params, extra, memory, batch, key)
+        return *changed, (grads, sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = stream(state.seed, state.step, "dropout")
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        extra, sums = in_parts(functools.partial(part, state.params), state.extra, batch, key, config.train.accumulate)
+        memory = begun(state.memory, batch.fresh)
+        of_part = functools.partial(part, state.params)
+        extra, memory, sums = in_parts(of_part, state.extra, memory, batch, key, config.train.accumulate)
         if axis is not None:
             sums, extra = jax.lax.psum(sums, axis), agree(extra, axis)
         grads, sums = sums
@@ -59,30 +61,38 @@ def make_train_step(
         updates, opt = tx.update(grads, state.opt, state.params)
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
-        params, extra, opt = keep(
-            (optax.apply_updates(state.params, updates), extra, opt), (state.params, state.extra, state.opt)
+        params = optax.apply_updates(state.params, updates)
+        params, extra, memory, opt = keep(
+            (params, extra, memory, opt), (state.params, state.extra, state.memory, state.opt)
         )
-        state = TrainState(params, extra, opt, state.step + 1, state.skipped + ~ok, state.seed)
+        state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
     return train_step
 
 
-def in_parts(part: Callable, extra, batch: Batch, key, count: int):
-    """Run part(extra, batch, key) -> (extra, sums) on `count` equal parts, one after the other -> extra, added sums."""
+def in_parts(part: Callable, extra, memory, batch: Batch, key, count: int):
+    """Run part(extra, memory, batch, key) -> (extra, memory, sums) on `count` equal parts, one after the other
+    -> extra, memory, added sums."""
     if count == 1:
-        return part(extra, batch, key)
+        return part(extra, memory, batch, key)
     # Sample i goes to part i % count: a batch axis that is split over devices stays so within each part.
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
+    apart = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
+    memories = jax.tree.map(apart, memory)
+
     def add(carry, of_part):
         extra, total = carry
-        extra, sums = part(extra, *of_part)
-        return (extra, jax.tree.map(jnp.add, total, sums)), None
+        extra, memory, sums = part(extra, *of_part)
+        return (extra, jax.tree.map(jnp.add, total, sums)), memory
 
-    sums = jax.eval_shape(part, extra, jax.tree.map(lambda x: x[0], parts), key)[1]
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    sums = jax.eval_shape(part, extra, first(memories), first(parts), key)[2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    return jax.lax.scan(add, (extra, zeros), (parts, jax.random.split(key, count)))[0]
+    given = memories, parts, jax.random.split(key, count)
+    (extra, sums), memories = jax.lax.scan(add, (extra, zeros), given)
+    return extra, jax.tree.map(lambda x, like: jnp.moveaxis(x, 0, 2).reshape(like.shape), memories, memory), sums
 
 
 def agree(extra, axis: str):
@@ -92,16 +102,18 @@ def agree(extra, axis: str):
 
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], dict]:
-    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, and the same of each auxiliary
-    scalar that is no loss, "aux/<name>"; without randomness or change."""
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, the same of each auxiliary scalar
+    that is no loss, "aux/<name>", and "memory": the state's after the batch; without randomness or other change."""
 
     def eval_step(state: TrainState, batch: Batch) -> dict:
-        logits, aux = merge(graph, state.params, state.extra)(batch.inputs, real=batch.real)
+        model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
+        logits, aux = model(batch.inputs, real=batch.real)
         sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
         weight = sums["loss"][1]
         told = {name: value for name, value in _scalars(aux)[0].items() if not name.startswith("loss/")}
         sums |= {f"aux/{name}": (value * weight, weight) for name, value in told.items()}
-        return sums if axis is None else jax.lax.psum(sums, axis)
+        sums = sums if axis is None else jax.lax.psum(sums, axis)
+        return sums | {"memory": split(model)[3]}
 
     return eval_step
 
