@@ -137,12 +137,11 @@ def compile_train_step(
     )
 
 
-def compile_eval_step(task: Task, graph: nnx.GraphDef, layout: Layout) -> Callable[[TrainState, Batch], dict]:
+def compile_eval_step(task: Task, graph: nnx.GraphDef, layout: Layout) -> Callable[[TrainState, Batch], tuple]:
     """Compiled at its first call."""
     if layout.kind == "pmap":
         return jax.pmap(make_eval_step(task, graph, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    found = {"loss": layout.whole, "metric": layout.whole, "memory": layout.of_state.memory}
-    given = (layout.of_state, layout.shared)
+    given, found = (layout.of_state, layout.shared), (layout.whole, layout.of_state.memory)
     return jax.jit(make_eval_step(task, graph), in_shardings=given, out_shardings=found)
 
 

@@ -231,8 +231,8 @@ def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callab
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
         for batch in batches:
-            sums = job.score(state, batch)
-            state = dataclasses.replace(state, memory=sums.pop("memory"))
+            sums, memory = job.score(state, batch)
+            state = dataclasses.replace(state, memory=memory)
             if pending is not None:
                 _add(totals, pending)
             pending = sums

@@ -3,6 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +102,11 @@ def agree(extra, axis: str):
     return jax.tree.map(lambda x: jax.lax.pmean(x, axis) if floating(x) else jax.lax.pmax(x, axis), extra)
 
 
-def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], dict]:
-    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, the same of each auxiliary scalar
-    that is no loss, "aux/<name>", and "memory": the state's after the batch; without randomness or other change."""
+def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], tuple]:
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)} with the same of each auxiliary
+    scalar that is no loss, "aux/<name>", and the state's memory after the batch; without randomness or other change."""
 
-    def eval_step(state: TrainState, batch: Batch) -> dict:
+    def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
         logits, aux = model(batch.inputs, real=batch.real)
         sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
@@ -113,7 +114,7 @@ def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> 
         told = {name: value for name, value in _scalars(aux)[0].items() if not name.startswith("loss/")}
         sums |= {f"aux/{name}": (value * weight, weight) for name, value in told.items()}
         sums = sums if axis is None else jax.lax.psum(sums, axis)
-        return sums | {"memory": split(model)[3]}
+        return sums, split(model)[3]
 
     return eval_step
 
