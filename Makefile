@@ -24,6 +24,7 @@ bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/shelf.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@if command -v uv >/dev/null; then \
