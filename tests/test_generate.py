@@ -100,6 +100,26 @@ def test_beam_search_with_many_beams_is_exhaustive(model, penalty):
     assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "poolingformer:window=3:reach=9:kernel=4:stride=2"},
+        {"attention": "realformer"},
+        {"attention": "local:window=4", "position": "conv"},
+        {"model": "lstm"},
+    ],
+    ids=str,
+)
+def test_beams_take_what_they_remember_along(changes):
+    """Whatever a cache looks like, hypotheses that change places score as the whole sequence does."""
+    config = edit(Config(), task="copy", layers=2, seq_len=16, dim=16, heads=2, **changes)
+    model = build_model(config, build_task(config))
+    tokens, score = beam_search(model, [3, 1], new=6, length=16, beams=4, length_penalty=0)
+    whole = jnp.asarray([[3, 1, *tokens]], jnp.int32)
+    logs = np.asarray(jax.nn.log_softmax(model(whole)[0]))[0, 1:-1]
+    assert score == pytest.approx(sum(logs[np.arange(6), tokens]), abs=1e-3)
+
+
 def test_one_beam_is_greedy(model):
     tokens, score = beam_search(model, PROMPTS[0], new=6, length=24, beams=1)
     assert tokens == generate(model, PROMPTS[:1], new=6, length=24)[0] and score < 0

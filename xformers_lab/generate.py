@@ -106,7 +106,7 @@ def beam_search(
     _check([prompt], new, length)
     graph, variables = nnx.split(model)
     step = _beam_step(graph)
-    cache = _cache(model, beams, len(prompt) + new)
+    cache, axes = (make(model, beams, len(prompt) + new) for make in (_cache, _sample_axes))
     for token in prompt[:-1]:
         _, cache = step(variables, cache, np.full(beams, token, np.int32))
     tokens = np.full(beams, prompt[-1], np.int32)
@@ -135,7 +135,7 @@ def beam_search(
             going.append((NOTHING, going[0][1], going[0][2]))
         totals, texts = np.array([score for score, _, _ in going]), [text for _, _, text in going]
         tokens = np.array([text[-1] for text in texts], np.int32)
-        cache = _reorder(cache, np.array([row for _, row, _ in going]))
+        cache = _reorder(cache, axes, np.array([row for _, row, _ in going]))
     score, text = max(finished, key=lambda found: found[0])
     return text, float(score)
 
@@ -195,9 +195,15 @@ def _cache(model: Model, B: int, length: int):
     return jax.tree.map(jnp.array, cache)
 
 
-def _reorder(cache, rows: np.ndarray):
-    """The cache of other hypotheses: samples are the second axis, behind the layers."""
-    return jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim > 1 else leaf, cache)
+def _sample_axes(model: Model, B: int, length: int):
+    """Which axis of each leaf of a cache counts samples, -1 for none: the one that one more sample makes longer."""
+    one, other = (jax.eval_shape(lambda B=B: model.init_cache(B, length)) for B in (B, B + 1))
+    return jax.tree.map(lambda a, b: next((i for i in range(a.ndim) if a.shape[i] != b.shape[i]), -1), one, other)
+
+
+def _reorder(cache, axes, rows: np.ndarray):
+    """The cache of other hypotheses."""
+    return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else jnp.take(leaf, rows, axis), cache, axes)
 
 
 def _check(prompts: Sequence[Sequence[int]], new: int, length: int) -> None:
