@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import typing
 
 import jax
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.cli import main
+from xformers_lab.errors import UsageError
+from xformers_lab.model import build_model, build_task
+from xformers_lab.size import Size
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -217,3 +221,25 @@ def test_there_are_enough_cases():
         + len(FILES)
     )
     assert generated >= 200
+
+
+# Whole numbers of either sign mean something there.
+SIGNED = {("hard_coded", "offsets"), ("informer", "seed")}
+
+
+@pytest.mark.parametrize("shelf", ["attention", "position", "norm", "normaliser", "ffn", "memory", "depth"])
+def test_every_option_of_every_choice_refuses_nonsense(shelf):
+    """A size below any that could be meant, a number that is none, an unknown word: one message each, no traceback."""
+    for name in spec.names(shelf):
+        for option in spec.options(spec.entry(shelf, name)).values():
+            kinds = typing.get_args(option.type) or (option.type,)
+            nonsense = "-7" if int in kinds else "nan" if float in kinds else "bogus"
+            choice = f"{name}:{option.name}={nonsense}"
+            if (name, option.name) in SIGNED:
+                continue
+            with pytest.raises(UsageError, match=option.name):
+                if shelf == "depth":  # which needs blocks to stack
+                    config = configs.edit(configs.Config(), task="copy", seq_len=64, dim=32, heads=4, depth=choice)
+                    build_model(config, build_task(config))
+                else:
+                    spec.build(shelf, choice, Size(length=64, dim=32, heads=4), causal=True)
