@@ -38,7 +38,7 @@ def knob(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    model: str = knob("auto", "encoder, decoder, or auto: what the task is made for", shelf="model")
+    model: str = knob("auto", "encoder, decoder, another kind, or auto: what the task is made for", shelf="model")
     attention: str = knob(
         "full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True
     )

@@ -45,6 +45,12 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        x, carries, aux = self.attend(x, carries, context, *keys[:2])
+        x, more = self.feed(x, context, *keys[2:])
+        return x, carries, add_aux(aux, more)
+
+    def attend(self, x, carries, context, key, drop_key):
+        """The first sub-layer."""
         source, real = self._source(x, context.real)
         y, carry, aux = self.attention(
             source if self.memory is None else source[:, -x.shape[1] :],
@@ -53,16 +59,18 @@ class Block(nnx.Module):
             causal=self.causal,
             position=context.position,
             carry=carries.get(self.name),
-            key=keys[0],
+            key=key,
         )
         if self.name in carries:
             carries = carries | {self.name: carry}
-        x = self.attention_norm.after(x, drop(y, self.dropout, keys[1]))
-        if self.ffn is not None:
-            y, more = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[2])
-            x = self.ffn_norm.after(x, drop(y, self.dropout, keys[3]))
-            aux = add_aux(aux, more)
-        return x, carries, aux
+        return self.attention_norm.after(x, drop(y, self.dropout, drop_key)), carries, aux
+
+    def feed(self, x, context, key, drop_key):
+        """The last sub-layer, which may be none."""
+        if self.ffn is None:
+            return x, {}
+        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=key)
+        return self.ffn_norm.after(x, drop(y, self.dropout, drop_key)), aux
 
     def _source(self, x, real):
         """What keys and values come from, the segment last, and which of it is real."""
@@ -84,15 +92,19 @@ class Block(nnx.Module):
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
+        x, cache, carries = self.attend_step(x, cache, carries, context, at)
+        return self.feed_step(x), cache, carries
+
+    def attend_step(self, x, cache, carries, context, at):
         y, cache, carry = self.attention.decode(
             self.attention_norm.before(x), cache, at=at, position=context.position, carry=carries.get(self.name)
         )
         if self.name in carries:
             carries = carries | {self.name: carry}
-        x = self.attention_norm.after(x, y)
-        if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0])
-        return x, cache, carries
+        return self.attention_norm.after(x, y), cache, carries
+
+    def feed_step(self, x):
+        return x if self.ffn is None else self.ffn_norm.after(x, self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0])
 
 
 def drop(x, rate: float, key):

@@ -39,12 +39,16 @@ class Transformer(Model):
 
         def make_block(index: int, rngs: nnx.Rngs):
             given = {"config": config, "causal": self.causal, "kept": self.position.kept}
-            return Block(size, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
+            return self.block(size, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
 
         self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def block(self, size: Size, attention: str, **given) -> Block:
+        """One layer of the stack."""
+        return Block(size, attention, **given)
 
     def __call__(self, inputs, *, real=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
@@ -70,12 +74,14 @@ class Transformer(Model):
         before = jnp.zeros((1, B, self.position.before, self.size.dim), self.size.dtype)
         return {"at": jnp.zeros((), jnp.int32), "before": before, "layers": self.stack.init_cache(B, length)}
 
-    def step(self, cache, tokens):
+    def step(self, cache, tokens, *, source=None):
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
         x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
-        x, layers = self.stack.step(x, cache["layers"], Context(self.position, predict=self.predict), at=at)
+        x, layers = self.stack.step(
+            x, cache["layers"], Context(self.position, predict=self.predict, source=source), at=at
+        )
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def pool(self, x, real):

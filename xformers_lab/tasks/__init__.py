@@ -8,6 +8,8 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
   only "decoder": an encoder would see the answer.
+* `source_length`: how many of the first positions are given and never asked about, as the encoder of an
+  encoder-decoder reads them; 0 where the two are mixed.
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`.
@@ -63,6 +65,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     chance: float
     segments: ClassVar[bool] = False
+    source_length: int = 0
 
     def __init__(self, setting: Setting):
         self.setting = setting

@@ -28,7 +28,7 @@ class Copy(Task):
             raise ValueError(f"symbols={symbols} leaves nothing to guess: use symbols=2 or more")
         self.half = (setting.seq_len - 1) // 2
         check_room(float(symbols) ** min(self.half, 100), "use a longer seq_len or more symbols")
-        self.symbols = symbols
+        self.symbols, self.source_length = symbols, self.half + 1
         self.vocab = self.outputs = symbols + 1
         self.chance = 1 / symbols
 

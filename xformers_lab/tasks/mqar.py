@@ -52,6 +52,7 @@ class Mqar(Task):
         check_room(
             math.exp(min(_ways(vocab // 2 - 1, pairs) + _ways(vocab - vocab // 2, pairs), 100)), "use a larger vocab"
         )
+        self.source_length = 2 * pairs
         self.pairs, self.power, self.random_non_queries = pairs, power, random_non_queries
         self.vocab = self.outputs = vocab
         self.chance = 1 / pairs

@@ -1,0 +1,147 @@
+"""Encoder-decoder: what a target sees of its source and of itself, decoding, and what is refused."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab.check.subject import quick_jit
+from xformers_lab.cli import main
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
+from xformers_lab.generate import beam_search, generate
+from xformers_lab.model import build_model, build_task
+from xformers_lab.train import feed, optimizer
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
+
+SMALL = {"task": "copy", "seq_len": 13, "dim": 16, "heads": 2, "layers": 2, "batch": 3}  # 7 of source, 6 of target
+
+
+def model_of(model: str = "encoder_decoder", **changes) -> tuple[Any, Any]:
+    config = edit(Config(), model=model, **(SMALL | changes))
+    task = build_task(config)
+    return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
+
+
+def compiled(model):
+    graph, variables = nnx.split(model)
+    run = quick_jit(lambda variables, tokens, real: nnx.merge(graph, variables)(tokens, real=real)[0])
+    return lambda tokens, real=None: np.asarray(run(variables, tokens, real))
+
+
+def reached(model, tokens):
+    """(positions, positions) bool: which logits change with which token."""
+    run, rows = compiled(model), []
+    for at in range(tokens.shape[1]):
+        other = run(tokens.at[0, at].set((tokens[0, at] + 1) % 11))[0]
+        rows.append(np.abs(other - run(tokens)[0]).max(-1) > 1e-7)
+    return np.stack(rows, 1)
+
+
+@pytest.mark.parametrize("attention", ["full", "local:window=3+linear"])
+def test_a_target_sees_its_source_and_what_stands_before_it(attention):
+    model, tokens = model_of(attention=attention)
+    S, seen = 7, reached(model, tokens)
+    assert not seen[:S].any() and not compiled(model)(tokens)[:, :S].any()
+    assert seen[S:, :S].all()
+    np.testing.assert_array_equal(seen[S:, S:], np.tril(np.ones((6, 6), bool)) & seen[S:, S:])
+    assert seen[S:, S:].diagonal().all()
+
+
+def test_cross_attention_is_its_formula():
+    """One head at a time, over the encoded source, without positions."""
+    model, tokens = model_of(layers=1, ffn="none", position="none")
+    block = jax.tree.map(lambda leaf: leaf[0], model.stack.periods[0])
+    states = model.encode(tokens[:, :7])[0]
+    x = model.embedding(tokens[:, 7:])
+    context = type("Context", (), {"position": model.position, "real": None, "source": states, "source_real": None})
+    x, _, _ = block.attend(x, {}, context, None, None)
+    asked, cross = block.cross_norm.before(x), block.cross
+    heads = lambda y: np.asarray(y).reshape(3, -1, 2, 8)
+    q, k, v = heads(cross.query(asked)), heads(cross.key(states)), heads(cross.value(states))
+    p = jax.nn.softmax(np.einsum("btnh,bsnh->bnts", q, k) / 8**0.5)
+    x = x + cross.out(jnp.asarray(np.einsum("bnts,bsnh->btnh", p, v).reshape(3, 6, 16)))
+    np.testing.assert_allclose(model(tokens)[0][:, 7:], model.predict(x), atol=1e-5)
+
+
+def test_padding_of_the_source_changes_nothing():
+    model, tokens = model_of()
+    real = jnp.ones(tokens.shape, bool).at[:, 4:7].set(False)
+    other = tokens.at[:, 4:7].set(3)
+    run = compiled(model)
+    np.testing.assert_array_equal(run(tokens, real), run(other, real))
+    assert np.abs(run(tokens) - run(other)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "local:window=3+linear", "position": "rope", "kv_heads": 1},
+        {"model": "encoder_decoder:cross=linear", "norm": "post", "position": "alibi"},
+        {"model": "encoder_decoder:cross=mla", "ffn": "glu"},
+    ],
+    ids=str,
+)
+def test_decoding_is_the_whole_pass(changes):
+    model, tokens = model_of(**changes)
+    cache, step, found = model.init_cache(3, 13), quick_jit(lambda cache, token: model.step(cache, token)), []
+    for token in tokens.T:
+        logits, cache = step(cache, token)
+        found.append(logits)
+    np.testing.assert_allclose(np.stack(found, 1)[:, 7:], compiled(model)(tokens)[:, 7:], atol=2e-5)
+
+
+def test_generates_and_searches():
+    model, tokens = model_of()
+    prompt = [int(token) for token in tokens[0, :8]]
+    greedy, run = generate(model, [prompt], new=5, length=13)[0], compiled(model)
+    text = list(prompt)
+    for token in greedy:
+        padded = jnp.asarray([text + [0] * (13 - len(text))], jnp.int32)
+        assert token == run(padded)[0, len(text) - 1].argmax()
+        text.append(token)
+    best, score = beam_search(model, prompt, new=5, length=13, beams=3, length_penalty=0)
+    whole = jnp.asarray([[*prompt, *best]], jnp.int32)
+    logs = np.asarray(jax.nn.log_softmax(run(whole)))[0, 7:12]
+    assert score == pytest.approx(sum(logs[np.arange(5), best]), abs=1e-3)
+
+
+def test_learns_to_copy():
+    """Where only the source holds the answer, the answer is learned through cross-attention."""
+    changes = {"seq_len": 9, "dim": 32, "layers": 1, "batch": 64, "steps": 150, "lr": 1e-2, "warmup": 0.1}
+    config = edit(Config(), model="encoder_decoder", **(SMALL | changes))
+    task, tx = build_task(config), optimizer.build(config.train)
+    state = init(config, task, tx)
+    step = quick_jit(make_train_step(config, task, structure(config, task), tx))
+    for at in range(150):
+        state, metrics = step(state, feed.checked(task, "train", at))
+    assert metrics["loss"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "lm"}, "no source and target apart"),
+        ({"task": "listops"}, "no source and target apart"),
+        ({"model": "encoder_decoder:cross=fnet"}, "cross=fnet cannot look at a source"),
+        ({"model": "encoder_decoder:cross=retnet"}, "cross=retnet cannot look at a source"),
+        ({"model": "encoder_decoder:cross=nowhere"}, "nowhere"),
+        ({"attention": "retnet"}, "serves no encoder"),
+    ],
+    ids=str,
+)
+def test_refused(changes, says, capsys, tmp_path):
+    words = [f"{key}={value}" for key, value in ({"model": "encoder_decoder", "seq_len": 64} | changes).items()]
+    task = [] if "task" in changes else ["task=copy"]
+    assert main(["train", f"runs={tmp_path}", *task, *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_too_short_a_length_is_refused():
+    with pytest.raises(UsageError, match="source"):
+        generate(model_of()[0], [[1, 2]], new=2, length=13)

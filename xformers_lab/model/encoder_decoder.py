@@ -1,0 +1,147 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab import spec
+from xformers_lab.attention import Attention, stated
+from xformers_lab.config import Config
+from xformers_lab.depth import Context
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.model._block import Block, drop
+from xformers_lab.model._transformer import Transformer
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+
+class EncoderDecoder(Transformer):
+    """The Transformer of Vaswani et al. (2017, arXiv 1706.03762): an encoder of a source, a decoder that looks at it.
+
+    Of every sequence the first `task.source_length` positions are the source, which sees both sides; the rest is the
+    target, which sees what stands before it and, by cross-attention in every layer, the whole encoded source. Both stacks have
+    the chosen attention, norm, feed-forward and depth, and number their positions from 0; the embedding is shared.
+    Cross-attention knows no positions. Nothing is predicted at the source: its logits are zeros.
+
+    Options:
+        cross: the mechanism of cross-attention, any of the attention shelf that takes keys from elsewhere
+    """
+
+    causal = True
+
+    def __init__(self, size: Size, *, cross: str = "full", config: Config, task: Task, rngs: nnx.Rngs):
+        source = task.source_length
+        if task.target == "sequence" or not 0 < source < size.length:
+            raise ValueError("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
+        if config.model.memory != "none":
+            raise ValueError(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
+        mechanism = spec.entry("attention", spec.parse(cross).name, f"cross={cross}")
+        if reason := stated(mechanism, "Not cross") or stated(mechanism, "One way"):
+            raise ValueError(f"cross={cross} cannot look at a source: {reason}; use cross=full")
+        if mechanism.carries():
+            raise ValueError(
+                f"cross={cross} hands something to the layer above, which sees another source: use cross=full"
+            )
+        self.source, self.cross, self.outputs = source, cross, task.outputs
+        super().__init__(dataclasses.replace(size, length=size.length - source), config=config, task=task, rngs=rngs)
+        read = dataclasses.replace(size, length=source)
+        self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
+        mechanisms = config.model.attention.split("+")
+
+        def make_block(index: int, rngs: nnx.Rngs):
+            return Block(read, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
+
+        stacked = {"make_block": make_block, "period": len(mechanisms), "rngs": rngs}
+        self.encoder = spec.build("depth", config.model.depth, read, **stacked)
+        self.source_final = None if self.final is None else spec.build("norm", config.model.norm, read, rngs=rngs)
+
+    def block(self, size: Size, attention: str, **given) -> Block:
+        return CrossBlock(size, attention, cross=self.cross, source=self.source, **given)
+
+    def encode(self, inputs, *, real=None, key=None):
+        """Source tokens (B, S) -> their states (B, S, D), aux."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = self.source_position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
+        x, aux = self.encoder(drop(x, self.dropout, keys[0]), Context(self.source_position, real), key=keys[1])
+        return x if self.source_final is None else self.source_final.final(x), aux
+
+    def __call__(self, inputs, *, real=None, key=None):
+        keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+        side = lambda x, part: None if x is None else x[:, part]
+        first, rest = slice(None, self.source), slice(self.source, None)
+        states, aux = self.encode(inputs[:, first], real=side(real, first), key=keys[0])
+        x, real_rest = self.embedding(inputs[:, rest]), side(real, rest)
+        x = self.position.embed(x, jnp.arange(x.shape[1]), real=real_rest)
+        context = Context(self.position, real_rest, self.predict, states, side(real, first))
+        x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
+        logits = self.predict(x, real=real_rest)
+        logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
+        return logits, add_aux(aux, more)
+
+    def init_cache(self, B: int, length: int):
+        if length <= self.source:
+            raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
+        read, states = jnp.zeros((1, B, self.source), jnp.int32), jnp.zeros((1, B, self.source, self.size.dim))
+        own = super().init_cache(B, length - self.source)
+        return {"at": jnp.zeros((), jnp.int32), "read": read, "states": states.astype(self.size.dtype), "target": own}
+
+    def step(self, cache, tokens):
+        """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""
+        at = cache["at"]
+
+        def reads(cache):
+            read = cache["read"].at[0, :, at].set(tokens)
+            return jnp.zeros((len(tokens), self.outputs)), cache | {"read": read}
+
+        def writes(cache):
+            encode = lambda: self.encode(cache["read"][0])[0][None].astype(self.size.dtype)
+            states = lax.cond(at == self.source, encode, lambda: cache["states"])
+            step = super(EncoderDecoder, self).step
+            logits, target = step(cache["target"], tokens, source=states[0])
+            return logits, cache | {"states": states, "target": target}
+
+        logits, cache = lax.cond(at < self.source, reads, writes, cache)
+        return logits, cache | {"at": at + 1}
+
+
+class CrossBlock(Block):
+    """A layer whose queries also look at an encoded source, between self-attention and feed-forward."""
+
+    def __init__(self, size: Size, attention: str, *, cross: str, source: int, config: Config, rngs: nnx.Rngs, **given):
+        super().__init__(size, attention, config=config, rngs=rngs, **given)
+        self.cross = spec.build("attention", cross, dataclasses.replace(size, length=source), rngs=rngs)
+        self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
+        self.cross_norm.start(self.cross)
+        self.source, self.projects = source, type(self.cross).__call__ is not Attention.__call__
+
+    def __call__(self, x, carries, context, *, key=None):
+        keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
+        x, carries, aux = self.attend(x, carries, context, *keys[:2])
+        y, _, more = self.cross(
+            self.cross_norm.before(x), context.source, real=context.source_real, causal=False, key=keys[2]
+        )
+        x = self.cross_norm.after(x, drop(y, self.dropout, keys[3]))
+        x, last = self.feed(x, context, *keys[4:])
+        return x, carries, add_aux(add_aux(aux, more), last)
+
+    def init_cache(self, B: int, length: int):
+        """Keys and values of the source are projected once, but for a mechanism with projections of its own."""
+        own = super().init_cache(B, length)
+        if self.projects:
+            return {"own": own}
+        rows = jnp.zeros((B, self.source, self.cross.size.key_heads, self.cross.size.head), self.dtype)
+        return {"own": own, "k": rows, "v": rows}
+
+    def step(self, x, cache, carries, context, at):
+        x, own, carries = self.attend_step(x, cache["own"], carries, context, at)
+        cross, asked = self.cross, self.cross_norm.before(x)[:, None]
+        if self.projects:
+            y = cross(asked, context.source, causal=False)[0][:, 0]
+            return self.feed_step(self.cross_norm.after(x, y)), cache | {"own": own}, carries
+        heads = lambda y: y.reshape(*y.shape[:2], -1, cross.size.head)
+        project = lambda: (heads(cross.key(context.source)), heads(cross.value(context.source)))
+        k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
+        out = cross.mix(heads(cross.query(asked)), k, v, x=context.source, x_q=asked, causal=False)[0]
+        y = cross.out(out.reshape(len(x), -1))
+        return self.feed_step(self.cross_norm.after(x, y)), {"own": own, "k": k, "v": v}, carries
