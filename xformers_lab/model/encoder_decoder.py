@@ -20,9 +20,9 @@ class EncoderDecoder(Transformer):
     """The Transformer of Vaswani et al. (2017, arXiv 1706.03762): an encoder of a source, a decoder that looks at it.
 
     Of every sequence the first `task.source_length` positions are the source, which sees both sides; the rest is the
-    target, which sees what stands before it and, by cross-attention in every layer, the whole encoded source. Both stacks have
-    the chosen attention, norm, feed-forward and depth, and number their positions from 0; the embedding is shared.
-    Cross-attention knows no positions. Nothing is predicted at the source: its logits are zeros.
+    target, which sees what stands before it and, by cross-attention in every layer, the whole encoded source. Both
+    stacks have the chosen attention, norm, feed-forward and depth, and number their positions from 0; the embedding is
+    shared. Cross-attention knows no positions. Nothing is predicted at the source: its logits are zeros.
 
     Options:
         cross: the mechanism of cross-attention, any of the attention shelf that takes keys from elsewhere
