@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
@@ -36,14 +37,16 @@ def layer(stacked, number: int):
 def gradients(model, loss):
     """What `loss(model)` is and its gradient by every parameter."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    value, grads = jax.jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
+    value, grads = quick_jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
     return value, nnx.to_pure_dict(grads)
 
 
-def assert_equal(found, wanted, atol=1e-5):
+def assert_equal(found, wanted, error=1e-5):
+    """Relative to the largest number of an array, where that is above 1."""
+    found = dict(jax.tree_util.tree_leaves_with_path(found))
     for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        other = dict(jax.tree_util.tree_leaves_with_path(found))[path]
-        np.testing.assert_allclose(other, leaf, atol=atol, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
+        atol = error * max(1, np.abs(leaf).max(initial=0))
+        np.testing.assert_allclose(found[path], leaf, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
 def halves(block, context):
@@ -67,8 +70,8 @@ def test_decoding_is_the_whole_pass(depth):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_no_position_sees_what_comes_after_it(depth):
-    model, tokens = model_of(depth, seq_len=6)
-    x, context = model.embedding(tokens[:1, :6]), Context(model.position)
+    model, tokens = model_of(depth)
+    x, context = model.embedding(tokens[:1]), Context(model.position)
     jacobian = jax.jacrev(lambda x: model.stack(x, context)[0][0].sum(-1))(x)[:, 0]  # (T, T, D)
     strength = jnp.abs(jacobian).sum(-1)
     assert not np.triu(strength, 1).any()
@@ -90,7 +93,7 @@ def test_matrices_decay_and_vectors_do_not(depth):
     params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
         name = jax.tree_util.keystr(path)
-        assert decays == ("kernel" in name or "embedding" in name), name
+        assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
 
 
 @pytest.mark.parametrize("choice, message", [
@@ -124,18 +127,20 @@ def test_reversible_is_two_streams():
 
 
 @pytest.mark.parametrize("changes", [
-    {"position": "t5", "dropout": 0.2, "norm": "sandwich", "layers": 3, "attention": "full+linear"},
-    {"ffn": "moe", "norm": "rezero", "layers": 10},
+    {"position": "t5", "dropout": 0.2, "norm": "sandwich", "layers": 3, "attention": "full+softcap"},
+    {"ffn": "moe", "norm": "rezero", "layers": 9},
 ])  # fmt: skip
 def test_recomputed_gradients_are_those_of_stored_activations(changes):
     """With the gradients of positions, of auxiliary losses, of an odd last layer, and the same dropout."""
 
+    x, weights = np.random.default_rng(0).standard_normal((2, 3, 12, 16)).astype(np.float32)
+
     def loss(model):
         real = jnp.arange(12)[None] < jnp.array([[5], [9], [12]])
-        logits, aux = model(tokens, real=real, key=jax.random.key(1))
-        return (logits**2).mean() + sum(value for name, value in aux.items() if name.startswith("loss/"))
+        out, aux = model.stack(jnp.asarray(x), Context(model.position, real), key=jax.random.key(1))
+        return (out * weights).sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))
 
-    model, tokens = model_of("reversible", **changes)
+    model, _ = model_of("reversible", **changes)
     if changes["norm"] == "rezero":  # its layers are nothing before they learned
         for norm in (model.stack.periods[0].block.attention_norm, model.stack.periods[0].block.ffn_norm):
             norm.scale[...] = 0.5 + norm.scale[...]
@@ -151,7 +156,7 @@ def test_recomputed_gradients_are_those_of_stored_activations(changes):
 
 def kept(depth: str, layers: int) -> int:
     """How many numbers the gradient of a stack keeps between its two passes, beside the parameters."""
-    model, tokens = model_of(depth, layers=layers)
+    model, tokens = model_of(depth, layers=layers, position="none")
     graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
     call = lambda params, x: nnx.merge(graph, params, rest)(x, Context(model.position))[0]
     held = jax.tree.leaves(jax.vjp(call, params, model.embedding(tokens))[1])
@@ -159,24 +164,29 @@ def kept(depth: str, layers: int) -> int:
 
 
 def test_reversible_keeps_the_same_for_every_depth():
-    assert kept("reversible", 3) == kept("reversible", 12) == 2 * 3 * 12 * 16
+    streams = 2 * 3 * 12 * 16
+    assert streams <= kept("reversible", 3) == kept("reversible", 12) < streams + 8
     shallow, deep = kept("reversible:backward=store", 3), kept("reversible:backward=store", 12)
-    assert deep > 3.5 * shallow > 3.5 * 2 * 3 * 12 * 16
+    assert deep > 3.5 * shallow > 3.5 * streams
     assert count(model_of("reversible")[0]) == count(model_of("fixed")[0])
 
 
-def test_reversible_writes_memories_and_statistics_back():
-    """The first two segments by recomputation are those of stored activations."""
-    changes = {"norm": "pre:normaliser=powernorm", "attention": "full"}
+@pytest.mark.parametrize("changes", [{"attention": "routing"}, {"memory": "xl"}])
+def test_reversible_writes_back_what_is_no_parameter(changes, tmp_path):
+    """Moving centroids, and memories that the next pass reads, are those of stored activations."""
+    (tmp_path / "words.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(900)))
+    changes |= {"task": f"lm:path={tmp_path / 'words.txt'}"}
     found = []
     for depth in ("reversible", "reversible:backward=store"):
-        model, tokens = model_of(depth, **changes)
-        before = nnx.to_pure_dict(nnx.split(model.stack, nnx.Param, ...)[2])
-        model(tokens, key=jax.random.key(0))
-        found.append(nnx.to_pure_dict(nnx.split(model.stack, nnx.Param, ...)[2]))
-    assert_equal(*found, atol=0)
-    changed = jax.tree.map(lambda old, new: bool(np.any(old != new)), before, found[0])
-    assert any(jax.tree.leaves(changed))
+        model, tokens = model_of(depth, position="rope", layers=2, **changes)
+        state = lambda model=model: nnx.to_pure_dict(nnx.split(model.stack, nnx.Param, ...)[2])
+        before = state()
+        first = model(tokens, key=jax.random.key(0))[0]
+        after = state()
+        assert any(np.any(old != new) for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+        assert "memory" not in changes or np.abs(model(tokens, key=jax.random.key(0))[0] - first).max() > 0.01
+        found.append(after)
+    assert_equal(*found, error=1e-6)
 
 
 # ---- macaron, the order of sub-layers, transparent -----------------------------------------------------------------
@@ -211,10 +221,7 @@ def test_sandwich_order_is_its_word():
     first, middle, last = model.stack.parts
     attentions = [layer(first.periods[place], 0) for place in (0, 1)]
     blocks = [layer(middle.periods[0], 0), layer(middle.periods[1], 0), layer(middle.rest[0], 0)]
-    feeds = [
-        layer(last.periods[0] if len(last.periods) == 1 else last.periods[place], place % len(last.periods[:1]))
-        for place in (0, 1)
-    ]
+    feeds = [layer(last.periods[0], number) for number in (0, 1)]
     for block in attentions:
         assert block.ffn is None
         x = x + halves(block, context)[0](x)

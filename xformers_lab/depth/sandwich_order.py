@@ -28,18 +28,15 @@ class SandwichOrder(Depth):
         if not 0 <= k <= size.layers:
             raise ValueError(f"k={k} must be from 0 to layers={size.layers}")
 
-        def part(first: int, count: int, make):
-            numbered = lambda index, rngs: make(first + index, rngs)
-            # A turn of the mechanisms never needs more places than there are layers.
-            given = {"make_block": numbered, "period": min(period, count), "rngs": rngs}
-            return Fixed(dataclasses.replace(size, layers=count), **given)
+        def part(count: int, make, period: int = period):
+            return Fixed(dataclasses.replace(size, layers=count), make_block=make, period=period, rngs=rngs)
 
         parts = [
-            (0, k, lambda index, rngs: make_block(index, rngs).only("attention")),
-            (k, size.layers - k, make_block),
-            (0, k, lambda index, rngs: make_block(0, rngs).only("ffn")),
+            (k, lambda index, rngs: make_block(index, rngs).only("attention")),
+            (size.layers - k, lambda index, rngs: make_block(k + index, rngs)),
+            (k, lambda index, rngs: make_block(0, rngs).only("ffn"), 1),
         ]
-        self.parts = nnx.List(part(*given) for given in parts if given[1])
+        self.parts = nnx.List(part(*given) for given in parts if given[0])
 
     def __call__(self, x, context: Context, *, key=None):
         keys = [None] * len(self.parts) if key is None else list(jax.random.split(key, len(self.parts)))
