@@ -14,6 +14,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.generate import beam_search, generate
 from xformers_lab.model import build_model, build_task
+from xformers_lab.model._block import Block
 from xformers_lab.train import feed, optimizer
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
@@ -59,7 +60,8 @@ def test_cross_attention_is_its_formula():
     states = model.encode(tokens[:, :7])[0]
     x = model.embedding(tokens[:, 7:])
     context = type("Context", (), {"position": model.position, "real": None, "source": states, "source_real": None})
-    x, _, _ = block.attend(x, {}, context, None, None)
+    y, _, _ = Block.attend(block, x, {}, context)
+    x = block.attention_norm.after(x, y)
     asked, cross = block.cross_norm.before(x), block.cross
     heads = lambda y: np.asarray(y).reshape(3, -1, 2, 8)
     q, k, v = heads(cross.query(asked)), heads(cross.key(states)), heads(cross.value(states))
@@ -83,7 +85,7 @@ def test_padding_of_the_source_changes_nothing():
         {},
         {"attention": "local:window=3+linear", "position": "rope", "kv_heads": 1},
         {"model": "encoder_decoder:cross=linear", "norm": "post", "position": "alibi"},
-        {"model": "encoder_decoder:cross=mla", "ffn": "glu"},
+        {"model": "encoder_decoder:cross=mla", "depth": "macaron"},
     ],
     ids=str,
 )
@@ -132,6 +134,8 @@ def test_learns_to_copy():
         ({"model": "encoder_decoder:cross=retnet"}, "cross=retnet cannot look at a source"),
         ({"model": "encoder_decoder:cross=nowhere"}, "nowhere"),
         ({"attention": "retnet"}, "serves no encoder"),
+        ({"depth": "mixture_of_depths", "position": "rope"}, "no place for cross-attention"),
+        ({"depth": "reversible"}, "no place for cross-attention"),
     ],
     ids=str,
 )

@@ -64,6 +64,11 @@ def step_stack(blocks: list, x, caches: list, carries, context, at):
     return x, caches, carries
 
 
+def unroll(length: int, places: int) -> int:
+    """How many of `length` periods of so many layers a scan runs between two looks at its counter."""
+    return length if jax.default_backend() == "cpu" and length * places <= UNROLLED_ON_CPU else 1
+
+
 def add_aux(a: dict, b: dict) -> dict:
     """Auxiliary scalars of two parts of a model, added by name."""
     return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in a | b}
@@ -99,9 +104,10 @@ def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x) ->
             changed.append(nnx.split(block, nnx.Param, ...)[2])
         return (x, carries), (total, changed, watch(x))
 
-    unroll = length if jax.default_backend() == "cpu" and length * len(blocks) <= UNROLLED_ON_CPU else 1
     variables = [(params, rest) for _, params, rest in split]
-    (x, carries), (aux, changed, watched) = jax.lax.scan(period, (x, carries), (variables, keys), unroll=unroll)
+    (x, carries), (aux, changed, watched) = jax.lax.scan(
+        period, (x, carries), (variables, keys), unroll=unroll(length, len(blocks))
+    )
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)
     return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux), watched

@@ -19,19 +19,32 @@ class Fixed(Depth):
         self.rest = nnx.List(build_stack(make_block, at, rngs) for at in places(whole, size.layers) if at)
 
     def __call__(self, x, context: Context, *, key=None):
+        B, T = x.shape[:2]
+        x, _, aux = self.run(x, self.initial_carries(B, T, T), context, key=key)
+        return x, aux
+
+    def run(self, x, carries, context: Context, *, key=None):
+        """All layers on x, whatever their blocks take as it -> x, the carries above the last layer, aux."""
         first, second = (None, None) if key is None else jax.random.split(key)
-        carries = initial_carries([*self.periods, *self.rest], x.shape[0], x.shape[1], x.shape[1])
         x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first)
         x, carries, more = run_stack(list(self.rest), x, carries, context, key=second)
-        return x, add_aux(aux, more)
+        return x, carries, add_aux(aux, more)
+
+    def initial_carries(self, B: int, T: int, S: int) -> dict:
+        return initial_carries([*self.periods, *self.rest], B, T, S)
 
     def init_cache(self, B: int, length: int):
         """Caches of all layers, and what the mechanisms find below the first of them for one query."""
         layers = [init_caches(list(blocks), B, length) for blocks in (self.periods, self.rest)]
-        return {"layers": layers, "below": initial_carries([*self.periods, *self.rest], B, 1, length)}
+        return {"layers": layers, "below": self.initial_carries(B, 1, length)}
 
     def step(self, x, cache, context: Context, *, at):
-        first, second = cache["layers"]
-        x, first, carries = step_stack(list(self.periods), x, first, cache["below"], context, at)
-        x, second, _ = step_stack(list(self.rest), x, second, carries, context, at)
-        return x, cache | {"layers": [first, second]}
+        x, layers, _ = self.run_step(x, cache["layers"], cache["below"], context, at=at)
+        return x, cache | {"layers": layers}
+
+    def run_step(self, x, layers, carries, context: Context, *, at):
+        """`run` for one token, with the caches of all layers."""
+        first, second = layers
+        x, first, carries = step_stack(list(self.periods), x, first, carries, context, at)
+        x, second, carries = step_stack(list(self.rest), x, second, carries, context, at)
+        return x, [first, second], carries

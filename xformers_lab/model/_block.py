@@ -36,21 +36,42 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise ValueError(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
-        self.heads, self.kept = size.heads, kept
+        self.heads, self.kept, self.share = size.heads, kept, 1.0
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
-        return {self.name: self.attention.initial_carry(B, T, S)} if self.attention.carries() else {}
+        if self.attention is None or not self.attention.carries():
+            return {}
+        return {self.name: self.attention.initial_carry(B, T, S)}
 
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        x, carries, aux = self.attend(x, carries, context, *keys[:2])
-        x, more = self.feed(x, context, *keys[2:])
-        return x, carries, add_aux(aux, more)
+        aux = {}
+        if self.attention is not None:
+            y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
+            x = self.attention_norm.after(x, y)
+        if self.ffn is not None:
+            y, more = self.feed(x, context, keys=keys[2:])
+            x = self.ffn_norm.after(x, y)
+            aux = add_aux(aux, more)
+        return x, carries, aux if self.share == 1 else {"computation": jnp.full((), self.share)} | aux
 
-    def attend(self, x, carries, context, key, drop_key):
-        """The first sub-layer."""
+    def only(self, kept: str):
+        """The block with one sub-layer alone, kept = "attention" or "ffn"; it counts as half a layer."""
+        other = {"attention": "ffn", "ffn": "attention"}[kept]
+        if getattr(self, kept) is None:
+            raise ValueError(f"this depth orders attention and feed-forward layers, but there is no {kept} here")
+        if getattr(self, other) is not None:
+            setattr(self, other, None)
+            delattr(self, f"{other}_norm")
+            self.share = 0.5
+        if kept == "ffn":
+            self.memory = None
+        return self
+
+    def attend(self, x, carries, context, *, keys=(None, None)):
+        """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux."""
         source, real = self._source(x, context.real)
         y, carry, aux = self.attention(
             source if self.memory is None else source[:, -x.shape[1] :],
@@ -59,18 +80,16 @@ class Block(nnx.Module):
             causal=self.causal,
             position=context.position,
             carry=carries.get(self.name),
-            key=key,
+            key=keys[0],
         )
         if self.name in carries:
             carries = carries | {self.name: carry}
-        return self.attention_norm.after(x, drop(y, self.dropout, drop_key)), carries, aux
+        return drop(y, self.dropout, keys[1]), carries, aux
 
-    def feed(self, x, context, key, drop_key):
-        """The last sub-layer, which may be none."""
-        if self.ffn is None:
-            return x, {}
-        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=key)
-        return self.ffn_norm.after(x, drop(y, self.dropout, drop_key)), aux
+    def feed(self, x, context, *, keys=(None, None)):
+        """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
+        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[0])
+        return drop(y, self.dropout, keys[1]), aux
 
     def _source(self, x, real):
         """What keys and values come from, the segment last, and which of it is real."""
@@ -85,6 +104,8 @@ class Block(nnx.Module):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
         if self.memory is not None:
             raise ValueError("a model with a memory reads segments; decoding token by token needs memory=none")
+        if self.attention is None:
+            return {}
         own = self.attention.init_cache(B, length, self.dtype)
         if self.kept is None:
             return own
@@ -92,19 +113,23 @@ class Block(nnx.Module):
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
-        x, cache, carries = self.attend_step(x, cache, carries, context, at)
-        return self.feed_step(x), cache, carries
+        if self.attention is not None:
+            y, cache, carries = self.step_attend(x, cache, carries, context, at)
+            x = self.attention_norm.after(x, y)
+        if self.ffn is not None:
+            x = self.ffn_norm.after(x, self.step_feed(x))
+        return x, cache, carries
 
-    def attend_step(self, x, cache, carries, context, at):
+    def step_attend(self, x, cache, carries, context, at):
+        """`attend` for one token (B, D), with the cache."""
         y, cache, carry = self.attention.decode(
             self.attention_norm.before(x), cache, at=at, position=context.position, carry=carries.get(self.name)
         )
-        if self.name in carries:
-            carries = carries | {self.name: carry}
-        return self.attention_norm.after(x, y), cache, carries
+        return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
-    def feed_step(self, x):
-        return x if self.ffn is None else self.ffn_norm.after(x, self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0])
+    def step_feed(self, x):
+        """`feed` for one token (B, D)."""
+        return self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0]
 
 
 def drop(x, rate: float, key):

@@ -15,6 +15,8 @@ from xformers_lab.model._transformer import Transformer
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
+APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"
+
 
 class EncoderDecoder(Transformer):
     """The Transformer of Vaswani et al. (2017, arXiv 1706.03762): an encoder of a source, a decoder that looks at it.
@@ -116,32 +118,49 @@ class CrossBlock(Block):
         self.source, self.projects = source, type(self.cross).__call__ is not Attention.__call__
 
     def __call__(self, x, carries, context, *, key=None):
+        if context.source is None:
+            raise ValueError(APART)
         keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
-        x, carries, aux = self.attend(x, carries, context, *keys[:2])
-        y, _, more = self.cross(
-            self.cross_norm.before(x), context.source, real=context.source_real, causal=False, key=keys[2]
-        )
-        x = self.cross_norm.after(x, drop(y, self.dropout, keys[3]))
-        x, last = self.feed(x, context, *keys[4:])
-        return x, carries, add_aux(add_aux(aux, more), last)
+        aux = {"computation": jnp.full((), self.share)} if self.share != 1 else {}
+        if self.attention is not None:
+            y, carries, more = super().attend(x, carries, context, keys=keys[:2])
+            x, aux = self.attention_norm.after(x, y), aux | more
+            given = {"real": context.source_real, "causal": False, "key": keys[2]}
+            y, _, more = self.cross(self.cross_norm.before(x), context.source, **given)
+            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3])), add_aux(aux, more)
+        if self.ffn is not None:
+            y, more = self.feed(x, context, keys=keys[4:])
+            x, aux = self.ffn_norm.after(x, y), add_aux(aux, more)
+        return x, carries, aux
+
+    def attend(self, x, carries, context, *, keys=(None, None)):
+        raise ValueError(APART)
 
     def init_cache(self, B: int, length: int):
         """Keys and values of the source are projected once, but for a mechanism with projections of its own."""
         own = super().init_cache(B, length)
-        if self.projects:
+        if self.projects or self.attention is None:
             return {"own": own}
         rows = jnp.zeros((B, self.source, self.cross.size.key_heads, self.cross.size.head), self.dtype)
         return {"own": own, "k": rows, "v": rows}
 
     def step(self, x, cache, carries, context, at):
-        x, own, carries = self.attend_step(x, cache["own"], carries, context, at)
-        cross, asked = self.cross, self.cross_norm.before(x)[:, None]
+        if self.attention is not None:
+            y, own, carries = self.step_attend(x, cache["own"], carries, context, at)
+            x, cache = self.attention_norm.after(x, y), cache | {"own": own}
+            y, cache = self._look(self.cross_norm.before(x)[:, None], cache, context.source, at)
+            x = self.cross_norm.after(x, y)
+        if self.ffn is not None:
+            x = self.ffn_norm.after(x, self.step_feed(x))
+        return x, cache, carries
+
+    def _look(self, asked, cache, source, at):
+        """Cross-attention of one token (B, 1, D) -> (B, D), and the cache, which the first token fills."""
+        cross = self.cross
         if self.projects:
-            y = cross(asked, context.source, causal=False)[0][:, 0]
-            return self.feed_step(self.cross_norm.after(x, y)), cache | {"own": own}, carries
+            return cross(asked, source, causal=False)[0][:, 0], cache
         heads = lambda y: y.reshape(*y.shape[:2], -1, cross.size.head)
-        project = lambda: (heads(cross.key(context.source)), heads(cross.value(context.source)))
+        project = lambda: (heads(cross.key(source)), heads(cross.value(source)))
         k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
-        out = cross.mix(heads(cross.query(asked)), k, v, x=context.source, x_q=asked, causal=False)[0]
-        y = cross.out(out.reshape(len(x), -1))
-        return self.feed_step(self.cross_norm.after(x, y)), {"own": own, "k": k, "v": v}, carries
+        out = cross.mix(heads(cross.query(asked)), k, v, x=source, x_q=asked, causal=False)[0]
+        return cross.out(out.reshape(len(asked), -1)), cache | {"k": k, "v": v}

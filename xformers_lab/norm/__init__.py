@@ -32,6 +32,15 @@ class Norm(nnx.Module):
         """The input of the sub-layer, from the residual stream x (B, T, D)."""
         return x
 
+    def branch(self, y):
+        """What is added to the residual stream where the sub-layer gave y."""
+        return y
+
     def after(self, x, y):
-        """The residual stream after the sub-layer gave y."""
-        return x + y
+        """The residual stream after the sub-layer gave y. A placement that only adds to x defines `branch` instead."""
+        return x + self.branch(y)
+
+    @classmethod
+    def adds(cls) -> bool:
+        """Whether `after(x, y)` is x + branch(y), so that it can be taken back."""
+        return cls.after is Norm.after

@@ -47,8 +47,8 @@ class Normformer(Norm):
     def before(self, x):
         return self.norm(x)
 
-    def after(self, x, y):
-        return x + (self.outer(y) if hasattr(self, "outer") else y)
+    def branch(self, y):
+        return self.outer(y) if hasattr(self, "outer") else y
 
     def final(self, x):
         return self.norm(x)

@@ -12,5 +12,5 @@ class Rezero(Norm):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.zeros(()))
 
-    def after(self, x, y):
-        return x + self.scale[...].astype(y.dtype) * y
+    def branch(self, y):
+        return self.scale[...].astype(y.dtype) * y

@@ -19,8 +19,8 @@ class Sandwich(Norm):
     def before(self, x):
         return self.norm(x)
 
-    def after(self, x, y):
-        return x + self.outer(y)
+    def branch(self, y):
+        return self.outer(y)
 
     def final(self, x):
         return self.norm(x)

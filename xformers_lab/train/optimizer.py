@@ -40,6 +40,11 @@ def decays(params):
 
     What depth/fixed.py stacks has one more leading axis, the layers, which does not count: a stacked bias is (L, D).
     """
-    names = lambda path: [getattr(part, "key", None) for part in path[:2]]
-    axes = lambda path, leaf: jnp.ndim(leaf) - (names(path) in (["stack", "periods"], ["stack", "rest"]))
+
+    def stacked(path) -> bool:
+        """`stack.periods`, `stack.rest`, or one of several such stacks, `stack.parts.0.periods`."""
+        names = [getattr(part, "key", None) for part in path[:4]]
+        return names[:1] == ["stack"] and ("periods" in names or "rest" in names)
+
+    axes = lambda path, leaf: jnp.ndim(leaf) - stacked(path)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: axes(path, leaf) >= 2, params)

@@ -1,0 +1,277 @@
+"""Shapes of the stack: each against a slow statement of its paper's formula with the same parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab.check.subject import quick_jit
+from xformers_lab.config import Config, edit
+from xformers_lab.depth import Context
+from xformers_lab.errors import UsageError
+from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.train import optimizer
+
+SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
+DEPTHS = ["reversible", "reversible:backward=store", "macaron", "sandwich_order:k=2", "transparent"]
+
+
+def model_of(depth: str, **changes) -> Any:
+    config = edit(Config(), depth=depth, **(SMALL | changes))
+    task = build_task(config)
+    return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
+
+
+def count(model) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.stack, nnx.Param)))
+
+
+def layer(stacked, number: int):
+    graph, variables = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], variables))
+
+
+def gradients(model, loss):
+    """What `loss(model)` is and its gradient by every parameter."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    value, grads = quick_jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
+    return value, nnx.to_pure_dict(grads)
+
+
+def assert_equal(found, wanted, error=1e-5):
+    """Relative to the largest number of an array, where that is above 1."""
+    found = dict(jax.tree_util.tree_leaves_with_path(found))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        atol = error * max(1, np.abs(leaf).max(initial=0))
+        np.testing.assert_allclose(found[path], leaf, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def halves(block, context):
+    """The two sub-layers of a block of pre-normalisation, as functions of the residual stream."""
+    attend = lambda x: block.attention(
+        block.attention_norm.norm(x), real=context.real, causal=block.causal, position=context.position
+    )[0]
+    return attend, lambda x: block.ffn(block.ffn_norm.norm(x))[0]
+
+
+# ---- every depth of this file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_decoding_is_the_whole_pass(depth):
+    model, tokens = model_of(depth, attention="linear+full", layers=3)
+    step = lambda cache, token: model.step(cache, token)[::-1]
+    logits = jax.lax.scan(step, model.init_cache(3, 12), tokens.T)[1].swapaxes(0, 1)
+    np.testing.assert_allclose(logits, model(tokens)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_no_position_sees_what_comes_after_it(depth):
+    model, tokens = model_of(depth)
+    x, context = model.embedding(tokens[:1]), Context(model.position)
+    jacobian = jax.jacrev(lambda x: model.stack(x, context)[0][0].sum(-1))(x)[:, 0]  # (T, T, D)
+    strength = jnp.abs(jacobian).sum(-1)
+    assert not np.triu(strength, 1).any()
+    assert (np.diag(strength) > 0).all()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_padding_changes_nothing(depth):
+    model, tokens = model_of(depth, model="encoder", task="listops", seq_len=10)
+    real = jnp.arange(10)[None] < jnp.array([[4], [7], [10]])
+    tokens = jnp.where(real, tokens[:, :10], 0)
+    logits = model(tokens, real=real)[0]
+    np.testing.assert_allclose(model(jnp.where(real, tokens, 3), real=real)[0], logits, atol=1e-6)
+    np.testing.assert_allclose(model(tokens[:1, :4])[0], logits[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_matrices_decay_and_vectors_do_not(depth):
+    params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
+    for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
+        name = jax.tree_util.keystr(path)
+        assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
+
+
+@pytest.mark.parametrize("choice, message", [
+    ({"depth": "reversible", "norm": "post"}, "cannot be taken back"),
+    ({"depth": "reversible", "norm": "deepnorm"}, "cannot be taken back"),
+    ({"depth": "reversible", "ffn": "none"}, "ffn=none has none"),
+    ({"depth": "reversible", "attention": "realformer"}, "hands something to the layer above"),
+    ({"depth": "macaron", "ffn": "none"}, "there is no ffn"),
+    ({"depth": "sandwich_order", "ffn": "none"}, "there is no ffn"),
+    ({"depth": "sandwich_order:k=5"}, "from 0 to layers=4"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_reason(choice, message):
+    with pytest.raises(UsageError, match=message):
+        check_config(edit(Config(), **(SMALL | choice)))
+
+
+# ---- reversible ----------------------------------------------------------------------------------------------------
+
+
+def test_reversible_is_two_streams():
+    model, tokens = model_of("reversible", norm="pre", attention="full+linear", layers=5)
+    context = Context(model.position)
+    x1 = x2 = model.embedding(tokens)
+    for number in range(5):
+        stacked = model.stack.rest[0] if number == 4 else model.stack.periods[number % 2]
+        attend, feed = halves(layer(stacked, number // 2 if number < 4 else 0).block, context)
+        x1 = x1 + attend(x2)
+        x2 = x2 + feed(x1)
+    out = model.stack(model.embedding(tokens), context)[0]
+    np.testing.assert_allclose(out, (x1 + x2) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"position": "t5", "dropout": 0.2, "norm": "sandwich", "layers": 3, "attention": "full+softcap"},
+    {"ffn": "moe", "norm": "rezero", "layers": 9},
+])  # fmt: skip
+def test_recomputed_gradients_are_those_of_stored_activations(changes):
+    """With the gradients of positions, of auxiliary losses, of an odd last layer, and the same dropout."""
+
+    x, weights = np.random.default_rng(0).standard_normal((2, 3, 12, 16)).astype(np.float32)
+
+    def loss(model):
+        real = jnp.arange(12)[None] < jnp.array([[5], [9], [12]])
+        out, aux = model.stack(jnp.asarray(x), Context(model.position, real), key=jax.random.key(1))
+        return (out * weights).sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))
+
+    model, _ = model_of("reversible", **changes)
+    if changes["norm"] == "rezero":  # its layers are nothing before they learned
+        for norm in (model.stack.periods[0].block.attention_norm, model.stack.periods[0].block.ffn_norm):
+            norm.scale[...] = 0.5 + norm.scale[...]
+    graph, _ = nnx.split(model_of("reversible:backward=store", **changes)[0])
+    stored = nnx.merge(graph, nnx.state(model))
+    assert (model.stack.backward, stored.stack.backward) == ("recompute", "store")
+    value, grads = gradients(model, loss)
+    wanted, plain = gradients(stored, loss)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    assert_equal(grads, plain)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads["stack"]))
+
+
+def kept(depth: str, layers: int) -> int:
+    """How many numbers the gradient of a stack keeps between its two passes, beside the parameters."""
+    model, tokens = model_of(depth, layers=layers, position="none")
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x, Context(model.position))[0]
+    held = jax.tree.leaves(jax.vjp(call, params, model.embedding(tokens))[1])
+    return sum(leaf.size for leaf in held) - sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_reversible_keeps_the_same_for_every_depth():
+    streams = 2 * 3 * 12 * 16
+    assert streams <= kept("reversible", 3) == kept("reversible", 12) < streams + 8
+    shallow, deep = kept("reversible:backward=store", 3), kept("reversible:backward=store", 12)
+    assert deep > 3.5 * shallow > 3.5 * streams
+    assert count(model_of("reversible")[0]) == count(model_of("fixed")[0])
+
+
+@pytest.mark.parametrize("changes", [{"attention": "routing"}, {"memory": "xl"}])
+def test_reversible_writes_back_what_is_no_parameter(changes, tmp_path):
+    """Moving centroids, and memories that the next pass reads, are those of stored activations."""
+    (tmp_path / "words.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(900)))
+    changes |= {"task": f"lm:path={tmp_path / 'words.txt'}"}
+    found = []
+    for depth in ("reversible", "reversible:backward=store"):
+        model, tokens = model_of(depth, position="rope", layers=2, **changes)
+        state = lambda model=model: nnx.to_pure_dict(nnx.state(model.stack, nnx.Not(nnx.Param)))
+        before = state()
+        first = model(tokens, key=jax.random.key(0))[0]
+        after = state()
+        assert any(np.any(old != new) for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+        assert "memory" not in changes or np.abs(model(tokens, key=jax.random.key(0))[0] - first).max() > 0.01
+        found.append(after)
+    assert_equal(*found, error=1e-6)
+
+
+# ---- macaron, the order of sub-layers, transparent -----------------------------------------------------------------
+
+
+def test_macaron_takes_half_steps():
+    model, tokens = model_of("macaron", layers=3)
+    context, x = Context(model.position), model.embedding(tokens)
+    out, aux = model.stack(x, context)
+    for number in range(3):
+        both = layer(model.stack.periods[0], number)
+        attend, _ = halves(both.block, context)
+        x = x + 0.5 * both.first.ffn.layer(both.first.ffn_norm.norm(x))[0]
+        x = x + attend(x)
+        x = x + 0.5 * both.block.ffn.layer(both.block.ffn_norm.norm(x))[0]
+    np.testing.assert_allclose(out, x, atol=1e-5)
+    assert float(aux["computation"]) == 3
+
+
+def test_macaron_of_half_hidden_layers_has_the_parameters_of_a_layer():
+    """But for what one more normaliser and the bias of one more output have."""
+    macaron, fixed = (
+        count(model_of(depth, ffn=f"mlp:ratio={ratio}")[0]) for depth, ratio in (("macaron", 2), ("fixed", 4))
+    )
+    assert macaron - fixed == 4 * (2 * 16 + 16)
+
+
+def test_sandwich_order_is_its_word():
+    model, tokens = model_of("sandwich_order:k=2", layers=5, attention="full+linear")
+    context, x = Context(model.position), model.embedding(tokens)
+    out, aux = model.stack(x, context)
+    first, middle, last = model.stack.parts
+    attentions = [layer(first.periods[place], 0) for place in (0, 1)]
+    blocks = [layer(middle.periods[0], 0), layer(middle.periods[1], 0), layer(middle.rest[0], 0)]
+    feeds = [layer(last.periods[0], number) for number in (0, 1)]
+    for block in attentions:
+        assert block.ffn is None
+        x = x + halves(block, context)[0](x)
+    for block in blocks:
+        attend, feed = halves(block, context)
+        x = x + attend(x)
+        x = x + feed(x)
+    for block in feeds:
+        assert block.attention is None
+        x = x + block.ffn(block.ffn_norm.norm(x))[0]
+    np.testing.assert_allclose(out, x, atol=1e-5)
+    assert [block.name for block in attentions + blocks] == ["full", "linear", "full", "linear", "full"]
+    assert float(aux["computation"]) == 5
+
+
+def test_sandwich_order_keeps_the_parameters_and_is_the_usual_order_at_k_0():
+    fixed, tokens = model_of("fixed")
+    for k in (0, 1, 4):
+        assert count(model_of(f"sandwich_order:k={k}")[0]) == count(fixed)
+    np.testing.assert_array_equal(model_of("sandwich_order:k=0")[0](tokens)[0], fixed(tokens)[0])
+
+
+def test_scores_are_handed_on_between_the_parts_of_a_sandwich():
+    """RealFormer's scores of the first attention layers reach the later ones."""
+    model, tokens = model_of("sandwich_order:k=2", attention="realformer")
+    context, x = Context(model.position), model.embedding(tokens)
+    first, middle, last = model.stack.parts
+    carries = first.initial_carries(3, 12, 12)
+    x, carries, _ = first.run(x, carries, context)
+    cut = last.run(middle.run(x, middle.initial_carries(3, 12, 12), context)[0], {}, context)[0]
+    whole = last.run(middle.run(x, carries, context)[0], {}, context)[0]
+    out = model.stack(model.embedding(tokens), context)[0]
+    np.testing.assert_allclose(out, whole, atol=1e-5)
+    assert np.abs(out - cut).max() > 1e-4
+
+
+def test_transparent_is_the_mix_of_all_layers():
+    model, tokens = model_of("transparent", layers=3, attention="full+linear")
+    weights = np.array([0.3, -0.2, 1.0, 0.4])
+    model.stack.mix[...] = jnp.asarray(weights, jnp.float32)
+    context, states = Context(model.position), [model.embedding(tokens)]
+    for stacked in (model.stack.periods[0], model.stack.periods[1], model.stack.rest[0]):
+        states.append(layer(stacked, 0).block(states[-1], {}, context)[0])
+    share = np.exp(weights) / np.exp(weights).sum()
+    out = model.stack(states[0], context)[0]
+    np.testing.assert_allclose(out, sum(s * h for s, h in zip(share, states, strict=True)), atol=1e-5)
+    assert count(model) == count(model_of("fixed", layers=3, attention="full+linear")[0]) + 4
+
+
+def test_transparent_gradients_reach_every_share():
+    model, tokens = model_of("transparent")
+    grads = gradients(model, lambda model: (model(tokens)[0] ** 2).mean())[1]
+    assert (np.abs(grads["stack"]["mix"]) > 0).all()

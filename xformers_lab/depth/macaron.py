@@ -1,0 +1,60 @@
+import jax
+from flax import nnx
+
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.size import Size
+
+
+class Macaron(Fixed):
+    """Macaron layers: attention between two feed-forward layers, each with half a step (Macaron Net: Lu et al., 2019,
+    arXiv 1906.02762).
+
+        x + 1/2 f1(x),    then x + attention(x),    then x + 1/2 f2(x)
+
+    f1 and f2 have parameters of their own, each with a normaliser of its own; in place of x + f(x) stands what the norm
+    makes of it. The paper halves the hidden layers, so that a layer has the parameters it had: ffn=mlp:ratio=2.
+    """
+
+    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+        def layer(index: int, rngs: nnx.Rngs):
+            return Sandwiched(make_block(index, rngs).only("ffn"), make_block(index, rngs))
+
+        super().__init__(size, make_block=layer, period=period, rngs=rngs)
+
+
+class Sandwiched(nnx.Module):
+    """A block and, before it, the feed-forward half of another."""
+
+    def __init__(self, first, block):
+        first.ffn, block.ffn = Half(first.ffn), Half(block.ffn)
+        self.first, self.block = first, block
+
+    def __call__(self, x, carries, context, *, key=None):
+        first, second = (None, None) if key is None else jax.random.split(key)
+        x, carries, aux = self.first(x, carries, context, key=first)
+        x, carries, more = self.block(x, carries, context, key=second)
+        # The two feed-forward layers count as one.
+        aux.pop("computation")
+        return x, carries, add_aux(aux, more)
+
+    def initial_carries(self, B: int, T: int, S: int):
+        return self.block.initial_carries(B, T, S)
+
+    def init_cache(self, B: int, length: int):
+        return self.block.init_cache(B, length)
+
+    def step(self, x, cache, carries, context, at):
+        x, _, carries = self.first.step(x, {}, carries, context, at)
+        return self.block.step(x, cache, carries, context, at)
+
+
+class Half(nnx.Module):
+    """Half of what a feed-forward layer gives."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x, *, real=None, key=None):
+        y, aux = self.layer(x, real=real, key=key)
+        return y / 2, aux
