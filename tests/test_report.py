@@ -432,7 +432,7 @@ def test_shared_settings_are_told_once_and_each_cell_its_own():
 )
 def test_few_rows_still_make_a_report(tmp_path, found, keys):
     text = written(tmp_path / "r.html", found, keys)
-    assert text.count('role="img"') == len(json.loads(specs(text)))
+    assert text.count('class="chart"') == len(json.loads(specs(text)))
     assert not list(tmp_path.glob("*.part"))
 
 
