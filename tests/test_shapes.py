@@ -16,7 +16,15 @@ from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.train import optimizer
 
 SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
-DEPTHS = ["reversible", "reversible:backward=store", "macaron", "sandwich_order:k=2", "transparent"]
+DEPTHS = [
+    "reversible",
+    "reversible:backward=store",
+    "macaron",
+    "sandwich_order:k=2",
+    "transparent",
+    "hourglass:factor=3",
+    "hourglass:shorten=linear:upsample=linear",
+]
 
 
 def model_of(depth: str, **changes) -> Any:
@@ -72,7 +80,9 @@ def test_decoding_is_the_whole_pass(depth):
 def test_no_position_sees_what_comes_after_it(depth):
     model, tokens = model_of(depth)
     x, context = model.embedding(tokens[:1]), Context(model.position)
-    jacobian = jax.jacrev(lambda x: model.stack(x, context)[0][0].sum(-1))(x)[:, 0]  # (T, T, D)
+    graph, variables = nnx.split(model.stack)
+    answer = lambda x: nnx.merge(graph, variables)(x, context)[0][0].sum(-1)
+    jacobian = quick_jit(jax.jacrev(answer))(x)[:, 0]  # (T, T, D)
     strength = jnp.abs(jacobian).sum(-1)
     assert not np.triu(strength, 1).any()
     assert (np.diag(strength) > 0).all()
@@ -104,6 +114,9 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "macaron", "ffn": "none"}, "there is no ffn"),
     ({"depth": "sandwich_order", "ffn": "none"}, "there is no ffn"),
     ({"depth": "sandwich_order:k=5"}, "from 0 to layers=4"),
+    ({"depth": "hourglass", "layers": 2}, "are no hourglass"),
+    ({"depth": "hourglass:factor=1"}, "factor must be at least 2"),
+    ({"depth": "hourglass", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_reason(choice, message):
     with pytest.raises(UsageError, match=message):
@@ -275,3 +288,40 @@ def test_transparent_gradients_reach_every_share():
     model, tokens = model_of("transparent")
     grads = gradients(model, lambda model: (model(tokens)[0] ** 2).mean())[1]
     assert (np.abs(grads["stack"]["mix"]) > 0).all()
+
+
+# ---- shorter sequences in the middle -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("way", ["mean", "linear"])
+def test_hourglass_is_its_equation(kind, way):
+    """By loops over runs; the last of 11 tokens makes a run that is not whole."""
+    depth = f"hourglass:factor=3:shorten={way}:upsample={'repeat' if way == 'mean' else 'linear'}"
+    model, _ = model_of(depth, model=kind, task="listops", layers=5)
+    stack, k, T = model.stack, 3, 11
+    context = Context(model.position)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, T, 16)), jnp.float32)
+    out, aux = stack(x, context)
+    first, middle, last = stack.parts
+    x, runs = first.run(x, {}, context)[0], []
+    for g in range(4):
+        inside = [k * g + j - (k - 1 if kind == "decoder" else 0) for j in range(k)]
+        if way == "mean":
+            runs.append(jnp.mean(jnp.stack([x[:, t] for t in inside if 0 <= t < T]), 0))
+        else:
+            side = [x[:, t] if 0 <= t < T else 0 * x[:, 0] for t in inside]
+            runs.append(stack.down(jnp.concatenate(side, -1)))
+    y = middle.run(jnp.stack(runs, 1), {}, context)[0]
+    up = lambda t: y[:, t // k] if way == "mean" else stack.up(y[:, t // k])[:, t % k * 16 : (t % k + 1) * 16]
+    x = x + jnp.stack([up(t) for t in range(T)], 1)
+    np.testing.assert_allclose(out, last.run(x, {}, context)[0], atol=1e-5)
+    np.testing.assert_allclose(aux["computation"], 2 + 3 / 3, rtol=1e-6)
+
+
+def test_hourglass_builds_the_middle_for_its_length():
+    """Mechanisms whose geometry is fixed by the length get that of the middle."""
+    model, tokens = model_of("hourglass:factor=4", attention="synthesizer", model="encoder", task="listops", seq_len=12)
+    sizes = [part.periods[0].attention.size.length for part in model.stack.parts]
+    assert sizes == [12, 3, 12]
+    assert np.isfinite(model(tokens)[0]).all()

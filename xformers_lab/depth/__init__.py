@@ -1,6 +1,7 @@
 """The shelf of depths: how many layers a token gets. One file = one class, a subclass of `Depth`.
 
-A depth builds its layers with `make_block(index, rngs)` and runs them. A block is called as
+A depth builds its layers with `make_block(index, rngs)`, or with `length=` those that it gives shorter sequences than
+the model's, and runs them. A block is called as
 `block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
 mechanism passes to the same mechanism in the layer above, aux is a dict of scalars. For decoding it gives its
 `init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token. It says whether it is

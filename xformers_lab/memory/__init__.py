@@ -52,7 +52,10 @@ def check(position: Position, layers: bool, segments: bool) -> None:
     if not segments:
         raise ValueError("the task gives unrelated sequences, none of which goes on in the next batch; use task=lm")
     if not layers:
-        raise ValueError("this depth uses its layers again, but each layer has one memory; use depth=fixed")
+        raise ValueError(
+            "each layer has one memory, of whole segments, but this depth uses layers again or on a part of them; use "
+            "depth=fixed"
+        )
     if type(position).embed is not Position.embed:
         raise ValueError(
             "this position marks the embeddings themselves, and begins anew in every segment, so that what is "

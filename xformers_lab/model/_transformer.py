@@ -37,9 +37,10 @@ class Transformer(Model):
             except ValueError as reason:
                 raise ValueError(f"memory={choice.memory}: {reason}") from None
 
-        def make_block(index: int, rngs: nnx.Rngs):
+        def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             given = {"config": config, "causal": self.causal, "kept": self.position.kept}
-            return self.block(size, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
+            own = dataclasses.replace(size, length=size.length if length is None else length)
+            return self.block(own, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
 
         self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
         norm = spec.entry("norm", spec.parse(choice.norm).name)

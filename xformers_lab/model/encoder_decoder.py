@@ -51,8 +51,9 @@ class EncoderDecoder(Transformer):
         self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
         mechanisms = config.model.attention.split("+")
 
-        def make_block(index: int, rngs: nnx.Rngs):
-            return Block(read, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
+        def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
+            own = dataclasses.replace(read, length=source if length is None else length)
+            return Block(own, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
 
         stacked = {"make_block": make_block, "period": len(mechanisms), "rngs": rngs}
         self.encoder = spec.build("depth", config.model.depth, read, **stacked)
@@ -132,6 +133,12 @@ class CrossBlock(Block):
             y, more = self.feed(x, context, keys=keys[4:])
             x, aux = self.ffn_norm.after(x, y), add_aux(aux, more)
         return x, carries, aux
+
+    def only(self, kept: str):
+        """Cross-attention belongs to attention, and goes with it."""
+        if kept == "ffn":
+            self.cross = self.cross_norm = None
+        return super().only(kept)
 
     def attend(self, x, carries, context, *, keys=(None, None)):
         raise ValueError(APART)

@@ -1,0 +1,139 @@
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Hourglass(Depth):
+    """Hourglass: the layers in the middle run on a sequence that is `factor` times shorter (Nawrot et al., 2021, arXiv
+    2110.13711).
+
+        x = first layers(x),    y = middle layers(shorten(shift(x))),    last layers(x + upsample(y))
+
+    shorten makes one state of each run of k = factor, their mean or a linear layer of them side by side; upsample gives
+    it to all k, or k linear layers of it, one to each. In a decoder shift moves x right by k - 1: run g holds x of k g
+    - (k - 1) to k g, and its result goes to k g and after, so that none sees what comes later; an encoder does not
+    shift. Padding counts in no run, nor does what is shifted in; a run of padding alone is padding.
+
+    In the middle positions count runs: rotations and added scores are of their distance. What a mechanism hands to the
+    layer above ends with each of the three parts. "computation" counts a layer of the middle as 1/k. Decoding runs the
+    middle once in k tokens. The paper nests hourglasses, and prefers attention for shortening and upsampling; here are
+    one level and the two simpler ways of each, which it has too.
+
+    Options:
+        factor: k, how many tokens make one of the middle
+        outer: layers before the middle, and as many after; none: a quarter of them each, at least one
+        shorten: mean of a run, or a linear layer of its k tokens
+        upsample: repeat: the same for the k tokens; linear: k linear layers
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        factor: int = 2,
+        outer: int | None = None,
+        shorten: Literal["mean", "linear"] = "mean",
+        upsample: Literal["repeat", "linear"] = "repeat",
+        make_block,
+        period: int,
+        rngs: nnx.Rngs,
+    ):
+        outer = max(1, size.layers // 4) if outer is None else outer
+        middle = size.layers - 2 * outer
+        if outer < 1 or middle < 1:
+            raise ValueError(
+                f"layers={size.layers} are no hourglass: {outer} before, {outer} after and {middle} in the middle, "
+                "each at least 1; use at least 3 layers"
+            )
+        if factor < 2:
+            raise ValueError(f"factor must be at least 2, got {factor}; use depth=fixed")
+        runs = -(-size.length // factor)
+
+        def part(first: int, count: int, length: int | None = None):
+            make = lambda index, rngs: make_block(first + index, rngs, length=length)
+            return Fixed(dataclasses.replace(size, layers=count), make_block=make, period=period, rngs=rngs)
+
+        self.parts = nnx.List([part(0, outer), part(outer, middle, runs), part(outer + middle, outer)])
+        self.causal = [*self.parts[0].periods, *self.parts[0].rest][0].causal
+        self.factor, self.shorten, self.upsample, self.dim = factor, shorten, upsample, size.dim
+        linear = lambda inputs, outputs: Linear(inputs, outputs, dtype=size.dtype, rngs=rngs)
+        if shorten == "linear":
+            self.down = linear(factor * size.dim, size.dim)
+        if upsample == "linear":
+            self.up = linear(size.dim, factor * size.dim)
+
+    def __call__(self, x, context: Context, *, key=None):
+        B, T, _ = x.shape
+        keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+        first, middle, last = self.parts
+        x, _, aux = first.run(x, first.initial_carries(B, T, T), context, key=keys[0])
+        runs, there = self.runs(x, context.real)
+        # With nothing padded each run holds something real: the last of its tokens, or the first.
+        short = dataclasses.replace(context, real=None if context.real is None else there.any(-1))
+        y, G = self.pooled(runs, there), runs.shape[1]
+        y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
+        more["computation"] = more["computation"] / self.factor
+        x = x + self.spread(y).reshape(B, G * self.factor, -1)[:, :T]
+        x, _, most = last.run(x, last.initial_carries(B, T, T), context, key=keys[2])
+        return x, add_aux(add_aux(aux, more), most)
+
+    def runs(self, x, real):
+        """(B, T, D) -> what each of G runs holds (B, G, k, D), and which of that is real (B, G, k)."""
+        B, T, D = x.shape
+        k, G = self.factor, -(-T // self.factor)
+        real = jnp.ones((B, T), bool) if real is None else real
+        before = k - 1 if self.causal else 0
+        around = (before, max(0, G * k - T - before))
+        x = jnp.pad(x, ((0, 0), around, (0, 0)))[:, : G * k].reshape(B, G, k, D)
+        return x, jnp.pad(real, ((0, 0), around))[:, : G * k].reshape(B, G, k)
+
+    def pooled(self, runs, there):
+        """(..., k, D) and what is real of it (..., k) -> (..., D)."""
+        inside = jnp.where(there[..., None], runs, 0)
+        if self.shorten == "linear":
+            return self.down(inside.reshape(*inside.shape[:-2], -1))
+        count = jnp.maximum(there.sum(-1, keepdims=True), 1)
+        return (inside.sum(-2, dtype=jnp.float32) / count).astype(runs.dtype)
+
+    def spread(self, y):
+        """(..., D) -> what each of the k tokens of a run gets of it, (..., k, D)."""
+        if self.upsample == "linear":
+            return self.up(y).reshape(*y.shape[:-1], self.factor, -1)
+        return jnp.broadcast_to(y[..., None, :], (*y.shape[:-1], self.factor, y.shape[-1]))
+
+    def init_cache(self, B: int, length: int):
+        """Caches of the parts; the states below the middle of the last k tokens, and what the last run gave to each of
+        its tokens. Samples are the second axis of every leaf."""
+        lengths = (length, -(-length // self.factor), length)
+        parts = [part.init_cache(B, length) for part, length in zip(self.parts, lengths, strict=True)]
+        zeros = jnp.zeros((1, B, self.factor, self.dim), jnp.float32)
+        return {"parts": parts, "recent": zeros, "given": zeros}
+
+    def step(self, x, cache, context: Context, *, at):
+        first, _, last = self.parts
+        below, between, above = cache["parts"]
+        x, below = first.step(x, below, context, at=at)
+        recent = jnp.concatenate([cache["recent"][0, :, 1:], x[:, None].astype(jnp.float32)], 1)
+        k, (graph, variables) = self.factor, nnx.split(self)
+
+        def run(between, given):
+            depth = nnx.merge(graph, variables)
+            there = jnp.broadcast_to(at - jnp.arange(k - 1, -1, -1) >= 0, recent.shape[:2])
+            y = depth.pooled(recent.astype(x.dtype), there)
+            y, between = depth.parts[1].step(y, between, context, at=at // k)
+            return between, depth.spread(y).astype(jnp.float32)
+
+        between, given = lax.cond(at % k == 0, run, lambda *kept: kept, between, cache["given"][0])
+        x = x + jnp.take(given, at % k, 1).astype(x.dtype)
+        x, above = last.step(x, above, context, at=at)
+        return x, {"parts": [below, between, above], "recent": recent[None], "given": given[None]}
