@@ -330,7 +330,11 @@ def _moved(own):
 def quick_jit(function, **options):
     """jax.jit with the cheapest machine code on CPU: the kit runs a program a few times, so most of its time would be
     the compiler's. What XLA makes of the program is the same."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    quick = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
     return jax.jit(function, **options, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
