@@ -1,6 +1,7 @@
 """The grammar and the config: what is written is what is run, in every format, and equal configs have one id."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -91,8 +92,8 @@ def test_every_choice_of_every_shelf_builds_from_its_name():
 
     for shelf in ("attention", "position", "norm", "normaliser", "ffn", "memory"):
         for name in spec.names(shelf):
-            given = {"causal": False} if shelf == "position" else {}
-            spec.build(shelf, name, Size(length=16, dim=8, heads=2), **given)
+            model_gives: dict[str, Any] = {"causal": False} if shelf == "position" else {}
+            spec.build(shelf, name, Size(length=16, dim=8, heads=2), **model_gives)
     for name in set(spec.names("task")) - {"text"}:  # text needs a data set
         spec.build("task", name, Setting(seq_len=128, batch=2))
 

@@ -137,7 +137,7 @@ class CrossBlock(Block):
     def only(self, kept: str):
         """Cross-attention belongs to attention, and goes with it."""
         if kept == "ffn":
-            self.cross = self.cross_norm = None
+            del self.cross, self.cross_norm
         return super().only(kept)
 
     def attend(self, x, carries, context, *, keys=(None, None)):
