@@ -330,12 +330,23 @@ def _moved(own):
 def quick_jit(function, **options):
     """jax.jit with the cheapest machine code on CPU: the kit runs a program a few times, so most of its time would be
     the compiler's. What XLA makes of the program is the same."""
-    quick = {
+    return jax.jit(function, **options, compiler_options=_quick() if jax.default_backend() == "cpu" else None)
+
+
+@functools.cache
+def _quick() -> dict[str, Any]:
+    """What makes compilation on CPU cheap, of the options that this XLA knows: they come and go."""
+    asked = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         "xla_cpu_use_fusion_emitters": False,
     }
-    return jax.jit(function, **options, compiler_options=quick if jax.default_backend() == "cpu" else None)
+    known = {}
+    for name, value in asked.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
+            known[name] = value
+    return known
 
 
 def heads_of(mechanism: Attention) -> dict[str, tuple[int, ...]]:
