@@ -8,9 +8,11 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
 from xformers_lab.ffn import ACTIVATIONS
+from xformers_lab.ffn.hash import mixed
 from xformers_lab.measure.flops import count_flops
-from xformers_lab.model import build_model, build_task
+from xformers_lab.model import build_model, build_task, check_config
 
 
 def build(choice: str, dim: int = 16):
@@ -110,6 +112,74 @@ def test_product_key_finds_the_best_of_all_slots():
     np.testing.assert_allclose(memory(x)[0], expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_hash_sends_every_occurrence_of_a_token_to_one_expert(padded):
+    layer, x = build("hash:experts=3"), draw(2, 20, 16)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 20)), jnp.int32)
+    real = jnp.asarray(np.random.default_rng(2).random((2, 20)) < 0.7) if padded else None
+    expert = np.asarray(layer.expert(jnp.arange(50)))
+    assert set(expert) == {0, 1, 2}
+    expected = np.zeros((2, 20, 16), np.float32)
+    for b, t in np.ndindex(2, 20):
+        if real is None or real[b, t]:
+            e = expert[tokens[b, t]]
+            expected[b, t] = jax.nn.gelu(x[b, t] @ layer.up[e]) @ layer.down[e]
+    y, aux = layer(x, tokens=tokens, real=real)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    there = np.ones((2, 20), bool) if real is None else np.asarray(real)
+    sent = np.bincount(expert[np.asarray(tokens)[there]], minlength=3)
+    np.testing.assert_allclose(aux["busiest_expert"], 3 * sent.max() / there.sum(), rtol=1e-6)
+
+
+def test_hash_is_another_in_every_layer_and_spreads_tokens():
+    config = edit(Config(), task="copy", ffn="hash:experts=4", seq_len=16, dim=16, heads=2, layers=2)
+    (block,) = build_model(config, build_task(config)).stack.periods
+    first, second = (np.asarray(mixed(jnp.arange(4000, dtype=jnp.uint32) ^ salt) % 4) for salt in block.ffn.salt[...])
+    assert 0.2 < (first == second).mean() < 0.3
+    assert np.bincount(first).min() > 900
+
+
+@pytest.mark.parametrize("depth", ["fixed", "mixture_of_depths:every=1", "reversible", "early_exit", "macaron"])
+def test_hash_finds_its_tokens_in_every_depth(depth):
+    """Step by step, where tokens come one at a time, the model says what it says of all of them."""
+    size = {"seq_len": 9, "dim": 16, "heads": 2, "layers": 2}
+    config = edit(Config(), task="copy", ffn="hash:experts=3", depth=depth, **size)
+    model = build_model(config, build_task(config))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 9)), jnp.int32)
+    steps, cache = [], model.init_cache(2, 9)
+    for t in range(9):
+        logits, cache = model.step(cache, tokens[:, t])
+        steps.append(logits)
+    np.testing.assert_allclose(jnp.stack(steps, 1), model(tokens)[0], atol=2e-5)
+
+
+def test_hash_is_refused_where_rows_are_no_tokens():
+    size = {"seq_len": 16, "dim": 16, "heads": 2, "layers": 3}
+    config = edit(Config(), task="copy", ffn="hash", depth="hourglass", **size)
+    with pytest.raises(UsageError, match="ffn=hash looks at the tokens"):
+        check_config(config)
+
+
+def test_persistent_vectors_are_attended_to():
+    layer, x = build("all_attention:vectors=5"), draw(2, 4, 16)
+    expected = np.zeros((2, 4, 16), np.float32)
+    for head in range(2):
+        q = x @ layer.query.kernel[:, 8 * head : 8 * head + 8]
+        p = jax.nn.softmax(q @ layer.keys[head].T / 8**0.5)
+        expected += p @ layer.values[head] @ layer.down.kernel[8 * head : 8 * head + 8]
+    np.testing.assert_allclose(layer(x)[0], expected, atol=2e-5)
+
+
+def test_all_attention_is_full_attention_with_more_keys():
+    """Persistent vectors are keys and values like others: the same softmax where they come from tokens."""
+    joined = spec.build("attention", "all_attention:vectors=3", length=8, dim=16, heads=2)
+    q, k, v = (draw(2, 8, 2, 8, seed=seed) for seed in range(3))
+    joined.keys[...], joined.values[...] = (jnp.swapaxes(x[0, :3], 0, 1) for x in (k, v))
+    full = spec.build("attention", "full", length=8, dim=16, heads=2)
+    expected = full.mix(q[:1], k[:1], v[:1])[0]
+    np.testing.assert_allclose(joined.mix(q[:1], k[:1, 3:], v[:1, 3:])[0], expected, atol=2e-5)
+
+
 def test_squared_relu():
     np.testing.assert_allclose(ACTIVATIONS["relu2"](jnp.array([-2.0, 0.0, 3.0])), [0, 0, 9])
 
@@ -120,6 +190,8 @@ def test_squared_relu():
     ("moe:balance=-1", "at least 0"),
     ("product_key:top=65", "top=65"),
     ("product_key:key=7", "key must be even"),
+    ("hash:experts=0", "experts must be at least 1"),
+    ("all_attention:vectors=0", "vectors must be at least 1"),
 ])  # fmt: skip
 def test_bad_options(choice, message):
     with pytest.raises(Exception, match=message):

@@ -29,13 +29,15 @@ class Context:
     """What every layer sees alike: the positions, real (B, T) bool or None where nothing is padded, and what the model
     makes predictions of hidden states with: `predict(x, real=real)`, (B, T, D) -> logits (B, T, outputs), or (B,
     outputs) where a sequence gets one answer; in a step `predict(x)`, (B, D) -> (B, outputs). source (B, S, D) and
-    source_real: what layers with cross-attention look at."""
+    source_real: what layers with cross-attention look at. tokens (B, T): what the sequences are made of, in a step
+    (B,); None where a layer's rows are no tokens (a pooled sequence, say)."""
 
     position: Position
     real: Any = None
     predict: Callable | None = None
     source: Any = None
     source_real: Any = None
+    tokens: Any = None
 
 
 class Depth(nnx.Module):

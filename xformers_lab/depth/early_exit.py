@@ -171,7 +171,8 @@ class EarlyExit(Fixed):
                 take = lambda leaf: leaf if some is None else leaf[some]
                 part, part_state = take(x), jax.tree.map(take, inner)
                 real = None if context.real is None else take(context.real)
-                where = Context(context.position, real, predict)
+                tokens = None if context.tokens is None else take(context.tokens)
+                where = Context(context.position, real, predict, tokens=tokens)
                 frozen = ~part_state["inside"].reshape(*part_state["inside"].shape, *[1] * (3 - len(asked)))
                 for graph, variable in zip(graphs, variables, strict=True):
                     y, carries, _ = nnx.merge(graph, variable)(part, carries, where)

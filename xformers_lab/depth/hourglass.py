@@ -79,7 +79,8 @@ class Hourglass(Depth):
         x, _, aux = first.run(x, first.initial_carries(B, T, T), context, key=keys[0])
         runs, there = self.runs(x, context.real)
         # With nothing padded each run holds something real: the last of its tokens, or the first.
-        short = dataclasses.replace(context, real=None if context.real is None else there.any(-1))
+        real = None if context.real is None else there.any(-1)
+        short = dataclasses.replace(context, real=real, tokens=None)
         y, G = self.pooled(runs, there), runs.shape[1]
         y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
         more["computation"] = more["computation"] / self.factor
@@ -130,7 +131,8 @@ class Hourglass(Depth):
             depth = nnx.merge(graph, variables)
             there = jnp.broadcast_to(at - jnp.arange(k - 1, -1, -1) >= 0, recent.shape[:2])
             y = depth.pooled(recent.astype(x.dtype), there)
-            y, between = depth.parts[1].step(y, between, context, at=at // k)
+            short = dataclasses.replace(context, tokens=None)
+            y, between = depth.parts[1].step(y, between, short, at=at // k)
             return between, depth.spread(y).astype(jnp.float32)
 
         between, given = lax.cond(at % k == 0, run, lambda *kept: kept, between, cache["given"][0])

@@ -55,6 +55,9 @@ class Half(nnx.Module):
     def __init__(self, layer):
         self.layer = layer
 
-    def __call__(self, x, *, real=None, key=None):
-        y, aux = self.layer(x, real=real, key=key)
+    def takes_tokens(self) -> bool:
+        return self.layer.takes_tokens()
+
+    def __call__(self, x, **given):
+        y, aux = self.layer(x, **given)
         return y / 2, aux

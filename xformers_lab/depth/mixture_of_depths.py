@@ -126,7 +126,8 @@ class Routed(nnx.Module):
         T = x.shape[1]
         at = jnp.minimum(places, T - 1)
         inside = jnp.take_along_axis(x, at[..., None], 1)
-        where = Context(_Taken(context.position, at), None if full else places < T)
+        tokens = None if context.tokens is None else jnp.take_along_axis(context.tokens, at, 1)
+        where = Context(_Taken(context.position, at), None if full else places < T, tokens=tokens)
         y, _, aux = self.block(inside, carries, where, key=key)
         share = jnp.take_along_axis(self.share(score), at, 1)[..., None]
         update = (share * (y - inside).astype(jnp.float32)).astype(x.dtype)
@@ -165,15 +166,16 @@ class Routed(nnx.Module):
         score, chosen = self.router(x.astype(jnp.float32))[..., 0], self.foretell(x) > 0
         graph, variables = nnx.split(self.block)
 
-        def one(x, chosen, own, places, count):
+        def one(x, chosen, own, places, count, token):
             places = places.at[count].set(at)
-            where = Context(_Taken(context.position, places[None]))
+            token = None if token is None else token[None]
+            where = Context(_Taken(context.position, places[None]), tokens=token)
             y, after, _ = nnx.merge(graph, variables).step(x[None], own, {}, where, count)
             keep = lambda new, old: jnp.where(chosen, new, old)
             return y[0], jax.tree.map(keep, after, own), places, count + chosen
 
         def run(cache):
-            y, *after = jax.vmap(one)(x, chosen, cache["own"], cache["at"], cache["count"])
+            y, *after = jax.vmap(one)(x, chosen, cache["own"], cache["at"], cache["count"], context.tokens)
             update = self.share(score)[..., None] * (y - x).astype(jnp.float32)
             kept = dict(zip(("own", "at", "count"), after, strict=True))
             return x + jnp.where(chosen[..., None], update, 0).astype(x.dtype), kept

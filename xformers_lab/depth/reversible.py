@@ -108,7 +108,7 @@ class TwoStreams(nnx.Module):
         x1, x2 = x
         y, cache, carries = self.block.step_attend(x2.astype(self.dtype), cache, carries, context, at)
         y1 = x1 + self.block.attention_norm.branch(y).astype(jnp.float32)
-        y = self.block.step_feed(y1.astype(self.dtype))
+        y = self.block.step_feed(y1.astype(self.dtype), context)
         return (y1, x2 + self.block.ffn_norm.branch(y).astype(jnp.float32)), cache, carries
 
 
@@ -125,7 +125,8 @@ def recomputed(blocks: list, streams, context: Context, *, key):
     again = unroll(length, len(blocks))
 
     def built(of_position, given):
-        return Context(nnx.merge(position_graph, of_position, given["position"]), given["real"])
+        position = nnx.merge(position_graph, of_position, given["position"])
+        return Context(position, given["real"], tokens=given["tokens"])
 
     @jax.custom_vjp
     def run(params, of_position, given, streams):
@@ -182,7 +183,7 @@ def recomputed(blocks: list, streams, context: Context, *, key):
         return of_params, to_position, None, of_streams
 
     run.defvjp(forward, backward)
-    given = {"rest": rest, "position": fixed_position, "real": context.real, "keys": keys}
+    given = {"rest": rest, "position": fixed_position, "real": context.real, "keys": keys, "tokens": context.tokens}
     streams, aux, changed = run(params, of_position, given, streams)
     for block, variables in zip(blocks, changed, strict=True):
         nnx.update(block, variables)

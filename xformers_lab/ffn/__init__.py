@@ -1,6 +1,11 @@
 """The shelf of feed-forward sub-layers: what one position computes. One file = one class, a subclass of `Ffn`, or a
-function that returns None where the block has no such sub-layer."""
+function that returns None where the block has no such sub-layer.
 
+One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
+int32.
+"""
+
+import inspect
 from typing import Literal
 
 import jax
@@ -22,6 +27,9 @@ class Ffn(nnx.Module):
     def __call__(self, x, *, real=None, key=None):
         """(B, T, D) -> (B, T, D) and a dict of auxiliary scalars; those named "loss/..." are added to the loss."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def takes_tokens(self) -> bool:
+        return "tokens" in inspect.signature(type(self).__call__).parameters
 
     def not_causal(self) -> str | None:
         """Why a token's output depends on later tokens; None where it does not."""

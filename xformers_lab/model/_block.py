@@ -88,7 +88,7 @@ class Block(nnx.Module):
 
     def feed(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
-        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[0])
+        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
 
     def _source(self, x, real):
@@ -117,7 +117,7 @@ class Block(nnx.Module):
             y, cache, carries = self.step_attend(x, cache, carries, context, at)
             x = self.attention_norm.after(x, y)
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x))
+            x = self.ffn_norm.after(x, self.step_feed(x, context))
         return x, cache, carries
 
     def step_attend(self, x, cache, carries, context, at):
@@ -127,9 +127,21 @@ class Block(nnx.Module):
         )
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
-    def step_feed(self, x):
+    def step_feed(self, x, context):
         """`feed` for one token (B, D)."""
-        return self.ffn(self.ffn_norm.before(x)[:, None])[0][:, 0]
+        tokens = {name: given[:, None] for name, given in self._tokens(context).items()}
+        return self.ffn(self.ffn_norm.before(x)[:, None], **tokens)[0][:, 0]
+
+    def _tokens(self, context) -> dict:
+        """The tokens, where the feed-forward layer takes them."""
+        if not self.ffn.takes_tokens():
+            return {}
+        if context.tokens is None:
+            raise ValueError(
+                f"ffn={type(self.ffn).__name__.lower()} looks at the tokens, but here are layers whose rows are none; "
+                "use depth=fixed or another ffn"
+            )
+        return {"tokens": context.tokens}
 
 
 def drop(x, rate: float, key):

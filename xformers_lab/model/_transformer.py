@@ -56,7 +56,7 @@ class Transformer(Model):
         T = inputs.shape[1]
         x = self.position.embed(self.embedding(inputs), jnp.arange(T), real=real)
         x = drop(x, self.dropout, embed_key)
-        x, aux = self.stack(x, Context(self.position, real, self.predict), key=stack_key)
+        x, aux = self.stack(x, Context(self.position, real, self.predict, tokens=inputs), key=stack_key)
         return self.predict(x, real=real), aux
 
     def predict(self, x, *, real=None):
@@ -80,9 +80,8 @@ class Transformer(Model):
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
         x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
-        x, layers = self.stack.step(
-            x, cache["layers"], Context(self.position, predict=self.predict, source=source), at=at
-        )
+        context = Context(self.position, predict=self.predict, source=source, tokens=tokens)
+        x, layers = self.stack.step(x, cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def pool(self, x, real):

@@ -66,7 +66,8 @@ class EncoderDecoder(Transformer):
         """Source tokens (B, S) -> their states (B, S, D), aux."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = self.source_position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
-        x, aux = self.encoder(drop(x, self.dropout, keys[0]), Context(self.source_position, real), key=keys[1])
+        context = Context(self.source_position, real, tokens=inputs)
+        x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x), aux
 
     def __call__(self, inputs, *, real=None, key=None):
@@ -76,7 +77,7 @@ class EncoderDecoder(Transformer):
         states, aux = self.encode(inputs[:, first], real=side(real, first), key=keys[0])
         x, real_rest = self.embedding(inputs[:, rest]), side(real, rest)
         x = self.position.embed(x, jnp.arange(x.shape[1]), real=real_rest)
-        context = Context(self.position, real_rest, self.predict, states, side(real, first))
+        context = Context(self.position, real_rest, self.predict, states, side(real, first), inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
         logits = self.predict(x, real=real_rest)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
@@ -158,7 +159,7 @@ class CrossBlock(Block):
             y, cache = self._look(self.cross_norm.before(x)[:, None], cache, context.source, at)
             x = self.cross_norm.after(x, y)
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x))
+            x = self.ffn_norm.after(x, self.step_feed(x, context))
         return x, cache, carries
 
     def _look(self, asked, cache, source, at):

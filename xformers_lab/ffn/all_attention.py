@@ -1,0 +1,38 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.ffn import Ffn
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class AllAttention(Ffn):
+    """The feed-forward layer as attention to persistent vectors (Sukhbaatar et al., 2019, arXiv 1907.01470, section
+    3.1).
+
+    y_t = W_o concat_h softmax(q_th M_h^T / sqrt(H)) N_h with q_t = W_q x_t and learned keys M_h and values N_h
+    (vectors, H), the same at every position. It stands behind any attention; the paper goes one step further
+    and joins both into one softmax, which is attention=all_attention with ffn=none.
+
+    Options:
+        vectors: persistent keys and values per head (none: 4 D, as many as a feed-forward layer has hidden units)
+    """
+
+    def __init__(self, size: Size, *, vectors: int | None = None, rngs: nnx.Rngs):
+        vectors = 4 * size.dim if vectors is None else vectors
+        if vectors < 1:
+            raise ValueError(f"vectors must be at least 1, got {vectors}; ffn=none has no such layer")
+        linear = functools.partial(Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.query, self.down = linear(size.dim, size.heads * size.head), linear(size.heads * size.head, size.dim)
+        draw = lambda: jax.random.normal(rngs.params(), (size.heads, vectors, size.head))
+        self.keys, self.values, self.size = nnx.Param(draw()), nnx.Param(draw()), size
+
+    def __call__(self, x, *, real=None, key=None):
+        q = self.query(x).reshape(*x.shape[:2], self.size.heads, self.size.head) * self.size.head**-0.5
+        keys, values = self.keys[...].astype(x.dtype), self.values[...].astype(x.dtype)
+        p = jax.nn.softmax(jnp.einsum("btnh,nmh->bntm", q, keys, preferred_element_type=jnp.float32))
+        y = jnp.einsum("bntm,nmh->btnh", p.astype(x.dtype), values)
+        return self.down(y.reshape(*x.shape[:2], -1)), {}

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.ffn._experts import run_experts
+from xformers_lab.size import Size
+
+
+class Salt(nnx.Variable):
+    """What makes the hash of one layer another than that of the next."""
+
+
+class Hash(Ffn):
+    """Hash layer: the token itself, not a learned router, says which of many networks runs (Roller et al., 2021, arXiv
+    2106.04426).
+
+    y_t = f_e(x_t), e = hash(token_t) mod experts. Every occurrence of a token goes to the same expert of a layer;
+    nothing is dropped, and there is nothing to balance by a loss. The experts' shares follow the frequencies of the
+    tokens, so "busiest_expert", the largest share over an equal one, is reported.
+    Deviations from the paper: its table of random experts, one for all layers, is a hash function here, for a layer
+    need not know the vocabulary; each layer has its own (the paper's "multi-layer" variant of different hashes).
+
+    Options:
+        experts: how many networks
+        ratio: hidden width of one expert over model width
+        activation: between the layers
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        experts: int = 8,
+        ratio: float = 4.0,
+        activation: Activation = "gelu",
+        rngs: nnx.Rngs,
+    ):
+        if experts < 1:
+            raise ValueError(f"experts must be at least 1, got {experts}")
+        hidden = hidden_size(size, ratio)
+        draw = nnx.initializers.lecun_normal(batch_axis=0)
+        self.up = nnx.Param(draw(rngs.params(), (experts, size.dim, hidden)))
+        self.down = nnx.Param(draw(rngs.params(), (experts, hidden, size.dim)))
+        self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
+        self.experts, self.activation = experts, activation
+
+    def __call__(self, x, *, tokens, real=None, key=None):
+        B, T, D = x.shape
+        expert = self.expert(tokens)
+        expert = expert if real is None else jnp.where(real, expert, self.experts)
+        flat = expert.reshape(B * T, 1)
+        up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
+        ones = jnp.ones(flat.shape, jnp.float32)
+        y = run_experts(x.reshape(B * T, D), flat, ones, up, down, ACTIVATIONS[self.activation])
+        sent = jnp.zeros(self.experts).at[flat[:, 0]].add(1, mode="drop")
+        return y.reshape(B, T, D), {"busiest_expert": self.experts * sent.max() / jnp.maximum(sent.sum(), 1)}
+
+    def expert(self, tokens):
+        """int32 tokens -> the number of their expert."""
+        return (mixed(tokens.astype(jnp.uint32) ^ self.salt[...]) % self.experts).astype(jnp.int32)
+
+
+def mixed(h):
+    """uint32 -> uint32, each bit of which depends on all: the finaliser of MurmurHash3 (Appleby, 2011)."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
