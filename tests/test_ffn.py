@@ -1,5 +1,7 @@
 """Feed-forward sub-layers against their definitions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,8 @@ def test_hash_sends_every_occurrence_of_a_token_to_one_expert(padded):
 
 def test_hash_is_another_in_every_layer_and_spreads_tokens():
     config = edit(Config(), task="copy", ffn="hash:experts=4", seq_len=16, dim=16, heads=2, layers=2)
-    (block,) = build_model(config, build_task(config)).stack.periods
+    model: Any = build_model(config, build_task(config))
+    (block,) = model.stack.periods
     first, second = (np.asarray(mixed(jnp.arange(4000, dtype=jnp.uint32) ^ salt) % 4) for salt in block.ffn.salt[...])
     assert 0.2 < (first == second).mean() < 0.3
     assert np.bincount(first).min() > 900

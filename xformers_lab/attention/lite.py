@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention.full import Full
+from xformers_lab.size import Size
+
+
+class Lite(Full):
+    """Long-short range attention of the Lite Transformer (Wu et al., 2020, arXiv 2004.11886, section 4).
+
+    Some heads attend, out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s, for what is far; the others convolve their
+    values, out_t = sum_j softmax(w)_j v_(t+j), for what is near, with one learned w (width) for each head (lightweight
+    convolution: Wu et al., 2019, arXiv 1901.10430).
+    Kind: multi-head
+    Time O(T S H) in the heads that attend, O(T width H) in those that convolve; memory O(S) per row of blocks; decoding
+        keeps every key and value.
+    Exact. Positions outside the sequence and padding count as zeros in a convolution, which sees the `width` positions
+        around its own, causally the last `width`; a bias is for the heads that attend.
+    Deviations from the paper: heads are shared out, not channels in front of the projections; the branch that
+        convolves has no gate of its own. A model with one head attends alone.
+
+    Options:
+        share: heads that attend, of all; at least one does
+        width: positions that a convolution sees
+    """
+
+    def __init__(self, size: Size, *, share: float = 0.5, width: int = 7, rngs: nnx.Rngs):
+        if not 0 < share < 1:
+            raise ValueError(f"share must be between 0 and 1, got {share:g}; attention=full attends in every head")
+        if width < 2:
+            raise ValueError(f"width must be at least 2, got {width}: one position alone is no neighbourhood")
+        super().__init__(size, rngs=rngs)
+        self.width = width
+        self.attending = max(1, min(size.heads - 1, round(share * size.heads)))
+        self.taps = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size.heads - self.attending, width)))
+
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        many, T = self.attending, q.shape[1]
+        group = jnp.arange(q.shape[2]) // (q.shape[2] // k.shape[2])
+        near = jnp.take(v, group[many:], 2)
+        # Grouped key/value heads are repeated where the heads that attend are no whole number of groups.
+        k, v = (
+            (y[:, :, : many * y.shape[2] // q.shape[2]] for y in (k, v))
+            if self._whole()
+            else (jnp.take(y, group[:many], 2) for y in (k, v))
+        )
+        bias = jax.tree.map(lambda leaf: leaf[:many], bias)
+        given = {"real": real, "causal": causal, "bias": bias, "key": key}
+        far, _, _ = super().mix(q[:, :, :many], k, v, **given, method=method)
+        near = near if real is None else jnp.where(real[..., None, None], near, 0)
+        before = self.width - 1 if causal else self.width // 2
+        taps = jax.nn.softmax(self.taps[...])
+        convolve = _by_definition if method == "reference" else _shifted
+        return jnp.concatenate([far, convolve(near, taps, before, T).astype(v.dtype)], 2), carry, {}
+
+    # Newest last, as `mix` reads them: a convolution counts from there.
+    init_cache, mix_step = Attention.init_cache, Attention.mix_step
+
+    def _whole(self) -> bool:
+        return self.attending * self.size.key_heads % self.size.heads == 0
+
+    def cost(self, T: int, S: int) -> Cost:
+        full, attends = super().cost(T, S), self.attending / self.size.heads
+        return Cost(flops=full.flops * attends, memory=full.memory, state=full.state)
+
+
+def _shifted(v, taps, before: int, T: int):
+    """v (B, S, N, H), taps (N, width) -> (B, T, N, H), of T queries at the end of S positions."""
+    S, width = v.shape[1], taps.shape[1]
+    front, behind = before + max(T - S, 0), width - 1 - before
+    wide = jnp.pad(v, ((0, 0), (front, behind), (0, 0), (0, 0)))[:, -(T + width - 1) :].astype(jnp.float32)
+    return sum(wide[:, j : j + T] * taps[:, j, None] for j in range(width))
+
+
+def _by_definition(v, taps, before: int, T: int):
+    """The same, as a matrix of queries and positions."""
+    S, width = v.shape[1], taps.shape[1]
+    tap = jnp.arange(S)[None] - (jnp.arange(T) + S - T)[:, None] + before
+    weights = jnp.where((tap >= 0) & (tap < width), jnp.take(taps, jnp.clip(tap, 0, width - 1), 1), 0)
+    return jnp.einsum("nts,bsnh->btnh", weights, v.astype(jnp.float32))
