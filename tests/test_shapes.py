@@ -24,6 +24,7 @@ DEPTHS = [
     "transparent",
     "hourglass:factor=3",
     "hourglass:shorten=linear:upsample=linear",
+    "recurrent_memory:segment=5:tokens=2",
 ]
 
 
@@ -116,6 +117,9 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "sandwich_order:k=5"}, "from 0 to layers=4"),
     ({"depth": "hourglass", "layers": 2}, "are no hourglass"),
     ({"depth": "hourglass:factor=1"}, "factor must be at least 2"),
+    ({"depth": "recurrent_memory:segment=99"}, "from 1 to seq_len=12"),
+    ({"depth": "recurrent_memory:segment=6:tokens=0"}, "tokens must be at least 1"),
+    ({"depth": "recurrent_memory:segment=6", "ffn": "hash"}, "looks at the tokens"),
     ({"depth": "hourglass", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_reason(choice, message):
@@ -325,3 +329,37 @@ def test_hourglass_builds_the_middle_for_its_length():
     sizes = [part.periods[0].attention.size.length for part in model.stack.parts]
     assert sizes == [12, 3, 12]
     assert np.isfinite(model(tokens)[0]).all()
+
+
+# ---- recurrent memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+def test_recurrent_memory_is_segments_one_by_one(kind, task):
+    model, tokens = model_of("recurrent_memory:segment=4:tokens=2", model=kind, task=task, layers=2)
+    (stacked,), context = model.stack.layers.periods, Context(model.position)
+    x = model.embedding(tokens[:, :12])
+    memory, found = jnp.broadcast_to(model.stack.table[...], (len(x), 2, 16)), []
+    for first in range(0, 12, 4):
+        rows = [memory, x[:, first : first + 4], memory]
+        y = jnp.concatenate(rows if kind == "decoder" else rows[:2], 1)
+        for number in range(2):
+            attend, feed = halves(layer(stacked, number), context)
+            y = y + attend(y)
+            y = y + feed(y)
+        memory = y[:, -2:] if kind == "decoder" else y[:, :2]
+        found.append(y[:, 2:6])
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, jnp.concatenate(found, 1), atol=1e-5)
+    assert aux["computation"] == 2 * (4 + (4 if kind == "decoder" else 2)) / 4
+
+
+def test_recurrent_memory_learns_through_segments():
+    """The last segment depends on the first by memory alone, and its gradient reaches it."""
+    model, tokens = model_of("recurrent_memory:segment=4:tokens=2", layers=2)
+    x, context = model.embedding(tokens), Context(model.position)
+    graph, variables = nnx.split(model.stack)
+    last = lambda x: nnx.merge(graph, variables)(x, context)[0][:, -1].sum()
+    assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
+    of_params = gradients(model, lambda model: model.stack(x, context)[0][:, -1].sum())[1]
+    assert np.abs(of_params["stack"]["table"]).max() > 0

@@ -1,0 +1,113 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.size import Size
+
+
+class RecurrentMemory(Depth):
+    """Recurrent memory transformer: the layers read one segment at a time, and what one leaves to the next are a few
+    memory tokens (Bulatov et al., 2022, arXiv 2207.06881).
+
+        [_; h_g; m_(g+1)] = layers([m_g; x_g; m_g])    in a decoder
+        [m_(g+1); h_g]    = layers([m_g; x_g])         in an encoder, whose memory tokens see the segment
+
+    x_g are the L = segment states of segment g, m_g the states (tokens, D) of its memory, of which the first are
+    learned. Gradients flow through all segments of a sequence, so the model learns what to write; attention never sees
+    more than one segment, so that its work grows linearly with T. A segment of padding alone leaves the memory as it
+    was.
+
+    Inside a segment positions count from its first memory token: rotations and added scores are of that distance. What
+    a mechanism hands to the layer above ends with the segment. "computation" counts memory tokens too. Decoding
+    writes the memory whenever a segment is full. In the paper a sequence goes on over several training steps; here it
+    is the sequence of one step, at whose start the memory is the learned one (memory=xl goes on over steps).
+
+    Options:
+        segment: L, states read at a time
+        tokens: memory tokens
+    """
+
+    def __init__(self, size: Size, *, segment: int = 64, tokens: int = 4, make_block, period: int, rngs: nnx.Rngs):
+        if not 1 <= segment <= size.length:
+            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}: without them segments know nothing of another")
+        # Whether memory is written by tokens of its own shows when a block is there: rows for both are enough.
+        rows = segment + 2 * tokens
+        make = lambda index, rngs: make_block(index, rngs, length=rows)
+        self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
+        self.causal = [*self.layers.periods, *self.layers.rest][0].causal
+        self.segment, self.tokens = segment, tokens
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, size.dim)))
+
+    def __call__(self, x, context: Context, *, key=None):
+        B, T, D = x.shape
+        M, L, G = self.tokens, self.segment, -(-T // self.segment)
+        real = context.real
+        if T % L:
+            real = jnp.ones((B, T), bool) if real is None else real
+            x, real = jnp.pad(x, ((0, 0), (0, G * L - T), (0, 0))), jnp.pad(real, ((0, 0), (0, G * L - T)))
+        parts = lambda y: None if y is None else jnp.swapaxes(y.reshape(B, G, L, *y.shape[2:]), 0, 1)
+        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
+
+        def one(state, given):
+            memory, rest = state
+            x, real, key = given
+            layers = nnx.merge(graph, params, rest)
+            around = [memory, x, memory] if self.causal else [memory, x]
+            here = real
+            if real is not None:
+                always = jnp.ones((B, M), bool)
+                here = jnp.concatenate([always, real, always][: len(around)], 1)
+            rows = jnp.concatenate(around, 1)
+            where = dataclasses.replace(context, real=here, tokens=None)
+            y, _, aux = layers.run(rows, layers.initial_carries(B, *[rows.shape[1]] * 2), where, key=key)
+            written = y[:, -M:] if self.causal else y[:, :M]
+            memory = written if real is None else jnp.where(real.any(1)[:, None, None], written, memory)
+            return (memory, nnx.split(layers, nnx.Param, ...)[2]), (y[:, M : M + L], aux)
+
+        first = jnp.broadcast_to(self.table[...].astype(x.dtype), (B, M, D))
+        keys = None if key is None else jax.random.split(key, G)
+        (_, rest), (y, aux) = lax.scan(one, (first, rest), (parts(x), parts(real), keys))
+        nnx.update(self.layers, rest)
+        aux = jax.tree.map(lambda values: values.mean(0), aux)
+        aux["computation"] = aux["computation"] * (L + M * (2 if self.causal else 1)) / L
+        return jnp.swapaxes(y, 0, 1).reshape(B, G * L, D)[:, :T], aux
+
+    def init_cache(self, B: int, length: int):
+        """Of the layers, for the rows of one segment, and the memory that the segment began with (1, B, tokens, D)."""
+        layers = self.layers.init_cache(B, self.segment + 2 * self.tokens)
+        start = self.table[...]
+        return {"layers": layers, "memory": jnp.broadcast_to(start, (1, B, *start.shape))}
+
+    def step(self, x, cache, context: Context, *, at):
+        M, place = self.tokens, at % self.segment
+        context = dataclasses.replace(context, tokens=None)
+        graph, variables = nnx.split(self.layers)
+
+        def read(layers, rows, first):
+            """Rows (B, M, D) one after the other, from row `first` of the segment on -> their states, the caches."""
+
+            def one(layers, given):
+                row, at = given
+                y, layers = nnx.merge(graph, variables).step(row, layers, context, at=at)
+                return layers, y
+
+            layers, y = lax.scan(one, layers, (jnp.swapaxes(rows, 0, 1), first + jnp.arange(M)))
+            return jnp.swapaxes(y, 0, 1), layers
+
+        def begin(cache):
+            memory = cache["memory"][0].astype(x.dtype)
+            written = lambda: read(cache["layers"], memory, M + self.segment)[0]
+            memory = lax.cond(at > 0, written, lambda: memory)
+            fresh = jax.tree.map(jnp.zeros_like, cache["layers"])
+            return {"layers": read(fresh, memory, 0)[1], "memory": memory[None].astype(cache["memory"].dtype)}
+
+        cache = lax.cond(place == 0, begin, lambda cache: cache, cache)
+        y, layers = self.layers.step(x, cache["layers"], context, at=M + place)
+        return y, cache | {"layers": layers}
