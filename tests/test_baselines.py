@@ -83,7 +83,7 @@ def test_trains_from_the_command_line(capsys, tmp_path):
     assert main(["compare", *words, "model=auto,lstm,gru,bag,bytenet", "dtype=float32,bfloat16", "--json"]) == 0
     capsys.readouterr()
     assert main(["train", *words, "model=lstm", "attention=linear"]) == 2
-    assert "model=lstm has no attention: leave out attention=linear" in capsys.readouterr().err
+    assert "model=lstm: lstm has no attention: leave out attention=linear" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["bag", "bytenet:kernel=2:farthest=4"])

@@ -142,7 +142,9 @@ def test_hash_is_another_in_every_layer_and_spreads_tokens():
     assert np.bincount(first).min() > 900
 
 
-@pytest.mark.parametrize("depth", ["fixed", "mixture_of_depths:every=1", "reversible", "early_exit", "macaron"])
+@pytest.mark.parametrize(
+    "depth", ["fixed", "mixture_of_depths:every=1", "reversible", "early_exit", "macaron", "conditional"]
+)
 def test_hash_finds_its_tokens_in_every_depth(depth):
     """Step by step, where tokens come one at a time, the model says what it says of all of them."""
     size = {"seq_len": 9, "dim": 16, "heads": 2, "layers": 2}

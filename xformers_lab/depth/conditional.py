@@ -8,6 +8,7 @@ from jax import lax
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -162,17 +163,20 @@ class GatedAttention(nnx.Module):
         return _scaled(y, gate), cache, carry
 
 
-class GatedFfn(nnx.Module):
+class GatedFfn(Ffn):
     """In the place of a block's feed-forward layer."""
 
     def __init__(self, layer, gate: Gate):
         self.layer, self.gate = layer, gate
 
-    def __call__(self, x, *, real=None, key=None):
+    def takes_tokens(self) -> bool:
+        return self.layer.takes_tokens()
+
+    def __call__(self, x, *, real=None, key=None, **given):
         if key is not None:
             first, second = jax.random.split(key)
             gate = self.gate.training(x, real, first)
-            y, aux = self.layer(x, real=real, key=second)
+            y, aux = self.layer(x, real=real, key=second, **given)
             return _scaled(y, gate), aux | self.gate.spent(gate, real)
         gate = self.gate.logit(x, real) > 0
         asked = gate if real is None else gate & real
@@ -181,12 +185,13 @@ class GatedFfn(nnx.Module):
         graph, variables = nnx.split(self.layer)
 
         def run(size: int):
-            call = lambda inside, real: nnx.merge(graph, variables)(inside, real=real)
+            call = lambda inside, real, given: nnx.merge(graph, variables)(inside, real=real, **given)
             if not size:
-                return _nothing(lambda: call(x, asked))
+                return _nothing(lambda: call(x, asked, given))
             mine = places[:, :size]
-            inside = jnp.take_along_axis(x, jnp.minimum(mine, T - 1)[..., None], 1)
-            y, aux = call(inside, mine < T)
+            at = jnp.minimum(mine, T - 1)
+            inside = jnp.take_along_axis(x, at[..., None], 1)
+            y, aux = call(inside, mine < T, {name: jnp.take_along_axis(row, at, 1) for name, row in given.items()})
             # Places of T lie outside, and are dropped.
             return jax.vmap(lambda y, at: jnp.zeros((T, x.shape[2]), y.dtype).at[at].set(y, mode="drop"))(y, mine), aux
 

@@ -3,6 +3,7 @@ from flax import nnx
 
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.ffn import Ffn
 from xformers_lab.size import Size
 
 
@@ -49,7 +50,7 @@ class Sandwiched(nnx.Module):
         return self.block.step(x, cache, carries, context, at)
 
 
-class Half(nnx.Module):
+class Half(Ffn):
     """Half of what a feed-forward layer gives."""
 
     def __init__(self, layer):

@@ -63,4 +63,4 @@ def refuse_unused(name: str, config: Config) -> None:
     """Raises ValueError where a config asks a baseline for what only a transformer has."""
     for axis in UNUSED:
         if (asked := getattr(config.model, axis)) != getattr(Axes(), axis):
-            raise ValueError(f"model={name} has no {axis}: leave out {axis}={asked}")
+            raise ValueError(f"{name} has no {axis}: leave out {axis}={asked}")
