@@ -28,11 +28,14 @@ class RecurrentMemory(Depth):
     is the sequence of one step, at whose start the memory is the learned one (memory=xl goes on over steps).
 
     Options:
-        segment: L, states read at a time
+        segment: L, states read at a time (none: a quarter of seq_len)
         tokens: memory tokens
     """
 
-    def __init__(self, size: Size, *, segment: int = 64, tokens: int = 4, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(
+        self, size: Size, *, segment: int | None = None, tokens: int = 4, make_block, period: int, rngs: nnx.Rngs
+    ):
+        segment = max(1, size.length // 4) if segment is None else segment
         if not 1 <= segment <= size.length:
             raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
         if tokens < 1:
