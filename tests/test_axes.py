@@ -69,10 +69,12 @@ def works_or_is_refused(pair: tuple[str, str]) -> str | None:
         assert len(str(reason)) > 20
         return str(reason)
     tokens = jnp.asarray(task.batch("validation", 0).inputs)[:2]
-    graph, variables = nnx.split(model)  # merged where it runs, for some models write to their variables
-    one = lambda cache, token: nnx.merge(graph, variables).step(cache, token)[::-1]
+    graph, variables = nnx.split(model)
+    # Built where it runs, of copies, for layers may write to their variables.
+    built = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+    one = lambda cache, token: built().step(cache, token)[::-1]
     steps = quick_jit(lambda cache, tokens: jax.lax.scan(one, cache, tokens)[1])(cache, tokens.T).swapaxes(0, 1)
-    whole = quick_jit(lambda tokens: nnx.merge(graph, variables)(tokens)[0])(tokens)
+    whole = quick_jit(lambda tokens: built()(tokens)[0])(tokens)
     np.testing.assert_allclose(steps, whole, atol=STEP * max(1, float(np.abs(whole).max())), err_msg=str(pair))
     return None
 

@@ -150,10 +150,12 @@ def test_hash_finds_its_tokens_in_every_depth(depth):
     config = edit(Config(), task="copy", ffn="hash:experts=3", depth=depth, **size)
     model = build_model(config, build_task(config))
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 9)), jnp.int32)
-    graph, variables = nnx.split(model)  # merged where it runs: the layers write to their variables
-    one = lambda cache, token: nnx.merge(graph, variables).step(cache, token)[::-1]
+    graph, variables = nnx.split(model)
+    # Built where it runs, of copies, for layers may write to their variables.
+    built = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+    one = lambda cache, token: built().step(cache, token)[::-1]
     steps = quick_jit(lambda tokens: jax.lax.scan(one, model.init_cache(2, 9), tokens.T)[1])(tokens)
-    whole = quick_jit(lambda tokens: nnx.merge(graph, variables)(tokens)[0])(tokens)
+    whole = quick_jit(lambda tokens: built()(tokens)[0])(tokens)
     np.testing.assert_allclose(steps.swapaxes(0, 1), whole, atol=2e-5)
 
 
