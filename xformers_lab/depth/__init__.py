@@ -41,7 +41,8 @@ class Context:
 
 
 class Depth(nnx.Module):
-    """own_layers: whether every layer has variables of its own, with a leading axis of layers, as a memory needs."""
+    """own_layers: whether every layer has variables of its own, with a leading axis of layers, and runs once, on whole
+    batches, as a memory needs."""
 
     own_layers: ClassVar[bool] = False
 

@@ -40,6 +40,8 @@ class Conditional(Fixed):
         noise: standard deviation of the noise on a gate's logit
     """
 
+    own_layers = False  # a sub-layer may run on some of the tokens, or not at all
+
     def __init__(
         self,
         size: Size,

@@ -46,6 +46,8 @@ class EarlyExit(Fixed):
         stages: joint: exits and backbone learn together; two: exits do not change the backbone
     """
 
+    own_layers = False  # layers run on the sequences that are still inside
+
     def __init__(
         self,
         size: Size,

@@ -46,6 +46,8 @@ class MixtureOfDepths(Fixed):
         predictor: weight of the predictor's loss
     """
 
+    own_layers = False  # layers run on some of the tokens
+
     def __init__(
         self,
         size: Size,

@@ -32,6 +32,8 @@ class Reversible(Fixed):
         backward: recompute: activations from outputs; store: the same gradient by keeping them
     """
 
+    own_layers = False  # the backward runs every layer once more
+
     def __init__(
         self,
         size: Size,
