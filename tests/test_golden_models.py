@@ -80,9 +80,9 @@ def put_norm(norm, w: Weights, name: str, epsilon: float = 1e-6) -> None:
     norm.epsilon = epsilon
 
 
-def build(vocab: int, outputs: int, **chosen) -> Any:
-    config = edit(Config(), seq_len=32, dim=32, **({"heads": HEADS} | chosen))
-    return build_model(config, Words(vocab, outputs))
+def build(vocab: int, outputs: int, task: type[Words] = Words, **chosen) -> Any:
+    config = edit(Config(), **({"seq_len": 32, "dim": 32, "heads": HEADS} | chosen))
+    return build_model(config, task(vocab, outputs))
 
 
 def run(model, inputs):
@@ -231,3 +231,53 @@ def test_albert(shared):
     assert_same(albert(w), w["hidden"])
     for changed in ({"norm": "pre"}, {"depth": "universal"}, {"layers": 3}, {"heads": 8}):
         assert_far(albert(w, **changed), w["hidden"])
+
+
+# ---- ViT: patches and a class token ----------------------------------------------------------------------------------
+
+
+class Squares(Words):
+    """Images of 12 x 12 grey levels, in five classes."""
+
+    target = "sequence"
+    kinds = ("encoder",)
+    image = (12, 12)
+
+
+def vit(w: Weights, pixels=None, **changed):
+    chosen = {
+        "model": "vit:patch=4",
+        "attention": "full",
+        "position": "learned",
+        "norm": "pre:normaliser=layernorm",
+        "ffn": "mlp:ratio=2:activation=gelu_exact",
+        "layers": 2,
+        "seq_len": 144,
+    }
+    model = build(256, 5, task=Squares, **(chosen | changed))
+    block, layer = model.stack.periods[0], "vit.layers.{}"
+    kernel, bias = w.linear("vit.embeddings.patch_embeddings.projection", transposed=False)
+    put_linear(model.embedding.project, (kernel.reshape(32, 16).T, bias))
+    if model.embedding.token is not None:
+        put(model.embedding, token=w("vit.embeddings.cls_token")[0, 0])
+        if "position" not in changed:
+            put(model.position, table=w("vit.embeddings.position_embeddings")[0])
+    put_linear(model.head, w.linear("classifier"))
+    put_attention(block.attention, *(w.linear(f"{layer}.attention.{name}_proj") for name in "qkvo"))
+    put_linear(block.ffn.up, w.linear(f"{layer}.mlp.fc1"))
+    put_linear(block.ffn.down, w.linear(f"{layer}.mlp.fc2"))
+    put_norm(block.attention_norm.norm, w, f"{layer}.layernorm_before", 1e-12)
+    put_norm(block.ffn_norm.norm, w, f"{layer}.layernorm_after", 1e-12)
+    if model.final is not None:
+        put_norm(model.final.norm, w, "vit.layernorm", 1e-12)
+    # The golden images are real numbers, the lab's are levels, which its first layer divides by the largest.
+    pixels = w["x"] if pixels is None else pixels
+    return run(model, 255 * pixels.reshape(len(pixels), -1))
+
+
+def test_vit(shared):
+    w = Weights(shared / "golden" / "tiny_vit.npz", 2)
+    assert_same(vit(w), w["logits"])
+    assert_far(vit(w, w["x"].swapaxes(2, 3)), w["logits"])
+    for changed in ({"norm": "post"}, {"position": "none"}, {"model": "vit:patch=4:pool=mean"}, {"heads": 8}):
+        assert_far(vit(w, **changed), w["logits"])
