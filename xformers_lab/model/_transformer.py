@@ -1,7 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,12 @@ from xformers_lab.tasks import Task
 
 
 class Transformer(Model):
-    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence."""
+    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence.
+
+    of_tokens: whether each row of the stack is one token of the inputs.
+    """
+
+    of_tokens: ClassVar[bool] = True
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         choice = config.model
@@ -61,7 +66,8 @@ class Transformer(Model):
         x = self.embedding(inputs)
         x = self.position.embed(x, jnp.arange(x.shape[1]), real=real)
         x = drop(x, self.dropout, embed_key)
-        x, aux = self.stack(x, Context(self.position, real, self.predict, tokens=inputs), key=stack_key)
+        context = Context(self.position, real, self.predict, tokens=inputs if self.of_tokens else None)
+        x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, real=real), aux
 
     def predict(self, x, *, real=None):

@@ -24,6 +24,8 @@ class Vit(Encoder):
         pool: what the head looks at; token: a learned vector in front of the patches, mean: the mean of the patches
     """
 
+    of_tokens = False
+
     def __init__(
         self,
         size: Size,

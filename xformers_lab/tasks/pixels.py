@@ -6,6 +6,7 @@ import hashlib
 import math
 import pathlib
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -148,10 +149,12 @@ def _split(name: str) -> Split | None:
 
 
 def _npz(file: pathlib.Path) -> list[tuple[Split | None, np.ndarray]]:
+    if not zipfile.is_zipfile(file):
+        raise UsageError(f"pixels: cannot read {file}: it is no npz file, or not all of one")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return [(_split(name) or _split(file.stem), arrays[name]) for name in arrays.files]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"pixels: cannot read {file}: {error}") from error
 
 
@@ -160,7 +163,7 @@ def _idx(file: pathlib.Path) -> np.ndarray:
     content = _sources.read("pixels", file)
     try:
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"pixels: cannot read {file}: {error}") from error
     start = 4 + 4 * (content[3] if len(content) > 3 else 0)
     shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
