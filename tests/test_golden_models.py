@@ -48,7 +48,7 @@ class Weights:
     def has(self, name: str) -> bool:
         return f"w.{name.format(0)}" in self.found.files
 
-    def linear(self, name: str, transposed: bool = True):
+    def linear(self, name: str, transposed: bool = True) -> tuple[Any, Any]:
         kernel, bias = self(f"{name}.weight"), self(f"{name}.bias") if self.has(f"{name}.bias") else None
         return jnp.swapaxes(kernel, -1, -2) if transposed else kernel, bias
 

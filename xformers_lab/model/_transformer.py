@@ -1,7 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,7 @@ from xformers_lab.tasks import Task
 
 
 class Transformer(Model):
-    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence.
-
-    of_tokens: whether each row of the stack is one token of the inputs.
-    """
-
-    of_tokens: ClassVar[bool] = True
+    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence."""
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         choice = config.model

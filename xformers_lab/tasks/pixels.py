@@ -100,17 +100,16 @@ class Images(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def load(path: str, shrink: int) -> Images:
     """Read, shrink, check and split the images; once per process."""
-    found = {split: (_shrunk(images, shrink), labels) for split, (images, labels) in _read(path).items()}
+    found = _read(path, shrink)
     shapes = {images.shape[1:] for images, _ in found.values()}
     if len(shapes) > 1:
         raise UsageError(f"pixels: path={path} mixes images of {' and '.join(sorted(map(_times, shapes)))} pixels")
     kinds = sorted({int(label) for _, labels in found.values() for label in labels})
     if len(kinds) < 2:
         raise UsageError(f"pixels: path={path} has {len(kinds)} class(es): there must be 2 or more")
-    pairs = {
-        split: [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
-        for split, (images, labels) in found.items()
-    }
+    pairs: dict[Split | None, list[tuple[bytes, int]]] = {}
+    for split, (images, labels) in found.items():
+        pairs[split] = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
     parts = _sources.resplit("pixels", pairs, lambda pair: pair[0])
     (shape,) = shapes
     seen: set[bytes] = set()
@@ -127,11 +126,11 @@ def load(path: str, shrink: int) -> Images:
     return Images(path, shape, tuple(map(str, kinds)), {split: splits[split] for split in SPLITS}, dropped)
 
 
-def _read(path: str) -> dict[Split | None, tuple[np.ndarray, np.ndarray]]:
+def _read(path: str, shrink: int) -> dict[Split | None, tuple[np.ndarray, np.ndarray]]:
     """Images (N, rows, columns) uint8 and labels (N,) of each split; None where they are of no named split."""
-    found = _sources.existing("pixels", path)
+    place = _sources.existing("pixels", path)
     arrays: dict[Split | None, list[np.ndarray]] = {}
-    for file in _sources.files(found) if found.is_dir() else [found]:
+    for file in _sources.files(place) if place.is_dir() else [place]:
         if file.suffix == ".npz":
             for split, array in _npz(file):
                 arrays.setdefault(split, []).append(array)
@@ -139,7 +138,11 @@ def _read(path: str) -> dict[Split | None, tuple[np.ndarray, np.ndarray]]:
             arrays.setdefault(_split(file.name.replace(".", "-")), []).append(_idx(file))
     if not arrays:
         raise UsageError(f"pixels: path={path} has no images: {_GIVE}")
-    return {split: _pair(path, split, given) for split, given in arrays.items()}
+    found: dict[Split | None, tuple[np.ndarray, np.ndarray]] = {}
+    for split, given in arrays.items():
+        images, labels = _pair(path, split, given)
+        found[split] = _shrunk(images, shrink), labels
+    return found
 
 
 def _split(name: str) -> Split | None:
