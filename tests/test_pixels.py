@@ -13,9 +13,10 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
-from xformers_lab.config import Config, edit
+from xformers_lab.config import Config, edit, to_dict
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.report import patterns
 from xformers_lab.tasks import SPLITS, Setting
 
 COUNT, ROWS, COLUMNS = 120, 4, 6
@@ -261,6 +262,14 @@ def test_planes_fit_images(tmp_path, drawn, chosen):
 def test_what_does_not_fit_is_refused_before_anything_compiles(tmp_path, drawn, chosen, message):
     with pytest.raises(UsageError, match=message):
         check_config(config(tmp_path, drawn, **chosen))
+
+
+def test_a_report_draws_no_patches_at_the_number_of_pixels(tmp_path, drawn):
+    rows = [
+        {"config": to_dict(config(tmp_path, drawn, attention="local:window=2", model=model))}
+        for model in ("vit:patch=2", "encoder")
+    ]
+    assert [len(patterns.figures(part)) for part in (rows, rows[:1], rows[1:])] == [1, 0, 1]
 
 
 def test_patches_learn_which_half_is_lit(tmp_path, drawn, capsys):
