@@ -51,6 +51,7 @@ def test_mechanism(name):
 @pytest.mark.parametrize("changes", [
     {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
     {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},
+    {"position": "grid"}, {"position": "grid:width=4"},
     {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
     {"norm": "post"}, {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
     {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},

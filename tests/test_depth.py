@@ -57,13 +57,14 @@ def test_universal_has_the_parameters_of_one_layer():
     assert count(model_of("universal", attention="full+linear")[0]) == count(model_of("fixed", layers=2)[0])
 
 
-def test_universal_is_its_layer_again_and_again():
-    model, tokens = model_of("universal", layers=3, position="none")
+@pytest.mark.parametrize("code", [True, False])
+def test_universal_is_its_layer_again_and_again(code):
+    model, tokens = model_of(f"universal:code={code}", layers=3, position="none")
     x, block, D = model.embedding(tokens), model.stack.blocks[0], 16
     context = Context(model.position)
     for number in (1, 2, 3):
         angle = number / 10_000 ** (np.arange(0, D, 2) / D)
-        x = x + np.stack([np.sin(angle), np.cos(angle)], -1).reshape(-1)
+        x = x + code * np.stack([np.sin(angle), np.cos(angle)], -1).reshape(-1)
         x = block(x, {}, context)[0]
     np.testing.assert_allclose(model.stack(model.embedding(tokens), context)[0], x, atol=1e-5)
 

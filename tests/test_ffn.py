@@ -1,5 +1,6 @@
 """Feed-forward sub-layers against their definitions."""
 
+import math
 from typing import Any
 
 import jax
@@ -209,3 +210,12 @@ def test_what_looks_ahead_is_refused_in_a_decoder(choice):
     config = edit(Config(), task="copy", ffn=choice, seq_len=16, dim=16, heads=2)
     with pytest.raises(Exception, match="cannot be causal"):
         build_model(config, build_task(config))
+
+
+def test_gelu_by_the_normal_distribution():
+    """x Phi(x) exactly, and by a tangent nearly."""
+    x = np.linspace(-4, 4, 81)
+    exact = [value * (1 + math.erf(value / 2**0.5)) / 2 for value in x]
+    np.testing.assert_allclose(ACTIVATIONS["gelu_exact"](jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
+    apart = np.abs(ACTIVATIONS["gelu"](jnp.asarray(x, jnp.float32)) - np.array(exact)).max()
+    assert 1e-4 < apart < 1e-3

@@ -284,6 +284,19 @@ def test_what_training_moves_is_a_mean_over_samples():
     assert layer.centroids.shape == before.shape and 0 < np.abs(layer.centroids[...] - before).max() < 1
 
 
+@pytest.mark.parametrize("choice, width", [("grid", 4), ("grid:width=5", 5)])
+def test_grid(choice, width):
+    """Row by row, also where the last row is not full; the tables know one coordinate each."""
+    position = build(choice)
+    x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
+    out = position.embed(jnp.asarray(x), jnp.arange(16))
+    for t, (row, column) in enumerate(itertools.islice(itertools.product(range(4), range(width)), 16)):
+        expected = x[:, t] + position.rows[...][row][None] + position.columns[...][column][None]
+        np.testing.assert_allclose(out[:, t], expected, atol=1e-6)
+    assert (position.rows.shape[0], position.columns.shape[0]) == (4, width)
+    np.testing.assert_array_equal(position.embed(jnp.asarray(x[:, 7:9]), jnp.arange(7, 9)), out[:, 7:9])
+
+
 @pytest.mark.parametrize("causal, width", [(True, 3), (True, 4), (False, 3), (False, 5)])
 def test_convolution(causal, width):
     """By definition; padding, whatever it holds, and causally what comes later leave no trace."""
@@ -315,7 +328,7 @@ def test_padding_leaves_no_trace_of_a_convolution():
     assert float(jnp.abs(run(variables, jnp.where(real, tokens[:, ::-1], 3)) - out).max()) > 1e-4
 
 
-@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta", "tupe", "conv"])
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta", "tupe", "conv", "grid"])
 def test_in_half_precision(choice):
     """What a position adds leaves a layer's type alone, and its scores are float32."""
     size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "dtype": "bfloat16"}
@@ -344,6 +357,7 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("deberta:buckets=7", "buckets must be even"),
     ("deberta:reach=4:buckets=6", "half of them below reach - 1 = 3"),
     ("conv:width=1", "width must be at least 2"),
+    ("grid:width=17", "width must be from 1 to the length of 16"),
 ])  # fmt: skip
 def test_bad_options(choice, message):
     with pytest.raises(Exception, match=message):

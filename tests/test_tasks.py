@@ -38,10 +38,22 @@ def documents(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> pathlib.Path:
+    """Noisy images of 4 x 8 pixels in four classes, each with a row of its own lit."""
+    label = np.arange(400) % 4
+    image = np.random.default_rng(0).integers(0, 100, (400, 4, 8))
+    image[np.arange(400), label] += 155
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(path, image=image, label=label)
+    return path
+
+
 @pytest.fixture
-def choice(documents):
+def choice(documents, images):
     """The spelling of a task by its name: what it needs is added."""
-    return lambda name: f"text:path={documents}" if name == "text" else name
+    paths = {"text": documents, "pixels": images}
+    return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
 def build(text: str, length: int = 32, batch: int = 16, seed: int = 0):
@@ -202,6 +214,7 @@ GUESSES = {
     "mqar": guess_value,
     "needle": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "text": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "pixels": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
 }
 
 
@@ -254,6 +267,8 @@ def test_a_task_says_what_it_is(name, choice):
         ("text:path=nowhere.csv", 64, "does not exist"),
         ("text:hub=stanfordnlp/imdb", 64, "path=..."),
         ("text", 64, "stanfordnlp/imdb is not available offline"),
+        ("pixels", 64, "path=..."),
+        ("pixels:path=nowhere", 64, "does not exist"),
     ],
 )
 def test_impossible_options_are_one_clear_message(text, length, says):

@@ -13,7 +13,8 @@ class Universal(Depth):
     """Universal Transformer: one layer, applied again and again (Dehghani et al., 2018, arXiv 1807.03819).
 
     `layers` counts the applications; mechanisms joined by `+` make one period that is applied layers / period times.
-    Before each, a sinusoidal code of the step is added. With act=true every position halts on its own (Graves, 2016,
+    Before each, a sinusoidal code of the step is added; code=false leaves it out, and layers then share their weights
+    as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own (Graves, 2016,
     arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while their sum stays
     below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The loss gets ponder
     times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps are computed for
@@ -23,6 +24,7 @@ class Universal(Depth):
         act: whether positions halt on their own
         slack: how near to 1 the halting probabilities must come
         ponder: what a step costs in the loss
+        code: whether the number of the step is added before it
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Universal(Depth):
         act: bool = False,
         slack: float = 0.01,
         ponder: float = 0.01,
+        code: bool = True,
         make_block,
         period: int,
         rngs: nnx.Rngs,
@@ -43,6 +46,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise ValueError(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
+        self.code = code
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -57,7 +61,7 @@ class Universal(Depth):
         def apply(state, given):
             x, carries, rest, halting = state
             number, keys = given
-            y, total, changed = _marked(x, number), {}, []
+            y, total, changed = self._marked(x, number), {}, []
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
                 y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
@@ -81,6 +85,15 @@ class Universal(Depth):
         spent = {"steps": steps, "computation": steps * len(self.blocks)}
         spent |= {"loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
         return halting["out"].astype(x.dtype), aux | spent
+
+    def _marked(self, x, number):
+        """(B, T, D) plus the sinusoidal code of a step's number."""
+        if not self.code:
+            return x
+        D = x.shape[-1]
+        angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)
+        code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(-1)[:D]
+        return x + code.astype(x.dtype)
 
     def _running(self, x):
         """Sums of each position (B, T), or (B,): halting probability, steps taken, remainder, and the output so far."""
@@ -116,7 +129,7 @@ class Universal(Depth):
         def apply(state, given):
             x, carries, halting = state
             number, caches = given
-            y, changed = _marked(x[:, None], number)[:, 0], []
+            y, changed = self._marked(x[:, None], number)[:, 0], []
             for block, one in zip(self.blocks, caches, strict=True):
                 y, one, carries = block.step(y, one, carries, context, at)
                 changed.append(one)
@@ -128,11 +141,3 @@ class Universal(Depth):
         (y, _, halting), caches = lax.scan(apply, start, (jnp.arange(self.steps), cache["steps"]))
         out = y if halting is None else halting["out"].astype(x.dtype)
         return out, cache | {"steps": caches}
-
-
-def _marked(x, number):
-    """(B, T, D) plus the sinusoidal code of a step's number."""
-    D = x.shape[-1]
-    angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)
-    code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(-1)[:D]
-    return x + code.astype(x.dtype)

@@ -5,6 +5,7 @@ One that looks at the tokens themselves writes `tokens` into the signature of it
 int32.
 """
 
+import functools
 import inspect
 from typing import Literal
 
@@ -13,11 +14,12 @@ from flax import nnx
 
 from xformers_lab.size import Size
 
-Activation = Literal["relu", "relu2", "gelu", "silu", "sigmoid"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid"]
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jax.nn.relu(x) ** 2,  # So et al., 2021, arXiv 2109.08668
-    "gelu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,  # by a hyperbolic tangent, as GPT-2 has it
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),  # x Phi(x) (Hendrycks and Gimpel, 2016)
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
 }

@@ -16,9 +16,11 @@ class Model(nnx.Module):
     """Tokens to logits: what every kind of model keeps to.
 
     causal: whether a position sees only what stands before it, as tasks that predict the next token need.
+    of_tokens: whether what its layers see as one position is one token of the inputs.
     """
 
     causal: ClassVar[bool] = False
+    of_tokens: ClassVar[bool] = True
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")

@@ -1,6 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,7 @@ class Transformer(Model):
         choice = config.model
         mechanisms = choice.attention.split("+")
         self.size, self.dropout, self.target = size, choice.dropout, task.target
-        self.embedding = nnx.Embed(
-            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
+        self.embedding = self.input_layer(size, task, rngs)
         # Each block builds a memory of its own; here it only says how far back positions reach.
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
@@ -47,16 +46,23 @@ class Transformer(Model):
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
+    def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
+        """What makes vectors (B, S, D), S the length of `size`, of the task's inputs (B, T)."""
+        return nnx.Embed(
+            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+
     def block(self, size: Size, attention: str, **given) -> Block:
         """One layer of the stack."""
         return Block(size, attention, **given)
 
     def __call__(self, inputs, *, real=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        T = inputs.shape[1]
-        x = self.position.embed(self.embedding(inputs), jnp.arange(T), real=real)
+        x = self.embedding(inputs)
+        x = self.position.embed(x, jnp.arange(x.shape[1]), real=real)
         x = drop(x, self.dropout, embed_key)
-        x, aux = self.stack(x, Context(self.position, real, self.predict, tokens=inputs), key=stack_key)
+        context = Context(self.position, real, self.predict, tokens=inputs if self.of_tokens else None)
+        x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, real=real), aux
 
     def predict(self, x, *, real=None):

@@ -18,7 +18,7 @@ def figures(found: Sequence[dict]) -> list[dict]:
     lengths: dict[tuple[str, bool], configs.Config] = {}
     for row in found:
         config = _config(row)
-        if config is None:
+        if config is None or not _of_tokens(config):
             continue
         for name in config.model.attention.split("+"):
             key = name, _causal(config)
@@ -43,6 +43,14 @@ def _causal(config: configs.Config) -> bool:
         return spec.entry("model", spec.parse(kind).name).causal
     except (LabError, AttributeError):  # the file of a task or model is gone, or a model has no attention
         return kind != "encoder"
+
+
+def _of_tokens(config: configs.Config) -> bool:
+    """Whether its mechanisms see the length that the row names, and not patches of an image, say."""
+    try:
+        return spec.entry("model", spec.parse(config.model.model).name).of_tokens
+    except (LabError, AttributeError):  # auto, or a file that is gone
+        return True
 
 
 def _figure(name: str, causal: bool, config: configs.Config) -> dict | None:

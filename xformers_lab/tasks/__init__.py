@@ -10,6 +10,7 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   only "decoder": an encoder would see the answer.
 * `source_length`: how many of the first positions are given and never asked about, as the encoder of an
   encoder-decoder reads them; 0 where the two are mixed.
+* `image`: rows and columns, where the inputs are the grey levels (below `vocab`) of one image, row by row; else None.
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`.
@@ -66,6 +67,7 @@ class Task:
     chance: float
     segments: ClassVar[bool] = False
     source_length: int = 0
+    image: tuple[int, int] | None = None
 
     def __init__(self, setting: Setting):
         self.setting = setting

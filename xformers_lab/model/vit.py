@@ -1,0 +1,84 @@
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.config import Config
+from xformers_lab.linear import Linear
+from xformers_lab.model.encoder import Encoder
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+
+class Vit(Encoder):
+    """Vision Transformer: an encoder whose tokens are patches of an image (Dosovitskiy et al., 2020, arXiv 2010.11929).
+
+    x = [class token, W p_1 + b, ..., W p_n + b] for the n squares p of patch x patch grey levels, row by row, each
+    level between 0 and 1; then positions, blocks, and a linear head on the class token (equations 1 to 4). All choices
+    are built for these tokens; with pool=mean they are patches alone, a plane for attention=axial and position=grid.
+    A patch is real where one of its pixels is.
+
+    Options:
+        patch: pixels of a patch's side
+        pool: what the head looks at; token: a learned vector in front of the patches, mean: the mean of the patches
+    """
+
+    of_tokens = False
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        patch: int = 4,
+        pool: Literal["token", "mean"] = "token",
+        config: Config,
+        task: Task,
+        rngs: nnx.Rngs,
+    ):
+        if task.image is None or task.target != "sequence":
+            raise ValueError("it reads images, and this task has none: use task=pixels, or model=encoder")
+        rows, columns = task.image
+        if patch < 1 or rows % patch or columns % patch:
+            fitting = ", ".join(str(side) for side in range(1, rows + 1) if rows % side == 0 == columns % side)
+            raise ValueError(f"patch={patch} does not divide images of {rows}x{columns} pixels: use {fitting}")
+        self.patch, self.token = patch, pool == "token"
+        length = (rows // patch) * (columns // patch) + self.token
+        super().__init__(dataclasses.replace(size, length=length), config=config, task=task, rngs=rngs)
+
+    def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs):
+        assert task.image is not None
+        return Patches(size, task.image, patch=self.patch, token=self.token, levels=task.vocab, rngs=rngs)
+
+    def __call__(self, inputs, *, real=None, key=None):
+        return super().__call__(inputs, real=None if real is None else self.embedding.real(real), key=key)
+
+    def pool(self, x, real):
+        return x[:, 0] if self.token else super().pool(x, real)
+
+
+class Patches(nnx.Module):
+    """Grey levels (B, rows * columns) below `levels` -> one vector for each patch, behind that of the class token."""
+
+    def __init__(self, size: Size, image: tuple[int, int], *, patch: int, token: bool, levels: int, rngs: nnx.Rngs):
+        self.image, self.patch, self.levels = image, patch, levels
+        self.project = Linear(patch * patch, size.dim, dtype=size.dtype, rngs=rngs)
+        self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.dim,))) if token else None
+
+    def __call__(self, inputs):
+        x = self.project(self.cut(inputs).astype(jnp.float32) / (self.levels - 1))
+        if self.token is None:
+            return x
+        token = jnp.broadcast_to(self.token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        return jnp.concatenate([token, x], 1)
+
+    def real(self, real):
+        """Which tokens are real where pixels (B, rows * columns) are."""
+        patches = self.cut(real).any(-1)
+        return patches if self.token is None else jnp.pad(patches, ((0, 0), (1, 0)), constant_values=True)
+
+    def cut(self, pixels):
+        """(B, rows * columns) -> (B, patches, patch * patch), both row by row."""
+        (rows, columns), side = self.image, self.patch
+        squares = pixels.reshape(-1, rows // side, side, columns // side, side).swapaxes(2, 3)
+        return squares.reshape(len(pixels), -1, side * side)
