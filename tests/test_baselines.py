@@ -1,5 +1,7 @@
 """Baselines that are no transformers: their equations, padding, decoding, and what they refuse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,7 +129,7 @@ def test_gradients_of_an_lstm_through_its_first_and_last_state():
 
     def plain(gates, recurrent, kept, h, c):
         def one(state, given):
-            new = lstm._advance(given[0], *state, recurrent)[:2]
+            new = lstm._advance(given[0], state[0], state[1], recurrent)[:2]
             state = jax.tree.map(lambda a, b: jnp.where(given[1][:, None], a, b), new, state)
             return state, state[0]
 
@@ -149,7 +151,7 @@ def test_gradients_of_an_lstm_through_its_first_and_last_state():
 PAIR = {"task": "copy", "seq_len": 13, "dim": 8, "batch": 3, "layers": 2}
 
 
-def seq2seq(options: str = "", **changes):
+def seq2seq(options: str = "", **changes) -> tuple[Any, jax.Array]:
     config = edit(Config(), model=f"seq2seq{options}", **(PAIR | changes))
     task = build_task(config)
     return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -58,8 +56,8 @@ def _advance(gates, h, c, recurrent):
     return (o * jnp.tanh(c)).astype(h.dtype), c, (i, f, g, o)
 
 
-@functools.partial(jax.custom_vjp)
-def _scan(gates, recurrent, kept, h, c):
+@jax.custom_vjp
+def _scan(gates, recurrent, kept, h, c) -> tuple[jax.Array, jax.Array]:
     """gates (T, B, 4D), recurrent (D, 4D), kept (T, B), the start h and c (B, D) -> every h (T, B, D), the last c.
 
     A position that is not kept changes nothing, so the last h is that of the last position.
@@ -67,7 +65,7 @@ def _scan(gates, recurrent, kept, h, c):
     return _forward(gates, recurrent, kept, h, c)[0]
 
 
-def _forward(gates, recurrent, kept, first_h, first_c):
+def _forward(gates, recurrent, kept, first_h, first_c) -> tuple:
 
     def one(state, given):
         h, c = state

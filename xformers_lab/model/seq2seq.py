@@ -78,7 +78,10 @@ class Seq2seq(Recurrent):
 
     def predict(self, x, seen, real=None):
         """States of the decoder (B, T, D) and what `encode` gave to look at -> logits (B, T, outputs)."""
-        return self.head(x if self.look is None else self.look(x, *seen, real)).astype(jnp.float32)
+        if self.look is not None:
+            keys, states = seen
+            x = self.look(x, keys, states, real)
+        return self.head(x).astype(jnp.float32)
 
     def __call__(self, inputs, *, real=None, key=None):
         keys = [None] * (len(self.cells) + 2) if key is None else list(jax.random.split(key, len(self.cells) + 2))
