@@ -265,8 +265,8 @@ def test_seq2seq_copies_sooner_where_it_looks():
     [
         (["task=lm"], "no source and target apart: use model=lstm"),
         (["task=listops"], "no source and target apart"),
-        (["task=copy", "attention=linear"], "model=seq2seq has no attention: leave out attention=linear"),
-        (["task=copy", "depth=macaron"], "model=seq2seq has no depth"),
+        (["task=copy", "attention=linear"], "seq2seq has no attention: leave out attention=linear"),
+        (["task=copy", "depth=macaron"], "seq2seq has no depth"),
         (["task=copy", "model=seq2seq:look=far"], "look"),
     ],
 )
