@@ -1,4 +1,6 @@
-"""Baselines without attention: their equations, padding, decoding, and what they refuse."""
+"""Baselines that are no transformers: their equations, padding, decoding, and what they refuse."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
+from xformers_lab.generate import beam_search, generate
 from xformers_lab.model import build_model, build_task, gru, lstm
 from xformers_lab.size import Size
+from xformers_lab.train import feed, optimizer
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
 
 SIZE = Size(16, dim=8, heads=2, layers=1)
 CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}
@@ -115,3 +122,159 @@ def test_a_bag_does_not_know_order():
     task = build_task(config)
     model, tokens = build_model(config, task), np.random.default_rng(0).integers(1, task.vocab, (2, 32))
     np.testing.assert_allclose(model(jnp.asarray(tokens[:, ::-1]))[0], model(jnp.asarray(tokens))[0], atol=1e-5)
+
+
+def test_gradients_of_an_lstm_through_its_first_and_last_state():
+    """The scan's own backward pass is that of autodiff, from every output to every input."""
+    T, B, D = 6, 3, 4
+    gates, recurrent, h, c = draw(T, B, 4 * D), draw(D, 4 * D, seed=1), draw(B, D, seed=2), draw(B, D, seed=3)
+    kept = jnp.asarray(np.random.default_rng(4).random((T, B)) < 0.7)
+
+    def plain(gates, recurrent, kept, h, c):
+        def one(state, given):
+            new = lstm._advance(given[0], state[0], state[1], recurrent)[:2]
+            state = jax.tree.map(lambda a, b: jnp.where(given[1][:, None], a, b), new, state)
+            return state, state[0]
+
+        (_, c), every = jax.lax.scan(one, (h, c), (gates, kept))
+        return every, c
+
+    def both(scan):
+        def loss(gates, recurrent, h, c):
+            every, last = scan(gates, recurrent, kept, h, c)
+            return (every * draw(T, B, D, seed=5)).sum() + (last * draw(B, D, seed=6)).sum(), (every, last)
+
+        return quick_jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(gates, recurrent, h, c)
+
+    with jax.default_matmul_precision("highest"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), both(lstm._scan), both(plain))
+
+
+# 7 positions of source, 6 of target.
+PAIR = {"task": "copy", "seq_len": 13, "dim": 8, "batch": 3, "layers": 2}
+
+
+def seq2seq(options: str = "", **changes) -> tuple[Any, jax.Array]:
+    config = edit(Config(), model=f"seq2seq{options}", **(PAIR | changes))
+    task = build_task(config)
+    return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
+
+
+def slowly(model, tokens, real):
+    """Sequence after sequence, position after position, in words of the papers; padding is simply not there."""
+    found = np.zeros((*tokens.shape, 11), np.float32)
+    for b, row in enumerate(np.asarray(tokens)):
+        source = [model.embedding(jnp.asarray(row[t])) for t in range(model.source) if real[b, t]]
+        states = []
+        for layer in model.encoder:
+            state, out = layer.cell.init_state(1), []
+            for x in source[::-1] if layer.backward else source:
+                state, y = layer.cell.step(state, x.reshape(1, -1))
+                out.append(y[0])
+            source = out[::-1] if layer.backward else out
+            states.append(state)
+        for t in range(model.source, len(row)):
+            x = model.embedding(jnp.asarray(row[t]))[None]
+            for at, cell in enumerate(model.cells):
+                states[at], x = cell.step(states[at], x)
+            s = x[0]
+            if model.look is not None:
+                look = model.look
+                score = lambda h, s=s, look=look: (
+                    s @ h
+                    if look.v is None
+                    else look.v[...]
+                    @ jnp.tanh(s @ look.query.kernel[...] + h @ look.key.kernel[...] + look.key.bias[...])
+                )
+                weights = np.exp(np.array([float(score(h)) for h in source]))
+                c = sum(w / weights.sum() * h for w, h in zip(weights, source, strict=True))
+                s = jnp.tanh(jnp.concatenate([jnp.asarray(c), s]) @ look.out.kernel[...])
+            found[b, t] = s @ model.head.kernel[...] + model.head.bias[...]
+    return found
+
+
+@pytest.mark.parametrize("options", ["", ":look=additive:cell=gru", ":look=dot:reads=backward"])
+def test_seq2seq_is_a_slow_loop(options):
+    model, tokens = seq2seq(options)
+    real = jnp.arange(13)[None] < jnp.array([[13], [3], [6]])
+    real = real | (jnp.arange(13) >= model.source)
+    if model.look is not None and model.look.v is not None:
+        model.look.key.bias[...] = draw(8)
+    # Larger states than those at the start, so that what is looked at matters.
+    model.embedding.embedding[...] = draw(11, 8, seed=3)
+    with jax.default_matmul_precision("highest"):
+        fast = quick_jit(lambda tokens: model(tokens, real=real)[0])(tokens)
+        np.testing.assert_allclose(fast, slowly(model, tokens, real), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
+def test_seq2seq_decodes_as_it_reads_the_whole(options):
+    model, tokens = seq2seq(options)
+    model.embedding.embedding[...] = draw(11, 8, seed=3)
+    step = lambda cache, token: model.step(cache, token)[::-1]
+    logits = quick_jit(lambda tokens: jax.lax.scan(step, model.init_cache(3, 13), tokens.T)[1])(tokens).swapaxes(0, 1)
+    whole = quick_jit(lambda tokens: model(tokens)[0])
+    np.testing.assert_allclose(logits, whole(tokens), atol=1e-5)
+    assert not logits[:, :7].any() and logits[:, 7:].any()
+
+    prompts = [list(map(int, row[:8])) for row in tokens]
+    found = generate(model, prompts, new=4, length=13)
+    text = np.zeros((3, 13), np.int32)
+    text[:, :12] = [prompt + new for prompt, new in zip(prompts, found, strict=True)]
+    assert (whole(jnp.asarray(text))[:, 7:11].argmax(-1) == np.asarray(found)).all()
+    best, score = beam_search(model, prompts[0], new=4, length=13, beams=3, length_penalty=0)
+    text[0, 8:12] = best
+    logs = jax.nn.log_softmax(whole(jnp.asarray(text))[0])
+    np.testing.assert_allclose(score, sum(float(logs[7 + at, token]) for at, token in enumerate(best)), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
+def test_seq2seq_sees_neither_the_future_nor_padding(options):
+    model, tokens = seq2seq(options)
+    model.embedding.embedding[...] = draw(11, 8, seed=3)
+    run = quick_jit(lambda tokens, real: model(tokens, real=real)[0])
+    all_real = jnp.ones(tokens.shape, bool)
+    logits = run(tokens, all_real)
+    changed = run(tokens.at[:, 10].set((tokens[:, 10] + 1) % 11), all_real)
+    np.testing.assert_array_equal(changed[:, :10], logits[:, :10])
+    assert (np.abs(changed[:, 10:] - logits[:, 10:]).max(-1) > 0).all()
+    hidden = all_real.at[:, 4:7].set(False).at[0, 2].set(False)
+    padded = run(tokens, hidden)
+    np.testing.assert_array_equal(run(jnp.where(hidden, tokens, 5), hidden), padded)
+    assert np.abs(padded - logits)[:, 7:].max() > 1e-3
+
+
+def test_seq2seq_copies_sooner_where_it_looks():
+    """A vector of fixed size holds the string badly; attention finds each symbol of it (Bahdanau et al., 2014)."""
+
+    def loss(look):
+        train = {"dim": 32, "layers": 1, "batch": 32, "steps": 120, "lr": 1e-2, "seq_len": 13}
+        config = edit(Config(), task="copy:symbols=4", model=f"seq2seq:cell=gru:look={look}", **train)
+        task, tx = build_task(config), optimizer.build(config.train)
+        state, metrics = init(config, task, tx), {}
+        step = quick_jit(make_train_step(config, task, structure(config, task), tx))
+        for at in range(120):
+            state, metrics = step(state, feed.checked(task, "train", at))
+        return float(metrics["loss"])
+
+    assert loss("additive") < 0.5 * loss("none")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["task=lm"], "no source and target apart: use model=lstm"),
+        (["task=listops"], "no source and target apart"),
+        (["task=copy", "attention=linear"], "seq2seq has no attention: leave out attention=linear"),
+        (["task=copy", "depth=macaron"], "seq2seq has no depth"),
+        (["task=copy", "model=seq2seq:look=far"], "look"),
+    ],
+)
+def test_seq2seq_refuses_what_it_does_not_have(words, says, capsys, tmp_path):
+    assert main(["train", f"runs={tmp_path}", "model=seq2seq", "seq_len=64", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_seq2seq_decodes_only_beyond_its_source():
+    with pytest.raises(ValueError, match="the source takes 7 tokens"):
+        seq2seq()[0].init_cache(2, 7)

@@ -33,7 +33,11 @@ class Recurrent(Model):
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def cell(self, size: Size, rngs: nnx.Rngs) -> Any:
-        """One layer: `cell(x (B, T, D), real) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`."""
+        """One layer: `cell(x (B, T, D), real) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`.
+
+        A cell that can also stand in an encoder or a decoder has `run(x, real, start=None) -> (B, T, D), last state`:
+        start is a state like that of `init_state`, which it is without one; a position that is not real changes none.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define cell")
 
     def __call__(self, inputs, *, real=None, key=None):
@@ -48,15 +52,24 @@ class Recurrent(Model):
     def init_cache(self, B: int, length: int):
         if self.target == "sequence":
             raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
-        one = [cell.init_state(B) for cell in self.cells]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+        return stacked([cell.init_state(B) for cell in self.cells])
 
     def step(self, cache, tokens):
-        x, states = self.embedding(tokens), []
+        x, cache = self.advance(cache, self.embedding(tokens))
+        return self.head(x).astype(jnp.float32), cache
+
+    def advance(self, cache, x):
+        """One more position (B, D) through all cells -> (B, D) and the new states, stacked as `init_cache` does."""
+        states = []
         for layer, cell in enumerate(self.cells):
             state, x = cell.step(jax.tree.map(lambda leaf, layer=layer: leaf[layer], cache), x)
             states.append(state)
-        return self.head(x).astype(jnp.float32), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return x, stacked(states)
+
+
+def stacked(states: list):
+    """The states of all cells as one, their leaves (cells, B, ...)."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def refuse_unused(name: str, config: Config) -> None:

@@ -30,6 +30,9 @@ class Cell(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(D))
 
     def __call__(self, x, real):
+        return self.run(x, real)[0]
+
+    def run(self, x, real, start=None):
         gates = jnp.swapaxes(self.input(x), 0, 1)
         kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
 
@@ -38,7 +41,8 @@ class Cell(nnx.Module):
             h = jnp.where(keep[:, None], self._advance(gate, h), h)
             return h, h
 
-        return jnp.swapaxes(lax.scan(one, self.init_state(len(x)), (gates, kept))[1], 0, 1)
+        last, every = lax.scan(one, self.init_state(len(x)) if start is None else start, (gates, kept))
+        return jnp.swapaxes(every, 0, 1), last
 
     def init_state(self, B: int):
         return jnp.zeros((B, self.width), self.dtype)

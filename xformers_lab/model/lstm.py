@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,9 +30,14 @@ class Cell(nnx.Module):
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
 
     def __call__(self, x, real):
+        return self.run(x, real)[0]
+
+    def run(self, x, real, start=None):
         gates = jnp.swapaxes(self.input(x), 0, 1)
         kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
-        return jnp.swapaxes(_scan(gates, self.recurrent[...].astype(x.dtype), kept), 0, 1)
+        start = self.init_state(len(x)) if start is None else start
+        h, c = _scan(gates, self.recurrent[...].astype(x.dtype), kept, start["h"], start["c"])
+        return jnp.swapaxes(h, 0, 1), {"h": h[-1], "c": c}
 
     def init_state(self, B: int):
         return {"h": jnp.zeros((B, self.width), self.dtype), "c": jnp.zeros((B, self.width), jnp.float32)}
@@ -53,14 +56,16 @@ def _advance(gates, h, c, recurrent):
     return (o * jnp.tanh(c)).astype(h.dtype), c, (i, f, g, o)
 
 
-@functools.partial(jax.custom_vjp)
-def _scan(gates, recurrent, kept):
-    """gates (T, B, 4D), recurrent (D, 4D), kept (T, B) -> h (T, B, D). A position that is not kept changes nothing."""
-    return _forward(gates, recurrent, kept)[0]
+@jax.custom_vjp
+def _scan(gates, recurrent, kept, h, c) -> tuple[jax.Array, jax.Array]:
+    """gates (T, B, 4D), recurrent (D, 4D), kept (T, B), the start h and c (B, D) -> every h (T, B, D), the last c.
+
+    A position that is not kept changes nothing, so the last h is that of the last position.
+    """
+    return _forward(gates, recurrent, kept, h, c)[0]
 
 
-def _forward(gates, recurrent, kept):
-    B, D = gates.shape[1], recurrent.shape[0]
+def _forward(gates, recurrent, kept, first_h, first_c) -> tuple:
 
     def one(state, given):
         h, c = state
@@ -69,16 +74,15 @@ def _forward(gates, recurrent, kept):
         h, c = jnp.where(keep[:, None], new_h, h), jnp.where(keep[:, None], new_c, c)
         return (h, c), (h, c, active)
 
-    start = jnp.zeros((B, D), gates.dtype), jnp.zeros((B, D), jnp.float32)
-    _, (h, c, active) = lax.scan(one, start, (gates, kept))
-    return h, (recurrent, kept, h, c, active)
+    (_, last), (h, c, active) = lax.scan(one, (first_h, first_c), (gates, kept))
+    return (h, last), (recurrent, kept, first_h, first_c, h, c, active)
 
 
 def _backward(saved, grad):
     """Backwards through time, only for the gates; the gradient of the recurrent matrix is then one product."""
-    recurrent, kept, h, c, active = saved
-    T, B, D = h.shape
-    before = jnp.concatenate([jnp.zeros((1, B, D), jnp.float32), c[:-1]])
+    recurrent, kept, first_h, first_c, h, c, active = saved
+    (grad, last), (T, B, D) = grad, h.shape
+    before = jnp.concatenate([first_c[None], c[:-1]])
     turned = recurrent.T
 
     def one(state, given):
@@ -93,12 +97,11 @@ def _backward(saved, grad):
         earlier = jnp.dot(gates, turned, preferred_element_type=jnp.float32)
         return (jnp.where(keep, earlier, dh), jnp.where(keep, d * f, dc)), gates
 
-    zeros = jnp.zeros((B, D), jnp.float32)
     given = grad.astype(jnp.float32), kept, c, before, active
-    _, gates = lax.scan(one, (zeros, zeros), given, reverse=True)
-    h_before = jnp.concatenate([jnp.zeros((1, B, D), h.dtype), h[:-1]]).reshape(T * B, D)
+    (dh, dc), gates = lax.scan(one, (jnp.zeros((B, D), jnp.float32), last), given, reverse=True)
+    h_before = jnp.concatenate([first_h[None], h[:-1]]).reshape(T * B, D)
     total = jnp.dot(h_before.T, gates.reshape(T * B, -1), preferred_element_type=jnp.float32)
-    return gates, total.astype(recurrent.dtype), None
+    return gates, total.astype(recurrent.dtype), None, dh.astype(h.dtype), dc
 
 
 _scan.defvjp(_forward, _backward)

@@ -1,0 +1,170 @@
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.config import Config
+from xformers_lab.linear import Linear
+from xformers_lab.model import gru, lstm
+from xformers_lab.model._block import drop
+from xformers_lab.model._recurrent import Recurrent, stacked
+from xformers_lab.size import Size
+from xformers_lab.tasks import Task
+
+CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}
+HIDDEN = -1e30
+
+
+class Seq2seq(Recurrent):
+    """Recurrent encoder-decoder (Sutskever, Vinyals and Le, 2014, arXiv 1409.3215), with attention if asked.
+
+    Of every sequence the first `task.source_length` positions are the source, the rest the target. A stack of cells
+    reads the source; a second one, whose layers start from the last states of the first, reads the target. Without
+    attention those states, a vector of fixed size, are all that the decoder knows of the source. With it, from the top
+    states s_t (B, T, D) of the decoder and h_j (B, S, D) of the encoder,
+
+        e_tj = v . tanh(W s_t + U h_j + b)   additive (Bahdanau, Cho and Bengio, 2014, arXiv 1409.0473)
+        e_tj = s_t . h_j                     dot (Luong, Pham and Manning, 2015, arXiv 1508.04025)
+        c_t = sum_j softmax_j(e_tj) h_j,     y_t = tanh(P [c_t; s_t]),
+
+    over the real positions of the source, and the head reads y_t. Nothing is predicted at the source: its logits are
+    zeros.
+
+    Deviations: attention stands after the cells, as Luong et al. have it, and is not fed back. Bahdanau et al. ask with
+    s_(t-1) and feed c_t into the cell, and have a maxout before the head; here all cells' products with their inputs
+    run for all positions at once, and so does attention. The additive scores are taken one position of the target
+    after another, and again for the gradient, so that no (B, T, S, D) is kept. Source and target share an embedding.
+    Both sides have `layers` layers, and all vectors are `dim` wide.
+
+    Options:
+        look: how the decoder looks back at the source: not at all, or by additive or dot-product attention
+        cell: the recurrent cell of both sides
+        reads: the encoder's direction; backward is the reversed source of Sutskever et al.; both joins two cells in
+            each layer by a linear map, and the decoder starts from the backward one, as Bahdanau et al. do
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        look: Literal["none", "additive", "dot"] = "none",
+        cell: Literal["lstm", "gru"] = "lstm",
+        reads: Literal["forward", "backward", "both"] = "forward",
+        config: Config,
+        task: Task,
+        rngs: nnx.Rngs,
+    ):
+        if task.target == "sequence" or not 0 < task.source_length < size.length:
+            raise ValueError("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
+        self.source, self.outputs, self.kind, self.dtype = task.source_length, task.outputs, cell, size.dtype
+        super().__init__(size, config=config, task=task, rngs=rngs)
+        self.encoder = nnx.List[Any](Reader(size, CELLS[cell], reads, rngs) for _ in range(size.layers))
+        self.look = None if look == "none" else Look(size, additive=look == "additive", rngs=rngs)
+
+    def cell(self, size: Size, rngs: nnx.Rngs):
+        return CELLS[self.kind](size, rngs)
+
+    def encode(self, inputs, *, real=None, key=None):
+        """Source tokens (B, S) -> what the decoder starts from, a state per layer, and what it looks at."""
+        keys = [None] * (len(self.encoder) + 1) if key is None else list(jax.random.split(key, len(self.encoder) + 1))
+        x, states = drop(self.embedding(inputs), self.dropout, keys[0]), []
+        for layer, key in zip(self.encoder, keys[1:], strict=True):
+            x, state = layer(x, real)
+            x = drop(x, self.dropout, key)
+            states.append(state)
+        return states, None if self.look is None else (self.look.keys(x), x)
+
+    def predict(self, x, seen, real=None):
+        """States of the decoder (B, T, D) and what `encode` gave to look at -> logits (B, T, outputs)."""
+        if self.look is not None:
+            keys, states = seen
+            x = self.look(x, keys, states, real)
+        return self.head(x).astype(jnp.float32)
+
+    def __call__(self, inputs, *, real=None, key=None):
+        keys = [None] * (len(self.cells) + 2) if key is None else list(jax.random.split(key, len(self.cells) + 2))
+        real_source, real_rest = (None, None) if real is None else (real[:, : self.source], real[:, self.source :])
+        states, seen = self.encode(inputs[:, : self.source], real=real_source, key=keys[0])
+        x = drop(self.embedding(inputs[:, self.source :]), self.dropout, keys[1])
+        for cell, state, key in zip(self.cells, states, keys[2:], strict=True):
+            x = drop(cell.run(x, real_rest, state)[0], self.dropout, key)
+        logits = self.predict(x, seen, real_source)
+        return jnp.concatenate([jnp.zeros((len(x), self.source, self.outputs)), logits], 1), {}
+
+    def init_cache(self, B: int, length: int):
+        if length <= self.source:
+            raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
+        read, rows = jnp.zeros((1, B, self.source), jnp.int32), jnp.zeros((1, B, self.source, self.width), self.dtype)
+        seen = None if self.look is None else (rows, rows)
+        return {"at": jnp.zeros((), jnp.int32), "read": read, "seen": seen, "cells": super().init_cache(B, length)}
+
+    def step(self, cache, tokens):
+        """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""
+        at = cache["at"]
+
+        def reads(cache):
+            read = cache["read"].at[0, :, at].set(tokens)
+            return jnp.zeros((len(tokens), self.outputs)), cache | {"read": read}
+
+        def encode():
+            states, seen = self.encode(cache["read"][0])
+            return stacked(states), jax.tree.map(lambda rows: rows[None], seen)
+
+        def writes(cache):
+            cells, seen = lax.cond(at == self.source, encode, lambda: (cache["cells"], cache["seen"]))
+            x, cells = self.advance(cells, self.embedding(tokens))
+            logits = self.predict(x[:, None], jax.tree.map(lambda rows: rows[0], seen))[:, 0]
+            return logits, cache | {"seen": seen, "cells": cells}
+
+        logits, cache = lax.cond(at < self.source, reads, writes, cache)
+        return logits, cache | {"at": at + 1}
+
+
+class Reader(nnx.Module):
+    """A layer of the encoder: a cell for each direction, and a linear map where two are joined."""
+
+    def __init__(self, size: Size, kind, reads: str, rngs: nnx.Rngs):
+        self.backward, both = reads != "forward", reads == "both"
+        self.cell = kind(size, rngs)
+        self.other = kind(size, rngs) if both else None
+        self.join = Linear(2 * size.dim, size.dim, dtype=size.dtype, rngs=rngs) if both else None
+
+    def __call__(self, x, real):
+        """(B, S, D) -> (B, S, D) and the last state: that of the first position where it is read backward."""
+        turn = (lambda y: y[:, ::-1]) if self.backward else (lambda y: y)
+        y, state = self.cell.run(turn(x), None if real is None else turn(real))
+        if self.other is None or self.join is None:
+            return turn(y), state
+        return self.join(jnp.concatenate([self.other(x, real), turn(y)], -1)), state
+
+
+class Look(nnx.Module):
+    """Attention of the decoder's states to the encoder's, and the layer that joins both."""
+
+    def __init__(self, size: Size, *, additive: bool, rngs: nnx.Rngs):
+        D, given = size.dim, {"dtype": size.dtype, "rngs": rngs}
+        self.query = Linear(D, D, use_bias=False, **given) if additive else None
+        self.key = Linear(D, D, **given) if additive else None
+        self.v = nnx.Param(nnx.initializers.normal(D**-0.5)(rngs.params(), (D,))) if additive else None
+        self.out = Linear(2 * D, D, use_bias=False, **given)
+
+    def keys(self, states):
+        """What of the source is the same for every position of the target."""
+        return states if self.key is None else self.key(states)
+
+    def __call__(self, x, keys, states, real):
+        scores = self.scores(x, keys)
+        if real is not None:
+            scores = jnp.where(real[:, None], scores, HIDDEN)
+        seen = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(x.dtype), states)
+        return jnp.tanh(self.out(jnp.concatenate([seen, x], -1)))
+
+    def scores(self, x, keys):
+        """(B, T, D), (B, S, D) -> (B, T, S) float32."""
+        if self.v is None or self.query is None:
+            return jnp.einsum("btd,bsd->bts", x, keys, preferred_element_type=jnp.float32)
+        v = self.v[...].astype(x.dtype)
+        one = lambda asked: jnp.dot(jnp.tanh(asked[:, None] + keys), v, preferred_element_type=jnp.float32)
+        return lax.map(jax.checkpoint(one), self.query(x).swapaxes(0, 1)).swapaxes(0, 1)
