@@ -25,6 +25,8 @@ DEPTHS = [
     "hourglass:factor=3",
     "hourglass:shorten=linear:upsample=linear",
     "recurrent_memory:segment=5:tokens=2",
+    "hierarchical:segment=5",
+    "tnt:segment=5",
 ]
 
 
@@ -118,6 +120,11 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "hourglass", "layers": 2}, "are no hourglass"),
     ({"depth": "hourglass:factor=1"}, "factor must be at least 2"),
     ({"depth": "recurrent_memory:segment=99"}, "from 1 to seq_len=12"),
+    ({"depth": "hierarchical:segment=0"}, "from 1 to seq_len=12"),
+    ({"depth": "hierarchical:low=4"}, "a layer below and one above"),
+    ({"depth": "hierarchical", "model": "encoder_decoder"}, "no place for cross-attention"),
+    ({"depth": "tnt", "model": "encoder_decoder"}, "no place for cross-attention"),
+    ({"depth": "tnt", "attention": "realformer"}, "hands something to the layer above"),
     ({"depth": "recurrent_memory:segment=6:tokens=0"}, "tokens must be at least 1"),
     ({"depth": "recurrent_memory:segment=6", "ffn": "hash"}, "looks at the tokens"),
     ({"depth": "hourglass", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
@@ -367,3 +374,51 @@ def test_recurrent_memory_learns_through_segments():
     assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
     of_params = gradients(model, lambda model: model.stack(x, context)[0][:, -1].sum())[1]
     assert np.abs(of_params["stack"]["table"]).max() > 0
+
+
+# ---- segments within a sequence ------------------------------------------------------------------------------------
+
+
+def in_parts(x, size: int) -> list:
+    return [x[:, first : first + size] for first in range(0, x.shape[1], size)]
+
+
+def through(block, x, context):
+    attend, feed = halves(block, context)
+    x = x + attend(x)
+    return x + feed(x)
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+def test_hierarchical_is_its_equation(kind, task):
+    """At a length that segments do not divide."""
+    model, tokens = model_of("hierarchical:segment=5:low=1", model=kind, task=task, layers=3)
+    context, x = Context(model.position), model.embedding(tokens[:, :12])
+    (low,), (high,) = model.stack.low.periods, model.stack.high.periods
+    parts = [through(layer(low, 0), part, context) for part in in_parts(x, 5)]
+    y = jnp.stack([part.mean(1) for part in parts], 1)
+    for number in range(2):
+        y = through(layer(high, number), y, context)
+    y = jnp.concatenate([jnp.zeros_like(y[:, :1]), y[:, :-1]], 1) if kind == "decoder" else y
+    expected = jnp.concatenate([part + y[:, g : g + 1] for g, part in enumerate(parts)], 1)
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(aux["computation"], 1 + 2 / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+def test_tnt_is_its_equation(kind, task):
+    model, tokens = model_of("tnt:segment=5", model=kind, task=task, layers=2)
+    context, x = Context(model.position), model.embedding(tokens[:, :12])
+    (stacked,) = model.stack.layers.periods
+    parts, z = in_parts(x, 5), jnp.zeros((len(x), 3, 16))
+    for number in range(2):
+        nested = layer(stacked, number)
+        parts = [through(nested.inner, part, context) for part in parts]
+        filled = [jnp.pad(part, ((0, 0), (0, 5 - part.shape[1]), (0, 0))).reshape(len(x), -1) for part in parts]
+        z = through(nested.outer, z + nested.join(jnp.stack(filled, 1)), context)
+    z = jnp.concatenate([jnp.zeros_like(z[:, :1]), z[:, :-1]], 1) if kind == "decoder" else z
+    expected = jnp.concatenate([part + z[:, g : g + 1] for g, part in enumerate(parts)], 1)
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(aux["computation"], 2 * (1 + 1 / 5), rtol=1e-6)

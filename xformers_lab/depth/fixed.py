@@ -23,8 +23,8 @@ class Fixed(Depth):
         x, _, aux = self.run(x, self.initial_carries(B, T, T), context, key=key)
         return x, aux
 
-    def run(self, x, carries, context: Context, *, key=None):
-        """All layers on x, whatever their blocks take as it -> x, the carries above the last layer, aux."""
+    def run(self, x, carries, context, *, key=None):
+        """All layers on x, whatever their blocks take as it and as context -> x, the last layer's carries, aux."""
         first, second = (None, None) if key is None else jax.random.split(key)
         x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first)
         x, carries, more = run_stack(list(self.rest), x, carries, context, key=second)

@@ -108,7 +108,7 @@ class RecurrentMemory(Depth):
             memory = cache["memory"][0].astype(x.dtype)
             written = lambda: read(cache["layers"], memory, M + self.segment)[0]
             memory = lax.cond(at > 0, written, lambda: memory)
-            fresh = jax.tree.map(jnp.zeros_like, cache["layers"])
+            fresh = nnx.merge(graph, variables).init_cache(len(x), self.segment + 2 * M)
             return {"layers": read(fresh, memory, 0)[1], "memory": memory[None].astype(cache["memory"].dtype)}
 
         cache = lax.cond(place == 0, begin, lambda cache: cache, cache)

@@ -1,0 +1,58 @@
+"""Sequences cut into segments of equal length, which are read apart, and as one state each."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from xformers_lab.depth import Context
+from xformers_lab.size import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """size: k, tokens of a segment; count: G, segments of a whole sequence."""
+
+    size: int
+    count: int
+
+    @classmethod
+    def of(cls, size: Size, segment: int | None) -> "Segments":
+        """Of so many tokens, by default of the root of the length; raises ValueError."""
+        k = max(1, math.isqrt(size.length)) if segment is None else segment
+        if not 1 <= k <= size.length:
+            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+        return cls(k, -(-size.length // k))
+
+    def apart(self, x, context: Context):
+        """(B, T, D) -> (B G, k, D), and the context of its rows; raises ValueError where layers look at a source."""
+        if context.source is not None:
+            raise ValueError(
+                "this depth reads segments apart, with no place for cross-attention: use depth=fixed or model=decoder"
+            )
+        real = context.real
+        if real is None and x.shape[1] % self.size:
+            real = jnp.ones(x.shape[:2], bool)
+        cut = lambda y: None if y is None else self._cut(y)
+        return self._cut(x), dataclasses.replace(context, real=cut(real), tokens=cut(context.tokens))
+
+    def joined(self, rows, inside: Context, context: Context, B: int):
+        """What `apart` gave, by sequence: (B G, k, D) -> (B, G, k, D) with zeros where nothing is real, which is real
+        (B, G, k) or None, and the context of one state per segment."""
+        rows = rows.reshape(B, -1, *rows.shape[1:])
+        real = None if inside.real is None else inside.real.reshape(rows.shape[:3])
+        rows = rows if real is None else jnp.where(real[..., None], rows, 0)
+        # A segment that was filled up holds something real, or T would be shorter.
+        some = None if context.real is None or real is None else real.any(-1)
+        return rows, real, dataclasses.replace(context, real=some, tokens=None)
+
+    def told(self, rows, y, T: int, causal: bool):
+        """Tokens (B G, k, D) plus what their segment is told (B, G, D), causally the one before -> (B, T, D)."""
+        B, _, D = y.shape
+        if causal:
+            y = jnp.concatenate([jnp.zeros_like(y[:, :1]), y[:, :-1]], 1)
+        return (rows.reshape(B, -1, self.size, D) + y[:, :, None]).reshape(B, -1, D)[:, :T]
+
+    def _cut(self, y):
+        fill = [(0, 0), (0, -y.shape[1] % self.size)] + [(0, 0)] * (y.ndim - 2)
+        return jnp.pad(y, fill).reshape(-1, self.size, *y.shape[2:])

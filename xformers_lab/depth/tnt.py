@@ -1,0 +1,111 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._segments import Segments
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.linear import Linear
+from xformers_lab.size import Size
+
+
+class Tnt(Depth):
+    """Transformer in transformer: in every layer an inner block reads each segment alone, and an outer block reads the
+    segments (Han et al., 2021, arXiv 2103.00112, equations 2 to 6).
+
+        y_g = inner(y_g),    z = outer(z + W [y_g1; ...; y_gk]),    at the end y_gt + z_g
+
+    y are tokens (B, G, k, D), k = segment, at first the embeddings; z are segments (B, G, D), at first 0; W is a linear
+    layer of its own in every layer. Padding counts as zeros in W, a segment of padding alone is padding. A decoder adds
+    z_(g-1) at the end, for z_g knows all of its segment; in its outer blocks a segment sees those before it and itself.
+
+    Inner blocks count positions from the start of their segment, outer ones count segments. "computation" counts an
+    outer block as 1/k. Decoding runs the outer blocks once in k tokens. Deviations from the paper: inner and outer
+    states are equally wide; a token gets its segment's state at the end, where the paper reads a class token alone.
+
+    Options:
+        segment: k, tokens of a segment (none: the root of seq_len)
+    """
+
+    def __init__(self, size: Size, *, segment: int | None = None, make_block, period: int, rngs: nnx.Rngs):
+        self.segments = Segments.of(size, segment)
+        k, G = self.segments.size, self.segments.count
+
+        def nested(index: int, rngs: nnx.Rngs):
+            inner, outer = (make_block(index, rngs, length=length) for length in (k, G))
+            return Nested(size, inner, outer, k, rngs=rngs)
+
+        self.layers = Fixed(size, make_block=nested, period=period, rngs=rngs)
+        self.causal, self.dim = [*self.layers.periods, *self.layers.rest][0].inner.causal, size.dim
+
+    def __call__(self, x, context: Context, *, key=None):
+        B, T, D = x.shape
+        y, inside = self.segments.apart(x, context)
+        segments = self.segments
+        z = jnp.zeros((B, len(y) // B, D), x.dtype)
+        vectors = lambda y: segments.joined(y, inside, context, B)[0].reshape(*z.shape[:2], -1)
+        among = segments.joined(y, inside, context, B)[2]
+        (y, z), _, aux = self.layers.run((y, z), {}, (inside, among, vectors), key=key)
+        return segments.told(y, z, T, self.causal), aux
+
+    def init_cache(self, B: int, length: int):
+        """Of every layer, and what the segment before was told (1, B, D)."""
+        return {"layers": self.layers.init_cache(B, length), "told": jnp.zeros((1, B, self.dim), jnp.float32)}
+
+    def step(self, x, cache, context: Context, *, at):
+        told = cache["told"][0]
+        (y, z), layers = self.layers.step((x, jnp.zeros_like(x)), cache["layers"], context, at=at)
+        last = at % self.segments.size == self.segments.size - 1
+        return y + told.astype(y.dtype), {"layers": layers, "told": jnp.where(last, z.astype(jnp.float32), told)[None]}
+
+
+class Nested(nnx.Module):
+    """A block in a block: what `Fixed` takes as one layer of pairs (y, z)."""
+
+    def __init__(self, size: Size, inner, outer, segment: int, *, rngs: nnx.Rngs):
+        if jax.eval_shape(lambda: inner.initial_carries(1, size.length, size.length)):
+            raise ValueError(
+                f"attention={inner.name} hands something to the layer above, which here sees tokens and segments in "
+                "turn; use another attention"
+            )
+        self.inner, self.outer, self.segment, self.dim = inner, outer, segment, size.dim
+        self.join = Linear(segment * size.dim, size.dim, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, x, carries, context, *, key=None):
+        (y, z), (inside, among, vectors) = x, context
+        first, second = (None, None) if key is None else jax.random.split(key)
+        y, _, aux = self.inner(y, {}, inside, key=first)
+        z, _, more = self.outer(z + self.join(vectors(y)), {}, among, key=second)
+        spent = lambda aux: {"computation": jnp.ones(())} | aux
+        more = spent(more)
+        return (y, z), carries, add_aux(spent(aux), more | {"computation": more["computation"] / self.segment})
+
+    def initial_carries(self, B: int, T: int, S: int):
+        return {}
+
+    def init_cache(self, B: int, length: int):
+        k = self.segment
+        rows = jnp.zeros((B, k, self.dim), jnp.float32)
+        return {"inner": self.inner.init_cache(B, k), "outer": self.outer.init_cache(B, -(-length // k)), "rows": rows}
+
+    def step(self, x, cache, carries, context: Context, at):
+        (y, z), k = x, self.segment
+        graph, variables = nnx.split(self)
+        fresh = lambda _: nnx.merge(graph, variables).inner.init_cache(len(y), k)
+        inner = lax.cond(at % k == 0, fresh, lambda inner: inner, cache["inner"])
+        y, inner, _ = self.inner.step(y, inner, {}, context, at % k)
+        rows = lax.dynamic_update_index_in_dim(cache["rows"], y.astype(jnp.float32), at % k, 1)
+
+        def whole(z, outer):
+            """The segment's last token: its vector is complete."""
+            block = nnx.merge(graph, variables)
+            joined = block.join(rows.astype(z.dtype).reshape(len(z), -1))
+            z, outer, _ = block.outer.step(z + joined, outer, {}, dataclasses.replace(context, tokens=None), at // k)
+            return z, outer
+
+        z, outer = lax.cond(at % k == k - 1, whole, lambda *kept: kept, z, cache["outer"])
+        return (y, z), {"inner": inner, "outer": outer, "rows": rows}, carries
