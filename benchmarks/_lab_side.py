@@ -6,7 +6,8 @@ from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.model import build_task
+from xformers_lab.model import build_task, gru, lstm
+from xformers_lab.size import Size
 from xformers_lab.train import optimizer
 from xformers_lab.train.layout import compile_train_step, layout_of
 from xformers_lab.train.state import init, structure
@@ -65,3 +66,20 @@ def train_step(layers=4, dim=256, heads=4, T=512, B=8):
         return float(metrics["loss"])
 
     return run
+
+
+def recurrent(kind="lstm", layers=1, B=32, T=128, D=256, grad=False):
+    """A stack of cells on (B, T, D), as the baselines run it; backward to the input and every parameter."""
+    cell = {"lstm": lstm.Cell, "gru": gru.Cell}[kind]
+    stack = nnx.List([cell(Size(T, D, 1), nnx.Rngs(layer)) for layer in range(layers)])
+    graph, own = nnx.split(stack)
+    x, cotangent = (jax.random.normal(key, (B, T, D)) for key in jax.random.split(jax.random.key(0)))
+
+    def forward(own, x):
+        for layer in nnx.merge(graph, own):
+            x = layer(x, None)
+        return x
+
+    both = lambda own, x: jax.vjp(forward, own, x)[1](cotangent)
+    run = jax.jit(both if grad else forward)
+    return lambda: jax.block_until_ready(run(own, x))

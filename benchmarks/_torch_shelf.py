@@ -155,3 +155,8 @@ def reformer(T=4096, bucket=64, rounds=4, grad=False):
 
 
 __all__ = ["case", "sdpa"]
+
+
+def recurrent(kind="lstm", layers=1, B=32, T=128, D=256, grad=False):
+    module = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](D, D, layers, batch_first=True)
+    return _module(module, T, grad, B, D)

@@ -42,6 +42,13 @@ DUELS = {
     "Reformer layer, bucket 64, 4 rounds, N=4096": (
         "reformer", {}, "layer", {"choice": "reformer:chunk=64:rounds=4"}, 0.7, 0.7
     ),
+    **{
+        f"{kind.upper()}, {layers} layer{'s' * (layers > 1)}, N=128, batch 32, width 256": (
+            "recurrent", {"kind": kind, "layers": layers}, "recurrent", {"kind": kind, "layers": layers}, 2.5, 2.5
+        )
+        for kind in ("lstm", "gru")
+        for layers in (1, 2)
+    },
 }  # fmt: skip
 # Our own full causal attention over our own mechanism, forward: at least so many times slower.
 SPEED_UPS = [("local:window=128", 4096, 3), ("local:window=128", 16384, 8), ("linear", 4096, 6), ("linear", 16384, 15)]
@@ -67,7 +74,7 @@ def main() -> None:
             )
             rows.append(
                 row(name, "forward+backward" if grad else "forward", found["lab"], found["peer"], target)
-                | {"peer": peer, "choice": ours["choice"]}
+                | {"peer": peer, "choice": ours.get("choice", peer)}
             )
             print(rows[-1], file=sys.stderr, flush=True)
     for choice, T, least in SPEED_UPS if chosen.only in ("", "speed-up") else ():

@@ -49,10 +49,19 @@ def images(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory) -> pathlib.Path:
+    """Numbers and their words."""
+    folder = tmp_path_factory.mktemp("sentences")
+    (folder / "train.de").write_text("".join(f"{number}\n" for number in range(400)))
+    (folder / "train.en").write_text("".join(f"{WORDS[number % 3]} {number % 7}\n" for number in range(400)))
+    return folder
+
+
 @pytest.fixture
-def choice(documents, images):
+def choice(documents, images, sentences):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "pixels": images}
+    paths = {"text": documents, "pixels": images, "translate": sentences}
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -80,7 +89,7 @@ def certain(answers: np.ndarray, outputs: int) -> np.ndarray:
 def test_a_batch_is_what_the_contract_says(name, choice):
     task = build(choice(name))
     assert task.target in ("token", "sequence")
-    assert task.kinds and set(task.kinds) <= {"encoder", "decoder"}
+    assert task.kinds and set(task.kinds) <= {"encoder", "decoder", "encoder_decoder"}
     for split in SPLITS:
         batch = task.batch(split, 3)
         assert batch.inputs.shape == (16, 32)
@@ -145,9 +154,9 @@ def test_the_split_of_an_expression_does_not_depend_on_seq_len(length):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_guessing_scores_chance(name, choice):
-    if name != "lm" and name not in GUESSES:
-        pytest.skip(f"no guesser for {name} here")
     task = build(choice(name), batch=64)
+    if task.higher_is_better and name not in GUESSES:
+        pytest.skip(f"no guesser for {name} here")
     rng = np.random.default_rng(0)
     scores = []
     for step in range(20):
@@ -269,6 +278,10 @@ def test_a_task_says_what_it_is(name, choice):
         ("text", 64, "stanfordnlp/imdb is not available offline"),
         ("pixels", 64, "path=..."),
         ("pixels:path=nowhere", 64, "does not exist"),
+        ("translate", 64, "path=..."),
+        ("translate:path=a:hub=b", 64, "path=..."),
+        ("translate:path=a:source=en", 64, "nothing to translate"),
+        ("translate:path=nowhere", 64, "does not exist"),
     ],
 )
 def test_impossible_options_are_one_clear_message(text, length, says):

@@ -267,11 +267,12 @@ def _generate(chosen) -> int:
     config, task, model = loop.load(folder)
     try:
         prompts = [task.encode(prompt) for prompt in chosen.prompt]
-        stop = [] if chosen.stop is None else task.encode(chosen.stop)
+        stop = [*task.stop] if chosen.stop is None else task.encode(chosen.stop)
     except ValueError as error:
-        raise UsageError(f"--prompt or --stop: {error}; task {config.task} reads numbers with spaces between") from None
-    if len(stop) > 1:
+        raise UsageError(f"--prompt or --stop: {error}") from None
+    if chosen.stop is not None and len(stop) > 1:
         raise UsageError(f"--stop {chosen.stop}: it is {len(stop)} tokens, one is wanted")
+    apart = "\n" if task.source_length else ""  # a source stands in a line of its own
     common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
     if chosen.beams is not None:
         given = {"beams": chosen.beams, "length_penalty": chosen.length_penalty}
@@ -279,7 +280,7 @@ def _generate(chosen) -> int:
         rows = [{"tokens": tokens, "score": score} for tokens, score in found]
     else:
         live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
-        show = progress.growing(chosen.prompt[0], task.decode) if live else None
+        show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
         found = generate.generate(model, prompts, sampling=sampling, seed=chosen.seed, on_token=show, **common)
         if live:
             print()
@@ -289,7 +290,7 @@ def _generate(chosen) -> int:
         {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
         for prompt, row in zip(chosen.prompt, rows, strict=True)
     ]
-    return _print(chosen, rows, lambda: [print(row["prompt"] + row["text"]) for row in rows])
+    return _print(chosen, rows, lambda: [print(row["prompt"] + apart + row["text"]) for row in rows])
 
 
 def _bench(chosen) -> int:

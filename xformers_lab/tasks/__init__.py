@@ -10,6 +10,7 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   only "decoder": an encoder would see the answer.
 * `source_length`: how many of the first positions are given and never asked about, as the encoder of an
   encoder-decoder reads them; 0 where the two are mixed.
+* `stop`: tokens at which what is generated ends.
 * `image`: rows and columns, where the inputs are the grey levels (below `vocab`) of one image, row by row; else None.
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
@@ -68,6 +69,7 @@ class Task:
     segments: ClassVar[bool] = False
     source_length: int = 0
     image: tuple[int, int] | None = None
+    stop: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -80,7 +82,10 @@ class Task:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt as a user types it; by default numbers with spaces between. Raises ValueError."""
-        tokens = [int(word) for word in text.replace(",", " ").split()]
+        words = text.replace(",", " ").split()
+        if wrong := [word for word in words if not word.removeprefix("-").isdecimal()]:
+            raise ValueError(f'"{wrong[0]}" is no token: prompts of this task are numbers with spaces between')
+        tokens = [int(word) for word in words]
         if bad := [token for token in tokens if not 0 <= token < self.vocab]:
             raise ValueError(f"token {bad[0]} is not below the vocabulary's {self.vocab}")
         return tokens

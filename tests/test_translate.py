@@ -1,0 +1,112 @@
+"""The task translate: what a model is given and asked, from files as they are, and a sentence translated."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from xformers_lab import spec
+from xformers_lab.cli import main
+from xformers_lab.errors import UsageError
+from xformers_lab.tasks import SPLITS, Setting
+from xformers_lab.tasks.translate import BEGIN, BLANK, END
+
+
+def build(text: str, length: int = 40, batch: int = 4):
+    return spec.build("task", f"translate:{text}", Setting(length, batch))
+
+
+def write(folder, pairs: dict[str, list[tuple[str, str]]]):
+    for split, sentences in pairs.items():
+        for language, side in (("de", 0), ("en", 1)):
+            text = "".join(f"{pair[side]}\n" for pair in sentences)
+            (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+PAIRS = {
+    "train": [(f"Hund {n}", f"dog {n}") for n in range(50)] + [("Über", "over"), ("x" * 30, "y"), ("y", "x" * 30)],
+    "val": [(f"Katze {n}", f"cat {n}") for n in range(9)],
+    "test_2016": [(f"Haus {n}", f"house {n}") for n in range(8)] + [("Hund 7", "dog 7")],
+    "test_2017": [("Baum", "tree")],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("pairs"), PAIRS)
+
+
+def test_a_sequence_is_source_and_translation(folder):
+    task, found = build(f"path={folder}"), {}
+    for split in SPLITS:
+        for step in range(20):
+            batch = task.batch(split, step)
+            for inputs, targets, weights in zip(batch.inputs, batch.targets, batch.weights, strict=True):
+                assert inputs[20] == BEGIN
+                source, asked = inputs[:20], targets[weights > 0]
+                assert asked[-1] == END and (weights[:20] == 0).all() and (inputs[21:][weights[21:] == 0] <= END).all()
+                assert (inputs[1:] == targets[:-1]).all()
+                found.setdefault(split, set()).add((task.decode(source.tolist()), task.decode(asked.tolist())))
+                # What is asked is a run that begins at BEGIN.
+                assert np.nonzero(weights)[0].tolist() == list(range(20, 20 + len(asked)))
+    fitting = lambda pairs: {pair for pair in pairs if max(map(len, pair)) < 20}
+    assert found["train"] == fitting(PAIRS["train"]) - {("Hund 7", "dog 7")}
+    assert found["validation"] == set(PAIRS["val"])
+    assert found["test"] == set(PAIRS["test_2016"] + PAIRS["test_2017"])
+
+
+def test_it_says_what_was_left_out(folder):
+    said = build(f"path={folder}").describe()
+    assert (said["train_pairs"], said["validation_pairs"], said["test_pairs"]) == (50, 9, 10)
+    assert (said["too_long"], said["copies_dropped"], said["languages"]) == (2, 1, "de-en")
+    turned = build(f"path={folder}:source=en:target=de")
+    source = turned.batch("test", 0).inputs[0, :20]
+    assert turned.decode(source.tolist()).split()[0] in ("house", "dog", "tree")
+
+
+def test_columns_of_a_table(tmp_path):
+    rows = [{"de": f"Hund {n}", "en": f"dog {n}"} for n in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = build(f"path={tmp_path / 'pairs.jsonl'}").describe()
+    assert sum(said[f"{split}_pairs"] for split in SPLITS) == 100 and said["test_pairs"] > 0
+    with pytest.raises(UsageError, match="source=fr: no such column"):
+        build(f"path={tmp_path / 'pairs.jsonl'}:source=fr")
+
+
+def test_what_cannot_be_read_is_one_message(tmp_path):
+    (tmp_path / "train.de").write_text("eins\nzwei\n")
+    with pytest.raises(UsageError, match="no pair of files"):
+        build(f"path={tmp_path}")
+    (tmp_path / "train.en").write_text("one\n")
+    with pytest.raises(UsageError, match=r"2 lines and .* 1: they must be pairs"):
+        build(f"path={tmp_path}")
+    (tmp_path / "train.en").write_text("one\ntwo\n")
+    with pytest.raises(UsageError, match="use a larger seq_len"):
+        build(f"path={tmp_path}", length=6)
+
+
+def test_a_sentence_is_translated_from_the_command_line(folder, tmp_path, capsys):
+    """The model learns ten translations by heart, and its answer ends by itself."""
+    known, held = ([(f"{de} {n}", f"{en} {n}") for n in range(10)] for de, en in (("Hund", "dog"), ("Katze", "cat")))
+    write(tmp_path, {"train": known, "val": held[:5], "test": held[5:]})
+    words = [f"task=translate:path={tmp_path}", f"runs={tmp_path / 'runs'}", "seq_len=20", "dim=32", "layers=1"]
+    words += ["heads=2", "batch=10", "steps=200", "warmup=0.1", "lr=0.01", "eval_batches=1", "attention=full"]
+    assert main(["train", *words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert main(["generate", record["run_dir"], "--prompt", "Hund 4", "--new", "9"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["Hund 4", "dog 4"]
+    assert main(["generate", record["run_dir"], "--prompt", "Hund 4 Hund 5", "--new", "9"]) == 2
+    assert "a sentence of 13 bytes, but the model reads 10" in capsys.readouterr().err
+
+
+def test_multi30k(shared):
+    path = shared / "data" / "multi30k"
+    if not path.is_dir():
+        pytest.skip("no multi30k here")
+    task = build(f"path={path}", length=200, batch=8)
+    said = task.describe()
+    assert said["train_pairs"] > 20_000 and said["validation_pairs"] > 800 and said["test_pairs"] > 1600
+    tokens = task.batch("train", 0).inputs
+    assert (tokens[:, 100] == BEGIN).all() and (tokens[:, 99] == BLANK).any()
