@@ -131,7 +131,6 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "conditional", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "early_exit", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "mixture_of_depths", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
-    ({"depth": "reversible", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_reason(choice, message):
     with pytest.raises(UsageError, match=message):

@@ -37,6 +37,8 @@ def nearest(word: str, known: Iterable[str], what: str = "choose from") -> str:
     lowered = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     if not close and word:
-        close = [name for name in lowered if name.startswith(word.lower()[:3])][:1]
+        # difflib counts runs alone: letters in another order may leave none.
+        alike = lambda name: sorted(name) == sorted(word.lower()) or name.startswith(word.lower()[:3])
+        close = [name for name in lowered if alike(name)][:1]
     hint = f'did you mean "{lowered[close[0]]}"? ' if close else ""
     return f"{hint}({what}: {', '.join(known)})" if known else hint

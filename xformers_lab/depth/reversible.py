@@ -32,8 +32,6 @@ class Reversible(Fixed):
         backward: recompute: activations from outputs; store: the same gradient by keeping them
     """
 
-    own_layers = False  # the backward runs every layer once more
-
     def __init__(
         self,
         size: Size,
@@ -155,7 +153,8 @@ def recomputed(blocks: list, streams, context: Context, *, key):
 
         def branch(name, place, params, of_position, rest, x, keys):
             """One sub-layer of an input, for what learns; names and shapes of aux are found on the way."""
-            block = nnx.merge(graphs[place], params, rest)
+            # Copies, for what a layer writes to belongs to the trace that differentiates it; the forward kept it.
+            block = nnx.merge(graphs[place], params, jax.tree.map(lambda leaf: leaf, rest))
             return getattr(block, name)(x, built(of_position, given), keys)
 
         def pulled(name, place, params, rest, x, keys, grad, to_position):
