@@ -72,13 +72,19 @@ def machine() -> dict:
     return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
-def save(name: str, rows: list[dict], rounds: int) -> None:
-    """Print a table and keep it with the machine's description in results/<name>.<cpu>.json."""
+def keep(name: str, rows: list[dict], rounds: int) -> pathlib.Path:
+    """Write rows with the machine's description to results/<name>.<cpu>.json; -> the file."""
     host = machine()
     label = "-".join("".join(c if c.isalnum() else " " for c in host["cpu"].lower()).split())
     path = HERE / "results" / f"{name}.{label}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": host, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def save(name: str, rows: list[dict], rounds: int) -> None:
+    """`keep`, and print a table."""
+    path = keep(name, rows, rounds)
     keys = list(rows[0])
     widths = [max(len(key), *(len(str(row[key])) for row in rows)) for key in keys]
     for line in [dict(zip(keys, keys, strict=True)), *rows]:

@@ -38,7 +38,8 @@ def layer(choice="full", T=4096, D=512, N=8, B=1, grad=False):
     x, cotangent = (jax.random.normal(key, (B, T, D)) for key in jax.random.split(jax.random.key(0)))
     # What is drawn in training is drawn here too.
     key = jax.random.key(1) if grad else None
-    forward = lambda own, x: nnx.merge(graph, own, rest)(x, key=key)[0]
+    # A copy of what is not trained: a mechanism may write to it, and the two passes below are two traces.
+    forward = lambda own, x: nnx.merge(graph, own, jax.tree.map(lambda leaf: leaf, rest))(x, key=key)[0]
     both = lambda own, x: jax.vjp(forward, own, x)[1](cotangent)
     run = jax.jit(both if grad else forward)
     return lambda: jax.block_until_ready(run(own, x))

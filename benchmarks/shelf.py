@@ -9,7 +9,7 @@ interleaved rounds, one process each; compilation and warm-up apart. Results go 
 import argparse
 import sys
 
-from _duel import Side, duel, save
+from _duel import Side, duel, keep, save
 from attention import row
 
 LONGFORMER, BIGBIRD = "local:window=128", "bigbird:block=64"
@@ -62,7 +62,7 @@ def main() -> None:
     chosen = parser.parse_args()
     lab, torch = Side("_lab_side"), Side("_torch_shelf", chosen.torch_python)
     wanted = {name: duel for name, duel in DUELS.items() if chosen.only.lower() in name.lower()}
-    rows = []
+    rows, name_of_file = [], "shelf" + (f"-{chosen.only}" if chosen.only else "")
     # Case by case, so that a machine's memory holds two at a time; the rounds of a case are interleaved.
     for name, (peer, theirs, kind, ours, *targets) in wanted.items():
         for grad, target in zip((False, True), targets, strict=True):
@@ -77,6 +77,7 @@ def main() -> None:
                 | {"peer": peer, "choice": ours.get("choice", peer)}
             )
             print(rows[-1], file=sys.stderr, flush=True)
+            keep(name_of_file, rows, chosen.rounds)  # what is measured is kept, whatever happens to the next case
     for choice, T, least in SPEED_UPS if chosen.only in ("", "speed-up") else ():
         cases = {
             name: (lab, "attention", {"choice": of, "T": T, "causal": True})
@@ -88,7 +89,8 @@ def main() -> None:
             | {"peer": "our full", "choice": choice}
         )
         print(rows[-1], file=sys.stderr, flush=True)
-    save("shelf" + (f"-{chosen.only}" if chosen.only else ""), rows, chosen.rounds)
+        keep(name_of_file, rows, chosen.rounds)
+    save(name_of_file, rows, chosen.rounds)
     lab.close()
     torch.close()
 
