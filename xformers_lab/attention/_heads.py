@@ -20,16 +20,14 @@ def over_heads(one, q, k, v, carry, of_sample, of_head):
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 
-def _grouped(q, carry, of_head, K):
-    """Query heads as (K groups, N / K heads)."""
-    B, T, N, H = q.shape
-    split = lambda tree, axis: jax.tree.map(lambda x: x.reshape(*x.shape[:axis], K, N // K, *x.shape[axis + 1 :]), tree)
-    return q.reshape(B, T, K, N // K, H), split(carry, 1), split(of_head, 0)
+def _grouped(tree, axis: int, K: int):
+    """Query heads, an axis of every leaf, as (K groups, N / K heads)."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], K, -1, *x.shape[axis + 1 :]), tree)
 
 
 def _batch(one, q, k, v, carry, of_sample, of_head):
     B, _, N, _ = q.shape
-    q, carry, of_head = _grouped(q, carry, of_head, k.shape[2])
+    q, carry, of_head = (_grouped(x, axis, k.shape[2]) for x, axis in ((q, 2), (carry, 1), (of_head, 0)))
     heads = jax.vmap(one, in_axes=(1, None, None, 0, None, 0))
     groups = jax.vmap(heads, in_axes=(1, 1, 1, 0, None, 0))
     out = jax.vmap(groups, in_axes=(0, 0, 0, 0, 0, None))(q, k, v, carry, of_sample, of_head)
@@ -40,9 +38,10 @@ def _batch(one, q, k, v, carry, of_sample, of_head):
 def _loop(one, q, k, v, carry, of_sample, of_head):
     B, _, N, _ = q.shape
     K = k.shape[2]
-    q, carry, of_head = _grouped(q, carry, of_head, K)
+    carry, of_head = _grouped(carry, 1, K), _grouped(of_head, 0, K)
     flat = lambda x: x.reshape(B * K, *x.shape[2:])
-    q = flat(q.transpose(0, 2, 3, 1, 4))  # (B K, N/K, T, H)
+    # Heads of a group are neighbours; a group's axis of its own before the transposition would cost one more copy.
+    q = q.swapaxes(1, 2).reshape(B * K, N // K, *q.shape[1::2])  # (B K, N/K, T, H)
     k, v = (flat(x.swapaxes(1, 2)) for x in (k, v))  # (B K, S, H)
     carry = jax.tree.map(flat, carry)
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -143,9 +144,14 @@ class Patterned(Attention):
         return out.reshape(q.shape)
 
 
-def near_block(width: int) -> int:
-    """Blocks of half a band's width on one side, 16 to 128: finer ones waste less of it, coarser ones loop less."""
-    return min(128, max(16, -(-width // 16) * 8))
+def near_block(width: int, causal: bool) -> int:
+    """Blocks for a band that is `width` wide on each side, causal: on one; 16 to 128.
+
+    Of that width, or half of it where a row has one side alone: finer ones waste less of the band, coarser ones loop
+    less.
+    """
+    share = width / 2 if causal else width
+    return min(128, max(16, 8 * math.ceil(share / 8)))
 
 
 def run_block(size: int) -> int:

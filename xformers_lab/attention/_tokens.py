@@ -36,7 +36,7 @@ class GlobalTokens(Patterned):
             self.among_global, self.to_global = nnx.Dict(pair()), nnx.Dict(pair())
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        block = near_block(self.reach)
+        block = near_block(self.reach, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def mix(

@@ -29,7 +29,7 @@ class Dilated(Patterned):
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """As for a band, within the positions of one residue."""
-        block = min(near_block(self.window), max(8, -(-S // (8 * self.dilation)) * 8))
+        block = min(near_block(self.window, causal), max(8, -(-S // (8 * self.dilation)) * 8))
         return block, block
 
     @staticmethod

@@ -33,7 +33,7 @@ class Local(Patterned):
         self.window, self.tokens, self.kept = window, tokens, tokens
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        block = near_block(self.window)
+        block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def fused(self, causal: bool):

@@ -34,8 +34,7 @@ class Multiscale(Patterned):
         self.windows = tuple(scales[index] for index in share)
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        """Blocks of half the widest window, between 16 and 128."""
-        block = near_block(max(self.windows))
+        block = near_block(max(self.windows), causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     @staticmethod

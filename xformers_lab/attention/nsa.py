@@ -97,7 +97,7 @@ class Nsa(Projected):
         return {"gates": gates.reshape(*x.shape[:2], self.size.heads, 3)}
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        block = near_block(self.window)
+        block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def mix(

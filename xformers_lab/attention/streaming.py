@@ -60,7 +60,7 @@ class Streaming(Patterned):
         self.logit = nnx.Param(jnp.zeros(size.heads)) if logit == "learned" else None
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
-        block = near_block(self.window)
+        block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def mix(

@@ -217,8 +217,9 @@ def _refused(cell: Cell, reports: dict[str, str | None], progress) -> str | None
         except Exception as error:
             reports[choice] = f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
         else:
-            failed = ", ".join(failure["property"] for failure in report["failed"])
-            reports[choice] = None if report["passed"] else f"fails its check: {failed}; see xlab check {choice}"
+            failed = [failure["property"] for failure in report["failed"]]
+            names = ", ".join(failed[:3]) + (f" and {len(failed) - 3} more" if len(failed) > 3 else "")
+            reports[choice] = f"fails its check: {names}; see xlab check {choice}" if failed else None
     return reports[choice]
 
 

@@ -26,8 +26,9 @@ from xformers_lab.attention._engine.order import PAD
 MASKED = -1e30
 # The running maximum never falls below this, so a row that sees no key gets weights exp(MASKED - EMPTY) = 0.
 EMPTY = MASKED / 2
-# Scores computed at once, where rows are batched: what the caches of a CPU hold, or what fills an accelerator.
-CPU_SCORES = 1 << 20
+# Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
+# fills an accelerator. The backward holds more than one array of them.
+CPU_SCORES = 1 << 21
 ACCELERATOR_SCORES = 1 << 24
 
 
@@ -290,7 +291,7 @@ def _batched_rows(view: "_View", group: Group):
         m = jnp.maximum(_joined(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]), EMPTY)
         weights = [jnp.exp(s - m) for s in scores]
         l = jnp.maximum(_joined(jnp.add, [p.sum(-1, keepdims=True) for p in weights]), 1e-30)
-        o = _joined(jnp.add, [piece.weighed(p, piece.values) for piece, p in zip(pieces, weights, strict=True)])
+        o = _joined(jnp.add, [piece.weighed(p, view.v) for piece, p in zip(pieces, weights, strict=True)])
         return carry, (o / l, (m + jnp.log(l))[..., 0])
 
     return _scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
@@ -311,7 +312,7 @@ def _batched_rows_backward(view: "_View", group: Group, incoming, totals: _Total
             ds = p * (piece.dots(g, piece.values) - delta[..., None])
             db = jax.tree.map(jnp.add, db, view.pull_bias(piece.positions, ds))
             dk, dv = piece.added(dk, q[0], ds), piece.added(dv, g[0], p)
-            dq.append(piece.weighed(ds, piece.keys))
+            dq.append(piece.weighed(ds, view.k))
         return (dk, dv, db), _joined(jnp.add, dq)
 
     carry = (*totals.start_blocked(), totals.bias)
@@ -360,8 +361,8 @@ class _Piece:
         """Queries, (R, block, H) and (R, H, block), times keys -> (R, block, n)."""
         raise NotImplementedError
 
-    def weighed(self, p, keys):
-        """(R, block, n) times keys -> (R, block, H)."""
+    def weighed(self, p, x):
+        """(R, block, n) times the piece's rows of x (S, H), keys or values -> (R, block, H)."""
         raise NotImplementedError
 
     def added(self, into, x, p):
@@ -385,14 +386,19 @@ class _Own(_Piece):
         super().__init__(view, (queries, keys[:, None]), mask, group.whole)
 
     def taken(self, blocks):
+        return self._joined(blocks, 2)
+
+    def _joined(self, blocks, axis: int):
         found = [lax.dynamic_slice_in_dim(blocks, self.first + offset, len(self.rows)) for offset in self.offsets]
-        return jnp.concatenate([*found, *(blocks[self.others[:, place]] for place in range(self.others.shape[1]))], 2)
+        others = [blocks[self.others[:, place]] for place in range(self.others.shape[1])]
+        return jnp.concatenate([*found, *others], axis)
 
     def dots(self, x, keys):
         return jnp.einsum("rhq,rhk->rqk", x[1], keys, preferred_element_type=jnp.float32)
 
-    def weighed(self, p, keys):
-        return jnp.einsum("rqk,rhk->rqh", p.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    def weighed(self, p, x):
+        rows = self._joined(self.view.blocked(x), 1)
+        return jnp.einsum("rqk,rkh->rqh", p.astype(x.dtype), rows, preferred_element_type=jnp.float32)
 
     def added(self, into, x, p):
         R, H, block, O = len(self.rows), into.shape[1], into.shape[2], len(self.offsets)
@@ -425,8 +431,9 @@ class _Shared(_Piece):
     def dots(self, x, keys):
         return self._product(x[0], keys)
 
-    def weighed(self, p, keys):
-        return self._product(p.astype(keys.dtype), keys.T)
+    def weighed(self, p, x):
+        rows = self.view.blocked(x)[self.columns].reshape(-1, x.shape[1])
+        return self._product(p.astype(x.dtype), rows)
 
     def _product(self, x, keys):
         flat = jnp.dot(x.reshape(-1, x.shape[2]), keys, preferred_element_type=jnp.float32)
