@@ -22,7 +22,8 @@ def over_heads(one, q, k, v, carry, of_sample, of_head):
 
 def _grouped(tree, axis: int, K: int):
     """Query heads, an axis of every leaf, as (K groups, N / K heads)."""
-    return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], K, -1, *x.shape[axis + 1 :]), tree)
+    split = lambda x: x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
+    return jax.tree.map(split, tree)
 
 
 def _batch(one, q, k, v, carry, of_sample, of_head):

@@ -5,9 +5,11 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine.block_sparse import MASKED, scores, softmax
-from xformers_lab.attention._engine.gathered import ROWS, batched, count, grouped, in_blocks, order_by, scores_at_once
+from xformers_lab.attention._engine.gathered import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.size import Size
 
+# Rows compared with all centroids at once.
+ROWS = 4096
 # The code of a key that is not there: further from every query's than any window.
 NOWHERE = 1 << 29
 
@@ -31,7 +33,7 @@ class Routing(Attention):
     local in the paper), the average is of means and not of sums, and a cluster without members stays where it is.
 
     Options:
-        clusters: how many; none: about the root of the length
+        clusters: how many; none: length / window, or about the root of the length where no window is given either
         window: keys of a cluster; none: length / clusters
         decay: how much of a centroid a training step keeps
     """
@@ -45,10 +47,12 @@ class Routing(Attention):
         decay: float = 0.999,
         rngs: nnx.Rngs,
     ):
-        clusters = max(1, round(size.length**0.5)) if clusters is None else clusters
-        window = -(-size.length // max(clusters, 1)) if window is None else window
-        if clusters < 1 or window < 1:
-            raise ValueError(f"clusters and window must be at least 1, got {clusters} and {window}")
+        for name, given in (("clusters", clusters), ("window", window)):
+            if given is not None and given < 1:
+                raise ValueError(f"{name} must be at least 1, got {given}")
+        if clusters is None:
+            clusters = round(size.length**0.5) if window is None else -(-size.length // window)
+        window = -(-size.length // clusters) if window is None else window
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay:g}")
         super().__init__(size, rngs=rngs)
@@ -85,7 +89,8 @@ class Routing(Attention):
                 return (totals[0] + member.T @ jnp.where(there[:, None], _unit(x), 0), totals[1] + member.sum(0)), None
 
             start = jnp.zeros_like(centroids), jnp.zeros(self.clusters)
-            (total, members), _ = lax.scan(add, start, (in_blocks(rows, ROWS), in_blocks(there, ROWS, False)))
+            at_once = min(ROWS, len(rows))
+            (total, members), _ = lax.scan(add, start, (in_blocks(rows, at_once), in_blocks(there, at_once, False)))
             mean = total / jnp.maximum(members, 1)[:, None]
             return jnp.where(members[:, None] > 0, self.decay * centroids + (1 - self.decay) * mean, centroids)
 
@@ -167,7 +172,7 @@ class Routing(Attention):
         """For a pass without causality, whose blocks are the clusters; without what moves the centroids in training."""
         H, c, W, C = self.size.head, self.clusters, min(self.window, S), self._size(S)
         n = count(T, c, C)
-        memory = max(n * W * H, n * C * H, scores_at_once(n, C, W), ROWS * c)
+        memory = max(n * W * H, n * C * H, scores_at_once(n, C, W), min(ROWS, T + S) * c)
         return Cost(flops=2 * (T + S) * c * H + 4 * n * C * W * H, memory=memory, state=S * (2 * H + 1) + 1)
 
     @staticmethod

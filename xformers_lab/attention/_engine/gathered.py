@@ -12,11 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.block_sparse import EMPTY
+from xformers_lab.attention._engine.block_sparse import ACCELERATOR_SCORES, CPU_SCORES, EMPTY
 
-# Scores computed at once: what the caches of a CPU core hold, or what fills an accelerator.
-CPU_SCORES = 1 << 17
-ACCELERATOR_SCORES = 1 << 24
 # Queries whose choice is made at once.
 ROWS = 512
 
