@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,9 @@ class Powernorm(nnx.Module):
 
     def __init__(self, size: Size, *, decay: float = 0.9, warmup: int = 100, rngs: nnx.Rngs):
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}")
+            raise ValueError(
+                f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}"
+            )
         if warmup < 0:
             raise ValueError(f"warmup is a number of training passes, at least 0, got {warmup}")
         self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
@@ -72,7 +75,7 @@ def mean(values, real):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def divided(decay: float, x, real, psi, warming, nu):
+def divided(decay: float, x, real, psi, warming, nu) -> tuple[Any, Any]:
     """z = x / psi in float32, and nu, see `Backward`."""
     return x.astype(jnp.float32) / psi, nu
 
