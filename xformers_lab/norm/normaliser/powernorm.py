@@ -1,4 +1,3 @@
-import functools
 from typing import Any
 
 import jax
@@ -62,7 +61,7 @@ class Powernorm(nnx.Module):
         found = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), real)
         warming = passes < self.warmup
         psi = jnp.sqrt(jnp.where(warming, found, square) + EPSILON)
-        z, self.nu[...] = divided(self.decay, x, real, psi, warming, self.nu[...])
+        z, self.nu[...] = divided(x, real, psi, warming, self.nu[...], self.decay)
         rate = jnp.maximum(1 - self.decay, 1 / (passes + 1))
         self.square[...] = square + jnp.where(real.any(), rate, 0) * (found - square)
         self.passes[...] = passes + 1
@@ -74,24 +73,24 @@ def mean(values, real):
     return jnp.where(real[..., None], values, 0).sum(range(real.ndim)) / jnp.maximum(real.sum(), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def divided(decay: float, x, real, psi, warming, nu) -> tuple[Any, Any]:
+@jax.custom_vjp
+def divided(x, real, psi, warming, nu, decay) -> tuple[Any, Any]:
     """z = x / psi in float32, and nu, see `Backward`."""
     return x.astype(jnp.float32) / psi, nu
 
 
-def _forward(decay: float, x, real, psi, warming, nu):
-    return divided(decay, x, real, psi, warming, nu), (x, real, psi, warming, nu)
+def _forward(*given):
+    return divided(*given), given
 
 
-def _backward(decay: float, kept, grads):
-    x, real, psi, warming, nu = kept
+def _backward(given, grads):
+    x, real, psi, warming, nu, decay = given
     dz, newest = grads
     z = x.astype(jnp.float32) / psi
     along = mean(dz * z, real)
     share = jnp.where(real[..., None], jnp.where(warming, along, nu) * z, 0)
     newest = newest + (1 - decay) * (along - newest * mean(jnp.square(z), real))
-    return ((dz - share) / psi).astype(x.dtype), None, None, None, newest
+    return ((dz - share) / psi).astype(x.dtype), None, None, None, newest, None
 
 
 divided.defvjp(_forward, _backward)
