@@ -9,6 +9,7 @@ from flax import nnx
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth._stack import add_aux
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -47,13 +48,13 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        aux = {}
+        aux, rows = {}, Rows(context.real, key is not None)
         if self.attention is not None:
             y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
-            x = self.attention_norm.after(x, y)
+            x = self.attention_norm.after(x, y, rows)
         if self.ffn is not None:
             y, more = self.feed(x, context, keys=keys[2:])
-            x = self.ffn_norm.after(x, y)
+            x = self.ffn_norm.after(x, y, rows)
             aux = add_aux(aux, more)
         return x, carries, aux if self.share == 1 else {"computation": jnp.full((), self.share)} | aux
 
@@ -72,7 +73,7 @@ class Block(nnx.Module):
 
     def attend(self, x, carries, context, *, keys=(None, None)):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux."""
-        source, real = self._source(x, context.real)
+        source, real = self._source(x, context.real, keys[0] is not None)
         y, carry, aux = self.attention(
             source if self.memory is None else source[:, -x.shape[1] :],
             None if self.memory is None else source,
@@ -88,17 +89,18 @@ class Block(nnx.Module):
 
     def feed(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
-        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[0], **self._tokens(context))
+        x = self.ffn_norm.before(x, Rows(context.real, keys[0] is not None))
+        y, aux = self.ffn(x, real=context.real, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
 
-    def _source(self, x, real):
+    def _source(self, x, real, train: bool):
         """What keys and values come from, the segment last, and which of it is real."""
         if self.memory is None:
-            return self.attention_norm.before(x), real
+            return self.attention_norm.before(x, Rows(real, train)), real
         old, known = self.memory.read(len(x))
         self.memory.write(x, real)
         real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1)), real
+        return self.attention_norm.before(jnp.concatenate([old, x], 1), Rows(real, train)), real
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
@@ -115,22 +117,22 @@ class Block(nnx.Module):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
         if self.attention is not None:
             y, cache, carries = self.step_attend(x, cache, carries, context, at)
-            x = self.attention_norm.after(x, y)
+            x = self.attention_norm.after(x, y, Rows())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x, context))
+            x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
         return x, cache, carries
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y, cache, carry = self.attention.decode(
-            self.attention_norm.before(x), cache, at=at, position=context.position, carry=carries.get(self.name)
+            self.attention_norm.before(x, Rows()), cache, at=at, position=context.position, carry=carries.get(self.name)
         )
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
     def step_feed(self, x, context):
         """`feed` for one token (B, D)."""
         tokens = {name: given[:, None] for name, given in self._tokens(context).items()}
-        return self.ffn(self.ffn_norm.before(x)[:, None], **tokens)[0][:, 0]
+        return self.ffn(self.ffn_norm.before(x, Rows())[:, None], **tokens)[0][:, 0]
 
     def _tokens(self, context) -> dict:
         """The tokens, where the feed-forward layer takes them."""
