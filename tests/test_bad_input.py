@@ -108,6 +108,8 @@ IMPOSSIBLE = {
     "dropout of everything": (["dropout=1"], "below 1"),
     "unknown dtype": (["dtype=float16"], "float32"),
     "unknown normaliser": (["norm=pre:normaliser=rmsnom"], 'did you mean "rmsnorm"'),
+    "option of a choice within a choice": (["norm=pre:normaliser=(powernorm:deca=0.5)"], 'did you mean "decay"'),
+    "open bracket": (["norm=pre:normaliser=(powernorm:decay=0.5"], "brackets"),
     "no hidden channel": (["ffn=mlp:ratio=0"], "no hidden channel"),
     "option twice": (["attention=local:window=4:window=5"], "given twice"),
     "option without value": (["attention=local:window"], "option=value"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.config import Config, edit, identity, sweep
+from xformers_lab.errors import UsageError
 from xformers_lab.size import Size
 
 
@@ -85,6 +86,15 @@ def test_identity_follows_the_source_of_an_outsider(tmp_path):
     before = identity(config)
     mine.write_text(mine.read_text() + "\n# changed\n")
     assert identity(config) != before
+
+
+def test_a_choice_within_a_choice_stands_in_brackets():
+    text = "pre:normaliser=(powernorm:decay=0.5:warmup=2)"
+    assert str(spec.parse(text)) == text
+    norm = spec.build("norm", text, length=4, dim=8, heads=1).norm
+    assert (norm.decay, norm.warmup) == (0.5, 2)
+    with pytest.raises(UsageError, match="brackets"):
+        spec.parse("pre:normaliser=(powernorm")
 
 
 def test_every_choice_of_every_shelf_builds_from_its_name():

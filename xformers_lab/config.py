@@ -132,7 +132,7 @@ def canonical(key: str, value, where: str = ""):
     _, field, _ = LEAVES[key]
     if not field.metadata["shelf"] or (key == "model" and value == "auto"):
         return value
-    parts = value.split("+") if field.metadata["cycle"] else [value]
+    parts = spec.split(value, "+") if field.metadata["cycle"] else [value]
     return "+".join(str(spec.resolve(field.metadata["shelf"], part, where)) for part in parts)
 
 
@@ -159,7 +159,7 @@ def identity(config: Config) -> str:
             continue
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["shelf"] and value != "auto":
-            sources = [spec.digest(field.metadata["shelf"], part) for part in str(value).split("+")]
+            sources = [spec.digest(field.metadata["shelf"], part) for part in spec.split(str(value), "+")]
             if any(sources):
                 leaves[f"{key} source"] = sources
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
@@ -316,7 +316,7 @@ def _leaf(key: str, where: str) -> str:
 def _spread(key: str, text: str, where: str) -> list[str]:
     """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
     values = []
-    for part in re.split(r",(?![^(]*\))", text):  # not within brackets, as patterns of attention have them
+    for part in spec.split(text, ","):
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
         whole = int in (kind := LEAVES[key][2], *typing.get_args(kind))
         if match is None or not whole:

@@ -72,10 +72,27 @@ def folder(shelf: str) -> pathlib.Path:
     return _PACKAGE / SHELVES[shelf]
 
 
+def split(text: str, separator: str) -> list[str]:
+    """The parts between separators that stand in no brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def parse(text: str, where: str = "") -> Choice:
-    """Split `name:option=value:...`; raises UsageError where it cannot be read."""
-    where = where or text
-    name, *rest = str(text).strip().split(":")
+    """Split `name:option=value:...`; raises UsageError where it cannot be read.
+
+    A value that is a choice itself stands in brackets where it has options: `pre:normaliser=(powernorm:decay=0.95)`.
+    """
+    where, text = where or text, str(text).strip()
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1]
+    name, *rest = split(text, ":")
     if not name:
         raise UsageError(f'{where}: a choice starts with a name, got "{text}"')
     options: dict[str, object] = {}
@@ -85,6 +102,8 @@ def parse(text: str, where: str = "") -> Choice:
             raise UsageError(f'{where}: "{part}" is not option=value (write {name}:option=value:option=value)')
         if key in options:
             raise UsageError(f'{where}: option "{key}" is given twice')
+        if value.startswith("(") and value.count("(") != value.count(")"):
+            raise UsageError(f'{where}: the brackets of "{value}" are not closed')
         options[key] = value
     return Choice(name, options)
 

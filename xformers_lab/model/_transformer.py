@@ -23,7 +23,7 @@ class Transformer(Model):
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         choice = config.model
-        mechanisms = choice.attention.split("+")
+        mechanisms = spec.split(choice.attention, "+")
         self.size, self.dropout, self.target = size, choice.dropout, task.target
         self.embedding = self.input_layer(size, task, rngs)
         # Each block builds a memory of its own; here it only says how far back positions reach.

@@ -50,7 +50,7 @@ class EncoderDecoder(Transformer):
         super().__init__(dataclasses.replace(size, length=size.length - source), config=config, task=task, rngs=rngs)
         read = dataclasses.replace(size, length=source)
         self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
-        mechanisms = config.model.attention.split("+")
+        mechanisms = spec.split(config.model.attention, "+")
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             own = dataclasses.replace(read, length=source if length is None else length)

@@ -20,7 +20,7 @@ def figures(found: Sequence[dict]) -> list[dict]:
         config = _config(row)
         if config is None or not _of_tokens(config):
             continue
-        for name in config.model.attention.split("+"):
+        for name in spec.split(config.model.attention, "+"):
             key = name, _causal(config)
             if key not in lengths or config.seq_len < lengths[key].seq_len:
                 lengths[key] = config
