@@ -15,11 +15,14 @@ class Sourced(Model):
     blank: int | None = None
 
     def real_source(self, tokens, real=None):
-        """Which tokens of sources (B, S) are looked at, bool; None where all are."""
+        """Which tokens of sources (B, S) are looked at, of those that are real; None where all are."""
         if self.blank is None:
             return real
-        filled = tokens != self.blank
-        return filled if real is None else filled & real
+        return self.filled(tokens) if real is None else self.filled(tokens) & real
+
+    def filled(self, tokens):
+        """Which tokens are not blank."""
+        return jnp.ones(tokens.shape, bool) if self.blank is None else tokens != self.blank
 
     def unread(self, B: int) -> dict:
         """The part of an empty cache that is about the source."""
@@ -28,10 +31,9 @@ class Sourced(Model):
 
     def take(self, cache, tokens):
         """The cache with one more token (B,) of every source."""
-        at, real = cache["at"], self.real_source(tokens)
-        read = {"read": cache["read"].at[0, :, at].set(tokens)}
-        return cache | read if real is None else cache | read | {"real": cache["real"].at[0, :, at].set(real)}
+        put = lambda name, new: {name: cache[name].at[0, :, cache["at"]].set(new)}
+        return cache | put("read", tokens) | put("real", self.filled(tokens))
 
     def read(self, cache, sources, real):
-        given = {"read": sources[None], "real": self.real_source(sources, real)[None]}
-        return cache | given | {"at": jnp.full((), self.source)}
+        real = self.filled(sources) & real
+        return cache | {"at": jnp.full((), self.source), "read": sources[None], "real": real[None]}
