@@ -183,8 +183,3 @@ def test_refused(changes, says, capsys, tmp_path):
     task = [] if "task" in changes else ["task=copy"]
     assert main(["train", f"runs={tmp_path}", *task, *words]) == 2
     assert says in capsys.readouterr().err
-
-
-def test_too_short_a_length_is_refused():
-    with pytest.raises(UsageError, match="source"):
-        generate(model_of()[0], [[1, 2]], new=2, length=13)
