@@ -94,14 +94,19 @@ class EncoderDecoder(Sourced, Transformer):
 
     def step(self, cache, tokens):
         """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""
-        at = cache["at"]
+        at, (graph, variables) = cache["at"], nnx.split(self)
 
         def reads(cache):
             return jnp.zeros((len(tokens), self.outputs)), self.take(cache, tokens)
 
         def writes(cache):
             real = cache["real"][0]
-            encode = lambda: self.encode(cache["read"][0], real=real)[0][None].astype(self.size.dtype)
+
+            def encode():
+                # Of copies, for layers may write to their variables, which is not kept here.
+                own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+                return own.encode(cache["read"][0], real=real)[0][None].astype(self.size.dtype)
+
             states = lax.cond(at == self.source, encode, lambda: cache["states"])
             step = super(EncoderDecoder, self).step
             logits, target = step(cache["target"], tokens, source=states[0], source_real=real)
