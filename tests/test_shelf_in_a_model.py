@@ -99,6 +99,6 @@ def test_alternates_with_another(name):
     assert logits.shape[:2] == (4, 24)
 
 
-def test_nothing_of_a_head_is_shared_out_too():
-    """Arrays without a number, as one bucket needs no rotation, go to heads and their groups as others do."""
+def test_what_a_head_owns_may_be_empty():
+    """One bucket needs no rotation: arrays of size 0 go to heads and their groups as others do."""
     check_config(edit(Config(), task="copy", attention="reformer:buckets=1", seq_len=13, dim=8, heads=2, layers=1))
