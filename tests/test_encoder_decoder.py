@@ -12,7 +12,7 @@ from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
-from xformers_lab.generate import beam_search, generate
+from xformers_lab.generate import apart, beam_search, generate
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
 from xformers_lab.train import feed, optimizer
@@ -135,6 +135,16 @@ def test_sources_of_different_lengths_share_a_batch(changes):
     whole = compiled(model)(jnp.asarray([[0, 5, 0, 4, *best]], jnp.int32))[0, 3:-1]
     assert best == together[1] == whole.argmax(-1).tolist()
     assert score == pytest.approx(np.asarray(jax.nn.log_softmax(whole)).max(-1).sum(), abs=1e-4)
+
+
+def test_a_prompt_alone_is_a_source_and_what_a_target_begins_with():
+    model, _ = model_of()
+    given = [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert apart(model, [[0, 3], given[:7], given], begin=(0,)) == (
+        [(0,), (0,), [0, 1]],
+        [[0, 3], given[:7], given[:7]],
+    )
+    assert apart(model_of("decoder")[0], [given]) == ([given], [])
 
 
 def test_sources_that_cannot_be_read():
