@@ -1,7 +1,9 @@
 """Every two choices of two shelves: they train and decode together, or are refused with the reason."""
 
+import functools
 import itertools
 import random
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +38,21 @@ def pairs() -> list[tuple[str, str]]:
     return [pair for one, other in two for pair in itertools.product(named[one], named[other])]
 
 
+@functools.cache
+def images() -> tempfile.TemporaryDirectory:
+    """Images of 8x12 pixels, noise, and which of three classes each is said to be; gone with the process."""
+    folder, rng = tempfile.TemporaryDirectory(), np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (64, 8, 12)).astype(np.uint8), np.arange(64) % 3
+    np.savez(f"{folder.name}/train.npz", x_train=pixels, y_train=labels)
+    return folder
+
+
 def config_of(pair: tuple[str, str]) -> Config:
     """The two choices at a small size, on a task that is made for them."""
     chosen = dict(choice.split("=", 1) for choice in pair)
+    if chosen.get("model") == "vit":
+        seen = {"task": f"pixels:path={images().name}", "seq_len": 96, "model": "vit:patch=2"}
+        return edit(Config(), **(SIZE | chosen | seen))
     sees_ahead = stated(spec.entry("attention", chosen.get("attention", "full")), "Not causal")
     task = "listops" if sees_ahead or chosen.get("model") == "encoder" else "copy"
     if chosen.get("memory", "none") != "none":

@@ -12,7 +12,7 @@ from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
-from xformers_lab.generate import beam_search, generate
+from xformers_lab.generate import apart, beam_search, generate
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
 from xformers_lab.rows import Rows
@@ -87,6 +87,7 @@ def test_padding_of_the_source_changes_nothing():
         {"attention": "local:window=3+linear", "position": "rope", "kv_heads": 1},
         {"model": "encoder_decoder:cross=linear", "norm": "post", "position": "alibi"},
         {"model": "encoder_decoder:cross=mla", "depth": "macaron"},
+        {"ffn": "hash", "layers": 1},  # writes to a variable
     ],
     ids=str,
 )
@@ -112,6 +113,55 @@ def test_generates_and_searches():
     whole = jnp.asarray([[*prompt, *best]], jnp.int32)
     logs = np.asarray(jax.nn.log_softmax(run(whole)))[0, 7:12]
     assert score == pytest.approx(sum(logs[np.arange(5), best]), abs=1e-3)
+
+
+SOURCES = [[0, 3, 1, 2], [0, 5], [0, 4, 4, 7, 1, 9, 2]]
+ENCODED = [
+    {},
+    {"model": "encoder_decoder:cross=linear", "attention": "local:window=3"},
+    {"model": "seq2seq:reads=both:look=additive"},
+]
+
+
+@pytest.mark.parametrize("changes", ENCODED, ids=str)
+def test_sources_of_different_lengths_share_a_batch(changes):
+    """Each is continued as alone; the shortest also as by a model that reads no more than this source."""
+    model, _ = model_of(**changes, layers=1)
+    together = generate(model, [[0], [0, 4], [0]], sources=SOURCES, new=4, length=13)
+    for source, prompt, tokens in zip(SOURCES, [[0], [0, 4], [0]], together, strict=True):
+        assert generate(model, [prompt], sources=[source], new=4, length=13) == [tokens]
+    assert generate(model, [[*SOURCES[2], 0]], new=4, length=13) == together[2:]
+    best, score = beam_search(model, [0, 4], source=[0, 5], new=4, length=13, beams=1, length_penalty=0)
+    model.source = 2
+    whole = compiled(model)(jnp.asarray([[0, 5, 0, 4, *best]], jnp.int32))[0, 3:-1]
+    assert best == together[1] == whole.argmax(-1).tolist()
+    assert score == pytest.approx(np.asarray(jax.nn.log_softmax(whole)).max(-1).sum(), abs=1e-4)
+
+
+def test_a_prompt_alone_is_a_source_and_what_a_target_begins_with():
+    model, _ = model_of()
+    given = [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert apart(model, [[0, 3], given[:7], given], begin=(0,)) == (
+        [(0,), (0,), [0, 1]],
+        [[0, 3], given[:7], given[:7]],
+    )
+    assert apart(model_of("decoder")[0], [given]) == ([given], [])
+
+
+def test_sources_that_cannot_be_read():
+    model, _ = model_of()
+    refused = [
+        ({"prompts": [[0, 1, 2]]}, "3 tokens, of which the encoder reads the first 7"),
+        ({"prompts": [[0]], "sources": [[]]}, "a source of 0 tokens: the encoder reads 1 to 7"),
+        ({"prompts": [[0]], "sources": [[0] * 8]}, "a source of 8 tokens"),
+        ({"prompts": [[0], [1]], "sources": [[0]]}, "2 prompts and 1 sources"),
+        ({"prompts": [[]], "sources": [[0]]}, "an empty prompt"),
+    ]
+    for given, reason in refused:
+        with pytest.raises(UsageError, match=reason):
+            generate(model, **given, new=2, length=13)
+    with pytest.raises(UsageError, match="put it in front of the prompt"):
+        generate(model_of("decoder")[0], [[0]], sources=[[1]], new=2, length=13)
 
 
 def test_learns_to_copy():
@@ -145,8 +195,3 @@ def test_refused(changes, says, capsys, tmp_path):
     task = [] if "task" in changes else ["task=copy"]
     assert main(["train", f"runs={tmp_path}", *task, *words]) == 2
     assert says in capsys.readouterr().err
-
-
-def test_too_short_a_length_is_refused():
-    with pytest.raises(UsageError, match="source"):
-        generate(model_of()[0], [[1, 2]], new=2, length=13)

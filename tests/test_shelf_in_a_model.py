@@ -11,7 +11,7 @@ from xformers_lab.attention import stated
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
-from xformers_lab.model import build_model, build_task
+from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.train import feed, optimizer
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
@@ -97,3 +97,8 @@ def test_alternates_with_another(name):
     graph, variables = nnx.split(model)
     logits, _ = jax.eval_shape(lambda v: nnx.merge(graph, v)(jnp.asarray(batch.inputs), real=_real(batch)), variables)
     assert logits.shape[:2] == (4, 24)
+
+
+def test_what_a_head_owns_may_be_empty():
+    """One bucket needs no rotation: arrays of size 0 go to heads and their groups as others do."""
+    check_config(edit(Config(), task="copy", attention="reformer:buckets=1", seq_len=13, dim=8, heads=2, layers=1))

@@ -3,12 +3,15 @@
 import gzip
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xformers_lab import spec
 from xformers_lab.cli import main
+from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
+from xformers_lab.model import build_model, build_task
 from xformers_lab.tasks import SPLITS, Setting
 from xformers_lab.tasks.translate import BEGIN, BLANK, END
 
@@ -87,6 +90,20 @@ def test_what_cannot_be_read_is_one_message(tmp_path):
         build(f"path={tmp_path}", length=6)
 
 
+@pytest.mark.parametrize("model", ["encoder_decoder", "seq2seq:look=dot"])
+def test_blanks_are_not_looked_at(folder, model):
+    """A sentence that blanks fill up gives what it gives to a model that reads no more than this sentence."""
+    config = edit(Config(), task=f"translate:path={folder}", model=model, seq_len=40, dim=16, heads=2, layers=1)
+    task = build_task(config)
+    built, inputs = build_model(config, task), task.batch("test", 0).inputs
+    row = next(row for row in inputs if BLANK in row[:20])
+    length = int((row[:20] != BLANK).sum())
+    filled = built(jnp.asarray(row[None]))[0][:, 20:]
+    built.source = length
+    alone = built(jnp.asarray(np.concatenate([row[:length], row[20:]])[None]))[0][:, length:]
+    np.testing.assert_allclose(filled, alone, atol=1e-5)
+
+
 def test_a_sentence_is_translated_from_the_command_line(folder, tmp_path, capsys):
     """The model learns ten translations by heart, and its answer ends by itself."""
     known, held = ([(f"{de} {n}", f"{en} {n}") for n in range(10)] for de, en in (("Hund", "dog"), ("Katze", "cat")))
@@ -97,6 +114,10 @@ def test_a_sentence_is_translated_from_the_command_line(folder, tmp_path, capsys
     record = json.loads(capsys.readouterr().out)
     assert main(["generate", record["run_dir"], "--prompt", "Hund 4", "--new", "9"]) == 0
     assert capsys.readouterr().out.splitlines() == ["Hund 4", "dog 4"]
+    prompts = [word for one in ("Hund 4", "Hund 17", "Hund 9") for word in ("--prompt", one)]
+    assert main(["generate", record["run_dir"], *prompts, "--new", "9", "--temperature", "0", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in rows][::2] == ["dog 4", "dog 9"]
     assert main(["generate", record["run_dir"], "--prompt", "Hund 4 Hund 5", "--new", "9"]) == 2
     assert "a sentence of 13 bytes, but the model reads 10" in capsys.readouterr().err
 

@@ -266,22 +266,25 @@ def _generate(chosen) -> int:
     sampling = generate.Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
     config, task, model = loop.load(folder)
     try:
-        prompts = [task.encode(prompt) for prompt in chosen.prompt]
+        given = [task.encode(prompt) for prompt in chosen.prompt]
         stop = [*task.stop] if chosen.stop is None else task.encode(chosen.stop)
     except ValueError as error:
         raise UsageError(f"--prompt or --stop: {error}") from None
     if chosen.stop is not None and len(stop) > 1:
         raise UsageError(f"--stop {chosen.stop}: it is {len(stop)} tokens, one is wanted")
     apart = "\n" if task.source_length else ""  # a source stands in a line of its own
+    prompts, sources = generate.apart(model, given, begin=task.begin)
     common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
     if chosen.beams is not None:
-        given = {"beams": chosen.beams, "length_penalty": chosen.length_penalty}
-        found = [generate.beam_search(model, prompt, **given, **common) for prompt in prompts]
+        common |= {"beams": chosen.beams, "length_penalty": chosen.length_penalty}
+        pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
+        found = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
         rows = [{"tokens": tokens, "score": score} for tokens, score in found]
     else:
         live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
         show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
-        found = generate.generate(model, prompts, sampling=sampling, seed=chosen.seed, on_token=show, **common)
+        common |= {"sources": sources or None, "sampling": sampling, "seed": chosen.seed}
+        found = generate.generate(model, prompts, on_token=show, **common)
         if live:
             print()
             return 0

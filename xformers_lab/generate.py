@@ -2,7 +2,7 @@
 
 Prompts of different lengths share a batch: all start at position 0, and a sequence whose prompt has ended goes on with
 its own tokens while the others still read theirs. So nothing is padded, and every mechanism decodes exactly what it
-would compute on the whole sequence.
+would compute on the whole sequence. Sources of an encoder, which sees them whole, are filled up and masked.
 """
 
 import dataclasses
@@ -47,6 +47,7 @@ def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     new: int,
     length: int,
     sampling: Sampling | None = None,
@@ -56,21 +57,24 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt by up to `new` tokens -> the new tokens of each, a stop token included.
 
+    sources: what an encoder reads for each prompt, the prompt being the target's beginning; a source may be shorter
+    than those the model was trained with. Without them the first `model.source` tokens of a prompt are its source.
     length: positions the model was built for. on_token(prompt, token) is called as tokens come. What is drawn depends
     on (seed, position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the
     model cannot decode.
     """
     sampling = sampling or Sampling(temperature=0)
-    _check(prompts, new, length)
+    prompts, sources = apart(model, prompts, sources)
+    _check(prompts, new, length - model.source)
     graph, variables = nnx.split(model)
     step = _sampled_step(graph, sampling)
     lengths = np.array([len(prompt) for prompt in prompts])
-    cache = _cache(model, len(prompts), int(lengths.max()) + new)
+    cache = _cache(model, len(prompts), int(lengths.max()) + new, sources)
     tokens = np.array([prompt[0] for prompt in prompts], np.int32)
     found: list[list[int]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), bool)
     for at in range(int(lengths.max()) + new - 1):
-        drawn, cache = step(variables, cache, tokens, seed, at)
+        drawn, cache = step(variables, cache, tokens, seed, model.source + at)
         drawn, tokens = np.asarray(drawn), np.zeros_like(tokens)
         for row, prompt in enumerate(prompts):
             if at + 1 < len(prompt):
@@ -90,6 +94,7 @@ def beam_search(
     model: Model,
     prompt: Sequence[int],
     *,
+    source: Sequence[int] | None = None,
     new: int,
     length: int,
     beams: int = 4,
@@ -99,14 +104,16 @@ def beam_search(
     """The best continuation of one prompt by up to `new` tokens that `beams` parallel hypotheses find, and its score.
 
     The score is the sum of log probabilities over ((5 + n) / 6)^length_penalty for n tokens (Wu et al., 2016, arXiv
-    1609.08144, equation 14). Raises UsageError as `generate` does.
+    1609.08144, equation 14). source: what an encoder reads, as for `generate`. Raises UsageError as that does.
     """
     if beams < 1:
         raise UsageError(f"beams={beams}: at least 1")
-    _check([prompt], new, length)
+    (prompt,), sources = apart(model, [prompt], None if source is None else [source])
+    _check([prompt], new, length - model.source)
     graph, variables = nnx.split(model)
     step = _beam_step(graph)
-    cache, axes = (make(model, beams, len(prompt) + new) for make in (_cache, _sample_axes))
+    cache = _cache(model, beams, len(prompt) + new, sources * beams)
+    axes = _sample_axes(model, beams, len(prompt) + new)
     for token in prompt[:-1]:
         _, cache = step(variables, cache, np.full(beams, token, np.int32))
     tokens = np.full(beams, prompt[-1], np.int32)
@@ -185,10 +192,40 @@ def _beam_step(graph):
     return step
 
 
-def _cache(model: Model, B: int, length: int):
-    """An empty cache, every leaf an array of its own, so that each can be donated."""
+def apart(model: Model, prompts: Sequence[Sequence[int]], sources=None, begin: Sequence[int] = ()):
+    """What each target begins with, and what the encoder reads for it; no sources for a model without an encoder.
+
+    begin: what a target begins with where a prompt is nothing but a source. Raises UsageError.
+    """
+    S = model.source
+    if not S:
+        if sources is not None:
+            raise UsageError("this model reads no source apart: put it in front of the prompt")
+        return prompts, []
+    if sources is None:
+        prompts, sources = [list(prompt[S:]) or begin for prompt in prompts], [prompt[:S] for prompt in prompts]
+        if short := [source for source, prompt in zip(sources, prompts, strict=True) if source and not prompt]:
+            raise UsageError(
+                f"a prompt of {len(short[0])} tokens, of which the encoder reads the first {S}: "
+                "give at least one more, with which the target begins"
+            )
+    elif len(sources) != len(prompts):
+        raise UsageError(f"{len(prompts)} prompts and {len(sources)} sources: one source for each prompt is wanted")
+    for source in sources:
+        if not 0 < len(source) <= S:
+            raise UsageError(f"a source of {len(source)} tokens: the encoder reads 1 to {S}")
+    return prompts, sources
+
+
+def _cache(model: Model, B: int, length: int, sources: Sequence[Sequence[int]]):
+    """A cache that only the sources are read into, every leaf an array of its own, so that each can be donated."""
     try:
-        cache = model.init_cache(B, length)
+        cache = model.init_cache(B, model.source + length)
+        if sources:
+            tokens, real = np.zeros((2, B, model.source), np.int32)
+            for row, source in enumerate(sources):
+                tokens[row, : len(source)], real[row, : len(source)] = source, 1
+            cache = model.read(cache, tokens, real > 0)
         jax.eval_shape(model.step, cache, jnp.zeros(B, jnp.int32))
     except ValueError as refusal:
         raise UsageError(str(refusal)) from None
@@ -197,7 +234,7 @@ def _cache(model: Model, B: int, length: int):
 
 def _sample_axes(model: Model, B: int, length: int):
     """Which axis of each leaf of a cache counts samples, -1 for none: the one that one more sample makes longer."""
-    one, other = (jax.eval_shape(lambda B=B: model.init_cache(B, length)) for B in (B, B + 1))
+    one, other = (jax.eval_shape(lambda B=B: model.init_cache(B, model.source + length)) for B in (B, B + 1))
     return jax.tree.map(lambda a, b: next((i for i in range(a.ndim) if a.shape[i] != b.shape[i]), -1), one, other)
 
 

@@ -17,10 +17,12 @@ class Model(nnx.Module):
 
     causal: whether a position sees only what stands before it, as tasks that predict the next token need.
     of_tokens: whether what its layers see as one position is one token of the inputs.
+    source: how many of the first positions are read by an encoder; 0 where source and target are one sequence.
     """
 
     causal: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = True
+    source: int = 0
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
@@ -37,6 +39,10 @@ class Model(nnx.Module):
     def init_cache(self, B: int, length: int):
         """What decoding remembers of up to `length` tokens of B sequences; raises ValueError where it cannot decode."""
         raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+
+    def read(self, cache, sources, real):
+        """An empty cache given whole sources, (B, source) int32, real (B, source) bool; the target's first is next."""
+        raise ValueError(f"model={type(self).__name__.lower()} reads no source apart")
 
     def step(self, cache, tokens):
         """One more token of every sequence, (B,) int32 -> logits (B, outputs) of what follows it, and the new cache."""

@@ -85,12 +85,13 @@ class Transformer(Model):
         before = jnp.zeros((1, B, self.position.before, self.size.dim), self.size.dtype)
         return {"at": jnp.zeros((), jnp.int32), "before": before, "layers": self.stack.init_cache(B, length)}
 
-    def step(self, cache, tokens, *, source=None):
+    def step(self, cache, tokens, *, source=None, source_real=None):
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
         x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
-        context = Context(self.position, predict=self.predict, source=source, tokens=tokens)
+        seen = {"source": source, "source_real": source_real, "tokens": tokens}
+        context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 

@@ -11,6 +11,7 @@ from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.model._block import Block, drop
+from xformers_lab.model._source import Sourced
 from xformers_lab.model._transformer import Transformer
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
@@ -19,13 +20,14 @@ from xformers_lab.tasks import Task
 APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"
 
 
-class EncoderDecoder(Transformer):
+class EncoderDecoder(Sourced, Transformer):
     """The Transformer of Vaswani et al. (2017, arXiv 1706.03762): an encoder of a source, a decoder that looks at it.
 
     Of every sequence the first `task.source_length` positions are the source, which sees both sides; the rest is the
     target, which sees what stands before it and, by cross-attention in every layer, the whole encoded source. Both
     stacks have the chosen attention, norm, feed-forward and depth, and number their positions from 0; the embedding is
-    shared. Cross-attention knows no positions. Nothing is predicted at the source: its logits are zeros.
+    shared. Cross-attention knows no positions. Blanks that fill a source up are padding. Nothing is predicted at the
+    source: its logits are zeros.
 
     Options:
         cross: the mechanism of cross-attention, any of the attention shelf that takes keys from elsewhere
@@ -46,7 +48,7 @@ class EncoderDecoder(Transformer):
             raise ValueError(
                 f"cross={cross} hands something to the layer above, which sees another source: use cross=full"
             )
-        self.source, self.cross, self.outputs = source, cross, task.outputs
+        self.source, self.blank, self.cross, self.outputs = source, task.blank, cross, task.outputs
         super().__init__(dataclasses.replace(size, length=size.length - source), config=config, task=task, rngs=rngs)
         read = dataclasses.replace(size, length=source)
         self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
@@ -75,10 +77,11 @@ class EncoderDecoder(Transformer):
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         side = lambda x, part: None if x is None else x[:, part]
         first, rest = slice(None, self.source), slice(self.source, None)
-        states, aux = self.encode(inputs[:, first], real=side(real, first), key=keys[0])
+        real_source = self.real_source(inputs[:, first], side(real, first))
+        states, aux = self.encode(inputs[:, first], real=real_source, key=keys[0])
         x, real_rest = self.embedding(inputs[:, rest]), side(real, rest)
         x = self.position.embed(x, jnp.arange(x.shape[1]), real=real_rest)
-        context = Context(self.position, real_rest, self.predict, states, side(real, first), inputs[:, rest])
+        context = Context(self.position, real_rest, self.predict, states, real_source, inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
         logits = self.predict(x, real=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
@@ -87,23 +90,27 @@ class EncoderDecoder(Transformer):
     def init_cache(self, B: int, length: int):
         if length <= self.source:
             raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
-        read, states = jnp.zeros((1, B, self.source), jnp.int32), jnp.zeros((1, B, self.source, self.size.dim))
-        own = super().init_cache(B, length - self.source)
-        return {"at": jnp.zeros((), jnp.int32), "read": read, "states": states.astype(self.size.dtype), "target": own}
+        states = jnp.zeros((1, B, self.source, self.size.dim), self.size.dtype)
+        return {**self.unread(B), "states": states, "target": super().init_cache(B, length - self.source)}
 
     def step(self, cache, tokens):
         """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""
-        at = cache["at"]
+        at, (graph, variables) = cache["at"], nnx.split(self)
 
         def reads(cache):
-            read = cache["read"].at[0, :, at].set(tokens)
-            return jnp.zeros((len(tokens), self.outputs)), cache | {"read": read}
+            return jnp.zeros((len(tokens), self.outputs)), self.take(cache, tokens)
 
         def writes(cache):
-            encode = lambda: self.encode(cache["read"][0])[0][None].astype(self.size.dtype)
+            real = cache["real"][0]
+
+            def encode():
+                # Of copies, for layers may write to their variables, which is not kept here.
+                own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+                return own.encode(cache["read"][0], real=real)[0][None].astype(self.size.dtype)
+
             states = lax.cond(at == self.source, encode, lambda: cache["states"])
             step = super(EncoderDecoder, self).step
-            logits, target = step(cache["target"], tokens, source=states[0])
+            logits, target = step(cache["target"], tokens, source=states[0], source_real=real)
             return logits, cache | {"states": states, "target": target}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
@@ -158,19 +165,19 @@ class CrossBlock(Block):
         if self.attention is not None:
             y, own, carries = self.step_attend(x, cache["own"], carries, context, at)
             x, cache = self.attention_norm.after(x, y, Rows()), cache | {"own": own}
-            y, cache = self._look(self.cross_norm.before(x, Rows())[:, None], cache, context.source, at)
+            y, cache = self._look(self.cross_norm.before(x, Rows())[:, None], cache, context, at)
             x = self.cross_norm.after(x, y, Rows())
         if self.ffn is not None:
             x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
         return x, cache, carries
 
-    def _look(self, asked, cache, source, at):
+    def _look(self, asked, cache, context, at):
         """Cross-attention of one token (B, 1, D) -> (B, D), and the cache, which the first token fills."""
-        cross = self.cross
+        cross, source, given = self.cross, context.source, {"real": context.source_real, "causal": False}
         if self.projects:
-            return cross(asked, source, causal=False)[0][:, 0], cache
+            return cross(asked, source, **given)[0][:, 0], cache
         heads = lambda y: y.reshape(*y.shape[:2], -1, cross.size.head)
         project = lambda: (heads(cross.key(source)), heads(cross.value(source)))
         k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
-        out = cross.mix(heads(cross.query(asked)), k, v, x=source, x_q=asked, causal=False)[0]
+        out = cross.mix(heads(cross.query(asked)), k, v, x=source, x_q=asked, **given)[0]
         return cross.out(out.reshape(len(asked), -1)), cache | {"k": k, "v": v}

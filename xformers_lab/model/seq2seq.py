@@ -10,6 +10,7 @@ from xformers_lab.linear import Linear
 from xformers_lab.model import gru, lstm
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import Recurrent, stacked
+from xformers_lab.model._source import Sourced
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
@@ -17,7 +18,7 @@ CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}
 HIDDEN = -1e30
 
 
-class Seq2seq(Recurrent):
+class Seq2seq(Sourced, Recurrent):
     """Recurrent encoder-decoder (Sutskever, Vinyals and Le, 2014, arXiv 1409.3215), with attention if asked.
 
     Of every sequence the first `task.source_length` positions are the source, the rest the target. A stack of cells
@@ -29,8 +30,8 @@ class Seq2seq(Recurrent):
         e_tj = s_t . h_j                     dot (Luong, Pham and Manning, 2015, arXiv 1508.04025)
         c_t = sum_j softmax_j(e_tj) h_j,     y_t = tanh(P [c_t; s_t]),
 
-    over the real positions of the source, and the head reads y_t. Nothing is predicted at the source: its logits are
-    zeros.
+    over the real positions of the source, and the head reads y_t. Blanks that fill a source up are padding. Nothing is
+    predicted at the source: its logits are zeros.
 
     Deviations: attention stands after the cells, as Luong et al. have it, and is not fed back. Bahdanau et al. ask with
     s_(t-1) and feed c_t into the cell, and have a maxout before the head; here all cells' products with their inputs
@@ -58,7 +59,8 @@ class Seq2seq(Recurrent):
     ):
         if task.target == "sequence" or not 0 < task.source_length < size.length:
             raise ValueError("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
-        self.source, self.outputs, self.kind, self.dtype = task.source_length, task.outputs, cell, size.dtype
+        self.source, self.blank, self.outputs = task.source_length, task.blank, task.outputs
+        self.kind, self.dtype = cell, size.dtype
         super().__init__(size, config=config, task=task, rngs=rngs)
         self.encoder = nnx.List[Any](Reader(size, CELLS[cell], reads, rngs) for _ in range(size.layers))
         self.look = None if look == "none" else Look(size, additive=look == "additive", rngs=rngs)
@@ -86,6 +88,7 @@ class Seq2seq(Recurrent):
     def __call__(self, inputs, *, real=None, key=None):
         keys = [None] * (len(self.cells) + 2) if key is None else list(jax.random.split(key, len(self.cells) + 2))
         real_source, real_rest = (None, None) if real is None else (real[:, : self.source], real[:, self.source :])
+        real_source = self.real_source(inputs[:, : self.source], real_source)
         states, seen = self.encode(inputs[:, : self.source], real=real_source, key=keys[0])
         x = drop(self.embedding(inputs[:, self.source :]), self.dropout, keys[1])
         for cell, state, key in zip(self.cells, states, keys[2:], strict=True):
@@ -96,26 +99,25 @@ class Seq2seq(Recurrent):
     def init_cache(self, B: int, length: int):
         if length <= self.source:
             raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
-        read, rows = jnp.zeros((1, B, self.source), jnp.int32), jnp.zeros((1, B, self.source, self.width), self.dtype)
+        rows = jnp.zeros((1, B, self.source, self.width), self.dtype)
         seen = None if self.look is None else (rows, rows)
-        return {"at": jnp.zeros((), jnp.int32), "read": read, "seen": seen, "cells": super().init_cache(B, length)}
+        return {**self.unread(B), "seen": seen, "cells": super().init_cache(B, length)}
 
     def step(self, cache, tokens):
         """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""
         at = cache["at"]
 
         def reads(cache):
-            read = cache["read"].at[0, :, at].set(tokens)
-            return jnp.zeros((len(tokens), self.outputs)), cache | {"read": read}
+            return jnp.zeros((len(tokens), self.outputs)), self.take(cache, tokens)
 
         def encode():
-            states, seen = self.encode(cache["read"][0])
+            states, seen = self.encode(cache["read"][0], real=cache["real"][0])
             return stacked(states), jax.tree.map(lambda rows: rows[None], seen)
 
         def writes(cache):
             cells, seen = lax.cond(at == self.source, encode, lambda: (cache["cells"], cache["seen"]))
             x, cells = self.advance(cells, self.embedding(tokens))
-            logits = self.predict(x[:, None], jax.tree.map(lambda rows: rows[0], seen))[:, 0]
+            logits = self.predict(x[:, None], jax.tree.map(lambda rows: rows[0], seen), cache["real"][0])[:, 0]
             return logits, cache | {"seen": seen, "cells": cells}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)

@@ -10,6 +10,8 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   only "decoder": an encoder would see the answer.
 * `source_length`: how many of the first positions are given and never asked about, as the encoder of an
   encoder-decoder reads them; 0 where the two are mixed.
+* `blank`: the token that fills a source up to that length, which no encoder looks at; None where all are as long.
+* `begin`: the tokens that a target begins with, where a source alone is given to generate from.
 * `stop`: tokens at which what is generated ends.
 * `image`: rows and columns, where the inputs are the grey levels (below `vocab`) of one image, row by row; else None.
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
@@ -68,6 +70,8 @@ class Task:
     chance: float
     segments: ClassVar[bool] = False
     source_length: int = 0
+    blank: ClassVar[int | None] = None
+    begin: ClassVar[tuple[int, ...]] = ()
     image: tuple[int, int] | None = None
     stop: ClassVar[tuple[int, ...]] = ()
 

@@ -20,6 +20,8 @@ class Copy(Task):
     Metric: accuracy on the second string. Chance: 1 / symbols.
     """
 
+    begin = (0,)
+
     def __init__(self, setting: Setting, *, symbols: int = 10):
         super().__init__(setting)
         if setting.seq_len < 3:

@@ -46,7 +46,7 @@ class Translate(Task):
     vocab = outputs = BYTES + 256
     kinds = ("encoder_decoder", "decoder")
     chance = math.log2(BYTES + 256)
-    stop = (END,)
+    blank, begin, stop = BLANK, (BEGIN,), (END,)
 
     def __init__(
         self,
