@@ -1,5 +1,6 @@
 """One environment for every test: CPU, no network, compilations kept between runs and shared by the workers."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -12,6 +13,13 @@ os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A test runs a program a few times on a few numbers, so that most of its time would be the compiler's: the cheapest
+# machine code, here and in the processes that tests start. What XLA makes of a program before that stays the same.
+CHEAP = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+CHEAP += ["--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
+    CHEAP += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ.setdefault("XLA_FLAGS", " ".join(CHEAP))
 
 
 @pytest.fixture

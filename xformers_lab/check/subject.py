@@ -97,9 +97,10 @@ class Subject:
         self.per_head = not self.whole and kind.attend is not Attention.attend
         self.sources = ("x",) if self.whole else ("k", "v")
         self.graph, self.own, self.rest = nnx.split(self.mechanism, nnx.Param, ...)
-        self.traced = 0
         self._runs: dict = {}
+        self._pulled: set = set()
         self._results: dict = {}
+        self._refused: dict[Case, str | None] = {}
 
     @functools.cached_property
     def modes(self) -> list[bool]:
@@ -148,10 +149,12 @@ class Subject:
     # ---- inputs --------------------------------------------------------------------------------------------------
 
     def inputs(self, case: Case, seed: int = 0) -> dict[str, Any]:
-        """Arrays to differentiate: q (B, T, N, H), k and v (B, S, K, H), the bias, and x (B, S, D) where taken."""
+        """Arrays to differentiate: q (B, T, N, H), k and v (B, S, K, H), the bias, and x (B, S, D) where taken.
+
+        They are numpy's, for what properties change in them would cost a compilation for every shape."""
         size = self.mechanism.size
-        random = np.random.default_rng(seed)  # on the host, where drawing costs no compilation
-        draw = lambda *shape: jnp.asarray(random.standard_normal((case.batch, *shape)), jnp.float32)
+        random = np.random.default_rng(seed)
+        draw = lambda *shape: random.standard_normal((case.batch, *shape)).astype(np.float32)
         shapes = heads_of(self.mechanism)
         # Keys first: cases that differ in T alone attend to the same.
         found: dict[str, Any] = {name: draw(case.S, *shapes[name]) for name in ("k", "v")}
@@ -166,7 +169,7 @@ class Subject:
                 if case.T > case.S:
                     found["x_q"] = draw(case.T, size.dim)
         if case.biased:
-            heads = jnp.arange(1.0, size.heads + 1)
+            heads = np.arange(1.0, size.heads + 1, dtype=np.float32)
             found["bias"] = Wave(heads / size.heads, 1 - heads / 8)
         return found
 
@@ -206,6 +209,11 @@ class Subject:
 
     def refusal(self, case: Case) -> str | None:
         """Why the mechanism refuses a kind of call, None where it does not: a ValueError that it raises itself."""
+        if case not in self._refused:
+            self._refused[case] = self._refusal(case)
+        return self._refused[case]
+
+    def _refusal(self, case: Case) -> str | None:
         forward = functools.partial(self.forward, causal=case.causal, method="attend")
         try:
             jax.eval_shape(forward, self.own, self.inputs(case), self.real(case), jax.random.key(0))
@@ -226,15 +234,25 @@ class Subject:
         method: str = "attend",
         loop: bool = False,
         training: bool = True,
+        gradients: bool = True,
     ):
-        """-> Result of `inputs` with the case's padding; cotangent (of the output's shape) defaults to a random one."""
+        """-> Result of `inputs` with the case's padding; cotangent (of the output's shape) defaults to a random one.
+
+        Without gradients the half of the program that finds them is not compiled, unless a call of these shapes has
+        compiled it already."""
         real = self.real(case) if real is None else real
-        run = self._run(case.causal, method, loop)
+        given = (inputs, real, jax.random.key(1) if training else None)
+        leaves, tree = jax.tree.flatten(given)
+        shapes = (case.causal, method, loop, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if gradients:
+            self._pulled.add(shapes)
+        gradients = shapes in self._pulled
+        run = self._run(case.causal, method, loop, gradients)
         if cotangent is None:
             cotangent = self.cotangent(case, inputs)
         mapped = heads_in_a_loop() if loop else contextlib.nullcontext()
         with jax.default_matmul_precision("highest"), mapped:
-            return Result(*run(self.own, inputs, real, jax.random.key(1) if training else None, cotangent))
+            return Result(*run(self.own, *given, cotangent)) if gradients else Result(run(self.own, *given), {})
 
     def rounding(self, case: Case, inputs: dict | None = None, unit: float = 1e-7, method: str = "reference"):
         """How far rounding may move output and gradients, a Result: what a change of `unit` in all inputs does to a
@@ -277,17 +295,18 @@ class Subject:
                 found.append(float(np.abs(fast.out - slow.out).max() / max(np.abs(slow.out).max(), 0.1)))
         return max(found, default=None)
 
-    def _run(self, causal: bool, method: str, loop: bool):
-        if (causal, method, loop) not in self._runs:
+    def _run(self, causal: bool, method: str, loop: bool, gradients: bool):
+        if (causal, method, loop, gradients) not in self._runs:
 
-            def run(own, inputs, real, key, cotangent):
-                self.traced += 1
-                forward = lambda own, inputs: self.forward(own, inputs, real, key, causal=causal, method=method)
-                out, pull = jax.vjp(forward, own, inputs)
+            def forward(own, inputs, real, key):
+                return self.forward(own, inputs, real, key, causal=causal, method=method)
+
+            def both(own, inputs, real, key, cotangent):
+                out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, real, key), own, inputs)
                 return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
 
-            self._runs[causal, method, loop] = quick_jit(run)
-        return self._runs[causal, method, loop]
+            self._runs[causal, method, loop, gradients] = quick_jit(both if gradients else forward)
+        return self._runs[causal, method, loop, gradients]
 
     # ---- cases ---------------------------------------------------------------------------------------------------
 
@@ -320,9 +339,10 @@ def _moved(own):
     """Parameters with noise of a tenth of their size, or of 0.1 where they are all zero."""
     random = np.random.default_rng(7)
 
-    def one(leaf):
-        size = float(jnp.sqrt(jnp.mean(leaf**2))) if leaf.size else 0.0
-        return leaf + jnp.asarray(0.1 * (size or 1.0) * random.standard_normal(leaf.shape), leaf.dtype)
+    def one(leaf):  # on the host: see Subject.inputs
+        start = np.asarray(leaf, np.float32)
+        size = float(np.sqrt(np.mean(start**2))) if leaf.size else 0.0
+        return jnp.asarray(start + 0.1 * (size or 1.0) * random.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree.map(one, own)
 
@@ -340,6 +360,7 @@ def _quick() -> dict[str, Any]:
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
     }
     known = {}
     for name, value in asked.items():
