@@ -16,6 +16,8 @@ from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.train import optimizer
 
 SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
+# Of a decoder alone.
+FED = ["feedback:segment=5"]
 DEPTHS = [
     "reversible",
     "reversible:backward=store",
@@ -27,6 +29,7 @@ DEPTHS = [
     "recurrent_memory:segment=5:tokens=2",
     "hierarchical:segment=5",
     "tnt:segment=5",
+    *FED,
 ]
 
 
@@ -93,7 +96,8 @@ def test_no_position_sees_what_comes_after_it(depth):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_padding_changes_nothing(depth):
-    model, tokens = model_of(depth, model="encoder", task="listops", seq_len=10)
+    kind = "decoder" if depth in FED else "encoder"
+    model, tokens = model_of(depth, model=kind, task="listops", seq_len=10)
     real = jnp.arange(10)[None] < jnp.array([[4], [7], [10]])
     tokens = jnp.where(real, tokens[:, :10], 0)
     logits = model(tokens, real=real)[0]
@@ -127,6 +131,12 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "tnt", "attention": "realformer"}, "hands something to the layer above"),
     ({"depth": "recurrent_memory:segment=6:tokens=0"}, "tokens must be at least 1"),
     ({"depth": "recurrent_memory:segment=6", "ffn": "hash"}, "looks at the tokens"),
+    ({"depth": "feedback", "model": "encoder", "task": "listops"}, "an encoder sees both sides"),
+    ({"depth": "feedback", "model": "encoder_decoder"}, "an encoder sees both sides"),
+    ({"depth": "feedback:segment=12"}, "from 1 to 11, less than seq_len"),
+    ({"depth": "feedback:window=0"}, "window must be at least 1"),
+    ({"depth": "feedback", "attention": "realformer"}, "hands something to the layer above"),
+    ({"depth": "feedback", "attention": "mla"}, "makes its keys and values itself"),
     ({"depth": "hourglass", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "conditional", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "early_exit", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
@@ -373,6 +383,70 @@ def test_recurrent_memory_learns_through_segments():
     assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
     of_params = gradients(model, lambda model: model.stack(x, context)[0][:, -1].sum())[1]
     assert np.abs(of_params["stack"]["table"]).max() > 0
+
+
+# ---- feedback ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, segment, own, window", [
+    ("", 1, False, 11), ("segment=5", 5, True, 10), ("segment=4:own=false:window=3", 4, False, 3),
+])  # fmt: skip
+def test_feedback_is_its_equation(options, segment, own, window):
+    """One position after the other, each layer looking at what its segment may see, with positions of the text."""
+    model, tokens = model_of(f"feedback:{options}".rstrip(":"), layers=2, position="rope")
+    stack, (stacked,) = model.stack, model.stack.layers.periods
+    stack.layers.mix[...] = jnp.array([0.5, -0.3, 0.9])
+    share, blocks = jax.nn.softmax(stack.layers.mix[...]), [layer(stacked, number).block for number in range(2)]
+    heads = lambda y: y.reshape(3, 2, 8)
+    rotated = lambda y, t: model.position.rotate(heads(y)[:, None], jnp.array([t]))[:, 0]
+    keys = lambda y, t: (rotated(stack.key(y), t), heads(stack.value(y)))
+    x = model.embedding(tokens)
+
+    def slow(x):
+        memory, inside, found = [], [[], []], []
+        for t in range(12):
+            start = t // segment * segment
+            h, mix = x[:, t], share[0] * x[:, t]
+            for number, block in enumerate(blocks):
+                y = block.attention_norm.norm(h)
+                inside[number].append(keys(y, t))
+                seen = memory[max(0, start - window) : start] + (inside[number][start:] if own else [])
+                if seen:
+                    k, v = (jnp.stack(rows, 1) for rows in zip(*seen, strict=True))
+                    scores = jnp.einsum("bnh,bsnh->bns", rotated(block.attention.query(y), t), k) / 8**0.5
+                    looked = jnp.einsum("bns,bsnh->bnh", jax.nn.softmax(scores), v)
+                    h = h + block.attention.out(looked.reshape(3, 16))
+                h = h + block.ffn(block.ffn_norm.norm(h)[:, None])[0][:, 0]
+                mix = mix + share[number + 1] * h
+            memory.append(keys(blocks[0].attention_norm.norm(mix), t))
+            found.append(h)
+        return jnp.stack(found, 1)
+
+    graph, variables = nnx.split(stack)
+    fast = lambda x: nnx.merge(graph, variables)(x, Context(model.position))
+    out, aux = quick_jit(fast)(x)
+    np.testing.assert_allclose(out, quick_jit(slow)(x), atol=1e-5)
+    assert aux["computation"] == 2
+
+
+def test_feedback_learns_through_all_steps():
+    """With a window of one the last position hears of the first through every memory between."""
+    model, tokens = model_of("feedback:window=1", layers=1, seq_len=6)
+    x, context = model.embedding(tokens), Context(model.position)
+    graph, variables = nnx.split(model.stack)
+    last = lambda x: nnx.merge(graph, variables)(x, context)[0][:, -1].sum()
+    assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
+    of_params = gradients(model, lambda model: (model(tokens, key=jax.random.key(0))[0] ** 2).mean())[1]
+    assert all(np.abs(leaf).max() > 0 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_params["stack"]))
+
+
+def test_feedback_keeps_less_than_a_memory_for_every_step():
+    """Between the two passes of a gradient: the memory at the root of the steps, not at each."""
+    model, tokens = model_of("feedback:window=32", layers=1, seq_len=64)
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x, Context(model.position))[0]
+    held = jax.tree.leaves(jax.vjp(call, params, model.embedding(tokens[:1]))[1])
+    assert max(leaf.size for leaf in held) <= 10 * 32 * 16
 
 
 # ---- segments within a sequence ------------------------------------------------------------------------------------

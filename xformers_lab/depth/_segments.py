@@ -1,4 +1,4 @@
-"""Sequences cut into segments of equal length, which are read apart, and as one state each."""
+"""Sequences cut into segments of equal length, which are read one after the other, or apart and as one state each."""
 
 import dataclasses
 import math
@@ -7,6 +7,19 @@ import jax.numpy as jnp
 
 from xformers_lab.depth import Context
 from xformers_lab.size import Size
+
+
+def in_turn(y, size: int, count: int):
+    """(B, T, ...) -> (count, B, size, ...), filled up with zeros; None stays None."""
+    if y is None:
+        return None
+    y = jnp.pad(y, [(0, 0), (0, count * size - y.shape[1])] + [(0, 0)] * (y.ndim - 2))
+    return jnp.swapaxes(y.reshape(len(y), count, size, *y.shape[2:]), 0, 1)
+
+
+def at_once(y, T: int):
+    """What `in_turn` gave, (count, B, size, ...) -> (B, T, ...)."""
+    return jnp.swapaxes(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,16 +72,15 @@ class Block(nnx.Module):
 
     def attend(self, x, carries, context, *, keys=(None, None)):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux."""
-        source, real = self._source(x, context.real)
-        y, carry, aux = self.attention(
-            source if self.memory is None else source[:, -x.shape[1] :],
-            None if self.memory is None else source,
-            real=real,
-            causal=self.causal,
-            position=context.position,
-            carry=carries.get(self.name),
-            key=keys[0],
-        )
+        given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
+        if context.among is not None:
+            y = self.attention_norm.before(x)
+            y, carry, aux = self.attention.look_at(y, **context.among(y), **given)
+        elif self.memory is None:
+            y, carry, aux = self.attention(self.attention_norm.before(x), real=context.real, **given)
+        else:
+            source, real = self._source(x, context.real)
+            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
@@ -92,9 +91,7 @@ class Block(nnx.Module):
         return drop(y, self.dropout, keys[1]), aux
 
     def _source(self, x, real):
-        """What keys and values come from, the segment last, and which of it is real."""
-        if self.memory is None:
-            return self.attention_norm.before(x), real
+        """What keys and values come from with a memory, the segment last, and which of it is real."""
         old, known = self.memory.read(len(x))
         self.memory.write(x, real)
         real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
@@ -122,9 +119,13 @@ class Block(nnx.Module):
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
-        y, cache, carry = self.attention.decode(
-            self.attention_norm.before(x), cache, at=at, position=context.position, carry=carries.get(self.name)
-        )
+        y, given = self.attention_norm.before(x), {"position": context.position, "carry": carries.get(self.name)}
+        if context.among is not None:
+            rows, row, found, cache = context.among(y, cache)
+            y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
+            y = jnp.take(y, row, 1)
+        else:
+            y, cache, carry = self.attention.decode(y, cache, at=at, **given)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
     def step_feed(self, x, context):
