@@ -29,6 +29,7 @@ DEPTHS = [
     "recurrent_memory:segment=5:tokens=2",
     "hierarchical:segment=5",
     "tnt:segment=5",
+    "memformer:segment=5:slots=3",
     *FED,
 ]
 
@@ -131,6 +132,10 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "tnt", "attention": "realformer"}, "hands something to the layer above"),
     ({"depth": "recurrent_memory:segment=6:tokens=0"}, "tokens must be at least 1"),
     ({"depth": "recurrent_memory:segment=6", "ffn": "hash"}, "looks at the tokens"),
+    ({"depth": "memformer:segment=99"}, "from 1 to seq_len=12"),
+    ({"depth": "memformer:slots=0"}, "slots must be at least 1"),
+    ({"depth": "memformer:temperature=0"}, "temperature must be above 0"),
+    ({"depth": "memformer", "model": "encoder_decoder"}, "no place for cross-attention"),
     ({"depth": "feedback", "model": "encoder", "task": "listops"}, "an encoder sees both sides"),
     ({"depth": "feedback", "model": "encoder_decoder"}, "an encoder sees both sides"),
     ({"depth": "feedback:segment=12"}, "from 1 to 11, less than seq_len"),
@@ -447,6 +452,62 @@ def test_feedback_keeps_less_than_a_memory_for_every_step():
     call = lambda params, x: nnx.merge(graph, params, rest)(x, Context(model.position))[0]
     held = jax.tree.leaves(jax.vjp(call, params, model.embedding(tokens[:1]))[1])
     assert max(leaf.size for leaf in held) <= 10 * 32 * 16
+
+
+# ---- memformer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+def test_memformer_is_its_equation(kind, task):
+    """Slots, one head and one segment after the other; the last segment is not full."""
+    model, tokens = model_of("memformer:segment=5:slots=3:temperature=0.5", model=kind, task=task, layers=2)
+    (stacked,), writer, context = model.stack.layers.periods, model.stack.writer, Context(model.position)
+    x, length = model.embedding(tokens[:1, :12]), lambda y: jnp.sqrt((y**2).sum())
+    writer.table[...] = 0.3 * jax.random.normal(jax.random.key(0), (3, 16))
+    forget = writer.table[...]
+    memory = jnp.stack([b / length(b) for b in forget])
+    found = []
+    for h in in_parts(x, 5):
+        for number in range(2):
+            reader = layer(stacked, number)
+            attend, feed = halves(reader.block, context)
+            h = h + attend(h)
+            read, y = reader.read, reader.norm.norm(h)
+            heads = lambda y: y.reshape(-1, 2, 8)
+            scores = jnp.einsum("tnh,mnh->ntm", heads(read.query(y)), heads(read.key(memory))) / 8**0.5
+            told = jnp.einsum("ntm,mnh->tnh", jax.nn.softmax(scores), heads(read.value(memory)))
+            h = h + read.out(told.reshape(1, -1, 16))
+            h = h + feed(h)
+        found.append(h)
+        y, new = writer.norm(h[0]), []
+        for slot, b in zip(memory, forget, strict=True):
+            parts = []
+            for n in (slice(0, 8), slice(8, 16)):
+                of = lambda linear, y, n=n: linear(y)[..., n]
+                q, k = of(writer.query, slot), jnp.concatenate([of(writer.key, slot)[None], of(writer.key, y)])
+                share = jax.nn.softmax(k @ q / 8**0.5 / 0.5)
+                parts.append(share @ jnp.concatenate([slot[None, n], of(writer.value, y)]))
+            new.append((jnp.concatenate(parts) + b) / length(jnp.concatenate(parts) + b))
+        memory = jnp.stack(new)
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, jnp.concatenate(found, 1), atol=1e-5)
+    assert aux["computation"] == 2
+
+
+def test_memformer_learns_through_segments_and_keeps_their_memory_alone():
+    """The last segment depends on the first by memory alone; of a segment no activations wait for the backward pass."""
+    model, tokens = model_of("memformer:segment=3:slots=2", layers=2)
+    x, context = model.embedding(tokens), Context(model.position)
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x, context)[0]
+    _, back = jax.vjp(call, params, x)
+    held = sum(leaf.size for leaf in jax.tree.leaves(back))
+    of_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Input, output, and the memories (segments, B, slots, D).
+    assert held - of_params <= 3 * x.size + 4 * 3 * 2 * 16 + 64
+    of_params, of_x = back(jnp.zeros_like(x).at[:, -1].set(1.0))
+    assert (np.abs(of_x).max((0, 2)) > 0).all()
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params["writer"]))
 
 
 # ---- segments within a sequence ------------------------------------------------------------------------------------
