@@ -12,12 +12,17 @@ from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task, check_config
-from xformers_lab.train import optimizer
+from xformers_lab.train import feed, optimizer
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
 
 SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
-# Of a decoder alone.
+ENCODER = {"model": "encoder", "task": "listops", "seq_len": 24}
+# Of a decoder alone, and of an encoder.
 FED = ["feedback:segment=5"]
+POOLED = ["funnel:blocks=2", "funnel:pool=max"]
 DEPTHS = [
     "reversible",
     "reversible:backward=store",
@@ -95,7 +100,7 @@ def test_no_position_sees_what_comes_after_it(depth):
     assert (np.diag(strength) > 0).all()
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS + POOLED)
 def test_padding_changes_nothing(depth):
     kind = "decoder" if depth in FED else "encoder"
     model, tokens = model_of(depth, model=kind, task="listops", seq_len=10)
@@ -106,9 +111,10 @@ def test_padding_changes_nothing(depth):
     np.testing.assert_allclose(model(tokens[:1, :4])[0], logits[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS + POOLED)
 def test_matrices_decay_and_vectors_do_not(depth):
-    params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
+    changes = {"model": "encoder", "task": "listops"} if depth in POOLED else {}
+    params = nnx.to_pure_dict(nnx.state(model_of(depth, **changes)[0], nnx.Param))
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
         name = jax.tree_util.keystr(path)
         assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
@@ -136,6 +142,12 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "memformer:slots=0"}, "slots must be at least 1"),
     ({"depth": "memformer:temperature=0"}, "temperature must be above 0"),
     ({"depth": "memformer", "model": "encoder_decoder"}, "no place for cross-attention"),
+    ({"depth": "funnel"}, "use depth=hourglass"),
+    ({"depth": "funnel:blocks=5", **ENCODER}, "are no funnel"),
+    ({"depth": "funnel:blocks=1", **ENCODER}, "2 blocks or more"),
+    ({"depth": "funnel:decoder=2", **ENCODER}, "each with a layer"),
+    ({"depth": "funnel", "attention": "fnet", **ENCODER}, "cannot look from pooled queries"),
+    ({"depth": "funnel", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "feedback", "model": "encoder", "task": "listops"}, "an encoder sees both sides"),
     ({"depth": "feedback", "model": "encoder_decoder"}, "an encoder sees both sides"),
     ({"depth": "feedback:segment=12"}, "from 1 to 11, less than seq_len"),
@@ -354,6 +366,82 @@ def test_hourglass_builds_the_middle_for_its_length():
     sizes = [part.periods[0].attention.size.length for part in model.stack.parts]
     assert sizes == [12, 3, 12]
     assert np.isfinite(model(tokens)[0]).all()
+
+
+# ---- funnel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["listops", "needle"])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_funnel_is_its_equation(task, pool):
+    """Rows one after the other, at a length of 11 that halves to 6 and 3, some of it padding; with answers for the
+    sequence, and for tokens."""
+    model, _ = model_of(f"funnel:pool={pool}", model="encoder", task=task, seq_len=24, layers=6, position="alibi")
+    stack, T = model.stack, 11
+    real = np.ones(T, bool)
+    real[[3, 6, 7, 10]] = False
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, 16)), jnp.float32)
+    out, aux = quick_jit(lambda x: stack(x, Context(model.position, jnp.asarray(real)[None])))(x)
+    slopes = 2.0 ** (-8 * np.arange(1, 3) / 2)
+
+    def looked(block, asked, at, h, real):
+        """Queries of states (G, D) that stand at places `at`, on states (S, D)."""
+        of, norm = block.attention, block.attention_norm.norm
+        heads = lambda y: y.reshape(-1, 2, 8)
+        q, k, v = heads(of.query(norm(asked))), heads(of.key(norm(h))), heads(of.value(norm(h)))
+        scores = jnp.einsum("tnh,snh->nts", q, k) / 8**0.5
+        scores = scores - slopes[:, None, None] * np.abs(np.asarray(at)[:, None] - np.arange(len(h)))
+        share = jax.nn.softmax(jnp.where(real, scores, -jnp.inf))
+        return of.out(jnp.einsum("nts,snh->tnh", share, v).reshape(-1, 16))
+
+    fed = lambda block, h: h + block.ffn(block.ffn_norm.norm(h)[None])[0][0]
+    usual = lambda block, h, real: fed(block, h + looked(block, h, range(len(h)), h, real))
+    h, there, first = x[0], real, None
+    for number in range(3):
+        if number:
+            pooled, kept = [], []
+            for g in range(0, len(h), 2):
+                inside = [h[t] for t in range(g, min(g + 2, len(h))) if there[t]]
+                kept.append(bool(inside))
+                both = jnp.stack(inside) if inside else jnp.zeros((1, 16))
+                pooled.append(getattr(jnp, pool)(both, axis=0))
+            block, p = stack.pooling[number - 1].block, jnp.stack(pooled)
+            h, there = fed(block, p + looked(block, p, range(0, len(h), 2), h, there)), np.array(kept)
+        (left,) = stack.parts[number].periods if stack.parts[number] is not None else ([],)
+        for one in range(left.ffn.down.kernel[...].shape[0] if left else 0):
+            h = usual(layer(left, one), h, there)
+        first = h if first is None else first
+    h = jnp.stack([h[t // 4] for t in range(T)])
+    if task == "needle":
+        h = usual(layer(stack.decoder.periods[0], 0), first + h, real)
+    np.testing.assert_allclose(out[0][real], h[real], atol=1e-5)
+    counts = [2, 2 / 2, 2 / 4] if task == "listops" else [2, 2 / 2, 1 / 4, 1]
+    np.testing.assert_allclose(aux["computation"], sum(counts), rtol=1e-6)
+
+
+def test_funnel_costs_less_than_its_layers():
+    """Matrix products of a stack on one sequence, where nothing but the pooling attention is of full length."""
+    found = []
+    for depth in ("funnel:blocks=3", "fixed"):
+        model, _ = model_of(depth, model="encoder", task="listops", layers=6, seq_len=64, position="none")
+        graph, variables = nnx.split(model.stack)
+        call = lambda variables, x, graph=graph: nnx.merge(graph, variables)(x, Context(None))[0]
+        found.append(count_flops(call, variables, jnp.zeros((1, 64, 16))))
+    assert 0.5 < found[0] / found[1] < 0.72
+
+
+def test_funnel_trains():
+    """Two steps of a classifier: every parameter moves."""
+    config = edit(Config(), depth="funnel:blocks=2", **(SMALL | ENCODER | {"layers": 3}), warmup=0)
+    task = build_task(config)
+    tx = optimizer.build(config.train)
+    state, step = init(config, task, tx), quick_jit(make_train_step(config, task, structure(config, task), tx))
+    start = state.params
+    for number in range(2):
+        state, metrics = step(state, feed.checked(task, "train", number))
+        assert bool(metrics["ok"]) and np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda old, new: bool((np.asarray(old) != np.asarray(new)).any()), start, state.params)
+    assert all(jax.tree.leaves(moved))
 
 
 # ---- recurrent memory ----------------------------------------------------------------------------------------------

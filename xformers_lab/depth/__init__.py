@@ -51,7 +51,9 @@ class Depth(nnx.Module):
     own_layers: ClassVar[bool] = False
 
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
-        """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`)."""
+        """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`). A
+        constructor that also names `target` is told what the states are for: "token", every one of them for an answer
+        or a look at it, or "sequence", one answer of all."""
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def __call__(self, x, context: Context, *, key=None):

@@ -22,6 +22,25 @@ def at_once(y, T: int):
     return jnp.swapaxes(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T]
 
 
+def runs(x, real, k: int, before: int = 0):
+    """(B, T, D) -> what each of G runs of k tokens holds (B, G, k, D), and which of that is real (B, G, k).
+
+    before: so many places in front of the first token that are not real.
+    """
+    B, T, D = x.shape
+    G = -(-T // k)
+    real = jnp.ones((B, T), bool) if real is None else real
+    around = (before, max(0, G * k - T - before))
+    x = jnp.pad(x, ((0, 0), around, (0, 0)))[:, : G * k].reshape(B, G, k, D)
+    return x, jnp.pad(real, ((0, 0), around))[:, : G * k].reshape(B, G, k)
+
+
+def mean_of(runs, there):
+    """(..., k, D), of which `there` (..., k) is real -> (..., D), zeros where nothing is."""
+    total = jnp.where(there[..., None], runs, 0).sum(-2, dtype=jnp.float32)
+    return (total / jnp.maximum(there.sum(-1, keepdims=True), 1)).astype(runs.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """size: k, tokens of a segment; count: G, segments of a whole sequence."""

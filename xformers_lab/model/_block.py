@@ -70,14 +70,18 @@ class Block(nnx.Module):
             self.memory = None
         return self
 
-    def attend(self, x, carries, context, *, keys=(None, None)):
-        """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux."""
+    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+        """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
+
+        source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike; real is theirs.
+        """
         given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
         if context.among is not None:
             y = self.attention_norm.before(x)
             y, carry, aux = self.attention.look_at(y, **context.among(y), **given)
         elif self.memory is None:
-            y, carry, aux = self.attention(self.attention_norm.before(x), real=context.real, **given)
+            source = None if source is None else self.attention_norm.before(source)
+            y, carry, aux = self.attention(self.attention_norm.before(x), source, real=context.real, **given)
         else:
             source, real = self._source(x, context.real)
             y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
