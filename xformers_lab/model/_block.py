@@ -25,7 +25,7 @@ class Block(nnx.Module):
         self.memory = build("memory", config.model.memory)
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
-        if self.memory is not None and (reason := memory.why_not(self.attention)):
+        if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise ValueError(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
         self.attention_norm.start(self.attention)
@@ -83,8 +83,9 @@ class Block(nnx.Module):
             source = None if source is None else self.attention_norm.before(source)
             y, carry, aux = self.attention(self.attention_norm.before(x), source, real=context.real, **given)
         else:
-            source, real = self._source(x, context.real)
+            source, real, told = self._source(x, context.real)
             y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
+            aux = add_aux(aux, told)
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
@@ -95,11 +96,12 @@ class Block(nnx.Module):
         return drop(y, self.dropout, keys[1]), aux
 
     def _source(self, x, real):
-        """What keys and values come from with a memory, the segment last, and which of it is real."""
+        """What keys and values come from with a memory, the segment last, which of it is real, and the memory's aux."""
         old, known = self.memory.read(len(x))
+        told = self.memory.loss(x, real, memory.looking(self.attention, self.attention_norm, x))
         self.memory.write(x, real)
         real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1)), real
+        return self.attention_norm.before(jnp.concatenate([old, x], 1)), real, told
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
