@@ -147,7 +147,7 @@ def test_compressive_is_its_definition(length, compressed, rate, pool):
                 known = [state for state, is_real in leaving[at : at + rate] if is_real]
                 if pool == "conv":
                     side = [state * is_real for state, is_real in leaving[at : at + rate]]
-                    pooled = np.concatenate(side) @ memory.conv.kernel[...] + memory.conv.bias[...]
+                    pooled = memory.conv(jnp.asarray(np.concatenate(side), jnp.float32)[None])[0]
                 else:
                     pooled = getattr(np, pool)(known, 0) if known else np.zeros(3)
                 old[row] = [*old[row][1:], (pooled, bool(known))]

@@ -81,7 +81,7 @@ class Funnel(Depth):
         self.decoder = part(deep, decoder, size.length) if decoder else None
 
     def __call__(self, x, context: Context, *, key=None):
-        T, aux, first = x.shape[1], {}, None
+        T, aux, states = x.shape[1], {}, []
         keys = iter([None] * 2 * len(self.parts) if key is None else jax.random.split(key, 2 * len(self.parts)))
         here = context
         for number, part in enumerate(self.parts):
@@ -91,10 +91,10 @@ class Funnel(Depth):
             if part is not None:
                 x, more = part(x, here, key=next(keys))
                 aux = add_aux(aux, shared(more, 2**number))
-            first = x if first is None else first
+            states.append(x)
         x = jnp.repeat(x, 2 ** (len(self.parts) - 1), 1)[:, :T]
         if self.of_tokens:
-            x = first + x
+            x = states[0] + x
         if self.decoder is not None:
             x, more = self.decoder(x, context, key=next(keys))
             aux = add_aux(aux, more)

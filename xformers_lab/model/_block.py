@@ -97,6 +97,7 @@ class Block(nnx.Module):
 
     def _source(self, x, real):
         """What keys and values come from with a memory, the segment last, which of it is real, and the memory's aux."""
+        assert self.memory is not None
         old, known = self.memory.read(len(x))
         told = self.memory.loss(x, real, memory.looking(self.attention, self.attention_norm, x))
         self.memory.write(x, real)
