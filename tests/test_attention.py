@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.block_sparse import block_sparse, dense
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Band, BlockLocal, Causal, Pattern, Residue
 from xformers_lab.attention._engine.recurrence import linear_recurrence

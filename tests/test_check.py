@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import dense
+from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Band, BlockLocal, Causal
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.attention.adaptive_span import AdaptiveSpan

@@ -17,6 +17,7 @@ from xformers_lab.depth.early_exit import expected_saving
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
+from xformers_lab.rows import Rows
 from xformers_lab.train import loop, optimizer
 
 
@@ -424,7 +425,7 @@ def test_gates_scale_the_sub_layers_of_each_token(unit):
     found, _, aux = block(x, {}, context)
     expected, opened = x, []
     for sub, norm in ((block.attention, block.attention_norm), (block.ffn, block.ffn_norm)):
-        y = norm.before(expected)
+        y = norm.before(expected, Rows())
         mean = (y * real[..., None]).sum(1, keepdims=True) / real.sum(1)[:, None, None]
         gate = np.broadcast_to(sub.gate.logit_of(y if unit == "token" else mean) > 0, (6, 24)) & real
         opened.append(gate.sum() / real.sum())

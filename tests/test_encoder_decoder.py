@@ -15,6 +15,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.generate import beam_search, generate
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
+from xformers_lab.rows import Rows
 from xformers_lab.train import feed, optimizer
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
@@ -61,8 +62,8 @@ def test_cross_attention_is_its_formula():
     x = model.embedding(tokens[:, 7:])
     context = type("Context", (), {"position": model.position, "real": None, "source": states, "source_real": None})
     y, _, _ = Block.attend(block, x, {}, context)
-    x = block.attention_norm.after(x, y)
-    asked, cross = block.cross_norm.before(x), block.cross
+    x = block.attention_norm.after(x, y, Rows())
+    asked, cross = block.cross_norm.before(x, Rows()), block.cross
     heads = lambda y: np.asarray(y).reshape(3, -1, 2, 8)
     q, k, v = heads(cross.query(asked)), heads(cross.key(states)), heads(cross.value(states))
     p = jax.nn.softmax(np.einsum("btnh,bsnh->bnts", q, k) / 8**0.5)

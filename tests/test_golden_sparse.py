@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.block_sparse import block_sparse, dense
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Causal
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention.bp import _graph

@@ -1,17 +1,25 @@
 """Placements and normalisers: what their papers promise of values and of the first gradients."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from xformers_lab import spec
+from xformers_lab import backward, spec
+from xformers_lab import config as configs
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
-from xformers_lab.model import build_task
-from xformers_lab.train import optimizer
-from xformers_lab.train.state import init, merge, structure
+from xformers_lab.errors import UsageError
+from xformers_lab.model import build_task, check_config
+from xformers_lab.rows import Rows, apply
+from xformers_lab.train import checkpoint, loop, optimizer
+from xformers_lab.train.state import init, merge, split, structure
+from xformers_lab.train.step import make_train_step
 
 
 def build(shelf: str, choice: str, **size):
@@ -25,10 +33,10 @@ def draw(*shape):
 
 @pytest.mark.parametrize("name", spec.names("normaliser"))
 def test_every_normaliser_keeps_shape_and_type(name):
-    norm = build("normaliser", name)
-    x = draw(2, 5, 32)
+    build_one = lambda **size: functools.partial(apply, build("normaliser", name, **size), rows=Rows())
+    norm, x = build_one(), draw(2, 5, 32)
     assert norm(x).shape == x.shape
-    half = build("normaliser", name, dtype="bfloat16")(x.astype(jnp.bfloat16))
+    half = build_one(dtype="bfloat16")(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(np.float32), norm(x), atol=0.05)
     assert np.isfinite(norm(jnp.zeros((1, 1, 32)))).all()
@@ -61,13 +69,13 @@ def test_dyt_is_its_equation():
 def test_rezero_starts_as_the_identity():
     x = draw(2, 5, 32)
     rezero = build("norm", "rezero")
-    np.testing.assert_array_equal(rezero.after(x, 7 * x), x)
-    assert rezero.before(x) is x
+    np.testing.assert_array_equal(rezero.after(x, 7 * x, Rows()), x)
+    assert rezero.before(x, Rows()) is x
 
 
 def test_sandwich_bounds_the_branch():
     x, y = draw(2, 5, 32), 1000 * draw(2, 5, 32)
-    out = build("norm", "sandwich").after(x, y) - x
+    out = build("norm", "sandwich").after(x, y, Rows()) - x
     np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
 
 
@@ -79,7 +87,7 @@ def test_deepnorm_scales_the_stream_and_the_first_weights():
         share = 64**-0.25 if name in ("value", "out") else 1
         np.testing.assert_allclose(getattr(attention, name).kernel[...], share * kernel, rtol=1e-6)
     x = draw(2, 5, 32)
-    np.testing.assert_allclose(placed.after(x, 0 * x), placed.norm(16**0.25 * x), rtol=1e-6)
+    np.testing.assert_allclose(placed.after(x, 0 * x, Rows()), placed.norm(16**0.25 * x), rtol=1e-6)
     ffn = build("ffn", "mlp", layers=8)
     kernel = jnp.asarray(ffn.up.kernel[...])
     placed.start(ffn)
@@ -94,14 +102,14 @@ def test_normformer_is_its_equations():
     attention.out.gain[...] = jnp.array([2.0, 0, 0, 0])  # the first head alone, twice
     weights = plain.out.kernel[...]
     plain.out.kernel[...] = jnp.where(jnp.arange(32)[:, None] < 8, 2 * weights, 0)
-    y = attention(placed.before(x))[0]
+    y = attention(placed.before(x, Rows()))[0]
     np.testing.assert_allclose(y, plain(unit(x))[0], atol=1e-5)
-    np.testing.assert_allclose(placed.after(x, y), x + unit(y), atol=1e-5)
+    np.testing.assert_allclose(placed.after(x, y, Rows()), x + unit(y), atol=1e-5)
     placed, plain, ffn = build("norm", "normformer"), build("ffn", "mlp"), build("ffn", "mlp")
     placed.start(ffn)
     hidden = jax.nn.gelu(plain.up(unit(x)))
     expected = x + plain.down(unit(hidden))
-    np.testing.assert_allclose(placed.after(x, ffn(placed.before(x))[0]), expected, atol=1e-5)
+    np.testing.assert_allclose(placed.after(x, ffn(placed.before(x, Rows()))[0], Rows()), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shelf, choice", [("ffn", "moe"), ("attention", "fnet")])
@@ -141,3 +149,194 @@ def test_first_gradients_follow_xiong():
     pre = [first_gradient("pre", layers) for layers in (2, 8)]
     assert max(post) / min(post) < 1.6  # at this width the mean over seeds is not yet flat
     assert 1.5 < pre[0] / pre[1] < 2.8  # sqrt(8 / 2) = 2
+
+
+# ---- powernorm -----------------------------------------------------------------------------------------------------
+
+
+def pulled(norm, x, dy, real=None):
+    """One training pass of a normaliser in place -> y, dx and the gradients of its parameters, for the gradient dy."""
+    graph, params, rest = nnx.split(norm, nnx.Param, ...)
+    told = backward.values(norm)
+
+    def loss(x, params, told):
+        here = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
+        nnx.update(here, told)
+        y = here(x, Rows(real, train=True))
+        more = backward.seed(told, backward.values(here))
+        return (y * dy).sum() + more, (y, nnx.to_pure_dict(nnx.state(here, nnx.Not(nnx.Param))))
+
+    grads, (y, after) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, params, told)
+    nnx.update(norm, after)
+    nnx.update(norm, grads[2])
+    return np.asarray(y), np.asarray(grads[0]), nnx.to_pure_dict(grads[1])
+
+
+def single(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def drawn_norm(choice: str = "powernorm:decay=0.8:warmup=2", dim: int = 6):
+    norm, random = build("normaliser", choice, dim=dim, heads=1), np.random.default_rng(5)
+    norm.scale[...], norm.bias[...] = (single(random.normal(1, 0.3, dim)) for _ in range(2))
+    return norm
+
+
+def state_of(norm) -> dict:
+    return jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(norm, nnx.Not(nnx.Param))))
+
+
+def test_powernorm_is_its_equations():
+    """Six training passes, two of them warming up, against the equations in numpy, padding left out by selection."""
+    norm, random = drawn_norm(), np.random.default_rng(0)
+    g, b = (np.asarray(param[...], np.float64) for param in (norm.scale, norm.bias))
+    square, nu = np.ones(6), np.zeros(6)
+    for step in range(6):
+        x, dy = random.normal(1, 2, (3, 7, 6)) * np.arange(1, 7), random.normal(0.2, 1, (3, 7, 6))
+        real = random.random((3, 7)) < 0.7
+        dy[~real] = 0
+        y, dx, of_params = pulled(norm, single(x), single(dy), jnp.asarray(real))
+        found = (x[real] ** 2).mean(0)
+        psi = np.sqrt((found if step < 2 else square) + 1e-5)
+        z, dz = x / psi, dy * g
+        along = (dz * z)[real].mean(0)
+        np.testing.assert_allclose(y, g * z + b, rtol=1e-4, atol=1e-4)
+        wanted = np.where(real[..., None], (dz - (along if step < 2 else nu) * z) / psi, 0)
+        np.testing.assert_allclose(dx, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(of_params["scale"], (dy * z).sum((0, 1)), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(of_params["bias"], dy.sum((0, 1)), rtol=1e-4, atol=1e-4)
+        nu = nu * (1 - 0.2 * (z[real] ** 2).mean(0)) + 0.2 * along
+        square = square + max(0.2, 1 / (step + 1)) * (found - square)
+        np.testing.assert_allclose(norm.nu[...], nu, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(norm.square[...], square, rtol=1e-5)
+    assert int(norm.passes[...]) == 6 and np.abs(nu).min() > 1e-3
+    y = norm(single(x), Rows())
+    np.testing.assert_allclose(y, g * x / np.sqrt(square + 1e-5) + b, rtol=1e-4, atol=1e-4)
+
+
+def test_powernorm_warms_up_with_the_exact_gradient():
+    """While psi is the batch's own, the gradient is the derivative of the whole function, psi included."""
+    norm, x, dy = drawn_norm(), draw(2, 5, 6), draw(2, 6, 5).swapaxes(1, 2) - 1
+
+    def whole(x):
+        return (norm.scale[...] * x / jnp.sqrt((x * x).mean((0, 1)) + 1e-5) * dy).sum()
+
+    np.testing.assert_allclose(pulled(norm, x, dy)[1], jax.grad(whole)(x), atol=1e-5)
+
+
+def test_powernorm_passed_twice_moves_twice():
+    """The statistics of the gradient from the last run to the first, those of the values from the first to the last."""
+
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.norm = drawn_norm("powernorm:decay=0.8:warmup=0")
+
+        def __call__(self, x, rows):
+            return self.norm(self.norm(x, rows), rows)
+
+    both, x, dy = Twice(), draw(2, 5, 6), draw(2, 6, 5).swapaxes(1, 2) - 1
+    pulled(both, x, dy)  # so that nu is not 0
+    one, two = drawn_norm("powernorm:decay=0.8:warmup=0"), drawn_norm("powernorm:decay=0.8:warmup=0")
+    nnx.update(one, state_of(both.norm))
+    middle = pulled(one, x, dy)[0]
+    nnx.update(two, state_of(one) | {"nu": state_of(both.norm)["nu"]})
+    middle_gradient = pulled(two, middle, dy)[1]
+    square = state_of(two)["square"]
+    nnx.update(one, state_of(both.norm))
+    pulled(both, x, dy)
+    np.testing.assert_allclose(both.norm.square[...], square, rtol=1e-5)
+    # The first run meets the nu that the last one left, and moves it.
+    z, dz = np.asarray(x) / np.sqrt(state_of(one)["square"] + 1e-5), middle_gradient * np.asarray(one.scale[...])
+    nu = state_of(two)["nu"]
+    nu = nu + 0.2 * ((dz * z).mean((0, 1)) - nu * (z * z).mean((0, 1)))
+    np.testing.assert_allclose(both.norm.nu[...], nu, rtol=1e-4, atol=1e-5)
+
+
+def test_powernorm_does_not_see_padding():
+    real = jnp.arange(7)[None] < jnp.array([7, 4, 0])[:, None]
+    found = []
+    for garbage in (0.0, 1e6):
+        norm, random = drawn_norm(), np.random.default_rng(0)
+        for _ in range(4):
+            x, dy = (np.where(real[..., None], random.normal(size=(3, 7, 6)), fill) for fill in (garbage, 0))
+            y, dx, of_params = pulled(norm, single(x), single(dy), real)
+        found.append((y[np.asarray(real)], dx, of_params["bias"], state_of(norm)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    # A batch of padding alone leaves everything as it was.
+    before = state_of(norm)
+    pulled(norm, jnp.full((3, 7, 6), 3.0), jnp.zeros((3, 7, 6)), jnp.zeros((3, 7), bool))
+    after = state_of(norm)
+    assert after.pop("passes") == before.pop("passes") + 1
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+PLACED = ["pre", "post", "sandwich", "normformer", "deepnorm"]
+
+
+@pytest.mark.parametrize("placed", PLACED)
+def test_powernorm_in_every_placement(placed):
+    """Every normaliser moves in training, by real rows alone, and else none; decoding is the whole pass."""
+    words = {"task": "copy", "seq_len": 9, "dim": 8, "heads": 2, "layers": 1, "batch": 3, "warmup": 0}
+    config = edit(Config(), norm=f"{placed}:normaliser=powernorm", position="none", **words)
+    task = check_config(config)
+    tx, graph = optimizer.build(config.train), structure(config, task)
+    step, ends = quick_jit(make_train_step(config, task, graph, tx)), []
+    for garbage in (1, 2):
+        state = start = init(config, task, tx)
+        for at in range(2):
+            batch = task.batch("train", at)
+            real = np.ones(batch.inputs.shape, bool)
+            real[0, 6:], weights = False, batch.weights.copy()
+            weights[0, 6:] = 0
+            inputs = np.where(real, batch.inputs, garbage)
+            state, metrics = step(state, dataclasses.replace(batch, inputs=inputs, real=real, weights=weights))
+            assert metrics["ok"]
+        ends.append(state)
+    jax.tree.map(np.testing.assert_array_equal, ends[0].extra, ends[1].extra)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ends[0].params, ends[1].params)
+    moved = jax.tree.map(lambda old, new: np.any(old != new), start.extra, ends[0].extra)
+    if placed == "sandwich":
+        del moved["final"]["outer"]  # nothing is added at the end of the stack
+    held = {"pre": 3, "post": 2, "sandwich": 5, "normformer": 5, "deepnorm": 2}[placed]
+    assert jax.tree.leaves(moved) == [True] * 3 * held
+
+    @quick_jit
+    def evaluated(state, tokens):
+        built = lambda: merge(graph, state.params, state.extra, state.memory)
+        model = built()
+        whole = model(tokens, real=jnp.ones(tokens.shape, bool))[0]
+        one = lambda cache, token: built().step(cache, token)[::-1]
+        steps = jax.lax.scan(one, built().init_cache(*tokens.shape), tokens.T)[1]
+        return whole, steps.swapaxes(0, 1), split(model)[2]
+
+    whole, steps, extra = evaluated(ends[0], jnp.asarray(batch.inputs))
+    jax.tree.map(np.testing.assert_array_equal, extra, ends[0].extra)
+    np.testing.assert_allclose(steps, whole, atol=1e-5)
+
+
+def test_powernorm_goes_on_from_a_checkpoint(tmp_path):
+    """Two steps, a stop and two steps more end in the bits of four."""
+    words = {"task": "copy", "seq_len": 9, "dim": 8, "heads": 2, "layers": 1, "batch": 4, "steps": 4, "eval_batches": 1}
+    config = edit(Config(), norm="pre:normaliser=powernorm", attention="average", **words)
+    seen, ends = [], []
+    for name in ("whole", "halves"):
+        here = edit(config, runs=str(tmp_path / name))
+        if name == "halves":
+            with pytest.raises(loop.Interrupted):
+                loop.run(here, progress=lambda step, total, metrics: seen.append(step), stop=lambda: bool(seen))
+            assert checkpoint.steps(configs.folder(here)) == [2]
+        loop.run(here, resume=name == "halves")
+        job = loop._prepare(here, configs.folder(here))
+        state, _ = checkpoint.restore(configs.folder(here), job.target(), job.about)
+        leaves = checkpoint.named_leaves(state)
+        ends.append({name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()})
+        nu = [np.asarray(leaf) for name, leaf in leaves.items() if name.endswith("nu")]
+        assert len(nu) == 3 and all(np.abs(leaf).min() > 0 for leaf in nu)
+    assert ends[0] == ends[1]
+
+
+def test_what_a_forward_pass_alone_recomputes_refuses_powernorm():
+    config = edit(Config(), task="copy", norm="pre:normaliser=powernorm", depth="reversible", seq_len=9)
+    with pytest.raises(UsageError, match="backward=store"):
+        check_config(config)
+    check_config(edit(config, depth="reversible:backward=store"))

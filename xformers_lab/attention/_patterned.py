@@ -12,7 +12,9 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import fused
-from xformers_lab.attention._engine.block_sparse import block_sparse, dense, largest_array, softmax
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.dense import dense, softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.attention._heads import over_heads

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention._engine.block_sparse import MASKED
+from xformers_lab.attention._engine.dense import MASKED
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention.local import Local
 from xformers_lab.size import Size

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import softmax
+from xformers_lab.attention._engine.dense import softmax
 from xformers_lab.size import Size
 
 # Queries whose scores are computed together: they share most of the spans they see.

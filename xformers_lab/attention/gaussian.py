@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention
-from xformers_lab.attention._engine.block_sparse import block_sparse, scores
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import by_definition
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import scores
+from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.size import Size

@@ -2,7 +2,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import block_sparse, dense, largest_array
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Band, Causal, Pattern
 from xformers_lab.linear import Linear

@@ -6,7 +6,9 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import block_sparse, largest_array, softmax
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.dense import softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.pattern import All

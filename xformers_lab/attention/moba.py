@@ -3,7 +3,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, scores, softmax
+from xformers_lab.attention._engine.dense import EMPTY, MASKED, scores, softmax
 from xformers_lab.attention._engine.gathered import ROWS, batched, count, grouped, in_blocks, merged, scores_at_once
 from xformers_lab.size import Size
 

@@ -3,7 +3,7 @@ import math
 from flax import nnx
 
 from xformers_lab.attention import Cost
-from xformers_lab.attention._engine.block_sparse import largest_array
+from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._patterned import Patterned, near_block

@@ -8,7 +8,7 @@ from jax import lax
 
 from xformers_lab.attention import Cost
 from xformers_lab.attention._engine import gathered
-from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, scores, softmax
+from xformers_lab.attention._engine.dense import EMPTY, MASKED, scores, softmax
 from xformers_lab.attention._engine.gathered import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band

@@ -6,7 +6,9 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Cost
-from xformers_lab.attention._engine.block_sparse import MASKED, block_sparse, largest_array, softmax
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.dense import MASKED, softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._engine.windows import Windows, count, windows

@@ -7,7 +7,7 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Behind, Cost
 from xformers_lab.attention._engine import maps
-from xformers_lab.attention._engine.block_sparse import scores, softmax
+from xformers_lab.attention._engine.dense import scores, softmax
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.size import Size
 

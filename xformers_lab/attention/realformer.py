@@ -2,7 +2,7 @@ import jax.numpy as jnp
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import maps
-from xformers_lab.attention._engine.block_sparse import scores
+from xformers_lab.attention._engine.dense import scores
 
 
 class Realformer(Attention):

@@ -4,7 +4,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import MASKED, scores, softmax
+from xformers_lab.attention._engine.dense import MASKED, scores, softmax
 from xformers_lab.attention._engine.gathered import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.size import Size
 

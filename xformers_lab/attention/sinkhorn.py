@@ -7,7 +7,7 @@ from jax import lax
 from jax.nn import logsumexp
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import MASKED, softmax
+from xformers_lab.attention._engine.dense import MASKED, softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, scores_at_once
 from xformers_lab.size import Size
 

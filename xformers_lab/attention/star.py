@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost, why_not
-from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 

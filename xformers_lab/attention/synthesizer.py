@@ -9,7 +9,8 @@ from jax import lax
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.attention._engine.block_sparse import EMPTY, MASKED, block_sparse, softmax
+from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.size import Size

@@ -3,7 +3,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.block_sparse import MASKED, scores, softmax
+from xformers_lab.attention._engine.dense import MASKED, scores, softmax
 from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
 from xformers_lab.size import Size
 

@@ -7,8 +7,8 @@ mechanism passes to the same mechanism in the layer above, aux is a dict of scal
 `init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token. It says whether it is
 `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its placement,
 `attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone, `attend` and
-`feed` (`step_attend` and `step_feed` in decoding), which give what `attention_norm.after(x, y)` and `ffn_norm.after`
-take; or leaves one out, `block.only("ffn")`.
+`feed` (`step_attend` and `step_feed` in decoding), which give what
+`attention_norm.after(x, y, rows)` and `ffn_norm.after` take; or leaves one out, `block.only("ffn")`.
 
 What a token cost is the scalar "computation" of aux: the layers that a real token passed through, on average. A block
 that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it.

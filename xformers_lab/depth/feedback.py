@@ -12,6 +12,7 @@ from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import first
 from xformers_lab.depth.transparent import Transparent
 from xformers_lab.memory import why_not
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -99,7 +100,7 @@ class Feedback(Depth):
 
             here = dataclasses.replace(context, real=real, tokens=tokens, among=among)
             (y, mix, *_), _, aux = layers.run(layers.begin(x), {}, here, key=key)
-            memory = self._pushed(memory, norm.before(mix.astype(x.dtype)), real)
+            memory = self._pushed(memory, norm.before(mix.astype(x.dtype), Rows(real)), real)
             return (memory, nnx.split(layers, nnx.Param, ...)[2]), (y, aux)
 
         count = outer * inner
@@ -171,7 +172,7 @@ class Feedback(Depth):
         pending = placed(cache["pending"][0], mix)
 
         def push():
-            states = self._norm().before(pending.astype(x.dtype))
+            states = self._norm().before(pending.astype(x.dtype), Rows())
             return self._pushed(memory, states, jnp.ones((len(x), k), bool))
 
         memory = lax.cond(place == k - 1, push, lambda: memory)

@@ -10,6 +10,7 @@ from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -129,11 +130,12 @@ class Pooling(nnx.Module):
             p = jnp.where(there.any(2)[..., None], most, 0)
         block, asked = self.block, jnp.repeat(p, 2, 1)[:, :S]
         y, _, aux = block.attend(asked, block.initial_carries(B, S, S), context, source=x, keys=keys[:2])
-        x = block.attention_norm.after(p, y[:, ::2])
         short = dataclasses.replace(context, real=None if context.real is None else there.any(2), tokens=None)
+        rows = Rows(short.real, key is not None)
+        x = block.attention_norm.after(p, y[:, ::2], rows)
         if block.ffn is not None:
             y, more = block.feed(x, short, keys=keys[2:])
-            x, aux = block.ffn_norm.after(x, y), add_aux(aux, more)
+            x, aux = block.ffn_norm.after(x, y, rows), add_aux(aux, more)
         return x, short, {"computation": jnp.ones(())} | aux
 
 

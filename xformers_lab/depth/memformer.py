@@ -11,6 +11,7 @@ from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.linear import Linear
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -123,10 +124,11 @@ class Reader(nnx.Module):
         context, memory = given
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         y, carries, aux = self.block.attend(x, carries, context, keys=keys[:2])
-        x = self._told(self.block.attention_norm.after(x, y), memory)
+        rows = Rows(context.real, key is not None)
+        x = self._told(self.block.attention_norm.after(x, y, rows), memory, rows)
         if self.block.ffn is not None:
             y, more = self.block.feed(x, context, keys=keys[2:])
-            x, aux = self.block.ffn_norm.after(x, y), add_aux(aux, more)
+            x, aux = self.block.ffn_norm.after(x, y, rows), add_aux(aux, more)
         return x, carries, aux
 
     def initial_carries(self, B: int, T: int, S: int):
@@ -138,13 +140,13 @@ class Reader(nnx.Module):
     def step(self, x, cache, carries, given, at):
         context, memory = given
         y, cache, carries = self.block.step_attend(x, cache, carries, context, at)
-        x = self._told(self.block.attention_norm.after(x, y)[:, None], memory)[:, 0]
+        x = self._told(self.block.attention_norm.after(x, y, Rows())[:, None], memory, Rows())[:, 0]
         if self.block.ffn is not None:
-            x = self.block.ffn_norm.after(x, self.block.step_feed(x, context))
+            x = self.block.ffn_norm.after(x, self.block.step_feed(x, context), Rows())
         return x, cache, carries
 
-    def _told(self, x, memory):
-        return self.norm.after(x, self.read(self.norm.before(x), memory.astype(x.dtype))[0])
+    def _told(self, x, memory, rows: Rows):
+        return self.norm.after(x, self.read(self.norm.before(x, rows), memory.astype(x.dtype))[0], rows)
 
 
 class Writer(nnx.Module):

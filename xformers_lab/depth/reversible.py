@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.backward import values
 from xformers_lab.depth import Context
 from xformers_lab.depth._stack import add_aux, unroll
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -25,6 +27,7 @@ class Reversible(Fixed):
     taken back is what was added up to rounding; sub-layers run in the model's dtype. The paper hands both streams to
     the head side by side; the mean leaves the head as it is.
 
+    A normaliser that keeps statistics of gradients (powernorm) needs backward=store.
     A placement that normalises the sum (post, deepnorm) cannot be taken back and is refused, so are a mechanism that
     hands something to the layer above, which would have to be kept, and ffn=none, which leaves a stream as it was.
 
@@ -44,6 +47,11 @@ class Reversible(Fixed):
         streams = lambda index, rngs: TwoStreams(size, make_block(index, rngs))
         super().__init__(size, make_block=streams, period=period, rngs=rngs)
         self.backward = backward
+        if backward == "recompute" and values(self):
+            raise ValueError(
+                "a normaliser here keeps statistics of gradients, which backward=recompute does not hand on; use "
+                "backward=store or another normaliser"
+            )
 
     def __call__(self, x, context: Context, *, key=None):
         wide = x.astype(jnp.float32)
@@ -84,12 +92,14 @@ class TwoStreams(nnx.Module):
     def attend(self, x, context: Context, keys):
         """F of a stream (B, T, D), and aux."""
         y, _, aux = self.block.attend(x.astype(self.dtype), {}, context, keys=keys[:2])
-        return self.block.attention_norm.branch(y).astype(jnp.float32), aux
+        rows = Rows(context.real, keys[0] is not None)
+        return self.block.attention_norm.branch(y, rows).astype(jnp.float32), aux
 
     def feed(self, x, context: Context, keys):
         """G of a stream, and aux."""
         y, aux = self.block.feed(x.astype(self.dtype), context, keys=keys[2:])
-        return self.block.ffn_norm.branch(y).astype(jnp.float32), aux
+        rows = Rows(context.real, keys[0] is not None)
+        return self.block.ffn_norm.branch(y, rows).astype(jnp.float32), aux
 
     def __call__(self, x, carries, context: Context, *, key=None):
         (x1, x2), keys = x, _four(key)
@@ -107,9 +117,9 @@ class TwoStreams(nnx.Module):
     def step(self, x, cache, carries, context, at):
         x1, x2 = x
         y, cache, carries = self.block.step_attend(x2.astype(self.dtype), cache, carries, context, at)
-        y1 = x1 + self.block.attention_norm.branch(y).astype(jnp.float32)
+        y1 = x1 + self.block.attention_norm.branch(y, Rows()).astype(jnp.float32)
         y = self.block.step_feed(y1.astype(self.dtype), context)
-        return (y1, x2 + self.block.ffn_norm.branch(y).astype(jnp.float32)), cache, carries
+        return (y1, x2 + self.block.ffn_norm.branch(y, Rows()).astype(jnp.float32)), cache, carries
 
 
 def recomputed(blocks: list, streams, context: Context, *, key):

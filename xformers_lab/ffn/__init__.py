@@ -2,16 +2,18 @@
 function that returns None where the block has no such sub-layer.
 
 One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
-int32.
+int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, real=real,
+key=key)`: a placement may have put a normaliser in front of it.
 """
 
 import functools
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
+from xformers_lab.rows import Rows, apply
 from xformers_lab.size import Size
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid"]
@@ -26,9 +28,15 @@ ACTIVATIONS = {
 
 
 class Ffn(nnx.Module):
+    down: Any
+
     def __call__(self, x, *, real=None, key=None):
         """(B, T, D) -> (B, T, D) and a dict of auxiliary scalars; those named "loss/..." are added to the loss."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def last(self, hidden, *, real=None, key=None):
+        """`down` on the hidden layer, of the rows that the sub-layer was called with."""
+        return apply(self.down, hidden, Rows(real, key is not None))
 
     def takes_tokens(self) -> bool:
         return "tokens" in inspect.signature(type(self).__call__).parameters

@@ -35,4 +35,4 @@ class AllAttention(Ffn):
         keys, values = self.keys[...].astype(x.dtype), self.values[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.einsum("btnh,nmh->bntm", q, keys, preferred_element_type=jnp.float32))
         y = jnp.einsum("bntm,nmh->btnh", p.astype(x.dtype), values)
-        return self.down(y.reshape(*x.shape[:2], -1)), {}
+        return self.last(y.reshape(*x.shape[:2], -1), real=real, key=key), {}

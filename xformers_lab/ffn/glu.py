@@ -24,4 +24,5 @@ class Glu(Ffn):
         self.activation = activation
 
     def __call__(self, x, *, real=None, key=None):
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)), {}
+        hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        return self.last(hidden, real=real, key=key), {}

@@ -22,4 +22,4 @@ class Mlp(Ffn):
         self.activation = activation
 
     def __call__(self, x, *, real=None, key=None):
-        return self.down(ACTIVATIONS[self.activation](self.up(x))), {}
+        return self.last(ACTIVATIONS[self.activation](self.up(x)), real=real, key=key), {}

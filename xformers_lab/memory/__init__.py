@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.position import Position
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -69,8 +70,8 @@ def looking(attention, norm, x) -> Callable:
     def look(states, known):
         layer, before = frozen(attention), frozen(norm).before
         heads = lambda y: y.reshape(*y.shape[:2], -1, layer.size.head)
-        states = before(states)
-        q, k, v = layer.query(before(lax.stop_gradient(x))), layer.key(states), layer.value(states)
+        states = before(states, Rows(known))
+        q, k, v = layer.query(before(lax.stop_gradient(x), Rows())), layer.key(states), layer.value(states)
         return jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=known[:, None, None])
 
     return look

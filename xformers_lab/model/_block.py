@@ -9,6 +9,7 @@ from flax import nnx
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth._stack import add_aux
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -47,13 +48,13 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        aux = {}
+        aux, rows = {}, Rows(context.real, key is not None)
         if self.attention is not None:
             y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
-            x = self.attention_norm.after(x, y)
+            x = self.attention_norm.after(x, y, rows)
         if self.ffn is not None:
             y, more = self.feed(x, context, keys=keys[2:])
-            x = self.ffn_norm.after(x, y)
+            x = self.ffn_norm.after(x, y, rows)
             aux = add_aux(aux, more)
         return x, carries, aux if self.share == 1 else {"computation": jnp.full((), self.share)} | aux
 
@@ -75,15 +76,17 @@ class Block(nnx.Module):
 
         source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike; real is theirs.
         """
+        train = keys[0] is not None
+        before = lambda states: self.attention_norm.before(states, Rows(context.real, train))
         given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
         if context.among is not None:
-            y = self.attention_norm.before(x)
+            y = before(x)
             y, carry, aux = self.attention.look_at(y, **context.among(y), **given)
         elif self.memory is None:
-            source = None if source is None else self.attention_norm.before(source)
-            y, carry, aux = self.attention(self.attention_norm.before(x), source, real=context.real, **given)
+            source = None if source is None else before(source)
+            y, carry, aux = self.attention(before(x), source, real=context.real, **given)
         else:
-            source, real, told = self._source(x, context.real)
+            source, real, told = self._source(x, context.real, train)
             y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
             aux = add_aux(aux, told)
         if self.name in carries:
@@ -92,17 +95,18 @@ class Block(nnx.Module):
 
     def feed(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
-        y, aux = self.ffn(self.ffn_norm.before(x), real=context.real, key=keys[0], **self._tokens(context))
+        x = self.ffn_norm.before(x, Rows(context.real, keys[0] is not None))
+        y, aux = self.ffn(x, real=context.real, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
 
-    def _source(self, x, real):
+    def _source(self, x, real, train: bool):
         """What keys and values come from with a memory, the segment last, which of it is real, and the memory's aux."""
         assert self.memory is not None
         old, known = self.memory.read(len(x))
         told = self.memory.loss(x, real, memory.looking(self.attention, self.attention_norm, x))
         self.memory.write(x, real)
         real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1)), real, told
+        return self.attention_norm.before(jnp.concatenate([old, x], 1), Rows(real, train)), real, told
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
@@ -119,14 +123,17 @@ class Block(nnx.Module):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
         if self.attention is not None:
             y, cache, carries = self.step_attend(x, cache, carries, context, at)
-            x = self.attention_norm.after(x, y)
+            x = self.attention_norm.after(x, y, Rows())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x, context))
+            x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
         return x, cache, carries
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
-        y, given = self.attention_norm.before(x), {"position": context.position, "carry": carries.get(self.name)}
+        y, given = (
+            self.attention_norm.before(x, Rows()),
+            {"position": context.position, "carry": carries.get(self.name)},
+        )
         if context.among is not None:
             rows, row, found, cache = context.among(y, cache)
             y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
@@ -138,7 +145,7 @@ class Block(nnx.Module):
     def step_feed(self, x, context):
         """`feed` for one token (B, D)."""
         tokens = {name: given[:, None] for name, given in self._tokens(context).items()}
-        return self.ffn(self.ffn_norm.before(x)[:, None], **tokens)[0][:, 0]
+        return self.ffn(self.ffn_norm.before(x, Rows())[:, None], **tokens)[0][:, 0]
 
     def _tokens(self, context) -> dict:
         """The tokens, where the feed-forward layer takes them."""

@@ -13,6 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
@@ -64,11 +65,14 @@ class Transformer(Model):
         x = drop(x, self.dropout, embed_key)
         context = Context(self.position, real, self.predict, tokens=inputs if self.of_tokens else None)
         x, aux = self.stack(x, context, key=stack_key)
-        return self.predict(x, real=real), aux
+        return self.predict(x, real=real, train=key is not None), aux
 
-    def predict(self, x, *, real=None):
-        """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token."""
-        x = x if self.final is None else self.final.final(x)
+    def predict(self, x, *, real=None, train: bool = False):
+        """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.
+
+        train: whether statistics of these states are the model's own, for training to keep.
+        """
+        x = x if self.final is None else self.final.final(x, Rows(real, train))
         if self.target == "sequence":
             x = self.pool(x, real)
         return self.head(x).astype(jnp.float32)

@@ -12,6 +12,7 @@ from xformers_lab.depth import Context
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._transformer import Transformer
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
@@ -68,7 +69,7 @@ class EncoderDecoder(Transformer):
         x = self.source_position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
         context = Context(self.source_position, real, tokens=inputs)
         x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
-        return x if self.source_final is None else self.source_final.final(x), aux
+        return x if self.source_final is None else self.source_final.final(x, Rows(real, key is not None)), aux
 
     def __call__(self, inputs, *, real=None, key=None):
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
@@ -79,7 +80,7 @@ class EncoderDecoder(Transformer):
         x = self.position.embed(x, jnp.arange(x.shape[1]), real=real_rest)
         context = Context(self.position, real_rest, self.predict, states, side(real, first), inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
-        logits = self.predict(x, real=real_rest)
+        logits = self.predict(x, real=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
         return logits, add_aux(aux, more)
 
@@ -124,15 +125,16 @@ class CrossBlock(Block):
             raise ValueError(APART)
         keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
         aux = {"computation": jnp.full((), self.share)} if self.share != 1 else {}
+        rows = Rows(context.real, key is not None)
         if self.attention is not None:
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
-            x, aux = self.attention_norm.after(x, y), aux | more
+            x, aux = self.attention_norm.after(x, y, rows), aux | more
             given = {"real": context.source_real, "causal": False, "key": keys[2]}
-            y, _, more = self.cross(self.cross_norm.before(x), context.source, **given)
-            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3])), add_aux(aux, more)
+            y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **given)
+            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), add_aux(aux, more)
         if self.ffn is not None:
             y, more = self.feed(x, context, keys=keys[4:])
-            x, aux = self.ffn_norm.after(x, y), add_aux(aux, more)
+            x, aux = self.ffn_norm.after(x, y, rows), add_aux(aux, more)
         return x, carries, aux
 
     def only(self, kept: str):
@@ -155,11 +157,11 @@ class CrossBlock(Block):
     def step(self, x, cache, carries, context, at):
         if self.attention is not None:
             y, own, carries = self.step_attend(x, cache["own"], carries, context, at)
-            x, cache = self.attention_norm.after(x, y), cache | {"own": own}
-            y, cache = self._look(self.cross_norm.before(x)[:, None], cache, context.source, at)
-            x = self.cross_norm.after(x, y)
+            x, cache = self.attention_norm.after(x, y, Rows()), cache | {"own": own}
+            y, cache = self._look(self.cross_norm.before(x, Rows())[:, None], cache, context.source, at)
+            x = self.cross_norm.after(x, y, Rows())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x, context))
+            x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
         return x, cache, carries
 
     def _look(self, asked, cache, source, at):

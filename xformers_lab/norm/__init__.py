@@ -1,8 +1,10 @@
 """The shelf of residual placements: where the residual branch and its normaliser sit. One file = one `Norm`.
 
-Around a sub-layer f the lab computes `after(x, f(before(x)))`; each sub-layer has its own placement, which may change
-the sub-layer's first parameters (`start(f)`). A placement that
-defines `final(x)` gets one more instance of itself for the end of the stack. Normalisers are a shelf of their own.
+Around a sub-layer f the lab computes `after(x, f(before(x, rows)), rows)`; each sub-layer has its own placement, which
+may change the sub-layer's first parameters (`start(f)`). A placement that defines `final(x, rows)` gets one more
+instance of itself for the end of the stack. `rows` says which rows of x are real and whether this is training; a
+placement hands it on to its normalisers, a shelf of their own: `self.normalise(x, rows)`, or
+`rows.apply(normaliser, x, rows)` for one more.
 """
 
 from typing import ClassVar
@@ -10,6 +12,7 @@ from typing import ClassVar
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.rows import Rows, apply
 from xformers_lab.size import Size
 
 
@@ -28,17 +31,21 @@ class Norm(nnx.Module):
     def start(self, layer) -> None:
         """Change the initial parameters of the sub-layer that it is placed around, where the paper asks for it."""
 
-    def before(self, x):
-        """The input of the sub-layer, from the residual stream x (B, T, D)."""
+    def normalise(self, x, rows: Rows):
+        """The placement's normaliser on x."""
+        return apply(self.norm, x, rows)
+
+    def before(self, x, rows: Rows):
+        """The input of the sub-layer, from the residual stream x (B, T, D), in decoding (B, D)."""
         return x
 
-    def branch(self, y):
+    def branch(self, y, rows: Rows):
         """What is added to the residual stream where the sub-layer gave y."""
         return y
 
-    def after(self, x, y):
+    def after(self, x, y, rows: Rows):
         """The residual stream after the sub-layer gave y. A placement that only adds to x defines `branch` instead."""
-        return x + self.branch(y)
+        return x + self.branch(y, rows)
 
     @classmethod
     def adds(cls) -> bool:

@@ -25,5 +25,5 @@ class Deepnorm(Norm):
             if isinstance(param, nnx.Param) and path[-1] == "kernel" and (not attends or path[-2] in ("value", "out")):
                 param[...] = param[...] * self.beta
 
-    def after(self, x, y):
-        return self.norm(self.alpha * x + y)
+    def after(self, x, y, rows):
+        return self.normalise(self.alpha * x + y, rows)

@@ -6,6 +6,7 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.norm import Norm
+from xformers_lab.rows import Rows, apply, asks
 from xformers_lab.size import Size
 
 
@@ -44,14 +45,14 @@ class Normformer(Norm):
         size = dataclasses.replace(self.size, dim=width, heads=1, kv_heads=None)
         return spec.build("normaliser", self.normaliser, size, rngs=nnx.Rngs(0))  # none of them draws anything
 
-    def before(self, x):
-        return self.norm(x)
+    def before(self, x, rows):
+        return self.normalise(x, rows)
 
-    def branch(self, y):
-        return self.outer(y) if hasattr(self, "outer") else y
+    def branch(self, y, rows):
+        return apply(self.outer, y, rows) if hasattr(self, "outer") else y
 
-    def final(self, x):
-        return self.norm(x)
+    def final(self, x, rows):
+        return self.normalise(x, rows)
 
 
 class Scaled(nnx.Module):
@@ -71,5 +72,7 @@ class Normalised(nnx.Module):
     def __init__(self, linear: nnx.Linear, norm: nnx.Module):
         self.linear, self.norm = linear, norm
 
-    def __call__(self, x):
-        return self.linear(self.norm(x))
+    def __call__(self, x, rows: Rows | None = None):
+        if rows is None and asks(self.norm):
+            raise ValueError("the feed-forward layer must run `down` as self.last(hidden, real=real, key=key)")
+        return self.linear(apply(self.norm, x, rows or Rows()))

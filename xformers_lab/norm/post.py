@@ -8,5 +8,5 @@ class Post(Norm):
         normaliser: a file of norm/normaliser
     """
 
-    def after(self, x, y):
-        return self.norm(x + y)
+    def after(self, x, y, rows):
+        return self.normalise(x + y, rows)

@@ -8,8 +8,8 @@ class Pre(Norm):
         normaliser: a file of norm/normaliser
     """
 
-    def before(self, x):
-        return self.norm(x)
+    def before(self, x, rows):
+        return self.normalise(x, rows)
 
-    def final(self, x):
-        return self.norm(x)
+    def final(self, x, rows):
+        return self.normalise(x, rows)

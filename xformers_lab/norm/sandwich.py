@@ -2,6 +2,7 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.norm import Norm
+from xformers_lab.rows import apply
 from xformers_lab.size import Size
 
 
@@ -16,11 +17,11 @@ class Sandwich(Norm):
         super().__init__(size, normaliser=normaliser, rngs=rngs)
         self.outer = spec.build("normaliser", normaliser, size, rngs=rngs)
 
-    def before(self, x):
-        return self.norm(x)
+    def before(self, x, rows):
+        return self.normalise(x, rows)
 
-    def branch(self, y):
-        return self.outer(y)
+    def branch(self, y, rows):
+        return apply(self.outer, y, rows)
 
-    def final(self, x):
-        return self.norm(x)
+    def final(self, x, rows):
+        return self.normalise(x, rows)

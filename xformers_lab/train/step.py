@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xformers_lab import backward
 from xformers_lab.config import Config
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, begun, merge, split
@@ -32,19 +33,25 @@ def make_train_step(
     gradient is not finite changes nothing but `step` and `skipped`.
     """
 
-    def objective(params, extra, memory, batch: Batch, key):
+    def objective(params, told, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
+        nnx.update(model, told)
         logits, aux = model(batch.inputs, real=batch.real, key=key)
         loss, weight = task.loss(logits, batch)
         aux, more = _scalars(aux)
         aux = {name: value * weight for name, value in aux.items()}
         aux |= {f"loss/{name}": share * task.loss(logits, batch)[0] for name, (share, logits) in more.items()}
         total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
-        return total, (split(model)[2:], {"loss": total, "weight": weight, **aux})
+        seeded = total + backward.seed(told, backward.values(model))
+        return seeded, (split(model)[2:], {"loss": total, "weight": weight, **aux})
 
     def part(params, extra, memory, batch: Batch, key):
-        (_, (changed, sums)), grads = jax.value_and_grad(objective, has_aux=True)(params, extra, memory, batch, key)
-        return *changed, (grads, sums)
+        told = backward.values(merge(graph, params, extra, memory))
+        differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+        (grads, told), ((extra, memory), sums) = differentiate(params, told, extra, memory, batch, key)
+        model = merge(graph, params, extra, memory)
+        nnx.update(model, told)
+        return *split(model)[2:], (grads, sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = stream(state.seed, state.step, "dropout")

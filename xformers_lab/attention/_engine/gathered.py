@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.block_sparse import ACCELERATOR_SCORES, CPU_SCORES, EMPTY
+from xformers_lab.attention._engine.chunks import ACCELERATOR_SCORES, CPU_SCORES
+from xformers_lab.attention._engine.dense import EMPTY
 
 # Queries whose choice is made at once.
 ROWS = 512

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from xformers_lab.attention import _heads
+from xformers_lab.attention._engine.dense import MASKED
 
-MASKED = -1e30
 # Queries at once: enough for wide products, few enough that a block of scores stays in cache.
 ROWS, CAUSAL_ROWS = 512, 256
 # From this many keys on, causal queries come in eighths that see no more keys than they may: 9/16 of the square.

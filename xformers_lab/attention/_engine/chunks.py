@@ -1,0 +1,47 @@
+"""How many rows of blocks are computed together, and the loop over them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xformers_lab.attention._engine.algebra import Pattern
+from xformers_lab.attention._engine.layout import Group, layout
+
+# Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
+# fills an accelerator.
+CPU_SCORES = 1 << 21
+ACCELERATOR_SCORES = 1 << 24
+
+
+def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
+    """How many rows of a group are computed together, so that all chunks are alike."""
+    if jax.default_backend() != "cpu":
+        scores = ACCELERATOR_SCORES
+    elif group.batched:
+        scores = CPU_SCORES
+    else:
+        return 1
+    most = int(np.clip(scores // (group.width * blocks[0] * blocks[1]), 1, len(group.rows)))
+    return -(-len(group.rows) // -(-len(group.rows) // most))
+
+
+def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
+    """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
+    parts = layout(pattern, T, S, *blocks)
+    groups = [group for part in parts for group in part.groups]
+    # Batched rows hold the scores of their own keys and of shared ones apart.
+    width = lambda group: max(group.own.shape[1], len(group.shared)) if group.batched else group.width
+    rows = [rows_at_once(group, blocks) * width(group) * blocks[1] * max(blocks[0], H) for group in groups]
+    return max(max(len(part.keys) for part in parts) * H, *rows)
+
+
+def scan_chunks(step, carry, rows: int, at_once: int):
+    """scan over chunks of rows, the last one shorter; step gives (carry, one output per row)."""
+    whole = rows // at_once * at_once
+    carry, out = lax.scan(step, carry, np.arange(whole).reshape(-1, at_once))
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+    if whole < rows:
+        carry, rest = step(carry, np.arange(whole, rows))
+        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
+    return carry, out

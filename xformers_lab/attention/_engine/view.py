@@ -1,0 +1,174 @@
+"""Arrays in blocks, in the order of positions that one part of a pattern asks for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xformers_lab.attention._engine.dense import MASKED
+from xformers_lab.attention._engine.layout import Group, Part
+from xformers_lab.attention._engine.order import PAD
+
+
+class View:
+    """One part's arrays in blocks, in the part's order of positions."""
+
+    def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
+        self.part, self.bias, self.T, self.S = part, bias, T, S
+        self.blocks, (self.block_q, self.block_k) = blocks, blocks
+        self.shift, self.lead = S - T, part.lead * self.block_k
+        self.q = self.block_queries(q)
+        # Positions and padding hang on the data through this zero: else differentiation sees that masks do not, and
+        # stores every one of them for the backward, a T x S array in all.
+        self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
+        self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
+        if any(group.batched for group in part.groups):
+            self.keys_across, self.values_across = across(self.blocked(self.k)), across(self.blocked(self.v))
+        # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
+        self.real = None if real is None else self._keys_in_order(real) & (self.zero == 0)
+        there = part.keys != PAD
+        self.known = self.real if self.real is not None or there.all() else jnp.asarray(there) & (self.zero == 0)
+        self.query_at = None if part.natural_queries else jnp.asarray(part.queries).reshape(-1, self.block_q)
+        self.key_at = None if part.natural_keys else jnp.asarray(part.keys).reshape(-1, self.block_k)
+
+    def _keys_in_order(self, x):
+        """x by key positions; zeros (False) where a position is padding."""
+        if self.part.natural_keys:
+            return jnp.pad(x, [(self.lead, len(self.part.keys) - x.shape[0] - self.lead)] + [(0, 0)] * (x.ndim - 1))
+        return _taken(x, self.part.keys)
+
+    def block_queries(self, x):
+        if self.part.natural_queries:
+            x = jnp.pad(x, [(0, len(self.part.queries) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        else:
+            x = _taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift))
+        return x.reshape(-1, self.block_q, *x.shape[1:])
+
+    def unblock_queries(self, x):
+        x = x.reshape(-1, *x.shape[2:])
+        return x[: self.T] if self.part.natural_queries else x[_places(self.part.queries, self.shift, self.T)]
+
+    def unblock_keys(self, x):
+        if self.part.natural_keys:
+            return x[self.lead : self.lead + self.S]
+        return _taken(x, _places(self.part.keys, 0, self.S))
+
+    def blocked(self, x):
+        return x.reshape(-1, self.block_k, *x.shape[1:])
+
+    # Rows in a loop.
+
+    def row(self, group: Group, index):
+        return jnp.asarray(group.rows)[index]
+
+    def columns(self, group: Group, index):
+        """Where a row's keys are: (start, size) of a run, or (M,) block numbers."""
+        if not group.run:
+            return jnp.asarray(group.own)[index]
+        size = group.own.shape[1] * self.block_k
+        same = (group.own[:, 0] == group.own[0, 0]).all()
+        start = int(group.own[0, 0]) if same else jnp.asarray(group.own[:, 0])[index]
+        return start * self.block_k, size
+
+    def _at(self, x, cols):
+        if isinstance(cols, tuple):
+            start, size = cols
+            return x if size == x.shape[0] else lax.dynamic_slice_in_dim(x, start, size, 0)
+        return self.blocked(x)[cols].reshape(-1, *x.shape[1:])
+
+    def keys(self, cols):
+        return self._at(self.k, cols)
+
+    def values(self, cols):
+        return self._at(self.v, cols)
+
+    def positions(self, i, cols):
+        """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
+        own = self.query_at
+        q = self.shift + i * self.block_q + jnp.arange(self.block_q) if own is None else own[i]
+        if not isinstance(cols, tuple):
+            k = self.key_positions(cols)
+        elif self.key_at is None:
+            k = cols[0] + jnp.arange(cols[1]) - self.lead
+        else:
+            k = self._at(self.key_at.reshape(-1), cols)
+        return q[:, None] + self.zero, k[None]
+
+    def scores(self, group: Group, index):
+        """Masked scores (block, M * block) of a row, and its columns."""
+        i, cols = self.row(group, index), self.columns(group, index)
+        s = jnp.dot(self.q[i], self.keys(cols).T, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            s = s + self.bias(*self.positions(i, cols))
+        if not group.whole:
+            s = jnp.where(self.part.pattern(*self.positions(i, cols)), s, MASKED)
+        known = self.real if group.whole else self.known
+        if known is not None:
+            s = jnp.where(self._at(known, cols)[None], s, MASKED)
+        if group.own_live is not None:
+            live = jnp.repeat(jnp.asarray(group.own_live)[index], self.block_k) & (self.zero == 0)
+            s = jnp.where(live[None], s, MASKED)
+        return s, cols
+
+    # Rows in a batch; rows are R neighbouring numbers within a group.
+
+    def of_rows(self, tree, group: Group, rows):
+        """(query blocks, ...) -> (R, ...)."""
+        if neighbours(group.rows):
+            first = int(group.rows[0]) + rows[0]
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, len(rows)), tree)
+        chosen = jnp.asarray(group.rows)[rows]
+        return jax.tree.map(lambda x: x[chosen], tree)
+
+    def query_positions(self, group: Group, rows):
+        """(R, block, 1)."""
+        if self.query_at is not None:
+            return self.of_rows(self.query_at, group, rows)[..., None] + self.zero
+        first = self.shift + jnp.asarray(group.rows)[rows] * self.block_q
+        return (first[:, None] + jnp.arange(self.block_q))[..., None] + self.zero
+
+    def key_positions(self, columns):
+        """(..., M) key blocks -> (..., M * block)."""
+        if self.key_at is not None:
+            at = self.key_at[columns]
+        else:
+            at = columns[..., None] * self.block_k + jnp.arange(self.block_k) - self.lead
+        return at.reshape(*columns.shape[:-1], -1)
+
+    def known_of(self, columns):
+        """Which keys of key blocks (..., M) there are, (..., M * block); None: all."""
+        if self.known is None:
+            return None
+        return self.blocked(self.known)[columns].reshape(*columns.shape[:-1], -1)
+
+    def pull_bias(self, positions, ds):
+        """The gradient of the bias's leaves from the gradient of scores at these positions."""
+        if self.bias is None:
+            return None
+        return jax.vjp(lambda bias: bias(*positions) + jnp.zeros_like(ds), self.bias)[1](ds)[0]
+
+
+def across(x):
+    """(N, block, H) -> (N, H, block), really in that order.
+
+    XLA:CPU runs batches of small products more than twice as fast where both sides are contracted on their middle axis,
+    and would undo a transposition that it sees.
+    """
+    return lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
+
+
+def neighbours(rows: np.ndarray) -> bool:
+    return bool((np.diff(rows) == 1).all())
+
+
+def _taken(x, index: np.ndarray):
+    """x[index], zeros (False) where the index is negative."""
+    return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=0)
+
+
+def _places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
+    """Where in a list of positions those from `shift` on are; PAD where one is missing."""
+    there = np.nonzero(positions != PAD)[0]
+    back = np.full(length, PAD, np.int32)
+    back[positions[there] - shift] = there
+    return back

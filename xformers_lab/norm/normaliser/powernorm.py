@@ -1,0 +1,96 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.backward import Backward
+from xformers_lab.rows import Rows
+from xformers_lab.size import Size
+
+EPSILON = 1e-5
+
+
+class Powernorm(nnx.Module):
+    """PowerNorm: each channel divided by its running root mean square over real rows (Shen et al., 2020, arXiv
+    2003.07845, algorithm 2).
+
+        y = g z + b,    z = x / psi,    in training then    psi^2 <- psi^2 + (1 - decay) (mean x^2 - psi^2)
+        dx = (dz - nu z) / psi,         in training then    nu <- nu + (1 - decay) (mean dz z - nu mean z^2)
+
+    per channel (D,), with the psi and nu of before the step; means are of the real rows of the whole batch, and dx has
+    no nu in padded rows. psi and nu are no parameters: the state keeps them and checkpoints save them. Evaluation and
+    decoding divide by psi and move nothing, so that there a row does not depend on others. In the first `warmup`
+    training passes psi is that of the batch itself, and dx the exact gradient, (dz - z mean dz z) / psi (the paper's
+    PN-V): a decoder trained so sees what comes later in the batch.
+
+    Deviations: the moving average of psi^2 starts as the plain mean of the batches so far, not at 1; nu is of the
+    gradient of the summed loss, as it comes, before the step divides it by the number of targets. The authors' code
+    first scales groups of channels in each row, and divides dx by the batch's psi; this is the paper's algorithm.
+    A normaliser that a step passes several times (accumulate, a depth that repeats layers) moves at each; there dx has
+    the nu of the pass's start, for it is not known in between. Under layout=pmap each device has statistics of its own
+    rows, and their mean is kept.
+
+    Options:
+        decay: how much of the running statistics a training pass keeps
+        warmup: training passes that use the statistics of their batch
+    """
+
+    def __init__(self, size: Size, *, decay: float = 0.9, warmup: int = 100, rngs: nnx.Rngs):
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}"
+            )
+        if warmup < 0:
+            raise ValueError(f"warmup is a number of training passes, at least 0, got {warmup}")
+        self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
+        self.square, self.nu = nnx.Variable(jnp.ones(size.dim)), Backward(jnp.zeros(size.dim))
+        self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.decay, self.warmup = decay, warmup
+
+    def __call__(self, x, rows: Rows):
+        if rows.train:
+            z = self._train(x, jnp.ones(x.shape[:-1], bool) if rows.real is None else rows.real)
+        else:
+            z = x.astype(jnp.float32) * lax.rsqrt(self.square[...] + EPSILON)
+        return (self.scale[...] * z + self.bias[...]).astype(x.dtype)
+
+    def _train(self, x, real):
+        square, passes = self.square[...], self.passes[...]
+        found = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), real)
+        warming = passes < self.warmup
+        psi = jnp.sqrt(jnp.where(warming, found, square) + EPSILON)
+        z, self.nu[...] = divided(x, real, psi, warming, self.nu[...], self.decay)
+        rate = jnp.maximum(1 - self.decay, 1 / (passes + 1))
+        self.square[...] = square + jnp.where(real.any(), rate, 0) * (found - square)
+        self.passes[...] = passes + 1
+        return z
+
+
+def mean(values, real):
+    """(..., D) over the rows that are real (...) -> (D,); zeros where none is."""
+    return jnp.where(real[..., None], values, 0).sum(range(real.ndim)) / jnp.maximum(real.sum(), 1)
+
+
+@jax.custom_vjp
+def divided(x, real, psi, warming, nu, decay) -> tuple[Any, Any]:
+    """z = x / psi in float32, and nu, see `Backward`."""
+    return x.astype(jnp.float32) / psi, nu
+
+
+def _forward(*given):
+    return divided(*given), given
+
+
+def _backward(given, grads):
+    x, real, psi, warming, nu, decay = given
+    dz, newest = grads
+    z = x.astype(jnp.float32) / psi
+    along = mean(dz * z, real)
+    share = jnp.where(real[..., None], jnp.where(warming, along, nu) * z, 0)
+    newest = newest + (1 - decay) * (along - newest * mean(jnp.square(z), real))
+    return ((dz - share) / psi).astype(x.dtype), None, None, None, newest, None
+
+
+divided.defvjp(_forward, _backward)
