@@ -130,10 +130,8 @@ class Block(nnx.Module):
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
-        y, given = (
-            self.attention_norm.before(x, Rows()),
-            {"position": context.position, "carry": carries.get(self.name)},
-        )
+        y = self.attention_norm.before(x, Rows())
+        given = {"position": context.position, "carry": carries.get(self.name)}
         if context.among is not None:
             rows, row, found, cache = context.among(y, cache)
             y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
