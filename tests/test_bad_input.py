@@ -70,6 +70,21 @@ def test_misspelt_name(capsys, shelf, typo, name):
     assert f'did you mean "{name}"' in message
 
 
+@pytest.mark.parametrize("asked, found", [
+    ("memory=feedback", "depth has feedback: depth=feedback"),
+    ("memory=memformer", "depth has memformer: depth=memformer"),
+    ("depth=compressive", "memory has compressive: memory=compressive"),
+    ("attention=rope", "position has rope: position=rope"),
+    ("attention=lstm", "model has lstm: model=lstm"),
+    ("norm=rmsnorm", "normaliser has rmsnorm: norm=NAME:normaliser=rmsnorm"),
+    ("depth=xl", "position has xl: position=xl; memory has xl: memory=xl"),
+])  # fmt: skip
+def test_a_name_of_another_shelf(capsys, asked, found):
+    shelf, name = asked.split("=")
+    message = refused(capsys, "train", asked)
+    assert f"there is no {shelf} called {name}; {found}" in message
+
+
 MISSPELT_OPTIONS = [
     (shelf, name, typo, option)
     for shelf in ("attention", "position", "norm", "ffn", "task")

@@ -131,7 +131,7 @@ def test_one_sequence_never_sees_another_s_memory_and_a_new_text_none(text):
     np.testing.assert_allclose(after[1], a[1, T:], atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("pool", ["mean", "max", "conv"])
 @pytest.mark.parametrize(("length", "compressed", "rate"), [(4, 2, 2), (2, 3, 4), (6, 2, 2)])
 def test_compressive_is_its_definition(length, compressed, rate, pool):
     """Queues of each sequence, one state at a time."""
@@ -145,7 +145,11 @@ def test_compressive_is_its_definition(length, compressed, rate, pool):
             leaving, recent[row] = recent[row][:T], recent[row][T:]
             for at in range(0, T, rate):
                 known = [state for state, is_real in leaving[at : at + rate] if is_real]
-                pooled = getattr(np, pool)(known, 0) if known else np.zeros(3)
+                if pool == "conv":
+                    side = [state * is_real for state, is_real in leaving[at : at + rate]]
+                    pooled = memory.conv(jnp.asarray(np.concatenate(side), jnp.float32)[None])[0]
+                else:
+                    pooled = getattr(np, pool)(known, 0) if known else np.zeros(3)
                 old[row] = [*old[row][1:], (pooled, bool(known))]
         memory.write(jnp.asarray(x), jnp.asarray(real))
         states, known = memory.read(2)
@@ -155,6 +159,69 @@ def test_compressive_is_its_definition(length, compressed, rate, pool):
             for found, (state, is_real) in zip(states[row], expected, strict=True):
                 if is_real:
                     np.testing.assert_allclose(found, state, atol=1e-6)
+
+
+def test_compression_is_learned_by_what_attention_gets_of_it(text):
+    """One head of one query at a time; in the first segments nothing leaves the memory."""
+    model = model_of(tiny(text, "compressive:length=4:compressed=4:rate=2:pool=conv", kv_heads=1))
+    inputs, x = tokens(3 * T), []
+    (stacked,) = model.stack.periods
+    real = jnp.ones((2, T), bool).at[1, 0].set(False)
+    for at in range(0, 3 * T, T):
+        x.append(model.embedding(inputs[:, at : at + T]))
+        told = model(inputs[:, at : at + T], real=real)[1]["loss/compression"]
+        assert (told > 0) == (at > 0)
+    graph, variables = nnx.split(stacked)
+    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
+    of, norm, conv, found = block.attention, block.attention_norm.norm, block.memory.conv, []
+
+    def look(q, states):
+        k, v = of.key(norm(states)), of.value(norm(states))
+        return jax.nn.softmax(k @ q / 8**0.5) @ v
+
+    for row in range(2):
+        old = x[1][row] * real[row][:, None]
+        new = jnp.stack([conv(jnp.concatenate([old[at], old[at + 1]])) for at in (0, 2)])
+        for t in range(4):
+            if real[row, t]:
+                for q in jnp.split(of.query(norm(x[2][row, t])), 2):
+                    found.append((look(q, old[real[row]]) - look(q, new)) ** 2)
+    np.testing.assert_allclose(told, np.mean(found), rtol=1e-4)
+
+
+def test_what_is_asked_trains_no_compression_and_compression_nothing_else(text):
+    model = model_of(tiny(text, "compressive:length=4:compressed=4:rate=2:pool=conv", layers=2))
+    graph, params, extra, memory = split(model)
+    memory, inputs = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 1), memory), tokens(3 * T)
+
+    def both(params):
+        reader = merge(graph, params, extra, memory)
+        told = [reader(inputs[:, at : at + T]) for at in range(0, 3 * T, T)][-1]
+        return jnp.stack([(told[0] ** 2).sum(), told[1]["loss/compression"]])
+
+    grads = quick_jit(jax.jacrev(both))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        reached = [bool(part.any()) for part in leaf]
+        assert reached == [False, True] if "'conv'" in name else not reached[1], name
+
+
+def test_compression_gets_better(text):
+    """Descent on its own loss, with one text and a layer that stays as it is."""
+    model = model_of(tiny(text, "compressive:length=4:compressed=4:rate=2:pool=conv"))
+    graph, params, extra, memory = split(model)
+    memory, inputs = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 1), memory), tokens(2 * T)
+
+    def loss(params):
+        reader = merge(graph, params, extra, memory)
+        return [reader(inputs[:, at : at + T])[1]["loss/compression"] for at in (0, T)][-1]
+
+    def descend(params, _):
+        value, slope = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.03 * g, params, slope), value
+
+    values = quick_jit(lambda params: jax.lax.scan(descend, params, length=40)[1])(params)
+    assert values[-1] < 0.5 * values[0]
 
 
 def test_compressive_reads_what_xl_forgot(text):
@@ -259,6 +326,7 @@ def test_trains_from_the_command_line(text, tmp_path):
         ({"attention": "realformer"}, "layer above"),
         ({"memory": "xl:length=0"}, "at least 1"),
         ({"memory": "compressive:rate=3"}, "must divide seq_len=4"),
+        ({"memory": "compressive:pool=conv", "attention": "mla", "position": "none"}, "in a way of its own"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):

@@ -12,10 +12,17 @@ from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task, check_config
-from xformers_lab.train import optimizer
+from xformers_lab.train import feed, optimizer
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
 
 SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
+ENCODER = {"model": "encoder", "task": "listops", "seq_len": 24}
+# Of a decoder alone, and of an encoder.
+FED = ["feedback:segment=5"]
+POOLED = ["funnel:blocks=2", "funnel:pool=max"]
 DEPTHS = [
     "reversible",
     "reversible:backward=store",
@@ -27,6 +34,8 @@ DEPTHS = [
     "recurrent_memory:segment=5:tokens=2",
     "hierarchical:segment=5",
     "tnt:segment=5",
+    "memformer:segment=5:slots=3",
+    *FED,
 ]
 
 
@@ -91,9 +100,10 @@ def test_no_position_sees_what_comes_after_it(depth):
     assert (np.diag(strength) > 0).all()
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS + POOLED)
 def test_padding_changes_nothing(depth):
-    model, tokens = model_of(depth, model="encoder", task="listops", seq_len=10)
+    kind = "decoder" if depth in FED else "encoder"
+    model, tokens = model_of(depth, model=kind, task="listops", seq_len=10)
     real = jnp.arange(10)[None] < jnp.array([[4], [7], [10]])
     tokens = jnp.where(real, tokens[:, :10], 0)
     logits = model(tokens, real=real)[0]
@@ -101,12 +111,29 @@ def test_padding_changes_nothing(depth):
     np.testing.assert_allclose(model(tokens[:1, :4])[0], logits[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS + POOLED)
 def test_matrices_decay_and_vectors_do_not(depth):
-    params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
+    changes = {"model": "encoder", "task": "listops"} if depth in POOLED else {}
+    params = nnx.to_pure_dict(nnx.state(model_of(depth, **changes)[0], nnx.Param))
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
         name = jax.tree_util.keystr(path)
         assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
+
+
+@pytest.mark.parametrize("depth", ["funnel:blocks=2", "feedback:segment=3", "memformer:segment=3:slots=2"])
+def test_every_parameter_is_trained(depth):
+    """In two steps: of a classifier, or a language model."""
+    changes = ENCODER if depth in POOLED else {}
+    config = edit(Config(), depth=depth, **(SMALL | changes | {"layers": 2, "position": "none"}), warmup=0)
+    task = build_task(config)
+    tx = optimizer.build(config.train)
+    state, step = init(config, task, tx), quick_jit(make_train_step(config, task, structure(config, task), tx))
+    start = state.params
+    for number in range(2):
+        state, metrics = step(state, feed.checked(task, "train", number))
+        assert bool(metrics["ok"]) and np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda old, new: bool((np.asarray(old) != np.asarray(new)).any()), start, state.params)
+    assert all(jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("choice, message", [
@@ -127,6 +154,22 @@ def test_matrices_decay_and_vectors_do_not(depth):
     ({"depth": "tnt", "attention": "realformer"}, "hands something to the layer above"),
     ({"depth": "recurrent_memory:segment=6:tokens=0"}, "tokens must be at least 1"),
     ({"depth": "recurrent_memory:segment=6", "ffn": "hash"}, "looks at the tokens"),
+    ({"depth": "memformer:segment=99"}, "from 1 to seq_len=12"),
+    ({"depth": "memformer:slots=0"}, "slots must be at least 1"),
+    ({"depth": "memformer:temperature=0"}, "temperature must be above 0"),
+    ({"depth": "memformer", "model": "encoder_decoder"}, "no place for cross-attention"),
+    ({"depth": "funnel"}, "use depth=hourglass"),
+    ({"depth": "funnel:blocks=5", **ENCODER}, "are no funnel"),
+    ({"depth": "funnel:blocks=1", **ENCODER}, "2 blocks or more"),
+    ({"depth": "funnel:decoder=2", **ENCODER}, "each with a layer"),
+    ({"depth": "funnel", "attention": "fnet", **ENCODER}, "cannot look from pooled queries"),
+    ({"depth": "funnel", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
+    ({"depth": "feedback", "model": "encoder", "task": "listops"}, "an encoder sees both sides"),
+    ({"depth": "feedback", "model": "encoder_decoder"}, "an encoder sees both sides"),
+    ({"depth": "feedback:segment=12"}, "from 1 to 11, less than seq_len"),
+    ({"depth": "feedback:window=0"}, "window must be at least 1"),
+    ({"depth": "feedback", "attention": "realformer"}, "hands something to the layer above"),
+    ({"depth": "feedback", "attention": "mla"}, "makes its keys and values itself"),
     ({"depth": "hourglass", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "conditional", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "early_exit", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
@@ -341,6 +384,67 @@ def test_hourglass_builds_the_middle_for_its_length():
     assert np.isfinite(model(tokens)[0]).all()
 
 
+# ---- funnel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["listops", "needle"])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_funnel_is_its_equation(task, pool):
+    """Rows one after the other, at a length of 11 that halves to 6 and 3, some of it padding; with answers for the
+    sequence, and for tokens."""
+    model, _ = model_of(f"funnel:pool={pool}", model="encoder", task=task, seq_len=24, layers=6, position="alibi")
+    stack, T = model.stack, 11
+    real = np.ones(T, bool)
+    real[[3, 6, 7, 10]] = False
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, 16)), jnp.float32)
+    out, aux = quick_jit(lambda x: stack(x, Context(model.position, jnp.asarray(real)[None])))(x)
+    slopes = 2.0 ** (-8 * np.arange(1, 3) / 2)
+
+    def looked(block, asked, at, h, real):
+        """Queries of states (G, D) that stand at places `at`, on states (S, D)."""
+        of, norm = block.attention, block.attention_norm.norm
+        heads = lambda y: y.reshape(-1, 2, 8)
+        q, k, v = heads(of.query(norm(asked))), heads(of.key(norm(h))), heads(of.value(norm(h)))
+        scores = jnp.einsum("tnh,snh->nts", q, k) / 8**0.5
+        scores = scores - slopes[:, None, None] * np.abs(np.asarray(at)[:, None] - np.arange(len(h)))
+        share = jax.nn.softmax(jnp.where(real, scores, -jnp.inf))
+        return of.out(jnp.einsum("nts,snh->tnh", share, v).reshape(-1, 16))
+
+    fed = lambda block, h: h + block.ffn(block.ffn_norm.norm(h)[None])[0][0]
+    usual = lambda block, h, real: fed(block, h + looked(block, h, range(len(h)), h, real))
+    h, there, levels = x[0], real, []
+    for number in range(3):
+        if number:
+            pooled, kept = [], []
+            for g in range(0, len(h), 2):
+                inside = [h[t] for t in range(g, min(g + 2, len(h))) if there[t]]
+                kept.append(bool(inside))
+                both = jnp.stack(inside) if inside else jnp.zeros((1, 16))
+                pooled.append(getattr(jnp, pool)(both, axis=0))
+            block, p = stack.pooling[number - 1].block, jnp.stack(pooled)
+            h, there = fed(block, p + looked(block, p, range(0, len(h), 2), h, there)), np.array(kept)
+        for one in range([2, 1, 1 if task == "listops" else 0][number]):
+            h = usual(layer(stack.parts[number].periods[0], one), h, there)
+        levels.append(h)
+    h = jnp.stack([h[t // 4] for t in range(T)])
+    if task == "needle":
+        h = usual(layer(stack.decoder.periods[0], 0), levels[0] + h, real)
+    np.testing.assert_allclose(out[0][real], h[real], atol=1e-5)
+    counts = [2, 2 / 2, 2 / 4] if task == "listops" else [2, 2 / 2, 1 / 4, 1]
+    np.testing.assert_allclose(aux["computation"], sum(counts), rtol=1e-6)
+
+
+def test_funnel_costs_less_than_its_layers():
+    """Matrix products of a stack on one sequence, where nothing but the pooling attention is of full length."""
+    found = []
+    for depth in ("funnel:blocks=3", "fixed"):
+        model, _ = model_of(depth, model="encoder", task="listops", layers=6, seq_len=64, position="none")
+        (graph, variables), context = nnx.split(model.stack), Context(model.position)
+        call = lambda variables, x, graph=graph, context=context: nnx.merge(graph, variables)(x, context)[0]
+        found.append(count_flops(call, variables, jnp.zeros((1, 64, 16))))
+    assert 0.5 < found[0] / found[1] < 0.72
+
+
 # ---- recurrent memory ----------------------------------------------------------------------------------------------
 
 
@@ -373,6 +477,126 @@ def test_recurrent_memory_learns_through_segments():
     assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
     of_params = gradients(model, lambda model: model.stack(x, context)[0][:, -1].sum())[1]
     assert np.abs(of_params["stack"]["table"]).max() > 0
+
+
+# ---- feedback ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, segment, own, window", [
+    ("", 1, False, 11), ("segment=5", 5, True, 10), ("segment=4:own=false:window=3", 4, False, 3),
+])  # fmt: skip
+def test_feedback_is_its_equation(options, segment, own, window):
+    """One position after the other, each layer looking at what its segment may see, with positions of the text."""
+    model, tokens = model_of(f"feedback:{options}".rstrip(":"), layers=2, position="rope")
+    stack, (stacked,) = model.stack, model.stack.layers.periods
+    stack.layers.mix[...] = jnp.array([0.5, -0.3, 0.9])
+    share, blocks = jax.nn.softmax(stack.layers.mix[...]), [layer(stacked, number).block for number in range(2)]
+    heads = lambda y: y.reshape(3, 2, 8)
+    rotated = lambda y, t: model.position.rotate(heads(y)[:, None], jnp.array([t]))[:, 0]
+    keys = lambda y, t: (rotated(stack.key(y), t), heads(stack.value(y)))
+    x = model.embedding(tokens)
+
+    def slow(x):
+        memory, inside, found = [], [[], []], []
+        for t in range(12):
+            start = t // segment * segment
+            h, mix = x[:, t], share[0] * x[:, t]
+            for number, block in enumerate(blocks):
+                y = block.attention_norm.norm(h)
+                inside[number].append(keys(y, t))
+                seen = memory[max(0, start - window) : start] + (inside[number][start:] if own else [])
+                if seen:
+                    k, v = (jnp.stack(rows, 1) for rows in zip(*seen, strict=True))
+                    scores = jnp.einsum("bnh,bsnh->bns", rotated(block.attention.query(y), t), k) / 8**0.5
+                    looked = jnp.einsum("bns,bsnh->bnh", jax.nn.softmax(scores), v)
+                    h = h + block.attention.out(looked.reshape(3, 16))
+                h = h + block.ffn(block.ffn_norm.norm(h)[:, None])[0][:, 0]
+                mix = mix + share[number + 1] * h
+            memory.append(keys(blocks[0].attention_norm.norm(mix), t))
+            found.append(h)
+        return jnp.stack(found, 1)
+
+    graph, variables = nnx.split(stack)
+    fast = lambda x: nnx.merge(graph, variables)(x, Context(model.position))
+    out, aux = quick_jit(fast)(x)
+    np.testing.assert_allclose(out, quick_jit(slow)(x), atol=1e-5)
+    assert aux["computation"] == 2
+
+
+def test_feedback_learns_through_all_steps():
+    """With a window of one the last position hears of the first through every memory between."""
+    model, tokens = model_of("feedback:window=1", layers=1, seq_len=6)
+    x, context = model.embedding(tokens), Context(model.position)
+    graph, variables = nnx.split(model.stack)
+    last = lambda x: nnx.merge(graph, variables)(x, context)[0][:, -1].sum()
+    assert (np.abs(quick_jit(jax.grad(last))(x)).max((0, 2)) > 0).all()
+    of_params = gradients(model, lambda model: (model(tokens, key=jax.random.key(0))[0] ** 2).mean())[1]
+    assert all(np.abs(leaf).max() > 0 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_params["stack"]))
+
+
+def test_feedback_keeps_less_than_a_memory_for_every_step():
+    """Between the two passes of a gradient: the memory at the root of the steps, not at each."""
+    model, tokens = model_of("feedback:window=32", layers=1, seq_len=64)
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x, Context(model.position))[0]
+    held = jax.tree.leaves(jax.vjp(call, params, model.embedding(tokens[:1]))[1])
+    assert max(leaf.size for leaf in held) <= 10 * 32 * 16
+
+
+# ---- memformer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+def test_memformer_is_its_equation(kind, task):
+    """Slots, one head and one segment after the other; the last segment is not full."""
+    model, tokens = model_of("memformer:segment=5:slots=3:temperature=0.5", model=kind, task=task, layers=2)
+    (stacked,), writer, context = model.stack.layers.periods, model.stack.writer, Context(model.position)
+    x, length = model.embedding(tokens[:1, :12]), lambda y: jnp.sqrt((y**2).sum())
+    writer.table[...] = 0.3 * jax.random.normal(jax.random.key(0), (3, 16))
+    forget = writer.table[...]
+    memory = jnp.stack([b / length(b) for b in forget])
+    found = []
+    for h in in_parts(x, 5):
+        for number in range(2):
+            reader = layer(stacked, number)
+            attend, feed = halves(reader.block, context)
+            h = h + attend(h)
+            read, y = reader.read, reader.norm.norm(h)
+            heads = lambda y: y.reshape(-1, 2, 8)
+            scores = jnp.einsum("tnh,mnh->ntm", heads(read.query(y)), heads(read.key(memory))) / 8**0.5
+            told = jnp.einsum("ntm,mnh->tnh", jax.nn.softmax(scores), heads(read.value(memory)))
+            h = h + read.out(told.reshape(1, -1, 16))
+            h = h + feed(h)
+        found.append(h)
+        y, new = writer.norm(h[0]), []
+        for slot, b in zip(memory, forget, strict=True):
+            parts = []
+            for n in (slice(0, 8), slice(8, 16)):
+                of = lambda linear, y, n=n: linear(y)[..., n]
+                q, k = of(writer.query, slot), jnp.concatenate([of(writer.key, slot)[None], of(writer.key, y)])
+                share = jax.nn.softmax(k @ q / 8**0.5 / 0.5)
+                parts.append(share @ jnp.concatenate([slot[None, n], of(writer.value, y)]))
+            new.append((jnp.concatenate(parts) + b) / length(jnp.concatenate(parts) + b))
+        memory = jnp.stack(new)
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, jnp.concatenate(found, 1), atol=1e-5)
+    assert aux["computation"] == 2
+
+
+def test_memformer_learns_through_segments_and_keeps_their_memory_alone():
+    """The last segment depends on the first by memory alone; of a segment no activations wait for the backward pass."""
+    model, tokens = model_of("memformer:segment=3:slots=2", layers=2)
+    x, context = model.embedding(tokens), Context(model.position)
+    graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x, context)[0]
+    _, back = jax.vjp(call, params, x)
+    held = sum(leaf.size for leaf in jax.tree.leaves(back))
+    of_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Input, output, and the memories (segments, B, slots, D).
+    assert held - of_params <= 3 * x.size + 4 * 3 * 2 * 16 + 64
+    of_params, of_x = back(jnp.zeros_like(x).at[:, -1].set(1.0))
+    assert (np.abs(of_x).max((0, 2)) > 0).all()
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params["writer"]))
 
 
 # ---- segments within a sequence ------------------------------------------------------------------------------------

@@ -290,8 +290,16 @@ def _module(shelf: str, name: str, where: str) -> types.ModuleType:
         if str(pathlib.Path.cwd()) not in sys.path:
             sys.path.insert(0, str(pathlib.Path.cwd()))
         return _imported(functools.partial(importlib.import_module, name), name, where)
+    if elsewhere := [f"{other} has {name}: {_asked(other, name)}" for other in SHELVES if name in names(other)]:
+        raise UsageError(f"{where}: there is no {shelf} called {name}; {'; '.join(elsewhere)}")
     hint = nearest(name, names(shelf))
     raise UsageError(f'{where}: no {shelf} "{name}": {hint}; or a dotted module path, or the path of a .py file')
+
+
+def _asked(shelf: str, name: str) -> str:
+    """How a choice is asked for: a shelf inside another is an option of what stands there."""
+    outer = SHELVES[shelf].rpartition("/")[0]
+    return f"{outer}=NAME:{shelf}={name}" if outer else f"{shelf}={name}"
 
 
 def _imported(load: Callable[[], types.ModuleType], name: str, where: str) -> types.ModuleType:

@@ -89,12 +89,24 @@ class Attention(nnx.Module):
         """
         source = x if memory is None else memory
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head)
-        q, k, v = heads(self.query(x)), heads(self.key(source)), heads(self.value(source))
+        given = {"real": real, "causal": causal, "position": position, "carry": carry, "key": key}
+        return self.look_at(x, heads(self.key(source)), heads(self.value(source)), source, **given)
+
+    def look_at(self, x, k, v, source, *, real=None, causal=False, position=None, carry=None, key=None, at: Any = None):
+        """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D).
+
+        at (): the position of x's first row, where the rows that a mechanism sees are a part of the text; none: S - T.
+        Keys before position 0 are not real.
+        """
+        q = self.query(x).reshape(*x.shape[:2], -1, self.size.head)
         bias, T, S, mix = None, q.shape[1], k.shape[1], self.mix
         if position is not None:
-            q_at, k_at = jnp.arange(T) + S - T, jnp.arange(S)
+            before = 0 if at is None else at - (S - T)  # positions that came before the first key
+            q_at, k_at = jnp.arange(T) + S - T + before, jnp.arange(S) + before
             if position.kept is None:
                 bias = position.bias()
+                if bias is not None and at is not None:
+                    bias = Behind(bias, jnp.full(self.size.heads, -before))
             else:
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 mix = functools.partial(apart, self)
@@ -308,7 +320,7 @@ class Attention(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Behind:
-    """A bias where `rows` more stand in front of the first position."""
+    """A bias where `rows` more stand in front of the first position (fewer than 0: so many positions are missing)."""
 
     bias: Any
     rows: jax.Array

@@ -30,7 +30,10 @@ class Context:
     makes predictions of hidden states with: `predict(x, real=real)`, (B, T, D) -> logits (B, T, outputs), or (B,
     outputs) where a sequence gets one answer; in a step `predict(x)`, (B, D) -> (B, outputs). source (B, S, D) and
     source_real: what layers with cross-attention look at. tokens (B, T): what the sequences are made of, in a step
-    (B,); None where a layer's rows are no tokens (a pooled sequence, say)."""
+    (B,); None where a layer's rows are no tokens (a pooled sequence, say). among: where queries look at something else
+    than their own layer's input x, `among(y)` of it normalised, (B, T, D), what they look at: the arguments of
+    attention's `look_at` by name, but for x; in a step `among(y, cache)` of y (B, D), which gives x (B, T, D), which
+    row of it is the token's, the same arguments, and the new cache."""
 
     position: Position
     real: Any = None
@@ -38,6 +41,7 @@ class Context:
     source: Any = None
     source_real: Any = None
     tokens: Any = None
+    among: Callable | None = None
 
 
 class Depth(nnx.Module):
@@ -47,7 +51,9 @@ class Depth(nnx.Module):
     own_layers: ClassVar[bool] = False
 
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
-        """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`)."""
+        """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`). A
+        constructor that also names `target` is told what the states are for: "token", every one of them for an answer
+        or a look at it, or "sequence", one answer of all."""
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def __call__(self, x, context: Context, *, key=None):

@@ -1,4 +1,4 @@
-"""Sequences cut into segments of equal length, which are read apart, and as one state each."""
+"""Sequences cut into segments of equal length, which are read one after the other, or apart and as one state each."""
 
 import dataclasses
 import math
@@ -7,6 +7,38 @@ import jax.numpy as jnp
 
 from xformers_lab.depth import Context
 from xformers_lab.size import Size
+
+
+def in_turn(y, size: int, count: int):
+    """(B, T, ...) -> (count, B, size, ...), filled up with zeros; None stays None."""
+    if y is None:
+        return None
+    y = jnp.pad(y, [(0, 0), (0, count * size - y.shape[1])] + [(0, 0)] * (y.ndim - 2))
+    return jnp.swapaxes(y.reshape(len(y), count, size, *y.shape[2:]), 0, 1)
+
+
+def at_once(y, T: int):
+    """What `in_turn` gave, (count, B, size, ...) -> (B, T, ...)."""
+    return jnp.swapaxes(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T]
+
+
+def runs(x, real, k: int, before: int = 0):
+    """(B, T, D) -> what each of G runs of k tokens holds (B, G, k, D), and which of that is real (B, G, k).
+
+    before: so many places in front of the first token that are not real.
+    """
+    B, T, D = x.shape
+    G = -(-T // k)
+    real = jnp.ones((B, T), bool) if real is None else real
+    around = (before, max(0, G * k - T - before))
+    x = jnp.pad(x, ((0, 0), around, (0, 0)))[:, : G * k].reshape(B, G, k, D)
+    return x, jnp.pad(real, ((0, 0), around))[:, : G * k].reshape(B, G, k)
+
+
+def mean_of(runs, there):
+    """(..., k, D), of which `there` (..., k) is real -> (..., D), zeros where nothing is."""
+    total = jnp.where(there[..., None], runs, 0).sum(-2, dtype=jnp.float32)
+    return (total / jnp.maximum(there.sum(-1, keepdims=True), 1)).astype(runs.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def initial_carries(blocks: list, B: int, T: int, S: int) -> dict:
     """What the mechanisms of a stack find below their first layer, for T queries and S keys."""
     carries = {}
     for block in blocks:
-        carries |= _first(block).initial_carries(B, T, S)
+        carries |= first(block).initial_carries(B, T, S)
     return carries
 
 
@@ -34,12 +34,12 @@ def init_caches(blocks: list, B: int, length: int) -> list:
     found = []
     for block in blocks:
         layers = jax.tree.leaves(nnx.state(block))[0].shape[0]
-        one = _first(block).init_cache(B, length)
+        one = first(block).init_cache(B, length)
         found.append(jax.tree.map(lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape)), one))
     return found
 
 
-def _first(block):
+def first(block):
     """The first layer of a stacked module."""
     graph, variables = nnx.split(block)
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))

@@ -42,7 +42,7 @@ class Fixed(Depth):
         x, layers, _ = self.run_step(x, cache["layers"], cache["below"], context, at=at)
         return x, cache | {"layers": layers}
 
-    def run_step(self, x, layers, carries, context: Context, *, at):
+    def run_step(self, x, layers, carries, context, *, at):
         """`run` for one token, with the caches of all layers."""
         first, second = layers
         x, first, carries = step_stack(list(self.periods), x, first, carries, context, at)

@@ -7,6 +7,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.linear import Linear
@@ -57,13 +58,14 @@ class Hourglass(Depth):
             )
         if factor < 2:
             raise ValueError(f"factor must be at least 2, got {factor}; use depth=fixed")
-        runs = -(-size.length // factor)
 
         def part(first: int, count: int, length: int | None = None):
             make = lambda index, rngs: make_block(first + index, rngs, length=length)
             return Fixed(dataclasses.replace(size, layers=count), make_block=make, period=period, rngs=rngs)
 
-        self.parts = nnx.List([part(0, outer), part(outer, middle, runs), part(outer + middle, outer)])
+        self.parts = nnx.List(
+            [part(0, outer), part(outer, middle, -(-size.length // factor)), part(outer + middle, outer)]
+        )
         self.causal = [*self.parts[0].periods, *self.parts[0].rest][0].causal
         self.factor, self.shorten, self.upsample, self.dim = factor, shorten, upsample, size.dim
         linear = lambda inputs, outputs: Linear(inputs, outputs, dtype=size.dtype, rngs=rngs)
@@ -77,34 +79,23 @@ class Hourglass(Depth):
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         first, middle, last = self.parts
         x, _, aux = first.run(x, first.initial_carries(B, T, T), context, key=keys[0])
-        runs, there = self.runs(x, context.real)
+        # A decoder's runs end with the token that they are named after.
+        held, there = runs(x, context.real, self.factor, self.factor - 1 if self.causal else 0)
         # With nothing padded each run holds something real: the last of its tokens, or the first.
         real = None if context.real is None else there.any(-1)
         short = dataclasses.replace(context, real=real, tokens=None)
-        y, G = self.pooled(runs, there), runs.shape[1]
+        y, G = self.pooled(held, there), held.shape[1]
         y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
         more["computation"] = more["computation"] / self.factor
         x = x + self.spread(y).reshape(B, G * self.factor, -1)[:, :T]
         x, _, most = last.run(x, last.initial_carries(B, T, T), context, key=keys[2])
         return x, add_aux(add_aux(aux, more), most)
 
-    def runs(self, x, real):
-        """(B, T, D) -> what each of G runs holds (B, G, k, D), and which of that is real (B, G, k)."""
-        B, T, D = x.shape
-        k, G = self.factor, -(-T // self.factor)
-        real = jnp.ones((B, T), bool) if real is None else real
-        before = k - 1 if self.causal else 0
-        around = (before, max(0, G * k - T - before))
-        x = jnp.pad(x, ((0, 0), around, (0, 0)))[:, : G * k].reshape(B, G, k, D)
-        return x, jnp.pad(real, ((0, 0), around))[:, : G * k].reshape(B, G, k)
-
-    def pooled(self, runs, there):
+    def pooled(self, held, there):
         """(..., k, D) and what is real of it (..., k) -> (..., D)."""
-        inside = jnp.where(there[..., None], runs, 0)
-        if self.shorten == "linear":
-            return self.down(inside.reshape(*inside.shape[:-2], -1))
-        count = jnp.maximum(there.sum(-1, keepdims=True), 1)
-        return (inside.sum(-2, dtype=jnp.float32) / count).astype(runs.dtype)
+        if self.shorten == "mean":
+            return mean_of(held, there)
+        return self.down(jnp.where(there[..., None], held, 0).reshape(*held.shape[:-2], -1))
 
     def spread(self, y):
         """(..., D) -> what each of the k tokens of a run gets of it, (..., k, D)."""

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.size import Size
 
@@ -52,10 +53,8 @@ class RecurrentMemory(Depth):
         B, T, D = x.shape
         M, L, G = self.tokens, self.segment, -(-T // self.segment)
         real = context.real
-        if T % L:
-            real = jnp.ones((B, T), bool) if real is None else real
-            x, real = jnp.pad(x, ((0, 0), (0, G * L - T), (0, 0))), jnp.pad(real, ((0, 0), (0, G * L - T)))
-        parts = lambda y: None if y is None else jnp.swapaxes(y.reshape(B, G, L, *y.shape[2:]), 0, 1)
+        if T % L and real is None:
+            real = jnp.ones((B, T), bool)
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         def one(state, given):
@@ -76,11 +75,11 @@ class RecurrentMemory(Depth):
 
         first = jnp.broadcast_to(self.table[...].astype(x.dtype), (B, M, D))
         keys = None if key is None else jax.random.split(key, G)
-        (_, rest), (y, aux) = lax.scan(one, (first, rest), (parts(x), parts(real), keys))
+        (_, rest), (y, aux) = lax.scan(one, (first, rest), (in_turn(x, L, G), in_turn(real, L, G), keys))
         nnx.update(self.layers, rest)
         aux = jax.tree.map(lambda values: values.mean(0), aux)
         aux["computation"] = aux["computation"] * (L + M * (2 if self.causal else 1)) / L
-        return jnp.swapaxes(y, 0, 1).reshape(B, G * L, D)[:, :T], aux
+        return at_once(y, T), aux
 
     def init_cache(self, B: int, length: int):
         """Of the layers, for the rows of one segment, and the memory that the segment began with (1, B, tokens, D)."""

@@ -22,18 +22,18 @@ class Transparent(Fixed):
         super().__init__(size, make_block=lambda index, rngs: Seen(make_block(index, rngs)), period=period, rngs=rngs)
         self.mix = nnx.Param(jnp.zeros(size.layers + 1))
 
-    def _begin(self, x):
+    def begin(self, x):
         """The state, the mix so far, the shares of layers, and the number of the next layer."""
         share = jax.nn.softmax(self.mix[...])
         return x, share[0] * x.astype(jnp.float32), share, jnp.ones((), jnp.int32)
 
     def __call__(self, x, context: Context, *, key=None):
         carries = self.initial_carries(x.shape[0], x.shape[1], x.shape[1])
-        state, _, aux = self.run(self._begin(x), carries, context, key=key)
+        state, _, aux = self.run(self.begin(x), carries, context, key=key)
         return state[1].astype(x.dtype), aux
 
     def step(self, x, cache, context: Context, *, at):
-        state, layers, _ = self.run_step(self._begin(x), cache["layers"], cache["below"], context, at=at)
+        state, layers, _ = self.run_step(self.begin(x), cache["layers"], cache["below"], context, at=at)
         return state[1].astype(x.dtype), cache | {"layers": layers}
 
 

@@ -14,11 +14,15 @@ A task gives segments that follow one another by `segment(split, step)`, see tas
 Decoding with a memory is refused, too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from jax import lax
 
 from xformers_lab.position import Position
+from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -27,9 +31,11 @@ class Remembered(nnx.Variable):
 
 
 class Memory(nnx.Module):
-    """The memory of one layer. length: how many keys it puts before those of a segment."""
+    """The memory of one layer. length: how many keys it puts before those of a segment. learns: whether it has
+    parameters, which `loss` trains."""
 
     length: int
+    learns: bool = False
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
@@ -44,6 +50,31 @@ class Memory(nnx.Module):
     def write(self, x, real) -> None:
         """Remember the layer's input x (B, T, D) of a segment, real (B, T) bool or None where nothing is padded."""
         raise NotImplementedError(f"{type(self).__name__} must define write(x, real)")
+
+    def loss(self, x, real, look: Callable) -> dict:
+        """Auxiliary scalars of a segment that is about to be written; those named "loss/..." are added to the loss.
+
+        look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S)
+        bool, (B, T, N, H). No gradient passes it to x or to the layer's parameters.
+        """
+        return {}
+
+
+def looking(attention, norm, x) -> Callable:
+    """`look` of a layer whose attention has the placement `norm`, on its input x (B, T, D)."""
+
+    def frozen(module):
+        graph, variables = nnx.split(module)
+        return nnx.merge(graph, lax.stop_gradient(variables))
+
+    def look(states, known):
+        layer, before = frozen(attention), frozen(norm).before
+        heads = lambda y: y.reshape(*y.shape[:2], -1, layer.size.head)
+        states = before(states, Rows(known))
+        q, k, v = layer.query(before(lax.stop_gradient(x), Rows())), layer.key(states), layer.value(states)
+        return jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=known[:, None, None])
+
+    return look
 
 
 def check(position: Position, layers: bool, segments: bool) -> None:
@@ -63,9 +94,9 @@ def check(position: Position, layers: bool, segments: bool) -> None:
         )
 
 
-def why_not(attention) -> str | None:
-    """Why a layer's attention cannot look at a memory; None where it can."""
-    from xformers_lab.attention import stated
+def why_not(attention, learns: bool = False) -> str | None:
+    """Why a layer's attention cannot look at a memory, or at one that learns; None where it can."""
+    from xformers_lab.attention import Attention, stated
 
     mechanism = type(attention)
     name = mechanism.__name__.lower()
@@ -73,4 +104,9 @@ def why_not(attention) -> str | None:
         return f"attention={name} takes no keys but the segment's own: {reason}"
     if attention.carries():
         return f"attention={name} hands something to the layer above, which is made for the segment's own keys"
+    if learns and mechanism.__call__ is not Attention.__call__:
+        return (
+            f"it learns by what queries find of the layer's own keys and values, and attention={name} makes them in a "
+            "way of its own; use a memory without parameters, as compressive:pool=mean is"
+        )
     return None

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.linear import Linear
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.xl import Xl
 from xformers_lab.size import Size
@@ -17,14 +18,22 @@ class Compressive(Xl):
         c'     = the last C rows of [c; pool(o)]  o: the T oldest rows of [m; h], pooled `rate` at a time
 
     Compressed states stand at the positions right before the memory, as if each were one token. The mean and the
-    maximum of the real states are taken; neither has parameters, so there is nothing for the paper's reconstruction
-    loss to train, and its learned compressions (convolution, most used) are not here.
+    maximum of the real states have no parameters. conv is a convolution whose kernel and stride are `rate`, W [o_1;
+    ...; o_rate] + b in every layer, trained by what the layer's attention gets of the compressed states in place of
+    those they were made of (algorithm 2 of the paper):
+
+        loss/compression = |look(h, o) - look(h, conv(o))|^2,    look(h, s) = softmax(q(h) k(s)^T / sqrt(H)) v(s)
+
+    the mean over real queries and channels of the heads, for every layer, whatever its mechanism, without positions.
+    h, o and the layer's parameters are constants in it, so that it trains W and b alone; and nothing else does, for no
+    gradient flows into what is remembered. It costs attention on T + T / rate keys more. The paper's dilated
+    convolutions and most used states are not here.
 
     Options:
         length: remembered states M per layer (none: as many as a segment has)
         compressed: compressed states C per layer (none: as many as a segment has)
         rate: how many states become one; must divide the length of a segment
-        pool: mean or max of them
+        pool: mean or max of them, or conv, which is learned
     """
 
     def __init__(
@@ -34,7 +43,7 @@ class Compressive(Xl):
         length: int | None = None,
         compressed: int | None = None,
         rate: int = 4,
-        pool: Literal["mean", "max"] = "mean",
+        pool: Literal["mean", "max", "conv"] = "mean",
         rngs: nnx.Rngs,
     ):
         super().__init__(size, length=length, rngs=rngs)
@@ -44,29 +53,52 @@ class Compressive(Xl):
         if rate < 1 or size.length % rate:
             raise ValueError(f"rate={rate} must divide seq_len={size.length}, the states that leave at a time")
         self.length, self.rate, self.pool = self.recent + self.old, rate, pool
+        self.learns = pool == "conv"
+        if self.learns:
+            self.conv = Linear(rate * size.dim, size.dim, dtype=size.dtype, rngs=rngs)
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
         self.real = Remembered(jnp.zeros((1, self.length), bool))
 
     def write(self, x, real):
-        B, T, D = x.shape
-        if T % self.rate:
-            raise ValueError(f"a segment of {T} tokens cannot be compressed {self.rate} at a time")
-        states, known = self.read(B)
-        real = jnp.ones((B, T), bool) if real is None else real
-        states = jnp.concatenate([states, x.astype(states.dtype)], 1)
-        known = jnp.concatenate([known, real], 1)
-        start, end = self.old, self.old + T
-        leaving = states[:, start:end].reshape(B, -1, self.rate, D)
-        counted = known[:, start:end].reshape(B, -1, self.rate)
-        if self.pool == "mean":
-            total = jnp.where(counted[..., None], leaving, 0).sum(2)
-            pooled = total / jnp.maximum(counted.sum(2), 1)[..., None].astype(total.dtype)
-        else:
-            lowest = jnp.finfo(leaving.dtype).min
-            most = jnp.where(counted[..., None], leaving, lowest).max(2)
-            pooled = jnp.where(counted.any(2)[..., None], most, 0)
+        states, known = self._all(x, real)
+        pooled, counted = self.compressed(*self._leaving(states, known, x.shape[1]))
         join = lambda old, new, recent: jnp.concatenate(
             [jnp.concatenate([old[:, : self.old], new], 1)[:, -self.old :], recent[:, -self.recent :]], 1
         )
         self.states.set_value(lax.stop_gradient(join(states, pooled, states)))
-        self.real.set_value(join(known, counted.any(2), known))
+        self.real.set_value(join(known, counted, known))
+
+    def _all(self, x, real):
+        """What is remembered and the segment, and which of both is real."""
+        states, known = self.read(len(x))
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        return jnp.concatenate([states, x.astype(states.dtype)], 1), jnp.concatenate([known, real], 1)
+
+    def _leaving(self, states, known, T: int):
+        """What a segment of T pushes out of the memory of single states."""
+        if T % self.rate:
+            raise ValueError(f"a segment of {T} tokens cannot be compressed {self.rate} at a time")
+        return states[:, self.old : self.old + T], known[:, self.old : self.old + T]
+
+    def compressed(self, states, known):
+        """(B, T, D) and which of it is real (B, T) -> the same of the T / rate states that they become."""
+        B, _, D = states.shape
+        states, known = states.reshape(B, -1, self.rate, D), known.reshape(B, -1, self.rate)
+        some, inside = known.any(2), jnp.where(known[..., None], states, 0)
+        if self.pool == "conv":
+            return self.conv(inside.reshape(B, -1, self.rate * D)), some
+        if self.pool == "mean":
+            return inside.sum(2) / jnp.maximum(known.sum(2), 1)[..., None].astype(states.dtype), some
+        most = jnp.where(known[..., None], states, jnp.finfo(states.dtype).min).max(2)
+        return jnp.where(some[..., None], most, 0), some
+
+    def loss(self, x, real, look):
+        if not self.learns:
+            return {}
+        states, known = self._leaving(*self._all(lax.stop_gradient(x), real), x.shape[1])
+        found, wanted = look(*self.compressed(states, known)), look(states, known)
+        apart = jnp.square(found.astype(jnp.float32) - wanted.astype(jnp.float32)).mean((2, 3))
+        # Queries that are real, of sequences of which something leaves.
+        asked = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if real is None else real)
+        total = jnp.where(asked, apart, 0).sum()
+        return {"loss/compression": total / jnp.maximum(asked.sum(), 1)}

@@ -26,7 +26,7 @@ class Block(nnx.Module):
         self.memory = build("memory", config.model.memory)
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
-        if self.memory is not None and (reason := memory.why_not(self.attention)):
+        if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise ValueError(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
         self.attention_norm.start(self.attention)
@@ -71,18 +71,24 @@ class Block(nnx.Module):
             self.memory = None
         return self
 
-    def attend(self, x, carries, context, *, keys=(None, None)):
-        """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux."""
-        source, real = self._source(x, context.real, keys[0] is not None)
-        y, carry, aux = self.attention(
-            source if self.memory is None else source[:, -x.shape[1] :],
-            None if self.memory is None else source,
-            real=real,
-            causal=self.causal,
-            position=context.position,
-            carry=carries.get(self.name),
-            key=keys[0],
-        )
+    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+        """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
+
+        source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike; real is theirs.
+        """
+        train = keys[0] is not None
+        before = lambda states: self.attention_norm.before(states, Rows(context.real, train))
+        given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
+        if context.among is not None:
+            y = before(x)
+            y, carry, aux = self.attention.look_at(y, **context.among(y), **given)
+        elif self.memory is None:
+            source = None if source is None else before(source)
+            y, carry, aux = self.attention(before(x), source, real=context.real, **given)
+        else:
+            source, real, told = self._source(x, context.real, train)
+            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
+            aux = add_aux(aux, told)
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
@@ -94,13 +100,13 @@ class Block(nnx.Module):
         return drop(y, self.dropout, keys[1]), aux
 
     def _source(self, x, real, train: bool):
-        """What keys and values come from, the segment last, and which of it is real."""
-        if self.memory is None:
-            return self.attention_norm.before(x, Rows(real, train)), real
+        """What keys and values come from with a memory, the segment last, which of it is real, and the memory's aux."""
+        assert self.memory is not None
         old, known = self.memory.read(len(x))
+        told = self.memory.loss(x, real, memory.looking(self.attention, self.attention_norm, x))
         self.memory.write(x, real)
         real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1), Rows(real, train)), real
+        return self.attention_norm.before(jnp.concatenate([old, x], 1), Rows(real, train)), real, told
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
@@ -124,9 +130,14 @@ class Block(nnx.Module):
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
-        y, cache, carry = self.attention.decode(
-            self.attention_norm.before(x, Rows()), cache, at=at, position=context.position, carry=carries.get(self.name)
-        )
+        y = self.attention_norm.before(x, Rows())
+        given = {"position": context.position, "carry": carries.get(self.name)}
+        if context.among is not None:
+            rows, row, found, cache = context.among(y, cache)
+            y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
+            y = jnp.take(y, row, 1)
+        else:
+            y, cache, carry = self.attention.decode(y, cache, at=at, **given)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
     def step_feed(self, x, context):

@@ -42,7 +42,8 @@ class Transformer(Model):
             own = dataclasses.replace(size, length=size.length if length is None else length)
             return self.block(own, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
 
-        self.stack = spec.build("depth", choice.depth, size, make_block=make_block, period=len(mechanisms), rngs=rngs)
+        given = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
+        self.stack = spec.build("depth", choice.depth, size, **given)
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)

@@ -58,7 +58,7 @@ class EncoderDecoder(Sourced, Transformer):
             own = dataclasses.replace(read, length=source if length is None else length)
             return Block(own, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
 
-        stacked = {"make_block": make_block, "period": len(mechanisms), "rngs": rngs}
+        stacked = {"make_block": make_block, "period": len(mechanisms), "target": "token", "rngs": rngs}
         self.encoder = spec.build("depth", config.model.depth, read, **stacked)
         self.source_final = None if self.final is None else spec.build("norm", config.model.norm, read, rngs=rngs)
 
@@ -150,7 +150,7 @@ class CrossBlock(Block):
             del self.cross, self.cross_norm
         return super().only(kept)
 
-    def attend(self, x, carries, context, *, keys=(None, None)):
+    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
         raise ValueError(APART)
 
     def init_cache(self, B: int, length: int):

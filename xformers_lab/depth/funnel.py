@@ -1,0 +1,144 @@
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention import stated
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._segments import mean_of, runs
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.rows import Rows
+from xformers_lab.size import Size
+
+
+class Funnel(Depth):
+    """Funnel-Transformer: blocks of layers, each of which reads a sequence half as long as the one before (Dai et al.,
+    2020, arXiv 2006.03236).
+
+        first layer of a block:  p = pool(h),  h' = p + attention(queries p, keys and values h),  then feed-forward
+        the others:              as usual, on h'
+
+    pool makes one state of two neighbours: their mean, or their largest numbers. Only queries are pooled, so that what
+    they leave out can be looked up in h. Where a sequence gets one answer, the states of the last block stay short:
+    each stands for the 2^(blocks - 1) tokens that it was pooled from, and a mean over tokens weighs it by them. Where
+    tokens have answers, they get it added to what the first block gave them, and `decoder` layers more.
+
+    Padding counts in no pool; two of padding are padding. A pooled query stands at the place of the first of its two.
+    Positions count the rows of a layer's own length: rotations and added scores are of their distance. What a mechanism
+    hands to the layer above ends with each block. Attention of a block's first layer runs for both places of a pooled
+    query, which any mechanism can, and the second's answer is dropped: it costs as much as before the pooling, all else
+    half. "computation" counts a layer of block i = 0, 1, ... as 2^-i. An encoder alone: depth=hourglass is causal.
+    Deviations from the paper: no class token that stays out of the pool; pools are of two.
+
+    Options:
+        blocks: how many lengths, each half of the one before
+        pool: mean or max
+        decoder: layers on all tokens at the end (none: a quarter of them where tokens have answers, at least one; else
+            0)
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        blocks: int = 3,
+        pool: Literal["mean", "max"] = "mean",
+        decoder: int | None = None,
+        make_block,
+        period: int,
+        target: str,
+        rngs: nnx.Rngs,
+    ):
+        of_tokens = target == "token"
+        decoder = (max(1, size.layers // 4) if of_tokens else 0) if decoder is None else decoder
+        deep = size.layers - decoder
+        if blocks < 2 or decoder < 0 or deep < blocks:
+            raise ValueError(
+                f"layers={size.layers} are no funnel of blocks={blocks}, decoder={decoder}: there must be 2 blocks or "
+                "more, each with a layer"
+            )
+        if size.length <= 2 ** (blocks - 1):
+            raise ValueError(
+                f"blocks={blocks} leave one state of seq_len={size.length}: it must be above {2 ** (blocks - 1)}"
+            )
+        self.pool, self.of_tokens = pool, of_tokens or decoder > 0
+
+        def part(first: int, count: int, length: int):
+            make = lambda index, rngs: make_block(first + index, rngs, length=length)
+            return Fixed(dataclasses.replace(size, layers=count), make_block=make, period=period, rngs=rngs)
+
+        lengths = [-(-size.length // 2**number) for number in range(blocks)]
+        starts = [-(-deep * number // blocks) for number in range(blocks + 1)]
+        self.pooling, self.parts = nnx.List([]), nnx.List([])
+        for number, length in enumerate(lengths):
+            first, count = starts[number], starts[number + 1] - starts[number]
+            if number:
+                self.pooling.append(Pooling(make_block(first, rngs, length=lengths[number - 1]), pool))
+                first, count = first + 1, count - 1
+            self.parts.append(part(first, count, length) if count else None)
+        self.decoder = part(deep, decoder, size.length) if decoder else None
+
+    def __call__(self, x, context: Context, *, key=None):
+        T, aux, states = x.shape[1], {}, []
+        keys = iter([None] * 2 * len(self.parts) if key is None else jax.random.split(key, 2 * len(self.parts)))
+        here = context
+        for number, part in enumerate(self.parts):
+            if number:
+                x, here, more = self.pooling[number - 1](x, here, key=next(keys))
+                aux = add_aux(aux, shared(more, 2**number))
+            if part is not None:
+                x, more = part(x, here, key=next(keys))
+                aux = add_aux(aux, shared(more, 2**number))
+            states.append(x)
+        x = jnp.repeat(x, 2 ** (len(self.parts) - 1), 1)[:, :T]
+        if self.of_tokens:
+            x = states[0] + x
+        if self.decoder is not None:
+            x, more = self.decoder(x, context, key=next(keys))
+            aux = add_aux(aux, more)
+        return x, aux
+
+    def init_cache(self, B: int, length: int):
+        raise ValueError("depth=funnel pools what comes later, too, so it cannot decode token by token")
+
+
+class Pooling(nnx.Module):
+    """A block whose queries are pooled, two to one."""
+
+    def __init__(self, block, pool: str):
+        if block.causal:
+            raise ValueError(
+                "a pooled query sees both of its tokens, so this is for an encoder: use depth=hourglass, which is "
+                "causal, or model=encoder"
+            )
+        if reason := stated(type(block.attention), "Not cross"):
+            raise ValueError(f"attention={block.name} cannot look from pooled queries at what is not pooled: {reason}")
+        self.block, self.pool = block, pool
+
+    def __call__(self, x, context: Context, *, key=None):
+        """(B, S, D) and its context -> (B, S / 2 rounded up, D), the context there, aux."""
+        B, S, _ = x.shape
+        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        two, there = runs(x, context.real, 2)
+        if self.pool == "mean":
+            p = mean_of(two, there)
+        else:
+            most = jnp.where(there[..., None], two, jnp.finfo(x.dtype).min).max(2)
+            p = jnp.where(there.any(2)[..., None], most, 0)
+        block, asked = self.block, jnp.repeat(p, 2, 1)[:, :S]
+        y, _, aux = block.attend(asked, block.initial_carries(B, S, S), context, source=x, keys=keys[:2])
+        short = dataclasses.replace(context, real=None if context.real is None else there.any(2), tokens=None)
+        rows = Rows(short.real, key is not None)
+        x = block.attention_norm.after(p, y[:, ::2], rows)
+        if block.ffn is not None:
+            y, more = block.feed(x, short, keys=keys[2:])
+            x, aux = block.ffn_norm.after(x, y, rows), add_aux(aux, more)
+        return x, short, {"computation": jnp.ones(())} | aux
+
+
+def shared(aux: dict, times: int) -> dict:
+    """What layers say whose rows are so many times fewer."""
+    return aux | {"computation": aux["computation"] / times}

@@ -1,0 +1,183 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from xformers_lab.attention.full import Full
+from xformers_lab.depth import Context, Depth
+from xformers_lab.depth._segments import at_once, in_turn
+from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth.fixed import Fixed
+from xformers_lab.linear import Linear
+from xformers_lab.rows import Rows
+from xformers_lab.size import Size
+
+
+class Memformer(Depth):
+    """Memformer: the layers read one segment at a time beside a few memory slots, which each segment rewrites (Wu et
+    al., 2020, arXiv 2010.06891).
+
+        read, in every layer:  x + attention(x),  x + softmax(q(x) k(m)^T / sqrt(H)) v(m),  x + ffn(x)
+        write, after segment g:  a_i = softmax([q(m_i) . k(m_i), q(m_i) . k(h_1), ..., q(m_i) . k(h_L)] / (sqrt(H) tau))
+        m'_i = a_i0 m_i + sum_t a_it v(h_t)
+        forget:                m_i = (m'_i + b_i) / |m'_i + b_i|,    at first b_i / |b_i|
+
+    h are the L = segment states that leave the layers, normalised; m are `slots` vectors (slots, D), b learned. A slot
+    sees itself and the segment, no other slot; tau = temperature below 1 sharpens its choice. What is never written
+    again turns into b, its start. Reading is full attention by heads; so is writing, without a projection behind it,
+    so that a slot can keep what it has. A segment of padding alone leaves the memory as it was.
+
+    Gradients flow through all segments of a sequence. Between forward and backward pass only the memory of each segment
+    is kept (slots D numbers of T / L segments), and a segment is run again when the backward pass comes to it: the
+    memory and work of the paper's memory replay back-propagation. Attention never sees more than a segment, so that its
+    work grows linearly with T.
+
+    Inside a segment positions count from its start. What a mechanism hands to the layer above ends with the segment.
+    "computation" counts a layer with its reading as 1. Decoding writes the memory whenever a segment is full.
+    Deviations from the paper: memory is read and written by one stack, not by an encoder for a decoder; a sequence's
+    first segment begins with the learned memory, and it ends with the sequence; no dropout on what is read.
+
+    Options:
+        segment: L, states read at a time (none: a quarter of seq_len)
+        slots: vectors of memory
+        temperature: tau, of writing
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        segment: int | None = None,
+        slots: int = 16,
+        temperature: float = 0.25,
+        make_block,
+        period: int,
+        rngs: nnx.Rngs,
+    ):
+        segment = max(1, size.length // 4) if segment is None else segment
+        if not 1 <= segment <= size.length:
+            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}: without them segments know nothing of another")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.segment = segment
+        make = lambda index, rngs: Reader(size, slots, make_block(index, rngs, length=segment), rngs=rngs)
+        self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
+        self.writer = Writer(size, slots, temperature, rngs=rngs)
+
+    def __call__(self, x, context: Context, *, key=None):
+        (B, T, _), L = x.shape, self.segment
+        G, real = -(-T // L), context.real
+        if T % L and real is None:
+            real = jnp.ones((B, T), bool)
+        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
+
+        @jax.checkpoint
+        def one(state, given):
+            memory, rest = state
+            x, real, tokens, key = given
+            layers = nnx.merge(graph, params, rest)
+            here = dataclasses.replace(context, real=real, tokens=tokens)
+            y, _, aux = layers.run(x, layers.initial_carries(B, L, L), (here, memory), key=key)
+            return (self.writer(memory, y, real), nnx.split(layers, nnx.Param, ...)[2]), (y, aux)
+
+        keys = None if key is None else jax.random.split(key, G)
+        steps = [in_turn(y, L, G) for y in (x, real, context.tokens)] + [keys]
+        (_, rest), (y, aux) = lax.scan(one, (self.writer.begin(B), rest), steps)
+        nnx.update(self.layers, rest)
+        return at_once(y, T), jax.tree.map(lambda values: values.mean(0), aux)
+
+    def init_cache(self, B: int, length: int):
+        """Of the layers, for one segment; the memory (1, B, slots, D), and the segment's states so far (1, B, L, D)."""
+        memory = self.writer.begin(B)
+        states = jnp.zeros((1, B, self.segment, memory.shape[-1]), jnp.float32)
+        return {"layers": self.layers.init_cache(B, self.segment), "memory": memory[None], "states": states}
+
+    def step(self, x, cache, context: Context, *, at):
+        place, memory, layers = at % self.segment, cache["memory"][0], cache["layers"]
+        y, own, _ = self.layers.run_step(x, layers["layers"], layers["below"], (context, memory), at=place)
+        states = cache["states"].at[0, :, place].set(y.astype(jnp.float32))
+        cache = {"layers": layers | {"layers": own}, "memory": memory[None], "states": states}
+        graph, variables = nnx.split(self)
+
+        def full(cache):
+            depth = nnx.merge(graph, variables)
+            fresh = depth.layers.init_cache(len(x), self.segment)
+            return cache | {"layers": fresh, "memory": depth.writer(memory, states[0].astype(x.dtype), None)[None]}
+
+        return y, lax.cond(place == self.segment - 1, full, lambda cache: cache, cache)
+
+
+class Reader(nnx.Module):
+    """A block that also looks at the memory, between attention and feed-forward: a layer of (context, memory)."""
+
+    def __init__(self, size: Size, slots: int, block, *, rngs: nnx.Rngs):
+        self.block = block
+        self.read = Full(dataclasses.replace(size, length=slots), rngs=rngs)
+        self.norm = nnx.clone(block.attention_norm)
+        self.norm.start(self.read)
+
+    def __call__(self, x, carries, given, *, key=None):
+        context, memory = given
+        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        y, carries, aux = self.block.attend(x, carries, context, keys=keys[:2])
+        rows = Rows(context.real, key is not None)
+        x = self._told(self.block.attention_norm.after(x, y, rows), memory, rows)
+        if self.block.ffn is not None:
+            y, more = self.block.feed(x, context, keys=keys[2:])
+            x, aux = self.block.ffn_norm.after(x, y, rows), add_aux(aux, more)
+        return x, carries, aux
+
+    def initial_carries(self, B: int, T: int, S: int):
+        return self.block.initial_carries(B, T, S)
+
+    def init_cache(self, B: int, length: int):
+        return self.block.init_cache(B, length)
+
+    def step(self, x, cache, carries, given, at):
+        context, memory = given
+        y, cache, carries = self.block.step_attend(x, cache, carries, context, at)
+        x = self._told(self.block.attention_norm.after(x, y, Rows())[:, None], memory, Rows())[:, 0]
+        if self.block.ffn is not None:
+            x = self.block.ffn_norm.after(x, self.block.step_feed(x, context), Rows())
+        return x, cache, carries
+
+    def _told(self, x, memory, rows: Rows):
+        return self.norm.after(x, self.read(self.norm.before(x, rows), memory.astype(x.dtype))[0], rows)
+
+
+class Writer(nnx.Module):
+    """What becomes of the memory (B, slots, D), float32, when a segment's states (B, L, D) are there."""
+
+    def __init__(self, size: Size, slots: int, temperature: float, *, rngs: nnx.Rngs):
+        linear = lambda: Linear(size.dim, size.dim, use_bias=False, rngs=rngs)
+        self.query, self.key, self.value = linear(), linear(), linear()
+        self.norm = nnx.LayerNorm(size.dim, rngs=rngs)
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (slots, size.dim)))
+        self.heads, self.temperature = size.heads, temperature
+
+    def begin(self, B: int):
+        start = self.table[...]
+        return jnp.broadcast_to(unit(start), (B, *start.shape))
+
+    def __call__(self, memory, states, real):
+        heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+        states = self.norm(states.astype(jnp.float32))
+        q, k, own = heads(self.query(memory)), heads(self.key(states)), heads(self.key(memory))
+        kept = (q * own).sum(-1)[..., None]  # (B, slots, N, 1)
+        scores = jnp.einsum("bmnh,blnh->bmnl", q, k)
+        if real is not None:
+            scores = jnp.where(real[:, None, None], scores, -jnp.inf)
+        scores = jnp.concatenate([kept, scores], -1) / (q.shape[-1] ** 0.5 * self.temperature)
+        share = jax.nn.softmax(scores, -1)
+        new = share[..., :1] * heads(memory) + jnp.einsum("bmnl,blnh->bmnh", share[..., 1:], heads(self.value(states)))
+        new = unit(new.reshape(memory.shape) + self.table[...][None])
+        return new if real is None else jnp.where(real.any(1)[:, None, None], new, memory)
+
+
+def unit(y):
+    """Vectors (..., D) of length 1."""
+    return y * lax.rsqrt((y * y).sum(-1, keepdims=True) + 1e-12)
