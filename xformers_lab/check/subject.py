@@ -170,7 +170,7 @@ class Subject:
                     found["x_q"] = draw(case.T, size.dim)
         if case.biased:
             heads = np.arange(1.0, size.heads + 1, dtype=np.float32)
-            found["bias"] = Wave(heads / size.heads, 1 - heads / 8)
+            found["bias"] = Wave(jnp.asarray(heads / size.heads), jnp.asarray(1 - heads / 8))
         return found
 
     @staticmethod
