@@ -11,6 +11,7 @@ from flax import nnx
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
+from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
 from xformers_lab.generate import apart, beam_search, generate
 from xformers_lab.model import build_model, build_task
@@ -60,7 +61,7 @@ def test_cross_attention_is_its_formula():
     block = jax.tree.map(lambda leaf: leaf[0], model.stack.periods[0])
     states = model.encode(tokens[:, :7])[0]
     x = model.embedding(tokens[:, 7:])
-    context = type("Context", (), {"position": model.position, "real": None, "source": states, "source_real": None})
+    context = Context(model.position, source=states)
     y, _, _ = Block.attend(block, x, {}, context)
     x = block.attention_norm.after(x, y, Rows())
     asked, cross = block.cross_norm.before(x, Rows()), block.cross

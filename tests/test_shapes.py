@@ -525,7 +525,7 @@ def test_feedback_is_its_equation(options, segment, own, window):
 
 def test_feedback_learns_through_all_steps():
     """With a window of one the last position hears of the first through every memory between."""
-    model, tokens = model_of("feedback:window=1", layers=1, seq_len=6)
+    model, tokens = model_of("feedback:window=1", layers=1, seq_len=8)
     x, context = model.embedding(tokens), Context(model.position)
     graph, variables = nnx.split(model.stack)
     last = lambda x: nnx.merge(graph, variables)(x, context)[0][:, -1].sum()
