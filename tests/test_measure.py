@@ -261,7 +261,7 @@ def test_warm_up_is_not_timed(clock):
 def test_short_calls_repeat_to_fill_a_round(clock):
     log = []
     speed.interleaved({"a": clock.takes(0.004, log=log)}, rounds=3)
-    assert len(log) == 2 + 3 * 5
+    assert len(log) == 2 + 3 * (1 + 5)  # two of warm-up; in a round, one untimed and five that fill it
 
 
 def test_rounds_are_interleaved_in_a_seeded_random_order(clock):
@@ -353,7 +353,7 @@ def test_rows_of_two_mechanisms():
 def test_a_refused_mechanism_is_not_timed(mine, monkeypatch):
     path = mine("return jnp.broadcast_to(v[0], q.shape)")
     compiled = []
-    monkeypatch.setattr(benches.speed, "compile_timed", lambda *a: compiled.append(a))
+    monkeypatch.setattr(benches.speed, "compile_timed", lambda *a, **k: compiled.append(a))
     monkeypatch.setattr(kit, "PROPERTIES", [values.equals_reference])  # the whole kit takes half a minute
     rows = bench(grid(f"attention={path}", "seq_len=16"), rounds=1)
     assert [row["status"] for row in rows] == ["refused", "refused"] and not compiled
@@ -385,7 +385,7 @@ def test_a_verdict_is_remembered_until_a_source_changes(mine, monkeypatch, tmp_p
 def test_out_of_memory_and_failure_are_rows_and_the_others_go_on(monkeypatch):
     compile_timed = speed.compile_timed
 
-    def failing(fn, own, inputs, *rest):
+    def failing(fn, own, inputs, *rest, **given):
         length = inputs["q"].shape[1]
         if length == 16:
             raise MemoryError("no room")
@@ -393,7 +393,7 @@ def test_out_of_memory_and_failure_are_rows_and_the_others_go_on(monkeypatch):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nsecond line")
         if length == 40:
             raise TypeError("odd")
-        return compile_timed(fn, own, inputs, *rest)
+        return compile_timed(fn, own, inputs, *rest, **given)
 
     monkeypatch.setattr(speed, "compile_timed", failing)
     rows = bench(grid("attention=linear", "seq_len=16,24,32,40"), rounds=1, check=False, passes=["forward"])
@@ -479,7 +479,7 @@ def test_a_mechanism_that_is_no_head_is_timed_whole(mine):
     ],
 )
 def test_impossible_configs_are_refused_before_anything_runs(words, message, monkeypatch):
-    monkeypatch.setattr(speed, "compile_timed", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(speed, "compile_timed", lambda *a, **k: pytest.fail("compiled"))
     with pytest.raises(UsageError, match=message):
         bench(grid("seq_len=16", *words), check=False)
 
@@ -499,6 +499,18 @@ def test_decoding_costs_a_window_or_a_state_the_same_at_every_context():
         mine = [row for row in decoded if row["attention"] == name]
         assert mine[0]["exponent_flops"] == pytest.approx(slope, abs=0.02)
         assert mine[-1]["state_bytes"] / mine[0]["state_bytes"] == pytest.approx(4**slope, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["full", "local:window=8", "linear"])
+def test_a_token_is_written_into_the_cache_and_the_cache_is_not_copied(name):
+    found = subject(grid(f"attention={name}", "seq_len=256", "dim=16", "batch=2")[0], "decode")
+    compiled, _ = speed.compile_timed(found.run, found.own, *found.shapes, donate=(1,))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found.shapes[0]))
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes == kept and memory.temp_size_in_bytes < 2 * kept
+    call = benches._call(compiled, found, {})
+    first, second = jax.device_get(call()), jax.device_get(call())
+    assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
 def test_what_cannot_decode_is_refused_before_anything_is_timed(tmp_path):

@@ -87,7 +87,11 @@ def bench(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """One pass of one mechanism: `run(own, *shapes)`, pure; own are the mechanism's parameters, shapes the rest's."""
+    """One pass of one mechanism: `run(own, *shapes)`, pure; own are the mechanism's parameters, shapes the rest's.
+
+    keeps: whether the first of shapes is a cache, which a call uses up and whose successor is its second result: as in
+    generation, what is kept is written in place and never copied.
+    """
 
     run: Callable
     own: dict
@@ -95,6 +99,7 @@ class Subject:
     parameters: int
     timed: str
     causal: bool
+    keeps: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,7 +171,7 @@ def subject(config: Config, direction: str) -> Subject:
                 return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
             return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
 
-        return Subject(decode, own, (cache, token), count, "mix_step", True)
+        return Subject(decode, own, (cache, token), count, "mix_step", True, keeps=True)
     if direction == "forward":
         return Subject(forward, own, (inputs,), count, timed, causal)
     return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
@@ -261,7 +266,7 @@ def _compile(cell: Cell):
         cell.row["flops"] = count_flops(found.run, found.own, *found.shapes)
     too_much = _too_much(_least_bytes(found))
     if too_much is None:
-        compiled, seconds = speed.compile_timed(found.run, found.own, *found.shapes)
+        compiled, seconds = speed.compile_timed(found.run, found.own, *found.shapes, donate=(1,) if found.keeps else ())
         memory = compiled_memory(compiled)
         figures = {name: memory[name] for name in ("temp_bytes", "peak_bytes") if name in memory}
         cell.row.update(figures, compile_seconds=seconds)
@@ -290,16 +295,31 @@ def _too_much(needed: int) -> str | None:
 
 
 def _call(run: Callable, found: Subject, arrays: dict) -> Callable[[], object]:
-    """A call on random arrays, which are made at the first one and shared by all cells of equal shapes."""
+    """A call on random arrays, made at the first one. Cells of equal shapes share them; a cache is each one's own."""
+    if not found.keeps:
+        return lambda: run(found.own, *_drawn(found.shapes, arrays))
+    cache = None
+
+    def step() -> tuple:
+        nonlocal cache
+        cache = _drawn(found.shapes[0], {}) if cache is None else cache
+        out, cache, _ = run(found.own, cache, *_drawn(found.shapes[1:], arrays))
+        return out, cache
+
+    return step
+
+
+def _drawn(shapes, arrays: dict):
+    """Random arrays of these shapes, each the one of `arrays` with its path, shape and type where there is one."""
 
     def array(path: tuple, shape: jax.ShapeDtypeStruct):
         key = jax.tree_util.keystr(path), shape.shape, shape.dtype
         if key not in arrays:
-            drawn = np.random.default_rng(len(arrays)).standard_normal(shape.shape, np.float32)
-            arrays[key] = jnp.asarray(drawn, shape.dtype)
+            values = np.random.default_rng(len(arrays)).standard_normal(shape.shape, np.float32)
+            arrays[key] = jnp.asarray(values, shape.dtype)
         return arrays[key]
 
-    return lambda: run(found.own, *jax.tree_util.tree_map_with_path(array, found.shapes))
+    return jax.tree_util.tree_map_with_path(array, shapes)
 
 
 def _exponents(cells: Sequence[Cell]) -> None:

@@ -27,13 +27,14 @@ class Timing:
     seconds_median: float
 
 
-def compile_timed(fn: Callable, *args) -> tuple[jax.stages.Compiled, float]:
+def compile_timed(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[jax.stages.Compiled, float]:
     """`fn` traced, lowered and compiled for args (arrays, ShapeDtypeStructs, pytrees), and the seconds that took.
 
+    donate: which args a call uses up, for results to be written in their place.
     Where JAX's persistent compilation cache is switched on and holds the function, that is the time of a hit.
     """
     start = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
+    compiled = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
     return compiled, time.perf_counter() - start
 
 
@@ -88,7 +89,13 @@ def machine() -> dict[str, str]:
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of one call; each is waited for, since a backend may run independent calls at the same time."""
+    """Seconds of one call; each is waited for, since a backend may run independent calls at the same time.
+
+    Where there are several, one more goes before them untimed: a short call after a long one of another case would
+    otherwise be charged with fetching its arrays back into the processor's caches.
+    """
+    if repeats > 1:
+        jax.block_until_ready(call())
     start = time.perf_counter()
     for _ in range(repeats):
         jax.block_until_ready(call())

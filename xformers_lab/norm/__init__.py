@@ -4,7 +4,7 @@ Around a sub-layer f the lab computes `after(x, f(before(x, rows)), rows)`; each
 may change the sub-layer's first parameters (`start(f)`). A placement that defines `final(x, rows)` gets one more
 instance of itself for the end of the stack. `rows` says which rows of x are real and whether this is training; a
 placement hands it on to its normalisers, a shelf of their own: `self.normalise(x, rows)`, or
-`rows.apply(normaliser, x, rows)` for one more.
+`apply(normaliser, x, rows)` of rows.py for one more.
 """
 
 from typing import ClassVar
