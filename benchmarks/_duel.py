@@ -73,13 +73,25 @@ def machine() -> dict:
 
 
 def keep(name: str, rows: list[dict], rounds: int) -> pathlib.Path:
-    """Write rows with the machine's description to results/<name>.<cpu>.json; -> the file."""
+    """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first."""
     host = machine()
     label = "-".join("".join(c if c.isalnum() else " " for c in host["cpu"].lower()).split())
     path = HERE / "results" / f"{name}.{label}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": host, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(host, rows, rounds))
     return path
+
+
+def table(host: dict, rows: list[dict], rounds: int) -> str:
+    """Rows as a Markdown page for people; the .json has the spreads too."""
+    head = f"{host['cpu']}, {host['cores']} cores, {host['system']}, Python {host['python']}; {rounds} rounds."
+    lines = ["| case | pass | ours ms | peer ms | ratio | target |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        cells = (row["case"], row["pass"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}", target)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, "", *lines, ""])
 
 
 def save(name: str, rows: list[dict], rounds: int) -> None:
