@@ -12,7 +12,20 @@ from xformers_lab import spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.layout import layout, live_pairs
-from xformers_lab.attention._engine.pattern import All, Band, BlockLocal, Causal, Pattern, Residue
+from xformers_lab.attention._engine.pattern import (
+    All,
+    Band,
+    BlockLocal,
+    Causal,
+    Dilated,
+    Fixed,
+    Global,
+    Local2D,
+    Pattern,
+    Random,
+    Residue,
+    Tree,
+)
 from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
@@ -182,6 +195,16 @@ PATTERNS = {
     "outside": ~Band(2),
     "hole": Band(9) & ~Band(3) & Causal(),
     "three parts": Band(2) | Residue(3) | Residue(5),
+    "global": Band(2) | Global(2),
+    "sinks": (Band(3) | Global(2, queries=False)) & Causal(),
+    "random": Random(4, 2, 8),
+    "causal random": Random(4, 2, 8, before=True) & Causal(),
+    "bigbird": BlockLocal(4) | Global(3) | Random(4, 1, 8, seed=1),
+    "fixed": Fixed(6, 2) & Causal(),
+    "plane": Local2D(6, 1, 2),
+    "causal plane": Local2D(5, 2, 1) & Causal(),
+    "dilated": Dilated(2, 3),
+    "causal tree": Tree(2, 3) & Causal(),
 }
 SHAPES = [(29, 29), (7, 29), (29, 7), (24, 24), (1, 13), (3, 3)]
 
@@ -244,7 +267,7 @@ def computed_blocks(part):
                 yield group.rows[at], columns[at, place], whole
 
 
-@pytest.mark.parametrize("name", ["all", "causal", "causal band", "strided", "causal grid", "column"])
+@pytest.mark.parametrize("name", ["all", "causal", "causal band", "strided", "causal grid", "column", "bigbird", "fixed"])
 def test_computed_products_are_the_live_pairs(name):
     """Forward 2 products, forward and backward 7 (scores again, dP, dQ, dK, dV), 2 H for each computed pair."""
     T, H, blocks = 256, 8, (16, 16)

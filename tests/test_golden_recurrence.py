@@ -322,3 +322,48 @@ def test_rfa_draws_in_training_alone():
 def test_impossible_options_are_refused(choice, message):
     with pytest.raises(UsageError, match=message):
         build(choice, 16, 16, 2)
+
+
+# ---- whole mixers, written down around the recurrences of the engine ----------------------------------------------
+
+
+def test_a_mamba_mixer_is_a_decay_of_every_channel(golden):
+    """Each inner channel is a head of its own: C is its query, dt B its key, the channel its value, dt A its decay."""
+    found = golden("mamba1_mixer")
+    w = {name[2:]: jnp.asarray(x) for name, x in found.items() if name.startswith("w.")}
+    inner, gate = jnp.split(jnp.asarray(found["x"]) @ w["in_proj.weight"].T, 2, -1)
+    T, taps = inner.shape[1], w["conv1d.weight"].shape[-1]
+    padded = jnp.pad(inner, ((0, 0), (taps - 1, 0), (0, 0)))
+    inner = sum(padded[:, tap : tap + T] * w["conv1d.weight"][:, 0, tap] for tap in range(taps))
+    inner = jax.nn.silu(inner + w["conv1d.bias"])
+    rank, states = w["dt_proj.weight"].shape[1], w["A_log"].shape[1]
+    dt, B, C = jnp.split(inner @ w["x_proj.weight"].T, [rank, rank + states], -1)
+    dt = jax.nn.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
+
+    def channel(C, B, dt, x, A):
+        return channel_decay(C, dt[:, None] * B, x[:, None], dt[:, None] * A, chunk=5)[0][:, 0]
+
+    channels = jax.vmap(channel, (None, None, 1, 1, 0), 1)
+    out = quick_jit(jax.vmap(channels, (0, 0, 0, 0, None)))(C, B, dt, inner, -jnp.exp(w["A_log"]))
+    out = (out + w["D"] * inner) * jax.nn.silu(gate) @ w["out_proj.weight"].T
+    assert_close(out, found["y"])
+
+
+def test_a_real_gated_linear_recurrence_is_a_scalar_decay(golden):
+    """RG-LRU (De et al., 2024, arXiv 2402.19427, equations 1 to 4): key and query are 1, each channel a head."""
+    found = golden("rglru")
+    x, w = jnp.asarray(found["x"]), {name[2:]: jnp.asarray(x) for name, x in found.items() if name.startswith("w.")}
+    heads, width = w["input_gate_bias"].shape
+
+    def gate(name):
+        blocks = jnp.einsum("bthw,hwo->btho", x.reshape(*x.shape[:2], heads, width), w[f"{name}_weight"])
+        return jax.nn.sigmoid(blocks + w[f"{name}_bias"]).reshape(x.shape)
+
+    decay = -8 * gate("recurrent_gate") * jax.nn.softplus(w["recurrent_param"])
+    # The other implementation does not scale what starts a text, and forgets what stands before it.
+    first = jnp.asarray(found["position_ids"] == 0)[..., None]
+    added = x * gate("input_gate") * jnp.where(first, 1, jnp.sqrt(1 - jnp.exp(2 * decay)))
+    one = jnp.ones((x.shape[1], 1))
+    channel = lambda v, decay: scalar_decay(one, one, v[:, None], decay, chunk=5)[0][:, 0]
+    out = quick_jit(jax.vmap(jax.vmap(channel, 1, 1)))(added, jnp.where(first, -1e4, decay))
+    assert_close(out, found["y"])

@@ -365,20 +365,21 @@ def bfloat16(subject: Subject) -> None:
 
 
 def carried(subject: Subject) -> None:
-    """Through three scanned layers that pass their carry on, attend gives what reference gives."""
+    """Through three scanned layers that pass their carry on, attend gives what reference gives in value and gradient,
+    and the last layer depends on no later position and no padding by way of the carry."""
     mechanism = subject.mechanism
     if subject.whole or not mechanism.carries():
         raise NotApplicable("it carries nothing from layer to layer")
     case = Case(subject.length, subject.length, subject.modes[0])
     inputs, real = jax.tree.map(jnp.asarray, subject.inputs(case)), subject.real(case)
-    turned = np.stack([np.roll(inputs["k"], layer, -1) for layer in range(3)])
+    assert real is not None
 
-    def run(method):
-        def layer(state, k):
+    def layers(method, inputs):
+        def layer(state, turn):
             q, carry = state
             out, carry, _ = mechanism.mix(
                 q,
-                k,
+                inputs["k"] * turn,
                 inputs["v"],
                 real=real,
                 causal=case.causal,
@@ -390,22 +391,39 @@ def carried(subject: Subject) -> None:
             return (q + out, carry), out
 
         first = mechanism.initial_carry(case.batch, case.T, case.S)
-        (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), turned)
+        (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), jnp.asarray([1.0, -0.7, 1.3]))
         return out, carry
 
-    (fast, carry), (slow, expected) = (
-        quick_jit(lambda: run("attend"))(),
-        quick_jit(lambda: run("reference"))(),
-    )
+    def run(method):
+        last = lambda inputs, wanted: (layers(method, inputs)[0][-1] * wanted).sum()
+        forward, backward = quick_jit(lambda inputs: layers(method, inputs)), quick_jit(jax.grad(last))
+        grads = lambda wanted: jax.tree.map(np.asarray, backward(inputs, jnp.asarray(wanted, jnp.float32)))
+        return jax.tree.map(np.asarray, forward(inputs)), grads
+
+    ((fast, carry), fast_grads), ((slow, expected), slow_grads) = run("attend"), run("reference")
     advice = (
         "init_carry must be what the first layer may take, and attend must return the carry that reference returns."
     )
     for layer in range(3):
-        compare(
-            np.asarray(fast[layer]), np.asarray(slow[layer]), 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice
-        )
+        compare(fast[layer], slow[layer], 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice)
     for one, other in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
-        compare(np.asarray(one), np.asarray(other), 10 * VALUE, f"the carry after 3 layers ({case})", advice)
+        compare(one, other, 10 * VALUE, f"the carry after 3 layers ({case})", advice)
+    wanted = np.cos(np.arange(fast[-1].size)).reshape(fast[-1].shape) * np.asarray(real)[..., None, None]
+    grads = fast_grads(wanted)
+    compare_trees(grads, slow_grads(wanted), 10 * GRADIENT, f"through the carry ({case})", advice)
+    hidden = {"padding": (grads, ~np.asarray(real))}
+    for row in (1, case.T // 2) if case.causal else ():
+        only = np.zeros_like(wanted)
+        only[:, row] = 1
+        hidden[f"what comes after query {row}"] = fast_grads(only), np.arange(case.S) > row
+    for what, (found, positions) in hidden.items():
+        for name in [name for name in ("k", "v", "x") if name in found]:
+            leak = np.abs(found[name] * positions.reshape(*positions.shape, *[1] * (found[name].ndim - 2))).max()
+            if leak:
+                raise Broken(
+                    f"after three layers the output depends on {name} of {what} ({case}), by way of the carry: "
+                    f"derivative {leak:.1e} instead of exactly 0"
+                )
 
 
 def many_shapes(subject: Subject) -> None:
