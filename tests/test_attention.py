@@ -267,7 +267,9 @@ def computed_blocks(part):
                 yield group.rows[at], columns[at, place], whole
 
 
-@pytest.mark.parametrize("name", ["all", "causal", "causal band", "strided", "causal grid", "column", "bigbird", "fixed"])
+@pytest.mark.parametrize(
+    "name", ["all", "causal", "causal band", "strided", "causal grid", "column", "bigbird", "fixed"]
+)
 def test_computed_products_are_the_live_pairs(name):
     """Forward 2 products, forward and backward 7 (scores again, dP, dQ, dK, dV), 2 H for each computed pair."""
     T, H, blocks = 256, 8, (16, 16)

@@ -41,37 +41,46 @@ def test_shelf(name):
 
 # Options under which a mechanism is another algorithm: what the bare name proves says nothing of them.
 OTHER_FORMS = [
+    "gaussian:kind=distance",
+    "linear:features=cosformer:chunk=5",
+    "linear:features=hedgehog:chunk=5",
+    "linear:features=softmax:chunk=5",
+    "performer:kernel=relu:features=5:chunk=5",
+    "rfa:gate=learned:features=5:chunk=5",
+    "streaming:logit=learned:sinks=0:window=5",
+    "synthesizer:kind=factorised_dense",
+]
+MORE_FORMS = [
     "axial:axis=row",
     "axial:shape=3x4x6",
     "bigbird:block=5:heads=own",
     "fixed:stride=6:summary=2:heads=own",
-    "gaussian:kind=distance",
     "gaussian:kind=layer",
     "image_local:form=2d:block=3x2:memory=2x1",
-    "linear:features=cosformer:chunk=5",
     "linear:features=dpfp:nu=2:chunk=5",
-    "linear:features=hedgehog:chunk=5",
     "linear:features=relu:chunk=5",
-    "linear:features=softmax:chunk=5",
     "linear:features=taylor:chunk=5",
     "linformer:share=keyvalue:rank=5",
     "linformer:share=none:rank=5",
     "longformer:dilation=2:window=3:tokens=2",
     "mca:pool=mean",
-    "performer:kernel=relu:features=5:chunk=5",
     "performer:rows=independent:features=5:chunk=5",
     "poolingformer:pool=max:window=3:reach=12",
-    "rfa:gate=learned:features=5:chunk=5",
     "rfa:kernel=arccos:features=5:chunk=5",
-    "streaming:logit=learned:sinks=0:window=5",
-    "synthesizer:kind=factorised_dense",
     "synthesizer:kind=factorised_random",
     "synthesizer:kind=random",
 ]
-PROOFS = [values.equals_reference, values.same_gradients, masks.no_future, masks.no_padding, masks.nothing_to_see, costs.decoding]
+PROOFS = [
+    values.equals_reference,
+    values.same_gradients,
+    masks.no_future,
+    masks.no_padding,
+    masks.nothing_to_see,
+    costs.decoding,
+]
 
 
-@pytest.mark.parametrize("choice", OTHER_FORMS)
+@pytest.mark.parametrize("choice", [*OTHER_FORMS, *(pytest.param(form, marks=pytest.mark.slow) for form in MORE_FORMS)])
 def test_other_forms(choice):
     resolved = spec.resolve("attention", choice)
     subject = Subject(choice, lambda size, small: run._fitted(choice, resolved, size, False))
