@@ -964,6 +964,35 @@ class CapAfterTheMask(Softcap):
         return self.reference(q, k, v, real=real, causal=causal, bias=bias)
 
 
+class CarryLeaks(Plain):
+    """The layer above sees a mean of all scores of a key, those of later queries too, in both forms (Residual, 2020).
+
+    Kind: prior
+    """
+
+    def init_carry(self, T, S):
+        return jnp.zeros((T, S))
+
+    def reference(self, q, k, v, *, real, causal, carry):
+        total = _scores(q, k)
+        seen = jnp.where(_mask(q, k, real, causal), total + carry, -1e30)
+        return _softmax(seen, v), jnp.broadcast_to(total.mean(0, keepdims=True), total.shape)
+
+    def attend(self, q, k, v, *, real, causal, carry):
+        return self.reference(q, k, v, real=real, causal=causal, carry=carry)
+
+
+class CarryHoldsPadding(CarryLeaks):
+    """The layer above sees a mean over the keys, padding included, in both forms (Residual, 2020).
+
+    Kind: prior
+    """
+
+    def reference(self, q, k, v, *, real, causal, carry):
+        out, _ = super().reference(q, k, v, real=real, causal=causal, carry=carry)
+        return out, _scores(q, k).cumsum(1)
+
+
 class CarryOfOneLayer(Residual):
     """Only the scores of the layer itself are handed on (Residual, 2020)."""
 
@@ -1147,6 +1176,8 @@ FAULTS = {
     TallStartsAtTheStart: "end_aligned",
     MaskTooSmall: "no_future",
     CapAfterTheMask: "no_future",
+    CarryLeaks: "carried",
+    CarryHoldsPadding: "carried",
     CarryOfOneLayer: "carried",
     StoresEveryRow: "memory",
     DropsTheRotaryKey: "equals_reference",
