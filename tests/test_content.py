@@ -86,8 +86,10 @@ def test_sinkhorn_sorts_blocks_by_balanced_weights():
             order /= order.sum(1, keepdims=True)
         own = t // block
         in_blocks = lambda y: y[0, :, n].reshape(-1, block, H)
-        both = [np.concatenate([np.einsum("j,jbh->bh", order[own], in_blocks(y)), in_blocks(y)[own]]) for y in (k, v)]
-        return attend(q[0, t, n], *both)
+        keys, values = (
+            np.concatenate([np.einsum("j,jbh->bh", order[own], in_blocks(y)), in_blocks(y)[own]]) for y in (k, v)
+        )
+        return attend(q[0, t, n], keys, values)
 
     assert_each(mixed(layer, q, k, v, x=jnp.asarray(x)), expected)
 
