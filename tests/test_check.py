@@ -1,5 +1,6 @@
 """The kit passes every mechanism of the shelf, and names the property that each planted fault breaks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -1212,6 +1213,31 @@ def test_planted_fault_is_caught_by_its_property(kind):
     # A message for the author, not an exception that happened on the way.
     message = report.failed[0].message
     assert len(message) > 40 and "Error: " not in message, message
+
+
+def deaf(kind: type[Attention]) -> type[Attention]:
+    """The mechanism, but neither form is told what is padding."""
+
+    def without_real(method):
+        return functools.wraps(method)(
+            lambda self, *arrays, real=None, **given: method(self, *arrays, real=None, **given)
+        )
+
+    return type(kind.__name__, (kind,), {name: without_real(getattr(kind, name)) for name in ("attend", "reference")})
+
+
+DEAF = ["performer", "reformer", "gla", "nystrom"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DEAF else pytest.param(name, marks=pytest.mark.slow) for name in spec.names("attention")]
+)
+def test_padding_that_nobody_heard_of_is_caught(name):
+    kind = type(spec.build("attention", name, length=67, dim=32, heads=4))
+    if kind.attend is Attention.attend or kind is Multiscale:
+        pytest.skip("its mix does not go through attend")
+    report = examine(subject(deaf(kind)), [masks.no_padding])
+    assert [failure.property for failure in report.failed] == ["no_padding"]
 
 
 def test_every_property_has_a_fault_that_it_catches():
