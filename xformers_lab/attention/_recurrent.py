@@ -49,9 +49,15 @@ def gate_of(size: Size, rngs: nnx.Rngs) -> Linear:
 
 
 def gated(out, gate, dtype):
-    """silu(gate) times out at unit root mean square over the head's channels."""
+    """silu(gate), where there is a gate, times out at unit root mean square over the head's channels."""
     out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
-    return (out * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)
+    return (out if gate is None else out * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)
+
+
+def interval_bias(key, shape, dtype):
+    """Biases whose softplus, the interval of a head at first, is spread evenly, in logarithms, from 0.001 to 0.1."""
+    start = jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
+    return jnp.log(jnp.expm1(start)).astype(dtype)
 
 
 def unit(x):

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,37 +15,39 @@ class DeltaNet(Recurrent):
     """DeltaNet: a memory that corrects what it holds under a key (Schlag et al., 2021, arXiv 2102.11174, equation 24;
     in chunks: Yang et al., 2024, arXiv 2406.06484).
 
-    S_t = S_(t-1) + b_t k_t (v_t - k_t S_(t-1))^T, out_t = silu(W x_t) * rms(q_t S_t), b_t = sigmoid(w x_t), q and k of
-    unit length after silu.
+    S_t = S_(t-1) + b_t k_t (v_t - k_t S_(t-1))^T, out_t = rms(q_t S_t), b_t = sigmoid(w x_t), with q, k and v after
+    silu, q and k then of unit length.
     Kind: linearised
     Time O(T H (H + chunk) + T chunk^2); memory O(T (H + chunk)); decoding keeps one H x H matrix.
     Exact.
     One way: it reads from left to right, so it serves no encoder and no cross-attention
-    Deviations from the paper: no short convolution before q, k and v.
+    Deviations from the paper: no short convolution before the silu of q, k and v; heads are normalised without
+        learned weights. It follows the second paper; the first has its own feature map and does not normalise.
 
     Options:
+        gate: silu: the output times silu(W x_t), as published models may add; none: as it is
         chunk: positions whose corrections are solved for together
     """
 
-    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, gate: Literal["none", "silu"] = "none", chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
-        self.gate, self.chunk = gate_of(size, rngs), chunk
+        self.gate, self.chunk = gate_of(size, rngs) if gate == "silu" else None, chunk
         self.strength = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs)
 
     def from_keys(self, x):
         return {"beta": jax.nn.sigmoid(self.strength(x).astype(jnp.float32))}
 
     def from_queries(self, x):
-        return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
+        return {"gate": None if self.gate is None else self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
     def attend(self, q, k, v, *, real=None, causal, beta, gate):
-        keys = {"k": direction(k), "v": v, "beta": beta}
+        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
         return gated(self.forward(direction(q), keys, real, causal), gate, v.dtype)
 
     def reference(self, q, k, v, *, real=None, causal, beta, gate):
-        keys = {"k": direction(k), "v": v, "beta": beta}
+        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
         return gated(self.by_definition(direction(q), keys, real, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, beta):
@@ -54,7 +58,8 @@ class DeltaNet(Recurrent):
         return q @ state, state
 
     def step(self, state, q, k, v, *, beta, gate):
-        out, state = self.update(state, direction(q), direction(k), v, beta)
+        wide = jax.nn.silu(v.astype(jnp.float32))
+        out, state = self.update(state, direction(q), direction(k), wide, beta)
         return gated(out, gate, v.dtype), state
 
     def cost(self, T: int, S: int) -> Cost:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._engine.gated import delta_rule
-from xformers_lab.attention._recurrent import gated
+from xformers_lab.attention._recurrent import gated, interval_bias
 from xformers_lab.attention.delta_net import DeltaNet, direction
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -18,27 +18,29 @@ class GatedDeltaNet(DeltaNet):
     Time O(T H (H + chunk) + T chunk^2); memory O(T (H + chunk)); decoding keeps one H x H matrix.
     Exact.
     One way: it reads from left to right, so it serves no encoder and no cross-attention
-    Deviations from the paper: no short convolution before q, k and v.
+    Deviations from the paper: no short convolution before the silu of q, k and v; values are as wide as keys, where
+        the paper's are twice as wide; heads are normalised without learned weights.
 
     Options:
         chunk: positions whose corrections are solved for together
     """
 
     def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
-        super().__init__(size, chunk=chunk, rngs=rngs)
-        self.forget = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs)
-        self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (size.heads,), minval=0.05, maxval=1.0)))
+        super().__init__(size, gate="silu", chunk=chunk, rngs=rngs)
+        self.forget = Linear(size.dim, size.heads, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
+        # Even up to 16, but never 0, whose logarithm no gradient would move.
+        self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (size.heads,), minval=1e-3, maxval=16.0)))
 
     def from_keys(self, x):
         fade = jax.nn.softplus(self.forget(x).astype(jnp.float32))
         return super().from_keys(x) | {"decay": -jnp.exp(self.rate[...]) * fade}
 
     def attend(self, q, k, v, *, real=None, causal, beta, decay, gate):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
         return gated(self.forward(direction(q), keys, real, causal), gate, v.dtype)
 
     def reference(self, q, k, v, *, real=None, causal, beta, decay, gate):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
         return gated(self.by_definition(direction(q), keys, real, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, beta, decay):
@@ -48,5 +50,6 @@ class GatedDeltaNet(DeltaNet):
         return super().update(jnp.exp(decay) * state, q, k, v, beta)
 
     def step(self, state, q, k, v, *, beta, decay, gate):
-        out, state = self.update(state, direction(q), direction(k), v, beta, decay)
+        wide = jax.nn.silu(v.astype(jnp.float32))
+        out, state = self.update(state, direction(q), direction(k), wide, beta, decay)
         return gated(out, gate, v.dtype), state

@@ -4,37 +4,55 @@ from flax import nnx
 
 from xformers_lab.attention import Cost
 from xformers_lab.attention._engine.gated import scalar_decay
-from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
+from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of, interval_bias
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
+
+
+class Shared(Linear):
+    """A projection to a few heads, each of which `copies` heads share: (..., D) -> (..., groups copies H)."""
+
+    def __init__(self, size: Size, groups: int, copies: int, *, rngs: nnx.Rngs):
+        super().__init__(size.dim, groups * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.groups, self.copies = groups, copies
+
+    def __call__(self, inputs):
+        y = super().__call__(inputs)
+        heads = y.reshape(*y.shape[:-1], self.groups, -1)
+        return jnp.repeat(heads, self.copies, -2).reshape(*y.shape[:-1], -1)
 
 
 class Mamba2(Recurrent):
     """Mamba-2, the state space dual of linear attention (Dao and Gu, 2024, arXiv 2405.21060, section 5 and 7).
 
-    S_t = exp(-A d_t) S_(t-1) + d_t k_t v_t^T, y_t = q_t S_t + D v_t, out_t = rms(y_t) * silu(W x_t), where d_t =
-    softplus(w x_t + c): q, k and v are the paper's C, B and x, with a learned A > 0 and D for every head.
+    S_t = exp(-A d_t) S_(t-1) + d_t k_t v_t^T, y_t = q_t S_t + D v_t, out_t = w rms(y_t * silu(W x_t)), where d_t =
+    softplus(w' x_t + c) and q, k and v, each after silu, are the paper's C, B and x. Every head has a learned A > 0 and
+    D and a v of its own; the heads of a group share q and k, and one root mean square.
     Kind: linearised
     Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
     Exact.
     One way: it reads from left to right, so it serves no encoder and no cross-attention
-    Deviations from the paper: no short convolution before q, k and v; the state is as wide as a head.
+    Deviations from the paper: no short convolution before the silu of q, k and v; values are as wide as the block, not
+        twice that; the state is as wide as a head. kv_heads fewer than heads shares v too.
 
     Options:
+        groups: how many different q and k there are, each for an equal share of the heads
         chunk: positions whose products are computed together
     """
 
-    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, groups: int = 1, chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if groups < 1 or size.key_heads % groups:
+            raise ValueError(f"groups must divide the {size.key_heads} heads of values, got {groups}; 1 always does")
         super().__init__(size, rngs=rngs)
-        self.gate, self.chunk, N = gate_of(size, rngs), chunk, size.heads
-        # Intervals start between a thousandth and a tenth, as the paper's do.
-        start = jnp.exp(jax.random.uniform(rngs.params(), (N,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
-        inverse = lambda key, shape, dtype: jnp.log(jnp.expm1(start)).astype(dtype)
-        self.interval = Linear(size.dim, N, bias_init=inverse, dtype=size.dtype, rngs=rngs)
+        N = size.heads
+        self.query, self.key = (Shared(size, groups, heads // groups, rngs=rngs) for heads in (N, size.key_heads))
+        self.gate, self.groups, self.chunk = gate_of(size, rngs), groups, chunk
+        self.interval = Linear(size.dim, N, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
         self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)))
         self.skip = nnx.Param(jnp.ones(N))
+        self.scale = nnx.Param(jnp.ones((N, size.head)))
 
     def per_head(self):
         return {"rate": -jnp.exp(self.rate[...]), "skip": self.skip[...]}
@@ -45,16 +63,35 @@ class Mamba2(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
+    def mix(
+        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+    ):
+        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        out, carry, aux = super().mix(q, k, v, **given, method=method)
+        return self._normalised(out).astype(v.dtype), carry, aux
+
+    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+        out, cache, carry = super().mix_step(cache, q, k, v, x=x, bias=bias, carry=carry)
+        return self._normalised(out).astype(v.dtype), cache, carry
+
+    def _normalised(self, out):
+        """(..., N, H) at unit root mean square over all channels of a group, times learned weights."""
+        of_group = out.reshape(*out.shape[:-2], self.groups, -1)
+        of_group = of_group * jax.lax.rsqrt(jnp.square(of_group).mean(-1, keepdims=True) + EPSILON)
+        return of_group.reshape(out.shape) * self.scale[...]
+
     def attend(self, q, k, v, *, real=None, causal, rate, skip, interval, gate):
-        out = self.forward(q, self._keys(k, v, rate, interval), real, causal)
-        return gated(out + skip * _at_queries(q, v, real), gate, v.dtype)
+        return self._gated(self.forward, q, k, v, real, causal, rate, skip, interval, gate)
 
     def reference(self, q, k, v, *, real=None, causal, rate, skip, interval, gate):
-        out = self.by_definition(q, self._keys(k, v, rate, interval), real, causal)
-        return gated(out + skip * _at_queries(q, v, real), gate, v.dtype)
+        return self._gated(self.by_definition, q, k, v, real, causal, rate, skip, interval, gate)
 
-    def _keys(self, k, v, rate, interval):
-        return {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
+    def _gated(self, run, q, k, v, real, causal, rate, skip, interval, gate):
+        """One head before it is normalised, which takes all heads of a group."""
+        q, k, v = (jax.nn.silu(x) for x in (q, k, v))
+        keys = {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
+        out = run(q, keys, real, causal) + skip * _at_queries(q, v, real)
+        return out * jax.nn.silu(gate.astype(jnp.float32))
 
     def scanned(self, q, k, v, decay):
         return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
@@ -64,8 +101,9 @@ class Mamba2(Recurrent):
         return q @ state, state
 
     def step(self, state, q, k, v, *, rate, skip, interval, gate):
+        q, k, v = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k, v))
         out, state = self.update(state, q, k * interval, v, rate * interval)
-        return gated(out + skip * v, gate, v.dtype), state
+        return (out + skip * v) * jax.nn.silu(gate.astype(jnp.float32)), state
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

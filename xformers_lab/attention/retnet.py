@@ -15,8 +15,8 @@ class Retnet(Recurrent):
     Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
     Exact.
     One way: it reads from left to right, so it serves no encoder and no cross-attention
-    Deviations from the paper: rotation by position is the model's position=rope; heads are normalised by their root
-        mean square.
+    Deviations from the paper: values are as wide as keys, where the paper's are twice as wide; rotation by position is
+        the model's position=rope; heads are normalised by their root mean square.
 
     Options:
         chunk: positions whose products are computed together
