@@ -116,19 +116,23 @@ def _mechanism(name: str, config: configs.Config) -> dict:
     if (seen := sampled(built, causal=config.model.model != "encoder")) is not None:
         from xformers_lab.attention._engine import drawing
 
-        result |= {"pattern": drawing.lines(seen), "svg": drawing.svg(seen)}
+        which = f"head 1 of {len(seen)}" if len(seen) > 1 else "every head"
+        result |= {"pattern": drawing.lines(seen[0]), "svg": drawing.svg(seen[0]), "drawn": which}
     return result
 
 
 def sampled(mechanism, causal: bool):
-    """(n, n) booleans: which keys a mechanism's queries see, of its first head; None where no pattern fixes that."""
+    """(n, n) booleans: which keys a mechanism's queries see. One such array where all heads see the same, else one for
+    each; None where no fixed pattern says it."""
     from xformers_lab.attention import stated
     from xformers_lab.attention._engine import drawing
 
-    fixed = stated(type(mechanism), "Kind") in ("full", "sparse by position") and hasattr(mechanism, "seen")
-    if not fixed:  # others look at a pattern and at something else besides
+    causal = causal and not stated(type(mechanism), "Not causal")
+    drawn = [mechanism.drawn(causal, head) for head in range(mechanism.size.heads)]
+    if None in drawn:
         return None
-    return drawing.sampled(mechanism.seen(causal and "causal" in mechanism.takes()), mechanism.size.length)
+    found = [drawing.sampled(one, mechanism.size.length) for one in drawn]
+    return found if any((one != found[0]).any() for one in found) else found[:1]
 
 
 def resolved(config: configs.Config) -> list[dict]:
@@ -145,11 +149,13 @@ def resolved(config: configs.Config) -> list[dict]:
 
 def markdown() -> str:
     """Every shelf as a Markdown table: the catalogue of README."""
-    lines = ["| attention | kind | time | causal | cross | decode | options | what it is |", "|" + "---|" * 8]
+    head = ("attention", "kind", "time", "nature", "causal", "cross", "decode", "options", "what it is")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in shelf("attention"):
         can = " | ".join("yes" if row[word] else "" for word in ("causal", "cross", "decode"))
         options, what = f"`{row['options']}`" if row["options"] else "", row["title"].replace("|", "/")
-        lines.append(f"| `{row['name']}` | {row['kind']} | {row['time']} | {can} | {options} | {what} |")
+        is_a = f"`{row['name']}` | {row['kind']} | {row['time']} | {row['nature']}"
+        lines.append(f"| {is_a} | {can} | {options} | {what} |")
     lines += ["", "| shelf | choice | options | what it is |", "|---|---|---|---|"]
     for home in (home for home in spec.SHELVES if home != "attention"):
         for row in shelf(home):

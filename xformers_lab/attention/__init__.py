@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -208,6 +209,11 @@ class Attention(nnx.Module):
 
     def cost(self, T: int, S: int) -> Cost:
         raise NotImplementedError(f"{type(self).__name__} must define cost(T, S)")
+
+    def drawn(self, causal: bool, head: int = 0) -> Callable | None:
+        """What `xlab show` draws of a head: a function of broadcasting integer arrays of query and key positions that
+        gives booleans, made of what runs; None where no fixed pattern says what a query sees."""
+        return None
 
     @staticmethod
     def limit(length: int) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Cost, stated
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
@@ -43,6 +43,10 @@ class Patterned(Attention):
         if not causal:
             return pattern
         return Causal() if isinstance(pattern, All) else pattern & Causal()
+
+    def drawn(self, causal: bool, head: int = 0) -> Callable | None:
+        """The pattern, unless its kind says that what a query sees is decided by something else besides."""
+        return self.seen(causal, head) if stated(type(self), "Kind") in ("full", "sparse by position") else None
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Queries and keys per block of the engine.

@@ -18,8 +18,10 @@ class Axial(Patterned):
     Kind: sparse by position
     Time O(T (rows + columns) H), O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes; memory O(S H);
     decoding keeps the keys and values as far back as an axis reaches.
-    Exact on its pattern. The paper runs one layer for each axis in turn: `axial:axis=row+axial:axis=column`; the
-    default is one softmax over all of them, so that a single layer stands beside the other mechanisms.
+    Exact on its pattern.
+    Deviations from the paper: it runs one layer for each axis in turn, `axial:axis=row+axial:axis=column` here; the
+    default is one softmax over all of them, so that a single layer stands beside the other mechanisms. Causally a query
+    sees what of its row and column lies in the past; the paper's model shifts between layers so that all of it is seen.
 
     Options:
         shape: sizes of the axes, rows x columns for example, whose product is the length; none: the most square plane

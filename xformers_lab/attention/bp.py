@@ -128,7 +128,7 @@ class Bp(Attention):
     Kind: sparse by position
     Time O(T k log(T / k) H); memory O(T (k log T + H)); decoding keeps 2 k + 2 sums of keys and values for each power
     of 2.
-    Exact for its spans. Causal: only spans that end before t.
+    Exact for its spans. Causal: only spans that end before t. A drawing shows a span as its last position.
     No bias: a span of several positions has no one position
     Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the
     mean of the keys and values of its positions that are no padding.
@@ -142,6 +142,18 @@ class Bp(Attention):
             raise ValueError(f"nodes must be at least 1, got {nodes}")
         super().__init__(size, rngs=rngs)
         self.nodes = nodes
+
+    def drawn(self, causal: bool, head: int = 0):
+        """A span that a query sees, at its last position, on either side."""
+
+        def seen(q, k):
+            found = k == q
+            for level in range(self.size.length.bit_length() + 1):
+                ends = ((k + 1) % (1 << level) == 0) | (k == self.size.length - 1)
+                found |= ends & _live(self.nodes, q, k >> level, level, right=not causal)
+            return found
+
+        return seen
 
     def attend(self, q, k, v, *, real=None, causal):
         return jax.checkpoint(functools.partial(self._blocks, causal=causal))(q, k, v, real)

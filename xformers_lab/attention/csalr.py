@@ -16,7 +16,8 @@ class Csalr(Attention):
     out = (F + E) (A + I)^-1 B v, F = softmax(q k'^T / sqrt(H)), A = softmax(q' k'^T / sqrt(H)),
     B = softmax(q' k^T / sqrt(H)), with q' and k' the means of the queries and keys of m equal runs of positions (the
     landmarks) and E_tj = 1 where position t is in run j. B v is what landmarks attend to; (F + E) (A + I)^-1, whose
-    rows sum to 1, combines it for every query, from its own run unless F says otherwise.
+    rows sum to 1, combines it for every query, from its own run unless F says otherwise. It has no band: the sum of a
+    low-rank matrix and a band is `low_rank_band`.
     Kind: low rank
     Time O(T m H + m^3); memory O(T m).
     Approximate; with a landmark for every position it is full attention.

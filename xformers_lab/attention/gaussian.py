@@ -65,7 +65,7 @@ class Gaussian(Patterned):
         kind: the window is that of each query, of the layer, or fixed; distance is the Gaussian Transformer's prior
             query: z_t = u' . tanh(W q_t); layer: z = u' . tanh(W' mean key); fixed: D is `width`;
             distance: -|w (t - s)^2 + b| with learned w > 0 > b is added instead
-        width: D of kind=fixed, in positions; with kind=distance w starts there
+        width: D of kind=fixed, in positions; with kind=distance w starts there; none: 10
     """
 
     init_cache, mix_step = Attention.init_cache, Attention.mix_step
@@ -75,11 +75,14 @@ class Gaussian(Patterned):
         size: Size,
         *,
         kind: Literal["query", "layer", "fixed", "distance"] = "query",
-        width: float = 10.0,
+        width: float | None = None,
         rngs: nnx.Rngs,
     ):
-        if width <= 0:
+        if width is not None and width <= 0:
             raise ValueError(f"width must be above 0, got {width}")
+        if width is not None and kind not in ("fixed", "distance"):
+            raise ValueError(f"width is an option of kind=fixed and kind=distance, got kind={kind}, which predicts it")
+        width = 10.0 if width is None else width
         super().__init__(size, All(), rngs=rngs)
         self.kind, self.width = kind, width
         N, H = size.heads, size.head

@@ -16,8 +16,9 @@ class Local(Patterned):
     `tokens` positions, if any, also see and are seen by all.
     Kind: sparse by position
     Time O(T (window + tokens) H); memory O(S H); decoding keeps a ring of window + 1 keys and values, and the tokens'.
-    Exact within the window. Longformer counts the window on both sides together; here it is one side. The projections
-    that it gives to global tokens alone are in `longformer`.
+    Exact within the window.
+    Deviations from the paper: it counts the window on both sides together, here it is one side; the projections that it
+    gives to global tokens alone are in `longformer`.
 
     Options:
         window: keys seen on each side of a query, besides itself

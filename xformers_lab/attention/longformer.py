@@ -24,7 +24,8 @@ class Longformer(GlobalTokens):
         window: keys seen on each side of a query, besides itself
         tokens: first positions that see every key and are seen by every query
         dilation: distance between neighbouring keys of the window
-        projections: own: global queries use projections of their own, as in the paper; shared: those of all others
+        projections: own: global queries use projections of their own, as in the paper; shared: those of all others;
+            none: own
     """
 
     def __init__(
@@ -34,15 +35,17 @@ class Longformer(GlobalTokens):
         window: int = 128,
         tokens: int = 1,
         dilation: int = 1,
-        projections: Literal["own", "shared"] = "own",
+        projections: Literal["own", "shared"] | None = None,
         rngs: nnx.Rngs,
     ):
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         if dilation < 1:
             raise ValueError(f"dilation must be at least 1, got {dilation}")
+        if projections == "own" and not tokens:
+            raise ValueError("projections=own are those of global tokens, and tokens=0 leaves none")
         near = Band(window) if dilation == 1 else Dilated(window, dilation)
-        reach, own = window * dilation, projections == "own"
+        reach, own = window * dilation, projections != "shared"
         super().__init__(size, near, tokens=tokens, reach=reach, own=own, rngs=rngs)
         self.window = window
 

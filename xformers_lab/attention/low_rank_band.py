@@ -16,7 +16,7 @@ class LowRankBand(Attention):
 
     out_t = sum_s softmax_s(u_t . w_s / sqrt(rank)) v_s + sum_(|t - s| <= window) softmax_s(q_t . k_s / sqrt(H)) v_s.
     The matrix of attention is a low-rank one for what is far, whose scores come from queries u and keys w of few
-    channels, and a band for what is near.
+    channels, and a band for what is near; `csalr` is low-rank alone.
     Kind: low rank
     Time O(T S (rank + H) + T window H); memory O(S) per block of queries; decoding keeps every key, value and input.
     Exact. A bias is added to the scores of both parts; rotary positions turn q and k alone.

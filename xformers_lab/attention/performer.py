@@ -25,9 +25,12 @@ class Performer(Attention):
     softmax for short q and k alone.
     Deviations from the paper: a key's features are divided by the largest of those that the query may see, exactly so
     that no later key is felt (the authors' code divides by the largest of all keys); nothing is added to the features
-    of the exponential (code adds 1e-4 or 1e-6, which mixes in uniform attention).
+    of the exponential unless `epsilon` says so, and nothing to the sum of the features alone (causal code adds 1e-6).
 
     Options:
+        epsilon: added to every feature of the exponential, which mixes in uniform attention, as code does with 1e-4 or
+            1e-6; a query's are exp(W q - |q|^2 / 2) over exp(the largest entry of its W q), a key's over exp(the
+            largest of W k among the keys that the query may see)
         features: F, rows of W per head; none: int(H log H)
         kernel: softmax, or relu: phi(x) = relu(W x) + 0.001, which is not the softmax
         rows: orthogonal blocks, or independent Gaussian rows
@@ -39,6 +42,7 @@ class Performer(Attention):
         self,
         size: Size,
         *,
+        epsilon: float = 0.0,
         features: int | None = None,
         kernel: Literal["softmax", "relu"] = "softmax",
         rows: Literal["orthogonal", "independent"] = "orthogonal",
@@ -50,7 +54,12 @@ class Performer(Attention):
             raise ValueError(f"features must be at least 1, or none for int(H log H), got {features}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if epsilon < 0:
+            raise ValueError(f"epsilon must be at least 0, got {epsilon:g}")
+        if epsilon and kernel != "softmax":
+            raise ValueError(f"epsilon is an option of kernel=softmax, got kernel={kernel}, which adds {FLOOR} always")
         super().__init__(size, rngs=rngs)
+        self.epsilon = epsilon
         self.features = max(1, int(size.head * math.log(size.head))) if features is None else features
         self.kernel, self.rows, self.redraw, self.chunk = kernel, rows, redraw, chunk
         self.projection = nnx.Variable(jax.vmap(self._draw)(jax.random.split(rngs.params(), size.heads)))
@@ -74,7 +83,13 @@ class Performer(Attention):
 
     def _attend(self, q, k, v, real, W, causal):
         (q, _), (k, log) = self._map(q, W, key=False), self._map(k, W, key=True)
-        out, total = sums(q, k, v, real=real, causal=causal, chunk=self.chunk, log=log)
+        given = {"real": real, "causal": causal, "chunk": self.chunk}
+        out, total = sums(q, k, v, log=log, **given)
+        if self.epsilon:
+            # Added to every feature of every key alike, it weighs all keys by the sum of the query's features.
+            even = self.epsilon * q.sum(-1, keepdims=True)
+            further = sums(even, jnp.ones((len(k), 1), q.dtype), v, **given)
+            out, total = out + further[0], total + further[1]
         return divided(out, total).astype(v.dtype)
 
     def _rows(self, projection, key):
@@ -86,7 +101,13 @@ class Performer(Attention):
         e = jnp.dot(x, (W * H**-0.25).T.astype(x.dtype), **EXACT)
         if self.kernel == "relu":
             return jax.nn.relu(e) + FLOOR, None
-        return exponential(e - jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True) * (H**-0.5 / 2) if key else e)
+        half = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True) * (H**-0.5 / 2)
+        if not self.epsilon:
+            return exponential(e - half if key else e)
+        # What epsilon is added to: the largest entry alone is taken out, and the norm stays.
+        phi, log = exponential(e)
+        phi = phi * jnp.exp(-half)
+        return (phi, log) if key else (phi + self.epsilon, log)
 
     def reference(self, q, k, v, *, real=None, causal, projection, key=None):
         T, S = q.shape[0], k.shape[0]
@@ -96,6 +117,13 @@ class Performer(Attention):
         q, k = (x * self.size.head**-0.25 for x in (q, k))
         if self.kernel == "relu":
             weights = (jax.nn.relu(q @ W.T) + FLOOR) @ (jax.nn.relu(k @ W.T) + FLOOR).T * seen
+        elif self.epsilon:
+            top = lambda e, axis: jax.lax.stop_gradient(e.max(axis, keepdims=True))
+            of_q, of_k = (x @ W.T - jnp.square(x).sum(-1, keepdims=True) / 2 for x in (q, k))
+            phi_q = jnp.exp(of_q - top(q @ W.T, -1)) + self.epsilon
+            largest = top(jnp.where(seen, (k @ W.T).max(-1), -1e30), -1)  # (T, 1), of what each query sees
+            phi_k = jnp.exp(jnp.where(seen[..., None], of_k[None] - largest[..., None], -1e30)) + self.epsilon
+            weights = jnp.einsum("tf,tsf->ts", phi_q, phi_k) * seen
         else:
             logs = jax.nn.logsumexp((q @ W.T)[:, None] + (k @ W.T)[None], -1) - jnp.square(k).sum(-1) / 2
             logs = jnp.where(seen, logs, -1e30)
@@ -104,12 +132,17 @@ class Performer(Attention):
 
     def cost(self, T: int, S: int) -> Cost:
         H, F = self.size.head, self.features
-        return Cost(flops=4 * F * H * (T + S), memory=max(T, S) * max(F, H), state=H * F + F + 1)
+        even = H + 2 if self.epsilon else 0
+        return Cost(flops=4 * F * H * (T + S), memory=max(T, S) * max(F, H), state=H * F + F + 1 + even)
 
     def init_state(self, length: int, dtype=jnp.float32):
-        return empty_state(self.features, self.size.head)
+        state = empty_state(self.features, self.size.head)
+        return (state, empty_state(1, self.size.head)) if self.epsilon else (state,)
 
     def step(self, state, q, k, v, *, projection):
         (q, _), (k, log) = self._map(q[None], projection, key=False), self._map(k[None], projection, key=True)
-        state, out, total = one_more(state, q[0], k[0], v, log)
-        return divided(out[None], total[None])[0].astype(v.dtype), state
+        sums, out, total = one_more(state[0], q[0], k[0], v, log)
+        if not self.epsilon:
+            return divided(out[None], total[None])[0].astype(v.dtype), (sums,)
+        even, *further = one_more(state[1], self.epsilon * q[0].sum(keepdims=True), jnp.ones(1), v)
+        return divided((out + further[0])[None], (total + further[1])[None])[0].astype(v.dtype), (sums, even)

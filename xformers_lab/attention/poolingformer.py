@@ -34,7 +34,7 @@ class Poolingformer(Local):
 
     Options:
         window: keys seen on each side of a query in the first level
-        reach: how far on each side the second level sees; 0: no second level
+        reach: how far on each side the second level sees, at least kernel - 1; 0: no second level
         kernel: positions in a pool, at least stride
         stride: positions from one pool to the next
         pool: mean, max, or ldconv: weights softmax(W x) of the x in a pool's middle
@@ -57,6 +57,12 @@ class Poolingformer(Local):
             raise ValueError(f"stride must be at least 1, got {stride}")
         if kernel < stride:
             raise ValueError(f"kernel must be at least stride, or positions are lost: got {kernel} and {stride}")
+        if 0 < reach < kernel - 1:
+            raise ValueError(
+                f"reach must be 0 or at least kernel - 1 = {kernel - 1}, or no pool lies before a query: got {reach}"
+            )
+        if not reach and (kernel, stride, pool) != (5, 4, "ldconv"):
+            raise ValueError("kernel, stride and pool are options of the second level, and reach=0 leaves it out")
         super().__init__(size, window=window, rngs=rngs)
         self.reach, self.kernel, self.stride, self.pool = reach, kernel, stride, pool
         linear = lambda heads: Linear(size.dim, heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +26,41 @@ class Reformer(Attention):
     and position are cut into chunks, which see themselves and the one before. Keys are the queries, made of length 1. A
     token sees itself only where it sees nothing else.
     Kind: sparse by content
-    Time O(T rounds (chunk + buckets^(1/2)) H + T rounds log T); memory O(T rounds H); decoding keeps every key and
-        value and their buckets.
+    Time O(T rounds (chunk + sqrt buckets) H + T rounds log T); memory O(T rounds H); decoding keeps every key and value
+        and their buckets.
     Exact over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of
     the paper), and rounds are merged by their log-sum-exps. Padding is in no bucket, and sees nothing.
     Not cross: queries are the keys
     Deviations from the paper: causally a token sees those of its bucket that are at most `chunk` places before it, for
-    where chunks begin depends on later tokens; tokens of different buckets never see each other, as in the paper's
-    equations (the authors' code lets those of a chunk); from 16 buckets on a bucket is a pair of two smaller hashes, as
-    in the authors' code; R is drawn once, when the model is made.
+    where chunks begin depends on later tokens; tokens of different buckets see each other with across=chunk alone; from
+    16 buckets on a bucket is a pair of two smaller hashes, as in the authors' code; R is drawn once, when the model is
+    made. Rounds are chunked apart, where the code strings them together.
 
     Options:
+        across: bucket: only tokens of its bucket are seen, as in the paper's equations; chunk: all of the two chunks,
+            before the first of which comes the last, as in the authors' code; not causally, for what is in a chunk
+            depends on later tokens
         rounds: hashes, each with buckets of its own
         chunk: tokens in a chunk
         buckets: at least so many in each round; none: 2 length / chunk, 1: no hashing
     """
 
-    def __init__(self, size: Size, *, rounds: int = 4, chunk: int = 64, buckets: int | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        across: Literal["bucket", "chunk"] = "bucket",
+        rounds: int = 4,
+        chunk: int = 64,
+        buckets: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         for name, value in (("rounds", rounds), ("chunk", chunk), ("buckets", 1 if buckets is None else buckets)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         super().__init__(size, rngs=rngs)
         self.key = Absent(size.key_heads * size.head, size.dtype)
-        self.rounds, self.chunk = rounds, chunk
+        self.across, self.rounds, self.chunk = across, rounds, chunk
         self.factors = _factors(math.ceil(2 * size.length / chunk) if buckets is None else buckets)
         shape = (size.heads, rounds, size.head, sum(self.factors) // 2)
         self.rotations = nnx.Variable(jax.random.normal(rngs.params(), shape))
@@ -68,17 +81,27 @@ class Reformer(Attention):
     def _number(self) -> int:
         return math.prod(self.factors)
 
+    def _check(self, causal: bool) -> None:
+        if causal and self.across == "chunk":
+            raise ValueError(
+                "reformer:across=chunk cannot be causal: which tokens share a chunk depends on later ones; use "
+                "across=bucket or model=encoder"
+            )
+
     def attend(self, q, k, v, *, real=None, causal, rotations, bias=None):
         if len(q) != len(k):
             raise ValueError(f"reformer has one projection for queries and keys, so {len(q)} of {len(k)} cannot ask")
+        self._check(causal)
         T, C, R = len(q), min(self.chunk, len(q)), self.rounds
         buckets = self._buckets(q, rotations)
         buckets = buckets if real is None else jnp.where(real, buckets, self._number())
         order = jax.vmap(lambda bucket: order_by(bucket, self._number() + 1))(buckets)
         place = jax.vmap(lambda order: jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T)))(order)
         # i sees j where code i - code j is 0 to `width`: the code holds the bucket and the place in the order.
+        # Across buckets it holds the chunk alone, and chunks are a ring of those that are no padding.
         width = C if causal else 1
-        codes = place + (C + 1) * buckets if causal else place // C + 2 * buckets
+        codes = place + (C + 1) * buckets if causal else place // C + 2 * buckets * (self.across == "bucket")
+        last = None if self.across == "bucket" else (T - 1 if real is None else jnp.maximum(real.sum() - 1, 0)) // C
         codes = codes if real is None else jnp.where(real, codes, NOWHERE)
         codes = jnp.stack([jnp.roll(codes, -r, 0).T for r in range(R)])  # (R, T, R), the round's own code first
         blocks = jax.vmap(lambda order: in_blocks(order, C, T))(order)  # (R, n, C)
@@ -88,7 +111,10 @@ class Reformer(Attention):
 
         def with_previous(x, fill=0):
             """(R, n, C, ...) -> (R n, 2 C, ...)"""
-            before = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+            first = jnp.full_like(x[:, :1], fill)
+            if last is not None:
+                first = jnp.where(last > 0, lax.dynamic_slice_in_dim(x, last, 1, 1), first)
+            before = jnp.concatenate([first, x[:, :-1]], 1)
             return jnp.concatenate([before, x], 2).reshape(-1, 2 * C, *x.shape[3:])
 
         flat = lambda x: x.reshape(-1, *x.shape[2:])
@@ -103,7 +129,10 @@ class Reformer(Attention):
             (q_code, k_code), (q_at, k_at) = of_block
             q_at, k_at = q_at[:, :, None], k_at[:, None]
             apart = (q_code[:, :, None, r] - k_code[:, None, :, r] for r in range(R))
-            near = [(x >= 0) & (x <= width) for x in apart]
+            if last is None:
+                near = [(x >= 0) & (x <= width) for x in apart]
+            else:
+                near = [(x % (last + 1) <= 1) & (abs(x) < NOWHERE // 2) for x in apart]
             s = s if bias is None else s + bias(q_at, k_at)
             times = sum(x.astype(jnp.float32) for x in near)
             s = s if R == 1 else s - jnp.log(jnp.maximum(times, 1))
@@ -118,6 +147,7 @@ class Reformer(Attention):
         T, at = len(q), jnp.arange(len(q))
         if len(k) != T:
             raise ValueError("reformer takes as many queries as keys")
+        self._check(causal)
         real = jnp.ones(T, bool) if real is None else real
         seen = jnp.zeros((T, T), bool)
         for bucket in jnp.where(real, self._buckets(q, rotations), self._number()):
@@ -128,7 +158,10 @@ class Reformer(Attention):
                 near = (place <= place[:, None]) & (place[:, None] - place <= self.chunk)
             else:
                 near = (chunk == chunk[:, None]) | (chunk + 1 == chunk[:, None])
-            seen |= same & near & real
+            if self.across == "chunk":
+                ring = jnp.maximum(-(-real.sum() // self.chunk), 1)
+                same, near = True, (chunk[:, None] - chunk) % ring <= 1
+            seen |= same & near & real & real[:, None]
         own = jnp.eye(T, dtype=bool)
         seen &= ~own
         seen |= own & ~seen.any(1, keepdims=True) & real
@@ -143,6 +176,7 @@ class Reformer(Attention):
         return Cost(flops=flops, memory=memory, state=S * (2 * H + R) + 1)
 
     def init_state(self, length: int, dtype=jnp.float32):
+        self._check(causal=True)
         rows = jnp.zeros((length, self.size.head), dtype)
         buckets = jnp.full((self.rounds, length), self._number(), jnp.int32)
         return {"k": rows, "v": rows, "buckets": buckets, "seen": jnp.zeros((), jnp.int32)}

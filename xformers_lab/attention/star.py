@@ -22,7 +22,7 @@ class Star(Attention):
     at first mean(x).
     Kind: sparse by position
     Time O(T (H + D)); memory O(T H); nothing is decoded.
-    Exact for its graph; two steps lead from any position to any other.
+    Exact for its graph; two steps lead from any position to any other. A drawing shows the ring alone.
     Not causal: the relay gathers every position
     Deviations from the paper: x and e are what the residual block hands to attention; its residual, normaliser and
     feed-forward stand in place of the satellites' norm(relu()). The relay is updated as the next layer begins. Rotary
@@ -54,6 +54,10 @@ class Star(Attention):
         out = satellites(q, k, v, of_embedding, of_relay, real, bias)
         new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
         return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), {}
+
+    def drawn(self, causal: bool, head: int = 0):
+        """The ring alone: the relay and the embeddings of the first layer are no positions of the sequence."""
+        return lambda q, k: _neighbours(q, k, self.size.length)
 
     def _relay(self, relay, x, real):
         """(B, D): the relay after one look at itself and at x (B, S, D)."""
@@ -119,12 +123,16 @@ def _ring(q, k, v, of_embedding, of_relay, real, bias):
     return functools.reduce(operator.add, weighted).reshape(B, T, N, H).astype(v.dtype)
 
 
+def _neighbours(at, keys, S: int):
+    """Whether keys are the position itself or beside it on a ring of S."""
+    return (keys == at) | (keys == (at + 1) % S) | (keys == (at - 1) % S)
+
+
 def _graph(q, k, v, of_embedding, of_relay, real, bias):
     """The same by definition: one softmax over all positions, all embeddings and the relay, with the star's edges."""
     T, S, times = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     at, keys = jnp.arange(S - T, S)[:, None] % S, jnp.arange(S)[None]
-    ring = (keys == at) | (keys == (at + 1) % S) | (keys == (at - 1) % S)
-    edges = jnp.concatenate([ring, keys == at, jnp.ones((T, 1), bool)], 1)
+    edges = jnp.concatenate([_neighbours(at, keys, S), keys == at, jnp.ones((T, 1), bool)], 1)
     nodes = zip((k, v), of_embedding, of_relay, strict=True)
     k, v = (jnp.repeat(jnp.concatenate([x, own, relay[:, None]], 1), times, 2) for x, own, relay in nodes)
     real = jnp.concatenate([real, real, real.any(1, keepdims=True)], 1)

@@ -63,6 +63,11 @@ class Streaming(Patterned):
         block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
+    def drawn(self, causal: bool, head: int = 0):
+        """Without the key of the learned logit, which stands in front of all positions and is none of them."""
+        seen, moved = self.seen(causal, head), self.kept - self.sinks
+        return lambda q, k: seen(q + moved, k + moved)
+
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):

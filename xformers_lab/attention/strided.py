@@ -15,8 +15,11 @@ class Strided(Patterned):
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= stride or (t - s) mod stride = 0.
     Kind: sparse by position
     Time O(T (stride + S / stride) H), least at the default stride sqrt(length): O(T^1.5 H); memory O(S H); decoding
-    keeps every key and value. Exact on its pattern. One softmax runs over the union of the paper's two patterns (its
-    "merged" form); the paper's factorised heads are `strided` alternated with `local` by `+`.
+    keeps every key and value.
+    Exact on its pattern.
+    Deviations from the paper: where it is not causal a query sees the later keys of its pattern too, and the paper is
+    causal alone. One softmax runs over the union of the paper's two patterns (its "merged" form), where its factorised
+    heads have one each.
 
     Options:
         stride: distance between the far keys, and half-width of the near band; none: the square root of the length

@@ -35,7 +35,7 @@ class Synthesizer(Patterned):
         kind: dense; random: a learned table; fixed: one that is drawn; factorised_dense and factorised_random
             factorised_dense: products of two predicted vectors of about sqrt(length) numbers
             factorised_random: a learned table of rank `rank`
-        rank: columns of both factors of kind=factorised_random
+        rank: columns of both factors of kind=factorised_random; none: 8
     """
 
     init_cache, mix_step = Attention.init_cache, Attention.mix_step
@@ -45,11 +45,14 @@ class Synthesizer(Patterned):
         size: Size,
         *,
         kind: Literal["dense", "random", "fixed", "factorised_dense", "factorised_random"] = "dense",
-        rank: int = 8,
+        rank: int | None = None,
         rngs: nnx.Rngs,
     ):
-        if rank < 1:
+        if rank is not None and rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
+        if rank is not None and kind != "factorised_random":
+            raise ValueError(f"rank is an option of kind=factorised_random, got kind={kind}")
+        rank = 8 if rank is None else rank
         super().__init__(size, All(), rngs=rngs)
         self.kind, self.rank = kind, rank
         N, L, H = size.heads, size.length, size.head

@@ -18,6 +18,7 @@ class Topk(Attention):
     Time O(T S H), for every score is computed and only then compared; memory O(S) per block of queries; decoding keeps
         every key and value.
     Exact over the chosen keys, whose choice has no gradient. Queries are taken by blocks, as Gupta et al. do.
+    Deviations from the papers: keys that tie for the last place all count, where Gupta et al. take one of them.
 
     Options:
         keys: how many keys a query attends to

@@ -41,7 +41,7 @@ def print_page(page: dict, console: Console | None = None) -> None:
         cannot = [word for word, yes in page["can"].items() if not yes]
         console.print(f"can: {', '.join(can) or '-'}; cannot: {', '.join(cannot) or '-'}")
     if "pattern" in page:
-        console.print("\nrows are queries, columns the keys they see:")
+        console.print(f"\nrows are queries, columns the keys they see ({page['drawn']}):")
         for line in page["pattern"]:
             console.print(line, no_wrap=True, overflow="crop", markup=False, highlight=False)
 

@@ -62,6 +62,7 @@ def _figure(name: str, causal: bool, config: configs.Config) -> dict | None:
     seen = catalogue.sampled(mechanism, causal)
     if seen is None:
         return None
-    n, words = len(seen), "causal" if causal else "both sides"
+    n, words = len(seen[0]), "causal" if causal else "both sides"
     note = f"{words}, {config.seq_len:,} positions" + (f", {n} of them drawn" if n < config.seq_len else "")
-    return {"name": human.plain(name), "note": note, "side": n, "path": drawing.path(seen)}
+    note += f", head 1 of {len(seen)}" if len(seen) > 1 else ""
+    return {"name": human.plain(name), "note": note, "side": n, "path": drawing.path(seen[0])}

@@ -1,15 +1,16 @@
 """Pictures of a pattern, made by the predicate that runs: a row is a query, a column a key."""
 
-import numpy as np
+from collections.abc import Callable
 
-from xformers_lab.attention._engine.pattern import Pattern
+import numpy as np
 
 # Rows and columns of a picture; longer sequences are sampled evenly, first and last position included.
 SIDE = 64
 
 
-def sampled(pattern: Pattern, length: int, side: int = SIDE) -> np.ndarray:
-    """(n, n) booleans, n = min(length, side): which keys the queries see, at evenly spaced positions."""
+def sampled(pattern: Callable, length: int, side: int = SIDE) -> np.ndarray:
+    """(n, n) booleans, n = min(length, side): which keys the queries see, at evenly spaced positions, of a pattern or
+    another function of query and key positions."""
     at = np.unique(np.linspace(0, length - 1, min(length, side)).round().astype(int))
     return np.broadcast_to(np.asarray(pattern(at[:, None], at[None])), (len(at), len(at)))
 

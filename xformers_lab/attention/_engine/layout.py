@@ -92,7 +92,8 @@ class Live:
 @functools.lru_cache(maxsize=256)
 def layout(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> tuple[Part, ...]:
     """The live blocks of `pattern` for T queries at the end of S positions, in blocks of block_q x block_k."""
-    return tuple(_part(part, T, S, block_q, block_k) for part in pattern.parts())
+    found = [_part(part, T, S, block_q, block_k) for part in pattern.parts()]
+    return tuple(part for part in found if part.groups) or tuple(found[:1])
 
 
 def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> int:

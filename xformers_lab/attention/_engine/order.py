@@ -57,7 +57,9 @@ class Remainders(Order):
     step: int
 
     def queries(self, start, stop, block):
-        return _padded([np.arange(start + (r - start) % self.step, stop, self.step) for r in range(self.step)], block)
+        # Of a step longer than the sequence, the remainders that occur.
+        found = range(self.step) if self.step <= stop - start else range(start, stop)
+        return _padded([np.arange(start + (r - start) % self.step, stop, self.step) for r in found], block)
 
     def find(self, q, first, last, stop, block):
         remainder = q.low % self.step

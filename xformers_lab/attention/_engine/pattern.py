@@ -8,7 +8,6 @@ says which keys come into question at all, so that it never looks at the others.
 
 import dataclasses
 import functools
-import math
 import operator
 
 import numpy as np
@@ -29,6 +28,18 @@ from xformers_lab.attention._engine.algebra import (
 from xformers_lab.attention._engine.order import NATURAL, Chosen, Order, Remainders, Runs, Tiles
 
 __all__ = ["DEAD", "MIXED", "WHOLE", "Both", "Either", "Not", "Pattern"]
+# No two positions are so far apart.
+FARTHEST = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Pattern):
+    """A pattern of sizes and distances: beyond the farthest position they count as that far, for predicates are
+    computed in int32."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, min(getattr(self, field.name), FARTHEST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Causal(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Band(Pattern):
+class Band(Measured):
     """Keys at most `width` positions away, on both sides."""
 
     width: int
@@ -73,7 +84,7 @@ class Band(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(Pattern):
+class Blocks(Measured):
     """Keys whose run of `size` positions is at most `before` runs before the query's, or `after` runs after it."""
 
     size: int
@@ -94,7 +105,7 @@ class Blocks(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockLocal(Pattern):
+class BlockLocal(Measured):
     """Keys in the same run of `size` consecutive positions."""
 
     size: int
@@ -110,7 +121,7 @@ class BlockLocal(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Residue(Pattern):
+class Residue(Measured):
     """Keys a whole multiple of `stride` away."""
 
     stride: int
@@ -134,7 +145,7 @@ class Residue(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Global(Pattern):
+class Global(Measured):
     """The `tokens` positions from `start` on see every key (queries) and are seen by every query (keys)."""
 
     tokens: int
@@ -231,7 +242,7 @@ def hashed(a, b, seed: int, below):
 
 
 @dataclasses.dataclass(frozen=True)
-class Summaries(Pattern):
+class Summaries(Measured):
     """The last `count` positions of every run of `stride`, seen by every query."""
 
     stride: int
@@ -255,7 +266,7 @@ class Summaries(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Local2D(Pattern):
+class Local2D(Measured):
     """On a grid of `columns`, row by row: keys at most `height` rows and `width` columns away."""
 
     columns: int
@@ -283,37 +294,6 @@ class Local2D(Pattern):
     def spans(self, low, high):
         away = self.height * self.columns + min(self.width, self.columns)
         return [(low - away, high + away)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks2D(Pattern):
-    """On a grid of `columns`, cut into tiles of rows_size x columns_size: the query's tile and those around it, up to
-    `above` tiles away vertically and `aside` horizontally."""
-
-    columns: int
-    rows_size: int
-    columns_size: int
-    above: int
-    aside: int
-
-    @property
-    def order(self):
-        whole = self.columns_size >= self.columns
-        return NATURAL if whole else Tiles(self.columns, self.rows_size, self.columns_size)
-
-    def __call__(self, q, k):
-        down = q // self.columns // self.rows_size - k // self.columns // self.rows_size
-        along = q % self.columns // self.columns_size - k % self.columns // self.columns_size
-        return (abs(down) <= self.above) & (abs(along) <= self.aside)
-
-    def extent(self, q_low, q_high, k_low, k_high):
-        return self.state(Runs(NATURAL, q_low, q_high), Runs(NATURAL, k_low, k_high))
-
-    def state(self, q, k):
-        return _on_grid(q, k, self.columns, (self.rows_size, self.columns_size), (self.above, self.aside))
-
-    def spans(self, low, high):
-        return Blocks(self.columns * self.rows_size, self.above, self.above).spans(low, high)
 
 
 class Composed(Pattern):
@@ -366,23 +346,6 @@ class Fixed(Composed):
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid(Composed):
-    """On a grid of `shape`, row by row: keys that differ from the query in coordinate `axis` alone; the first axis goes
-    on beyond its size."""
-
-    shape: tuple[int, ...]
-    axis: int
-
-    def same(self):
-        axis = self.axis % len(self.shape)
-        step = math.prod(self.shape[axis + 1 :])
-        if axis == 0:
-            return Residue(step) if step > 1 else All()
-        run = BlockLocal(step * self.shape[axis])
-        return run & Residue(step) if step > 1 else run
-
-
-@dataclasses.dataclass(frozen=True)
 class Tree(Composed):
     """Keys at most `width` away, and beyond that the last position of every span of 2, 4, 8, ... positions.
 
@@ -396,7 +359,7 @@ class Tree(Composed):
     def _levels(self) -> list[Pattern]:
         rings = [
             Band(self.width * 2**level) & ~Band(self.width * 2 ** (level - 1)) & Summaries(2**level, 1)
-            for level in range(1, self.levels + 1)
+            for level in range(1, min(self.levels, FARTHEST.bit_length()) + 1)
         ]
         return [Band(self.width), *rings]
 
