@@ -39,6 +39,8 @@ def test_list_says_what_signatures_say(capsys):
     assert rows["full"]["causal"] and rows["full"]["bias"]
     assert rows["linear"]["causal"] and not rows["linear"]["bias"]
     assert rows["local"]["options"] == "window=128:tokens=0"
+    told = ("kind", "time", "memory", "nature")
+    assert not [(name, word) for name, row in rows.items() for word in told if not row[word]]
 
 
 def test_show_draws_the_pattern_that_runs(capsys):
@@ -46,6 +48,14 @@ def test_show_draws_the_pattern_that_runs(capsys):
     assert page["pattern"] == ["█·····", "██····", "███···", "·███··", "··███·", "···███"]
     assert page["options"][0]["value"] == "2"
     assert run(capsys, "show", "axial:axis=row", "seq_len=9", "model=encoder")["pattern"][4] == "···███···"
+
+
+@pytest.mark.parametrize(
+    "choice, which", [("random:block=2:count=1:heads=own", "head 1 of 4"), ("local", "every head")]
+)
+def test_show_says_whose_pattern_it_draws(capsys, choice, which):
+    assert main(["show", choice, "seq_len=24", "heads=4"]) == 0
+    assert f"columns the keys they see ({which}):" in capsys.readouterr().out
 
 
 def test_show_resolves_a_config(capsys):

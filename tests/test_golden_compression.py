@@ -367,6 +367,8 @@ def test_slots_see_a_set(name):
     ("poolingformer:reach=-1", "reach must be at least 0, got -1"),
     ("poolingformer:kernel=3", "kernel must be at least stride, or positions are lost: got 3 and 4"),
     ("poolingformer:window=0", "window must be at least 1, got 0"),
+    ("poolingformer:reach=3", "reach must be 0 or at least kernel - 1 = 4"),
+    ("poolingformer:reach=0:pool=max", "reach=0 leaves it out"),
     ("perceiver:latents=0", "latents must be at least 1, got 0"),
     ("perceiver:steps=-1", "steps must be at least 0, got -1"),
 ])  # fmt: skip

@@ -186,6 +186,8 @@ def test_hedgehog_learns_and_begins_as_the_identity():
         ("linear:features=rellu", "relu"),
         ("performer:features=0", "features must be at least 1"),
         ("performer:chunk=0", "chunk must be at least 1"),
+        ("performer:epsilon=-1", "epsilon must be at least 0"),
+        ("performer:kernel=relu:epsilon=0.001", "epsilon is an option of kernel=softmax"),
         ("nystrom:landmarks=0", "landmarks must be at least 1"),
         ("nystrom:kernel=4", "kernel must be 0 or odd, got 4: 5 is the next"),
         ("nystrom:iterations=0", "iterations must be at least 1"),
@@ -254,6 +256,39 @@ def test_performer_comes_near_the_softmax_with_many_features():
 
     few, many = error(32), error(2048)
     assert many < 0.05 and 4 < few / many < 16  # 8 = sqrt(2048 / 32)
+
+
+def favor(q, k, v, W, epsilon):
+    """softmax_kernel and linear_attention of the performer-pytorch package, for one head."""
+    scaled = lambda x: x * x.shape[1] ** -0.25
+
+    def phi(x, axes):
+        dash, half = scaled(x) @ W.T, (scaled(x) ** 2).sum(1, keepdims=True) / 2
+        return len(W) ** -0.5 * (np.exp(dash - half - dash.max(axes, keepdims=True)) + epsilon)
+
+    weights = phi(q, 1) @ phi(k, None).T
+    return weights @ v / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("method", ["attend", "reference", "step"])
+def test_performer_with_epsilon_is_that_of_performer_pytorch(method):
+    """Causally a query's keys are scaled by the largest among them alone: the package's formula on what it sees."""
+    layer, T = build("performer:epsilon=0.01:features=12:chunk=4", 9, 8, 1), 9
+    q, k, v = (2 * np.random.default_rng(i).standard_normal((T, 8)) for i in range(3))
+    W = np.asarray(layer.projection[0], np.float64)
+    rows = np.concatenate([favor(q[t : t + 1], k[: t + 1], v[: t + 1], W, 0.01) for t in range(T)])
+    if method == "step":
+        one = lambda state, new: layer.step(state, *new, projection=layer.projection[0])[::-1]
+        steps = lambda *new: jax.lax.scan(one, layer.init_state(T), new)[1]
+        return assert_close(jax.jit(steps)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v))), rows)
+    run = lambda causal: layer.mix(*(jnp.asarray(x, jnp.float32)[None, :, None] for x in (q, k, v)), causal=causal,
+                                   method=method)[0][0, :, 0]  # fmt: skip
+    assert_close(run(True), rows)
+    assert_close(run(False), favor(q, k, v, W, 0.01))
+    assert (
+        np.abs(rows - np.concatenate([favor(q[t : t + 1], k[: t + 1], v[: t + 1], W, 0) for t in range(T)])).max()
+        > 0.01
+    )
 
 
 def test_performer_redraws_in_training_alone():

@@ -185,7 +185,8 @@ def test_gaussian_without_scores_is_its_prior():
 @pytest.mark.parametrize("causal", [True, False])
 def test_gaussian_counts_real_keys(kind, causal):
     """Padding before or after a sentence changes nothing of it."""
-    layer, (q, k, v) = build(f"gaussian:kind={kind}:width=4", 16, 16, 2), qkv(1, 9, 2, 8)
+    width = ":width=4" if kind in ("fixed", "distance") else ""
+    layer, (q, k, v) = build(f"gaussian:kind={kind}{width}", 16, 16, 2), qkv(1, 9, 2, 8)
     alone = layer.mix(q, k, v, causal=causal)[0]
     for before in (0, 3, 5):
         wide = lambda x, before=before: jnp.pad(x, ((0, 0), (before, 5 - before), (0, 0), (0, 0)), constant_values=7.0)
@@ -321,7 +322,7 @@ def test_predictive_second_layer_sees_no_future_and_no_padding():
 
 @pytest.mark.parametrize("kind", ["random", "fixed", "factorised_random"])
 def test_synthesizer_tables_ignore_the_input(kind):
-    layer = build(f"synthesizer:kind={kind}:rank=3", 12, 16, 2)
+    layer = build(f"synthesizer:kind={kind}" + ":rank=3" * (kind == "factorised_random"), 12, 16, 2)
     q, k, v = qkv(2, 12, 2, 8)
     assert_close(layer.mix(q, k, v)[0], layer.mix(3 * q, -k, v)[0])
     own = layer.per_head()["own"]
@@ -389,6 +390,8 @@ def test_average_remembers_as_much_of_any_length():
         ("predictive:kernel=4", "kernel must be odd and at least 1, got 4: try 5"),
         ("predictive:residual=1.5", "residual is a share between 0 and 1, got 1.5"),
         ("synthesizer:rank=0", "rank must be at least 1, got 0"),
+        ("synthesizer:kind=dense:rank=8", "rank is an option of kind=factorised_random, got kind=dense"),
+        ("gaussian:kind=query:width=10", "width is an option of kind=fixed and kind=distance, got kind=query"),
         ("average:widen=0", "widen must be at least 1, got 0"),
     ],
 )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention._engine.gated import FINE, aligned, channel_decay, delta_rule, one_by_one, scalar_decay
@@ -225,6 +226,91 @@ def test_padding_and_earlier_keys(T):
 # ---- mechanisms --------------------------------------------------------------------------------------------------
 
 
+def numbers(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(tree, nnx.Param)))
+
+
+def stirred(layer, seed: int):
+    """The same layer with every parameter moved, so that none is a one or a zero."""
+    random = np.random.default_rng(seed)
+    moved = lambda x: x + 0.3 * random.standard_normal(x.shape).astype(np.float32)
+    nnx.update(layer, jax.tree.map(moved, nnx.state(layer, nnx.Param)))
+    return layer
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def at_unit_mean_square(x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("groups, kv_heads", [(1, None), (2, None), (1, 2)])
+def test_mamba2_is_the_layer_of_its_paper_without_the_convolution(groups, kv_heads):
+    """In numpy, position after position: silu on x, B and C, softplus steps, the skip, the gate, and one norm for the
+    heads of a group. Decoding gives the same."""
+    B, T, N, H = 2, 11, 6, 4
+    layer = stirred(build(f"mamba2:groups={groups}:chunk=4", T, N * H, N, kv_heads), 0)
+    (x,), w = draw(1, (B, T, N * H)), numbers(layer)
+    project = lambda name, heads: (np.asarray(x, np.float64) @ w[name]["kernel"]).reshape(B, T, heads, -1)
+    C, Bm = (np.repeat(silu(project(name, groups)), N // groups, 2) for name in ("query", "key"))
+    v = np.repeat(silu(project("value", kv_heads or N)), N // (kv_heads or N), 2)
+    z, step = project("gate", N), softplus(project("interval", N)[..., 0] + w["interval"]["bias"])
+    state, rows = np.zeros((B, N, H, H)), []
+    for t in range(T):
+        kept = np.exp(-np.exp(w["rate"]) * step[:, t])[..., None, None]
+        state = kept * state + step[:, t, :, None, None] * Bm[:, t, :, :, None] * v[:, t, :, None]
+        y = np.einsum("bnf,bnfh->bnh", C[:, t], state) + w["skip"][:, None] * v[:, t]
+        y = at_unit_mean_square((y * silu(z[:, t])).reshape(B, groups, -1)).reshape(B, N, H) * w["scale"]
+        rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
+    assert_close(quick_jit(lambda x: layer(x, causal=True)[0])(x), np.stack(rows, 1))
+
+    def one(cache, given):
+        out, cache, _ = layer.decode(given[0], cache, at=given[1])
+        return cache, out
+
+    steps = lambda x: jax.lax.scan(one, layer.init_cache(B, T), (x.swapaxes(0, 1), jnp.arange(T)))[1]
+    assert_close(quick_jit(steps)(x), np.stack(rows))
+
+
+@pytest.mark.parametrize("choice", ["delta_net", "delta_net:gate=silu", "gated_delta_net"])
+def test_delta_nets_are_the_layers_of_their_papers_without_the_convolutions(choice):
+    B, T, N, H = 2, 9, 2, 4
+    layer = stirred(build(choice, T, N * H, N), 2)
+    (x,), w = draw(3, (B, T, N * H)), numbers(layer)
+    project = lambda name: np.asarray(x, np.float64) @ w[name]["kernel"] + w[name].get("bias", 0)
+    heads = lambda name: project(name).reshape(B, T, N, H)
+    q, k = (silu(heads(name)) for name in ("query", "key"))
+    q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-5) for y in (q, k))
+    v, beta = silu(heads("value")), 1 / (1 + np.exp(-project("strength")))
+    kept = np.exp(-np.exp(w["rate"]) * softplus(project("forget"))) if "forget" in w else np.ones((B, T, N))
+    state, rows = np.zeros((B, N, H, H)), []
+    for t in range(T):
+        state = kept[:, t, :, None, None] * state
+        wrong = v[:, t] - np.einsum("bnf,bnfh->bnh", k[:, t], state)
+        state = state + beta[:, t, :, None, None] * k[:, t, :, :, None] * wrong[:, :, None]
+        rows.append(at_unit_mean_square(np.einsum("bnf,bnfh->bnh", q[:, t], state)))
+    out = np.stack(rows, 1) * (silu(heads("gate")) if choice != "delta_net" else 1)
+    assert ("gate" in w) == (choice != "delta_net")
+    found = quick_jit(lambda x: layer(x, causal=True)[0])(x)
+    assert_close(found, out.reshape(B, T, -1) @ w["out"]["kernel"])
+
+
+@pytest.mark.parametrize("choice, interval, least", [("mamba2", "interval", 1.0), ("gated_delta_net", "forget", 0.0)])
+def test_decays_start_as_their_papers_do(choice, interval, least):
+    """Intervals are spread from 0.001 to 0.1, evenly in logarithms, rates evenly up to 16."""
+    layer = build(choice, 8, 256, 256)
+    steps, rates = softplus(numbers(layer)[interval]["bias"]), np.exp(numbers(layer)["rate"])
+    assert 1e-3 * 0.999 <= steps.min() < 2e-3 and 0.05 < steps.max() <= 0.1 * 1.001
+    assert np.median(np.log(steps)) == pytest.approx(np.log(0.01), abs=0.5)
+    assert least <= rates.min() < least + 1 and 15 < rates.max() <= 16
+
+
 ONE_WAY = ["retnet", "gla", "delta_net", "gated_delta_net", "mamba2", "rwkv", "lightning", "rfa:gate=learned"]
 
 
@@ -311,6 +397,7 @@ def test_rfa_draws_in_training_alone():
         ("gla:temperature=0.0", "temperature must be above 0"),
         ("delta_net:chunk=0", "chunk must be at least 1"),
         ("mamba2:chunk=0", "chunk must be at least 1"),
+        ("mamba2:groups=3", "groups must divide the 2 heads of values, got 3"),
         ("rwkv:chunk=0", "chunk must be at least 1"),
         ("rwkv:shift=two", "shift"),
         ("lightning:chunk=0", "chunk must be at least 1"),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xformers_lab import spec
+from xformers_lab import catalogue, spec
+from xformers_lab.attention._engine import drawing
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Causal
@@ -293,6 +294,84 @@ def test_near_patterns_decode_from_a_state_that_does_not_grow(choice, rows):
     assert sizes == [rows, rows]
 
 
+# ---- hashing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("across", ["bucket", "chunk"])
+@pytest.mark.parametrize("padded", [0, 5])
+def test_reformer_sees_across_buckets_where_asked(across, padded):
+    """One round: tokens sorted by bucket and position see their chunk and the one before, the first the last."""
+    T, C = 22, 4
+    layer = build(f"reformer:across={across}:rounds=1:chunk={C}:buckets=6", T, 24)
+    (q,) = drawn((T, 24))
+    rotations, real = layer.per_head()["rotations"][0], jnp.arange(T) < T - padded
+    bucket = np.asarray(layer._buckets(q, rotations)[0])
+    order = sorted(range(T - padded), key=lambda t: (bucket[t], t))
+    chunk, chunks = {t: place // C for place, t in enumerate(order)}, -(-len(order) // C)
+    expected = np.zeros((T, T), bool)
+    for t in order:
+        if across == "chunk":
+            expected[t, [s for s in order if s != t and (chunk[t] - chunk[s]) % chunks <= 1]] = True
+        else:
+            expected[t, [s for s in order if s != t and bucket[t] == bucket[s] and chunk[t] - chunk[s] in (0, 1)]] = (
+                True
+            )
+        expected[t, t] = not expected[t].any()
+    for method in ("attend", "reference"):
+        run = getattr(layer, method)
+        weights = run(q, q, jnp.eye(T, 24), real=real, causal=False, rotations=rotations)[:, :T]
+        np.testing.assert_array_equal(np.asarray(weights) > 1e-9, expected)
+
+
+def test_reformer_across_buckets_is_its_definition_in_several_rounds_and_never_causal():
+    layer = build("reformer:across=chunk:rounds=3:chunk=4:buckets=4", 21, 8)
+    (q, v), real = drawn((21, 8), (21, 8)), jnp.arange(21) % 5 != 2
+    rotations = layer.per_head()["rotations"][0]
+
+    def run(method):
+        of = lambda q, v: getattr(layer, method)(q, q, v, real=real, causal=False, rotations=rotations)
+        out, pull = jax.vjp(of, q, v)
+        return out, pull(jnp.cos(out))
+
+    for fast, slow in zip(
+        *(jax.tree.leaves(quick_jit(lambda m=m: run(m))()) for m in ("attend", "reference")), strict=True
+    ):
+        assert_close(fast, slow)
+    with pytest.raises(ValueError, match="across=chunk cannot be causal: which tokens share a chunk"):
+        layer(jnp.ones((1, 21, 8)), causal=True)
+
+
+# ---- drawings ----------------------------------------------------------------------------------------------------
+
+
+def lines(choice: str, length: int, causal: bool = True):
+    return drawing.lines(catalogue.sampled(build(choice, length), causal)[0])
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_streaming_draws_no_key_of_its_logit(sinks):
+    first = "█" if sinks else "·"
+    picture = ["█·····", "██····", first + "██···", first + "·██··", first + "··██·", first + "···██"]
+    assert lines(f"streaming:window=1:sinks={sinks}:logit=learned", 6) == picture
+
+
+def test_star_draws_its_ring():
+    assert lines("star", 5) == ["██··█", "███··", "·███·", "··███", "█··██"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bp_draws_every_span_it_sees_at_its_last_position(causal):
+    length = 23
+    picture = catalogue.sampled(build("bp:nodes=2", length), causal)[0]
+    members, edges = _graph(2, length, length, causal)
+    last = np.array([row.nonzero()[0].max(initial=0) for row in members])
+    expected = np.zeros((length, length), bool)
+    for t, span in np.argwhere(edges):
+        expected[t, last[span]] = True
+    np.testing.assert_array_equal(picture, expected)
+    assert picture.sum(1).max() < length
+
+
 # ---- the star ----------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +468,7 @@ def test_compressed_keys_of_nsa_know_the_order_in_a_block():
         ("bigbird:random=-1", "random and seed must be at least 0"),
         ("fixed:stride=4:summary=5", "summary must be from 1 to stride=4, got 5"),
         ("longformer:window=0", "window must be at least 1, got 0"),
+        ("longformer:tokens=0:projections=own", "tokens=0 leaves none"),
         ("etc:radius=0", "radius must be at least 1, got 0"),
         ("bp:nodes=0", "nodes must be at least 1, got 0"),
         ("nsa:chosen=0", "chosen must be at least 1, got 0"),

@@ -89,6 +89,30 @@ def test_is_the_mechanism_it_spells():
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("large", "same"),
+    [
+        ("tree(2,70)", "tree(2,5)"),
+        ("tree(64,26)", "tree(64,1)"),
+        ("dilated(2000000000,2)", "dilated(24,2)"),
+        ("dilated(3,2000000000)", "blocks(1)"),
+        ("strided(2147483647)", "blocks(1)"),
+        ("band(2147483647)|first(2147483647)", "all"),
+        ("near(2147483647,2147483647,2147483647)", "all"),
+        ("grid(2147483647,2147483647,2)", "band(2)"),
+    ],
+)
+def test_numbers_beyond_any_length_count_as_the_length(large, same):
+    """As predicates, which run in int32, and as the layouts they are run by."""
+    q, k, v = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 24, 1, 8)), jnp.float32) for i in range(3))
+    found, wanted = (spec.build("attention", f"sparse:pattern={text}", length=24, dim=8) for text in (large, same))
+    for causal in (True, False):
+        at = jnp.arange(24)
+        seen = lambda layer, causal=causal: layer.seen(causal)(at[:, None], at[None])
+        np.testing.assert_array_equal(seen(found), seen(wanted))
+    np.testing.assert_allclose(found.mix(q, k, v)[0], wanted.mix(q, k, v)[0], atol=1e-6)
+
+
 def test_a_pattern_in_a_sweep_keeps_its_commas(capsys):
     assert cli.main(["show", "attention=sparse:pattern=random(16,2)|band(4)", "--json"]) == 0
     assert '"sparse:pattern=random(16,2)|band(4)"' in capsys.readouterr().out
