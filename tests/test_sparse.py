@@ -106,8 +106,8 @@ def test_numbers_beyond_any_length_count_as_the_length(large, same):
     """As predicates, which run in int32, and as the layouts they are run by."""
     q, k, v = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 24, 1, 8)), jnp.float32) for i in range(3))
     found, wanted = (spec.build("attention", f"sparse:pattern={text}", length=24, dim=8) for text in (large, same))
+    at = jnp.arange(24)
     for causal in (True, False):
-        at = jnp.arange(24)
         seen = lambda layer, causal=causal: layer.seen(causal)(at[:, None], at[None])
         np.testing.assert_array_equal(seen(found), seen(wanted))
     np.testing.assert_allclose(found.mix(q, k, v)[0], wanted.mix(q, k, v)[0], atol=1e-6)
