@@ -98,7 +98,8 @@ class Tiles(Order):
     width: int
 
     def queries(self, start, stop, block):
-        across = -(-self.columns // self.width)
+        # Of a grid wider than the sequence, the columns that occur.
+        across = -(-(self.columns if start < 0 else min(self.columns, stop)) // self.width)
         first, last = start // self.columns // self.height, (stop - 1) // self.columns // self.height
         down, along = np.arange(first, last + 1), np.arange(across)
         rows = (down * self.height)[:, None, None, None] + np.arange(self.height)[:, None]
