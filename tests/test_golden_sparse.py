@@ -341,37 +341,40 @@ def test_reformer_across_buckets_is_its_definition_in_several_rounds_and_never_c
         assert_close(fast, slow)
     with pytest.raises(ValueError, match="across=chunk cannot be causal: which tokens share a chunk"):
         layer(jnp.ones((1, 21, 8)), causal=True)
+    assert layer.not_causal() and not build("reformer", 21).not_causal() and build("star", 21).not_causal()
 
 
 # ---- drawings ----------------------------------------------------------------------------------------------------
 
 
-def lines(choice: str, length: int, causal: bool = True):
-    return drawing.lines(catalogue.sampled(build(choice, length), causal)[0])
+def picture(choice: str, length: int, causal: bool = True) -> np.ndarray:
+    found = catalogue.sampled(build(choice, length), causal)
+    assert found is not None and len(found) == 1
+    return found[0]
 
 
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_streaming_draws_no_key_of_its_logit(sinks):
     first = "█" if sinks else "·"
-    picture = ["█·····", "██····", first + "██···", first + "·██··", first + "··██·", first + "···██"]
-    assert lines(f"streaming:window=1:sinks={sinks}:logit=learned", 6) == picture
+    lines = ["█·····", "██····", first + "██···", first + "·██··", first + "··██·", first + "···██"]
+    assert drawing.lines(picture(f"streaming:window=1:sinks={sinks}:logit=learned", 6)) == lines
 
 
 def test_star_draws_its_ring():
-    assert lines("star", 5) == ["██··█", "███··", "·███·", "··███", "█··██"]
+    assert drawing.lines(picture("star", 5)) == ["██··█", "███··", "·███·", "··███", "█··██"]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_bp_draws_every_span_it_sees_at_its_last_position(causal):
     length = 23
-    picture = catalogue.sampled(build("bp:nodes=2", length), causal)[0]
+    found = picture("bp:nodes=2", length, causal)
     members, edges = _graph(2, length, length, causal)
     last = np.array([row.nonzero()[0].max(initial=0) for row in members])
     expected = np.zeros((length, length), bool)
     for t, span in np.argwhere(edges):
         expected[t, last[span]] = True
-    np.testing.assert_array_equal(picture, expected)
-    assert picture.sum(1).max() < length
+    np.testing.assert_array_equal(found, expected)
+    assert found.sum(1).max() < length
 
 
 # ---- the star ----------------------------------------------------------------------------------------------------

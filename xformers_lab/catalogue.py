@@ -113,6 +113,8 @@ def _mechanism(name: str, config: configs.Config) -> dict:
         "cost": {"flops": cost.flops, "memory": cost.memory, "state": cost.state},
         "can": {word: able for word, able in _abilities(type(built)).items() if isinstance(able, bool)},
     }
+    if built.not_causal():
+        result["can"] |= {"causal": False, "decode": False}
     if (seen := sampled(built, causal=config.model.model != "encoder")) is not None:
         from xformers_lab.attention._engine import drawing
 
@@ -124,10 +126,9 @@ def _mechanism(name: str, config: configs.Config) -> dict:
 def sampled(mechanism, causal: bool):
     """(n, n) booleans: which keys a mechanism's queries see. One such array where all heads see the same, else one for
     each; None where no fixed pattern says it."""
-    from xformers_lab.attention import stated
     from xformers_lab.attention._engine import drawing
 
-    causal = causal and not stated(type(mechanism), "Not causal")
+    causal = causal and not mechanism.not_causal()
     drawn = [mechanism.drawn(causal, head) for head in range(mechanism.size.heads)]
     if None in drawn:
         return None

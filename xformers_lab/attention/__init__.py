@@ -25,14 +25,15 @@ Decoding works by itself wherever a mechanism only depends on distances: keys an
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
 
 The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
-and where they apply `Not causal: reason`, `One way: reason`, `Not cross: reason`, `No bias: reason` and `No decoding:
-reason` are read.
+and where they apply `Not causal: reason`, `Not causal with option=value: reason`, `One way: reason`, `Not cross:
+reason`, `No bias: reason` and `No decoding: reason` are read.
 """
 
 import dataclasses
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +210,17 @@ class Attention(nnx.Module):
 
     def cost(self, T: int, S: int) -> Cost:
         raise NotImplementedError(f"{type(self).__name__} must define cost(T, S)")
+
+    def not_causal(self) -> str:
+        """Why a mechanism with these options cannot be causal, as its docstring says; "" where it can."""
+        return stated(type(self), "Not causal") or next(
+            (
+                stated(type(self), f"Not causal with {option}={value}")
+                for option, value in re.findall(r"^Not causal with (\w+)=(\w+):", inspect.getdoc(self) or "", re.M)
+                if str(getattr(self, option, None)) == value
+            ),
+            "",
+        )
 
     def drawn(self, causal: bool, head: int = 0) -> Callable | None:
         """What `xlab show` draws of a head: a function of broadcasting integer arrays of query and key positions that

@@ -30,6 +30,7 @@ class Reformer(Attention):
         and their buckets.
     Exact over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of
     the paper), and rounds are merged by their log-sum-exps. Padding is in no bucket, and sees nothing.
+    Not causal with across=chunk: which tokens share a chunk depends on later ones
     Not cross: queries are the keys
     Deviations from the paper: causally a token sees those of its bucket that are at most `chunk` places before it, for
     where chunks begin depends on later tokens; tokens of different buckets see each other with across=chunk alone; from
@@ -38,8 +39,7 @@ class Reformer(Attention):
 
     Options:
         across: bucket: only tokens of its bucket are seen, as in the paper's equations; chunk: all of the two chunks,
-            before the first of which comes the last, as in the authors' code; not causally, for what is in a chunk
-            depends on later tokens
+            before the first of which comes the last, as in the authors' code
         rounds: hashes, each with buckets of its own
         chunk: tokens in a chunk
         buckets: at least so many in each round; none: 2 length / chunk, 1: no hashing
@@ -82,10 +82,9 @@ class Reformer(Attention):
         return math.prod(self.factors)
 
     def _check(self, causal: bool) -> None:
-        if causal and self.across == "chunk":
+        if causal and (reason := self.not_causal()):
             raise ValueError(
-                "reformer:across=chunk cannot be causal: which tokens share a chunk depends on later ones; use "
-                "across=bucket or model=encoder"
+                f"reformer:across={self.across} cannot be causal: {reason}; use across=bucket or model=encoder"
             )
 
     def attend(self, q, k, v, *, real=None, causal, rotations, bias=None):

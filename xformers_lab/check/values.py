@@ -44,7 +44,7 @@ def signature(subject: Subject) -> None:
     kind_line = stated(kind, "Kind")
     if kind_line not in KINDS:
         raise Broken(f'the docstring needs a line "Kind: ..." that is one of: {", ".join(KINDS)}; it has "{kind_line}"')
-    if bool(stated(kind, "Not causal")) != (True not in subject.modes):
+    if bool(subject.mechanism.not_causal()) != (True not in subject.modes):
         raise Broken(
             'the docstring says why it is "Not causal: ...", but it runs causally'
             if True in subject.modes

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention import Attention, stated, why_not_decode
+from xformers_lab.attention import Attention, why_not_decode
 from xformers_lab.config import Config, get, to_dict, varied
 from xformers_lab.errors import UsageError, nearest
 from xformers_lab.measure import speed
@@ -134,7 +134,7 @@ def subject(config: Config, direction: str) -> Subject:
     whole = type(layer).__call__ is not Attention.__call__
     own_mix = type(layer).mix is not Attention.mix
     declares = layer.takes("__call__" if whole else "mix" if own_mix else "attend")
-    can = "causal" in declares and not stated(type(layer), "Not causal")
+    can = "causal" in declares and not layer.not_causal()
     causal = can and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = nnx.to_pure_dict(params)
