@@ -89,7 +89,14 @@ def table(host: dict, rows: list[dict], rounds: int) -> str:
     lines = ["| case | pass | ours ms | peer ms | ratio | target |", "|---|---|---|---|---|---|"]
     for row in rows:
         target = "" if row["target"] is None else f"{row['target']:.2f}"
-        cells = (row["case"], row["pass"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}", target)
+        cells = (
+            row["case"],
+            row["pass"],
+            f"{row['ours_ms']:.1f}",
+            f"{row['peer_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            target,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, "", *lines, ""])
 
