@@ -74,7 +74,7 @@ def flops(subject: Subject) -> None:
 
 
 def memory(subject: Subject) -> None:
-    """The largest array of the program, forward and backward, grows with length as declared, and is within half of it."""
+    """The largest array of the program, forward and backward, grows with length as declared, to within half of it."""
     counted, declared = [], []
     for T, layer in _layers(subject):
         forward, arrays = _head(subject, layer, T)
