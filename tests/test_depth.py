@@ -1,5 +1,6 @@
 """Depths: what is shared, what is skipped, and where positions halt."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -58,16 +59,21 @@ def test_universal_has_the_parameters_of_one_layer():
     assert count(model_of("universal", attention="full+linear")[0]) == count(model_of("fixed", layers=2)[0])
 
 
-@pytest.mark.parametrize("code", [True, False])
-def test_universal_is_its_layer_again_and_again(code):
-    model, tokens = model_of(f"universal:code={code}", layers=3, position="none")
-    x, block, D = model.embedding(tokens), model.stack.blocks[0], 16
+@pytest.mark.parametrize("code, position", itertools.product((True, False), ("none", "sinusoidal")))
+def test_universal_is_its_layer_again_and_again(code, position):
+    """With waves for positions, these are added before each step, as the code of the step is."""
+    model, tokens = model_of(f"universal:code={code}", layers=3, position=position)
+    block, D = model.stack.blocks[0], 16
+    x = model.place(model.position, model.embedding(tokens), jnp.arange(12), real=None)
     context = Context(model.position)
+    waves = lambda angle: np.stack([np.sin(angle), np.cos(angle)], -1).reshape(*angle.shape[:-1], D)
+    expected, scale = x, 10_000 ** (np.arange(0, D, 2) / D)
     for number in (1, 2, 3):
-        angle = number / 10_000 ** (np.arange(0, D, 2) / D)
-        x = x + code * np.stack([np.sin(angle), np.cos(angle)], -1).reshape(-1)
-        x = block(x, {}, context)[0]
-    np.testing.assert_allclose(model.stack(model.embedding(tokens), context)[0], x, atol=1e-5)
+        again = code and position == "sinusoidal" and number > 1
+        expected = expected + code * waves(number / scale)
+        expected = expected + again * waves(np.arange(12)[:, None] / scale)[None]
+        expected = block(expected, {}, context)[0]
+    np.testing.assert_allclose(model.stack(x, context)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [-3.0, 0.0, 8.0])
@@ -106,12 +112,13 @@ def test_ponder_reaches_the_halting_parameters():
 
 
 @pytest.mark.parametrize("depth", [
-    "universal", "universal:act=true", "layerdrop", "mixture_of_depths:capacity=0.5", "conditional",
+    "universal:act=true", "layerdrop", "mixture_of_depths:capacity=0.5", "conditional",
     "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "early_exit:exit=entropy:threshold=2",
 ])  # fmt: skip
 @pytest.mark.parametrize("attention", ["full", "linear+full"])
 def test_decoding_is_the_whole_pass(depth, attention):
-    model, tokens = moved(*model_of(depth, attention=attention, position="rope"))
+    position = "sinusoidal" if depth.startswith("universal") else "rope"
+    model, tokens = moved(*model_of(depth, attention=attention, position=position))
     step = lambda cache, token: model.step(cache, token)[::-1]
     logits = jax.lax.scan(step, model.init_cache(3, 12), tokens.T)[1].swapaxes(0, 1)
     np.testing.assert_allclose(logits, model(tokens)[0], atol=1e-4)

@@ -17,7 +17,7 @@ from xformers_lab.generate import apart, beam_search, generate
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
 from xformers_lab.rows import Rows
-from xformers_lab.train import feed, optimizer
+from xformers_lab.train import checkpoint, feed, optimizer
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
@@ -165,10 +165,11 @@ def test_sources_that_cannot_be_read():
         generate(model_of("decoder")[0], [[0]], sources=[[1]], new=2, length=13)
 
 
-def test_learns_to_copy():
+@pytest.mark.parametrize("tied", [False, True])
+def test_learns_to_copy(tied):
     """Where only the source holds the answer, the answer is learned through cross-attention."""
     changes = {"seq_len": 9, "dim": 32, "layers": 1, "batch": 64, "steps": 150, "lr": 1e-2, "warmup": 0.1}
-    config = edit(Config(), model="encoder_decoder", **(SMALL | changes))
+    config = edit(Config(), model=f"encoder_decoder:tied={tied}", **(SMALL | changes))
     task, tx = build_task(config), optimizer.build(config.train)
     state = init(config, task, tx)
     step = quick_jit(make_train_step(config, task, structure(config, task), tx))
@@ -177,9 +178,32 @@ def test_learns_to_copy():
     assert metrics["loss"] < 0.3
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+def test_a_tied_head_is_the_table_of_embeddings(kind, tmp_path):
+    """Fewer parameters by the head's, one table for both ends, which a checkpoint keeps once."""
+    (model, _), (apart, _) = model_of(f"{kind}:tied=true"), model_of(kind)
+    count = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert count(apart) - count(model) == 11 * 16 + 11
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16)), jnp.float32)
+    expected = model.final.final(x, Rows()) @ model.embedding.embedding[...].T
+    np.testing.assert_allclose(model.predict(x), expected, atol=1e-6)
+    np.testing.assert_allclose(model.predict(x[:, 1]), expected[:, 1], atol=1e-6)
+    config = edit(Config(), model=f"{kind}:tied=true", **SMALL)
+    task, tx = build_task(config), optimizer.build(config.train)
+    state = init(config, task, tx)
+    checkpoint.save(tmp_path, 1, state, {})
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(tmp_path, like, {})[0], state)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"task": "listops", "model": "encoder:tied=true"}, "no tokens of its inputs"),
+        ({"task": "needle", "model": "decoder:tied=true"}, "no tokens of its inputs"),
+        ({"model": "decoder:pool=mean"}, "an answer at every position"),
+        ({"task": "listops", "model": "decoder:pool=first"}, "the first position sees itself alone"),
         ({"task": "lm"}, "no source and target apart"),
         ({"task": "listops"}, "no source and target apart"),
         ({"model": "encoder_decoder:cross=fnet"}, "cross=fnet cannot look at a source"),

@@ -105,7 +105,7 @@ def assert_far(actual, expected):
 
 def gpt2(w: Weights, **changed):
     chosen = {
-        "model": "decoder",
+        "model": "decoder:tied=true",
         "attention": "full",
         "position": "learned",
         "norm": "pre:normaliser=layernorm",
@@ -115,7 +115,6 @@ def gpt2(w: Weights, **changed):
     model = build(50, 50, **(chosen | changed))
     block = model.stack.periods[0]
     put(model.embedding, embedding=w("transformer.wte.weight"))
-    put(model.head, kernel=w("transformer.wte.weight").T, bias=jnp.zeros(50))
     if "position" not in changed:
         put(model.position, table=w("transformer.wpe.weight"))
     kernel, bias = w.linear("transformer.h.{}.attn.c_attn", transposed=False)
@@ -137,7 +136,7 @@ def test_gpt2(shared):
         {"norm": "post"},
         {"position": "none"},
         {"ffn": "mlp:activation=relu"},
-        {"model": "encoder"},
+        {"model": "encoder:tied=true"},
         {"heads": 8},
     ):
         assert_far(gpt2(w, **changed), w["logits"])

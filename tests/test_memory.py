@@ -1,5 +1,6 @@
 """Memories across segments: what is seen, what is not, and what is kept."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -271,6 +272,20 @@ def test_parts_of_a_batch_keep_the_memory_of_their_rows(text):
         states.append(state.memory)
     for one, two in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_a_step_that_is_skipped_begins_new_texts_all_the_same(text):
+    config = tiny(text)
+    task, tx = build_task(config), optimizer.build(config.train)
+    step = quick_jit(make_train_step(config, task, structure(config, task), tx))
+    before, _ = step(init(config, task, tx), task.segment("train", 0))
+    batch = task.segment("train", 1)
+    spoilt = dataclasses.replace(batch, fresh=np.array([True, False]), weights=batch.weights * np.float32(np.nan))
+    after, metrics = step(before, spoilt)
+    assert not metrics["ok"]
+    for old, new in zip(jax.tree.leaves(before.memory), jax.tree.leaves(after.memory), strict=True):
+        assert old[:, 0].any() and not new[:, 0].any()
+        np.testing.assert_array_equal(new[:, 1], old[:, 1])
 
 
 @pytest.mark.parametrize("split_", ["train", "validation", "test"])

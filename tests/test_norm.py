@@ -14,9 +14,11 @@ from xformers_lab import backward, spec
 from xformers_lab import config as configs
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
+from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
-from xformers_lab.model import build_task, check_config
+from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.rows import Rows, apply
+from xformers_lab.tasks import Setting, Task
 from xformers_lab.train import checkpoint, loop, optimizer
 from xformers_lab.train.state import init, merge, split, structure
 from xformers_lab.train.step import make_train_step
@@ -75,23 +77,65 @@ def test_rezero_starts_as_the_identity():
 
 def test_sandwich_bounds_the_branch():
     x, y = draw(2, 5, 32), 1000 * draw(2, 5, 32)
-    out = build("norm", "sandwich").after(x, y, Rows()) - x
+    placed = build("norm", "sandwich")
+    placed.start(build("ffn", "mlp"))
+    out = placed.after(x, y, Rows()) - x
     np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
 
 
-def test_deepnorm_scales_the_stream_and_the_first_weights():
-    placed, attention = build("norm", "deepnorm", layers=8), build("attention", "full", layers=8)
+@pytest.mark.parametrize("depths, alpha, beta", [
+    ({"layers": 8}, 16**0.25, 64**-0.25),
+    ({"layers": 6, "target_layers": 4}, 0.81 * (6**4 * 4) ** (1 / 16), 0.87 * (6**4 * 4) ** (-1 / 16)),  # an encoder
+    ({"layers": 4, "source_layers": 6}, 12**0.25, 48**-0.25),  # the decoder that looks at it
+])  # fmt: skip
+def test_deepnorm_scales_the_stream_and_the_first_weights(depths, alpha, beta):
+    placed, attention = build("norm", "deepnorm", **depths), build("attention", "full")
     before = {name: jnp.asarray(getattr(attention, name).kernel[...]) for name in ("query", "key", "value", "out")}
     placed.start(attention)
     for name, kernel in before.items():
-        share = 64**-0.25 if name in ("value", "out") else 1
+        share = beta if name in ("value", "out") else 1
         np.testing.assert_allclose(getattr(attention, name).kernel[...], share * kernel, rtol=1e-6)
     x = draw(2, 5, 32)
-    np.testing.assert_allclose(placed.after(x, 0 * x, Rows()), placed.norm(16**0.25 * x), rtol=1e-6)
-    ffn = build("ffn", "mlp", layers=8)
-    kernel = jnp.asarray(ffn.up.kernel[...])
-    placed.start(ffn)
-    np.testing.assert_allclose(ffn.up.kernel[...], 64**-0.25 * kernel, rtol=1e-6)
+    np.testing.assert_allclose(placed.after(x, 0 * x, Rows()), placed.norm(alpha * x), rtol=1e-6)
+
+
+def test_deepnorm_knows_an_encoder_from_its_decoder():
+    config = edit(Config(), task="copy", seq_len=9, norm="deepnorm", layers=6, model="encoder_decoder", dim=8)
+    model: Any = nnx.eval_shape(lambda: build_model(config, build_task(config)))
+    encoder, decoder = model.encoder.periods[0], model.stack.periods[0]
+    for norm in (encoder.attention_norm, encoder.ffn_norm):
+        np.testing.assert_allclose((norm.alpha, norm.beta), (0.81 * 6 ** (5 / 16), 0.87 * 6 ** (-5 / 16)), rtol=1e-6)
+    for norm in (decoder.attention_norm, decoder.cross_norm, decoder.ffn_norm):
+        np.testing.assert_allclose((norm.alpha, norm.beta), (18**0.25, 72**-0.25), rtol=1e-6)
+
+
+DAMPED = {
+    "ffn": {
+        "mlp": "up down", "glu": "gate up down", "moe": "up down", "hash": "up down", "product_key": "values",
+        "all_attention": "values down",
+    },
+    "attention": {
+        "full": "value out", "all_attention": "value out values", "mla": "up out", "fnet": "", "set": "point_value out",
+        "perceiver": "latent_value out", "longformer:tokens=1": "value out of_global.v",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shelf, choice", [(shelf, choice) for shelf in DAMPED for choice in DAMPED[shelf]])
+def test_what_is_damped_is_what_the_output_grows_with(shelf, choice):
+    """The parameters that a sub-layer names, whole, and no other."""
+    plain, layer = build(shelf, choice), build(shelf, choice)
+    layer.damp(0.25)
+    if choice == "mla":  # of the matrix that keys come from as well, the values' half
+        for kept, found, share in zip(plain._expanding("float32"), layer._expanding("float32"), (1, 0.25), strict=True):
+            np.testing.assert_allclose(found, share * kept)
+        layer.up.kernel[...] = 0.25 * plain.up.kernel[...]
+    old, new = (nnx.to_pure_dict(nnx.state(module, nnx.Param)) for module in (plain, layer))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(old):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".kernel")
+        share = 0.25 if name in DAMPED[shelf][choice].split() else 1
+        found = functools.reduce(lambda tree, part: tree[part.key], path, new)
+        np.testing.assert_allclose(found, share * leaf, rtol=1e-6, err_msg=name)
 
 
 def test_normformer_is_its_equations():
@@ -118,37 +162,67 @@ def test_normformer_refuses_what_has_no_place_for_it(shelf, choice):
         build("norm", "normformer").start(build(shelf, choice))
 
 
-def first_gradient(norm: str, layers: int) -> float:
-    """The mean norm over seeds of the loss's gradient to the last feed-forward's second matrix, at the start, with
-    uniform attention as in the theorem (queries and keys at zero)."""
-    config = edit(Config(), task="copy", norm=norm, layers=layers, dim=64, heads=2, seq_len=32, batch=8)
-    config = edit(config, position="none", ffn="mlp:ratio=1:activation=relu")
-    task, tokens = build_task(config), np.random.default_rng(0).integers(0, 10, (8, 32))
-    graph, rule = structure(config, task), optimizer.build(config.train)
+class Words(Task):
+    """A task that only says how many symbols there are."""
 
-    def silent(path, leaf):
-        return 0 * leaf if "query" in jax.tree_util.keystr(path) else leaf
+    vocab = outputs = 100
+    kinds = ("encoder",)
+
+
+def at_first(norm: str, layers: int):
+    """Of three seeds at the start, with uniform attention as in the theorem (queries at zero): how large the gradient
+    to the last feed-forward's second matrix is, on average, and |x|^2 / D of the sum behind each feed-forward layer."""
+    config = edit(Config(), norm=norm, layers=layers, dim=64, heads=1, seq_len=32, position="none", model="encoder")
+    task, random = Words(Setting(32, 8)), np.random.default_rng(0)
+    config = edit(config, ffn="mlp:ratio=1:activation=relu")
+    graph, like, _, _ = split(nnx.eval_shape(lambda: build_model(config, task)))
+    tokens, targets = jnp.asarray(random.integers(0, 100, (2, 8, 32)))
+
+    def drawn(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "kernel" in name or "embedding" in name:
+            spread = 0 if "query" in name else 1 if "embedding" in name else leaf.shape[-2] ** -0.5
+            return jnp.asarray(spread * random.standard_normal((3, *leaf.shape)), jnp.float32)
+        return jnp.full((3, *leaf.shape), float("scale" in name))
 
     def loss(params):
-        logits = merge(graph, params, {}, {})(jnp.asarray(tokens), real=None)[0]
-        return -jax.nn.log_softmax(logits)[..., 0].mean()
+        logits = merge(graph, params, {}, {})(tokens)[0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1).mean()
 
-    gradient, found = jax.jit(jax.grad(loss)), []
-    for seed in range(4):
-        params = init(edit(config, seed=seed), task, rule).params
-        grads = gradient(jax.tree_util.tree_map_with_path(silent, params))
-        named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
-        last = next(leaf for name, leaf in named.items() if "down" in name and "kernel" in name)
-        found.append(float(jnp.linalg.norm(last[-1])))
-    return float(np.mean(found))
+    def squares(params):
+        model: Any = merge(graph, params, {}, {})
+        blocks, context = nnx.split(model.stack.periods[0]), Context(model.position)
+
+        def layer(x, variables):
+            block = nnx.merge(blocks[0], variables)
+            x = block.attention_norm.after(x, block.attend(x, {}, context)[0], Rows())
+            y, _ = block.feed(x, context)
+            return block.ffn_norm.after(x, y, Rows()), jnp.square(x + y).mean()
+
+        return jax.lax.scan(layer, model.embedding(tokens), blocks[1])[1]
+
+    def one(params):
+        last = jax.grad(loss)(params)["stack"]["periods"][0]["ffn"]["down"]["kernel"][-1]
+        return jnp.linalg.norm(last), squares(params)
+
+    found = quick_jit(jax.vmap(one))(jax.tree_util.tree_map_with_path(drawn, like))
+    return [np.asarray(each).mean(0) for each in found]
 
 
-def test_first_gradients_follow_xiong():
-    """Xiong et al., 2020, theorem 1: at the last layer Post-LN's are flat in depth, Pre-LN's fall as 1 / sqrt(L)."""
-    post = [first_gradient("post", layers) for layers in (2, 8)]
-    pre = [first_gradient("pre", layers) for layers in (2, 8)]
-    assert max(post) / min(post) < 1.6  # at this width the mean over seeds is not yet flat
-    assert 1.5 < pre[0] / pre[1] < 2.8  # sqrt(8 / 2) = 2
+def test_post_norm_starts_alike_at_every_depth():
+    """Xiong et al., 2020, theorem 1 and lemma 2: neither the last layer's gradients nor the sums depend on depth."""
+    gradients, squares = zip(*(at_first("post", layers) for layers in (2, 8, 24)), strict=True)
+    assert max(gradients) / min(gradients) < 1.4
+    assert all(1.3 < square < 1.8 for square in np.concatenate(squares))  # 3/2 in expectation
+
+
+def test_pre_norm_starts_smaller_the_deeper():
+    """Theorem 1: the last layer's gradients fall as 1 / sqrt(L); lemma 2: the state grows by 1/2 to 3/2 a layer."""
+    gradients, squares = zip(*(at_first("pre", layers) for layers in (2, 16, 24)), strict=True)
+    assert gradients[0] / gradients[1] > 2.5 and gradients[0] / gradients[2] > 3  # sqrt(8) and sqrt(12)
+    for found in squares:
+        l = np.arange(1, len(found) + 1)
+        assert (1 + l / 2 <= found).all() and (found <= 1 + 3 * l / 2).all()
 
 
 # ---- powernorm -----------------------------------------------------------------------------------------------------
@@ -295,8 +369,6 @@ def test_powernorm_in_every_placement(placed):
     jax.tree.map(np.testing.assert_array_equal, ends[0].extra, ends[1].extra)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ends[0].params, ends[1].params)
     moved = jax.tree.map(lambda old, new: np.any(old != new), start.extra, ends[0].extra)
-    if placed == "sandwich":
-        del moved["final"]["outer"]  # nothing is added at the end of the stack
     held = {"pre": 3, "post": 2, "sandwich": 5, "normformer": 5, "deepnorm": 2}[placed]
     assert jax.tree.leaves(moved) == [True] * 3 * held
 

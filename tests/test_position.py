@@ -87,6 +87,48 @@ def test_t5_buckets():
     assert (past[:201] == 0).all() and list(past[200:216]) == list(range(16)) and past[-1] == 31
 
 
+@pytest.mark.parametrize("causal, choice", [(True, "t5"), (False, "t5"), (True, "t5:sides=both")])
+def test_every_t5_bucket_serves_a_model_that_uses_the_past_alone(causal, choice):
+    scores = build(choice, causal=causal, heads=1).bias()
+    scores = jax.tree.map(lambda leaf: jnp.arange(32), scores)
+    at = jnp.arange(160)
+    found = np.asarray(scores(at[:, None], at[None]))
+    used = len(np.unique(found[np.tril_indices(160)] if causal else found))
+    assert used == (16 if causal and "both" in choice else 32 if causal else 31)  # distance 0 has one side
+
+
+@pytest.mark.parametrize("attention", ["full", "mla", "collaborative"])
+def test_untied_positions_leave_content_its_share(attention):
+    """Where no two positions correlate, scores are those of content over sqrt(2 H), all of them, rotary parts too."""
+    position = build("tupe", causal=True)
+    position.table[...] = 0 * position.table[...]
+    layer, shared = (spec.build("attention", attention, length=16, dim=32, heads=4) for _ in range(2))
+    shared.query.kernel[...] = shared.query.kernel[...] * 2**-0.5
+    x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
+    found = layer(x, causal=True, position=position)[0]
+    np.testing.assert_allclose(found, shared(x, causal=True)[0], atol=1e-5)
+    assert np.abs(found - layer(x, causal=True)[0]).max() > 1e-3
+    cache = layer.init_cache(2, 16)
+    for t in range(3):
+        out, cache, _ = layer.decode(x[:, t], cache, at=jnp.int32(t), position=position)
+        np.testing.assert_allclose(out, found[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"position": "sinusoidal"}, {"position": "sinusoidal", "model": "encoder_decoder"},
+    {"position": "sinusoidal", "depth": "universal"}, {"position": "learned", "depth": "universal"},
+], ids=str)  # fmt: skip
+def test_tokens_are_as_large_as_the_waves_they_meet(changes):
+    config = edit(Config(), task="copy", seq_len=65, dim=64, **changes)
+    model: Any = build_model(config, build_task(config))
+    tokens = jnp.arange(32)[None] % 11
+    x, at = model.embedding(tokens), jnp.arange(32)
+    both, alone = (model.place(model.position, y, at, real=None) for y in (x, 0 * x))
+    assert 0.9 < float(jnp.std(both - alone)) < 1.1
+    waves = 0.5**0.5 if changes["position"] == "sinusoidal" else 1
+    assert float(jnp.sqrt((alone**2).mean())) == pytest.approx(waves, rel=0.1)
+
+
 @pytest.mark.parametrize("choice", ["alibi", "t5"])
 @pytest.mark.parametrize("attention", ["full", "local:window=5", "strided:stride=3"])
 def test_bias_is_added_blockwise_as_by_definition(attention, choice):
@@ -154,7 +196,7 @@ def slow(layer, position, x, real, window: int | None, causal: bool):
         terms = 2
     s = s / (terms * H) ** 0.5
     if name == "Tupe":
-        s += position.relative.table[...][:, bucket(apart, 32, 128, True)][None]
+        s += position.relative.table[...][:, bucket(apart, 32, 128, False)][None]
     seen = (apart >= 0) if causal else np.ones((T, T), bool)
     seen = (seen if window is None else seen & (abs(apart) <= window))[None, None] & real[:, None, None]
     p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)

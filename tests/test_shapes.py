@@ -387,6 +387,23 @@ def test_hourglass_builds_the_middle_for_its_length():
 # ---- funnel --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "choice", ["encoder", "encoder:pool=first", "encoder:pool=last", "decoder", "decoder:pool=mean"]
+)
+def test_a_sequence_is_pooled_as_chosen(choice):
+    """Of its real positions the mean, the first or the last; by default the mean in an encoder, the last in a decoder."""
+    model, _ = model_of("fixed", model=choice, task="listops", norm="post")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.float32)
+    real = jnp.arange(6) < jnp.array([[6], [4]])
+    name, _, pool = choice.partition(":pool=")
+    for there in (None, real):
+        last = np.array([6, 6 if there is None else 4])
+        rows = {"first": [x[b, 0] for b in (0, 1)], "last": [x[b, last[b] - 1] for b in (0, 1)]}
+        rows["mean"] = [x[b, : last[b]].mean(0) for b in (0, 1)]
+        expected = model.head(jnp.stack(rows[pool or {"encoder": "mean", "decoder": "last"}[name]]))
+        np.testing.assert_allclose(model.predict(x, real=there), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("task", ["listops", "needle"])
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_funnel_is_its_equation(task, pool):

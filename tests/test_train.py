@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.test_golden_models import Squares
 from xformers_lab import config as configs
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import feed, loop, optimizer, records
 from xformers_lab.train.layout import layout_of
-from xformers_lab.train.state import init, structure
+from xformers_lab.train.state import abstract, init, structure
 from xformers_lab.train.step import make_train_step
 
 # Unequal weights, so that a mean of means is wrong; batch 3 can be spoilt to see what a bad one does.
@@ -124,10 +125,15 @@ def test_learning_rate_warms_up_and_falls():
     assert [np.asarray(flat(n)).item() for n in (0, 99)] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("attention", ["full", "full+linear"])
-def test_only_matrices_decay_stacked_or_not(task_file, attention):
-    config = tiny(task_file, attention=attention, layers=3)
-    params = init(config, build_task(config), optimizer.build(config.train)).params
+@pytest.mark.parametrize("changes", [
+    {"attention": "full"}, {"attention": "full+linear"}, {"model": "encoder_decoder"},
+    {"model": "decoder:tied=true"}, {"model": "vit", "seq_len": 144},
+], ids=str)  # fmt: skip
+def test_only_matrices_decay_stacked_or_not(task_file, changes):
+    """Also in the stack of an encoder that is not the model's only one."""
+    config = tiny("copy" if changes.get("model") == "encoder_decoder" else task_file, layers=3, **changes)
+    task = Squares(256, 5) if changes.get("model") == "vit" else build_task(config)
+    params = abstract(config, task, optimizer.build(config.train)).params
     named = jax.tree_util.tree_leaves_with_path(optimizer.decays(params))
     decay = {jax.tree_util.keystr(path, simple=True, separator="."): on for path, on in named}
     assert any("stack" in name and name.endswith("bias") for name in decay)

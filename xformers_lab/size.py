@@ -10,6 +10,8 @@ class Size:
     `length` is the number of positions the model is built for; geometry that depends on the sequence (the stride of
     strided attention, the grid of axial attention, a table of learned positions) is fixed by it, so that a shorter
     prefix sees the same pattern as the whole.
+    `source_layers`, of a decoder with cross-attention: how many layers the encoder that it looks at has; and
+    `target_layers`, of that encoder: how many the decoder has. 0 of a stack that stands alone.
     """
 
     length: int = 128
@@ -18,6 +20,8 @@ class Size:
     kv_heads: int | None = None
     layers: int = 1
     dtype: str = "float32"
+    source_layers: int = 0
+    target_layers: int = 0
 
     def __post_init__(self):
         for name in ("length", "dim", "heads", "layers"):

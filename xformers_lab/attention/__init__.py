@@ -24,6 +24,9 @@ projections overrides `__call__` on (B, T, D).
 Decoding works by itself wherever a mechanism only depends on distances: keys and values are kept, and `attend` is
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
 
+Before it first runs a placement may ask it to make its values smaller, `damp(share)`: one whose values pass other first
+weights than those of the layers `value` and `out` says which.
+
 The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
 and where they apply `Not causal: reason`, `Not causal with option=value: reason`, `One way: reason`, `Not cross:
 reason`, `No bias: reason` and `No decoding: reason` are read.
@@ -43,6 +46,7 @@ from flax import nnx
 
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._samples import apart, step_apart
+from xformers_lab.damping import damp
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -83,11 +87,15 @@ class Attention(nnx.Module):
         )
         self.out = Linear(size.heads * size.head, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
 
+    def damp(self, share: float) -> None:
+        """Multiplies by `share` the first weights that values pass, `value` and `out`, and none of scores."""
+        damp(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
+
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
         """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, auxiliary scalars.
 
-        real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)`, and `bias()` or what makes a
-        bias of every sample (see position/__init__.py), with which samples are run apart.
+        real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)` and `share`, and `bias()` or
+        what makes a bias of every sample (see position/__init__.py), with which samples are run apart.
         """
         source = x if memory is None else memory
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head)
@@ -112,7 +120,7 @@ class Attention(nnx.Module):
             else:
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 mix = functools.partial(apart, self)
-            q, k = position.rotate(q, q_at), position.rotate(k, k_at)
+            q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
         given = {"real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = mix(q, k, v, x=source, x_q=x, **given)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
@@ -286,6 +294,7 @@ class Attention(nnx.Module):
                 bias = self._compared(position, position.of_queries(q[:, None], at[None]), of_keys, at)
                 step = functools.partial(step_apart, self)
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
+            q = position.share * q
         out, own, carry = step(own, q, k, v, x=x, bias=bias, carry=carry)
         out = self.out(out.reshape(len(x), -1))
         return out, own if of_keys is None else {"own": own, "of_keys": of_keys}, carry

@@ -36,6 +36,7 @@ class Projected(Full):
         S = source.shape[1]
         at = jnp.arange(x.shape[1]) + S - x.shape[1]
         q, k, v = self.project(x, source, _turn(position, at), _turn(position, jnp.arange(S)))
+        q = _share(position) * q
         given = {"real": real, "causal": causal, "bias": _bias(position), "carry": carry, "key": key}
         out, carry, aux = self.mix(q, k, v, x=source, x_q=x, **given)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
@@ -43,7 +44,7 @@ class Projected(Full):
     def decode(self, x, cache, *, at, position=None, carry=None):
         turn = _turn(position, at[None])
         q, k, v = (y[:, 0] for y in self.project(x[:, None], x[:, None], turn, turn))
-        out, cache, carry = self.mix_step(cache, q, k, v, x=x, bias=_bias(position), carry=carry)
+        out, cache, carry = self.mix_step(cache, _share(position) * q, k, v, x=x, bias=_bias(position), carry=carry)
         return self.out(out.reshape(len(x), -1)), cache, carry
 
     def fused(self, causal: bool):
@@ -63,6 +64,10 @@ def _as_it_is(y):
 
 def _turn(position, at):
     return _as_it_is if position is None else lambda y: position.rotate(y, at)
+
+
+def _share(position) -> float:
+    return 1.0 if position is None else position.share
 
 
 def _bias(position):

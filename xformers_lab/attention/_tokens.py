@@ -10,6 +10,7 @@ from xformers_lab.attention._engine.dense import dense, softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
 from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.damping import damp
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -36,6 +37,12 @@ class GlobalTokens(Patterned):
             self.global_query, self.of_global = project(size.heads), nnx.Dict(pair())
         if self.pieces:
             self.among_global, self.to_global = nnx.Dict(pair()), nnx.Dict(pair())
+
+    def damp(self, share: float) -> None:
+        super().damp(share)
+        more = [self.of_global] if self.own else []
+        more += [self.among_global, self.to_global] if self.pieces else []
+        damp(share, *(pair["v"] for pair in more))
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         block = near_block(self.reach, causal)

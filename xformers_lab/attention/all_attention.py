@@ -8,6 +8,7 @@ from flax import nnx
 from xformers_lab.attention import Cost
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
+from xformers_lab.damping import damp
 from xformers_lab.size import Size
 
 
@@ -34,6 +35,10 @@ class AllAttention(Patterned):
         super().__init__(size, All(), rngs=rngs)
         draw = lambda: jax.random.normal(rngs.params(), (size.key_heads, self.vectors, size.head))
         self.keys, self.values = nnx.Param(draw()), nnx.Param(draw())
+
+    def damp(self, share: float) -> None:
+        super().damp(share)
+        damp(share, self.values)
 
     def per_head(self):
         times = self.size.heads // self.size.key_heads

@@ -4,6 +4,7 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Cost, why_not
 from xformers_lab.attention._engine.absent import Absent
+from xformers_lab.damping import damp
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -36,6 +37,10 @@ class Average(Attention):
         linear = lambda inputs, outputs: Linear(inputs, outputs, dtype=size.dtype, rngs=rngs)
         self.widen, self.grow, self.shrink = widen, linear(D, widen * D), linear(widen * D, D)
         self.gates = linear(2 * D, 2 * D)
+
+    def damp(self, share: float) -> None:
+        """Its values are its input; what makes something of their mean is a feed-forward network."""
+        damp(share, self.grow, self.shrink)
 
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"

@@ -54,6 +54,12 @@ class Mla(Projected):
         self.down, self.norm = linear(D, self.latent + self.rotary), norm(self.latent)
         self.up = linear(self.latent, N * 2 * H)
 
+    def damp(self, share: float) -> None:
+        """Of the matrix that expands the latent, the columns of values alone."""
+        super().damp(share)
+        keys, values = self._expanding(self.up.kernel.dtype)
+        self.up.kernel[...] = jnp.concatenate([keys, share * values], -1).reshape(self.up.kernel.shape)
+
     def project(self, x, source, turn_q, turn_k):
         """q (B, T, N, H + rotary), the rotary key (B, S, 1, rotary) and the latent (B, S, 1, latent)."""
         if self.query_down is not None and self.query_norm is not None:

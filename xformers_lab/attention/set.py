@@ -4,6 +4,7 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
+from xformers_lab.damping import damp
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -36,6 +37,10 @@ class Set(Attention):
         self.point_key, self.point_value = (
             Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
         )
+
+    def damp(self, share: float) -> None:
+        """What queries look at are values of their own, of states behind a norm."""
+        damp(share, self.point_value, self.out)
 
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"

@@ -8,6 +8,8 @@ from flax import nnx
 
 # XLA:CPU runs the unrolled layers of a shallow stack faster than a loop over them (see benchmarks/).
 UNROLLED_ON_CPU = 8
+# The attributes under which a depth lists stacks of whole layers: what is in them has a leading axis of layers.
+STACKS = ("periods", "rest")
 
 
 def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):

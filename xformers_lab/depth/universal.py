@@ -6,6 +6,7 @@ from jax import lax
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.linear import Linear
+from xformers_lab.position import Position
 from xformers_lab.size import Size
 
 
@@ -13,18 +14,20 @@ class Universal(Depth):
     """Universal Transformer: one layer, applied again and again (Dehghani et al., 2018, arXiv 1807.03819).
 
     `layers` counts the applications; mechanisms joined by `+` make one period that is applied layers / period times.
-    Before each, a sinusoidal code of the step is added; code=false leaves it out, and layers then share their weights
-    as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own (Graves, 2016,
-    arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while their sum stays
-    below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The loss gets ponder
-    times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps are computed for
-    every position, so halting saves nothing in time here: "computation" counts what was needed.
+    Before each, a sinusoidal code of the step is added, and with position=sinusoidal that of the position, too: both
+    are the paper's coordinates. code=false leaves them to what the model adds before the first step; layers then share
+    their weights as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own
+    (Graves, 2016, arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while
+    their sum stays below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The
+    loss gets ponder times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps
+    are computed for every position, so halting saves nothing in time here: "computation" counts what was needed.
+    Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step.
 
     Options:
         act: whether positions halt on their own
         slack: how near to 1 the halting probabilities must come
         ponder: what a step costs in the loss
-        code: whether the number of the step is added before it
+        code: whether the number of the step is added before it, and positions with it
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise ValueError(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
-        self.code = code
+        self.waves = code
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -61,7 +64,7 @@ class Universal(Depth):
         def apply(state, given):
             x, carries, rest, halting = state
             number, keys = given
-            y, total, changed = self._marked(x, number), {}, []
+            y, total, changed = self._marked(x, number, context.position, jnp.arange(x.shape[1])), {}, []
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
                 y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
@@ -86,10 +89,12 @@ class Universal(Depth):
         spent |= {"loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
         return halting["out"].astype(x.dtype), aux | spent
 
-    def _marked(self, x, number):
-        """(B, T, D) plus the sinusoidal code of a step's number."""
-        if not self.code:
+    def _marked(self, x, number, position: Position, at):
+        """(B, T, D) plus the sinusoidal codes of a step's number and, after the first, of positions at (T,) anew."""
+        if not self.waves:
             return x
+        if position.waves:
+            x = jnp.where(number > 0, position.embed(x, at), x)
         D = x.shape[-1]
         angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)
         code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(-1)[:D]
@@ -129,7 +134,7 @@ class Universal(Depth):
         def apply(state, given):
             x, carries, halting = state
             number, caches = given
-            y, changed = self._marked(x[:, None], number)[:, 0], []
+            y, changed = self._marked(x[:, None], number, context.position, at[None])[:, 0], []
             for block, one in zip(self.blocks, caches, strict=True):
                 y, one, carries = block.step(y, one, carries, context, at)
                 changed.append(one)

@@ -4,6 +4,9 @@ function that returns None where the block has no such sub-layer.
 One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
 int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, real=real,
 key=key)`: a placement may have put a normaliser in front of it.
+
+A placement may also ask for smaller first weights, `damp(share)`. All matrices of a sub-layer become so; one that holds
+others, a router or queries and keys, says which of its own do.
 """
 
 import functools
@@ -13,6 +16,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from xformers_lab.damping import damp
 from xformers_lab.rows import Rows, apply
 from xformers_lab.size import Size
 
@@ -37,6 +41,10 @@ class Ffn(nnx.Module):
     def last(self, hidden, *, real=None, key=None):
         """`down` on the hidden layer, of the rows that the sub-layer was called with."""
         return apply(self.down, hidden, Rows(real, key is not None))
+
+    def damp(self, share: float) -> None:
+        """Multiplies by `share` the first weights that the output grows with, and none that it is chosen by."""
+        damp(share, self)
 
     def takes_tokens(self) -> bool:
         return "tokens" in inspect.signature(type(self).__call__).parameters

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.damping import damp
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -29,6 +30,9 @@ class AllAttention(Ffn):
         self.query, self.down = linear(size.dim, size.heads * size.head), linear(size.heads * size.head, size.dim)
         draw = lambda: jax.random.normal(rngs.params(), (size.heads, vectors, size.head))
         self.keys, self.values, self.size = nnx.Param(draw()), nnx.Param(draw()), size
+
+    def damp(self, share: float) -> None:
+        damp(share, self.values, self.down)
 
     def __call__(self, x, *, real=None, key=None):
         q = self.query(x).reshape(*x.shape[:2], self.size.heads, self.size.head) * self.size.head**-0.5

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.damping import damp
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
 from xformers_lab.linear import Linear
@@ -58,6 +59,9 @@ class Moe(Ffn):
         self.down = nnx.Param(draw(rngs.params(), (experts, hidden, size.dim)))
         self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
         self.activation, self.balance, self.z = activation, balance, z
+
+    def damp(self, share: float) -> None:
+        damp(share, self.up, self.down)
 
     def not_causal(self) -> str | None:
         if self.choice == "expert":

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.damping import damp
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -34,6 +35,9 @@ class ProductKey(Ffn):
         draw = lambda std, *shape: nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape))
         self.keys = draw((key // 2) ** -0.5, 2, reads, side, key // 2)
         self.values = draw(size.dim**-0.5, side * side, size.dim)
+
+    def damp(self, share: float) -> None:
+        damp(share, self.values)
 
     def __call__(self, x, *, real=None, key=None):
         B, T, D = x.shape

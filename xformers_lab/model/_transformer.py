@@ -1,7 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,40 @@ from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
+# How large the embeddings of tokens are at the start: their standard deviation.
+EMBEDDED = 0.02
+Pool = Literal["mean", "first", "last"]
+
 
 class Transformer(Model):
-    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence."""
+    """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence.
 
-    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
+    inputs: how large the vectors of `input_layer` are at the start. Where something of a size of its own is added to
+    them, waves of positions or of steps, they are divided by it. pools: what a sequence is pooled by, if nothing is
+    said. tied: the table of embeddings is the head's matrix, too, which then has no bias (Press and Wolf, 2016, arXiv
+    1608.05859).
+    """
+
+    inputs: ClassVar[float] = EMBEDDED
+    pools: ClassVar[Pool] = "mean"
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        tied: bool = False,
+        pool: Pool | None = None,
+        config: Config,
+        task: Task,
+        rngs: nnx.Rngs,
+    ):
+        if tied and (task.target == "sequence" or task.outputs != task.vocab):
+            raise ValueError("tied=true: what this task asks for are no tokens of its inputs; leave the head untied")
+        if pool is not None and task.target != "sequence":
+            raise ValueError(f"pool={pool}: this task asks for an answer at every position; leave the pool out")
+        if pool == "first" and self.causal:
+            raise ValueError("pool=first: here the first position sees itself alone; use pool=last or mean")
+        self.pooling = self.pools if pool is None else pool
         choice = config.model
         mechanisms = spec.split(choice.attention, "+")
         self.size, self.dropout, self.target = size, choice.dropout, task.target
@@ -46,12 +75,12 @@ class Transformer(Model):
         self.stack = spec.build("depth", choice.depth, size, **given)
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
-        self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+        self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
         """What makes vectors (B, S, D), S the length of `size`, of the task's inputs (B, T)."""
         return nnx.Embed(
-            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(EMBEDDED), rngs=rngs
         )
 
     def block(self, size: Size, attention: str, **given) -> Block:
@@ -61,11 +90,18 @@ class Transformer(Model):
     def __call__(self, inputs, *, real=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
-        x = self.position.embed(x, jnp.arange(x.shape[1]), real=real)
+        x = self.place(self.position, x, jnp.arange(x.shape[1]), real=real)
         x = drop(x, self.dropout, embed_key)
         context = Context(self.position, real, self.predict, tokens=inputs if self.of_tokens else None)
         x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, real=real, train=key is not None), aux
+
+    def place(self, position, x, at, *, real):
+        """Vectors of the input layer (B, T, D) with their positions at (T,), of unit size where waves are added."""
+        if position.waves:
+            return position.embed(x / self.inputs, at, real=real)
+        x = position.embed(x, at, real=real)
+        return x / self.inputs if self.stack.waves else x
 
     def predict(self, x, *, real=None, train: bool = False):
         """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.
@@ -75,7 +111,11 @@ class Transformer(Model):
         x = x if self.final is None else self.final.final(x, Rows(real, train))
         if self.target == "sequence":
             x = self.pool(x, real)
-        return self.head(x).astype(jnp.float32)
+        return (self.likeness(x) if self.head is None else self.head(x)).astype(jnp.float32)
+
+    def likeness(self, x):
+        """(..., D) -> (..., V), products with the embeddings; of two matrices, as in linear.py."""
+        return self.embedding.attend(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def init_cache(self, B: int, length: int):
         if not self.causal:
@@ -90,7 +130,7 @@ class Transformer(Model):
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
-        x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
+        x = self.place(self.position, newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         seen = {"source": source, "source_real": source_real, "tokens": tokens}
         context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
@@ -98,4 +138,13 @@ class Transformer(Model):
 
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""
-        raise NotImplementedError
+        if self.pooling == "mean":
+            if real is None:
+                return x.mean(1)
+            weights = real[..., None].astype(x.dtype)
+            return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+        first = self.pooling == "first"
+        if real is None:
+            return x[:, 0 if first else -1]
+        at = jnp.argmax(real, 1) if first else x.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
+        return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]

@@ -1,15 +1,15 @@
-import jax.numpy as jnp
+from typing import ClassVar
 
-from xformers_lab.model._transformer import Transformer
+from xformers_lab.model._transformer import Pool, Transformer
 
 
 class Decoder(Transformer):
-    """A position sees itself and what stands before it; a sequence is pooled by its last real position (GPT-like)."""
+    """A position sees itself and what stands before it; a sequence is pooled by its last real position (GPT-like).
+
+    Options:
+        tied: whether the table of embeddings is the head's matrix, too, where answers are tokens
+        pool: what of a sequence the head looks at, of its real positions; none: the last
+    """
 
     causal = True
-
-    def pool(self, x, real):
-        if real is None:
-            return x[:, -1]
-        last = x.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
-        return jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
+    pools: ClassVar[Pool] = "last"

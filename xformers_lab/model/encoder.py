@@ -1,13 +1,10 @@
-import jax.numpy as jnp
-
 from xformers_lab.model._transformer import Transformer
 
 
 class Encoder(Transformer):
-    """Every position sees both sides; a sequence is pooled by the mean of its real positions (BERT without [CLS])."""
+    """Every position sees both sides; a sequence is pooled by the mean of its real positions (BERT without [CLS]).
 
-    def pool(self, x, real):
-        if real is None:
-            return x.mean(1)
-        weights = real[..., None].astype(x.dtype)
-        return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+    Options:
+        tied: whether the table of embeddings is the head's matrix, too, where answers are tokens
+        pool: what of a sequence the head looks at, of its real positions; none: the mean
+    """

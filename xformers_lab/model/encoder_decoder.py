@@ -31,11 +31,14 @@ class EncoderDecoder(Sourced, Transformer):
 
     Options:
         cross: the mechanism of cross-attention, any of the attention shelf that takes keys from elsewhere
+        tied: whether the table of embeddings, which both sides share, is the head's matrix, too
     """
 
     causal = True
 
-    def __init__(self, size: Size, *, cross: str = "full", config: Config, task: Task, rngs: nnx.Rngs):
+    def __init__(
+        self, size: Size, *, cross: str = "full", tied: bool = False, config: Config, task: Task, rngs: nnx.Rngs
+    ):
         source = task.source_length
         if task.target == "sequence" or not 0 < source < size.length:
             raise ValueError("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
@@ -49,8 +52,9 @@ class EncoderDecoder(Sourced, Transformer):
                 f"cross={cross} hands something to the layer above, which sees another source: use cross=full"
             )
         self.source, self.blank, self.cross, self.outputs = source, task.blank, cross, task.outputs
-        super().__init__(dataclasses.replace(size, length=size.length - source), config=config, task=task, rngs=rngs)
-        read = dataclasses.replace(size, length=source)
+        target = dataclasses.replace(size, length=size.length - source, source_layers=size.layers)
+        super().__init__(target, tied=tied, config=config, task=task, rngs=rngs)
+        read = dataclasses.replace(size, length=source, target_layers=size.layers)
         self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
         mechanisms = spec.split(config.model.attention, "+")
 
@@ -68,7 +72,7 @@ class EncoderDecoder(Sourced, Transformer):
     def encode(self, inputs, *, real=None, key=None):
         """Source tokens (B, S) -> their states (B, S, D), aux."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self.source_position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
+        x = self.place(self.source_position, self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
         context = Context(self.source_position, real, tokens=inputs)
         x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x, Rows(real, key is not None)), aux
@@ -80,7 +84,7 @@ class EncoderDecoder(Sourced, Transformer):
         real_source = self.real_source(inputs[:, first], side(real, first))
         states, aux = self.encode(inputs[:, first], real=real_source, key=keys[0])
         x, real_rest = self.embedding(inputs[:, rest]), side(real, rest)
-        x = self.position.embed(x, jnp.arange(x.shape[1]), real=real_rest)
+        x = self.place(self.position, x, jnp.arange(x.shape[1]), real=real_rest)
         context = Context(self.position, real_rest, self.predict, states, real_source, inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
         logits = self.predict(x, real=real_rest, train=key is not None)

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +25,7 @@ class Vit(Encoder):
     """
 
     of_tokens = False
+    inputs: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -44,7 +45,8 @@ class Vit(Encoder):
             raise ValueError(f"patch={patch} does not divide images of {rows}x{columns} pixels: use {fitting}")
         self.patch, self.token = patch, pool == "token"
         length = (rows // patch) * (columns // patch) + self.token
-        super().__init__(dataclasses.replace(size, length=length), config=config, task=task, rngs=rngs)
+        own = dataclasses.replace(size, length=length)
+        super().__init__(own, pool="first" if self.token else "mean", config=config, task=task, rngs=rngs)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs):
         assert task.image is not None
@@ -52,9 +54,6 @@ class Vit(Encoder):
 
     def __call__(self, inputs, *, real=None, key=None):
         return super().__call__(inputs, real=None if real is None else self.embedding.real(real), key=key)
-
-    def pool(self, x, real):
-        return x[:, 0] if self.token else super().pool(x, real)
 
 
 class Patches(nnx.Module):

@@ -1,10 +1,12 @@
 """The shelf of residual placements: where the residual branch and its normaliser sit. One file = one `Norm`.
 
 Around a sub-layer f the lab computes `after(x, f(before(x, rows)), rows)`; each sub-layer has its own placement, which
-may change the sub-layer's first parameters (`start(f)`). A placement that defines `final(x, rows)` gets one more
-instance of itself for the end of the stack. `rows` says which rows of x are real and whether this is training; a
-placement hands it on to its normalisers, a shelf of their own: `self.normalise(x, rows)`, or
-`apply(normaliser, x, rows)` of rows.py for one more.
+may change the sub-layer before it first runs (`start(f)`). One that asks for smaller first weights says how much,
+`f.damp(share)`, and leaves to the sub-layer which those are (see ffn/__init__.py). A placement that defines
+`final(x, rows)` gets one more instance of itself for the end of the stack, which has no sub-layer and is not started.
+`rows` says which rows of x are real and whether this is training; a placement hands it on to its normalisers, a shelf
+of their own: `self.normalise(x, rows)`, or `apply(normaliser, x, rows)` of rows.py for one more. A `size` knows the
+depth of the stack, and that of the other side of an encoder-decoder.
 """
 
 from typing import ClassVar
@@ -29,7 +31,7 @@ class Norm(nnx.Module):
         self.norm = spec.build("normaliser", normaliser, size, rngs=rngs)
 
     def start(self, layer) -> None:
-        """Change the initial parameters of the sub-layer that it is placed around, where the paper asks for it."""
+        """Change the sub-layer that it is placed around, or its first parameters, where the paper asks for it."""
 
     def normalise(self, x, rows: Rows):
         """The placement's normaliser on x."""

@@ -7,7 +7,11 @@ from xformers_lab.size import Size
 
 class Rezero(Norm):
     """ReZero: x + a f(x) without a normaliser, the learned scalar a of each sub-layer starting at 0 (Bachlechner
-    et al., 2020, arXiv 2003.04887)."""
+    et al., 2020, arXiv 2003.04887).
+
+    Deviations from the paper: its Transformer has one a per layer, which both of its sub-layers share; a placement here
+    knows its own sub-layer alone.
+    """
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.zeros(()))

@@ -15,7 +15,11 @@ class Sandwich(Norm):
 
     def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
         super().__init__(size, normaliser=normaliser, rngs=rngs)
-        self.outer = spec.build("normaliser", normaliser, size, rngs=rngs)
+        self.size, self.normaliser = size, normaliser
+
+    def start(self, layer):
+        """Only around a sub-layer is there something to normalise behind it, not at the end of the stack."""
+        self.outer = spec.build("normaliser", self.normaliser, self.size)
 
     def before(self, x, rows):
         return self.normalise(x, rows)

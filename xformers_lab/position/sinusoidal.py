@@ -8,11 +8,14 @@ from xformers_lab.size import Size
 class Sinusoidal(Position):
     """Fixed sines and cosines added to the embeddings (Vaswani et al., 2017, arXiv 1706.03762, section 3.5).
 
-    Channel 2i holds sin(t / base^(2i/D)), channel 2i + 1 the cosine.
+    Channel 2i holds sin(t / base^(2i/D)), channel 2i + 1 the cosine. The model brings tokens to unit scale first, as
+    the paper does with its sqrt(D) (section 3.4).
 
     Options:
         base: the longest wavelength is base * 2 pi
     """
+
+    waves = True
 
     def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
         if base <= 1:

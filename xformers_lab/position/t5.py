@@ -19,7 +19,8 @@ class T5(Position):
     Options:
         buckets: learned scores per head
         farthest: distance from which on all keys share a bucket
-        sides: both: past and future keys have buckets of their own; past: for decoders, all buckets serve the past
+        sides: both: past and future keys have buckets of their own; past: all serve the past; none: past in a causal
+            model, else both
     """
 
     def __init__(
@@ -28,9 +29,11 @@ class T5(Position):
         *,
         buckets: int = 32,
         farthest: int = 128,
-        sides: Literal["both", "past"] = "both",
+        sides: Literal["both", "past"] | None = None,
+        causal: bool,
         rngs: nnx.Rngs,
     ):
+        sides = sides or ("past" if causal else "both")
         one_side = buckets // (2 if sides == "both" else 1)
         if one_side < 2 or buckets % 2:
             raise ValueError(f"buckets must be even and at least {4 if sides == 'both' else 2}, got {buckets}")

@@ -24,18 +24,20 @@ class Tupe(Position):
         relative: none: absolute positions alone; t5: scores of the buckets of position=t5 are added
     """
 
-    def __init__(self, size: Size, *, relative: Literal["none", "t5"] = "none", rngs: nnx.Rngs):
+    share = 2**-0.5  # makes sqrt(2 H) of the mechanism's sqrt(H)
+
+    def __init__(self, size: Size, *, relative: Literal["none", "t5"] = "none", causal: bool, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
         self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (size.length, size.dim)))
         project = lambda: Linear(size.dim, size.heads * size.head, use_bias=False, rngs=rngs)
         self.query, self.key = project(), project()
-        self.relative = T5(size, rngs=rngs) if relative == "t5" else None
+        self.relative = T5(size, causal=causal, rngs=rngs) if relative == "t5" else None
 
     def rotate(self, x, at):
-        """Queries and keys times what makes sqrt(2 H) of the mechanism's sqrt(H)."""
+        """As they are, where all positions have a vector."""
         if len(at) > self.size.length:
             raise ValueError(f"position=tupe knows {self.size.length} positions, and there are {len(at)} tokens")
-        return x * 2**-0.25
+        return x
 
     def bias(self):
         size, table = self.size, self.table[...]

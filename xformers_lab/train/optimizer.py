@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from xformers_lab.config import Train
+from xformers_lab.depth._stack import STACKS
 
 
 def build(train: Train) -> optax.GradientTransformation:
@@ -38,13 +39,12 @@ def decays(params):
     """Which parameters decay: those of two axes or more in their own layer. Kernels, embeddings and position tables do;
     biases and the scales of norms do not.
 
-    What depth/fixed.py stacks has one more leading axis, the layers, which does not count: a stacked bias is (L, D).
+    What stands in a stack of layers, wherever in the model, has one more leading axis, which does not count: a stacked
+    bias is (L, D).
     """
 
     def stacked(path) -> bool:
-        """`stack.periods`, `stack.rest`, or one of several such stacks, `stack.parts.0.periods`."""
-        names = [getattr(part, "key", None) for part in path[:4]]
-        return names[:1] == ["stack"] and ("periods" in names or "rest" in names)
+        return any(getattr(part, "key", None) in STACKS for part in path)
 
     axes = lambda path, leaf: jnp.ndim(leaf) - stacked(path)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: axes(path, leaf) >= 2, params)

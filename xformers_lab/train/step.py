@@ -30,7 +30,7 @@ def make_train_step(
     weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
     divided once. Auxiliary terms are the mean of the parts', each weighted as its targets are; those named "loss/..."
     are added to the loss, and so is the weighted loss of further predictions, "logits/...". A step whose loss or
-    gradient is not finite changes nothing but `step` and `skipped`.
+    gradient is not finite changes nothing but `step` and `skipped`; texts that begin with it have begun all the same.
     """
 
     def objective(params, told, extra, memory, batch: Batch, key):
@@ -57,9 +57,9 @@ def make_train_step(
         key = stream(state.seed, state.step, "dropout")
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        memory = begun(state.memory, batch.fresh)
+        before = begun(state.memory, batch.fresh)
         of_part = functools.partial(part, state.params)
-        extra, memory, sums = in_parts(of_part, state.extra, memory, batch, key, config.train.accumulate)
+        extra, memory, sums = in_parts(of_part, state.extra, before, batch, key, config.train.accumulate)
         if axis is not None:
             sums, extra = jax.lax.psum(sums, axis), agree(extra, axis)
         grads, sums = sums
@@ -70,9 +70,7 @@ def make_train_step(
         ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
         params = optax.apply_updates(state.params, updates)
-        params, extra, memory, opt = keep(
-            (params, extra, memory, opt), (state.params, state.extra, state.memory, state.opt)
-        )
+        params, extra, memory, opt = keep((params, extra, memory, opt), (state.params, state.extra, before, state.opt))
         state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
