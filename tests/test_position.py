@@ -389,8 +389,8 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
 
 
 @pytest.mark.parametrize("choice, message", [
-    ("t5:buckets=2", "buckets must be even and at least 4"),
-    ("t5:farthest=4", "must be above 8"),
+    ("t5:buckets=2:sides=both", "buckets must be even and at least 4"),
+    ("t5:farthest=4", "must be above 16"),
     ("rope:scale=0", "scale must be above 0"),
     ("shaw:reach=0", "reach must be at least 1"),
     ("xl:base=1", "base must be above 1"),

@@ -391,7 +391,7 @@ def test_hourglass_builds_the_middle_for_its_length():
     "choice", ["encoder", "encoder:pool=first", "encoder:pool=last", "decoder", "decoder:pool=mean"]
 )
 def test_a_sequence_is_pooled_as_chosen(choice):
-    """Of its real positions the mean, the first or the last; by default the mean in an encoder, the last in a decoder."""
+    """Of its real positions the mean, the first or the last; by default an encoder's mean, a decoder's last."""
     model, _ = model_of("fixed", model=choice, task="listops", norm="post")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.float32)
     real = jnp.arange(6) < jnp.array([[6], [4]])

@@ -115,7 +115,9 @@ def _mechanism(name: str, config: configs.Config) -> dict:
     }
     if built.not_causal():
         result["can"] |= {"causal": False, "decode": False}
-    if (seen := sampled(built, causal=config.model.model != "encoder")) is not None:
+    kind = config.model.model
+    causal = kind == "auto" or spec.entry("model", spec.parse(kind).name).causal
+    if (seen := sampled(built, causal=causal)) is not None:
         from xformers_lab.attention._engine import drawing
 
         which = f"head 1 of {len(seen)}" if len(seen) > 1 else "every head"
