@@ -59,7 +59,7 @@ def test_universal_has_the_parameters_of_one_layer():
     assert count(model_of("universal", attention="full+linear")[0]) == count(model_of("fixed", layers=2)[0])
 
 
-@pytest.mark.parametrize("code, position", itertools.product((True, False), ("none", "sinusoidal")))
+@pytest.mark.parametrize("code, position", [*itertools.product((True, False), ("none", "sinusoidal"))])
 def test_universal_is_its_layer_again_and_again(code, position):
     """With waves for positions, these are added before each step, as the code of the step is."""
     model, tokens = model_of(f"universal:code={code}", layers=3, position=position)
