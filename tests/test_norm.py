@@ -134,7 +134,7 @@ def test_what_is_damped_is_what_the_output_grows_with(shelf, choice):
     for path, leaf in jax.tree_util.tree_leaves_with_path(old):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".kernel")
         share = 0.25 if name in DAMPED[shelf][choice].split() else 1
-        found = functools.reduce(lambda tree, part: tree[part.key], path, new)
+        found: Any = functools.reduce(lambda tree, part: tree[part.key], path, new)
         np.testing.assert_allclose(found, share * leaf, rtol=1e-6, err_msg=name)
 
 
