@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from xformers_lab.check.subject import quick_jit
+from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.depth.early_exit import expected_saving
@@ -102,6 +103,54 @@ def test_halted_positions_keep_their_state():
     halting = depth._running(x) | {"sum": jnp.array([[1.0, 0.2]])}
     state, _ = depth._halted(x, y, 1, halting)
     np.testing.assert_array_equal(state[0, :, 0], [1, 2])
+
+
+def test_steps_of_every_position_are_told():
+    """Those of the loop written out, and what they make on average."""
+    changes = {"layers": 6, "attention": "full+linear", "position": "none"}
+    model, tokens = moved(*model_of("universal:act=true", **changes))
+    depth, context = model.stack, Context(model.position)
+    depth.halt.kernel[...], depth.halt.bias[...] = 3 * depth.halt.kernel[...], jnp.full(1, -2.0)
+
+    def by_hand(x):
+        halting = depth._running(x)
+        for number in range(3):
+            y = depth._marked(x, number, model.position, jnp.arange(12))
+            for block in depth.blocks:
+                y = block(y, {}, context)[0]
+            x, halting = depth._halted(x, y, number, halting)
+        return halting
+
+    x = model.place(model.position, model.embedding(tokens), jnp.arange(12), real=None)
+    told, halting = run(model, tokens)[1], quick_jit(by_hand)(x)
+    np.testing.assert_array_equal(told["tokens/steps"], halting["steps"])
+    np.testing.assert_array_equal(told["tokens/computation"], 2 * halting["steps"])
+    np.testing.assert_allclose(told["steps"], halting["steps"].mean(), rtol=1e-6)
+    assert len(np.unique(halting["steps"])) > 1
+
+
+@pytest.mark.parametrize("depth", [
+    "universal:act=true", "mixture_of_depths:capacity=0.4", "early_exit:threshold=0.2", "conditional",
+])  # fmt: skip
+def test_what_each_token_cost_is_told(depth):
+    model, tokens = moved(*model_of(depth))
+    real = jnp.arange(12)[None] < jnp.array([12, 7, 1])[:, None]
+    told = run(model, tokens, real=real)[1]
+    each = np.asarray(told["tokens/computation"])
+    np.testing.assert_array_equal(np.isnan(each), ~real)
+    np.testing.assert_allclose(np.nanmean(each), told["computation"], rtol=1e-5)
+    assert np.nanmin(each) < np.nanmax(each) <= 4
+
+
+def test_what_each_token_cost_where_sequences_leave_whole_or_two_stacks_read():
+    model, _ = moved(*model_of("early_exit:threshold=0.2", task="listops", layers=2))
+    told = run(model, jax.random.randint(jax.random.key(0), (8, 12), 1, 16))[1]
+    each = np.asarray(told["tokens/computation"])
+    assert (each == each[:, :1]).all() and each[:, 0].mean() == told["computation"] and np.ptp(each) > 0
+    model, tokens = moved(*model_of("conditional", model="encoder_decoder", layers=2))
+    told = run(model, tokens)[1]
+    each, source = np.asarray(told["tokens/computation"]), model.source
+    np.testing.assert_allclose(each[:, :source].mean() + each[:, source:].mean(), told["computation"], rtol=1e-5)
 
 
 def test_ponder_reaches_the_halting_parameters():
@@ -384,7 +433,7 @@ def test_two_stages_leave_the_backbone_alone(stages):
     assert all(close) == (stages == "two")
 
 
-def test_exits_train_and_are_told(tmp_path):
+def test_exits_train_and_are_told(tmp_path, capsys):
     """Losses of exits reach the log, and the layers a token got reach the record that reports read."""
     config = edit(Config(), task="copy", depth="early_exit:threshold=0.2", seq_len=8, dim=8, heads=1, layers=3)
     record = loop.run(edit(config, batch=4, steps=2, eval_batches=1, runs=str(tmp_path)))
@@ -394,6 +443,12 @@ def test_exits_train_and_are_told(tmp_path):
     assert 1 <= record["computation"] < 3 and record["aux"]["exit/1"] > 0
     again = loop.evaluate(record["run_dir"], batches=1)
     assert again["computation"] == record["computation"]
+    along = again["by_position"]["computation"]
+    np.testing.assert_allclose(np.mean(along), again["computation"], rtol=1e-5)
+    assert len(along) == 8 and main(["eval", record["run_dir"], "--batches", "1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = lines[lines.index(["positions", "computation"]) + 1 :]
+    assert printed == [[str(at), f"{value:.4g}"] for at, value in enumerate(along)]
 
 
 # ---- conditional -------------------------------------------------------------------------------------------------

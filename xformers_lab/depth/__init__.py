@@ -11,7 +11,10 @@ mechanism passes to the same mechanism in the layer above, aux is a dict of scal
 `attention_norm.after(x, y, rows)` and `ffn_norm.after` take; or leaves one out, `block.only("ffn")`.
 
 What a token cost is the scalar "computation" of aux: the layers that a real token passed through, on average. A block
-that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it.
+that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it. Where tokens differ in
+it, aux also holds "tokens/computation", (B, T) float32: the layers of each token, NaN where one is padding (`by_token`
+of _stack.py gives both). Any other figure may have a "tokens/<name>" beside it. `xlab eval` tells them by position;
+training leaves them out.
 """
 
 import dataclasses
@@ -62,7 +65,7 @@ class Depth(nnx.Module):
         """(B, T, D) -> (B, T, D), aux.
 
         Beside scalars aux may hold "logits/<name>": (weight, logits), more predictions of what the model is asked,
-        whose loss training adds with that weight (a number).
+        whose loss training adds with that weight (a number); and "tokens/<name>", (B, T), as above.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 

@@ -10,6 +10,8 @@ from flax import nnx
 UNROLLED_ON_CPU = 8
 # The attributes under which a depth lists stacks of whole layers: what is in them has a leading axis of layers.
 STACKS = ("periods", "rest")
+# What the names of figures of each token, (B, T), begin with in aux.
+TOKENS = "tokens/"
 
 
 def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):
@@ -72,8 +74,24 @@ def unroll(length: int, places: int) -> int:
 
 
 def add_aux(a: dict, b: dict) -> dict:
-    """Auxiliary scalars of two parts of a model, added by name."""
-    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in a | b}
+    """Auxiliary scalars of two parts of a model, added by name; one that tells no figure of each token gave all of them
+    its scalar."""
+    value = lambda part, name: part.get(name, part.get(name.removeprefix(TOKENS), 0.0))
+    return {name: value(a, name) + value(b, name) for name in a | b}
+
+
+def by_token(name: str, values, real) -> dict:
+    """A figure (B, T) of each token, and its mean over the real ones, as aux holds them."""
+    values = values.astype(jnp.float32)
+    told = values if real is None else jnp.where(real, values, jnp.nan)
+    return {name: mean_of(values, real), TOKENS + name: told}
+
+
+def mean_of(values, real):
+    """Over real tokens; all where `real` is None."""
+    if real is None:
+        return values.mean()
+    return jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
 
 
 def run_stack(blocks: list, x, carries, context, *, key):

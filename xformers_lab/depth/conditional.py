@@ -7,6 +7,7 @@ from jax import lax
 
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
+from xformers_lab.depth._stack import by_token
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
@@ -30,7 +31,7 @@ class Conditional(Fixed):
     no token of the batch asks for, and runs a feed-forward layer on the tokens that ask for it, gathered to the
     smallest of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence asks, but for keys and
     values. Attention that hands something to the layer above is always run. "computation" is the mean number of layers
-    that a token got, a sub-layer counting as half of one.
+    that a token got, a sub-layer counting as half of one, "tokens/computation" that of each.
 
     Options:
         budget: share of sub-layers that a token should get
@@ -114,11 +115,8 @@ class Gate(nnx.Module):
         return soft + lax.stop_gradient((soft > 0.5) - soft)
 
     def spent(self, gate, real) -> dict:
-        """The share of a layer that a real token gets, on average."""
-        gate = gate.astype(jnp.float32)
-        if real is None:
-            return {"computation": self.share * gate.mean()}
-        return {"computation": self.share * jnp.where(real, gate, 0).sum() / jnp.maximum(real.sum(), 1)}
+        """The share of a layer that each token gets."""
+        return by_token("computation", self.share * gate, real)
 
 
 class GatedAttention(nnx.Module):

@@ -8,7 +8,7 @@ from jax import lax
 
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
-from xformers_lab.depth._stack import build_stack, initial_carries, run_watched
+from xformers_lab.depth._stack import build_stack, by_token, initial_carries, run_watched
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -37,7 +37,8 @@ class EarlyExit(Fixed):
     samples that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their
     keys and values of it (CALM), so they run until all tokens left, and in decoding do no more than that for a token
     that left. With mechanisms joined by `+` there is an exit above each round of them. "computation" is the mean number
-    of layers below the exit, "exit/<l>" the share of answers that came from there; see `expected_saving`.
+    of layers below the exit, "tokens/computation" that of each token, "exit/<l>" the share of answers that came from
+    there; see `expected_saving`.
 
     Options:
         exit: what makes an answer sure
@@ -194,8 +195,11 @@ class EarlyExit(Fixed):
         total = jnp.maximum(counted.sum(), 1)
         share = lambda number: (counted & (state["rounds"] == number)).sum() / total
         told = {f"exit/{number * self.period}": share(number) for number in range(1, self.rounds + 1)}
-        spent = jnp.where(counted, state["rounds"], 0).sum() / total * self.period
-        return state["out"], told | {"computation": spent}
+        layers = state["rounds"] * self.period
+        # A sequence leaves with all of its tokens, and counts once however long it is.
+        each = layers if len(asked) == 2 else jnp.broadcast_to(layers[:, None], (B, T))
+        spent = {"computation": jnp.where(counted, layers, 0).sum() / total}
+        return state["out"], told | by_token("computation", each, context.real) | spent
 
     def step(self, x, cache, context: Context, *, at):
         assert context.predict is not None

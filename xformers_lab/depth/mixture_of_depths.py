@@ -8,6 +8,7 @@ from jax import lax
 
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
+from xformers_lab.depth._stack import by_token, mean_of
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
@@ -37,7 +38,7 @@ class MixtureOfDepths(Fixed):
 
     A mechanism that hands something from layer to layer is refused, for layers do not see the same tokens; so is a
     position that adds scores, which are the same for all samples. "computation" is the mean number of layers that a
-    token was processed by.
+    token was processed by, "tokens/computation" that of each.
 
     Options:
         capacity: share of a sequence's tokens that a routed layer processes
@@ -96,16 +97,16 @@ class Routed(nnx.Module):
             foretold = self.foretell(x)
             chosen = foretold > 0 if context.real is None else (foretold > 0) & context.real
             y, aux = self._evaluate(x, score, carries, context, chosen)
-            return y, carries, aux | _spent(chosen, context.real)
+            return y, carries, aux | by_token("computation", chosen, context.real)
         places, full = self.top(score, context.real)
         y, aux = self.through(x, score, places, carries, context, key=key, full=full)
         inside = jnp.zeros(score.shape, bool)
         inside = jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(inside, places)
-        aux |= _spent(inside, context.real)
+        aux |= by_token("computation", inside, context.real)
         if self.block.causal:
             foretold = self.foretell(lax.stop_gradient(x))
             wrong = jax.nn.softplus(jnp.where(inside, -foretold, foretold))
-            aux["loss/predictor"] = self.predictor_weight * _mean(wrong, context.real)
+            aux["loss/predictor"] = self.predictor_weight * mean_of(wrong, context.real)
         return y, carries, aux
 
     def foretell(self, x):
@@ -201,14 +202,3 @@ class _Taken(Position):
     def rotate(self, x, at):
         one = lambda x, places: self.position.rotate(x[None], places)[0]
         return jax.vmap(one)(x, self.at[:, at])
-
-
-def _mean(values, real):
-    """Over real tokens."""
-    if real is None:
-        return values.mean()
-    return jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
-
-
-def _spent(inside, real) -> dict:
-    return {"computation": _mean(inside.astype(jnp.float32), real)}

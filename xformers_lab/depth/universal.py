@@ -4,7 +4,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import add_aux, by_token, mean_of
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
 from xformers_lab.size import Size
@@ -19,8 +19,9 @@ class Universal(Depth):
     their weights as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own
     (Graves, 2016, arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while
     their sum stays below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The
-    loss gets ponder times the mean of steps plus remainder, and "steps" reports the mean steps of a position. All steps
-    are computed for every position, so halting saves nothing in time here: "computation" counts what was needed.
+    loss gets ponder times the mean of steps plus remainder. "steps" reports the mean steps of a position,
+    "tokens/steps" (B, T) those of each, which `xlab eval` prints along the sequence. All steps are computed for every
+    position, so halting saves nothing in time here: "computation" and "tokens/computation" count what was needed.
     Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step.
 
     Options:
@@ -82,11 +83,9 @@ class Universal(Depth):
         aux = jax.tree.map(lambda values: jnp.sum(values, 0), aux)
         if halting is None:
             return y, aux
-        real = jnp.ones(x.shape[:2], bool) if context.real is None else context.real
-        mean = lambda values: jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
-        steps = mean(halting["steps"])
-        spent = {"steps": steps, "computation": steps * len(self.blocks)}
-        spent |= {"loss/ponder": self.ponder * mean(halting["steps"] + halting["left"])}
+        steps, real = halting["steps"], context.real
+        spent = by_token("steps", steps, real) | by_token("computation", steps * len(self.blocks), real)
+        spent |= {"loss/ponder": self.ponder * mean_of(steps + halting["left"], real)}
         return halting["out"].astype(x.dtype), aux | spent
 
     def _marked(self, x, number, position: Position, at):

@@ -32,7 +32,8 @@ class Model(nnx.Module):
 
         key turns on dropout and whatever else is random in training. aux: dict of scalars; names that start with
         "loss/" are added to the loss. Names that start with "logits/" hold (weight, logits): further predictions of
-        the same targets, whose loss is added with that weight.
+        the same targets, whose loss is added with that weight. Names that start with "tokens/" hold a figure of each
+        token, (B, T), NaN at padding, such as the layers it went through (see depth/).
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 

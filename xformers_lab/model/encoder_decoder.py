@@ -9,7 +9,7 @@ from xformers_lab import spec
 from xformers_lab.attention import Attention, stated
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import TOKENS, add_aux
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import Sourced
 from xformers_lab.model._transformer import Transformer
@@ -89,7 +89,7 @@ class EncoderDecoder(Sourced, Transformer):
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
         logits = self.predict(x, real=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
-        return logits, add_aux(aux, more)
+        return logits, _of_both(aux, more)
 
     def init_cache(self, B: int, length: int):
         if length <= self.source:
@@ -119,6 +119,13 @@ class EncoderDecoder(Sourced, Transformer):
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
         return logits, cache | {"at": at + 1}
+
+
+def _of_both(source: dict, target: dict) -> dict:
+    """Scalars of both stacks added up; what is told of each token side by side, as the tokens stand."""
+    apart = {name for name in source.keys() & target.keys() if name.startswith(TOKENS)}
+    scalars = ({name: side[name] for name in side if not name.startswith(TOKENS)} for side in (source, target))
+    return add_aux(*scalars) | {name: jnp.concatenate([source[name], target[name]], 1) for name in apart}
 
 
 class CrossBlock(Block):

@@ -1,5 +1,8 @@
 """What the commands that look around print: catalogues, one choice, the kit's verdicts, one run."""
 
+import math
+import statistics
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,6 +13,10 @@ SUMMARY = (
     "tokens_per_second",
     "seconds_median", "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
 )  # fmt: skip
+
+
+# Into how many parts of a sequence its figures are gathered.
+PARTS = 8
 
 
 def print_table(rows: list[dict], console: Console | None = None) -> None:
@@ -61,6 +68,24 @@ def print_record(record: dict, console: Console | None = None) -> None:
     """The record of one run or evaluation."""
     shown = [{"": key, "value": record[key]} for key in SUMMARY if record.get(key) is not None]
     print_table(shown, console)
+    if told := record.get("by_position"):
+        (console or Console()).print("\nmean over tokens, along the sequence:")
+        print_table(along(told), console)
+
+
+def along(told: dict[str, list]) -> list[dict]:
+    """Figures of every position, as rows for at most PARTS parts of a sequence; positions that are all padding do not
+    count."""
+    length = max(map(len, told.values()))
+    width = math.ceil(length / PARTS)
+    found = []
+    for start in range(0, length, width):
+        row: dict = {"positions": f"{start}-{min(start + width, length) - 1}" if width > 1 else str(start)}
+        for name, values in told.items():
+            known = [value for value in values[start : start + width] if value is not None]
+            row[name] = statistics.fmean(known) if known else None
+        found.append(row)
+    return found
 
 
 def _word(value) -> str:

@@ -75,7 +75,11 @@ def resume(
 
 
 def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int | None = None) -> dict:
-    """Score the newest good checkpoint of a run on `batches` batches of a split (default: the run's eval_batches)."""
+    """Score the newest good checkpoint of a run on `batches` batches of a split (default: the run's eval_batches).
+
+    by_position in it holds what the model tells of each token, "computation" where tokens get different numbers of
+    layers: a mean for every position of the sequence, None where all are padding.
+    """
     run_dir = pathlib.Path(run_dir)
     job = _prepare(_stored_config(run_dir), run_dir)
     if not checkpoint.steps(run_dir):
@@ -84,6 +88,7 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
     count = job.config.train.eval_batches if batches is None else batches
     loss, metric, told = _score(job, state, split, count, lambda: 0)
     found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric, **_told(told)}
+    found |= {"by_position": _named(told, "tokens/")}
     return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
 
 
@@ -224,8 +229,8 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
 
 
 def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int]):
-    """The mean loss in nats, the metric and the mean auxiliary scalars over the first `count` batches of a split;
-    raises _Stopped."""
+    """The mean loss in nats, the metric, and by its name the mean of whatever else evaluation sums up, over the first
+    `count` batches of a split; raises _Stopped."""
     totals: dict[str, np.ndarray] = {}
     pending = None
     state = dataclasses.replace(state, memory=empty(state.memory))
@@ -239,19 +244,25 @@ def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callab
             if asked():
                 raise _Stopped
     _add(totals, pending)
-    means = {name: float(total / weight) if weight else math.nan for name, (total, weight) in totals.items()}
-    told = {name.removeprefix("aux/"): mean for name, mean in means.items() if name.startswith("aux/")}
-    return means["loss"], float(job.task.finish(means["metric"])), told
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = {name: (total / weight).tolist() for name, (total, weight) in totals.items()}
+    return means["loss"], float(job.task.finish(means["metric"])), means
 
 
 def _add(totals: dict[str, np.ndarray], sums) -> None:
     for name, pair in jax.device_get(sums).items():
-        totals[name] = totals.get(name, np.zeros(2)) + np.array(pair, float)
+        totals[name] = totals.get(name, 0) + np.array(pair, float)
 
 
-def _told(told: dict[str, float]) -> dict:
+def _told(means: dict) -> dict:
     """What a model says of itself, for a record: the layers that a token passed through, and all it reports."""
-    return {"computation": told.get("computation"), "aux": told}
+    aux = _named(means, "aux/")
+    return {"computation": aux.get("computation"), "aux": aux}
+
+
+def _named(means: dict, prefix: str) -> dict:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): mean for name, mean in means.items() if name.startswith(prefix)}
 
 
 class _Log:

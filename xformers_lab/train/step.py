@@ -38,7 +38,7 @@ def make_train_step(
         nnx.update(model, told)
         logits, aux = model(batch.inputs, real=batch.real, key=key)
         loss, weight = task.loss(logits, batch)
-        aux, more = _scalars(aux)
+        aux, more, _ = _apart(aux)
         aux = {name: value * weight for name, value in aux.items()}
         aux |= {f"loss/{name}": share * task.loss(logits, batch)[0] for name, (share, logits) in more.items()}
         total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
@@ -109,22 +109,29 @@ def agree(extra, axis: str):
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], tuple]:
     """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)} with the same of each auxiliary
-    scalar that is no loss, "aux/<name>", and the state's memory after the batch; without randomness or other change."""
+    scalar that is no loss, "aux/<name>", and for each position (T,) of what is told of each token, "tokens/<name>";
+    and the state's memory after the batch. Without randomness or other change."""
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
         logits, aux = model(batch.inputs, real=batch.real)
         sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
         weight = sums["loss"][1]
-        told = {name: value for name, value in _scalars(aux)[0].items() if not name.startswith("loss/")}
+        scalars, _, tokens = _apart(aux)
+        told = {name: value for name, value in scalars.items() if not name.startswith("loss/")}
         sums |= {f"aux/{name}": (value * weight, weight) for name, value in told.items()}
+        known = {name: ~jnp.isnan(values) for name, values in tokens.items()}
+        sums |= {name: (jnp.where(known[name], tokens[name], 0).sum(0), known[name].sum(0)) for name in tokens}
         sums = sums if axis is None else jax.lax.psum(sums, axis)
         return sums, split(model)[3]
 
     return eval_step
 
 
-def _scalars(aux: dict) -> tuple[dict, dict]:
-    """The scalars of a model's aux, and its further predictions {name: (weight, logits)}."""
+def _apart(aux: dict) -> tuple[dict, dict, dict]:
+    """The scalars of a model's aux, its further predictions {name: (weight, logits)}, and what it tells of each token
+    {"tokens/<name>": (B, T)}."""
+    tokens = {name: values for name, values in aux.items() if name.startswith("tokens/")}
     more = {name.removeprefix("logits/"): value for name, value in aux.items() if name.startswith("logits/")}
-    return {name: value for name, value in aux.items() if not name.startswith("logits/")}, more
+    scalars = {name: value for name, value in aux.items() if not name.startswith(("tokens/", "logits/"))}
+    return scalars, more, tokens
