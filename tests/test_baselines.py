@@ -160,6 +160,15 @@ def seq2seq(options: str = "", **changes) -> tuple[Any, jax.Array]:
     return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
 
 
+def glimpse(look, s, source):
+    """What a state sees of the encoder's states."""
+    query = lambda: s @ look.query.kernel[...]
+    key = lambda h: h @ look.key.kernel[...] + look.key.bias[...]
+    score = lambda h: s @ h if look.v is None else look.v[...] @ jnp.tanh(query() + key(h))
+    weights = np.exp(np.array([float(score(h)) for h in source]))
+    return jnp.asarray(sum(w / weights.sum() * h for w, h in zip(weights, source, strict=True)))
+
+
 def slowly(model, tokens, real):
     """Sequence after sequence, position after position, in words of the papers; padding is simply not there."""
     found = np.zeros((*tokens.shape, 11), np.float32)
@@ -174,26 +183,22 @@ def slowly(model, tokens, real):
             source = out[::-1] if layer.backward else out
             states.append(state)
         for t in range(model.source, len(row)):
-            x = model.embedding(jnp.asarray(row[t]))[None]
+            x = y = model.embedding(jnp.asarray(row[t]))
+            if model.feeds:  # Bahdanau et al.: s_(t-1) asks, and the cell that makes s_t reads what was found
+                c = glimpse(model.look, model.cells[0].hidden(states[0])[0], source)
+                y = jnp.concatenate([x, c])
             for at, cell in enumerate(model.cells):
-                states[at], x = cell.step(states[at], x)
-            s = x[0]
-            if model.look is not None:
-                look = model.look
-                score = lambda h, s=s, look=look: (
-                    s @ h
-                    if look.v is None
-                    else look.v[...]
-                    @ jnp.tanh(s @ look.query.kernel[...] + h @ look.key.kernel[...] + look.key.bias[...])
-                )
-                weights = np.exp(np.array([float(score(h)) for h in source]))
-                c = sum(w / weights.sum() * h for w, h in zip(weights, source, strict=True))
-                s = jnp.tanh(jnp.concatenate([jnp.asarray(c), s]) @ look.out.kernel[...])
+                states[at], y = cell.step(states[at], jnp.atleast_2d(y))
+            s = y[0]
+            if model.feeds:
+                s = (jnp.concatenate([x, s, c]) @ model.join.out.kernel[...]).reshape(-1, 2).max(-1)
+            elif model.look is not None:  # Luong et al.: s_t asks
+                s = jnp.tanh(jnp.concatenate([glimpse(model.look, s, source), s]) @ model.join.out.kernel[...])
             found[b, t] = s @ model.head.kernel[...] + model.head.bias[...]
     return found
 
 
-@pytest.mark.parametrize("options", ["", ":look=additive:cell=gru", ":look=dot:reads=backward"])
+@pytest.mark.parametrize("options", ["", ":look=additive:cell=gru", ":look=dot:reads=backward", ":look=concat"])
 def test_seq2seq_is_a_slow_loop(options):
     model, tokens = seq2seq(options)
     real = jnp.arange(13)[None] < jnp.array([[13], [3], [6]])
@@ -258,6 +263,32 @@ def test_seq2seq_copies_sooner_where_it_looks():
         return float(metrics["loss"])
 
     assert loss("additive") < 0.5 * loss("none")
+
+
+def test_additive_attention_asks_before_the_cell_and_feeds_it():
+    """Bahdanau et al.: what s_(t-1) finds is in s_t. What is seen of the source changes the cell's state, and the state
+    before the first target is what asks."""
+    model, tokens = seq2seq(":look=additive", layers=1)
+    model.embedding.embedding[...] = draw(11, 8, seed=3)
+    states, seen = model.encode(tokens[:, :7])
+    c = model.glimpse(states[0], seen, None)
+    np.testing.assert_allclose(c, model.look(states[0]["h"][:, None], *seen, None)[:, 0], atol=1e-6)
+    x = model.embedding(tokens[:, 7:8])
+    (s, saw), state = model.fed(x, states[0], seen, None, None), states[0]
+    np.testing.assert_allclose(saw[:, 0], c, atol=1e-5)
+    np.testing.assert_allclose(s[:, 0], model.cells[0].step(state, jnp.concatenate([x[:, 0], c], 1))[1], atol=1e-5)
+    keys, rows = seen
+    assert np.abs(model.fed(x, state, (keys, 2 * rows), None, None)[0] - s).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "bag", "bytenet", "seq2seq", "seq2seq:look=additive"])
+def test_no_baseline_ignores_dropout(kind):
+    config = edit(Config(), task="copy", model=kind, seq_len=13, dim=16, batch=2, dropout=0.5)
+    task = build_task(config)
+    model, tokens = build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
+    run = quick_jit(lambda key: model(tokens, key=key)[0])
+    first, second = run(jax.random.key(0)), run(jax.random.key(1))
+    assert np.abs(first - second).max() > 1e-4
 
 
 @pytest.mark.parametrize(

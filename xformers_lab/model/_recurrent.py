@@ -37,6 +37,7 @@ class Recurrent(Model):
 
         A cell that can also stand in an encoder or a decoder has `run(x, real, start=None) -> (B, T, D), last state`:
         start is a state like that of `init_state`, which it is without one; a position that is not real changes none.
+        `hidden(state)` is what of a state the step that made it gave out, (B, D).
         """
         raise NotImplementedError(f"{type(self).__name__} must define cell")
 

@@ -5,6 +5,7 @@ from flax import nnx
 from xformers_lab.config import Config
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
+from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
@@ -12,27 +13,29 @@ from xformers_lab.tasks import Task
 
 class Bag(Model):
     """Bag of tokens: a network on the mean of the embeddings so far, blind to order (Iyyer et al., 2015, the deep
-    averaging network). What it solves needs no attention."""
+    averaging network). What it solves needs no attention. Dropout is on the embeddings and on every layer's output."""
 
     causal = True
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         refuse_unused("bag", config)
-        self.target, self.dim = task.target, size.dim
+        self.target, self.dim, self.dropout = task.target, size.dim, config.model.dropout
         self.embedding = nnx.Embed(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
         self.layers = nnx.List(Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, inputs, *, real=None, key=None):
+        keys = [None] * (len(self.layers) + 1) if key is None else list(jax.random.split(key, len(self.layers) + 1))
         real = jnp.ones(inputs.shape, bool) if real is None else real
-        x = jnp.where(real[..., None], self.embedding(inputs), 0).astype(jnp.float32)
+        x = drop(self.embedding(inputs), self.dropout, keys[0])
+        x = jnp.where(real[..., None], x, 0).astype(jnp.float32)
         mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(real, 1), 1)[..., None]
-        return self._answer(mean[:, -1] if self.target == "sequence" else mean), {}
+        return self._answer(mean[:, -1] if self.target == "sequence" else mean, keys[1:]), {}
 
-    def _answer(self, mean):
+    def _answer(self, mean, keys):
         x = mean.astype(self.embedding.dtype or jnp.float32)
-        for layer in self.layers:
-            x = jax.nn.relu(layer(x))
+        for layer, key in zip(self.layers, keys, strict=True):
+            x = drop(jax.nn.relu(layer(x)), self.dropout, key)
         return self.head(x).astype(jnp.float32)
 
     def init_cache(self, B: int, length: int):
@@ -42,4 +45,4 @@ class Bag(Model):
 
     def step(self, cache, tokens):
         total, seen = cache["sum"] + self.embedding(tokens), cache["seen"] + 1
-        return self._answer(total[0] / seen), {"sum": total, "seen": seen}
+        return self._answer(total[0] / seen, [None] * len(self.layers)), {"sum": total, "seen": seen}

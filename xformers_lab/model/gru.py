@@ -18,13 +18,13 @@ class Gru(Recurrent):
 class Cell(nnx.Module):
     """r, z = sig(W x_t + U h_(t-1)); n = tanh(W' x_t + r (U' h_(t-1) + b)); h_t = (1 - z) n + z h_(t-1).
 
-    The products with x run for all positions at once.
+    The products with x run for all positions at once. x is as wide as h unless `inputs` says otherwise.
     """
 
-    def __init__(self, size: Size, rngs: nnx.Rngs):
+    def __init__(self, size: Size, rngs: nnx.Rngs, inputs: int | None = None):
         D = size.dim
         self.width, self.dtype = D, size.dtype
-        self.input = Linear(D, 3 * D, dtype=size.dtype, rngs=rngs)
+        self.input = Linear(inputs or D, 3 * D, dtype=size.dtype, rngs=rngs)
         draw = nnx.initializers.orthogonal()
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(3)], 1))
         self.bias = nnx.Param(jnp.zeros(D))
@@ -46,6 +46,9 @@ class Cell(nnx.Module):
 
     def init_state(self, B: int):
         return jnp.zeros((B, self.width), self.dtype)
+
+    def hidden(self, state):
+        return state
 
     def step(self, state, x):
         h = self._advance(self.input(x), state)

@@ -19,13 +19,14 @@ class Cell(nnx.Module):
     """i, f, g, o = W x_t + U h_(t-1) + b; c_t = sig(f) c_(t-1) + sig(i) tanh(g); h_t = sig(o) tanh(c_t).
 
     The forget gate's bias starts at 1 (Jozefowicz et al., 2015). The products with x run for all positions at once.
+    x is as wide as h unless `inputs` says otherwise.
     """
 
-    def __init__(self, size: Size, rngs: nnx.Rngs):
+    def __init__(self, size: Size, rngs: nnx.Rngs, inputs: int | None = None):
         D = size.dim
         self.width, self.dtype = D, size.dtype
         keeping = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[D : 2 * D].set(1.0)
-        self.input = Linear(D, 4 * D, bias_init=keeping, dtype=size.dtype, rngs=rngs)
+        self.input = Linear(inputs or D, 4 * D, bias_init=keeping, dtype=size.dtype, rngs=rngs)
         draw = nnx.initializers.orthogonal()
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
 
@@ -41,6 +42,9 @@ class Cell(nnx.Module):
 
     def init_state(self, B: int):
         return {"h": jnp.zeros((B, self.width), self.dtype), "c": jnp.zeros((B, self.width), jnp.float32)}
+
+    def hidden(self, state):
+        return state["h"]
 
     def step(self, state, x):
         h, c, _ = _advance(self.input(x), state["h"], state["c"], self.recurrent[...].astype(x.dtype))

@@ -23,24 +23,27 @@ class Seq2seq(Sourced, Recurrent):
 
     Of every sequence the first `task.source_length` positions are the source, the rest the target. A stack of cells
     reads the source; a second one, whose layers start from the last states of the first, reads the target. Without
-    attention those states, a vector of fixed size, are all that the decoder knows of the source. With it, from the top
-    states s_t (B, T, D) of the decoder and h_j (B, S, D) of the encoder,
+    attention those states, a vector of fixed size, are all that the decoder knows of the source. With it, it also sees
+    c_t = sum_j softmax_j(e_tj) h_j over the real positions of the source, h_j (B, S, D) the encoder's top states. With
+    x_t the embedded target token read at t, and s_t the state of a cell,
 
-        e_tj = v . tanh(W s_t + U h_j + b)   additive (Bahdanau, Cho and Bengio, 2014, arXiv 1409.0473)
-        e_tj = s_t . h_j                     dot (Luong, Pham and Manning, 2015, arXiv 1508.04025)
-        c_t = sum_j softmax_j(e_tj) h_j,     y_t = tanh(P [c_t; s_t]),
+        additive   e_tj = v . tanh(W s_(t-1) + U h_j + b),   s_t = cell(s_(t-1), [x_t; c_t]),
+                   y_t = maxout(P [x_t; s_t; c_t])           (Bahdanau, Cho and Bengio, 2014, arXiv 1409.0473)
+        dot        e_tj = s_t . h_j                          (Luong, Pham and Manning, 2015, arXiv 1508.04025)
+        concat     e_tj = v . tanh(W s_t + U h_j + b)        (the same; both have y_t = tanh(P [c_t; s_t]))
 
-    over the real positions of the source, and the head reads y_t. Blanks that fill a source up are padding. Nothing is
-    predicted at the source: its logits are zeros.
+    and the head reads y_t. Blanks that fill a source up are padding. Nothing is predicted at the source: its logits are
+    zeros.
 
-    Deviations: attention stands after the cells, as Luong et al. have it, and is not fed back. Bahdanau et al. ask with
-    s_(t-1) and feed c_t into the cell, and have a maxout before the head; here all cells' products with their inputs
-    run for all positions at once, and so does attention. The additive scores are taken one position of the target
-    after another, and again for the gradient, so that no (B, T, S, D) is kept. Source and target share an embedding.
-    Both sides have `layers` layers, and all vectors are `dim` wide.
+    Deviations: of several layers the lowest asks and is fed c_t by additive attention, the others stand above it, and
+    s_t in y_t is the top one; Bahdanau et al. have one. Luong et al. also feed y_(t-1) into the cells, by choice; here
+    dot and concat feed nothing, so all positions of the target are looked at together. Additive scores are taken one
+    position after another, and again for the gradient, so that no (B, T, S, D) is kept. A decoder starts from the last
+    states as they are, with no layer between. Source and target share an embedding. Both sides have `layers` layers,
+    and all vectors are `dim` wide.
 
     Options:
-        look: how the decoder looks back at the source: not at all, or by additive or dot-product attention
+        look: how the decoder looks back at the source: not at all, or by additive, dot-product or concat attention
         cell: the recurrent cell of both sides
         reads: the encoder's direction; backward is the reversed source of Sutskever et al.; both joins two cells in
             each layer by a linear map, and the decoder starts from the backward one, as Bahdanau et al. do
@@ -50,7 +53,7 @@ class Seq2seq(Sourced, Recurrent):
         self,
         size: Size,
         *,
-        look: Literal["none", "additive", "dot"] = "none",
+        look: Literal["none", "additive", "dot", "concat"] = "none",
         cell: Literal["lstm", "gru"] = "lstm",
         reads: Literal["forward", "backward", "both"] = "forward",
         config: Config,
@@ -60,10 +63,13 @@ class Seq2seq(Sourced, Recurrent):
         if task.target == "sequence" or not 0 < task.source_length < size.length:
             raise ValueError("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
         self.source, self.blank, self.outputs = task.source_length, task.blank, task.outputs
-        self.kind, self.dtype = cell, size.dtype
+        self.kind, self.dtype, self.feeds = cell, size.dtype, look == "additive"
         super().__init__(size, config=config, task=task, rngs=rngs)
+        if self.feeds:
+            self.cells[0] = CELLS[cell](size, rngs, inputs=2 * size.dim)
         self.encoder = nnx.List[Any](Reader(size, CELLS[cell], reads, rngs) for _ in range(size.layers))
-        self.look = None if look == "none" else Look(size, additive=look == "additive", rngs=rngs)
+        self.look = None if look == "none" else Look(size, additive=look != "dot", rngs=rngs)
+        self.join = None if look == "none" else (Maxout if self.feeds else Tanh)(size, rngs)
 
     def cell(self, size: Size, rngs: nnx.Rngs):
         return CELLS[self.kind](size, rngs)
@@ -78,22 +84,48 @@ class Seq2seq(Sourced, Recurrent):
             states.append(state)
         return states, None if self.look is None else (self.look.keys(x), x)
 
-    def predict(self, x, seen, real=None):
-        """States of the decoder (B, T, D) and what `encode` gave to look at -> logits (B, T, outputs)."""
-        if self.look is not None:
+    def fed(self, x, state, seen, real_source, real):
+        """Embedded targets (B, T, D) through the lowest cell, which looks before each -> its outputs, and what it saw,
+        both (B, T, D)."""
+        cell, given = self.cells[0], (x, jnp.ones(x.shape[:2], bool) if real is None else real)
+
+        def one(state, given):
+            x, keep = given
+            c = self.glimpse(state, seen, real_source)
+            new, s = cell.step(state, jnp.concatenate([x, c], -1))
+            return jax.tree.map(lambda new, old: jnp.where(keep[:, None], new, old), new, state), (s, c)
+
+        _, found = lax.scan(one, state, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), given))
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), found)
+
+    def glimpse(self, state, seen, real):
+        """What the lowest cell sees from a state: (B, D)."""
+        assert self.look is not None
+        keys, states = seen
+        return self.look(self.cells[0].hidden(state)[:, None], keys, states, real)[:, 0]
+
+    def predict(self, x, top, seen, real=None, c=None):
+        """Embedded targets and the decoder's top states (B, T, D), what `encode` gave to look at, and what was seen of
+        it before the cells, if it was -> logits (B, T, outputs)."""
+        if self.look is not None and self.join is not None:
             keys, states = seen
-            x = self.look(x, keys, states, real)
-        return self.head(x).astype(jnp.float32)
+            top = self.join(x, top, self.look(top, keys, states, real) if c is None else c)
+        return self.head(top).astype(jnp.float32)
 
     def __call__(self, inputs, *, real=None, key=None):
         keys = [None] * (len(self.cells) + 2) if key is None else list(jax.random.split(key, len(self.cells) + 2))
         real_source, real_rest = (None, None) if real is None else (real[:, : self.source], real[:, self.source :])
         real_source = self.real_source(inputs[:, : self.source], real_source)
         states, seen = self.encode(inputs[:, : self.source], real=real_source, key=keys[0])
-        x = drop(self.embedding(inputs[:, self.source :]), self.dropout, keys[1])
-        for cell, state, key in zip(self.cells, states, keys[2:], strict=True):
-            x = drop(cell.run(x, real_rest, state)[0], self.dropout, key)
-        logits = self.predict(x, seen, real_source)
+        x = top = drop(self.embedding(inputs[:, self.source :]), self.dropout, keys[1])
+        c = None
+        for at, (cell, state, key) in enumerate(zip(self.cells, states, keys[2:], strict=True)):
+            if self.feeds and at == 0:
+                top, c = self.fed(x, state, seen, real_source, real_rest)
+            else:
+                top = cell.run(top, real_rest, state)[0]
+            top = drop(top, self.dropout, key)
+        logits = self.predict(x, top, seen, real_source, c)
         return jnp.concatenate([jnp.zeros((len(x), self.source, self.outputs)), logits], 1), {}
 
     def init_cache(self, B: int, length: int):
@@ -116,8 +148,10 @@ class Seq2seq(Sourced, Recurrent):
 
         def writes(cache):
             cells, seen = lax.cond(at == self.source, encode, lambda: (cache["cells"], cache["seen"]))
-            x, cells = self.advance(cells, self.embedding(tokens))
-            logits = self.predict(x[:, None], jax.tree.map(lambda rows: rows[0], seen), cache["real"][0])[:, 0]
+            x, (rows, real) = self.embedding(tokens), jax.tree.map(lambda leaf: leaf[0], (seen, cache["real"]))
+            c = self.glimpse(jax.tree.map(lambda leaf: leaf[0], cells), rows, real) if self.feeds else None
+            top, cells = self.advance(cells, x if c is None else jnp.concatenate([x, c], -1))
+            logits = self.predict(x[:, None], top[:, None], rows, real, None if c is None else c[:, None])[:, 0]
             return logits, cache | {"seen": seen, "cells": cells}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
@@ -143,25 +177,24 @@ class Reader(nnx.Module):
 
 
 class Look(nnx.Module):
-    """Attention of the decoder's states to the encoder's, and the layer that joins both."""
+    """Attention of the decoder's states to the encoder's."""
 
     def __init__(self, size: Size, *, additive: bool, rngs: nnx.Rngs):
         D, given = size.dim, {"dtype": size.dtype, "rngs": rngs}
         self.query = Linear(D, D, use_bias=False, **given) if additive else None
         self.key = Linear(D, D, **given) if additive else None
         self.v = nnx.Param(nnx.initializers.normal(D**-0.5)(rngs.params(), (D,))) if additive else None
-        self.out = Linear(2 * D, D, use_bias=False, **given)
 
     def keys(self, states):
         """What of the source is the same for every position of the target."""
         return states if self.key is None else self.key(states)
 
     def __call__(self, x, keys, states, real):
+        """(B, T, D), (B, S, D) -> (B, T, D), means of the encoder's states."""
         scores = self.scores(x, keys)
         if real is not None:
             scores = jnp.where(real[:, None], scores, HIDDEN)
-        seen = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(x.dtype), states)
-        return jnp.tanh(self.out(jnp.concatenate([seen, x], -1)))
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(x.dtype), states)
 
     def scores(self, x, keys):
         """(B, T, D), (B, S, D) -> (B, T, S) float32."""
@@ -170,3 +203,24 @@ class Look(nnx.Module):
         v = self.v[...].astype(x.dtype)
         one = lambda asked: jnp.dot(jnp.tanh(asked[:, None] + keys), v, preferred_element_type=jnp.float32)
         return lax.map(jax.checkpoint(one), self.query(x).swapaxes(0, 1)).swapaxes(0, 1)
+
+
+class Tanh(nnx.Module):
+    """Luong et al.: what the head reads of a state and of what it saw."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.out = Linear(2 * size.dim, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, x, s, c):
+        return jnp.tanh(self.out(jnp.concatenate([c, s], -1)))
+
+
+class Maxout(nnx.Module):
+    """Bahdanau et al.: the larger of each two of 2D linear units (Goodfellow et al., 2013, arXiv 1302.4389)."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.out = Linear(3 * size.dim, 2 * size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
+
+    def __call__(self, x, s, c):
+        units = self.out(jnp.concatenate([x, s, c], -1))
+        return units.reshape(*x.shape, 2).max(-1)
