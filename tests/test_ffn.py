@@ -187,6 +187,13 @@ def test_all_attention_is_full_attention_with_more_keys():
     np.testing.assert_allclose(joined.mix(q[:1], k[:1, 3:], v[:1, 3:])[0], expected, atol=2e-5)
 
 
+def test_a_bilinear_layer_is_the_product_of_two():
+    layer, x = spec.build("ffn", "glu:activation=identity", length=8, dim=16, heads=2), draw(2, 8, 16)
+    np.testing.assert_allclose(layer(2 * x)[0], 4 * layer(x)[0], rtol=1e-4, atol=1e-5)
+    expected = (x @ layer.gate.kernel[...]) * (x @ layer.up.kernel[...]) @ layer.down.kernel[...]
+    np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_squared_relu():
     np.testing.assert_allclose(ACTIVATIONS["relu2"](jnp.array([-2.0, 0.0, 3.0])), [0, 0, 9])
 

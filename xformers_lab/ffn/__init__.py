@@ -20,7 +20,7 @@ from xformers_lab.damping import damp
 from xformers_lab.rows import Rows, apply
 from xformers_lab.size import Size
 
-Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid", "identity"]
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jax.nn.relu(x) ** 2,  # So et al., 2021, arXiv 2109.08668
@@ -28,6 +28,7 @@ ACTIVATIONS = {
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),  # x Phi(x) (Hendrycks and Gimpel, 2016)
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
+    "identity": lambda x: x,
 }
 
 

@@ -10,7 +10,8 @@ from xformers_lab.size import Size
 class Glu(Ffn):
     """Gated linear unit: down(a(gate(x)) * up(x)), without biases (Shazeer, 2020, arXiv 2002.05202).
 
-    The default ratio of 8/3 gives it the parameters of an `mlp` of ratio 4; activation silu is SwiGLU, gelu is GEGLU.
+    The default ratio of 8/3 gives it the parameters of an `mlp` of ratio 4. Of the paper's family activation sigmoid is
+    GLU, identity Bilinear, relu ReGLU, gelu GEGLU and silu SwiGLU.
 
     Options:
         ratio: hidden width over model width
