@@ -25,6 +25,8 @@ bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/shelf.py
+	$(BIN)/python benchmarks/early_exit.py
+	$(BIN)/python benchmarks/decode.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@if command -v uv >/dev/null; then \

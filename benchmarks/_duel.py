@@ -84,28 +84,26 @@ def keep(name: str, rows: list[dict], rounds: int) -> pathlib.Path:
 
 
 def table(host: dict, rows: list[dict], rounds: int) -> str:
-    """Rows as a Markdown page for people; the .json has the spreads too."""
+    """Rows as a Markdown page for people, a column for each key."""
     head = f"{host['cpu']}, {host['cores']} cores, {host['system']}, Python {host['python']}; {rounds} rounds."
-    lines = ["| case | pass | ours ms | peer ms | ratio | target |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        target = "" if row["target"] is None else f"{row['target']:.2f}"
-        cells = (
-            row["case"],
-            row["pass"],
-            f"{row['ours_ms']:.1f}",
-            f"{row['peer_ms']:.1f}",
-            f"{row['ratio']:.2f}",
-            target,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([head, "", *lines, ""])
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
+    lines += [[_word(row.get(key)) for key in keys] for row in rows]
+    return "\n".join([head, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+
+
+def _word(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def save(name: str, rows: list[dict], rounds: int) -> None:
     """`keep`, and print a table."""
     path = keep(name, rows, rounds)
-    keys = list(rows[0])
-    widths = [max(len(key), *(len(str(row[key])) for row in rows)) for key in keys]
-    for line in [dict(zip(keys, keys, strict=True)), *rows]:
-        print("  ".join(str(line[key]).ljust(width) for key, width in zip(keys, widths, strict=True)))
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([str(row.get(key, "")) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"kept in {path.relative_to(HERE.parent)}")

@@ -5,8 +5,9 @@
 A classifier (listops, encoder) and a language model (copy, decoder) are trained with exits, then run at thresholds
 from the first exit to the whole depth. Evaluation shrinks the batch as samples leave; decoding runs one sequence, where
 a token that left costs the keys and values of the layers above. Each threshold's program is compiled and warmed up
-apart; calls are interleaved, and times are minima. "saved" is 1 - time / time of the whole depth; exits are evaluated
-there too. Heads cost nothing in the formula, and cost something here. Prints Markdown tables.
+apart; calls are interleaved, and times are minima, of a batch or of a decoded token. "saved" is 1 - time / time of the
+whole depth; exits are evaluated there too. Heads cost nothing in the formula, and cost something here. Results go to
+benchmarks/results/.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _duel import save
 from flax import nnx
 
 from xformers_lab.config import Config, edit
@@ -50,10 +52,10 @@ def seconds_of(calls: dict, rounds: int) -> dict[float, float]:
     return found
 
 
-def classifier(steps: int, rounds: int, folder: str) -> list[str]:
+def classifier(steps: int, rounds: int, folder: str) -> list[dict]:
     _, task, model = trained(steps, folder, task="listops", seq_len=128)
     batch = jax.tree.map(jnp.asarray, task.batch("test", 0))
-    calls, lines, told = {}, {}, {}
+    calls, scores, told = {}, {}, {}
     for threshold in THRESHOLDS:
         graph, variables = at_threshold(model, threshold)
         run = jax.jit(lambda v, b, graph=graph: nnx.merge(graph, v)(b.inputs, real=b.real))
@@ -61,25 +63,19 @@ def classifier(steps: int, rounds: int, folder: str) -> list[str]:
         logits, aux = calls[threshold]()
         told[threshold] = aux
         right, count = task.metric(logits, batch)
-        lines[threshold] = float(right / count)
-    times = seconds_of(calls, rounds)
-    found = ["| threshold | accuracy | layers | expected saving | ms | saved |", "|---|---|---|---|---|---|"]
-    whole = times[THRESHOLDS[-1]]
-    for threshold in THRESHOLDS:
-        shares = [float(told[threshold][f"exit/{number}"]) for number in range(1, LAYERS + 1)]
-        counts = [round(share * len(batch.inputs)) for share in shares]
-        seconds = times[threshold]
-        found.append(
-            f"| {threshold} | {lines[threshold]:.3f} | {float(told[threshold]['computation']):.2f} | "
-            f"{expected_saving(counts):.0%} | {1e3 * seconds:.1f} | {1 - seconds / whole:.0%} |"
-        )
-    return found
+        scores[threshold] = float(right / count)
+    shares = lambda aux: [float(aux[f"exit/{number}"]) for number in range(1, LAYERS + 1)]
+    expected = {
+        threshold: expected_saving([round(share * len(batch.inputs)) for share in shares(aux)])
+        for threshold, aux in told.items()
+    }
+    return rows("classifier, a batch", scores, told, expected, seconds_of(calls, rounds), 1)
 
 
-def decoder(steps: int, rounds: int, folder: str) -> list[str]:
+def decoder(steps: int, rounds: int, folder: str) -> list[dict]:
     _, task, model = trained(steps, folder, task="copy", seq_len=64)
-    tokens = jnp.asarray(task.batch("test", 0).inputs[:1])
-    calls, told = {}, {}
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), task.batch("test", 0))
+    tokens, calls, scores, told = batch.inputs, {}, {}, {}
     for threshold in THRESHOLDS:
         graph, variables = at_threshold(model, threshold)
 
@@ -90,18 +86,29 @@ def decoder(steps: int, rounds: int, folder: str) -> list[str]:
 
         whole = jax.jit(lambda v, t, graph=graph: nnx.merge(graph, v)(t))
         logits, told[threshold] = whole(variables, tokens)
+        right, count = task.metric(logits, batch)
+        scores[threshold] = float(right / count)
         calls[threshold] = functools.partial(jax.jit(run), variables, tokens)
         np.testing.assert_allclose(calls[threshold]()[:, 0], logits[0], atol=1e-3)
-    times = seconds_of(calls, rounds)
-    found = ["| threshold | layers | expected saving | us a token | saved |", "|---|---|---|---|---|"]
+    expected = {threshold: 1 - float(aux["computation"]) / LAYERS for threshold, aux in told.items()}
+    return rows("language model, a decoded token", scores, told, expected, seconds_of(calls, rounds), tokens.size)
+
+
+def rows(case: str, scores: dict, told: dict, expected: dict, times: dict, calls: int) -> list[dict]:
+    """One line for each threshold; times are of so many calls."""
     most = times[THRESHOLDS[-1]]
-    for threshold in THRESHOLDS:
-        layers, seconds = float(told[threshold]["computation"]), times[threshold]
-        found.append(
-            f"| {threshold} | {layers:.2f} | {1 - layers / LAYERS:.0%} | {1e6 * seconds / tokens.size:.0f} | "
-            f"{1 - seconds / most:.0%} |"
-        )
-    return found
+    return [
+        {
+            "case": case,
+            "threshold": threshold,
+            "accuracy": round(scores[threshold], 3),
+            "layers": round(float(told[threshold]["computation"]), 2),
+            "expected_saving": round(expected[threshold], 3),
+            "saved": round(1 - times[threshold] / most, 3),
+            "ms": round(1e3 * times[threshold] / calls, 3),
+        }
+        for threshold in THRESHOLDS
+    ]
 
 
 def main() -> None:
@@ -110,9 +117,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name, table in (("classifier, evaluation", classifier), ("language model, decoding", decoder)):
-            print(f"\n{name} ({jax.devices()[0].device_kind}, {LAYERS} layers, width 128)\n")
-            print("\n".join(table(chosen.steps, chosen.rounds, folder)), flush=True)
+        found = [line for measure in (classifier, decoder) for line in measure(chosen.steps, chosen.rounds, folder)]
+    save("early_exit", found, chosen.rounds)
 
 
 if __name__ == "__main__":
