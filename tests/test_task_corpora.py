@@ -126,6 +126,22 @@ def test_a_folder_is_split_by_file_and_copies_count_once(tmp_path):
     assert not any(b"secret" in content for content in held.values())
 
 
+@pytest.mark.parametrize("names", [("train.txt", "valid.txt", "test.txt"), ("train/a.raw", "val/a.raw", "test/b.raw")])
+def test_a_folder_named_by_split_keeps_its_splits(tmp_path, names):
+    texts = [b"a train line\n" * 9, b"a valid line\n" * 9, b"a test line\n" * 9]
+    for name, text in zip((*names, "README.md", "train.copy"), (*texts, b"read me", texts[2]), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text)
+    task = build(f"lm:path={tmp_path}", 8)
+    assert [task.bytes[split].tobytes() for split in SPLITS] == texts and task.files == 3
+    (tmp_path / names[1]).unlink()
+    lm.corpus.cache_clear()
+    task = build(f"lm:path={tmp_path}", 8)
+    train, validation, test = (task.bytes[split].tobytes() for split in SPLITS)
+    assert test == texts[2] and texts[0].endswith(validation) and len(validation) == 12
+    assert texts[0].startswith(train[:-1]) and len(train) + len(validation) == len(texts[0]) + 1
+
+
 def test_adding_a_file_moves_no_other_file(tmp_path):
     for number in range(60):
         (tmp_path / f"{number}.txt").write_text(f"<{number}>" + "x" * 20)
@@ -324,6 +340,7 @@ def test_a_malformed_file_is_one_clear_message(tmp_path, name):
         ("text:path={}/row.csv", 'did you mean "rows.csv"'),
         ("text:path={}/rows.jsonl:header=false", "header=false is for csv"),
         ("text:path={}/mixed", "mixes csv and json"),
+        ("text:path={}/separators", "mixes csv and tsv"),
         ("text:path={}/beside", "of no split beside files that are"),
         ("text:path={}/untrained", "no train data"),
         ("text:path={}/classes", "too many to learn"),
@@ -342,10 +359,12 @@ def test_wrong_places_are_one_clear_message(tmp_path, choice, says):
     write(tmp_path / "rows.csv", ROWS)
     write(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "note.txt").write_text("a short note")
-    for name in ("mixed", "beside", "untrained", "nothing", "classes/a", "classes/b", "blank/a"):
+    for name in ("mixed", "beside", "untrained", "nothing", "classes/a", "classes/b", "blank/a", "separators"):
         (tmp_path / name).mkdir(parents=True)
     write(tmp_path / "mixed" / "train.csv", ROWS)
     write(tmp_path / "mixed" / "test.jsonl", ROWS)
+    (tmp_path / "separators/train.csv").write_text("text,label\n")
+    (tmp_path / "separators/test.tsv").write_text("text\tlabel\n")
     write(tmp_path / "beside" / "train.csv", ROWS)
     write(tmp_path / "beside" / "more.csv", ROWS)
     write(tmp_path / "untrained" / "validation.csv", ROWS)

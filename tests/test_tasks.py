@@ -289,3 +289,9 @@ def test_impossible_options_are_one_clear_message(text, length, says):
         build(text, length)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["copy:symbols=5000", "needle:noise=5000"])
+def test_many_symbols_in_a_long_sequence(text):
+    """The number of such sequences is beyond what a float holds."""
+    assert build(text, 256).batch("test", 0).inputs.shape[1] == 256

@@ -78,6 +78,14 @@ def test_columns_of_a_table(tmp_path):
         build(f"path={tmp_path / 'pairs.jsonl'}:source=fr")
 
 
+def test_a_name_that_two_folders_have_is_no_quiet_choice(tmp_path):
+    for folder in ("news", "talks"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, {"train": [(f"{folder} {n}", f"{n}") for n in range(20)]})
+    with pytest.raises(UsageError, match="have the same name"):
+        build(f"path={tmp_path}")
+
+
 def test_what_cannot_be_read_is_one_message(tmp_path):
     (tmp_path / "train.de").write_text("eins\nzwei\n")
     with pytest.raises(UsageError, match="no pair of files"):

@@ -90,14 +90,17 @@ def tables(task: str, path: pathlib.Path, header: bool = True) -> dict[Split | N
             f"{task}: path={path}: {groups['whole'][0]} is of no split beside files that are: "
             "name each like train.csv, validation.csv, test.csv, or none"
         )
-    kinds = {_kind(pathlib.Path(file)) for group in groups.values() for file in group}
+    endings = {_ending(pathlib.Path(file)) for group in groups.values() for file in group}
+    # A tsv is a csv to the library, but one separator serves all files.
+    kinds = {(KINDS[ending], ending == ".tsv") for ending in endings}
     if len(kinds) > 1:
-        raise UsageError(f"{task}: path={path} mixes {' and '.join(sorted(map(str, kinds)))} files: keep one kind")
-    (kind,) = kinds
+        mixed = " and ".join(ending[1:] for ending in sorted(endings))
+        raise UsageError(f"{task}: path={path} mixes {mixed} files: keep one kind")
+    ((kind, tabs),) = kinds
     options: dict = {}
     if kind == "csv":
         first = pathlib.Path(next(iter(groups.values()))[0])
-        options["sep"] = "\t" if ".tsv" in first.suffixes else ","
+        options["sep"] = "\t" if tabs else ","
         if not header:
             options |= {"header": None, "column_names": _numbered(task, first, options["sep"])}
     if not header and kind != "csv":
@@ -208,8 +211,11 @@ def _columns(task: str, where: str, load: Callable) -> dict[Split | None, Column
 
 
 def _kind(file: pathlib.Path) -> str | None:
-    name = file.name.removesuffix(".gz")
-    return KINDS.get(pathlib.Path(name).suffix.lower())
+    return KINDS.get(_ending(file))
+
+
+def _ending(file: pathlib.Path) -> str:
+    return pathlib.Path(file.name.removesuffix(".gz")).suffix.lower()
 
 
 def _tables(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -47,12 +47,13 @@ def select(
     return tuple(np.concatenate(parts)[:count] for parts in zip(*kept, strict=True))
 
 
-def check_room(examples: float, mend: str) -> None:
-    """Raises ValueError where there are so few different examples that a split may be empty."""
-    if examples < _LEAST_EXAMPLES:
+def check_room(log_examples: float, mend: str) -> None:
+    """Raises ValueError where there are so few different examples, of whose number this is the logarithm, that a split
+    may be empty."""
+    if log_examples < math.log(_LEAST_EXAMPLES) - 1e-9:
         raise ValueError(
-            f"only {examples:.0f} different examples exist, too few to split into train, validation and test "
-            f"(at least {_LEAST_EXAMPLES}): {mend}"
+            f"only {math.exp(log_examples):.0f} different examples exist, too few to split into train, validation and "
+            f"test (at least {_LEAST_EXAMPLES}): {mend}"
         )
 
 

@@ -1,5 +1,7 @@
 """Copy: repeat a string of random symbols."""
 
+import math
+
 import numpy as np
 
 from xformers_lab.tasks import Batch, Setting, Split, Task
@@ -29,7 +31,7 @@ class Copy(Task):
         if symbols < 2:
             raise ValueError(f"symbols={symbols} leaves nothing to guess: use symbols=2 or more")
         self.half = (setting.seq_len - 1) // 2
-        check_room(float(symbols) ** min(self.half, 100), "use a longer seq_len or more symbols")
+        check_room(self.half * math.log(symbols), "use a longer seq_len or more symbols")
         self.symbols, self.source_length = symbols, self.half + 1
         self.vocab = self.outputs = symbols + 1
         self.chance = 1 / symbols

@@ -71,7 +71,8 @@ class Listops(Task):
             )
         longest = int(np.flatnonzero(likely > 1e-12)[-1])
         # At most two tokens in three are brackets, and each of the others is one of ten digits.
-        check_room(_OPERATORS * 10.0 ** min(math.ceil((longest + 2) / 3), 100), "use a larger max_args or seq_len")
+        digits = math.ceil((longest + 2) / 3)
+        check_room(math.log(_OPERATORS) + digits * math.log(10), "use a larger max_args or seq_len")
 
     def batch(self, split: Split, step: int) -> Batch:
         rng = generator(self.setting.seed, split, step)

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sysconfig
 
 import numpy as np
@@ -23,14 +24,15 @@ class Lm(Task):
     """Next-byte language modelling of any text (byte-level as in Al-Rfou et al., 2018, arXiv 1808.04444).
 
     The corpus is the bytes of a file, of every file in a folder, of a column of a table (csv, json, parquet) or of a
-    data set on the hub; by default it is the source of Python's own standard library, without its tests, real text
-    that every machine has. A folder is split by file and a table by document, through a hash of the name or the text
-    (80 / 10 / 10), and files with the same content count once; a single file is cut into its first 90 %, the next 5 %
-    and the last 5 %; a table or hub data set that has splits of its own keeps them, and a missing one is taken from
-    train by document. A sequence is a window of seq_len + 1 bytes at a random place of its split; it may span the end
-    of a document. With a memory, every row of the batch reads a part of its own of the split from its first byte to its
-    last, one segment a step, and begins anew, a little shifted, when all have been read; nothing is forgotten at the
-    end of a document, as in Transformer-XL.
+    data set on the hub; by default it is the source of Python's own standard library, without its tests, real text that
+    every machine has. A folder is split by file and a table by document, through a hash of the name or the text (80 /
+    10 / 10), and files with the same content count once; a folder of which every file or sub-folder is named by its
+    split (train.txt, valid.txt, test.txt) keeps these splits, and a missing one is the last tenth of train; a single
+    file is cut into its first 90 %, the next 5 % and the last 5 %; a table or hub data set that has splits of its own
+    keeps them, and a missing one is taken from train by document. A sequence is a window of seq_len + 1 bytes at a
+    random place of its split; it may span the end of a document. With a memory, every row of the batch reads a part of
+    its own of the split from its first byte to its last, one segment a step, and begins anew, a little shifted, when
+    all have been read; nothing is forgotten at the end of a document, as in Transformer-XL.
 
     Options:
         path: a file or folder (none, and no hub: the standard library's source)
@@ -149,12 +151,35 @@ def corpus(
 def _from_files(root: pathlib.Path, names: list[pathlib.Path]) -> dict[Split, list[bytes]]:
     documents: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
     seen: set[bytes] = set()
-    for file in names:
+    given = _named(root, names)
+    # Of copies the one held out stays.
+    for file in sorted(given, key=lambda file: -SPLITS.index(given[file])) or names:
         content = _sources.read("lm", file)
         if content not in seen:
             seen.add(content)
-            documents[_splits.of_bytes(os.fsencode(file.relative_to(root).as_posix()))].append(content)
+            hashed = _splits.of_bytes(os.fsencode(file.relative_to(root).as_posix()))
+            documents[given.get(file, hashed)].append(content)
+    for split in SPLITS[1:] if given else ():
+        if not documents[split]:
+            text = b"".join(documents["train"])
+            end = len(text) * 9 // 10
+            documents["train"], documents[split] = [text[:end]], [text[end:]]
     return documents
+
+
+def _named(root: pathlib.Path, names: list[pathlib.Path]) -> dict[pathlib.Path, Split]:
+    """The split that each file's name, or that of its folder in the root, speaks of; nothing unless all do but for a
+    read-me, train among them."""
+    found: dict[pathlib.Path, Split] = {}
+    for file in names:
+        path = file.relative_to(root)
+        words = re.findall("[a-z]+", f"{path.parts[0]} {path.name}".lower())
+        splits: list[Split] = [split for word in words if (split := _sources.split_name(word)) is not None]
+        if splits:
+            found[file] = splits[0]
+        elif path.suffix.lower() not in (".md", ""):
+            return {}
+    return found if "train" in found.values() else {}
 
 
 def _from_columns(columns: dict[Split | None, _sources.Columns], wanted: str | None) -> dict[Split, list[bytes]]:

@@ -1,5 +1,7 @@
 """Needle: one rare token among noise, asked for at the end."""
 
+import math
+
 import numpy as np
 
 from xformers_lab.tasks import Batch, Setting, Split, Task
@@ -35,8 +37,8 @@ class Needle(Task):
                 f"distance={distance} does not fit: use 1 to {setting.seq_len - 1} at seq_len={setting.seq_len}"
             )
         self.places = setting.seq_len - distance
-        examples = float(symbols) * self.places * float(noise) ** min(setting.seq_len - 2, 100)
-        check_room(examples, "use a longer seq_len, more symbols or more noise")
+        logs = math.log(symbols) + math.log(self.places) + (setting.seq_len - 2) * math.log(noise)
+        check_room(logs, "use a longer seq_len, more symbols or more noise")
         self.symbols, self.noise = symbols, noise
         self.vocab, self.outputs = 1 + symbols + noise, 1 + symbols
         self.chance = 1 / symbols

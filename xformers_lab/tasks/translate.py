@@ -174,7 +174,11 @@ def _from_files(path: str, folder: pathlib.Path, source: str, target: str) -> di
     for file in _sources.files(folder) if folder.is_dir() else []:
         stem, _, language = file.name.removesuffix(".gz").rpartition(".")
         if language in (source, target):
-            sides.setdefault(stem, {})[language] = file
+            other = sides.setdefault(stem, {}).setdefault(language, file)
+            if other.parent != file.parent:
+                raise UsageError(
+                    f"translate: {other} and {file} have the same name: keep one, or give path= its folder"
+                )
     pairs = {stem: files for stem, files in sides.items() if len(files) == 2}
     if not pairs:
         raise UsageError(f"translate: path={path} has no pair of files ending in .{source} and .{target}: {_GIVE}")
