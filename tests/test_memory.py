@@ -11,11 +11,13 @@ from flax import nnx
 
 from tests.test_resume import arrays, train
 from xformers_lab import config as configs
+from xformers_lab import generate as generation
+from xformers_lab import spec
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
-from xformers_lab.generate import generate
+from xformers_lab.generate import beam_search, generate
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.compressive import Compressive
 from xformers_lab.model import build_model, build_task, check_config
@@ -349,9 +351,70 @@ def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):
         check_config(tiny(text, **changes))
 
 
-def test_decoding_is_refused(text):
-    with pytest.raises(UsageError, match="needs memory=none"):
-        generate(model_of(tiny(text)), [[1, 2]], new=1, length=T)
+def by_tokens(model: Any, inputs) -> jax.Array:
+    """The logits of the whole, decoded token by token."""
+    graph, variables = nnx.split(model)
+
+    @quick_jit
+    def read(inputs):
+        reader = nnx.merge(graph, variables)
+        step = lambda cache, token: reader.step(cache, token)[::-1]
+        return jax.lax.scan(step, reader.init_cache(len(inputs), T), inputs.T)[1].swapaxes(0, 1)
+
+    return read(inputs)
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [
+        ("xl:length=4", {"position": "xl"}),
+        ("xl:length=6", {"attention": "local:window=3+linear", "position": "none"}),
+        ("xl:length=6", {"attention": "streaming:window=2:sinks=1:logit=learned"}),
+        ("xl:length=3", {"attention": "block_local:block=5", "position": "rope", "depth": "sandwich_order"}),
+        ("compressive:length=6:compressed=4:rate=2:pool=conv", {"position": "t5", "depth": "reversible"}),
+    ],
+    ids=str,
+)
+def test_decoding_is_reading_segment_by_segment(text, memory, changes):
+    """Five segments, of which the first fill the memory."""
+    model, inputs = model_of(tiny(text, memory, **({"layers": 2} | changes))), tokens(5 * T)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(by_tokens(model, inputs), by_segments(model, inputs), atol=2e-5)
+
+
+def test_generation_goes_on_beyond_a_segment(text, monkeypatch):
+    """Prompts of different lengths, one of them longer than a segment; what training remembered is not read."""
+    model, prompts = model_of(tiny(text, layers=2)), [[1, 2], [3, 1, 4, 1, 5, 9, 2]]
+    model(tokens(T))
+    fresh = model_of(tiny(text, layers=2))
+    found = generate(model, prompts, new=9, length=T)
+    monkeypatch.setattr(generation, "CHUNK", 3)
+    assert generate(model, prompts[1:], new=9, length=T) == found[1:]
+    for prompt, new in zip(prompts, found, strict=True):
+        whole = prompt + new
+        filled = jnp.asarray([whole + [0] * (-len(whole) % T)], jnp.int32)
+        said = by_segments(fresh, filled)[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)
+        assert said.tolist() == new and len(new) == 9
+    best, score = beam_search(fresh, prompts[1], new=6, length=T, beams=1)
+    assert best == found[1][:6] and score < 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["xl:length=6", "compressive:length=6:compressed=4:rate=2"])
+@pytest.mark.parametrize("attention", spec.names("attention"))
+def test_every_mechanism_decodes_behind_a_memory_or_says_why_not(text, attention, memory):
+    config = tiny(text, memory, attention=attention, position="none", layers=2)
+    try:
+        model = model_of(config)
+        check_config(config)
+        model.init_cache(1, T)
+        jax.eval_shape(model.step, model.init_cache(1, T), jnp.zeros(1, jnp.int32))
+    except (UsageError, ValueError) as reason:
+        assert len(str(reason)) > 20
+        return
+    inputs = tokens(5 * T)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(by_tokens(model, inputs), by_segments(model, inputs), atol=2e-5)
 
 
 def test_pmap_is_refused(text):

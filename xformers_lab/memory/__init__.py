@@ -11,7 +11,8 @@ holds them so, shares them out over devices with the batch, saves and restores t
 that begins a new text (`Batch.fresh`). Evaluation starts with an empty memory of its own.
 
 A task gives segments that follow one another by `segment(split, step)`, see tasks/__init__.py; others are refused.
-Decoding with a memory is refused, too.
+Decoding writes it whenever a segment of the trained length is full, so that a text may go on without an end (see
+model/_segments.py).
 """
 
 from collections.abc import Callable

@@ -59,6 +59,7 @@ class Transformer(Model):
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
         self.position = spec.build("position", choice.position, reach, causal=self.causal, rngs=rngs)
+        self.endless = before is not None
         if before is not None:
             layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
             try:
@@ -135,6 +136,15 @@ class Transformer(Model):
         context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
+
+    def step_several(self, cache, tokens):
+        (_, T), at, before = tokens.shape, cache["at"], self.position.before
+        newest = jnp.concatenate([cache["before"][0], self.embedding(tokens)], 1)
+        places = at + jnp.arange(-before, T)
+        x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
+        context = Context(self.position, predict=self.predict, tokens=tokens)
+        x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
+        return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
 
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""
