@@ -120,10 +120,8 @@ def test_bytenet_looks_back_as_far_as_its_taps():
 @pytest.mark.parametrize("options", ["", ":kernel=2:farthest=2", ":kernel=4:farthest=4"])
 def test_bytenet_decodes_as_it_reads_the_whole(options):
     config = edit(Config(), task="copy", model=f"bytenet{options}", seq_len=40, dim=16, layers=4)
-    model, tokens = (
-        build_model(config, build_task(config)),
-        jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 40))),
-    )
+    model = build_model(config, build_task(config))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 40)))
     step = lambda cache, token: model.step(cache, token)[::-1]
     logits = quick_jit(lambda tokens: jax.lax.scan(step, model.init_cache(2, 40), tokens.T)[1])(tokens).swapaxes(0, 1)
     np.testing.assert_allclose(logits, quick_jit(lambda tokens: model(tokens)[0])(tokens), atol=1e-5)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from xformers_lab import config as configs
 from xformers_lab.check import remembered, values
 from xformers_lab.check import run as kit
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.errors import UsageError
 from xformers_lab.measure import bench as benches
 from xformers_lab.measure import memory, speed

@@ -60,10 +60,10 @@ def bench(
     """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
 
     The pass "prefill" reads a context of seq_len into an empty cache, in the parts that generation reads a prompt in;
-    "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T (decode: B) / seconds_median. flops and
-    temp_bytes (on accelerators also peak_bytes) are of one call, parameters of the whole layer with its projections.
-    exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over the lengths of an otherwise equal
-    config, None with fewer than two. What has no figure is None.
+    "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T
+    (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
+    the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
+    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
