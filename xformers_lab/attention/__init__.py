@@ -39,7 +39,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +242,9 @@ class Attention(nnx.Module):
         there are none. The conformance kit holds it to that."""
         return None
 
+    # What goes by places in the row of keys, of a mechanism that cannot leave any of them empty in decoding.
+    on_places: ClassVar[str] = ""
+
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error = 0.0
 
@@ -275,8 +278,13 @@ class Attention(nnx.Module):
         yet leaves them -> the cache, and the position () of that token.
 
         What depends on distances alone numbers from 0. A mechanism that is tied to places counts the empty ones, and
-        sees none of them; raises ValueError where it cannot.
+        sees none of them; raises ValueError where it cannot, and says in `on_places` why.
         """
+        if self.on_places:
+            raise ValueError(
+                f"{type(self).__name__.lower()} cannot decode behind a memory: {self.on_places} by places from the "
+                "first key on, which a memory leaves empty at first; use memory=none or another attention"
+            )
         return cache, jnp.zeros((), jnp.int32)
 
     def decode(self, x, cache, *, at, position=None, carry=None):

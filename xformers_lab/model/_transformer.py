@@ -13,6 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
+from xformers_lab.position import Position
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
@@ -59,7 +60,6 @@ class Transformer(Model):
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
         self.position = spec.build("position", choice.position, reach, causal=self.causal, rngs=rngs)
-        self.endless = before is not None
         if before is not None:
             layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
             try:
@@ -74,6 +74,10 @@ class Transformer(Model):
 
         given = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
         self.stack = spec.build("depth", choice.depth, size, **given)
+        remembers = bool(nnx.state(self.stack, memory.Remembered))
+        self.endless = remembers and type(self.position).embed is Position.embed
+        if remembers and not task.segments:
+            raise ValueError(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
