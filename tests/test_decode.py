@@ -68,7 +68,7 @@ def test_mechanism(name):
     {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},
     {"position": "grid"}, {"position": "grid:width=4"},
     {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
-    {"norm": "post"}, {"norm": "normformer", "ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},
+    {"norm": "post"}, {"norm": "normformer"}, {"ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},
     {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
     {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},
 ], ids=str)  # fmt: skip
