@@ -307,7 +307,7 @@ def test_a_step_that_is_skipped_begins_new_texts_all_the_same(text):
 def test_a_depth_carries_its_memory_from_batch_to_batch(text, depth):
     """Three batches are one text of three times the length, whose gradients end with each batch; a new text begins with
     nothing."""
-    given = {"memory": "none", "position": "rope", "layers": 2}
+    given: dict[str, Any] = {"memory": "none", "position": "rope", "layers": 2}
     model, inputs = model_of(tiny(text, depth=f"{depth}:carry=true", **given)), tokens(3 * T)
     plain = whole(model, tiny(text, depth=depth, **(given | {"seq_len": 3 * T})))
     np.testing.assert_allclose(by_segments(model, inputs), at_once(plain, inputs), atol=2e-5)
@@ -319,7 +319,7 @@ def test_a_depth_carries_its_memory_from_batch_to_batch(text, depth):
     @quick_jit
     def read(first, fresh):
         def second(first):
-            reader = merge(graph, params, extra, memory)
+            reader: Any = merge(graph, params, extra, memory)
             reader.stack(first, Context(reader.position))
             reader = merge(graph, params, extra, begun(split(reader)[3], fresh))
             return reader.stack(model.embedding(inputs[:, T : 2 * T]), Context(reader.position))[0]
