@@ -186,7 +186,9 @@ def subject(config: Config, direction: str) -> Subject:
                     return layer.decode_several(given["x"], cache, at=jnp.zeros((), jnp.int32))[::-1]
                 return layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))[::-1]
 
-            in_parts = lambda x: jnp.swapaxes(x[:, :whole_parts].reshape(batch, -1, CHUNK, *x.shape[2:]), 0, 1)
+            in_parts = lambda x: jnp.swapaxes(
+                x[:, :whole_parts].reshape(batch, whole_parts // CHUNK, CHUNK, *x.shape[2:]), 0, 1
+            )
             cache, out = lax.scan(part, cache, jax.tree.map(in_parts, inputs))
             if whole_parts < size.length:
                 cache, last = part(cache, jax.tree.map(lambda x: x[:, whole_parts:], inputs))
