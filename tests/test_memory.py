@@ -307,9 +307,9 @@ def test_a_step_that_is_skipped_begins_new_texts_all_the_same(text):
 def test_a_depth_carries_its_memory_from_batch_to_batch(text, depth):
     """Three batches are one text of three times the length, whose gradients end with each batch; a new text begins with
     nothing."""
-    given: dict[str, Any] = {"memory": "none", "position": "rope", "layers": 2}
-    model, inputs = model_of(tiny(text, depth=f"{depth}:carry=true", **given)), tokens(3 * T)
-    plain = whole(model, tiny(text, depth=depth, **(given | {"seq_len": 3 * T})))
+    config = tiny(text, "none", depth=f"{depth}:carry=true", position="rope", layers=2)
+    model, inputs = model_of(config), tokens(3 * T)
+    plain = whole(model, edit(config, depth=depth, seq_len=3 * T))
     np.testing.assert_allclose(by_segments(model, inputs), at_once(plain, inputs), atol=2e-5)
     assert model.endless and not plain.endless
     np.testing.assert_allclose(by_tokens(model, inputs), at_once(plain, inputs), atol=2e-5)
