@@ -117,6 +117,18 @@ def test_bytenet_looks_back_as_far_as_its_taps():
     assert list(np.nonzero(moved)[0]) == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("options", ["", ":kernel=2:farthest=2", ":kernel=4:farthest=4"])
+def test_bytenet_decodes_as_it_reads_the_whole(options):
+    config = edit(Config(), task="copy", model=f"bytenet{options}", seq_len=40, dim=16, layers=4)
+    model = build_model(config, build_task(config))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 40)))
+    step = lambda cache, token: model.step(cache, token)[::-1]
+    logits = quick_jit(lambda tokens: jax.lax.scan(step, model.init_cache(2, 40), tokens.T)[1])(tokens).swapaxes(0, 1)
+    np.testing.assert_allclose(logits, quick_jit(lambda tokens: model(tokens)[0])(tokens), atol=1e-5)
+    # What is kept does not grow with the text.
+    assert jax.eval_shape(lambda: model.init_cache(2, 40)) == jax.eval_shape(lambda: model.init_cache(2, 400))
+
+
 def test_a_bag_does_not_know_order():
     config = edit(Config(), task="listops", model="bag", seq_len=32, dim=16)
     task = build_task(config)

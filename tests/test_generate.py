@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from xformers_lab import generate as generation
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.generate import Sampling, beam_search, filtered, generate
-from xformers_lab.model import build_model, build_task
+from xformers_lab.model import Model, build_model, build_task
 from xformers_lab.progress import growing
 
 PROMPTS = [[3, 1, 2], [5], [0, 4, 4, 7, 1, 9]]
+LONGER = [[3, 1, 2, 6, 6, 8, 2, 5, 4], [5, 1, 1, 3, 8], [0, 4, 4, 7, 1, 9, 2, 2, 1, 0, 6, 5, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +28,21 @@ def model():
     return build_model(config, build_task(config))
 
 
-def logits_of(model, tokens):
-    return np.asarray(model(jnp.asarray([tokens], jnp.int32))[0][0, -1])
+@pytest.fixture(scope="module")
+def whole(model):
+    """whole(tokens) -> logits (24, V) of a text, filled up behind."""
+    run = quick_jit(lambda tokens: model(tokens)[0][0])
+    return lambda tokens: np.asarray(run(jnp.asarray([[*tokens] + [0] * (24 - len(tokens))], jnp.int32)))
 
 
-def test_greedy_is_the_argmax_of_the_whole_sequence(model):
-    """For prompts of different lengths in one batch."""
-    found = generate(model, PROMPTS, new=8, length=24)
-    for prompt, tokens in zip(PROMPTS, found, strict=True):
-        text = list(prompt)
-        for token in tokens:
-            assert token == logits_of(model, text).argmax()
-            text.append(token)
-        assert len(tokens) == 8
+@pytest.mark.parametrize("at_once, prompts", [(64, PROMPTS), (2, LONGER)])
+def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, prompts, monkeypatch):
+    """For prompts of different lengths in one batch, however many of their tokens are read in one call."""
+    monkeypatch.setattr(generation, "CHUNK", at_once)
+    found = generate(model, prompts, new=8, length=24)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        said = whole([*prompt, *tokens])[len(prompt) - 1 :].argmax(-1)
+        assert len(tokens) == 8 and tokens == said[:8].tolist()
 
 
 def test_a_batch_is_what_each_prompt_gives_alone(model):
@@ -55,17 +61,35 @@ def test_stops_at_a_token_and_streams(model):
     assert seen == [(0, token) for token in stopped]
 
 
-def test_draws_follow_the_seed(model):
-    draw = lambda seed: generate(model, PROMPTS, new=8, length=24, sampling=Sampling(1.5), seed=seed)
-    assert draw(1) == draw(1) != draw(2)
+def test_draws_follow_the_seed(model, monkeypatch):
+    draw = lambda seed: generate(model, LONGER, new=8, length=24, sampling=Sampling(1.5), seed=seed)
+    first = draw(1)
+    assert first != draw(2)
+    monkeypatch.setattr(generation, "CHUNK", 4)
+    assert first == draw(1)
 
 
-def test_draws_follow_the_probabilities(model):
+def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
+    """Twenty tokens in parts of eight and the rest at once, then one call for every token but the first."""
+    calls, compiled = [], (generation._reader, generation._sampled_steps, generation._beam_step)
+    for make in compiled:
+        counted = lambda *given, make=make: lambda *args: (calls.append(make.__name__), make(*given)(*args))[1]
+        monkeypatch.setattr(generation, make.__name__, counted)
+    monkeypatch.setattr(generation, "CHUNK", 8)
+    prompt = LONGER[2] + LONGER[1] + [7, 7]
+    found = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24)
+    assert calls == ["_reader"] * 2 + ["_sampled_steps"] * 3
+    calls.clear()
+    assert beam_search(model, prompt, new=3, length=24, beams=1)[0] == found[0]
+    assert calls == ["_reader"] * 2 + ["_beam_step"] * 3
+
+
+def test_draws_follow_the_probabilities(model, whole):
     """Over many drawn first tokens, frequencies are the filtered softmax."""
     sampling = Sampling(temperature=2.0, top_k=5)
     drawn = generate(model, [[3, 1, 2]] * 2000, new=1, length=24, sampling=sampling, seed=3)
     counts = np.bincount([tokens[0] for tokens in drawn], minlength=11) / 2000
-    expected = np.asarray(jax.nn.softmax(filtered(logits_of(model, [3, 1, 2])[None], sampling)))[0]
+    expected = np.asarray(jax.nn.softmax(filtered(whole([3, 1, 2])[2:3], sampling)))[0]
     assert (expected > 0).sum() == 5
     np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 2000))
     assert (counts[expected == 0] == 0).all()
@@ -81,10 +105,10 @@ def test_filters_keep_what_they_say():
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6])
-def test_beam_search_with_many_beams_is_exhaustive(model, penalty):
+def test_beam_search_with_many_beams_is_exhaustive(model, whole, penalty):
     """As many beams as there are prefixes: the best of all continuations of three tokens, with a stop token."""
     stop, prompt, V = 4, [3, 1, 2], 11
-    log = lambda tokens: np.asarray(jax.nn.log_softmax(jnp.asarray(logits_of(model, tokens))), np.float64)
+    log = lambda tokens: np.asarray(jax.nn.log_softmax(whole(tokens)[len(tokens) - 1]), np.float64)
     best, logs = (-np.inf, []), {}
     for text in itertools.product(range(V), repeat=2):
         total = 0.0
@@ -100,9 +124,41 @@ def test_beam_search_with_many_beams_is_exhaustive(model, penalty):
     assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
+class Chain(Model):
+    """The next token depends on the last one alone."""
+
+    causal = True
+
+    def __init__(self, table):
+        self.table = nnx.Param(jnp.asarray(table))
+
+    def init_cache(self, B: int, length: int):
+        return {"seen": jnp.zeros((1, B))}
+
+    def step(self, cache, tokens):
+        return self.table[...][tokens], cache
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("V, stop", [(3, [0, 1]), (5, [0, 1, 2])])
+def test_as_many_beams_go_on_however_many_stop(V, stop, seed):
+    """Beams for every text that goes on, at likely stop tokens: the best of all texts."""
+    table = np.random.default_rng(seed).standard_normal((V, V)).astype(np.float32)
+    table[:, stop] += 1
+    logs, best = np.asarray(jax.nn.log_softmax(table), np.float64), (-np.inf, [])
+    for text in itertools.product(range(V), repeat=4):
+        ends = [n for n, token in enumerate(text, 1) if token in stop or n == 4]
+        total = sum(logs[a, b] for a, b in zip([V - 1, *text], text[: ends[0]], strict=False))
+        best = max(best, (total / ((5 + ends[0]) / 6) ** 4, list(text[: ends[0]])))
+    given = {"new": 4, "length": 9, "beams": (V - len(stop)) ** 3, "length_penalty": 4}
+    found, score = beam_search(Chain(table), [V - 1], **given, stop=stop)
+    assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"model": "bytenet:farthest=2"},
         {"attention": "poolingformer:window=3:reach=9:kernel=4:stride=2"},
         {"attention": "realformer"},
         {"attention": "local:window=4", "position": "conv"},
@@ -170,3 +226,12 @@ def test_command(capsys, tmp_path):
     assert "at most 12 new ones fit" in capsys.readouterr().err
     assert main([*last, "--prompt", "def ", "--stop", "::"]) == 2
     assert "2 tokens, one is wanted" in capsys.readouterr().err
+    for flag in (["--temperature", "0.5"], ["--top-k", "3"], ["--top-p", "0.5"], ["--min-p", "0.1"], ["--seed", "0"]):
+        assert main([*last, "--prompt", "def ", "--beams", "2", *flag]) == 2
+        assert f"{flag[0]}: beam search draws nothing" in capsys.readouterr().err
+    assert main([*last, "--prompt", "def ", "--length-penalty", "1"]) == 2
+    assert "--length-penalty: it is of beam search" in capsys.readouterr().err
+    stops = [word for byte in range(32, 127) if byte != ord(":") for word in (f"--stop={chr(byte)}",)]
+    assert main([*last, "--prompt", "def ", "--new", "9", "--seed", "1", "--json", *stops]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert not any(32 <= token < 127 and token != ord(":") for token in row["tokens"][:-1])

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from xformers_lab import config as configs
 from xformers_lab.check import remembered, values
 from xformers_lab.check import run as kit
+from xformers_lab.check.subject import quick_jit
 from xformers_lab.errors import UsageError
 from xformers_lab.measure import bench as benches
 from xformers_lab.measure import memory, speed
@@ -492,13 +493,33 @@ def test_unknown_pass():
 def test_decoding_costs_a_window_or_a_state_the_same_at_every_context():
     """FLOPs and kept bytes of one more token: as the context for full attention, constant for a window and a state."""
     sweep, _ = configs.sweep(["attention=full,local:window=8,linear", "seq_len=64..256:x2", "dim=16", "batch=1"])
-    rows = bench(sweep, rounds=1, passes=("forward", "decode"), check=False)
+    rows = bench(sweep, rounds=1, passes=("prefill", "decode"), check=False)
     decoded = [row for row in rows if row["pass"] == "decode"]
     assert [row["status"] for row in rows] == ["ok"] * 18
     for name, slope in (("full", 1.0), ("local:window=8", 0.0), ("linear", 0.0)):
         mine = [row for row in decoded if row["attention"] == name]
         assert mine[0]["exponent_flops"] == pytest.approx(slope, abs=0.02)
         assert mine[-1]["state_bytes"] / mine[0]["state_bytes"] == pytest.approx(4**slope, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["full", "local:window=8", "linear", "mla", "rwkv"])
+def test_prefill_gives_what_forward_does_and_the_cache_of_single_tokens(name):
+    """Two parts and a rest."""
+    config = grid(f"attention={name}", "seq_len=131", "dim=16", "batch=2", "model=decoder", "heads=2")[0]
+    found, forward = (subject(config, direction) for direction in ("prefill", "forward"))
+    one, arrays = subject(config, "decode"), {}
+    own, (inputs,) = found.own, benches._drawn(found.shapes, arrays)
+    with jax.default_matmul_precision("highest"):
+        parts, last, cache = quick_jit(found.run)(own, inputs)
+        whole = quick_jit(forward.run)(forward.own, inputs)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one.shapes[0])
+        step = lambda cache, token: one.run(own, cache, token)[1::-1]
+        singly = quick_jit(lambda tokens: jax.lax.scan(step, empty, tokens)[0])
+        expected = singly(jax.tree.map(lambda x: x.swapaxes(0, 1), inputs))
+    told = jnp.concatenate([parts.swapaxes(0, 1).reshape(2, 128, *whole.shape[2:]), last], 1)
+    np.testing.assert_allclose(told, whole, atol=1e-4)
+    for a, b in zip(*map(jax.tree.leaves, (cache, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "local:window=8", "linear"])

@@ -11,11 +11,13 @@ from flax import nnx
 
 from tests.test_resume import arrays, train
 from xformers_lab import config as configs
+from xformers_lab import generate as generation
+from xformers_lab import spec
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
-from xformers_lab.generate import generate
+from xformers_lab.generate import beam_search, generate
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.compressive import Compressive
 from xformers_lab.model import build_model, build_task, check_config
@@ -68,6 +70,19 @@ def by_segments(model: Any, inputs) -> jax.Array:
         logits, memory = read(memory, inputs[:, at : at + T])
         found.append(logits)
     return jnp.concatenate(found, 1)
+
+
+def by_tokens(model: Any, inputs) -> jax.Array:
+    """The logits of the whole, decoded token by token."""
+    graph, variables = nnx.split(model)
+
+    @quick_jit
+    def read(inputs):
+        reader = nnx.merge(graph, variables)
+        step = lambda cache, token: reader.step(cache, token)[::-1]
+        return jax.lax.scan(step, reader.init_cache(len(inputs), T), inputs.T)[1].swapaxes(0, 1)
+
+    return read(inputs)
 
 
 def at_once(model: Any, inputs) -> jax.Array:
@@ -288,6 +303,48 @@ def test_a_step_that_is_skipped_begins_new_texts_all_the_same(text):
         np.testing.assert_array_equal(new[:, 1], old[:, 1])
 
 
+@pytest.mark.parametrize("depth", ["recurrent_memory:segment=2:tokens=2", "memformer:segment=2:slots=3"])
+def test_a_depth_carries_its_memory_from_batch_to_batch(text, depth):
+    """Three batches are one text of three times the length, whose gradients end with each batch; a new text begins with
+    nothing."""
+    config = tiny(text, "none", depth=f"{depth}:carry=true", position="rope", layers=2)
+    model, inputs = model_of(config), tokens(3 * T)
+    plain = whole(model, edit(config, depth=depth, seq_len=3 * T))
+    np.testing.assert_allclose(by_segments(model, inputs), at_once(plain, inputs), atol=2e-5)
+    assert model.endless and not plain.endless
+    np.testing.assert_allclose(by_tokens(model, inputs), at_once(plain, inputs), atol=2e-5)
+    graph, params, extra, memory = split(model)
+    memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 1), memory)
+
+    @quick_jit
+    def read(first, fresh):
+        def second(first):
+            reader: Any = merge(graph, params, extra, memory)
+            reader.stack(first, Context(reader.position))
+            reader = merge(graph, params, extra, begun(split(reader)[3], fresh))
+            return reader.stack(model.embedding(inputs[:, T : 2 * T]), Context(reader.position))[0]
+
+        return second(first), jax.grad(lambda first: (second(first) ** 2).sum())(first)
+
+    x = model.embedding(inputs[:, :T])
+    (y, slope), (other, _) = (read(x + more, jnp.array([False, True])) for more in (0, 1))
+    assert np.array_equal(y[1], other[1]) and not np.array_equal(y[0], other[0]) and not slope.any()
+
+
+def test_training_carries_what_a_depth_remembers(text, tmp_path):
+    """It is in the checkpoint; a task without texts that go on is refused, and so is a state that is the same
+    everywhere."""
+    words = {"memory": "none", "depth": "recurrent_memory:segment=2:carry=true", "steps": 2}
+    config = tiny(text, **words, runs=str(tmp_path))
+    assert loop.run(config)["status"] == "ok"
+    kept = {name: leaf for name, leaf in arrays(config).items() if name.startswith("memory.")}
+    assert len(kept) == 2 and all(map(any, kept.values()))
+    with pytest.raises(UsageError, match="from batch to batch: the task gives unrelated"):
+        check_config(edit(config, task="copy", seq_len=32))
+    with pytest.raises(UsageError, match="layout=jit"):
+        loop.run(edit(config, layout="pmap"))
+
+
 @pytest.mark.parametrize("split_", ["train", "validation", "test"])
 def test_rows_of_the_text_go_on_from_step_to_step(text, split_):
     task: Any = build_task(tiny(text, seq_len=8))
@@ -349,9 +406,63 @@ def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):
         check_config(tiny(text, **changes))
 
 
-def test_decoding_is_refused(text):
-    with pytest.raises(UsageError, match="needs memory=none"):
-        generate(model_of(tiny(text)), [[1, 2]], new=1, length=T)
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [
+        ("xl:length=4", {"position": "xl"}),
+        ("xl:length=6", {"attention": "local:window=3+linear", "position": "none"}),
+        ("xl:length=6", {"attention": "streaming:window=2:sinks=1:logit=learned"}),
+        ("xl:length=3", {"attention": "block_local:block=5", "position": "rope", "depth": "sandwich_order"}),
+        ("compressive:length=6:compressed=4:rate=2:pool=conv", {"position": "t5", "depth": "reversible"}),
+    ],
+    ids=str,
+)
+def test_decoding_is_reading_segment_by_segment(text, memory, changes):
+    """Five segments, of which the first fill the memory."""
+    model, inputs = model_of(tiny(text, memory, **({"layers": 2} | changes))), tokens(5 * T)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(by_tokens(model, inputs), by_segments(model, inputs), atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["moba", "nsa", "bp", "sinkhorn", "mca", "synthesizer"])
+def test_what_goes_by_places_is_not_decoded_behind_a_memory(text, attention):
+    with pytest.raises(UsageError, match="by places from the first key on"):
+        generate(model_of(tiny(text, attention=attention, position="none", dim=64)), [[1, 2]], new=1, length=T)
+
+
+def test_generation_goes_on_beyond_a_segment(text, monkeypatch):
+    """Prompts of different lengths, one of them longer than a segment; what training remembered is not read."""
+    model, prompts = model_of(tiny(text, layers=2)), [[1, 2], [3, 1, 4, 1, 5, 9, 2]]
+    model(tokens(T))
+    fresh = model_of(tiny(text, layers=2))
+    found = generate(model, prompts, new=9, length=T)
+    monkeypatch.setattr(generation, "CHUNK", 3)
+    assert generate(model, prompts[1:], new=9, length=T) == found[1:]
+    for prompt, new in zip(prompts, found, strict=True):
+        whole = prompt + new
+        filled = jnp.asarray([whole + [0] * (-len(whole) % T)], jnp.int32)
+        said = by_segments(fresh, filled)[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)
+        assert said.tolist() == new and len(new) == 9
+    best, score = beam_search(fresh, prompts[1], new=6, length=T, beams=1)
+    assert best == found[1][:6] and score < 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["xl:length=6", "compressive:length=6:compressed=4:rate=2"])
+@pytest.mark.parametrize("attention", spec.names("attention"))
+def test_every_mechanism_decodes_behind_a_memory_or_says_why_not(text, attention, memory):
+    config = tiny(text, memory, attention=attention, position="none", layers=2)
+    try:
+        model = model_of(config)
+        check_config(config)
+        model.init_cache(1, T)
+        jax.eval_shape(model.step, model.init_cache(1, T), jnp.zeros(1, jnp.int32))
+    except (UsageError, ValueError) as reason:
+        assert len(str(reason)) > 20
+        return
+    inputs = tokens(5 * T)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(by_tokens(model, inputs), by_segments(model, inputs), atol=2e-5)
 
 
 def test_pmap_is_refused(text):

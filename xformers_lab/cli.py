@@ -23,8 +23,11 @@ module path, or the path of a .py file of your own."""
 BENCH_PASSES = {
     "forward": ("forward",),
     "both": ("forward", "forward+backward"),
-    "decode": ("forward", "decode"),
+    "decode": ("prefill", "decode"),
 }
+# What `generate` draws by, and what it searches by.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SEARCHING = ("length_penalty",)
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
 
@@ -108,14 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run_dir", help="the run's folder, or `last` for the newest one")
     added.add_argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times")
     added.add_argument("--new", type=int, default=64, help="tokens to add (default: 64)")
-    added.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
-    added.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
-    added.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that add up to p")
-    added.add_argument("--min-p", type=float, default=0.0, help="draw among those with p times the best's probability")
-    added.add_argument("--beams", type=int, default=None, help="beam search with so many hypotheses, nothing is drawn")
-    added.add_argument("--length-penalty", type=float, default=0.6, help="of beam search (default: 0.6)")
-    added.add_argument("--stop", default=None, help="a token at which to stop, spelled as prompts are")
-    added.add_argument("--seed", type=int, default=0)
+    added.add_argument("--temperature", type=float, help="0: always the likeliest token (default: 1)")
+    added.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    added.add_argument("--top-p", type=float, help="draw among the likeliest that add up to p")
+    added.add_argument("--min-p", type=float, help="draw among those with p times the best's probability")
+    added.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
+    added.add_argument("--beams", type=int, help="beam search with so many hypotheses, nothing is drawn")
+    added.add_argument("--length-penalty", type=float, help="of beam search (default: 0.6)")
+    added.add_argument(
+        "--stop",
+        action="append",
+        help="a token at which to stop in place of the task's, spelled as prompts are; may be given many times",
+    )
     added.add_argument("--runs", default="runs", help="where `last` looks (default: runs)")
     printed(added)
 
@@ -128,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="passes",
         choices=tuple(BENCH_PASSES),
         default="both",
-        help="which passes to time; decode: prefill, and one token behind a context of seq_len",
+        help="which passes to time; decode: reading a context of seq_len into a cache, and one token behind it",
     )
     added.add_argument(
         "--no-check", action="store_true", help="time mechanisms without their conformance check, and say so"
@@ -263,27 +270,35 @@ def _generate(chosen) -> int:
     from xformers_lab import generate, progress
     from xformers_lab.train import loop
 
-    sampling = generate.Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+    drawing, searching = _given(chosen, DRAWING), _given(chosen, SEARCHING)
+    if chosen.beams is not None and drawing:
+        raise UsageError(f"{_flags(drawing)}: beam search draws nothing; leave it out, or leave out --beams")
+    if chosen.beams is None and searching:
+        raise UsageError(f"{_flags(searching)}: it is of beam search; give --beams, or leave it out")
+    seed = drawing.pop("seed", 0)
+    sampling = generate.Sampling(**drawing)
     config, task, model = loop.load(folder)
     try:
         given = [task.encode(prompt) for prompt in chosen.prompt]
-        stop = [*task.stop] if chosen.stop is None else task.encode(chosen.stop)
+        stops = [task.encode(text) for text in chosen.stop or ()]
     except ValueError as error:
         raise UsageError(f"--prompt or --stop: {error}") from None
-    if chosen.stop is not None and len(stop) > 1:
-        raise UsageError(f"--stop {chosen.stop}: it is {len(stop)} tokens, one is wanted")
+    for text, tokens in zip(chosen.stop or (), stops, strict=True):
+        if len(tokens) != 1:
+            raise UsageError(f"--stop {text}: it is {len(tokens)} tokens, one is wanted")
+    stop = [*task.stop] if chosen.stop is None else [token for tokens in stops for token in tokens]
     apart = "\n" if task.source_length else ""  # a source stands in a line of its own
     prompts, sources = generate.apart(model, given, begin=task.begin)
     common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
     if chosen.beams is not None:
-        common |= {"beams": chosen.beams, "length_penalty": chosen.length_penalty}
+        common |= {"beams": chosen.beams} | searching
         pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
         found = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
         rows = [{"tokens": tokens, "score": score} for tokens, score in found]
     else:
         live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
         show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
-        common |= {"sources": sources or None, "sampling": sampling, "seed": chosen.seed}
+        common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
         found = generate.generate(model, prompts, on_token=show, **common)
         if live:
             print()
@@ -294,6 +309,15 @@ def _generate(chosen) -> int:
         for prompt, row in zip(chosen.prompt, rows, strict=True)
     ]
     return _print(chosen, rows, lambda: [print(row["prompt"] + apart + row["text"]) for row in rows])
+
+
+def _given(chosen, names: tuple[str, ...]) -> dict:
+    """Those of the flags that were given."""
+    return {name: value for name in names if (value := getattr(chosen, name)) is not None}
+
+
+def _flags(names) -> str:
+    return " ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _bench(chosen) -> int:

@@ -2,7 +2,8 @@
 
 Prompts of different lengths share a batch: all start at position 0, and a sequence whose prompt has ended goes on with
 its own tokens while the others still read theirs. So nothing is padded, and every mechanism decodes exactly what it
-would compute on the whole sequence. Sources of an encoder, which sees them whole, are filled up and masked.
+would compute on the whole sequence. What all prompts have is read CHUNK tokens at a time (`Model.step_several`), the
+rest of the longer ones in as few calls. Sources of an encoder, which sees them whole, are filled up and masked.
 """
 
 import dataclasses
@@ -18,6 +19,10 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 
 NOTHING = -1e30
+# Tokens of a prompt that are read in one call.
+CHUNK = 64
+# No token: the one that is drawn comes next.
+NEW = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,34 +64,43 @@ def generate(
 
     sources: what an encoder reads for each prompt, the prompt being the target's beginning; a source may be shorter
     than those the model was trained with. Without them the first `model.source` tokens of a prompt are its source.
-    length: positions the model was built for. on_token(prompt, token) is called as tokens come. What is drawn depends
-    on (seed, position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the
-    model cannot decode.
+    length: positions the model was built for, which one with a memory may pass. on_token(prompt, token) is called as
+    tokens come, those that come while other prompts are still being read all at once. What is drawn depends on (seed,
+    position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the model
+    cannot decode.
     """
     sampling = sampling or Sampling(temperature=0)
     prompts, sources = apart(model, prompts, sources)
-    _check(prompts, new, length - model.source)
+    _check(prompts, new, None if model.endless else length - model.source)
     graph, variables = nnx.split(model)
-    step = _sampled_step(graph, sampling)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    cache = _cache(model, len(prompts), int(lengths.max()) + new, sources)
-    tokens = np.array([prompt[0] for prompt in prompts], np.int32)
+    shortest, longest = (pick(map(len, prompts)) for pick in (min, max))
+    cache = _cache(model, len(prompts), longest + new, sources)
+    # What all prompts have is read many tokens at a time, but for the last of it, which a token follows.
+    at = (shortest - 1) // CHUNK * CHUNK
+    for start in range(0, at, CHUNK):
+        read = np.array([prompt[start : start + CHUNK] for prompt in prompts], np.int32)
+        cache = _reader(graph)(variables, cache, read)
+    steps = _sampled_steps(graph, sampling)
+    given = np.full((longest + CHUNK, len(prompts)), NEW, np.int32)
+    for row, prompt in enumerate(prompts):
+        given[: len(prompt), row] = prompt
+    tokens = given[at]
     found: list[list[int]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), bool)
-    for at in range(int(lengths.max()) + new - 1):
-        drawn, cache = step(variables, cache, tokens, seed, model.source + at)
-        drawn, tokens = np.asarray(drawn), np.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            if at + 1 < len(prompt):
-                tokens[row] = prompt[at + 1]
-            elif not done[row]:
-                tokens[row] = token = int(drawn[row])
-                found[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-                done[row] = token in stop or len(found[row]) == new
-        if done.all():
-            break
+    while not done.all():
+        # In one call to the end of the longest prompt, then token by token, as they are told.
+        count = min(max(longest - at, 1), CHUNK)
+        following = given[min(at + 1, longest) :][:CHUNK]
+        drawn, tokens, cache = steps(variables, cache, tokens, following, count, seed, model.source + at)
+        for drawn_at, of_rows in enumerate(np.asarray(drawn)[:count], at + 1):
+            for row, prompt in enumerate(prompts):
+                if drawn_at >= len(prompt) and not done[row]:
+                    token = int(of_rows[row])
+                    found[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+                    done[row] = token in stop or len(found[row]) == new
+        at += count
     return found
 
 
@@ -109,23 +123,26 @@ def beam_search(
     if beams < 1:
         raise UsageError(f"beams={beams}: at least 1")
     (prompt,), sources = apart(model, [prompt], None if source is None else [source])
-    _check([prompt], new, length - model.source)
+    _check([prompt], new, None if model.endless else length - model.source)
     graph, variables = nnx.split(model)
     step = _beam_step(graph)
+    begun = (len(prompt) - 1) // CHUNK * CHUNK
     cache = _cache(model, beams, len(prompt) + new, sources * beams)
     axes = _sample_axes(model, beams, len(prompt) + new)
-    for token in prompt[:-1]:
-        _, cache = step(variables, cache, np.full(beams, token, np.int32))
-    tokens = np.full(beams, prompt[-1], np.int32)
+    for start in range(0, begun, CHUNK):
+        cache = _reader(graph)(variables, cache, np.tile(np.array(prompt[start : start + CHUNK], np.int32), (beams, 1)))
+    # The rest of the prompt, or the one newest token of every beam, in one call.
+    given, count = np.zeros((CHUNK, beams), np.int32), len(prompt) - begun
+    given[:count] = np.array(prompt[begun:], np.int32)[:, None]
     # All beams are alike at first: only one may branch.
     totals, texts = np.where(np.arange(beams) == 0, 0.0, NOTHING), [[] for _ in range(beams)]
     finished: list[tuple[float, list[int]]] = []
     penalty = lambda n: ((5 + n) / 6) ** length_penalty
     for n in range(1, new + 1):
-        logs, cache = step(variables, cache, tokens)
+        logs, cache = step(variables, cache, given, count)
         scores = totals[:, None] + np.asarray(logs, np.float64)
-        # Twice as many candidates as beams, so that as many go on however many stop.
-        best = np.argsort(-scores, axis=None, kind="stable")[: 2 * beams]
+        # Every beam may stop once at every stop token: with so many more candidates as many as before go on.
+        best = np.argsort(-scores, axis=None, kind="stable")[: (1 + len(set(stop))) * beams]
         rows, symbols = np.unravel_index(best, scores.shape)
         going = []
         for row, symbol in zip(rows, symbols, strict=True):
@@ -141,7 +158,7 @@ def beam_search(
         while len(going) < beams:  # fewer symbols than beams: a copy that can never win
             going.append((NOTHING, going[0][1], going[0][2]))
         totals, texts = np.array([score for score, _, _ in going]), [text for _, _, text in going]
-        tokens = np.array([text[-1] for text in texts], np.int32)
+        given[0], count = [text[-1] for text in texts], 1
         cache = _reorder(cache, axes, np.array([row for _, row, _ in going]))
     score, text = max(finished, key=lambda found: found[0])
     return text, float(score)
@@ -166,27 +183,53 @@ def filtered(logits, sampling: Sampling):
 
 
 @functools.lru_cache(maxsize=8)
-def _sampled_step(graph, sampling: Sampling):
-    """step(variables, cache, tokens (B,), seed, at) -> the tokens that follow, and the new cache."""
+def _reader(graph):
+    """read(variables, cache, tokens (B, CHUNK)) -> the new cache: all tokens of a prompt at once."""
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(variables, cache, tokens, seed, at):
-        logits, cache = nnx.merge(graph, variables).step(cache, tokens)
-        if sampling.temperature == 0:
-            return logits.argmax(-1), cache
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), at), len(tokens))
-        return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)), cache
+    def read(variables, cache, tokens):
+        return nnx.merge(graph, variables).step_several(cache, tokens)[1]
 
-    return step
+    return read
+
+
+@functools.lru_cache(maxsize=8)
+def _sampled_steps(graph, sampling: Sampling):
+    """steps(variables, cache, tokens (B,), following (CHUNK, B), count, seed, at) -> what was drawn at each of `count`
+    steps, (CHUNK, B), the tokens that come next, and the new cache.
+
+    After step i comes following[i], or where that is NEW what was drawn.
+    """
+
+    def draw(logits, seed, at):
+        if sampling.temperature == 0:
+            return logits.argmax(-1).astype(jnp.int32)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), at), len(logits))
+        return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def steps(variables, cache, tokens, following, count, seed, at):
+        def one(i, state):
+            drawn, tokens, cache = state
+            logits, cache = nnx.merge(graph, variables).step(cache, tokens)
+            new = draw(logits, seed, at + i)
+            return drawn.at[i].set(new), jnp.where(following[i] == NEW, new, following[i]), cache
+
+        return jax.lax.fori_loop(0, count, one, (jnp.zeros_like(following), tokens, cache))
+
+    return steps
 
 
 @functools.lru_cache(maxsize=8)
 def _beam_step(graph):
-    """step(variables, cache, tokens (B,)) -> log probabilities (B, V), and the new cache."""
+    """step(variables, cache, given (CHUNK, B), count) -> log probabilities (B, V) after the first `count` tokens of
+    given, and the new cache."""
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(variables, cache, tokens):
-        logits, cache = nnx.merge(graph, variables).step(cache, tokens)
+    def step(variables, cache, given, count):
+        one = lambda i, state: nnx.merge(graph, variables).step(state[1], given[i])
+        empty = jnp.zeros(jax.eval_shape(one, 0, (None, cache))[0].shape)
+        logits, cache = jax.lax.fori_loop(0, count, one, (empty, cache))
         return jax.nn.log_softmax(logits), cache
 
     return step
@@ -243,13 +286,14 @@ def _reorder(cache, axes, rows: np.ndarray):
     return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else jnp.take(leaf, rows, axis), cache, axes)
 
 
-def _check(prompts: Sequence[Sequence[int]], new: int, length: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], new: int, length: int | None) -> None:
+    """length: what prompt and new tokens must fit into, None where nothing ends."""
     if new < 1:
         raise UsageError(f"new={new}: at least one token")
     for prompt in prompts:
         if not len(prompt):
             raise UsageError("an empty prompt: give at least one token to continue")
-        if len(prompt) + new > length:
+        if length is not None and len(prompt) + new > length:
             most = max(length - len(prompt), 0)
             raise UsageError(
                 f"a prompt of {len(prompt)} tokens and {new} new ones do not fit into the {length} positions that the "

@@ -22,7 +22,8 @@ A mechanism that is not per head, or adds auxiliary scalars, overrides `mix` on 
 projections overrides `__call__` on (B, T, D).
 
 Decoding works by itself wherever a mechanism only depends on distances: keys and values are kept, and `attend` is
-called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer.
+called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer. What
+is tied to places in the row of keys says in `begin` how it decodes behind places that are empty.
 
 Before it first runs a placement may ask it to make its values smaller, `damp(share)`: one whose values pass other first
 weights than those of the layers `value` and `out` says which.
@@ -38,7 +39,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,9 @@ class Attention(nnx.Module):
         there are none. The conformance kit holds it to that."""
         return None
 
+    # What goes by places in the row of keys, of a mechanism that cannot leave any of them empty in decoding.
+    on_places: ClassVar[str] = ""
+
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error = 0.0
 
@@ -268,6 +272,20 @@ class Attention(nnx.Module):
         if "x" in self.takes() or type(self).from_keys is not Attention.from_keys:
             cache["x"] = jnp.zeros((B, length, self.size.dim), dtype)
         return cache
+
+    def begin(self, cache, empty):
+        """An empty cache in front of whose first token `empty` () places hold nothing, as a memory that has read little
+        yet leaves them -> the cache, and the position () of that token.
+
+        What depends on distances alone numbers from 0. A mechanism that is tied to places counts the empty ones, and
+        sees none of them; raises ValueError where it cannot, and says in `on_places` why.
+        """
+        if self.on_places:
+            raise ValueError(
+                f"{type(self).__name__.lower()} cannot decode behind a memory: {self.on_places} by places from the "
+                "first key on, which a memory leaves empty at first; use memory=none or another attention"
+            )
+        return cache, jnp.zeros((), jnp.int32)
 
     def decode(self, x, cache, *, at, position=None, carry=None):
         """One more token through the whole layer: x (B, D) at position `at` () -> (B, D), the new cache, the carry.
@@ -309,20 +327,63 @@ class Attention(nnx.Module):
             raise ValueError(reason)
         if type(self).step is not Attention.step:
             return *self._steps(cache, q, k, v, x, bias), carry
-        new = {"k": k, "v": v, "x": x}
-        cache = {
-            name: rows + 1 if name == "seen" else jnp.concatenate([rows[:, 1:], new[name][:, None]], 1)
+        x = None if x is None else x[:, None]
+        cache = self._pushed(cache, k[:, None], v[:, None], x)
+        if carry is None and self.carries():
+            carry = self.initial_carry(q.shape[0], 1, cache["k"].shape[1])
+        given = {"real": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
+        out, carry, _ = self.mix(q[:, None], cache["k"], cache["v"], causal=True, carry=carry, **given)
+        return out[:, 0], cache, carry
+
+    def decode_several(self, x, cache, *, at, position=None):
+        """`decode` of T tokens, x (B, T, D) at positions from `at` () on -> (B, T, D) and the new cache; of mechanisms
+        that carry nothing."""
+        if type(self).decode is not Attention.decode or (position is not None and position.kept is not None):
+            one = lambda cache, x, at: self.decode(x, cache, at=at, position=position)[:2]
+            return one_by_one(one, x, cache, at)
+        heads = lambda y: y.reshape(*x.shape[:2], -1, self.size.head)
+        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        bias = None
+        if position is not None:
+            bias, places = position.bias(), at + jnp.arange(x.shape[1])
+            q, k = position.rotate(q, places), position.rotate(k, places)
+        out, cache = self.mix_steps(cache, q, k, v, x=x, bias=bias)
+        return self.out(out.reshape(*x.shape[:2], -1)), cache
+
+    def mix_steps(self, cache, q, k, v, *, x=None, bias=None):
+        """T more tokens of all heads of a batch, q (B, T, N, H), k and v (B, T, K, H), x (B, T, D) -> out (B, T, N, H)
+        and the new cache: `mix_step` of each in turn, or all of them at once where that comes to the same."""
+        T, kept = q.shape[1], cache["k"].shape[1] if self._keeps_all() else 0
+        if kept < T:
+            one = lambda cache, new, _: self.mix_step(cache, *new[:3], x=new[3], bias=bias)[:2]
+            return one_by_one(one, (q, k, v, x), cache, 0)
+        cache = self._pushed(cache, k, v, x)
+        given = {"real": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
+        return self.mix(q, cache["k"], cache["v"], causal=True, **given)[0], cache
+
+    def _keeps_all(self) -> bool:
+        """Whether decoding keeps keys and values, newest last, and asks `mix` with them."""
+        own = type(self).step is not Attention.step or type(self).mix_step is not Attention.mix_step
+        return not own and not why_not_decode(type(self))
+
+    def _pushed(self, cache, k, v, x):
+        """The cache with T more keys, values and inputs, (B, T, ...)."""
+        T, new = k.shape[1], {"k": k, "v": v, "x": x}
+        return {
+            name: rows + T if name == "seen" else jnp.concatenate([rows[:, T:], new[name]], 1)
             for name, rows in cache.items()
         }
+
+    def _known(self, cache):
+        """Which rows of the cache hold a token, (B, length)."""
         length = cache["k"].shape[1]
-        real = jnp.broadcast_to(jnp.arange(length) >= length - cache["seen"], cache["k"].shape[:2])
-        if carry is None and self.carries():
-            carry = self.initial_carry(q.shape[0], 1, length)
-        if bias is not None:  # the newest row stands last, whatever its position
-            bias = Behind(bias, jnp.full(q.shape[1], length - cache["seen"]))
-        given = {"x": cache.get("x"), "x_q": None if x is None else x[:, None], "bias": bias, "carry": carry}
-        out, carry, _ = self.mix(q[:, None], cache["k"], cache["v"], real=real, causal=True, **given)
-        return out[:, 0], cache, carry
+        return jnp.broadcast_to(jnp.arange(length) >= length - cache["seen"], cache["k"].shape[:2])
+
+    def _late(self, bias, cache):
+        """A bias of rows that hold the newest last, whatever its position."""
+        if bias is None:
+            return None
+        return Behind(bias, jnp.full(self.size.heads, cache["k"].shape[1] - cache["seen"]))
 
     def _steps(self, cache, q, k, v, x, bias):
         """`step` of every head of every sample."""
@@ -342,6 +403,16 @@ class Attention(nnx.Module):
 
         heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, 0))
         return jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None))(cache, q, k, v, tokens, of_sample, of_head)
+
+
+def one_by_one(step, x, cache, at):
+    """`step(cache, x, at) -> y, cache` of T tokens in turn, leaves of x (B, T, ...), the first at position `at` ()
+    -> y (B, T, ...) and the last cache."""
+    in_turn = lambda tree: jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+    tokens = in_turn(x)
+    places = at + jnp.arange(len(jax.tree.leaves(tokens)[0]))
+    cache, y = jax.lax.scan(lambda cache, given: step(cache, *given)[::-1], cache, (tokens, places))
+    return in_turn(y), cache
 
 
 @jax.tree_util.register_dataclass

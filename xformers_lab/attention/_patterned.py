@@ -33,6 +33,8 @@ class Patterned(Attention):
     block: int | None = None
     # How many of the first positions decoding keeps for good, beside a ring of the newest.
     kept: int = 0
+    # Rows of a mechanism's own that stand in front of all positions.
+    front: int = 0
 
     def __init__(self, size: Size, pattern: Pattern | tuple[Pattern, ...], *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
@@ -117,21 +119,64 @@ class Patterned(Attention):
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         rows = jnp.zeros((B, self.slots(length), self.size.key_heads, self.size.head), dtype)
-        return {"k": rows, "v": rows, "seen": jnp.zeros((), jnp.int32)}
+        none = jnp.zeros((), jnp.int32)
+        return {"k": rows, "v": rows, "seen": none, "empty": none}
+
+    def begin(self, cache, empty):
+        """Patterns lie on places: the empty ones count."""
+        if "empty" not in cache:  # a subclass that keeps every key, newest last
+            return super().begin(cache, empty)
+        return cache | {"seen": cache["seen"] + empty, "empty": empty}, empty
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         """The first `kept` positions have a slot each, then comes a ring: slot s of R holds the newest position that is
         s modulo R, so that a pattern that is tied to absolute positions (a grid, say) decodes alike."""
-        at, R = cache["seen"], cache["k"].shape[1]
-        slots, ring = jnp.arange(R), max(R - self.kept, 1)
-        slot = jnp.where(at < self.kept, at, self.kept + (at - self.kept) % ring)
+        at = cache["seen"]
+        slot = self._slot(at, cache)
         keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", k), ("v", v)))
+        positions, there = self._held(at, cache)
+        out = self.look(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
+        return out, cache | {"k": keys, "v": values, "seen": at + 1}, carry
+
+    def mix_steps(self, cache, q, k, v, *, x=None, bias=None):
+        """New queries look at what the slots hold and at new keys, which then go where they belong."""
+        if type(self).mix_step is not Patterned.mix_step:
+            return super().mix_steps(cache, q, k, v, x=x, bias=bias)
+        at, T, R = cache["seen"], q.shape[1], cache["k"].shape[1]
+        new = at + jnp.arange(T)
+        positions, there = self._held(at - 1, cache)
+        positions, there = jnp.concatenate([positions, new]), jnp.concatenate([there, jnp.ones(T, bool)])
+        keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in (("k", k), ("v", v)))
+
+        def one(q, at):
+            return self.look(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
+
+        out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(q, new)
+        # Of several that share a slot the newest stays.
+        stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
+        slot = jnp.where(stays, self._slot(new, cache), R)
+        keys, values = (cache[name].at[:, slot].set(rows, mode="drop") for name, rows in (("k", k), ("v", v)))
+        return out, cache | {"k": keys, "v": values, "seen": at + T}
+
+    def _ring_of(self, slots: int) -> int:
+        return max(slots - self.kept, 1)
+
+    def _slot(self, at, cache):
+        """Where what stands at a position is kept."""
+        ring = self._ring_of(cache["k"].shape[1])
+        return jnp.where(at < self.kept, at, self.kept + (at - self.kept) % ring)
+
+    def _held(self, newest, cache):
+        """The positions (R,) that the slots hold when the last one is `newest` (), and which of them hold one."""
+        slots = jnp.arange(cache["k"].shape[1])
         first = slots < self.kept
-        positions = jnp.where(first, slots, at - (at - slots) % ring)
-        heads = range(self.size.heads)
-        seen = jnp.stack([self.seen(True, head)(at, positions) for head in heads]) & (first | (positions >= self.kept))
-        out = self.look(q, keys, values, at, positions, seen, bias)
-        return out, {"k": keys, "v": values, "seen": at + 1}, carry
+        positions = jnp.where(first, slots, newest - (newest - slots) % self._ring_of(len(slots)))
+        there = (positions <= newest) & (first | (positions >= self.kept))
+        return positions, there & ((positions >= self.front + cache["empty"]) | (slots < self.front))
+
+    def _seen_by(self, at, positions):
+        """(N, R): what each head's pattern lets a query at position `at` () see."""
+        return jnp.stack([self.seen(True, head)(at, positions) for head in range(self.size.heads)])
 
     def look(self, q, keys, values, at, positions, seen, bias):
         """(B, N, H): one query of each head, standing `at`, on rows (B, R, K, H) of `positions` (R,) that are `seen`

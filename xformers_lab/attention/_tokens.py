@@ -162,9 +162,10 @@ class GlobalTokens(Patterned):
             k, v = (jnp.where(first, heads(self.to_global[name]), new) for name, new in (("k", k), ("v", v)))
         keep = lambda name: jnp.where(first, heads(among[name]), cache[f"global_{name}"][:, slot])
         of_global = {name: cache[f"global_{name}"].at[:, slot].set(keep(name)) for name in "kv"}
-        ring = {name: cache[name] for name in ("k", "v", "seen")}
+        ring = {name: rows for name, rows in cache.items() if not name.startswith("global_")}
         out, ring, carry = super().mix_step(ring, q, k, v, bias=bias, carry=carry)
-        seen = jnp.broadcast_to(positions <= at, (q.shape[1], rows))
+        there = (positions <= at) & (positions >= cache["empty"])
+        seen = jnp.broadcast_to(there, (q.shape[1], rows))
         asked = self.look(heads(self.global_query), of_global["k"], of_global["v"], at, positions, seen, bias)
         kept = {f"global_{name}": rows for name, rows in of_global.items()}
         return jnp.where(first, asked, out), ring | kept, carry

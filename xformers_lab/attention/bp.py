@@ -196,6 +196,8 @@ class Bp(Attention):
         state = 2 * S.bit_length() * (2 * self.nodes + 2) * H
         return Cost(flops=4 * T * width * H, memory=blocks * width * max(block, 2 * H), state=state)
 
+    on_places = "its spans go"
+
     def init_state(self, length: int, dtype=jnp.float32):
         sums = jnp.zeros((length.bit_length(), 2 * self.nodes + 2, self.size.head), jnp.float32)
         return {"k": sums, "v": sums, "seen": jnp.zeros((), jnp.int32)}

@@ -76,7 +76,7 @@ class Differential(Full):
         one = super().cost(T, S)
         return Cost(flops=1.5 * one.flops, memory=one.memory, state=one.state)
 
-    mix_step = Attention.mix_step
+    init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
 
 def _halves(x):

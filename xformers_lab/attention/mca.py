@@ -125,6 +125,8 @@ class Mca(Attention):
     def limit(length: int):
         return {"pool": "mean", "kernel": 1, "stride": 1}
 
+    on_places = "its windows go"
+
     def init_state(self, length: int, dtype=jnp.float32):
         slots = jnp.zeros((2, self._lead(True) + count(length, self.kernel, self.stride), self.size.head), dtype)
         newest = jnp.zeros((2, self.kernel, self.size.head), dtype)

@@ -92,6 +92,8 @@ class Moba(Attention):
     def limit(length: int):
         return {"chosen": length}
 
+    on_places = "its blocks go"
+
     def init_state(self, length: int, dtype=jnp.float32):
         """Blocks stand at multiples of their size, so each key has a place of its own."""
         blocks, H = -(-length // self.block), self.size.head

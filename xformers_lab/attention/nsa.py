@@ -275,6 +275,8 @@ class Nsa(Projected):
         """Positions of whole runs."""
         return -(-length // self.select) * self.select
 
+    on_places = "its blocks go"
+
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         """Selected keys stand at their positions, those of the window in a ring; compressed ones as in `mca`."""
         slots = count(length, self.width, self.stride)

@@ -163,6 +163,8 @@ class Sinkhorn(Attention):
     def limit(length: int):
         return {"block": length}
 
+    on_places = "its blocks go"
+
     def init_state(self, length: int, dtype=jnp.float32):
         """columns: what the rows so far add up to in each column, at each iteration."""
         blocks, B, H = -(-length // self.block), self.block, self.size.head

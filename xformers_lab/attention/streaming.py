@@ -56,7 +56,7 @@ class Streaming(Patterned):
             raise ValueError(f"sinks must be at least 1, or 0 with logit=learned, got {sinks}; without sinks use local")
         kept = sinks + (logit == "learned")
         super().__init__(size, Band(window) | Global(kept, queries=False), rngs=rngs)
-        self.window, self.sinks, self.kept = window, sinks, kept
+        self.window, self.sinks, self.kept, self.front = window, sinks, kept, kept - sinks
         self.logit = nnx.Param(jnp.zeros(size.heads)) if logit == "learned" else None
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
@@ -84,10 +84,10 @@ class Streaming(Patterned):
         return {"window": length}
 
     def slots(self, length: int) -> int:
-        return min(length, self.sinks + self.window + 1) + self.kept - self.sinks
+        return min(length, self.sinks + self.window + 1) + self.front
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
-        return super().init_cache(B, length, dtype) | {"seen": jnp.int32(self.kept - self.sinks)}
+        return super().init_cache(B, length, dtype) | {"seen": jnp.int32(self.front)}
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         bias = bias if self.logit is None else _Sunk(self.logit[...], bias)

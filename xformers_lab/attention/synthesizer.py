@@ -38,6 +38,7 @@ class Synthesizer(Patterned):
         rank: columns of both factors of kind=factorised_random; none: 8
     """
 
+    on_places = "its weights go"
     init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
     def __init__(

@@ -4,7 +4,8 @@ A depth builds its layers with `make_block(index, rngs)`, or with `length=` thos
 the model's, and runs them. A block is called as
 `block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
 mechanism passes to the same mechanism in the layer above, aux is a dict of scalars. For decoding it gives its
-`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token. It says whether it is
+`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token; where it has it,
+`block.step_several(x, cache, context, at)` takes several. It says whether it is
 `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its placement,
 `attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone, `attend` and
 `feed` (`step_attend` and `step_feed` in decoding), which give what
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
+from xformers_lab.attention import one_by_one
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -76,3 +78,13 @@ class Depth(nnx.Module):
     def step(self, x, cache, context: Context, *, at):
         """One token (B, D) at position `at` () -> (B, D) and the new cache."""
         raise ValueError(f"depth={type(self).__name__.lower()} cannot decode token by token")
+
+    def step_several(self, x, cache, context: Context, *, at):
+        """T tokens (B, T, D), the first at position `at` () -> (B, T, D) and the new cache: `step` of each in turn, or
+        layer after layer where that comes to the same."""
+
+        def one(cache, given, at):
+            x, tokens = given
+            return self.step(x, cache, dataclasses.replace(context, tokens=tokens), at=at)
+
+        return one_by_one(one, (x, context.tokens), cache, at)

@@ -4,8 +4,11 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from flax import nnx
+from jax import lax
 
 from xformers_lab.depth import Context
+from xformers_lab.memory import Remembered
 from xformers_lab.size import Size
 
 
@@ -39,6 +42,24 @@ def mean_of(runs, there):
     """(..., k, D), of which `there` (..., k) is real -> (..., D), zeros where nothing is."""
     total = jnp.where(there[..., None], runs, 0).sum(-2, dtype=jnp.float32)
     return (total / jnp.maximum(there.sum(-1, keepdims=True), 1)).astype(runs.dtype)
+
+
+class Carried(nnx.Module):
+    """What each sequence of a batch leaves to the one that goes on from it in the next: a state (rows, D), without
+    gradient. Nothing was left where a new text begins."""
+
+    def __init__(self, rows: int, dim: int, dtype="float32"):
+        # Of one sequence, behind an axis that stands for layers, as the train state keeps all that is remembered.
+        self.state, self.there = Remembered(jnp.zeros((1, 1, rows, dim), dtype)), Remembered(jnp.zeros((1, 1), bool))
+
+    def read(self, start):
+        """What was left to each sequence, or else start (B, rows, D)."""
+        left = lax.stop_gradient(self.state[...][0]).astype(start.dtype)
+        return jnp.where(self.there[...][0][:, None, None], left, start)
+
+    def write(self, state) -> None:
+        self.state.set_value(lax.stop_gradient(state.astype(self.state[...].dtype))[None])
+        self.there.set_value(jnp.ones((1, len(state)), bool))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from xformers_lab.attention import one_by_one
 
 # XLA:CPU runs the unrolled layers of a shallow stack faster than a loop over them (see benchmarks/).
 UNROLLED_ON_CPU = 8
@@ -66,6 +69,39 @@ def step_stack(blocks: list, x, caches: list, carries, context, at):
 
     (x, carries), caches = jax.lax.scan(period, (x, carries), ([variables for _, variables in split], caches))
     return x, caches, carries
+
+
+def several_stack(blocks: list, x, caches: list, context, at):
+    """T tokens (B, T, D), from position `at` () on, through layers that carry nothing: layer after layer, each of them
+    with `step_several` where it has it, else `step` -> (B, T, D) and the new caches."""
+    if not blocks:
+        return x, caches
+    split = [nnx.split(block) for block in blocks]
+
+    def period(x, layer):
+        variables, caches = layer
+        changed = []
+        for (graph, _), variable, cache in zip(split, variables, caches, strict=True):
+            block = nnx.merge(graph, variable)
+            x, cache = (
+                block.step_several(x, cache, context, at)
+                if hasattr(block, "step_several")
+                else in_turn(block, x, cache, context, at)
+            )
+            changed.append(cache)
+        return x, changed
+
+    return jax.lax.scan(period, x, ([variables for _, variables in split], caches))
+
+
+def in_turn(block, x, cache, context, at):
+    """`block.step` of T tokens (B, T, D), which carry nothing -> (B, T, D), the new cache."""
+
+    def one(cache, given, at):
+        x, tokens = given
+        return block.step(x, cache, {}, dataclasses.replace(context, tokens=tokens), at)[:2]
+
+    return one_by_one(one, (x, context.tokens), cache, at)
 
 
 def unroll(length: int, places: int) -> int:

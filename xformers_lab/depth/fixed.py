@@ -2,7 +2,15 @@ import jax
 from flax import nnx
 
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._stack import add_aux, build_stack, init_caches, initial_carries, run_stack, step_stack
+from xformers_lab.depth._stack import (
+    add_aux,
+    build_stack,
+    init_caches,
+    initial_carries,
+    run_stack,
+    several_stack,
+    step_stack,
+)
 from xformers_lab.size import Size
 
 
@@ -40,6 +48,15 @@ class Fixed(Depth):
 
     def step(self, x, cache, context: Context, *, at):
         x, layers, _ = self.run_step(x, cache["layers"], cache["below"], context, at=at)
+        return x, cache | {"layers": layers}
+
+    def step_several(self, x, cache, context: Context, *, at):
+        if type(self).step is not Fixed.step or cache["below"]:
+            return super().step_several(x, cache, context, at=at)
+        layers = []
+        for blocks, own in zip((self.periods, self.rest), cache["layers"], strict=True):
+            x, own = several_stack(list(blocks), x, own, context, at)
+            layers.append(own)
         return x, cache | {"layers": layers}
 
     def run_step(self, x, layers, carries, context, *, at):

@@ -7,7 +7,7 @@ from jax import lax
 
 from xformers_lab.attention.full import Full
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._segments import at_once, in_turn
+from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.linear import Linear
@@ -36,13 +36,18 @@ class Memformer(Depth):
 
     Inside a segment positions count from its start. What a mechanism hands to the layer above ends with the segment.
     "computation" counts a layer with its reading as 1. Decoding writes the memory whenever a segment is full.
-    Deviations from the paper: memory is read and written by one stack, not by an encoder for a decoder; a sequence's
-    first segment begins with the learned memory, and it ends with the sequence; no dropout on what is read.
+    With carry=true a text goes on over training steps: a sequence begins with the memory that the one before it in the
+    same row of the batch left, without its gradient, and with the learned one where a new text begins. That needs a
+    task that gives segments which follow one another (lm).
+    Deviations from the paper: memory is read and written by one stack, not by an encoder for a decoder; without carry
+    a sequence's first segment begins with the learned memory, and it ends with the sequence; no dropout on what is
+    read.
 
     Options:
         segment: L, states read at a time (none: a quarter of seq_len)
         slots: vectors of memory
         temperature: tau, of writing
+        carry: whether memory goes on from batch to batch
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Memformer(Depth):
         segment: int | None = None,
         slots: int = 16,
         temperature: float = 0.25,
+        carry: bool = False,
         make_block,
         period: int,
         rngs: nnx.Rngs,
@@ -67,6 +73,7 @@ class Memformer(Depth):
         make = lambda index, rngs: Reader(size, slots, make_block(index, rngs, length=segment), rngs=rngs)
         self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
         self.writer = Writer(size, slots, temperature, rngs=rngs)
+        self.carried = Carried(slots, size.dim) if carry else None
 
     def __call__(self, x, context: Context, *, key=None):
         (B, T, _), L = x.shape, self.segment
@@ -86,8 +93,11 @@ class Memformer(Depth):
 
         keys = None if key is None else jax.random.split(key, G)
         steps = [in_turn(y, L, G) for y in (x, real, context.tokens)] + [keys]
-        (_, rest), (y, aux) = lax.scan(one, (self.writer.begin(B), rest), steps)
+        first = self.writer.begin(B) if self.carried is None else self.carried.read(self.writer.begin(B))
+        (last, rest), (y, aux) = lax.scan(one, (first, rest), steps)
         nnx.update(self.layers, rest)
+        if self.carried is not None:
+            self.carried.write(last)
         return at_once(y, T), jax.tree.map(lambda values: values.mean(0), aux)
 
     def init_cache(self, B: int, length: int):

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._segments import at_once, in_turn
+from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.size import Size
 
@@ -25,16 +25,28 @@ class RecurrentMemory(Depth):
 
     Inside a segment positions count from its first memory token: rotations and added scores are of that distance. What
     a mechanism hands to the layer above ends with the segment. "computation" counts memory tokens too. Decoding
-    writes the memory whenever a segment is full. In the paper a sequence goes on over several training steps; here it
-    is the sequence of one step, at whose start the memory is the learned one (memory=xl goes on over steps).
+    writes the memory whenever a segment is full.
+
+    With carry=true, as in the paper, a text goes on over several training steps: a sequence begins with the memory that
+    the one before it in the same row of the batch left, without its gradient, and with the learned one where a new text
+    begins. That needs a task that gives segments which follow one another (lm).
 
     Options:
         segment: L, states read at a time (none: a quarter of seq_len)
         tokens: memory tokens
+        carry: whether memory goes on from batch to batch
     """
 
     def __init__(
-        self, size: Size, *, segment: int | None = None, tokens: int = 4, make_block, period: int, rngs: nnx.Rngs
+        self,
+        size: Size,
+        *,
+        segment: int | None = None,
+        tokens: int = 4,
+        carry: bool = False,
+        make_block,
+        period: int,
+        rngs: nnx.Rngs,
     ):
         segment = max(1, size.length // 4) if segment is None else segment
         if not 1 <= segment <= size.length:
@@ -48,6 +60,7 @@ class RecurrentMemory(Depth):
         self.causal = [*self.layers.periods, *self.layers.rest][0].causal
         self.segment, self.tokens = segment, tokens
         self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, size.dim)))
+        self.carried = Carried(tokens, size.dim, size.dtype) if carry else None
 
     def __call__(self, x, context: Context, *, key=None):
         B, T, D = x.shape
@@ -74,9 +87,12 @@ class RecurrentMemory(Depth):
             return (memory, nnx.split(layers, nnx.Param, ...)[2]), (y[:, M : M + L], aux)
 
         first = jnp.broadcast_to(self.table[...].astype(x.dtype), (B, M, D))
+        first = first if self.carried is None else self.carried.read(first)
         keys = None if key is None else jax.random.split(key, G)
-        (_, rest), (y, aux) = lax.scan(one, (first, rest), (in_turn(x, L, G), in_turn(real, L, G), keys))
+        (last, rest), (y, aux) = lax.scan(one, (first, rest), (in_turn(x, L, G), in_turn(real, L, G), keys))
         nnx.update(self.layers, rest)
+        if self.carried is not None:
+            self.carried.write(last)
         aux = jax.tree.map(lambda values: values.mean(0), aux)
         aux["computation"] = aux["computation"] * (L + M * (2 if self.causal else 1)) / L
         return at_once(y, T), aux

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention, why_not_decode
 from xformers_lab.config import Config, get, to_dict, varied
 from xformers_lab.errors import UsageError, nearest
+from xformers_lab.generate import CHUNK
 from xformers_lab.measure import speed
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
@@ -27,7 +29,7 @@ from xformers_lab.measure.memory import available_bytes, compiled_memory
 from xformers_lab.model import size_of
 from xformers_lab.size import Size
 
-PASSES = ("forward", "forward+backward", "decode")
+PASSES = ("forward", "forward+backward", "prefill", "decode")
 # The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.
 PROJECTIONS = ("query", "key", "value", "out")
 MEASURED = (
@@ -57,11 +59,11 @@ def bench(
 ) -> list[dict]:
     """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
 
-    The pass "decode" is one more token behind a context of seq_len, with state_bytes, what is kept of that context;
-    "forward" at the same length is its prefill. tokens_per_second is B T (decode: B) / seconds_median. flops and
-    temp_bytes (on accelerators also peak_bytes) are of one call, parameters of the whole layer with its projections.
-    exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over the lengths of an otherwise equal
-    config, None with fewer than two. What has no figure is None.
+    The pass "prefill" reads a context of seq_len into an empty cache, in the parts that generation reads a prompt in;
+    "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T
+    (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
+    the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
+    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
@@ -172,6 +174,28 @@ def subject(config: Config, direction: str) -> Subject:
             return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
 
         return Subject(decode, own, (cache, token), count, "mix_step", True, keeps=True)
+    if direction == "prefill":
+        _cache(layer, choice, batch, size)
+
+        def prefill(own, inputs):
+            layer, whole_parts = nnx.merge(graph, fixed | own, rest), size.length // CHUNK * CHUNK
+            cache = layer.init_cache(batch, size.length, size.dtype)
+
+            def part(cache, given):
+                if whole:
+                    return layer.decode_several(given["x"], cache, at=jnp.zeros((), jnp.int32))[::-1]
+                return layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))[::-1]
+
+            in_parts = lambda x: jnp.swapaxes(
+                x[:, :whole_parts].reshape(batch, whole_parts // CHUNK, CHUNK, *x.shape[2:]), 0, 1
+            )
+            cache, out = lax.scan(part, cache, jax.tree.map(in_parts, inputs))
+            if whole_parts < size.length:
+                cache, last = part(cache, jax.tree.map(lambda x: x[:, whole_parts:], inputs))
+                return out, last, cache
+            return out, cache
+
+        return Subject(prefill, own, (inputs,), count, "decode_several" if whole else "mix_steps", True)
     if direction == "forward":
         return Subject(forward, own, (inputs,), count, timed, causal)
     return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)

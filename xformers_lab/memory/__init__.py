@@ -10,8 +10,10 @@ yet. Behind the axis of layers that a stack gives them, the batch is their secon
 holds them so, shares them out over devices with the batch, saves and restores them, and zeroes those of a sequence
 that begins a new text (`Batch.fresh`). Evaluation starts with an empty memory of its own.
 
-A task gives segments that follow one another by `segment(split, step)`, see tasks/__init__.py; others are refused.
-Decoding with a memory is refused, too.
+A depth may remember in such variables, too, as depth=recurrent_memory:carry=true does. A model that has any is given
+texts that go on: a task gives segments that follow one another by `segment(split, step)`, see tasks/__init__.py; others
+are refused. Decoding writes a memory whenever a segment of the trained length is full, so that a text may go on without
+an end (see model/_segments.py).
 """
 
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from jax import lax
 from xformers_lab.position import Position
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
+
+UNRELATED = "the task gives unrelated sequences, none of which goes on in the next batch; use task=lm"
 
 
 class Remembered(nnx.Variable):
@@ -81,7 +85,7 @@ def check(position: Position, layers: bool, segments: bool) -> None:
     """Raises ValueError where a model cannot have a memory. layers: whether its depth gives every layer variables of
     its own; segments: whether its task gives texts in segments that follow one another."""
     if not segments:
-        raise ValueError("the task gives unrelated sequences, none of which goes on in the next batch; use task=lm")
+        raise ValueError(UNRELATED)
     if not layers:
         raise ValueError(
             "each layer has one memory, of whole segments, but this depth uses layers again or on a part of them; use "

@@ -18,11 +18,13 @@ class Model(nnx.Module):
     causal: whether a position sees only what stands before it, as tasks that predict the next token need.
     of_tokens: whether what its layers see as one position is one token of the inputs.
     source: how many of the first positions are read by an encoder; 0 where source and target are one sequence.
+    endless: whether it decodes beyond the length that it was built for, as a memory lets it.
     """
 
     causal: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = True
     source: int = 0
+    endless: bool = False
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
@@ -48,6 +50,11 @@ class Model(nnx.Module):
     def step(self, cache, tokens):
         """One more token of every sequence, (B,) int32 -> logits (B, outputs) of what follows it, and the new cache."""
         raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+
+    def step_several(self, cache, tokens):
+        """T more tokens of every sequence, (B, T) int32 -> logits (B, outputs) of what follows the last, the cache."""
+        cache, logits = jax.lax.scan(lambda cache, token: self.step(cache, token)[::-1], cache, tokens.T)
+        return logits[-1], cache
 
 
 def size_of(config: Config) -> Size:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab import memory, spec
+from xformers_lab.attention import Attention
 from xformers_lab.config import Config
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import add_aux, in_turn
+from xformers_lab.model import _segments
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
@@ -37,7 +39,7 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise ValueError(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
-        self.heads, self.kept, self.share = size.heads, kept, 1.0
+        self.dim, self.length, self.heads, self.kept, self.share = size.dim, size.length, size.heads, kept, 1.0
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
@@ -111,10 +113,19 @@ class Block(nnx.Module):
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
         if self.memory is not None:
-            raise ValueError("a model with a memory reads segments; decoding token by token needs memory=none")
+            return _segments.init_cache(self, B)
         if self.attention is None:
             return {}
-        own = self.attention.init_cache(B, length, self.dtype)
+        return self._with_keys(self.attention.init_cache(B, length, self.dtype), B, length)
+
+    def begun(self, B: int, length: int, empty):
+        """The cache of attention for `length` places of B sequences of which the first `empty` () hold nothing, and the
+        position of the first token behind them."""
+        own, first = self.attention.begin(self.attention.init_cache(B, length, self.dtype), empty)
+        return self._with_keys(own, B, length), first
+
+    def _with_keys(self, own, B: int, length: int):
+        """The cache of attention, and what the position keeps of the keys."""
         if self.kept is None:
             return own
         return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.kept), jnp.float32)}
@@ -128,6 +139,22 @@ class Block(nnx.Module):
             x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
         return x, cache, carries
 
+    def step_several(self, x, cache, context, at):
+        """`step` of T tokens (B, T, D), from position `at` () on, which carry nothing -> (B, T, D), the new cache."""
+        several = self.attention is None or isinstance(self.attention, Attention)
+        if type(self).step is not Block.step or self.memory is not None or context.among is not None or not several:
+            return in_turn(self, x, cache, context, at)
+        if self.attention is not None:
+            y = self.attention_norm.before(x, Rows())
+            y, cache = self.attention.decode_several(y, cache, at=at, position=context.position)
+            x = self.attention_norm.after(x, y, Rows())
+        if self.ffn is not None:
+            # Each token on its own, as in a step, whatever else a feed-forward layer makes of its neighbours.
+            one = lambda x, tokens: self.step_feed(x, dataclasses.replace(context, tokens=tokens))
+            y = jax.vmap(one, in_axes=(1, None if context.tokens is None else 1), out_axes=1)(x, context.tokens)
+            x = self.ffn_norm.after(x, y, Rows())
+        return x, cache
+
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y = self.attention_norm.before(x, Rows())
@@ -136,6 +163,8 @@ class Block(nnx.Module):
             rows, row, found, cache = context.among(y, cache)
             y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
             y = jnp.take(y, row, 1)
+        elif self.memory is not None:
+            return *_segments.step(self, x, y, cache, context.position, at), carries
         else:
             y, cache, carry = self.attention.decode(y, cache, at=at, **given)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries

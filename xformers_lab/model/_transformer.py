@@ -13,6 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
+from xformers_lab.position import Position
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
@@ -73,6 +74,10 @@ class Transformer(Model):
 
         given = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
         self.stack = spec.build("depth", choice.depth, size, **given)
+        remembers = bool(nnx.state(self.stack, memory.Remembered))
+        self.endless = remembers and type(self.position).embed is Position.embed
+        if remembers and not task.segments:
+            raise ValueError(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
@@ -135,6 +140,15 @@ class Transformer(Model):
         context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
+
+    def step_several(self, cache, tokens):
+        (_, T), at, before = tokens.shape, cache["at"], self.position.before
+        newest = jnp.concatenate([cache["before"][0], self.embedding(tokens)], 1)
+        places = at + jnp.arange(-before, T)
+        x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
+        context = Context(self.position, predict=self.predict, tokens=tokens)
+        x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
+        return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
 
     def pool(self, x, real):
         """(B, T, D) -> (B, D) over real positions."""

@@ -47,24 +47,56 @@ class Bytenet(Model):
             x = jnp.take_along_axis(x, jnp.broadcast_to(last, len(x))[:, None, None], 1)[:, 0]
         return self.head(x).astype(jnp.float32), {}
 
+    def init_cache(self, B: int, length: int):
+        """How many tokens came, and of every block the newest inputs of its taps."""
+        if self.target == "sequence":
+            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+        return {"at": jnp.zeros((), jnp.int32), "rings": [block.init_ring(B) for block in self.blocks]}
+
+    def step(self, cache, tokens):
+        x, rings = self.embedding(tokens), []
+        for block, ring in zip(self.blocks, cache["rings"], strict=True):
+            y, ring = block.step(x, ring, cache["at"])
+            x = x + y
+            rings.append(ring)
+        return self.head(self.norm(x)).astype(jnp.float32), {"at": cache["at"] + 1, "rings": rings}
+
 
 class ConvBlock(nnx.Module):
     """Norm, squeeze to half the width, norm, dilated causal convolution, norm, back to the full width."""
 
     def __init__(self, size: Size, kernel: int, dilation: int, rngs: nnx.Rngs):
         half = max(1, size.dim // 2)
-        self.dilation, self.reach = dilation, (kernel - 1) * dilation
+        self.dilation, self.reach, self.dtype = dilation, (kernel - 1) * dilation, size.dtype
         self.norms = nnx.List(nnx.LayerNorm(width, dtype=size.dtype, rngs=rngs) for width in (size.dim, half, half))
         self.down = Linear(size.dim, half, dtype=size.dtype, rngs=rngs)
         self.up = Linear(half, size.dim, dtype=size.dtype, rngs=rngs)
         self.taps = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, half, half)))
 
     def __call__(self, x, real):
-        x = self.down(jax.nn.relu(self.norms[0](x)))
-        x = jax.nn.relu(self.norms[1](x))
+        x = self._before(x)
         x = x if real is None else jnp.where(real[..., None], x, 0)
         x = lax.conv_general_dilated(
             x, self.taps[...].astype(x.dtype), (1,), [(self.reach, 0)],
             rhs_dilation=(self.dilation,), dimension_numbers=("NTC", "TIO", "NTC"),
         )  # fmt: skip
+        return self._after(x)
+
+    def init_ring(self, B: int):
+        """The newest `reach` inputs of the convolution, (1, B, reach, half), that of position t at t modulo reach."""
+        return jnp.zeros((1, B, self.reach, self.taps.shape[1]), self.dtype)
+
+    def step(self, x, ring, at):
+        """One token (B, D) at position `at` () -> (B, D), and the new ring."""
+        x = self._before(x)
+        # The farthest tap stands where the newest input is going to.
+        back = self.dilation * jnp.arange(len(self.taps[...]) - 1, 0, -1)
+        seen = jnp.concatenate([ring[0][:, (at - back) % self.reach], x[:, None]], 1)
+        y = jnp.einsum("bki,kio->bo", seen, self.taps[...].astype(x.dtype))
+        return self._after(y), ring.at[0, :, at % self.reach].set(x)
+
+    def _before(self, x):
+        return jax.nn.relu(self.norms[1](self.down(jax.nn.relu(self.norms[0](x)))))
+
+    def _after(self, x):
         return self.up(jax.nn.relu(self.norms[2](x)))

@@ -10,6 +10,7 @@ from xformers_lab.attention import Attention, stated
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.depth._stack import TOKENS, add_aux
+from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import Sourced
 from xformers_lab.model._transformer import Transformer
@@ -96,6 +97,9 @@ class EncoderDecoder(Sourced, Transformer):
             raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
         states = jnp.zeros((1, B, self.source, self.size.dim), self.size.dtype)
         return {**self.unread(B), "states": states, "target": super().init_cache(B, length - self.source)}
+
+    # The first token after the source has it encoded.
+    step_several = Model.step_several
 
     def step(self, cache, tokens):
         """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""

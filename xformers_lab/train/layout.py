@@ -71,10 +71,6 @@ class Layout:
 def layout_of(config: Config) -> Layout:
     """The layout over all devices; raises UsageError where the batch cannot be shared out equally."""
     train, devices = config.train, jax.devices()
-    if train.layout == "pmap" and config.model.memory != "none":
-        raise UsageError(
-            f"layout=pmap keeps the whole state on every device, memory={config.model.memory} too: layout=jit"
-        )
     if train.batch % (len(devices) * train.accumulate):
         parts = f" in accumulate={train.accumulate} parts" if train.accumulate > 1 else ""
         step = len(devices) * train.accumulate

@@ -26,7 +26,7 @@ from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
 from xformers_lab.train.interrupt import Interrupted, listening
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of
-from xformers_lab.train.state import TrainState, abstract, empty, init, merge, structure
+from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "resume", "run"]
 
@@ -104,7 +104,10 @@ def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What a config stands for: everything that does not change while it trains."""
+    """What a config stands for: everything that does not change while it trains.
+
+    segments: whether batches follow one another, for what the model remembers to carry over.
+    """
 
     config: Config
     run_dir: pathlib.Path
@@ -114,11 +117,7 @@ class _Job:
     layout: Layout
     score: Callable
     about: dict
-
-    @property
-    def segments(self) -> bool:
-        """Whether batches follow one another, for a memory to carry over."""
-        return self.config.model.memory != "none"
+    segments: bool
 
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
@@ -129,7 +128,12 @@ class _Job:
 
 def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     layout, task = layout_of(config), build_task(config)
-    graph = structure(config, task)
+    graph, *_, memory = shapes(config, task)
+    segments = bool(jax.tree.leaves(memory))
+    if segments and config.train.layout == "pmap":
+        raise UsageError(
+            "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=jit"
+        )
     data = hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
     about = {"config": configs.identity(config), "data": data}
     return _Job(
@@ -141,6 +145,7 @@ def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         layout,
         compile_eval_step(task, graph, layout),
         about,
+        segments,
     )
 
 

@@ -41,7 +41,12 @@ def split(model: Model) -> tuple[nnx.GraphDef, Any, Any, Any]:
 
 def structure(config: Config, task: Task) -> nnx.GraphDef:
     """The structure of a config's model; nothing is computed."""
-    return split(nnx.eval_shape(lambda: build_model(config, task)))[0]
+    return shapes(config, task)[0]
+
+
+def shapes(config: Config, task: Task) -> tuple[nnx.GraphDef, Any, Any, Any]:
+    """What `split` gives of a config's model, as shapes and types; nothing is computed."""
+    return split(nnx.eval_shape(lambda: build_model(config, task)))
 
 
 def merge(graph: nnx.GraphDef, params, extra, memory) -> Model:
