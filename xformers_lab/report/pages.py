@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xformers_lab.report.table import put
+
 # What a run's record says first; the rest of it is for programs.
 SUMMARY = (
     "status", "reason", "metric", "metric_name", "chance", "loss", "split", "computation", "steps",
@@ -20,7 +22,7 @@ def print_table(rows: list[dict], console: Console | None = None) -> None:
         table.add_column(key, overflow="fold")
     for row in rows:
         table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
-    (console or Console()).print(table)
+    put(table, console or Console())
 
 
 def print_page(page: dict, console: Console | None = None) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xformers_lab.report import findings, human, rows
+from xformers_lab.report import findings, human, notes, rows
 
 BEST = " *"
 
@@ -60,6 +60,8 @@ def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Conso
         if number:
             _say(console, "")
         _print_group(group, varied_keys, console)
+    for note in notes.of(found):
+        _say(console, f"note: {human.plain(note)}", "dim")
 
 
 def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> None:
@@ -112,7 +114,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
         Column("time", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
         Column("memory", _measured(lines, "memory", human.size), 1),
         Column("state", _measured(lines, "state_bytes", human.size), 1),
-        Column("layers/token", _measured(lines, "computation", lambda value: f"{value:.3g}"), 4),
+        Column("layers/token", _measured(lines, "computation", human.significant), 4),
         Column("FLOPs", _measured(lines, "flops", human.count), 4),
         Column("parameters", _measured(lines, "parameters", human.count), 5),
         Column("compile", _measured(lines, "compile_seconds", human.duration), 6),
@@ -169,7 +171,12 @@ def _print_table(columns: list[Column], lines: list[Line], console: Console) -> 
         table.add_row(
             *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
         )
-    if terminal:
+    put(table, console)
+
+
+def put(table: Table, console: Console) -> None:
+    """Print a table; a file or a pipe, which has no width, gets it uncut."""
+    if console.is_terminal:
         console.print(table)
         return
     page = io.StringIO()
