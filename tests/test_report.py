@@ -292,6 +292,10 @@ def test_a_bench_tells_what_it_timed_otherwise():
     assert notes.of([one | {"timed": "mix", "causal": False, "checked": True}]) == []
     assert "without the conformance check" in notes.of([one | {"checked": False}])[0]
     assert notes.of([one | {"checked": False, "status": "failed"}]) == []
+    assert (
+        "YNNPACK" in notes.of([one | {"temp_bytes": 0}])[0]
+        and notes.of([one | {"temp_bytes": 0, "peak_bytes": 9}]) == []
+    )
 
 
 def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):

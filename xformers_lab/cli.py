@@ -341,8 +341,8 @@ def _bench(chosen) -> int:
     from xformers_lab.report import table
 
     passes = BENCH_PASSES[chosen.passes]
-    with progress.cells(len(cells), quiet=chosen.json) as tell:
-        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell.line)
+    with progress.words(quiet=chosen.json) as tell:
+        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell)
     code = _print(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
     if chosen.report:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"

@@ -81,13 +81,6 @@ class Cells:
             print(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}", file=sys.stderr, flush=True)
         self.at = ""
 
-    def line(self, text: str) -> None:
-        """What is being done now, in words."""
-        if self.bar is not None:
-            self.bar.update(self.grid, description=escape(text), advance=0)
-        elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
 
 @contextlib.contextmanager
 def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
@@ -98,6 +91,17 @@ def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
         return
     with _bar(console) as bar:
         yield Cells(total, bar, quiet)
+
+
+@contextlib.contextmanager
+def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A callable (text) that says what is being done now; quiet: no lines where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, int], None]:

@@ -11,7 +11,7 @@ WHOLE = ("call", "decode")
 def of(found: Sequence[dict]) -> list[str]:
     """One sentence for each thing in which cells beside each other differ, or that was left out."""
     timed = [row for row in found if rows.ok(row)]
-    return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed)]
+    return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed), *_unseen(timed)]
 
 
 def machines(found: Sequence[dict]) -> list[tuple[dict, int]]:
@@ -63,6 +63,12 @@ def _mixed_timing(timed: Sequence[dict]) -> list[str]:
     if both and _named(timed, lambda row: row.get("causal") is True):
         said.append(f"Not causal, while the others are: {human.listing(both)}.")
     return said
+
+
+def _unseen(timed: Sequence[dict]) -> list[str]:
+    if not any(row.get("temp_bytes") == 0 and row.get("peak_bytes") is None for row in timed):
+        return []
+    return ["Memory of 0 B: XLA on CPU does not count what its YNNPACK kernels take for themselves."]
 
 
 def _named(timed: Sequence[dict], holds) -> list[str]:
