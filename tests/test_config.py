@@ -103,13 +103,10 @@ def test_a_choice_within_a_choice_stands_in_brackets():
 def test_a_path_with_separators_in_it_stands_in_brackets(tmp_path, name):
     (tmp_path / name).write_bytes(bytes(range(256)) * 40)
     (config,), _ = sweep([f"task=lm:path=({tmp_path}/{name})", "seq_len=16"])
-    assert spec.resolve("task", config.task).options["path"] == f"{tmp_path}/{name}"
-    assert (
-        spec.parse(configs.canonical("task", config.task)) == spec.parse(config.task) == spec.parse(f"({config.task})")
-    )
-    assert set(spec.build("task", config.task, Setting(seq_len=16, batch=2)).batch("train", 0).inputs.flat) <= {
-        *range(256)
-    }
+    for text in (config.task, f"({config.task})", configs.canonical("task", config.task)):
+        assert spec.parse(text).options["path"] == f"{tmp_path}/{name}"
+    task = spec.build("task", config.task, Setting(seq_len=16, batch=2))
+    assert task.batch("train", 0).inputs.shape == (2, 16)
 
 
 @pytest.mark.parametrize("folder", ["a,b", "run:1", "c++"])
