@@ -167,6 +167,8 @@ def test_series_are_named_by_what_varies():
     assert rows.series(row, ["attention", "norm", "task", "seq_len", "seed"]) == "local:window=16 · post"
     assert rows.series(row, ["dim", "lr"]) == "dim=64 · lr=0.003"
     assert rows.series(row, ["seq_len"]) == "local:window=16"
+    recurrent = cell() | {"config": {"model": {"model": "lstm", "attention": "full"}}}
+    assert rows.series(recurrent, []) == "lstm · full"
 
 
 def test_memory_is_the_peak_where_a_device_tells_it():
@@ -310,6 +312,13 @@ def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
     assert "1 MiB" in page[page.index("<tbody>") :] and "best at its pass and length" in page
     seeds = [cell(seed=seed) for seed in range(2)]
     assert "by the mean over the seeds" in written(tmp_path / "s.html", seeds, ["attention", "seed"])
+
+
+def test_a_mechanism_alone_is_named_too(tmp_path):
+    found = [cell("local:window=16", seq_len=n) for n in (64, 128)]
+    assert "attention local:window=16" in printed(found, ["seq_len"])
+    page = written(tmp_path / "r.html", found, ["seq_len"])
+    assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
 
 
 def test_no_rows_is_said():

@@ -143,7 +143,7 @@ def _table(found: Sequence[dict], varied: Sequence[str]) -> dict:
     groups = rows.groups(found, varied)
     keys = ["task"] if any(group.task is not None for group in groups) else []
     keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in found)]
-    keys += [key for key in varied if key not in keys]
+    keys += [key for key in rows.named_by(varied) if key not in keys]
     measured = [column for column in COLUMNS if any(rows.measure(row, column[1]) is not None for row in found)]
     scored = any(rows.measure(row, "metric") is not None for row in found)
     heads = [*keys, *(["metric", "chance"] if scored else []), *(column[0] for column in measured), "outcome"]

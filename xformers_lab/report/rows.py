@@ -1,7 +1,7 @@
 """Rows in groups, series and points: what belongs in one chart, on one line, at one length."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from xformers_lab.report import human, intervals
 
@@ -15,7 +15,7 @@ def value(row: dict, key: str):
         return row[key]
     config = row.get("config") or {}
     for section in (config, config.get("model") or {}, config.get("train") or {}):
-        if key in section:
+        if key in section and not isinstance(section[key], Mapping):  # "model" is a section and a key in it
             return section[key]
     return None
 
@@ -42,7 +42,15 @@ def series(row: dict, varied: Sequence[str]) -> str:
             continue
         found = value(row, key)
         words.append(found if isinstance(found, str) else f"{key}={'none' if found is None else found}")
-    return human.plain(" · ".join(words) or value(row, "attention") or "this model")
+    if not words:
+        words = [value(row, "model"), value(row, "attention")]
+        words = [str(word) for word in words if word not in (None, "auto")]
+    return human.plain(" · ".join(words) or "this model")
+
+
+def named_by(varied: Sequence[str]) -> list[str]:
+    """The keys that a table shows: what varied, and where no variants did, the one mechanism that there is."""
+    return [*varied, *([] if any(key not in PLACES for key in varied) else ["attention"])]
 
 
 def shown(row: dict, key: str) -> str:

@@ -102,7 +102,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
     columns = []
     if any(rows.length(line.cells[0]) is not None for line in lines):
         columns.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
-    for key in varied:
+    for key in rows.named_by(varied):
         if key not in rows.PLACES:
             columns.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
