@@ -195,6 +195,10 @@ def test_findings_with_seeds_say_what_cannot_be_told_apart():
     assert "Not distinguishable from a (paired 95 % interval): b." in said
     assert "No better than chance: d." in said
     assert "One seed" not in said
+    # What cannot be told apart is marked alike, though its mean is lower.
+    lines = printed(found, ["attention", "seed"]).splitlines()
+    assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
+    assert any("paired 95 % interval" in line for line in lines)
 
 
 def test_no_winner_is_named_where_nothing_beats_chance():
@@ -309,6 +313,7 @@ def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
     assert "one of each sequence" in said["tokens/s"] and "projections" in said["parameters"]
     assert not any("training" in words for words in said.values())
     page = written(tmp_path / "r.html", [decoded], ["attention"])
+    assert "What decoding keeps at 64 tokens" in page
     assert "1 MiB" in page[page.index("<tbody>") :] and "best at its pass and length" in page
     seeds = [cell(seed=seed) for seed in range(2)]
     assert "by the mean over the seeds" in written(tmp_path / "s.html", seeds, ["attention", "seed"])

@@ -365,7 +365,7 @@ def _compare(chosen) -> int:
     refused = run.check_cells(cells, skip_impossible=chosen.skip_impossible)
     done = sum(run.stored(cell) is not None for cell in cells)
     print(f"{len(cells)} cells, {done} already done", file=sys.stderr)
-    with progress.cells(len(cells), quiet=chosen.json) as tell:
+    with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
         rows, interrupted = run.compare(
             cells, varied, refused=refused, started=tell.started, stepped=tell.stepped, finished=tell.finished
         )

@@ -74,6 +74,7 @@ MEMORY = Measure(
     log=True,
     binary=True,
 )
+STATE = dataclasses.replace(MEMORY, name="state_bytes", title="state")
 
 
 def look(names: Sequence[str]) -> list[dict]:
@@ -94,6 +95,7 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> 
         _by_length(group, names, quality, _capital(quality.title), direction, chance),
         _by_length(group, names, speed, "Time of a pass" if group.bench else "Training speed", less, None),
         _by_length(group, names, MEMORY, _memory_title(group), "less is better", None),
+        _by_length(group, names, STATE, "What decoding keeps", "less is better", None),
     ]
     if not group.bench:
         charts += [

@@ -182,12 +182,13 @@ def _best(group: rows.Group) -> dict[str, set]:
     """For the metric and the speed: the series and length of each point that is the best of its length."""
     lengths = {point.seq_len for point in group.points}
     measured = ("metric", group.speed)
-    return {name: {(point.series, at) for at in lengths for point in group.best(at, name)} for name in measured}
+    return {name: {(point.series, at) for at in lengths for point in group.leading(at, name)} for name in measured}
 
 
 def _what_is_bold(found: Sequence[dict]) -> str:
     where = "at its pass and length" if any(row.get("kind") == "bench" for row in found) else "at its task and length"
-    return f"best {where}" + (", by the mean over the seeds" if rows.seeds(found) > 1 else "")
+    tested = ", by the mean over the seeds; of the metric also what the paired 95 % interval does not tell from it"
+    return f"best {where}" + (tested if rows.seeds(found) > 1 else "")
 
 
 def _machines(found: Sequence[dict]) -> list[dict]:

@@ -134,6 +134,14 @@ class Group:
         found = self.at(seq_len, name)
         return [point for point in found if _mean(point, name) == _mean(found[0], name)] if len(found) > 1 else []
 
+    def leading(self, seq_len: int | None, name: str) -> list[Point]:
+        """The points to mark: the best, and of a metric those that its seeds cannot tell from the best."""
+        best, found = self.best(seq_len, name), self.at(seq_len, name)
+        if not best or name != "metric":
+            return best
+        alike = lambda point: intervals.differ(best[0].seeds(name), point.seeds(name)) is False
+        return best + [point for point in found[len(best) :] if alike(point)]
+
 
 def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
     """The groups in order of appearance, the lengths of each in rising order."""

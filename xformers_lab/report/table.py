@@ -78,7 +78,10 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> 
     left_out = _fit(shown, console.width) if console.is_terminal else []
     _print_table([column for column in shown if column not in left_out], lines, console)
     if any(line.best for line in lines):
-        _say(console, "* best at its length", "dim")
+        scored = rows.seeds(group.rows) > 1 and any("metric" in line.best for line in lines)
+        name = human.plain(group.first("metric_name", "metric"))
+        tested = f"; of {name} also what the paired 95 % interval does not tell from it" if scored else ""
+        _say(console, f"* best at its length{tested}", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
     for line in lines:
@@ -92,7 +95,7 @@ def _lines(group: rows.Group) -> list[Line]:
         if point.rows:
             names = ("metric", group.speed)
             lines.append(
-                Line(point.rows, frozenset(name for name in names if point in group.best(point.seq_len, name)))
+                Line(point.rows, frozenset(name for name in names if point in group.leading(point.seq_len, name)))
             )
         lines += [Line([row]) for row in point.failed]
     return lines
