@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from rich.console import Console
 
-from xformers_lab.report import charts, findings, html, human, intervals, notes, rows, table
+from xformers_lab.report import charts, findings, html, human, intervals, notes, pages, rows, table
 
 KEYS = ["task", "seq_len", "attention"]
 ATTENTIONS = ("full", "local:window=16", "strided:stride=8", "linear", "axial")
@@ -324,6 +324,13 @@ def test_a_mechanism_alone_is_named_too(tmp_path):
     assert "attention local:window=16" in printed(found, ["seq_len"])
     page = written(tmp_path / "r.html", found, ["seq_len"])
     assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
+
+
+def test_a_record_is_written_for_people():
+    page = io.StringIO()
+    pages.print_record(cell(), Console(file=page, width=40))
+    lines = dict(line.split(maxsplit=1) for line in page.getvalue().splitlines()[1:])
+    assert lines["seconds_median"] == "12 ms" and lines["temp_bytes"] == "3.4 MiB" and lines["parameters"] == "132,480"
 
 
 def test_no_rows_is_said():

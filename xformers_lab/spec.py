@@ -265,7 +265,7 @@ def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
         path = pathlib.Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         shown = f"{str(text)[:60]}..." if len(str(text)) > 80 else text
         raise UsageError(f'{where[:100]}: "{shown}" is no path ({reason})') from None
     return path

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xformers_lab.report import human
 from xformers_lab.report.table import put
 
 # What a run's record says first; the rest of it is for programs.
@@ -12,6 +13,10 @@ SUMMARY = (
     "tokens_per_second",
     "seconds_median", "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
 )  # fmt: skip
+FORMS = {
+    "tokens_per_second": human.rate, "seconds_median": human.duration, "compile_seconds": human.duration,
+    "flops": human.count, "temp_bytes": human.size, "peak_bytes": human.size,
+}  # fmt: skip
 
 
 def print_table(rows: list[dict], console: Console | None = None) -> None:
@@ -61,7 +66,8 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
 
 def print_record(record: dict, console: Console | None = None) -> None:
     """The record of one run or evaluation."""
-    shown = [{"": key, "value": record[key]} for key in SUMMARY if record.get(key) is not None]
+    found = {key: record[key] for key in SUMMARY if record.get(key) is not None}
+    shown = [{"": key, "value": FORMS[key](value) if key in FORMS else value} for key, value in found.items()]
     print_table(shown, console)
 
 
