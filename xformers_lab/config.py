@@ -50,9 +50,10 @@ class Model:
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
     depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
     memory: str = knob("none", "what survives a segment", shelf="memory")
-    dim: int = knob(64, "model width D", least=1)
-    layers: int = knob(2, "number of layers L", least=1)
-    heads: int = knob(2, "query heads N", least=1)
+    # The greatest sizes: beyond them products of two overflow in the compiler, which ends the process.
+    dim: int = knob(64, "model width D", least=1, below=2**20)
+    layers: int = knob(2, "number of layers L", least=1, below=2**16)
+    heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
@@ -61,7 +62,7 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Train:
     steps: int = knob(300, "optimizer steps", least=1)
-    batch: int = knob(32, "sequences per step B, over all devices", least=1)
+    batch: int = knob(32, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
     lr: float = knob(1e-3, "peak learning rate", least=0)
@@ -78,7 +79,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Config:
     task: str = knob("mqar", "data, loss and metric", shelf="task")
-    seq_len: int = knob(64, "tokens per sequence T", least=1)
+    seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
     seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     model: Model = dataclasses.field(default_factory=Model)
@@ -99,7 +100,7 @@ def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
 MOST_CELLS = 100_000
-LARGEST = 2**31  # sizes and counts are 32-bit numbers on every device
+LARGEST = 2**31  # counts are 32-bit numbers on every device
 
 
 def get(config: Config, key: str):
@@ -130,7 +131,7 @@ def typed(key: str, value, where: str = "") -> Any:
         raise UsageError(f"{where}: {key} must be below {below:,}")
     if field.metadata["shelf"]:
         canonical(key, value, where)
-    return str(spec.located(value, where)) if field.metadata["folder"] else value
+    return str(spec.located(str(value), where)) if field.metadata["folder"] else value
 
 
 def canonical(key: str, value, where: str = ""):
