@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import pathlib
+import sys
 import typing
 
 import jax
@@ -141,6 +143,17 @@ IMPOSSIBLE = {
     "no such data": (["task=lm:path=/no/such/file"], "/no/such/file"),
     "hub while offline": (["task=text:hub=stanfordnlp/imdb"], "offline"),
     "too short a sequence": (["task=mqar:pairs=64", "seq_len=16"], "seq_len"),
+    "home of nobody": (["attention=~nosuchuser/x.py"], "~nosuchuser/x.py"),
+    "file in the home of nobody": (["@~nosuchuser/x.toml"], "~nosuchuser/x.toml"),
+    "name longer than any file's": (["@" + "x" * 300], "is no path"),
+    "mechanism with a name longer than any file's": ([f"attention=./{'x' * 300}.py"], "is no path"),
+    "no Python file": (["attention=/dev/null/x", "seq_len=8"], "no file"),
+    "seed beyond 32 bits": (["seed=4294967296"], "seed must be below 4,294,967,296"),
+    "size beyond every array": (["dim=3e6"], "dim must be below 1,048,576"),
+    "window beyond 64 bits": (["attention=local:window=99999999999999999999"], "too large"),
+    "grid beyond all bounds": (["seed=0..9999", "dim=1..9999"], "99,990,000 cells"),
+    "comma of a path": (["task=lm:path=/tmp/a,b.txt"], "put it in brackets"),
+    "colon of a path": (["task=lm:path=/tmp/run:1/x.txt"], "put it in brackets"),
 }
 
 
@@ -161,11 +174,34 @@ def test_causal_on_a_mechanism_that_cannot(capsys, tmp_path):
     assert "cannot be causal: the mean runs over every position" in message
 
 
-def test_mechanism_that_does_not_import(capsys, tmp_path):
+@pytest.mark.parametrize("source, expected", [("import no_such_thing\n", "no_such_thing"), ("exit(3)\n", "SystemExit")])
+def test_mechanism_that_does_not_import(capsys, tmp_path, source, expected):
     path = tmp_path / "broken.py"
-    path.write_text("import no_such_thing\n")
+    path.write_text(source)
     message = refused(capsys, "train", f"attention={path}")
-    assert "no_such_thing" in message and "broken.py:1" in message
+    assert expected in message and "broken.py:1" in message
+    assert not [name for name in sys.modules if name.endswith("_broken")]
+
+
+OWN = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from xformers_lab.attention.full import Full
+if TYPE_CHECKING:
+    from collections import OrderedDict
+
+
+class Own(Full):
+    def __init__(self, size, *, windows: {kind} = None, rngs):
+        super().__init__(size, rngs=rngs)
+"""
+
+
+@pytest.mark.parametrize("kind, expected", [("OrderedDict", "TYPE_CHECKING"), ("list[int]", "its type list[int]")])
+def test_option_of_a_type_that_none_can_have(capsys, tmp_path, kind, expected):
+    path = tmp_path / "own.py"
+    path.write_text(OWN.format(kind=kind))
+    assert expected in refused(capsys, "train", f"attention={path}:windows=3")
 
 
 FILES = {
@@ -184,6 +220,7 @@ FILES = {
     "recipe.py": ("x = 1\n", "configs = "),
     "raises.py": ("configs = [1 / 0]\n", "raises.py:1"),
     "wrong.py": ("configs = [3]\n", "configs[0]"),
+    "number.py": ("configs = 3\n", "configs = "),
 }
 
 
@@ -197,6 +234,23 @@ def test_malformed_file(capsys, tmp_path, name):
 def test_not_text(capsys, tmp_path):
     (tmp_path / "utf16.json").write_bytes(json.dumps({"lr": 1}).encode("utf-16"))
     assert "UTF-8" in refused(capsys, "train", f"@{tmp_path}/utf16.json")
+
+
+def test_file_that_cannot_be_read(capsys, tmp_path):
+    memory = pathlib.Path("/proc/self/mem")  # nobody may read its first byte, not even root
+    if not memory.exists():
+        pytest.skip("no /proc here")
+    (tmp_path / "closed.toml").symlink_to(memory)
+    assert "closed.toml: cannot be read" in refused(capsys, "train", f"@{tmp_path}/closed.toml")
+
+
+@pytest.mark.parametrize("place", ["taken", "file/report.html", "~nosuchuser/report.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(capsys, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").touch()
+    for command in ("bench", "compare"):
+        assert place in refused(capsys, command, "task=copy", "attention=full", "--report", place)
 
 
 COMMANDS = [
@@ -218,6 +272,8 @@ COMMANDS = [
         "compare",
         "compare attention=full,axial:shape=3x3",
         "frobnicate",
+        "show local --json --deep seq_len=32",
+        "list attention position",
     )
 ]
 

@@ -9,6 +9,7 @@ import pytest
 
 from xformers_lab import spec
 from xformers_lab.cli import main
+from xformers_lab.measure import speed
 
 TINY = ["task=copy", "dim=16", "batch=4", "steps=3", "eval_batches=1", "heads=2"]
 
@@ -58,6 +59,19 @@ def test_show_says_whose_pattern_it_draws(capsys, choice, which):
     assert f"columns the keys they see ({which}):" in capsys.readouterr().out
 
 
+def test_words_may_follow_flags(capsys):
+    assert main(["show", "local:window=2", "--json", "seq_len=6"]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] == 6
+    assert main(["show", "--json", "task=copy", "seq_len=6"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"].startswith("copy")
+
+
+def test_a_catalogue_in_a_pipe_is_not_folded(capsys):
+    assert main(["list", "attention"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(spec.names("attention"))
+
+
 def test_show_resolves_a_config(capsys):
     found = run(capsys, "show", "attention=local+full", "lr=1e-2")
     assert found["attention"] == "local:window=128:tokens=0+full" and found["lr"] == "0.01"
@@ -69,10 +83,30 @@ def test_bench_rows(capsys):
     )
     assert len(rows) == 8
     for row in rows:
+        assert row["checked"] is False and row["machine"]["processor"]
         assert row["status"] == "ok" and row["attention"] in ("full", "linear") and row["seq_len"] in (16, 32)
         assert 0 < row["seconds_min"] <= row["seconds_median"]
         assert row["tokens_per_second"] > 0 and row["flops"] > 0 and row["compile_seconds"] > 0
         assert "temp_bytes" in row or "peak_bytes" in row
+
+
+def test_an_unchecked_bench_says_so_wherever_it_is_read(capsys, tmp_path):
+    page = tmp_path / "b.html"
+    words = ["attention=full", "seq_len=16", "dim=16", "batch=1", "--rounds", "1", "--pass", "forward", "--no-check"]
+    assert main(["bench", *words, "--report", str(page)]) == 0
+    told = "without the conformance check"
+    assert told in capsys.readouterr().out and told in page.read_text()
+    assert f"xlab bench {' '.join(words)} --report" in page.read_text()
+
+
+def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "interleaved", interrupt)
+    words = ["attention=linear", "seq_len=16", "dim=16", "batch=1", "--no-check"]
+    rows = run(capsys, "bench", *words, code=130)
+    assert {row["status"] for row in rows} == {"interrupted"}
 
 
 def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
@@ -97,8 +131,18 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     for folder, stamp in kept.items():
         assert (pathlib.Path(folder, "result.json").stat().st_mtime_ns == stamp) == (folder != missing)
 
+    # Another machine draws: the page names the one that measured, and a cell that is from elsewhere is told.
+    monkeypatch.setattr(speed, "machine", lambda: {"processor": "the one that draws"})
     found = run(capsys, "report", "--out", "again.html")
-    assert found["rows"] == 3 and pathlib.Path("again.html").is_file()
+    page = pathlib.Path("again.html").read_text()
+    assert found["rows"] == 3 and "the one that draws" not in page and rows[0]["machine"]["processor"] in page
+    assert "different machines" not in page
+    saved = json.loads(pathlib.Path("runs/compare.json").read_text())
+    saved["rows"][0]["machine"]["processor"] = "Elsewhere 9000"
+    pathlib.Path("runs/compare.json").write_text(json.dumps(saved))
+    run(capsys, "report")
+    page = pathlib.Path("runs/report.html").read_text()
+    assert "different machines" in page and "processor Elsewhere 9000 (1 cell)" in page
 
 
 def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path):

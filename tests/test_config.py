@@ -1,6 +1,7 @@
 """The grammar and the config: what is written is what is run, in every format, and equal configs have one id."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from xformers_lab import spec
 from xformers_lab.config import Config, edit, identity, sweep
 from xformers_lab.errors import UsageError
 from xformers_lab.size import Size
+from xformers_lab.tasks import Setting
 
 
 def values(key: str, words: list[str]) -> list:
@@ -97,9 +99,64 @@ def test_a_choice_within_a_choice_stands_in_brackets():
         spec.parse("pre:normaliser=(powernorm")
 
 
-def test_every_choice_of_every_shelf_builds_from_its_name():
-    from xformers_lab.tasks import Setting
+@pytest.mark.parametrize("name", ["a,b.txt", "run:1.txt", "c++.txt", "(a)|(b).txt", "plain.txt"])
+def test_a_path_with_separators_in_it_stands_in_brackets(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(range(256)) * 40)
+    (config,), _ = sweep([f"task=lm:path=({tmp_path}/{name})", "seq_len=16"])
+    for text in (config.task, f"({config.task})", configs.canonical("task", config.task)):
+        assert spec.parse(text).options["path"] == f"{tmp_path}/{name}"
+    task = spec.build("task", config.task, Setting(seq_len=16, batch=2))
+    assert task.batch("train", 0).inputs.shape == (2, 16)
 
+
+@pytest.mark.parametrize("folder", ["a,b", "run:1", "c++"])
+def test_a_mechanism_in_a_folder_with_separators_stands_in_brackets(tmp_path, folder):
+    path = tmp_path / folder / "mine.py"
+    path.parent.mkdir()
+    path.write_text("from xformers_lab.attention.local import Local\n\n\nclass Mine(Local):\n    'One.'\n")
+    cells, _ = sweep([f"attention=({path}),({path}):window=4+full,full"])
+    assert len(cells) == 3
+    for cell, window in zip(cells[:2], (128, 4), strict=True):
+        mine = spec.resolve("attention", spec.split(cell.model.attention, "+")[0])
+        assert mine.options["window"] == window and spec.parse(str(mine)).name == str(path)
+        assert configs.from_dict(configs.to_dict(cell)) == cell and identity(cell)
+
+
+def test_what_a_run_stored_is_read_as_it_is(tmp_path):
+    config = Config(runs="a,b", task="lm:path=./a,b.txt")
+    assert edit(Config(), runs="a,b").runs == sweep(["runs=a,b"])[0][0].runs == "a,b"
+    with pytest.raises(UsageError, match="put it in brackets"):
+        sweep([f"task={config.task}"])
+    path = tmp_path / "config.json"
+    for kept in (config, edit(Config(), runs="1..3")):
+        configs.save(kept, path)
+        assert configs.stored(path) == kept == configs.from_dict(configs.to_dict(kept))
+    recipe = tmp_path / "grid.py"
+    recipe.write_text("from xformers_lab.config import Config\nconfigs = [Config(runs='a,b')]")
+    assert sweep([f"@{recipe}"])[0] == [Config(runs="a,b")]
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.toml").write_text('runs = "~/kept"\n')
+    assert sweep(["@~/base.toml"])[0][0].runs == sweep(["runs=~/kept"])[0][0].runs == f"{tmp_path}/kept"
+
+
+def test_a_file_of_ones_own_may_hold_dataclasses(tmp_path):
+    """Which look their module up in sys.modules; two files of one name stay apart."""
+    for number in (1, 2):
+        path = tmp_path / str(number) / "grid.py"
+        path.parent.mkdir()
+        path.write_text(
+            "from __future__ import annotations\nimport dataclasses\n\n\n@dataclasses.dataclass\nclass Point:\n"
+            f"    seed: int = {number}\n\n\nconfigs = [{{'seed': Point().seed}}]\n"
+        )
+        assert sweep([f"@{path}"])[0][0].seed == number
+    names = [name for name in sys.modules if name.endswith("_grid")]
+    assert len(names) == len(set(names)) >= 2 and "grid" not in sys.modules
+
+
+def test_every_choice_of_every_shelf_builds_from_its_name():
     for shelf in ("attention", "position", "norm", "normaliser", "ffn", "memory"):
         for name in spec.names(shelf):
             model_gives: dict[str, Any] = {"causal": False} if shelf == "position" else {}

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from rich.console import Console
 
-from xformers_lab.report import charts, findings, html, human, intervals, rows, table
+from xformers_lab.report import charts, findings, html, human, intervals, notes, pages, rows, table
 
 KEYS = ["task", "seq_len", "attention"]
 ATTENTIONS = ("full", "local:window=16", "strided:stride=8", "linear", "axial")
@@ -91,9 +91,7 @@ def printed(found, keys, width=100, terminal=False) -> str:
 
 
 def written(path: pathlib.Path, found, keys, **more) -> str:
-    words: dict = {"title": "Attention", "machine": {"CPU": "2 cores"}, "command": "xlab compare", "notes": ["a note"]}
-    words |= more
-    html.write_report(found, keys, path, **words)
+    html.write_report(found, keys, path, **({"title": "Attention", "command": "xlab compare"} | more))
     return path.read_text(encoding="utf-8")
 
 
@@ -169,6 +167,8 @@ def test_series_are_named_by_what_varies():
     assert rows.series(row, ["attention", "norm", "task", "seq_len", "seed"]) == "local:window=16 · post"
     assert rows.series(row, ["dim", "lr"]) == "dim=64 · lr=0.003"
     assert rows.series(row, ["seq_len"]) == "local:window=16"
+    recurrent = cell() | {"config": {"model": {"model": "lstm", "attention": "full"}}}
+    assert rows.series(recurrent, []) == "lstm · full"
 
 
 def test_memory_is_the_peak_where_a_device_tells_it():
@@ -195,6 +195,10 @@ def test_findings_with_seeds_say_what_cannot_be_told_apart():
     assert "Not distinguishable from a (paired 95 % interval): b." in said
     assert "No better than chance: d." in said
     assert "One seed" not in said
+    # What cannot be told apart is marked alike, though its mean is lower.
+    lines = printed(found, ["attention", "seed"]).splitlines()
+    assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
+    assert any("paired 95 % interval" in line for line in lines)
 
 
 def test_no_winner_is_named_where_nothing_beats_chance():
@@ -267,6 +271,68 @@ def test_bench_rows_show_time_and_growth():
     assert text.splitlines()[0] == "forward" and "2.6 ms" in text and "N^2.00" in text and "100 µs *" in text
 
 
+# ---- what must be known before numbers are compared -------------------------------------------------------------
+
+
+HERE, THERE = {"processor": "A", "jax": "1"}, {"processor": "B", "jax": "1"}
+
+
+def test_cells_of_different_machines_are_told_apart(tmp_path):
+    found = [cell(name, machine=HERE) for name in ("full", "linear")]
+    assert notes.of(found) == [] and notes.machines(found) == [(HERE, 2)]
+    mixed = [*found, cell("axial", machine=THERE), cell("lite"), failed("oom", "x", attention="fnet")]
+    (told,) = notes.of(mixed)
+    assert told.endswith("do not compare: processor A (2 cells); processor B (1 cell); not recorded (1 cell).")
+    assert told in " ".join(printed(mixed, ["attention"]).split())
+    page = written(tmp_path / "r.html", mixed, ["attention"])
+    assert told in page and "Machine of 2 cells" in page and "<dt>processor</dt><dd>B</dd>" in page
+
+
+def test_a_bench_tells_what_it_timed_otherwise():
+    one = bench("full", 64, 1e-3, 2.0)
+    others = [one | {"attention": "fnet", "timed": "call", "causal": False, "checked": True}]
+    assert notes.of([one | {"timed": "mix", "causal": True, "checked": True}, *others]) == [
+        "Timed as a whole layer with its projections, which the others are without: fnet.",
+        "Not causal, while the others are: fnet.",
+    ]
+    assert notes.of([one | {"timed": "mix", "causal": False, "checked": True}]) == []
+    assert "without the conformance check" in notes.of([one | {"checked": False}])[0]
+    assert notes.of([one | {"checked": False, "status": "failed"}]) == []
+    assert (
+        "YNNPACK" in notes.of([one | {"temp_bytes": 0}])[0]
+        and notes.of([one | {"temp_bytes": 0, "peak_bytes": 9}]) == []
+    )
+
+
+def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
+    trained = html._measures([cell(computation=2.5)])
+    assert "training step" in trained["tokens/s"] and "whole model" in trained["parameters"]
+    assert "layers/token" in trained and "state" not in trained
+    decoded = bench("full", 64, 1e-3, 1.0) | {"pass": "decode", "tokens_per_second": 9.0, "state_bytes": 2**20}
+    said = html._measures([decoded | {"parameters": 3}])
+    assert "one of each sequence" in said["tokens/s"] and "projections" in said["parameters"]
+    assert not any("training" in words for words in said.values())
+    page = written(tmp_path / "r.html", [decoded], ["attention"])
+    assert "What decoding keeps at 64 tokens" in page
+    assert "1 MiB" in page[page.index("<tbody>") :] and "best at its pass and length" in page
+    seeds = [cell(seed=seed) for seed in range(2)]
+    assert "by the mean over the seeds" in written(tmp_path / "s.html", seeds, ["attention", "seed"])
+
+
+def test_a_mechanism_alone_is_named_too(tmp_path):
+    found = [cell("local:window=16", seq_len=n) for n in (64, 128)]
+    assert "attention local:window=16" in printed(found, ["seq_len"])
+    page = written(tmp_path / "r.html", found, ["seq_len"])
+    assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
+
+
+def test_a_record_is_written_for_people():
+    page = io.StringIO()
+    pages.print_record(cell(), Console(file=page, width=40))
+    lines = dict(line.split(maxsplit=1) for line in page.getvalue().splitlines()[1:])
+    assert lines["seconds_median"] == "12 ms" and lines["temp_bytes"] == "3.4 MiB" and lines["parameters"] == "132,480"
+
+
 def test_no_rows_is_said():
     assert printed([], []) == "There are no rows to show.\n"
 
@@ -316,6 +382,21 @@ def test_computation_is_drawn_where_variants_differ_in_it():
     assert "far left and high" in drawn[title].note
     same = [row | {"computation": 4.0} for row in found]
     assert title not in [chart.title for chart in charts.of_group(rows.groups(same, KEYS)[0], names, KEYS)]
+
+
+def test_a_logarithmic_axis_says_what_it_has_no_place_for():
+    found = [cell("full", temp_bytes=0), cell("linear", temp_bytes=2**20)]
+    (group,) = rows.groups(found, KEYS)
+    chart = next(chart for chart in charts.of_group(group, ["full", "linear"], KEYS) if "memory" in chart.title)
+    assert "logarithmic, where 0 has no place: full." in chart.note
+    assert [item["name"] for item in chart.spec["data"]["values"]] == ["linear"]
+
+
+def test_a_thinned_curve_keeps_its_end():
+    found = [cell(name, curve=[[step, 1.0] for step in range(1, 951)]) for name in ATTENTIONS * 30]
+    (group,) = rows.groups(found, KEYS)
+    curve = charts.of_group(group, list(ATTENTIONS), KEYS)[-1]
+    assert {(line["step"][0], line["step"][-1]) for line in curve.spec["data"]["values"]} == {(1, 950)}
 
 
 def test_every_series_looks_different_and_keeps_its_look():
@@ -391,8 +472,9 @@ def test_the_policy_admits_exactly_the_scripts_and_the_style_of_the_file(page):
 
 
 def test_no_text_of_a_user_reaches_the_page_as_markup(tmp_path):
-    found = [row | {"id": PAYLOAD, "reason": PAYLOAD, "metric_name": PAYLOAD} for row in sample(HOSTILE)]
-    more = {"title": PAYLOAD, "machine": {PAYLOAD: PAYLOAD}, "command": PAYLOAD, "notes": [PAYLOAD]}
+    payload = {"id": PAYLOAD, "reason": PAYLOAD, "metric_name": PAYLOAD, "timed": "call", "checked": False}
+    found = [row | payload | {"machine": {PAYLOAD: f"{PAYLOAD}{at % 2}"}} for at, row in enumerate(sample(HOSTILE))]
+    more = {"title": PAYLOAD, "command": PAYLOAD}
     text = own(written(tmp_path / "r.html", found, [PAYLOAD, *KEYS], **more))
     assert "<img" not in text and '<script>document.title="owned"' not in text
     assert text.count("<script") == 3 and text.count("</script>") == 3
@@ -478,7 +560,7 @@ def browsed(path: pathlib.Path) -> str:
 def test_a_browser_draws_the_charts_and_runs_no_name(tmp_path):
     path = tmp_path / "report.html"
     found = [row | {"id": PAYLOAD, "metric_name": HOSTILE[-1]} for row in sample(HOSTILE)]
-    written(path, found, KEYS, title="harmless", command=PAYLOAD, notes=[PAYLOAD])
+    written(path, found, KEYS, title="harmless", command=PAYLOAD)
     seen = browsed(path)
     assert 'data-charts="drawn"' in seen[:2000]
     assert seen.count("<svg") >= 10 + len(HOSTILE)

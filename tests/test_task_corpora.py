@@ -346,7 +346,7 @@ def test_a_malformed_file_is_one_clear_message(tmp_path, name):
         ("text:path={}/classes", "too many to learn"),
         ("text:path={}/nothing", "no sub-folder with documents"),
         ("text:path={}/classes:text_column=text", "is no table"),
-        ("text:path={}/blank", "is empty"),
+        ("text:path={}/blank", "blank/a/1.txt is empty: every document needs text"),
         ("text:hub={}", "use path="),
         ("lm:path={}/rows.csv:column=txet", 'did you mean "text"'),
         ("lm:path={}/note.txt:column=text", "is no csv"),

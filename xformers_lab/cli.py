@@ -16,7 +16,8 @@ WORDS = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
 Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
-module path, or the path of a .py file of your own."""
+module path, or the path of a .py file of your own. What has , : or + in it stands in brackets, which a shell wants
+quoted: "task=lm:path=(notes,old.txt)"."""
 
 
 # What `bench --pass` may say.
@@ -28,14 +29,19 @@ BENCH_PASSES = {
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
 SEARCHING = ("length_penalty",)
+# Arguments that are paths, with the flag that gives each; and those of files that a command writes.
+PATHS = {"runs": "--runs", "run_dir": "RUN_DIR", "report": "--report", "out": "--out", "svg": "--svg"}
+PATHS |= {"folder": "--folder"}
+WRITTEN = ("report", "out", "svg")
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; -> its exit code (0 ok, 1 our bug, 2 usage, 3 run failed, 4 integrity, 5 some cells failed)."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _parsed(sys.argv[1:] if arguments is None else arguments)
     try:
+        _locate(chosen)
         return chosen.run(chosen)
     except LabError as error:
         print(f"xlab {chosen.command}: {error}", file=sys.stderr)
@@ -50,6 +56,34 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         print("xlab: this is a bug of the laboratory, not of your input; the lines above say where", file=sys.stderr)
         return 1
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The command and what it was given; words may stand before, between and after flags."""
+    parser = _parser()
+    chosen, left = parser.parse_known_args(arguments)
+    flags = [word for word in left if word.startswith("-")]
+    if flags or (left and not hasattr(chosen, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(flags or left)}")
+    if left:
+        chosen.words = [*chosen.words, *left]
+    chosen.given = arguments
+    return chosen
+
+
+def _locate(chosen) -> None:
+    """Paths given with flags, with the home folder for ~; what cannot be written is refused before anything runs."""
+    for name, flag in PATHS.items():
+        if (text := getattr(chosen, name, None)) is None:
+            continue
+        path = configs.spec.located(text, flag)
+        if name in WRITTEN:
+            if path.is_dir():
+                raise UsageError(f"{flag} {text}: a folder is there; name a file")
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            if not above.is_dir():
+                raise UsageError(f"{flag} {text}: {above} is no folder")
+        setattr(chosen, name, str(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,20 +361,20 @@ def _bench(chosen) -> int:
     chosen.passes = chosen.passes if words == chosen.words else "decode"
     cells, varied = configs.sweep(words)
     from xformers_lab import progress
-    from xformers_lab.measure import bench, speed
-    from xformers_lab.report import html, table
+    from xformers_lab.measure import bench
+    from xformers_lab.report import table
 
     passes = BENCH_PASSES[chosen.passes]
-    with progress.cells(len(cells), quiet=chosen.json) as tell:
-        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell.line)
+    with progress.words(quiet=chosen.json) as tell:
+        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell)
     code = _print(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
     if chosen.report:
-        path = pathlib.Path(chosen.report)
-        title = "What the mechanisms cost"
-        html.write_report(
-            rows, [*varied, "pass"], path, title=title, machine=speed.machine(), command=_command(chosen), notes=[]
-        )
+        path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
+        _write_report(rows, [*varied, "pass"], _command(chosen), path, title)
         print(f"report: {path}", file=sys.stderr)
+    if any(row["status"] == "interrupted" for row in rows):
+        print("interrupted: the rows say what was measured before", file=sys.stderr)
+        return 130
     return code if all(row["status"] == "ok" for row in rows) else 5
 
 
@@ -355,7 +389,7 @@ def _compare(chosen) -> int:
     refused = run.check_cells(cells, skip_impossible=chosen.skip_impossible)
     done = sum(run.stored(cell) is not None for cell in cells)
     print(f"{len(cells)} cells, {done} already done", file=sys.stderr)
-    with progress.cells(len(cells), quiet=chosen.json) as tell:
+    with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
         rows, interrupted = run.compare(
             cells, varied, refused=refused, started=tell.started, stepped=tell.stepped, finished=tell.finished
         )
@@ -384,13 +418,17 @@ def _report(chosen) -> int:
     return _print(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
 
 
-def _write_report(rows: list[dict], varied: list[str], command: str, path: pathlib.Path) -> pathlib.Path:
-    from xformers_lab.measure import speed
+def _write_report(
+    rows: list[dict],
+    varied: list[str],
+    command: str,
+    path: pathlib.Path,
+    title: str = "Which variant, and what it costs",
+) -> pathlib.Path:
     from xformers_lab.report import html
 
-    title = "Which variant, and what it costs"
     try:
-        html.write_report(rows, varied, path, title=title, machine=speed.machine(), command=command, notes=[])
+        html.write_report(rows, varied, path, title=title, command=command)
     except OSError as error:
         raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
     return path
@@ -435,7 +473,7 @@ def _print(chosen, value, table) -> int:
 
 
 def _command(chosen) -> str:
-    return shlex.join(["xlab", chosen.command, *chosen.words])
+    return shlex.join(["xlab", *chosen.given])
 
 
 def _run_dir(chosen) -> pathlib.Path:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import tomllib
@@ -27,13 +28,15 @@ def knob(
     least: float | None = None,
     below: float | None = None,
     same_result: bool = False,
+    folder: bool = False,
 ):
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
-    `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id.
+    `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
+    a path, which is one value whatever stands in it.
     """
-    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "same_result": same_result}
-    return dataclasses.field(default=default, metadata=rules)
+    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=rules | {"same_result": same_result, "folder": folder})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Model:
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
     depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
     memory: str = knob("none", "what survives a segment", shelf="memory")
-    dim: int = knob(64, "model width D", least=1)
-    layers: int = knob(2, "number of layers L", least=1)
-    heads: int = knob(2, "query heads N", least=1)
+    # The greatest sizes: beyond them products of two overflow in the compiler, which ends the process.
+    dim: int = knob(64, "model width D", least=1, below=2**20)
+    layers: int = knob(2, "number of layers L", least=1, below=2**16)
+    heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
@@ -58,7 +62,7 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Train:
     steps: int = knob(300, "optimizer steps", least=1)
-    batch: int = knob(32, "sequences per step B, over all devices", least=1)
+    batch: int = knob(32, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
     lr: float = knob(1e-3, "peak learning rate", least=0)
@@ -75,9 +79,9 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Config:
     task: str = knob("mqar", "data, loss and metric", shelf="task")
-    seq_len: int = knob(64, "tokens per sequence T", least=1)
-    seed: int = knob(0, "seed of parameters and data", least=0)
-    runs: str = knob("runs", "folder that holds the runs", same_result=True)
+    seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
+    seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
+    runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     model: Model = dataclasses.field(default_factory=Model)
     train: Train = dataclasses.field(default_factory=Train)
 
@@ -95,6 +99,8 @@ def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str
 
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
+MOST_CELLS = 100_000
+LARGEST = 2**31  # counts are 32-bit numbers on every device
 
 
 def get(config: Config, key: str):
@@ -120,11 +126,12 @@ def typed(key: str, value, where: str = "") -> Any:
     least, below = field.metadata["least"], field.metadata["below"]
     if value is not None and least is not None and value < least:
         raise UsageError(f"{where}: {key} must be at least {least}")
+    below = LARGEST if below is None and isinstance(value, int) else below
     if value is not None and below is not None and value >= below:
-        raise UsageError(f"{where}: {key} must be below {below}")
+        raise UsageError(f"{where}: {key} must be below {below:,}")
     if field.metadata["shelf"]:
         canonical(key, value, where)
-    return value
+    return str(spec.located(str(value), where)) if field.metadata["folder"] else value
 
 
 def canonical(key: str, value, where: str = ""):
@@ -141,14 +148,20 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(tree: Mapping, where: str = "config") -> Config:
-    """The one config of a nested or flat mapping; raises UsageError on anything unknown or ill-typed."""
-    return edit(Config(), **{key: one(values, key, where) for key, values in axes_of(tree, where).items()})
+    """The one config of a nested or flat mapping; raises UsageError on anything unknown or ill-typed.
+
+    Text is taken as it is: a comma in it is a comma.
+    """
+    axes = axes_of(tree, where, sweeps=False)
+    for key, values in axes.items():
+        if len(values) != 1:
+            raise UsageError(f"{where}: {key} has {len(values)} values; only compare and bench sweep")
+    return edit(Config(), **{key: value for key, (value,) in axes.items()})
 
 
-def one(values: list, key: str, where: str):
-    if len(values) != 1:
-        raise UsageError(f"{where}: {key} has {len(values)} values; only compare and bench sweep")
-    return values[0]
+def stored(path: pathlib.Path) -> Config:
+    """The config that a run left in a file; raises UsageError where it is none."""
+    return from_dict(_tree(path, str(path)), str(path))
 
 
 def identity(config: Config) -> str:
@@ -177,7 +190,8 @@ def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
     """The grid of configs that command-line words describe, and the keys that vary.
 
     Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
-    recipe `@file.py` that defines `configs`. Later words win over earlier ones.
+    recipe `@file.py` that defines `configs`. Later words win over earlier ones. A value with a comma in it stands in
+    brackets.
     """
     bases, axes = [{}], {}
     for word in words:
@@ -194,7 +208,10 @@ def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
         key = _leaf(key, word)
         if text == "":
             raise UsageError(f'"{word}" has no value')
-        axes[key] = [typed(key, value, f"{key}={value}") for value in _spread(key, text, word)]
+        axes[key] = _typed_all(key, _spread(key, text, word), text)
+    cells = sum(math.prod(map(len, (base | axes).values())) for base in bases)
+    if cells > MOST_CELLS:
+        raise UsageError(f"these words make {cells:,} cells; at most {MOST_CELLS:,} at once")
     configs: dict[Config, None] = {}
     for base in bases:
         merged = base | axes
@@ -228,8 +245,9 @@ def single(words: Iterable[str]) -> Config:
     return configs[0]
 
 
-def axes_of(tree: Mapping, where: str) -> dict[str, list]:
-    """Leaf name -> its values, from a nested or flat mapping; a list on a scalar field is a sweep."""
+def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list]:
+    """Leaf name -> its values, from a nested or flat mapping; a list on a scalar field is a sweep, and so is text that
+    reads like one, if it may: what a run stored is no sweep."""
     axes: dict[str, list] = {}
 
     def walk(branch: Mapping, path: tuple[str, ...]):
@@ -244,12 +262,11 @@ def axes_of(tree: Mapping, where: str) -> dict[str, list]:
             leaf = _leaf(".".join((*path, key)), where)
             if leaf in axes:
                 raise UsageError(f'{where}: "{leaf}" is given twice')
-            listed = (
-                value if isinstance(value, list) else _spread(leaf, value, where) if isinstance(value, str) else [value]
-            )
+            text = value if sweeps and isinstance(value, str) else ""
+            listed = _spread(leaf, text, where) if text else value if isinstance(value, list) else [value]
             if not listed:
                 raise UsageError(f'{where}: "{leaf}" is an empty list')
-            axes[leaf] = [typed(leaf, item, f"{where}: {leaf}={spec.show(item)}") for item in listed]
+            axes[leaf] = _typed_all(leaf, listed, text, f"{where}: ")
 
     walk(tree, ())
     return axes
@@ -257,16 +274,21 @@ def axes_of(tree: Mapping, where: str) -> dict[str, list]:
 
 def load(name: str) -> list[dict[str, list]]:
     """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place."""
-    path = pathlib.Path(name).expanduser()
+    path = spec.located(name, f"@{name}")
     if not path.is_file():
         raise UsageError(f'@{name}: no file "{name}"')
-    if path.suffix == ".py":
-        return _recipe(path)
+    return _recipe(path) if path.suffix == ".py" else [axes_of(_tree(path, name), name)]
+
+
+def _tree(path: pathlib.Path, name: str) -> Mapping:
+    """What a file of keys and values holds; raises UsageError with the place."""
     readers = {".toml": _toml, ".json": _json, ".yaml": _yaml, ".yml": _yaml}
     if path.suffix not in readers:
         raise UsageError(f'@{name}: unknown kind "{path.suffix}": {nearest(path.suffix, [*readers, ".py"], "kinds")}')
     try:
         tree = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except RecursionError:
@@ -275,7 +297,7 @@ def load(name: str) -> list[dict[str, list]]:
         raise UsageError(f"{name}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, Mapping):
         raise UsageError(f"{name}: must hold keys and values, got {type(tree).__name__}")
-    return [axes_of(tree, name)]
+    return tree
 
 
 def save(config: Config, path: pathlib.Path) -> None:
@@ -313,8 +335,24 @@ def _leaf(key: str, where: str) -> str:
     )
 
 
+def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
+    """Every value of an axis, typed; `text` is what the values were spread from, if they were.
+
+    Where one of those is nothing, a comma in a path may have made it.
+    """
+    try:
+        return [typed(key, value, f"{where}{key}={spec.show(value)}") for value in values]
+    except UsageError as error:
+        if len(values) > 1 and LEAVES[key][1].metadata["shelf"] and re.search(r"[./]", text):
+            hint = f"{text} reads as {len(values)} values: a path with a comma in it, put it in brackets"
+            raise UsageError(f"{error} ({hint})") from None
+        raise
+
+
 def _spread(key: str, text: str, where: str) -> list[str]:
     """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
+    if LEAVES[key][1].metadata["folder"]:
+        return [text]
     values = []
     for part in spec.split(text, ","):
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
@@ -373,12 +411,17 @@ def _yaml(text: str):
 def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
     module = spec.run_file(path, f"@{path}")
     listed = getattr(module, "configs", None)
-    if listed is None:
+    if not isinstance(listed, (list, tuple)):
         raise UsageError(f"@{path}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
-    trees = [to_dict(item) if isinstance(item, Config) else item for item in listed]
-    for number, tree in enumerate(trees):
-        if not isinstance(tree, Mapping):
-            raise UsageError(f"@{path}: configs[{number}] is a {type(tree).__name__}, not a Config or a mapping")
-    if not trees:
+    found = []
+    for number, item in enumerate(listed):
+        where = f"{path}: configs[{number}]"
+        if isinstance(item, Config):
+            found.append(axes_of(to_dict(item), where, sweeps=False))
+        elif isinstance(item, Mapping):
+            found.append(axes_of(item, where))
+        else:
+            raise UsageError(f"@{where} is a {type(item).__name__}, not a Config or a mapping")
+    if not found:
         raise UsageError(f"@{path}: configs is empty")
-    return [axes_of(tree, f"{path}: configs[{number}]") for number, tree in enumerate(trees)]
+    return found

@@ -3,13 +3,13 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from xformers_lab.config import Config
+from xformers_lab.config import Config, get
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -53,13 +53,15 @@ def steps(title: str) -> Iterator:
 class Cells:
     """Progress of a grid: one bar for the cells, one for the steps of the cell that trains."""
 
-    def __init__(self, total: int, bar: Progress | None, quiet: bool):
+    def __init__(self, total: int, bar: Progress | None, quiet: bool, varied: Sequence[str]):
         self.total, self.bar, self.quiet, self.at = total, bar, quiet, ""
+        self.varied = [key for key in varied if key not in ("task", "attention", "seq_len")]
         if bar is not None:
             self.grid, self.cell = bar.add_task("cells", total=total), bar.add_task("", visible=False)
 
     def started(self, index: int, cell: Config) -> None:
-        self.at = f"{cell.task} · {cell.model.attention} · {cell.seq_len}"
+        words = [f"{key}={get(cell, key)}" for key in self.varied]
+        self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
         if self.bar is not None:
             self.bar.update(self.cell, description=escape(self.at), completed=0, total=cell.train.steps, visible=True)
 
@@ -81,23 +83,27 @@ class Cells:
             print(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}", file=sys.stderr, flush=True)
         self.at = ""
 
-    def line(self, text: str) -> None:
-        """What is being done now, in words."""
-        if self.bar is not None:
-            self.bar.update(self.grid, description=escape(text), advance=0)
-        elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+
+@contextlib.contextmanager
+def cells(total: int, varied: Sequence[str] = (), *, quiet: bool = False) -> Iterator[Cells]:
+    """varied: keys that tell the cells apart; quiet: no plain lines where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Cells(total, None, quiet, varied)
+        return
+    with _bar(console) as bar:
+        yield Cells(total, bar, quiet, varied)
 
 
 @contextlib.contextmanager
-def cells(total: int, *, quiet: bool = False) -> Iterator[Cells]:
-    """quiet: no plain lines where stderr is no terminal."""
+def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A callable (text) that says what is being done now; quiet: no lines where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Cells(total, None, quiet)
+        yield (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
         return
-    with _bar(console) as bar:
-        yield Cells(total, bar, quiet)
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, int], None]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -47,7 +48,8 @@ class Choice:
     options: dict[str, object]
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{key}={show(value)}" for key, value in self.options.items())])
+        """The text that `parse` reads back."""
+        return ":".join([_quoted(self.name), *(f"{key}={_quoted(show(value))}" for key, value in self.options.items())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,28 +86,49 @@ def split(text: str, separator: str) -> list[str]:
     return parts
 
 
+def bare(text: str) -> str:
+    """The text without the one pair of brackets that encloses all of it, if there is one: (a) but not (a)|(b)."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return text[1:-1] if place and place == len(text) - 1 else text
+    return text
+
+
 def parse(text: str, where: str = "") -> Choice:
     """Split `name:option=value:...`; raises UsageError where it cannot be read.
 
-    A value that is a choice itself stands in brackets where it has options: `pre:normaliser=(powernorm:decay=0.95)`.
+    What has a separator in it stands in brackets, which are no part of it: a choice with options as the value of an
+    option, `pre:normaliser=(powernorm:decay=0.95)`, and a path, `lm:path=(a:b.txt)` or `(a:b.py):window=4`.
     """
     where, text = where or text, str(text).strip()
-    if text.startswith("(") and text.endswith(")"):
-        text = text[1:-1]
+    whole = bare(text)
+    text = text if _is_file(whole) and any("=" not in part for part in split(whole, ":")[1:]) else whole
     name, *rest = split(text, ":")
+    name = bare(name)
     if not name:
         raise UsageError(f'{where}: a choice starts with a name, got "{text}"')
     options: dict[str, object] = {}
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise UsageError(f'{where}: "{part}" is not option=value (write {name}:option=value:option=value)')
+            raise UsageError(
+                f'{where}: "{part}" is not option=value (write {name}:option=value:option=value; '
+                "what has : or , in it, put it in brackets)"
+            )
         if key in options:
             raise UsageError(f'{where}: option "{key}" is given twice')
         if value.startswith("(") and value.count("(") != value.count(")"):
             raise UsageError(f'{where}: the brackets of "{value}" are not closed')
-        options[key] = value
+        options[key] = bare(value)
     return Choice(name, options)
+
+
+def _quoted(text: str) -> str:
+    """The text in brackets if it needs them to be read back as one."""
+    separated = any(len(split(text, separator)) > 1 for separator in ":,+")
+    return f"({text})" if separated or bare(text) != text else text
 
 
 def entry(shelf: str, name: str, where: str = "") -> Any:
@@ -123,7 +146,14 @@ def entry(shelf: str, name: str, where: str = "") -> Any:
 
 def options(build: Callable) -> dict[str, Option]:
     """What a constructor declares: keyword-only parameters with a default; help from the docstring's `Options:`."""
-    hints = typing.get_type_hints(_constructor(build))
+    try:
+        hints = typing.get_type_hints(_constructor(build))
+    except Exception as error:
+        name, reason = getattr(build, "__name__", build), f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"{_file_of(build)}: the annotations of {name} cannot be read ({reason}); what they name must be imported "
+            "where the file runs, not under TYPE_CHECKING alone"
+        ) from None
     help_lines = dict(re.findall(r"^\s+(\w+): (.+)$", (inspect.getdoc(build) or "").partition("Options:")[2], re.M))
     found = {}
     for name, parameter in inspect.signature(_constructor(build)).parameters.items():
@@ -131,6 +161,14 @@ def options(build: Callable) -> dict[str, Option]:
             kind = hints.get(name, type(parameter.default))
             found[name] = Option(name, kind, parameter.default, help_lines.get(name, ""))
     return found
+
+
+def _file_of(build: Callable) -> str:
+    """The file that defines something, as far as that is known."""
+    try:
+        return inspect.getsourcefile(build) or build.__module__
+    except (OSError, TypeError):
+        return build.__module__
 
 
 def _constructor(build: Callable) -> Callable:
@@ -175,7 +213,7 @@ def build(shelf: str, text: str, size=None, *, where: str = "", **given):
     provided = {name: value for name, value in given.items() if name in parameters}
     try:
         return target(size, **choice.options, **provided)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{where}: {error}") from error
 
 
@@ -207,14 +245,30 @@ def coerce(value, kind, where: str) -> Any:
     try:
         return _SCALARS[kind](value)
     except KeyError:
-        raise TypeError(f"{where}: options of type {kind} are not supported") from None
+        kinds = ", ".join(scalar.__name__ for scalar in _SCALARS)
+        raise UsageError(
+            f"{where}: its type {kind} is none that an option can have; declare one of {kinds}, a Literal, "
+            "a tuple of them, or one of these | None"
+        ) from None
     except (ValueError, TypeError, OverflowError):
         raise UsageError(f'{where} wants {_WANTED[kind]}, got "{value}"') from None
 
 
 def run_file(path: pathlib.Path, where: str) -> types.ModuleType:
     """The module of a Python file the user named; whatever it raises becomes one message with file and line."""
-    return _imported(functools.partial(_from_file, path.expanduser().resolve()), str(path), where)
+    return _imported(functools.partial(_from_file, path.resolve()), str(path), where)
+
+
+def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
+    """A path as the user wrote it, with the home folder for ~; raises UsageError where there can be none."""
+    try:
+        path = pathlib.Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        shown = f"{str(text)[:60]}..." if len(str(text)) > 80 else text
+        raise UsageError(f'{where[:100]}: "{shown}" is no path ({reason})') from None
+    return path
 
 
 def show(value) -> str:
@@ -270,10 +324,17 @@ def _is_file(name: str) -> bool:
 
 @functools.cache
 def _from_file(path: pathlib.Path) -> types.ModuleType:
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    # Registered as an import would: dataclasses and annotations look their module up. The name is the path's own, for
+    # two files may be called alike, and a module that Python knows is never hidden.
+    name = f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -282,9 +343,11 @@ def _module(shelf: str, name: str, where: str) -> types.ModuleType:
         package = ".".join(folder(shelf).relative_to(_PACKAGE.parent).parts)
         return importlib.import_module(f"{package}.{name}")
     if _is_file(name):
-        path = pathlib.Path(name).expanduser().resolve()
+        path = located(name, where)
         if not path.is_file():
             raise UsageError(f'{where}: no file "{name}"')
+        if path.suffix != ".py":
+            raise UsageError(f'{where}: "{name}" is no Python file: its name must end in .py')
         return run_file(path, where)
     if "." in name and all(part.isidentifier() for part in name.split(".")):
         if str(pathlib.Path.cwd()) not in sys.path:
@@ -306,7 +369,7 @@ def _imported(load: Callable[[], types.ModuleType], name: str, where: str) -> ty
     """Run an outsider's file; whatever it raises becomes one message that names the file and the line."""
     try:
         return load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace, line = error.__traceback__, ""
         while trace is not None:
             if not trace.tb_frame.f_code.co_filename.startswith("<frozen"):

@@ -2,9 +2,10 @@
 
 Timed is the mechanism itself, `mix` on projected heads, q (B, T, N, H) and k, v (B, T, K, H): no projections, no
 position, no padding. A mechanism that is not per head and overrides `__call__` is timed on (B, T, D) with all that it
-does; the row says which, `timed`: "mix" or "call". With forward+backward come the gradients of every input and of the
-mechanism's own parameters. B, N, K, D and the type come from the config; it is causal where the mechanism can be and
-`model` is auto or causal (a decoder), and the row says so.
+does; the row says which, `timed`: "mix" or "call", of a prefill "mix_steps" or "decode_several", of one more token
+"mix_step" or "decode". With forward+backward
+come the gradients of every input and of the mechanism's own parameters. B, N, K, D and the type come from the config;
+it is causal where the mechanism can be and `model` is auto or causal (a decoder), and the row says so.
 """
 
 import contextlib
@@ -63,14 +64,15 @@ def bench(
     "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T
     (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
     the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
-    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None.
+    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None. checked says whether
+    the mechanism's conformance was asked for, machine what measured.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
     the rows measured so far come back, the rest as "interrupted". progress is told in words what is being done. Raises
     UsageError, before anything is compiled, at a config that cannot be.
     """
-    cells = _cells(configs, passes)
+    cells = _cells(configs, passes, check)
     reports: dict[str, str | None] = {}
     try:
         for length in sorted({cell.config.seq_len for cell in cells}):
@@ -173,7 +175,7 @@ def subject(config: Config, direction: str) -> Subject:
                 return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
             return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
 
-        return Subject(decode, own, (cache, token), count, "mix_step", True, keeps=True)
+        return Subject(decode, own, (cache, token), count, "decode" if whole else "mix_step", True, keeps=True)
     if direction == "prefill":
         _cache(layer, choice, batch, size)
 
@@ -208,19 +210,20 @@ def _cache(layer: Attention, choice: str, batch: int, size: Size):
     return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
 
 
-def _cells(configs: Sequence[Config], passes: Sequence[str]) -> list[Cell]:
+def _cells(configs: Sequence[Config], passes: Sequence[str], check: bool) -> list[Cell]:
     """Every cell with its row begun; raises UsageError at what cannot be."""
     for direction in passes:
         if direction not in PASSES:
             raise UsageError(f'bench: no pass "{direction}": {nearest(direction, PASSES, "passes")}')
-    cells, keys = [], (*varied(list(configs)), "attention", "seq_len")
+    cells, keys, machine = [], (*varied(list(configs)), "attention", "seq_len"), speed.machine()
     for config in configs:
         choice = config.model.attention
-        if "+" in choice:
-            parts = choice.replace("+", ",")
+        if len(mechanisms := spec.split(choice, "+")) > 1:
+            parts = ",".join(mechanisms)
             raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
         swept = {key: get(config, key) for key in keys}
-        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED) | {"config": to_dict(config)}
+        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED)
+        blank |= {"checked": check, "machine": machine, "config": to_dict(config)}
         mine = [Cell(config, direction, swept | {"pass": direction} | blank) for direction in passes]
         cells += mine
         try:

@@ -100,7 +100,7 @@ def check_config(config: Config) -> Task:
     task = build_task(config)
     try:
         jax.eval_shape(lambda: _forward_once(config, task))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(str(error)) from None
     return task
 

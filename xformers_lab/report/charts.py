@@ -51,7 +51,10 @@ class Measure:
 
 TOKENS = Measure("tokens_per_second", "tokens/s", human.rate, "format(datum.value, '~s')", log=True)
 COMPUTATION = Measure(
-    "computation", "layers per token", lambda value: f"{value:.3g} layers per token", "format(datum.value, '~r')"
+    "computation",
+    "layers per token",
+    lambda value: f"{human.significant(value)} layers per token",
+    "format(datum.value, '~r')",
 )
 SECONDS = Measure(
     "seconds_median",
@@ -71,6 +74,7 @@ MEMORY = Measure(
     log=True,
     binary=True,
 )
+STATE = dataclasses.replace(MEMORY, name="state_bytes", title="state")
 
 
 def look(names: Sequence[str]) -> list[dict]:
@@ -91,6 +95,7 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> 
         _by_length(group, names, quality, _capital(quality.title), direction, chance),
         _by_length(group, names, speed, "Time of a pass" if group.bench else "Training speed", less, None),
         _by_length(group, names, MEMORY, _memory_title(group), "less is better", None),
+        _by_length(group, names, STATE, "What decoding keeps", "less is better", None),
     ]
     if not group.bench:
         charts += [
@@ -130,6 +135,8 @@ def _by_length(
     near, words = _chance(data, chance)
     if measure.log:
         note = f"{note}; {'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
+        zeros = [point.series for point in group.points if (found := point.estimate(measure.name)) and found.mean <= 0]
+        note += f", where 0 has no place: {human.listing(list(dict.fromkeys(zeros)))}" if zeros else ""
     spread = "; bars: 95\u00a0% interval" if any("low" in item for item in data) else ""
     axis = _axis(measure, _ends(data, near), near)
     build = _lines if len(lengths) > 1 else _dots
@@ -208,8 +215,8 @@ def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> C
         kept = [
             (step, loss) for step, loss in curve if human.number(loss) is not None and human.number(step) is not None
         ]
-        kept = kept[:: max(1, math.ceil(len(kept) / most))]
         if kept:
+            kept = [*kept[: -1 : max(1, math.ceil(len(kept) / most))], kept[-1]]
             series = rows.series(row, varied)
             at = {"series": names.index(series), "name": series, "length": rows.length(row) or 0, "cell": len(data)}
             data.append(at | {"step": [step for step, _ in kept], "loss": [_short(loss) for _, loss in kept]})

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from xformers_lab.errors import UsageError
-from xformers_lab.report import charts, findings, human, patterns, rows
+from xformers_lab.report import charts, findings, human, notes, patterns, rows
 
 HERE = pathlib.Path(__file__).parent
 
@@ -28,6 +28,8 @@ COLUMNS = (
     ("least time", "seconds_min", human.duration),
     ("compile", "compile_seconds", human.duration),
     ("memory", "memory", human.size),
+    ("state", "state_bytes", human.size),
+    ("layers/token", "computation", human.significant),
     ("FLOPs", "flops", human.count),
     ("parameters", "parameters", human.count),
     ("loss", "loss", human.score),
@@ -54,11 +56,12 @@ def write_report(
     path: pathlib.Path | str,
     *,
     title: str,
-    machine: Mapping,
     command: str,
-    notes: Sequence[str],
 ) -> None:
-    """Write the rows as one HTML file, replaced as a whole; raises UsageError where vl-convert or jinja2 is missing."""
+    """Write the rows as one HTML file, replaced as a whole.
+
+    Raises UsageError where vl-convert or jinja2 is missing, and OSError where the file cannot be written.
+    """
     try:
         import jinja2
 
@@ -85,13 +88,14 @@ def write_report(
     page = pages.get_template("page.html.jinja").render(
         title=human.plain(title),
         tally=_tally(found),
-        notes=[human.plain(note) for note in notes],
+        notes=[human.plain(note) for note in notes.of(found)],
         groups=groups,
         legend=charts.look(names),
         patterns=patterns.figures(found),
         table=_table(found, varied_keys),
+        best=_what_is_bold(found),
         command=command,
-        machine={human.plain(key): human.plain(value) for key, value in machine.items()},
+        machines=_machines(found),
         shared=shared,
         cells=cells,
         measures=_measures(found),
@@ -103,8 +107,12 @@ def write_report(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _section(group: rows.Group, names: Sequence[str], varied: Sequence[str], drawn: list[dict]) -> dict:
@@ -135,7 +143,7 @@ def _table(found: Sequence[dict], varied: Sequence[str]) -> dict:
     groups = rows.groups(found, varied)
     keys = ["task"] if any(group.task is not None for group in groups) else []
     keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in found)]
-    keys += [key for key in varied if key not in keys]
+    keys += [key for key in rows.named_by(varied) if key not in keys]
     measured = [column for column in COLUMNS if any(rows.measure(row, column[1]) is not None for row in found)]
     scored = any(rows.measure(row, "metric") is not None for row in found)
     heads = [*keys, *(["metric", "chance"] if scored else []), *(column[0] for column in measured), "outcome"]
@@ -174,7 +182,25 @@ def _best(group: rows.Group) -> dict[str, set]:
     """For the metric and the speed: the series and length of each point that is the best of its length."""
     lengths = {point.seq_len for point in group.points}
     measured = ("metric", group.speed)
-    return {name: {(point.series, at) for at in lengths for point in group.best(at, name)} for name in measured}
+    return {name: {(point.series, at) for at in lengths for point in group.leading(at, name)} for name in measured}
+
+
+def _what_is_bold(found: Sequence[dict]) -> str:
+    where = "at its pass and length" if any(row.get("kind") == "bench" for row in found) else "at its task and length"
+    tested = ", by the mean over the seeds; of the metric also what the paired 95 % interval does not tell from it"
+    return f"best {where}" + (tested if rows.seeds(found) > 1 else "")
+
+
+def _machines(found: Sequence[dict]) -> list[dict]:
+    """What measured the cells, each with a heading."""
+    known = notes.machines(found)
+    return [
+        {
+            "title": "Machine" if len(known) == 1 else f"Machine of {count} cells",
+            "facts": {human.plain(key): human.plain(value) for key, value in machine.items()},
+        }
+        for machine, count in known
+    ]
 
 
 def _key(row: dict, key: str) -> Cell:
@@ -235,22 +261,41 @@ def _measures(found: Sequence[dict]) -> dict[str, str]:
         said[human.listing(metrics) or "metric"] = "Measured after training, on examples that training never saw."
     if any(human.number(row.get("chance")) is not None for row in found):
         said["chance"] = "What guessing scores on the task."
+    what = "pass" if bench else "training step"
+    if bench:
+        said["what is timed"] = (
+            "A mechanism alone, on projected queries, keys and values: no projections, no position. One that is not "
+            "per head is timed as a whole layer, and a note says so. Decode: one more token after a context of seq_len."
+        )
     if has("tokens_per_second"):
-        said["tokens/s"] = "Tokens of one batch over the median time of a training step; compiling is left out."
+        decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in found) else ""
+        said["tokens/s"] = f"Tokens of one batch{decoded} over the median time of a {what}; compiling is left out."
     if has("seconds_median"):
-        what = "pass" if bench else "training step"
         said["time"] = f"Median over the timed runs of one {what}, after compiling; the least is beside it."
     if has("compile_seconds"):
-        said["compile"] = "Time from the traced program to one that runs, once for each cell."
+        said["compile"] = "Time to trace, lower and compile, once for each cell; a hit of JAX's cache counts as it is."
     if any(rows.ok(row) and row.get("peak_bytes") is not None for row in found):
-        said["memory (device)"] = "Peak that the accelerator's allocator reports: parameters, states and temporaries."
+        said["memory (device)"] = (
+            "What XLA plans for the compiled pass: inputs, outputs and temporaries."
+            if bench
+            else "Peak that the accelerator's allocator reports: parameters, states and temporaries."
+        )
     if any(rows.ok(row) and row.get("peak_bytes") is None and row.get("temp_bytes") is not None for row in found):
-        said["memory (CPU)"] = "Temporary buffers XLA plans for the compiled program; parameters and batch not counted."
+        said["memory (CPU)"] = (
+            f"Temporary buffers XLA plans for the compiled {what}; inputs and parameters are not counted, nor what its "
+            "YNNPACK kernels take for themselves, so that 0 B may be far from the truth."
+        )
+    if has("state_bytes"):
+        said["state"] = "What decoding keeps of a context of seq_len tokens, for the whole batch."
+    if has("computation"):
+        said["layers/token"] = "Layers that a token passed through, on average."
     if has("flops"):
         said["FLOPs"] = (
-            "Of one run of the same; counted from the program's jaxpr, a multiply and an add as two, "
-            "and not read from the hardware."
+            f"Of the matrix products of one {what}, a multiply and an add as two; counted in the program, not read "
+            "from the hardware."
         )
+    if has("parameters"):
+        said["parameters"] = "Of the whole layer with its projections." if bench else "Of the whole model."
     if has("exponent"):
         said["~"] = "How a cost grows with the length N: slope of a line through its logarithm (of time: the least)."
     if rows.seeds(found) > 1:

@@ -21,7 +21,7 @@ def number(value: object) -> float | None:
 
 
 def count(value: object) -> str:
-    """950, 1.2k, 34M, 5.6G: at most three significant digits."""
+    """950, 1.2k, 34M, 5.6G."""
     return _scaled(value, ("", "k", "M", "G", "T", "P"), 1000.0, "")
 
 
@@ -50,11 +50,17 @@ def duration(value: object) -> str:
 
 
 def score(value: object) -> str:
-    """A metric or loss: three decimals below ten, else three significant digits."""
+    """A metric or loss: three decimals below ten, else a whole number."""
     found = number(value)
     if found is None:
         return NONE
     return f"{found:.3f}" if abs(found) < 10 else _digits(found)
+
+
+def significant(value: object) -> str:
+    """Any number, to three significant digits."""
+    found = number(value)
+    return NONE if found is None else f"{found:.3g}"
 
 
 def power(value: object) -> str:

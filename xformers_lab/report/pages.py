@@ -7,12 +7,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xformers_lab.report import human
+from xformers_lab.report.table import put
+
 # What a run's record says first; the rest of it is for programs.
 SUMMARY = (
     "status", "reason", "metric", "metric_name", "chance", "loss", "split", "computation", "steps",
     "tokens_per_second",
     "seconds_median", "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
 )  # fmt: skip
+FORMS = {
+    "tokens_per_second": human.rate, "seconds_median": human.duration, "compile_seconds": human.duration,
+    "flops": human.count, "temp_bytes": human.size, "peak_bytes": human.size,
+}  # fmt: skip
 
 
 # Into how many parts of a sequence its figures are gathered.
@@ -27,7 +34,7 @@ def print_table(rows: list[dict], console: Console | None = None) -> None:
         table.add_column(key, overflow="fold")
     for row in rows:
         table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
-    (console or Console()).print(table)
+    put(table, console or Console())
 
 
 def print_page(page: dict, console: Console | None = None) -> None:
@@ -66,7 +73,8 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
 
 def print_record(record: dict, console: Console | None = None) -> None:
     """The record of one run or evaluation."""
-    shown = [{"": key, "value": record[key]} for key in SUMMARY if record.get(key) is not None]
+    found = {key: record[key] for key in SUMMARY if record.get(key) is not None}
+    shown = [{"": key, "value": FORMS[key](value) if key in FORMS else value} for key, value in found.items()]
     print_table(shown, console)
     if told := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")

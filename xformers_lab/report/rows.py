@@ -1,7 +1,7 @@
 """Rows in groups, series and points: what belongs in one chart, on one line, at one length."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from xformers_lab.report import human, intervals
 
@@ -15,7 +15,7 @@ def value(row: dict, key: str):
         return row[key]
     config = row.get("config") or {}
     for section in (config, config.get("model") or {}, config.get("train") or {}):
-        if key in section:
+        if key in section and not isinstance(section[key], Mapping):  # "model" is a section and a key in it
             return section[key]
     return None
 
@@ -42,7 +42,15 @@ def series(row: dict, varied: Sequence[str]) -> str:
             continue
         found = value(row, key)
         words.append(found if isinstance(found, str) else f"{key}={'none' if found is None else found}")
-    return human.plain(" · ".join(words) or value(row, "attention") or "this model")
+    if not words:
+        words = [value(row, "model"), value(row, "attention")]
+        words = [str(word) for word in words if word not in (None, "auto")]
+    return human.plain(" · ".join(words) or "this model")
+
+
+def named_by(varied: Sequence[str]) -> list[str]:
+    """The keys that a table shows: what varied, and where no variants did, the one mechanism that there is."""
+    return [*varied, *([] if any(key not in PLACES for key in varied) else ["attention"])]
 
 
 def shown(row: dict, key: str) -> str:
@@ -125,6 +133,14 @@ class Group:
         """The points at one length that share the best mean; empty with fewer than two to choose from."""
         found = self.at(seq_len, name)
         return [point for point in found if _mean(point, name) == _mean(found[0], name)] if len(found) > 1 else []
+
+    def leading(self, seq_len: int | None, name: str) -> list[Point]:
+        """The points to mark: the best, and of a metric those that its seeds cannot tell from the best."""
+        best, found = self.best(seq_len, name), self.at(seq_len, name)
+        if not best or name != "metric":
+            return best
+        alike = lambda point: intervals.differ(best[0].seeds(name), point.seeds(name)) is False
+        return best + [point for point in found[len(best) :] if alike(point)]
 
 
 def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:

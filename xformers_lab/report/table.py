@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xformers_lab.report import findings, human, rows
+from xformers_lab.report import findings, human, notes, rows
 
 BEST = " *"
 
@@ -60,6 +60,8 @@ def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Conso
         if number:
             _say(console, "")
         _print_group(group, varied_keys, console)
+    for note in notes.of(found):
+        _say(console, f"note: {human.plain(note)}", "dim")
 
 
 def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> None:
@@ -76,7 +78,10 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> 
     left_out = _fit(shown, console.width) if console.is_terminal else []
     _print_table([column for column in shown if column not in left_out], lines, console)
     if any(line.best for line in lines):
-        _say(console, "* best at its length", "dim")
+        scored = rows.seeds(group.rows) > 1 and any("metric" in line.best for line in lines)
+        name = human.plain(group.first("metric_name", "metric"))
+        tested = f"; of {name} also what the paired 95 % interval does not tell from it" if scored else ""
+        _say(console, f"* best at its length{tested}", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
     for line in lines:
@@ -90,7 +95,7 @@ def _lines(group: rows.Group) -> list[Line]:
         if point.rows:
             names = ("metric", group.speed)
             lines.append(
-                Line(point.rows, frozenset(name for name in names if point in group.best(point.seq_len, name)))
+                Line(point.rows, frozenset(name for name in names if point in group.leading(point.seq_len, name)))
             )
         lines += [Line([row]) for row in point.failed]
     return lines
@@ -100,7 +105,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
     columns = []
     if any(rows.length(line.cells[0]) is not None for line in lines):
         columns.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
-    for key in varied:
+    for key in rows.named_by(varied):
         if key not in rows.PLACES:
             columns.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
@@ -112,7 +117,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> lis
         Column("time", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
         Column("memory", _measured(lines, "memory", human.size), 1),
         Column("state", _measured(lines, "state_bytes", human.size), 1),
-        Column("layers/token", _measured(lines, "computation", lambda value: f"{value:.3g}"), 4),
+        Column("layers/token", _measured(lines, "computation", human.significant), 4),
         Column("FLOPs", _measured(lines, "flops", human.count), 4),
         Column("parameters", _measured(lines, "parameters", human.count), 5),
         Column("compile", _measured(lines, "compile_seconds", human.duration), 6),
@@ -169,7 +174,12 @@ def _print_table(columns: list[Column], lines: list[Line], console: Console) -> 
         table.add_row(
             *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
         )
-    if terminal:
+    put(table, console)
+
+
+def put(table: Table, console: Console) -> None:
+    """Print a table; a file or a pipe, which has no width, gets it uncut."""
+    if console.is_terminal:
         console.print(table)
         return
     page = io.StringIO()

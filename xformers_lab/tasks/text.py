@@ -152,16 +152,19 @@ def _foldered(root: pathlib.Path) -> dict[Split | None, list[tuple[bytes, Label]
     parts = {split: folder for split, folder in parts.items() if split is not None} or {None: root}
     found = {}
     for split, part in parts.items():
-        found[split] = [
-            (_sources.read("text", file), folder.name)
+        files = [
+            (file, folder.name)
             for folder in _folders(part)
             if folder.name != _UNLABELLED
             for file in _sources.files(folder)
         ]
-        if not found[split]:
+        found[split] = [(_sources.read("text", file), label) for file, label in files]
+        if not files:
             raise UsageError(f"text: path={part} has no sub-folder with documents: make one for each class")
-        if not all(document for document, _ in found[split]):
-            raise UsageError(f"text: a document in path={part} is empty: every document needs text")
+        empty = [file for (file, _), (document, _) in zip(files, found[split], strict=True) if not document]
+        if empty:
+            more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
+            raise UsageError(f"text: {empty[0]} is empty{more}: every document needs text")
     return found
 
 

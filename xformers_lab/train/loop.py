@@ -21,6 +21,7 @@ from flax import nnx
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.measure import speed
 from xformers_lab.model import Model, build_task
 from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
@@ -341,6 +342,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         "validation": [[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         "data": job.task.describe(),
         "devices": job.layout.mesh.size,
+        "machine": speed.machine(),
         "config": configs.to_dict(config),
     }
     records.write_json(job.run_dir / "result.json", record)
@@ -384,5 +386,4 @@ def _stored_config(run_dir: pathlib.Path) -> Config:
     path = run_dir / "config.json"
     if not path.is_file():
         raise UsageError(f"{run_dir}: no run there (a run's folder holds config.json)")
-    axes = configs.load(str(path))[0]
-    return configs.edit(Config(), **{key: configs.one(values, key, str(path)) for key, values in axes.items()})
+    return configs.stored(path)
