@@ -305,7 +305,11 @@ def test_token_by_token_it_is_the_same(choice, attention):
 @pytest.mark.parametrize("position, attention, message", [
     ("shaw", "linear", "linear takes no bias"),
     ("xl", "gla", "takes no bias"),
-    ("tupe", "fnet", "takes no bias"),
+    ("tupe", "fnet", "takes no bias.* use position=learned"),
+    ("rope", "fnet", "neither queries nor keys.* use position=learned"),
+    ("rope", "average", "neither queries nor keys"),
+    ("rope", "hard_coded", "neither queries nor keys"),
+    ("shaw", "synthesizer:kind=random", "neither queries nor keys"),
     ("deberta", "mla", "mla|compares queries with keys"),
     ("conv:width=4", "full", "odd where both sides are seen"),
 ])  # fmt: skip

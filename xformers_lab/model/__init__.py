@@ -1,5 +1,6 @@
 """The shelf of model kinds. One file = one class; built by `build_model` from a Config and a task."""
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -65,10 +66,8 @@ def build_task(config: Config) -> Task:
 
 def build_model(config: Config, task: Task) -> Model:
     """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError."""
-    kind = kind_of(config, task)
-    return spec.build(
-        "model", kind, size_of(config), config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}"
-    )
+    kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image)
+    return spec.build("model", kind, size, config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
 
 
 def kind_of(config: Config, task: Task) -> str:
