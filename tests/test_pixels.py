@@ -282,7 +282,7 @@ def test_choices_are_told_the_plane(tmp_path, drawn, kind):
     ({"attention": "axial", "model": "vit:patch=1"}, "4x6 plane.* use model=vit:pool=mean"),
     ({"attention": "axial:shape=5x5", "model": "vit:patch=1"}, "use model=vit:pool=mean"),
     ({"attention": "image_local:form=2d", "model": "vit:patch=1"}, "use model=vit:pool=mean"),
-    ({"attention": "axial", "depth": "funnel:blocks=2", "layers": 2}, "12 positions are not the 4x6 plane"),
+    ({"attention": "axial", "depth": "funnel:blocks=2", "layers": 4}, "12 positions are not the 4x6 plane"),
     ({"model": "vit:patch=3"}, "patch=3 does not divide images of 4x6 pixels: use 1, 2"),
     ({"model": "vit:patch=0"}, "patch=0 does not divide"),
     ({"model": "vit", "task": "listops"}, "use task=pixels"),

@@ -89,11 +89,16 @@ def check_config(config: Config) -> Task:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     size_of(config)
     task = build_task(config)
+    check_built(config, task)
+    return task
+
+
+def check_built(config: Config, task: Task) -> None:
+    """Raises UsageError where the model of a config cannot be built for a task, or refuses to run; nothing compiles."""
     try:
         jax.eval_shape(lambda: _forward_once(config, task))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return task
 
 
 def _forward_once(config: Config, task: Task):

@@ -1,0 +1,5 @@
+"""Feed-forward sub-layers, inside models alone."""
+
+from xformers_lab.check import inside
+
+PROPERTIES = inside.PROPERTIES
