@@ -81,14 +81,11 @@ def _inside(choice: str, shelf: str) -> Report:
     """A choice of another shelf than attention, inside tiny models."""
     if shelf not in kits():
         raise UsageError(f'check: shelf "{shelf}" has no kit; there are kits of {", ".join(kits())}')
-    from xformers_lab.check.inside import Inside
-
     kit = importlib.import_module(f"xformers_lab.check.kits.{shelf}")
     spec.resolve(shelf, choice)
     begun = time.perf_counter()
     try:
-        asked = kit.words(choice) if hasattr(kit, "words") else {shelf: choice}
-        subject = Inside(shelf, choice, asked, getattr(kit, "LAYERS", (2,)))
+        subject = kit.subject(choice)
     except Exception as error:
         return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
     return examine(subject, kit.PROPERTIES)

@@ -3,13 +3,13 @@
 import numpy as np
 
 from xformers_lab.check import inside
-from xformers_lab.check.inside import Inside
 from xformers_lab.check.subject import Broken, NotApplicable
+from xformers_lab.check.tiny import Inside
 
 
-def words(choice: str) -> dict:
+def subject(choice: str) -> Inside:
     # A length that many numbers divide, and a position that goes on from segment to segment.
-    return {"memory": choice, "position": "none", "seq_len": 12}
+    return Inside("memory", choice, {"memory": choice, "position": "none", "seq_len": 12})
 
 
 def remembers(subject: Inside) -> None:

@@ -6,10 +6,14 @@ import numpy as np
 
 from xformers_lab import spec
 from xformers_lab.check import inside
-from xformers_lab.check.inside import Inside
 from xformers_lab.check.subject import Broken
+from xformers_lab.check.tiny import Inside
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
+
+
+def subject(choice: str) -> Inside:
+    return Inside("norm", choice, {"norm": choice})
 
 
 def silence(subject: Inside) -> None:

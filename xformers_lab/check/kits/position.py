@@ -7,12 +7,17 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.check import inside
-from xformers_lab.check.inside import HALF, SAME, Inside
+from xformers_lab.check.inside import HALF, SAME
 from xformers_lab.check.subject import Broken, NotApplicable, compare, moved
+from xformers_lab.check.tiny import Inside
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
 SIZE = Size(12, dim=8, heads=2)
+
+
+def subject(choice: str) -> Inside:
+    return Inside("position", choice, {"position": choice}, both=True)
 
 
 def turned(subject: Inside) -> None:
