@@ -18,7 +18,9 @@ def subject(choice: str) -> Inside:
 
 def silence(subject: Inside) -> None:
     """Rows of zeros, which have no variance to divide by, give finite values and gradients."""
-    placed = spec.build("norm", subject.asked["norm"], Size(4, dim=8, heads=2, layers=2))
+    size = Size(4, dim=8, heads=2, layers=2)
+    placed = spec.build("norm", subject.asked["norm"], size)
+    placed.start(spec.build("ffn", "mlp", size))
 
     def around(x, y):
         x = placed.after(placed.before(x, Rows()), y, Rows())
