@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,8 @@ def half_precision(subject: Inside) -> None:
     config = edit(model.config, dtype="bfloat16")
 
     def run(tokens):
-        built, real = build_model(config, model.task), tokens > 0
+        built: Any = build_model(config, model.task)
+        real = tokens > 0
         x = built.position.embed(built.embedding(tokens), jnp.arange(tokens.shape[1]), real=real)
         y = built.stack(x, Context(built.position, real, built.predict, tokens=tokens))[0]
         return x, y, built(tokens, real=real)[0]

@@ -36,7 +36,7 @@ class Tokens(Task):
         weights = real
         if self.target == "sequence":
             targets, weights = targets[:, 0], real.any(1)
-        return Batch(inputs.astype(np.int32), targets.astype(np.int32), weights.astype(np.float32), real)
+        return Batch(inputs.astype(np.int32), targets.astype(np.int32), np.asarray(weights, np.float32), real)
 
 
 class Sequences(Tokens):
@@ -126,12 +126,13 @@ class Tiny:
 
         filler: the token that padding holds."""
         opt = optax.TraceState(jax.tree.map(np.zeros_like, self.params))
-        state = TrainState(*self.variables, opt, *(np.zeros((), kind) for kind in ("int32", "int32", "uint32")))
+        none: Any = np.zeros((), np.int32)
+        state = TrainState(self.params, self.extra, self.memory, opt, none, none, none.astype(np.uint32))
         grads, told = [], []
         for number in range(steps):
             batch = self.task.batch("train", number)
             if filler is not None:
-                batch = dataclasses.replace(batch, inputs=np.where(batch.real, batch.inputs, filler).astype(np.int32))
+                batch = dataclasses.replace(batch, inputs=np.where(self.real, batch.inputs, filler).astype(np.int32))
             with exact():
                 state, metrics = self._step(state, batch)
             grads.append(state.opt.trace)
