@@ -86,7 +86,7 @@ class Fault(Position):
     "counts from the first row it is given": ("position", "decoding", """
 class Fault(Position):
     def embed(self, x, at, *, real=None):
-        return x + 0.1 * jnp.arange(x.shape[1])[:, None].astype(x.dtype)
+        return x + (0.1 * jnp.arange(x.shape[1])[:, None] * jnp.arange(x.shape[2])).astype(x.dtype)
 """),
     "widens the type": ("position", "half_precision", """
 class Fault(Position):
