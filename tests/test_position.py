@@ -305,7 +305,8 @@ def test_token_by_token_it_is_the_same(choice, attention):
 @pytest.mark.parametrize("position, attention, message", [
     ("shaw", "linear", "linear takes no bias"),
     ("xl", "gla", "takes no bias"),
-    ("tupe", "fnet", "takes no bias.* use position=learned"),
+    ("tupe", "fnet", "neither queries nor keys"),
+    ("alibi", "fnet", "takes no bias.* use position=learned"),
     ("rope", "fnet", "neither queries nor keys.* use position=learned"),
     ("rope", "average", "neither queries nor keys"),
     ("rope", "hard_coded", "neither queries nor keys"),
