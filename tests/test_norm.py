@@ -1,6 +1,7 @@
 """Placements and normalisers: what their papers promise of values and of the first gradients."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
