@@ -20,7 +20,13 @@ def test_shelf(shelf, name):
     assert report.passed, [f"{failure}: {failure.message}" for failure in report.failed]
 
 
-@pytest.mark.parametrize("name", spec.names("depth"))
+DEPTHS = [
+    name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
+    for number, name in enumerate(spec.names("depth"))
+]
+
+
+@pytest.mark.parametrize("name", DEPTHS)
 def test_mechanisms_in_turn_decode_in_every_depth(name):
     """A last period that is not whole, where the depth allows that."""
     words = {"depth": name, "attention": "linear+full", "position": "rope"}
@@ -141,8 +147,8 @@ def test_a_mistake_is_a_failure_and_a_refusal_too(tmp_path):
     path.write_text(HEAD + "class Crashes(Ffn):\n    def __init__(self, size, *, rngs):\n        missing()\n")
     report = run.check(str(path), "ffn")
     assert not report.passed and "NameError: name 'missing'" in report.failed[0].message
-    both = run.check("conv:width=4", "position")
-    assert both.passed
+    both = Inside("position", "conv:width=4", {"position": "conv:width=4"}, both=True)
+    assert [model.causal for model in both.models] == [True] and "odd" in str(both.refusals["encoder"])
     report = run.check("funnel:blocks=9", "depth")
     assert not report.passed and "are no funnel" in report.failed[0].message
 
@@ -181,6 +187,16 @@ def test_what_cannot_be_checked_is_one_clear_message(capsys, word, message):
     assert message in capsys.readouterr().err
 
 
-def test_check_from_the_command_line(capsys):
-    assert main(["check", "scalenorm", "--json"]) == 0
+def test_check_from_the_command_line(capsys, monkeypatch):
+    """One choice, or a whole shelf by its name."""
+    asked = []
+
+    def check(name, shelf, *, deep):
+        asked.append((shelf, name))
+        return run.Report(name, name != "dyt", [], [], 0.0)
+
+    monkeypatch.setattr(run, "check", check)
+    assert main(["check", "rezero", "--json"]) == 0
     assert '"passed": true' in capsys.readouterr().out
+    assert main(["check", "normaliser"]) == 1
+    assert asked == [("norm", "rezero"), *(("normaliser", name) for name in spec.names("normaliser"))]
