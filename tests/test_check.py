@@ -28,7 +28,6 @@ from xformers_lab.attention.softcap import Softcap
 from xformers_lab.check import costs, masks, run, values
 from xformers_lab.check.run import PROPERTIES, check, examine
 from xformers_lab.check.subject import Case, Subject, compare, quick_jit
-from xformers_lab.errors import UsageError
 
 NAMED = {holds.__name__: holds for holds in PROPERTIES}
 
@@ -1291,8 +1290,3 @@ def test_options_are_shrunk_or_dropped_to_fit():
     assert built("local", small=False).window == 128
     assert [skip.property for skip in run._left_out("axial:shape=4x4", spec.parse("axial:shape=4x4"))] == ["options"]
     assert run._left_out("local:window=3", spec.parse("local:window=3")) == []
-
-
-def test_only_attention_has_a_kit():
-    with pytest.raises(UsageError, match="kit is for attention"):
-        check("rope", "position")

@@ -20,7 +20,7 @@ from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
 from xformers_lab.rows import Rows
-from xformers_lab.train import loop, optimizer
+from xformers_lab.train import loop
 
 
 def model_of(depth: str, **changes) -> Any:
@@ -160,20 +160,6 @@ def test_ponder_reaches_the_halting_parameters():
     assert float(jnp.abs(grads.stack.halt.bias[...]).sum()) > 0
 
 
-@pytest.mark.parametrize("depth", [
-    "universal:act=true", "layerdrop", "mixture_of_depths:capacity=0.5", "conditional",
-    "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "early_exit:exit=entropy:threshold=2",
-])  # fmt: skip
-@pytest.mark.parametrize("attention", ["full", "linear+full"])
-def test_decoding_is_the_whole_pass(depth, attention):
-    position = "sinusoidal" if depth.startswith("universal") else "rope"
-    model, tokens = moved(*model_of(depth, attention=attention, position=position))
-    step = lambda cache, token: model.step(cache, token)[::-1]
-    first, cache = model.step_several(model.init_cache(3, 12), tokens[:, :5])
-    logits = jax.lax.scan(step, cache, tokens[:, 5:].T)[1].swapaxes(0, 1)
-    np.testing.assert_allclose(jnp.concatenate([first[:, None], logits], 1), model(tokens)[0][:, 4:], atol=1e-4)
-
-
 def test_layerdrop_leaves_out_layers_in_training_alone():
     model, tokens = model_of("layerdrop:rate=0.5", layers=6)
     fixed = model_of("fixed", layers=6)[0]
@@ -202,14 +188,6 @@ def test_bad_options(depth, message):
 def test_a_period_that_does_not_divide_is_refused():
     with pytest.raises(Exception, match="not divisible by the 3 mechanisms"):
         model_of("universal", attention="full+linear+local")
-
-
-@pytest.mark.parametrize("depth", ["fixed", "universal", "layerdrop", "mixture_of_depths", "early_exit", "conditional"])
-def test_kernels_decay_and_biases_do_not(depth):
-    params = nnx.to_pure_dict(nnx.state(model_of(depth)[0], nnx.Param))
-    for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
-        name = jax.tree_util.keystr(path)
-        assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
 
 
 # ---- mixture_of_depths -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention._engine import drawing
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit, to_dict
@@ -251,7 +252,37 @@ def test_planes_fit_images(tmp_path, drawn, chosen):
     check_config(config(tmp_path, drawn, **chosen))
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "vit:patch=1", "vit:patch=1:pool=mean"])
+def test_choices_are_told_the_plane(tmp_path, drawn, kind):
+    """Rows and columns of an image that is no square, behind a class token where there is one."""
+    model = vit(tmp_path, drawn, model=kind, position="grid")
+    token = kind == "vit:patch=1"
+    added = np.asarray(model.position.embed(jnp.zeros((1, 24 + token, 16)), jnp.arange(24 + token))[0])
+    rows, columns = (np.asarray(table[...]) for table in (model.position.rows, model.position.columns))
+    expected = [np.zeros(16)] * token + [row + column for row in rows for column in columns]
+    assert (len(rows), len(columns)) == (ROWS, COLUMNS)
+    np.testing.assert_allclose(added, expected, atol=1e-6)
+    if token:
+        return
+    row, column = np.divmod(np.arange(24), COLUMNS)
+    for attention, near in (
+        ("axial", (row[:, None] == row) | (column[:, None] == column)),
+        (
+            "image_local:form=2d:block=2x2:memory=0x0",
+            (row[:, None] // 2 == row // 2) & (column[:, None] // 2 == column // 2),
+        ),
+    ):
+        stack = vit(tmp_path, drawn, model=kind, attention=attention).stack
+        pattern = stack.periods[0].attention.seen(kind == "decoder")
+        seen = np.broadcast_to(pattern(np.arange(24)[:, None], np.arange(24)[None]), (24, 24))
+        np.testing.assert_array_equal(seen, near & np.tri(24, dtype=bool) if kind == "decoder" else near)
+
+
 @pytest.mark.parametrize("chosen, message", [
+    ({"attention": "axial", "model": "vit:patch=1"}, "4x6 plane.* use model=vit:pool=mean"),
+    ({"attention": "axial:shape=5x5", "model": "vit:patch=1"}, "use model=vit:pool=mean"),
+    ({"attention": "image_local:form=2d", "model": "vit:patch=1"}, "use model=vit:pool=mean"),
+    ({"attention": "axial", "depth": "funnel:blocks=2", "layers": 4}, "12 positions are not the 4x6 plane"),
     ({"model": "vit:patch=3"}, "patch=3 does not divide images of 4x6 pixels: use 1, 2"),
     ({"model": "vit:patch=0"}, "patch=0 does not divide"),
     ({"model": "vit", "task": "listops"}, "use task=pixels"),
@@ -270,6 +301,13 @@ def test_a_report_draws_no_patches_at_the_number_of_pixels(tmp_path, drawn):
         for model in ("vit:patch=2", "encoder")
     ]
     assert [len(patterns.figures(part)) for part in (rows, rows[:1], rows[1:])] == [1, 0, 1]
+
+
+def test_a_report_draws_the_plane_of_the_image(tmp_path, drawn):
+    given = {"config": to_dict(config(tmp_path, drawn, attention="axial", model="encoder")), "plane": [ROWS, COLUMNS]}
+    row, column = np.divmod(np.arange(24), COLUMNS)
+    expected = drawing.path((row[:, None] == row) | (column[:, None] == column))
+    assert [figure["path"] for figure in patterns.figures([given])] == [expected]
 
 
 def test_patches_learn_which_half_is_lit(tmp_path, drawn, capsys):

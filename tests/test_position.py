@@ -283,7 +283,7 @@ def test_moved_along_it_is_the_same(choice):
     assert far > 1e-2 if choice.startswith("tupe") else far < 2e-5
 
 
-@pytest.mark.parametrize("attention", ["full", "local:window=4", "softcap", "poolingformer:window=3:reach=8"])
+@pytest.mark.parametrize("attention", ["local:window=4", "softcap", "poolingformer:window=3:reach=8"])
 @pytest.mark.parametrize("choice", ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"])
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
@@ -305,7 +305,12 @@ def test_token_by_token_it_is_the_same(choice, attention):
 @pytest.mark.parametrize("position, attention, message", [
     ("shaw", "linear", "linear takes no bias"),
     ("xl", "gla", "takes no bias"),
-    ("tupe", "fnet", "takes no bias"),
+    ("tupe", "fnet", "neither queries nor keys"),
+    ("alibi", "fnet", "takes no bias.* use position=learned"),
+    ("rope", "fnet", "neither queries nor keys.* use position=learned"),
+    ("rope", "average", "neither queries nor keys"),
+    ("rope", "hard_coded", "neither queries nor keys"),
+    ("shaw", "synthesizer:kind=random", "neither queries nor keys"),
     ("deberta", "mla", "mla|compares queries with keys"),
     ("conv:width=4", "full", "odd where both sides are seen"),
 ])  # fmt: skip
@@ -356,31 +361,6 @@ def test_convolution(causal, width):
     if causal:
         later = position.embed(jnp.asarray(x).at[:, 9:].set(other[:, 9:]), jnp.arange(16), real=jnp.asarray(real))
         np.testing.assert_array_equal(later[:, :9], out[:, :9])
-
-
-def test_padding_leaves_no_trace_of_a_convolution():
-    """Through a whole encoder: what padding holds changes no answer."""
-    chosen = {"task": "listops", "model": "encoder", "position": "conv", "seq_len": 16, "dim": 16, "heads": 2}
-    model, _ = loud_model(**chosen, layers=1)
-    tokens, real = jnp.arange(32).reshape(2, 16) % 10, jnp.arange(16) < jnp.array([[12], [9]])
-    graph, variables = nnx.split(model)
-    run = quick_jit(lambda v, tokens: nnx.merge(graph, v)(tokens, real=real)[0])
-    out = run(variables, tokens)
-    np.testing.assert_array_equal(run(variables, jnp.where(real, tokens, 3)), out)
-    assert float(jnp.abs(run(variables, jnp.where(real, tokens[:, ::-1], 3)) - out).max()) > 1e-4
-
-
-@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta", "tupe", "conv", "grid"])
-def test_in_half_precision(choice):
-    """What a position adds leaves a layer's type alone, and its scores are float32."""
-    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "dtype": "bfloat16"}
-    position, layer = build(choice, **size), spec.build("attention", "full", **size)
-    x = position.embed(jnp.ones((2, 16, 32), jnp.bfloat16), jnp.arange(16))
-    assert x.dtype == jnp.bfloat16
-    assert jax.eval_shape(lambda x: layer(x, position=position, causal=True)[0], x).dtype == jnp.bfloat16
-    if position.kept is not None:
-        q = jnp.ones((2, 16, 4, 8), jnp.bfloat16)
-        assert {f(q, jnp.arange(16)).dtype for f in (position.of_queries, position.of_keys)} == {jnp.dtype("float32")}
 
 
 def test_untied_positions_are_as_many_as_it_was_built_for():

@@ -14,29 +14,9 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task, check_config
-from xformers_lab.train import feed, optimizer
-from xformers_lab.train.state import init, structure
-from xformers_lab.train.step import make_train_step
 
 SMALL = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 3}
 ENCODER = {"model": "encoder", "task": "listops", "seq_len": 24}
-# Of a decoder alone, and of an encoder.
-FED = ["feedback:segment=5"]
-POOLED = ["funnel:blocks=2", "funnel:pool=max"]
-DEPTHS = [
-    "reversible",
-    "reversible:backward=store",
-    "macaron",
-    "sandwich_order:k=2",
-    "transparent",
-    "hourglass:factor=3",
-    "hourglass:shorten=linear:upsample=linear",
-    "recurrent_memory:segment=5:tokens=2",
-    "hierarchical:segment=5",
-    "tnt:segment=5",
-    "memformer:segment=5:slots=3",
-    *FED,
-]
 
 
 def model_of(depth: str, **changes) -> Any:
@@ -75,65 +55,6 @@ def halves(block, context):
         block.attention_norm.norm(x), real=context.real, causal=block.causal, position=context.position
     )[0]
     return attend, lambda x: block.ffn(block.ffn_norm.norm(x))[0]
-
-
-# ---- every depth of this file ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_decoding_is_the_whole_pass(depth):
-    model, tokens = model_of(depth, attention="linear+full", layers=3)
-    step = lambda cache, token: model.step(cache, token)[::-1]
-    logits = jax.lax.scan(step, model.init_cache(3, 12), tokens.T)[1].swapaxes(0, 1)
-    np.testing.assert_allclose(logits, model(tokens)[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_no_position_sees_what_comes_after_it(depth):
-    model, tokens = model_of(depth)
-    x, context = model.embedding(tokens[:1]), Context(model.position)
-    graph, variables = nnx.split(model.stack)
-    answer = lambda x: nnx.merge(graph, variables)(x, context)[0][0].sum(-1)
-    jacobian = quick_jit(jax.jacrev(answer))(x)[:, 0]  # (T, T, D)
-    strength = jnp.abs(jacobian).sum(-1)
-    assert not np.triu(strength, 1).any()
-    assert (np.diag(strength) > 0).all()
-
-
-@pytest.mark.parametrize("depth", DEPTHS + POOLED)
-def test_padding_changes_nothing(depth):
-    kind = "decoder" if depth in FED else "encoder"
-    model, tokens = model_of(depth, model=kind, task="listops", seq_len=10)
-    real = jnp.arange(10)[None] < jnp.array([[4], [7], [10]])
-    tokens = jnp.where(real, tokens[:, :10], 0)
-    logits = model(tokens, real=real)[0]
-    np.testing.assert_allclose(model(jnp.where(real, tokens, 3), real=real)[0], logits, atol=1e-6)
-    np.testing.assert_allclose(model(tokens[:1, :4])[0], logits[:1], atol=1e-5)
-
-
-@pytest.mark.parametrize("depth", DEPTHS + POOLED)
-def test_matrices_decay_and_vectors_do_not(depth):
-    changes = {"model": "encoder", "task": "listops"} if depth in POOLED else {}
-    params = nnx.to_pure_dict(nnx.state(model_of(depth, **changes)[0], nnx.Param))
-    for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decays(params)):
-        name = jax.tree_util.keystr(path)
-        assert decays == ("kernel" in name or "embedding" in name or "table" in name), name
-
-
-@pytest.mark.parametrize("depth", ["funnel:blocks=2", "feedback:segment=3", "memformer:segment=3:slots=2"])
-def test_every_parameter_is_trained(depth):
-    """In two steps: of a classifier, or a language model."""
-    changes = ENCODER if depth in POOLED else {}
-    config = edit(Config(), depth=depth, **(SMALL | changes | {"layers": 2, "position": "none"}), warmup=0)
-    task = build_task(config)
-    tx = optimizer.build(config.train)
-    state, step = init(config, task, tx), quick_jit(make_train_step(config, task, structure(config, task), tx))
-    start = state.params
-    for number in range(2):
-        state, metrics = step(state, feed.checked(task, "train", number))
-        assert bool(metrics["ok"]) and np.isfinite(metrics["loss"])
-    moved = jax.tree.map(lambda old, new: bool((np.asarray(old) != np.asarray(new)).any()), start, state.params)
-    assert all(jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("choice, message", [

@@ -5,7 +5,6 @@ import re
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import UsageError, nearest
 
 
 def shelves() -> list[dict]:
@@ -73,19 +72,8 @@ def title(found) -> str:
 
 def page(name: str, words: list[str]) -> dict:
     """Everything about one choice, from whichever shelf has it; words give sizes (seq_len=64). Raises UsageError."""
-    plain = spec.parse(name).name
-    kind, _, rest = plain.partition("/")
-    homes = [kind] if rest and kind in spec.SHELVES else [shelf for shelf in spec.SHELVES if plain in spec.names(shelf)]
-    if rest and kind in spec.SHELVES:
-        name = name.partition("/")[2]
-    if not homes and (plain.endswith(".py") or "." in plain):
-        homes = ["attention"]
-    if not homes:
-        known = {choice for shelf in spec.SHELVES for choice in spec.names(shelf)}
-        raise UsageError(f'no choice "{plain}" on any shelf: {nearest(plain, known, "there are")}')
-    if len(homes) > 1:
-        raise UsageError(f'"{plain}" is on several shelves: write {" or ".join(f"{home}/{plain}" for home in homes)}')
-    home, choice = homes[0], spec.resolve(homes[0], name)
+    home, name = spec.home(name)
+    choice = spec.resolve(home, name)
     found = spec.entry(home, choice.name)
     result = {
         "name": choice.name,

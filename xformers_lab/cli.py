@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--folder", default=".", help="where to write it (default: here)")
 
     added = command(
-        "check", _check, "run the conformance kit on mechanisms (none named: the whole shelf)", words="NAME"
+        "check", _check, "run the kit of its shelf on choices, NAME or SHELF/NAME (none: all attention)", words="NAME"
     )
     added.add_argument("--deep", action="store_true", help="many more shapes")
     printed(added)
@@ -435,28 +435,33 @@ def _write_report(
 
 
 def _new(chosen) -> int:
-    from xformers_lab.check import new
+    from xformers_lab.check import new, run
 
     path = new.new(chosen.shelf, chosen.name, chosen.folder)
     print(f"wrote {path}")
     if chosen.shelf == "attention":
         print(f"next: xlab check {path}, then xlab compare task=copy attention=full,{path}")
+    elif chosen.shelf in run.kits():
+        print(f"next: xlab check {chosen.shelf}/{path}")
     return 0
 
 
 def _check(chosen) -> int:
-    names = chosen.words or configs.spec.names("attention")
-    for name in names:
-        configs.spec.resolve("attention", name)  # a misspelt name is found before the kit runs
+    spec, found = configs.spec, []
+    for word in chosen.words or ["attention"]:
+        found += [(word, name) for name in spec.names(word)] if word in spec.SHELVES else [spec.home(word)]
+    for shelf, name in found:
+        spec.resolve(shelf, name)  # a misspelt name is found before the kit runs
     from xformers_lab import progress
     from xformers_lab.check import remembered, run
     from xformers_lab.report import pages
 
     reports = []
-    with progress.items("check", len(names), quiet=chosen.json) as tell:
-        for name in names:
+    with progress.items("check", len(found), quiet=chosen.json) as tell:
+        for shelf, name in found:
             tell(name)
-            reports.append(remembered.keep(name, run.check(name, deep=chosen.deep).to_dict()))
+            report = run.check(name, shelf, deep=chosen.deep).to_dict()
+            reports.append(remembered.keep(name, report) if shelf == "attention" else report)
     _print(chosen, reports, lambda: pages.print_checks(reports))
     return 0 if all(report["passed"] for report in reports) else 1
 

@@ -1,6 +1,7 @@
 """The sizes a mechanism is built for: the lab gives them, an option never repeats them."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +13,9 @@ class Size:
     prefix sees the same pattern as the whole.
     `source_layers`, of a decoder with cross-attention: how many layers the encoder that it looks at has; and
     `target_layers`, of that encoder: how many the decoder has. 0 of a stack that stands alone.
+
+    `plane` says that the positions are an image, its rows and columns, row by row, behind `ahead` others (a class
+    token). A part of a model that is built for another length is told the same plane, and is none.
     """
 
     length: int = 128
@@ -22,6 +26,8 @@ class Size:
     dtype: str = "float32"
     source_layers: int = 0
     target_layers: int = 0
+    plane: tuple[int, int] | None = None
+    ahead: int = 0
 
     def __post_init__(self):
         for name in ("length", "dim", "heads", "layers"):
@@ -41,3 +47,24 @@ class Size:
     def head(self) -> int:
         """H: the size of one head."""
         return self.dim // self.heads
+
+    def on_plane(self) -> tuple[int, int]:
+        """Rows and columns of the plane that the positions fill row by row: the image's, else nearly a square.
+
+        Raises ValueError where the positions are not those of the image alone.
+        """
+        if self.plane is None:
+            columns = math.ceil(math.sqrt(self.length))
+            return math.ceil(self.length / columns), columns
+        rows, columns = self.plane
+        if self.ahead:
+            raise ValueError(
+                f"on the {rows}x{columns} plane of an image there is no place for what stands in front of it, a class "
+                "token: use model=vit:pool=mean"
+            )
+        if rows * columns != self.length:
+            raise ValueError(
+                f"layers of {self.length} positions are not the {rows}x{columns} plane of the image: use a depth that "
+                "gives every layer all positions, as depth=fixed does"
+            )
+        return self.plane

@@ -144,6 +144,27 @@ def entry(shelf: str, name: str, where: str = "") -> Any:
     raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
 
 
+def home(text: str) -> tuple[str, str]:
+    """The shelf of a choice, and the choice: `depth/fixed`, a name that one shelf alone has, or a module or file of
+    one's own, whose class says by what it derives from where it belongs. Raises UsageError."""
+    shelf, slash, rest = text.partition("/")
+    plain = parse(text).name
+    if slash and shelf in SHELVES and not pathlib.Path(plain).is_file():
+        return shelf, rest
+    homes = [shelf for shelf in SHELVES if plain in names(shelf)]
+    if len(homes) > 1:
+        raise UsageError(f'"{plain}" is on several shelves: write {" or ".join(f"{home}/{plain}" for home in homes)}')
+    if homes:
+        return homes[0], text
+    if not _is_file(plain) and "." not in plain:
+        known = {choice for shelf in SHELVES for choice in names(shelf)}
+        raise UsageError(f'no choice "{plain}" on any shelf: {nearest(plain, known, "there are")}')
+    bases = {base.__module__ for base in getattr(entry("attention", plain, plain), "__mro__", ())}
+    if own := [shelf for shelf in SHELVES if _package(shelf) in bases]:
+        return own[0], text
+    raise UsageError(f"{plain} derives from no shelf's class, so say where it belongs: for example normaliser/{plain}")
+
+
 def options(build: Callable) -> dict[str, Option]:
     """What a constructor declares: keyword-only parameters with a default; help from the docstring's `Options:`."""
     try:
@@ -318,6 +339,10 @@ _SCALARS = {int: _whole, float: _real, bool: _truth, str: _text}
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
+def _package(shelf: str) -> str:
+    return ".".join(folder(shelf).relative_to(_PACKAGE.parent).parts)
+
+
 def _is_file(name: str) -> bool:
     return name.endswith(".py") or "/" in name
 
@@ -340,8 +365,7 @@ def _from_file(path: pathlib.Path) -> types.ModuleType:
 
 def _module(shelf: str, name: str, where: str) -> types.ModuleType:
     if name in names(shelf):
-        package = ".".join(folder(shelf).relative_to(_PACKAGE.parent).parts)
-        return importlib.import_module(f"{package}.{name}")
+        return importlib.import_module(f"{_package(shelf)}.{name}")
     if _is_file(name):
         path = located(name, where)
         if not path.is_file():

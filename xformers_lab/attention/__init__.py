@@ -45,6 +45,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._samples import apart, step_apart
 from xformers_lab.damping import damp
@@ -112,6 +113,7 @@ class Attention(nnx.Module):
         q = self.query(x).reshape(*x.shape[:2], -1, self.size.head)
         bias, T, S, mix = None, q.shape[1], k.shape[1], self.mix
         if position is not None:
+            self.check_position(position)
             before = 0 if at is None else at - (S - T)  # positions that came before the first key
             q_at, k_at = jnp.arange(T) + S - T + before, jnp.arange(S) + before
             if position.kept is None:
@@ -140,7 +142,7 @@ class Attention(nnx.Module):
         if causal and "causal" not in takes:
             raise ValueError(why_not(type(self), "causal"))
         if bias is not None and "bias" not in takes:
-            raise ValueError(why_not(type(self), "bias"))
+            raise ValueError(why_not(self, "bias"))
         if "carry" in takes and carry is None:
             carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1])
         if real is None and not self.optional(method, "real"):
@@ -180,6 +182,18 @@ class Attention(nnx.Module):
     def takes(cls, method: str = "attend") -> frozenset[str]:
         """The keyword arguments a method declares."""
         return frozenset(inspect.signature(getattr(cls, method)).parameters) - {"self", "q", "k", "v"}
+
+    def turns(self) -> bool:
+        """Whether there are queries or keys for a position to turn or compare: not both projections are `Absent`."""
+        return not (isinstance(self.query, Absent) and isinstance(self.key, Absent))
+
+    def check_position(self, position) -> None:
+        """Raises ValueError where a position would tell this mechanism nothing."""
+        if not self.turns() and (position.rotates() or position.kept is not None):
+            raise ValueError(
+                f"{type(self).__name__.lower()} makes neither queries nor keys, which this position would turn or "
+                "compare; use position=learned, sinusoidal or none"
+            )
 
     @classmethod
     def carries(cls) -> bool:
@@ -300,6 +314,7 @@ class Attention(nnx.Module):
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         own, of_keys, bias, step = cache, None, None, self.mix_step
         if position is not None:
+            self.check_position(position)
             if position.kept is None:
                 bias = position.bias()
             else:
@@ -389,7 +404,7 @@ class Attention(nnx.Module):
         """`step` of every head of every sample."""
         takes = self.takes("step")
         if bias is not None and "bias" not in takes:
-            raise ValueError(why_not(type(self), "bias"))
+            raise ValueError(why_not(self, "bias"))
         times = self.size.heads // self.size.key_heads
         k, v = (jnp.repeat(y, times, 1) for y in (k, v))
         tokens = self._of_tokens(None if x is None else x[:, None], None, 1)
@@ -427,13 +442,15 @@ class Behind:
         return self.bias(q_at - self.rows, k_at - self.rows)
 
 
-def why_not(mechanism: type, what: str) -> str:
+def why_not(mechanism: type | Attention, what: str) -> str:
     """Why a mechanism is refused, from its signature and, where it says so, from the `Not causal:` of its docstring."""
-    name = mechanism.__name__.lower()
+    kind = mechanism if isinstance(mechanism, type) else type(mechanism)
+    name = kind.__name__.lower()
     if what == "bias":
-        reason = stated(mechanism, "No bias") or "it has no scores to bias"
-        return f"{name} takes no bias: {reason}; use position=rope, learned, sinusoidal or none"
-    reason = stated(mechanism, "Not causal") or "its attend takes no `causal`"
+        reason = stated(kind, "No bias") or "it has no scores to bias"
+        rope = "" if isinstance(mechanism, Attention) and not mechanism.turns() else "rope, "
+        return f"{name} takes no bias: {reason}; use position={rope}learned, sinusoidal or none"
+    reason = stated(kind, "Not causal") or "its attend takes no `causal`"
     return f"{name} cannot be causal: {reason}; use model=encoder or another attention"
 
 

@@ -47,6 +47,9 @@ class Projected(Full):
         out, cache, carry = self.mix_step(cache, _share(position) * q, k, v, x=x, bias=_bias(position), carry=carry)
         return self.out(out.reshape(len(x), -1)), cache, carry
 
+    def turns(self) -> bool:
+        return True
+
     def fused(self, causal: bool):
         return None
 

@@ -46,7 +46,7 @@ class Average(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise ValueError(why_not(self, "bias"))
         assert x is not None
         (B, T), S = q.shape[:2], x.shape[1]
         x_q = x[:, -T:] if x_q is None else x_q
@@ -70,7 +70,7 @@ class Average(Attention):
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise ValueError(why_not(self, "bias"))
         assert x is not None
         cache = {"sum": cache["sum"] + x, "seen": cache["seen"] + 1}
         out = self._gated(x, (cache["sum"] / cache["seen"]).astype(x.dtype))

@@ -24,7 +24,7 @@ class Axial(Patterned):
     sees what of its row and column lies in the past; the paper's model shifts between layers so that all of it is seen.
 
     Options:
-        shape: sizes of the axes, rows x columns for example, whose product is the length; none: the most square plane
+        shape: sizes of the axes, rows x columns, say, with the length as product; none: the image's, or nearly a square
         axis: which coordinate may differ: row (the last), column (the one before), a number from 0, or both (any)
     """
 
@@ -36,9 +36,8 @@ class Axial(Patterned):
         axis: str = "both",
         rngs: nnx.Rngs,
     ):
-        if shape is None:
-            columns = math.ceil(math.sqrt(size.length))
-            shape = (math.ceil(size.length / columns), columns)
+        if shape is None or size.ahead:
+            shape = size.on_plane()
         elif len(shape) < 2 or min(shape) < 1 or math.prod(shape) != size.length:
             grid = "x".join(map(str, shape))
             raise ValueError(f"shape={grid} does not fit a length of {size.length}: {_nearest_grid(size.length)}")

@@ -33,11 +33,16 @@ class Fnet(Attention):
             raise ValueError(why_not(type(self), "causal"))
         if memory is not None:
             raise ValueError("fnet transforms one sequence: it has no queries to another; use another attention")
-        if position is not None and position.bias() is not None:
-            raise ValueError(why_not(type(self), "bias"))
+        if position is not None:
+            self.check_position(position)
+            if position.bias() is not None:
+                raise ValueError(why_not(self, "bias"))
         wide = x.astype(jnp.float32)
         wide = wide if real is None else jnp.where(real[:, :, None], wide, 0)
         return (_transformed(wide) if method == "attend" else _by_definition(wide)).astype(x.dtype), carry, {}
+
+    def turns(self) -> bool:
+        return False
 
     def cost(self, T: int, S: int) -> Cost:
         return Cost(flops=0, memory=T * self.size.head, state=0)

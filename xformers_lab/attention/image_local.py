@@ -103,7 +103,7 @@ class ImageLocal(Patterned):
 
     Options:
         form: 1d: runs of the sequence; 2d: tiles of a plane
-        shape: rows x columns of the plane, whose product is the length; none: the most square one (2d alone)
+        shape: rows x columns of the plane, whose product is the length; none: the image's, or nearly a square (2d)
         block: positions of a run, or rows x columns of a tile; none: 128 or 8x8, at most a quarter of the line or plane
         memory: positions around a run, or rows x columns around a tile; none: as many as in a block
     """
@@ -119,7 +119,7 @@ class ImageLocal(Patterned):
         rngs: nnx.Rngs,
     ):
         axes = 1 if form == "1d" else 2
-        shape = _shape(size.length, axes, shape)
+        shape = _shape(size, axes, shape)
         if block is None:
             block = tuple(min((RUN, SIDE)[axes - 1], -(-length // 4)) for length in shape)
         memory = block if memory is None else memory
@@ -144,14 +144,14 @@ class ImageLocal(Patterned):
         return min(length, 1 + reach[-1] + (reach[0] * self.shape[1] if len(reach) == 2 else 0))
 
 
-def _shape(length: int, axes: int, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+def _shape(size: Size, axes: int, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    length = size.length
     if axes == 1:
         if shape is not None:
             raise ValueError(f"shape={_times(shape)} is that of a plane: use form=2d")
         return (length,)
-    if shape is None:
-        columns = math.ceil(math.sqrt(length))
-        return math.ceil(length / columns), columns
+    if shape is None or size.ahead:
+        return size.on_plane()
     if len(shape) != 2 or min(shape) < 1 or math.prod(shape) != length:
         rows = next(rows for rows in range(math.isqrt(length), 0, -1) if length % rows == 0)
         raise ValueError(

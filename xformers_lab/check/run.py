@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib
+import pathlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
+_KITS = pathlib.Path(__file__).parent / "kits"
 # Whole-number options from here on are shrunk for the kit, so that its lengths hold several windows or chunks.
 LARGE, SMALL = 8, 5
 
@@ -52,13 +55,13 @@ class Report:
 
 
 def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Report:
-    """Run the kit on a choice of the attention shelf: a name with options, a dotted module, or the path of a file.
+    """Run a shelf's kit on a choice: a name with options, a dotted module, or the path of a file.
 
-    deep adds many more lengths (minutes). Raises UsageError where the choice does not exist; whatever else goes wrong
-    in it is a failed property.
+    deep adds many more lengths of attention (minutes). Raises UsageError where the choice does not exist, or its shelf
+    has no kit; whatever else goes wrong in it is a failed property.
     """
     if shelf != "attention":
-        raise UsageError(f'check: the kit is for attention; shelf "{shelf}" has none')
+        return _inside(choice, shelf)
     resolved = spec.resolve("attention", choice)
     begun = time.perf_counter()
     try:
@@ -69,8 +72,27 @@ def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Repor
     return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
 
-def examine(subject: Subject, properties: Sequence[Callable[[Subject], None]]) -> Report:
-    """Run some properties on a subject, in order."""
+def kits() -> list[str]:
+    """The shelves that have a kit: attention, and by listing the others."""
+    return ["attention", *sorted(file.stem for file in _KITS.glob("*.py") if not file.stem.startswith("_"))]
+
+
+def _inside(choice: str, shelf: str) -> Report:
+    """A choice of another shelf than attention, inside tiny models."""
+    if shelf not in kits():
+        raise UsageError(f'check: shelf "{shelf}" has no kit; there are kits of {", ".join(kits())}')
+    kit = importlib.import_module(f"xformers_lab.check.kits.{shelf}")
+    spec.resolve(shelf, choice)
+    begun = time.perf_counter()
+    try:
+        subject = kit.subject(choice)
+    except Exception as error:
+        return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
+    return examine(subject, kit.PROPERTIES)
+
+
+def examine(subject, properties: Sequence[Callable[..., None]]) -> Report:
+    """Run some properties on a subject, in order; it has a `name` and an `error()`."""
     begun = time.perf_counter()
     failed, skipped = [], []
     for holds in properties:

@@ -91,7 +91,7 @@ class Subject:
         self.mechanism = self.built(length)
         graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
         if not initial:
-            self.mechanism = nnx.merge(graph, _moved(own), rest)
+            self.mechanism = nnx.merge(graph, moved(own), rest)
         kind = type(self.mechanism)
         self.whole = kind.__call__ not in (Attention.__call__, Projected.__call__)
         self.per_head = not self.whole and kind.attend is not Attention.attend
@@ -218,7 +218,7 @@ class Subject:
         try:
             jax.eval_shape(forward, self.own, self.inputs(case), self.real(case), jax.random.key(0))
         except ValueError as error:
-            if _raised_on_purpose(error):
+            if raised_on_purpose(error):
                 return str(error)
         except Exception:  # a mistake, not a refusal: the property that makes this call will show it
             return None
@@ -322,7 +322,7 @@ class Subject:
         return found + [case for case in tall if self.refusal(case) is None]
 
 
-def _raised_on_purpose(error: Exception) -> bool:
+def raised_on_purpose(error: Exception) -> bool:
     """Whether a `raise` in the mechanism or the lab made an exception, not a call that went wrong.
 
     It is read off the bytecode, for the source on disk may have changed since it was imported.
@@ -335,7 +335,7 @@ def _raised_on_purpose(error: Exception) -> bool:
     return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _moved(own):
+def moved(own):
     """Parameters with noise of a tenth of their size, or of 0.1 where they are all zero."""
     random = np.random.default_rng(7)
 

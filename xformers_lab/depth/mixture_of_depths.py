@@ -199,6 +199,9 @@ class _Taken(Position):
             )
         self.position, self.at = position, at
 
+    def rotates(self) -> bool:
+        return self.position.rotates()
+
     def rotate(self, x, at):
         one = lambda x, places: self.position.rotate(x[None], places)[0]
         return jax.vmap(one)(x, self.at[:, at])

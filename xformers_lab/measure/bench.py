@@ -3,9 +3,9 @@
 Timed is the mechanism itself, `mix` on projected heads, q (B, T, N, H) and k, v (B, T, K, H): no projections, no
 position, no padding. A mechanism that is not per head and overrides `__call__` is timed on (B, T, D) with all that it
 does; the row says which, `timed`: "mix" or "call", of a prefill "mix_steps" or "decode_several", of one more token
-"mix_step" or "decode". With forward+backward
-come the gradients of every input and of the mechanism's own parameters. B, N, K, D and the type come from the config;
-it is causal where the mechanism can be and `model` is auto or causal (a decoder), and the row says so.
+"mix_step" or "decode". With forward+backward come the gradients of every input and of the mechanism's own parameters.
+B, N, K, D and the type come from the config; it is causal where the mechanism can be and `model` is auto or causal (a
+decoder), and the row says so.
 """
 
 import contextlib

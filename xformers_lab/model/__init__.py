@@ -1,5 +1,6 @@
 """The shelf of model kinds. One file = one class; built by `build_model` from a Config and a task."""
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -73,10 +74,8 @@ def build_task(config: Config) -> Task:
 
 def build_model(config: Config, task: Task) -> Model:
     """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError."""
-    kind = kind_of(config, task)
-    return spec.build(
-        "model", kind, size_of(config), config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}"
-    )
+    kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image)
+    return spec.build("model", kind, size, config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
 
 
 def kind_of(config: Config, task: Task) -> str:
@@ -98,11 +97,16 @@ def check_config(config: Config) -> Task:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     size_of(config)
     task = build_task(config)
+    check_built(config, task)
+    return task
+
+
+def check_built(config: Config, task: Task) -> None:
+    """Raises UsageError where the model of a config cannot be built for a task, or refuses to run; nothing compiles."""
     try:
         jax.eval_shape(lambda: _forward_once(config, task))
     except (ValueError, OverflowError) as error:
         raise UsageError(str(error)) from None
-    return task
 
 
 def _forward_once(config: Config, task: Task):

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ class Vit(Encoder):
 
     x = [class token, W p_1 + b, ..., W p_n + b] for the n squares p of patch x patch grey levels, row by row, each
     level between 0 and 1; then positions, blocks, and a linear head on the class token (equations 1 to 4). All choices
-    are built for these tokens; with pool=mean they are patches alone, a plane for attention=axial and position=grid.
-    A patch is real where one of its pixels is.
+    are built for these tokens, and told the plane of the patches. position=grid counts from behind the class token;
+    attention=axial and image_local:form=2d need pool=mean, where the tokens are patches alone. A patch is real where
+    one of its pixels is.
 
     Options:
         patch: pixels of a patch's side
@@ -44,8 +46,8 @@ class Vit(Encoder):
             fitting = ", ".join(str(side) for side in range(1, rows + 1) if rows % side == 0 == columns % side)
             raise ValueError(f"patch={patch} does not divide images of {rows}x{columns} pixels: use {fitting}")
         self.patch, self.token = patch, pool == "token"
-        length = (rows // patch) * (columns // patch) + self.token
-        own = dataclasses.replace(size, length=length)
+        plane, ahead = (rows // patch, columns // patch), int(self.token)
+        own = dataclasses.replace(size, length=math.prod(plane) + ahead, plane=plane, ahead=ahead)
         super().__init__(own, pool="first" if self.token else "mean", config=config, task=task, rngs=rngs)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs):

@@ -47,6 +47,10 @@ class Position(nnx.Module):
         """Queries or keys of all heads (B, T, N, H) at positions at (T,) -> (B, T, N, H)."""
         return x
 
+    def rotates(self) -> bool:
+        """Whether queries and keys are turned, so that attention without them has nothing of it."""
+        return type(self).rotate is not Position.rotate
+
     def bias(self):
         """None, or a pytree whose leaves have a leading axis N; one head's slice is called with broadcasting query and
         key positions and gives scores to add. Blockwise mechanisms call it per block: a T x S array is never built."""

@@ -1,5 +1,7 @@
+import dataclasses
 import math
 
+import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.position import Position
@@ -10,21 +12,24 @@ class Grid(Position):
     """Learned vectors of a position's row and of its column on a plane, added to the embeddings (Child et al., 2019,
     arXiv 1904.10509, section 5.3).
 
-    x_t + rows[t // width] + columns[t mod width]: tables of rows + columns vectors in place of rows * columns.
+    x_t + rows[t // width] + columns[t mod width]: tables of rows + columns vectors in place of rows * columns. What
+    stands in front of an image, a class token, has no place on the plane and gets nothing.
 
     Options:
-        width: columns of the plane; none: the root of the length, rounded up
+        width: columns of the plane; none: the image's, or the root of the length, rounded up
     """
 
     def __init__(self, size: Size, *, width: int | None = None, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
+        length = size.length - size.ahead
         if width is None:
-            width = math.ceil(math.sqrt(size.length))
-        if not 1 <= width <= size.length:
-            raise ValueError(f"width must be from 1 to the length of {size.length}, got {width}")
+            width = dataclasses.replace(size, length=length, ahead=0).on_plane()[1]
+        if not 1 <= width <= length:
+            raise ValueError(f"width must be from 1 to the length of {length}, got {width}")
         draw = lambda count: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size.dim)))
-        self.width, self.rows, self.columns = width, draw(math.ceil(size.length / width)), draw(width)
+        self.width, self.rows, self.columns = width, draw(math.ceil(length / width)), draw(width)
 
     def embed(self, x, at, *, real=None):
-        places = self.rows[at // self.width] + self.columns[at % self.width]
-        return x + places.astype(x.dtype)
+        place = at - self.size.ahead
+        vectors = self.rows[place // self.width] + self.columns[place % self.width]
+        return x + jnp.where(place[:, None] < 0, 0, vectors).astype(x.dtype)

@@ -265,7 +265,8 @@ def _measures(found: Sequence[dict]) -> dict[str, str]:
     if bench:
         said["what is timed"] = (
             "A mechanism alone, on projected queries, keys and values: no projections, no position. One that is not "
-            "per head is timed as a whole layer, and a note says so. Decode: one more token after a context of seq_len."
+            "per head is timed as a whole layer, and a note says so. Prefill: a context of seq_len read into an empty "
+            "cache; decode: one more token behind it."
         )
     if has("tokens_per_second"):
         decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in found) else ""

@@ -15,16 +15,17 @@ MOST = 24
 
 def figures(found: Sequence[dict]) -> list[dict]:
     """Name, note, side and path of a picture for each mechanism of the rows, at its shortest length there."""
-    lengths: dict[tuple[str, bool], configs.Config] = {}
+    lengths: dict[tuple[str, bool], tuple[configs.Config, Sequence[int] | None]] = {}
     for row in found:
         config = _config(row)
         if config is None or not _of_tokens(config):
             continue
         for name in spec.split(config.model.attention, "+"):
             key = name, _causal(config)
-            if key not in lengths or config.seq_len < lengths[key].seq_len:
-                lengths[key] = config
-    return [figure for (name, causal), config in lengths.items() if (figure := _figure(name, causal, config))][:MOST]
+            if key not in lengths or config.seq_len < lengths[key][0].seq_len:
+                lengths[key] = config, row.get("plane")
+    drawn = (_figure(*kind, *where) for kind, where in lengths.items())
+    return [figure for figure in drawn if figure][:MOST]
 
 
 def _config(row: dict) -> configs.Config | None:
@@ -53,10 +54,11 @@ def _of_tokens(config: configs.Config) -> bool:
         return True
 
 
-def _figure(name: str, causal: bool, config: configs.Config) -> dict | None:
-    heads = config.model.heads
+def _figure(name: str, causal: bool, config: configs.Config, plane: Sequence[int] | None) -> dict | None:
+    """plane: rows and columns where the positions are an image."""
+    heads, grid = config.model.heads, None if plane is None else (plane[0], plane[1])
     try:
-        mechanism = spec.build("attention", name, Size(config.seq_len, dim=heads, heads=heads))
+        mechanism = spec.build("attention", name, Size(config.seq_len, dim=heads, heads=heads, plane=grid))
     except LabError:
         return None
     seen = catalogue.sampled(mechanism, causal)

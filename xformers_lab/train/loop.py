@@ -350,7 +350,8 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
 
 
 def _declared(task: Task) -> dict:
-    return {"metric_name": task.metric_name, "higher_is_better": task.higher_is_better, "chance": task.chance}
+    names = {"metric_name": task.metric_name, "higher_is_better": task.higher_is_better}
+    return names | {"chance": task.chance, "plane": task.image}
 
 
 def _curve(lines: list[dict]) -> list[list]:

@@ -1,0 +1,35 @@
+"""Residual placements; see inside.py for the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xformers_lab import spec
+from xformers_lab.check import inside
+from xformers_lab.check.subject import Broken
+from xformers_lab.check.tiny import Inside
+from xformers_lab.rows import Rows
+from xformers_lab.size import Size
+
+
+def subject(choice: str) -> Inside:
+    return Inside("norm", choice, {"norm": choice})
+
+
+def silence(subject: Inside) -> None:
+    """Rows of zeros, which have no variance to divide by, give finite values and gradients."""
+    size = Size(4, dim=8, heads=2, layers=2)
+    placed = spec.build("norm", subject.asked["norm"], size)
+    placed.start(spec.build("ffn", "mlp", size))
+
+    def around(x, y):
+        x = placed.after(placed.before(x, Rows()), y, Rows())
+        return (x if placed.final is None else placed.final(x, Rows())).sum()
+
+    zeros = jnp.zeros((2, 4, 8))
+    value, grads = jax.value_and_grad(around, (0, 1))(zeros, zeros)
+    if not all(np.isfinite(leaf).all() for leaf in (value, *grads)):
+        raise Broken("rows of zeros give a value or gradient that is not finite: add a small number under the root")
+
+
+PROPERTIES = [*inside.PROPERTIES, silence]

@@ -1,0 +1,69 @@
+"""Positions: scores of every pair come from indices, block by block; see inside.py for the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.check import inside
+from xformers_lab.check.inside import HALF, SAME
+from xformers_lab.check.subject import Broken, NotApplicable, compare, moved
+from xformers_lab.check.tiny import Inside
+from xformers_lab.position import Position
+from xformers_lab.size import Size
+
+SIZE = Size(12, dim=8, heads=2)
+
+
+def subject(choice: str) -> Inside:
+    return Inside("position", choice, {"position": choice}, both=True)
+
+
+def turned(subject: Inside) -> None:
+    """Queries and keys keep shape and type, and in bfloat16 are turned as in float32, nearly."""
+    position = _built(subject)
+    if not position.rotates():
+        raise NotApplicable("it turns no queries and keys")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 2, 4)), jnp.float32)
+    out, half = (position.rotate(x.astype(dtype), jnp.arange(12)) for dtype in ("float32", "bfloat16"))
+    if (out.shape, out.dtype, half.dtype) != (x.shape, jnp.float32, jnp.bfloat16):
+        raise Broken(
+            f"rotate gives {half.dtype} {half.shape} of bfloat16 {x.shape}: cast to x.dtype what it multiplies"
+        )
+    advice = "Find angles in float32."
+    compare(np.asarray(half, np.float32), np.asarray(out), HALF, "rotate in bfloat16 against float32", advice)
+
+
+def from_indices(subject: Inside) -> None:
+    """A score is a function of two positions: one pair, a block and all of them at once give the same, all finite."""
+    position, at = _built(subject), jnp.arange(12)
+    bias = position.bias() if position.kept is None else _compared(position)
+    if bias is None:
+        raise NotApplicable("it adds nothing to scores")
+    for number in range(SIZE.heads):
+        head = jax.tree.map(lambda leaf, number=number: leaf[number], bias)
+        whole = np.asarray(jnp.broadcast_to(head(at[:, None], at[None]), (12, 12)), np.float32)
+        rows = at.reshape(3, 4)
+        blocks = np.asarray(jnp.broadcast_to(head(rows[:, :, None], rows[:, None]), (3, 4, 4)), np.float32)
+        pair = np.asarray(head(at[7:8, None], at[None, 5:6]), np.float32)
+        advice = "Broadcast the two positions, whatever axes they have, and look at nothing else."
+        compare(pair, whole[7:8, 5:6], SAME, "the score of one pair against that of all", advice)
+        compare(blocks, np.stack([whole[n : n + 4, n : n + 4] for n in (0, 4, 8)]), SAME, "blocks against all", advice)
+
+
+def _built(subject: Inside) -> Position:
+    position = spec.build("position", subject.name, SIZE, causal=True)
+    graph, params, rest = nnx.split(position, nnx.Param, ...)
+    return nnx.merge(graph, moved(params), rest)
+
+
+def _compared(position: Position):
+    """The scores of one sample."""
+    q, k = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 12, 2, 4)), jnp.float32)
+    at, heads = jnp.arange(12), lambda y: jnp.swapaxes(y, 1, 2)
+    found = position.compare(heads(position.of_queries(q, at)), heads(position.of_keys(k, at)), jnp.zeros((1, 2)))
+    return jax.tree.map(lambda leaf: leaf[0], found)
+
+
+PROPERTIES = [*inside.PROPERTIES, turned, from_indices]
