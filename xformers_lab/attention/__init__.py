@@ -360,8 +360,9 @@ class Attention(nnx.Module):
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         bias = None
         if position is not None:
+            self.check_position(position)
             bias, places = position.bias(), at + jnp.arange(x.shape[1])
-            q, k = position.rotate(q, places), position.rotate(k, places)
+            q, k = position.share * position.rotate(q, places), position.rotate(k, places)
         out, cache = self.mix_steps(cache, q, k, v, x=x, bias=bias)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 

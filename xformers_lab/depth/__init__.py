@@ -51,11 +51,11 @@ class Context:
 
 class Depth(nnx.Module):
     """own_layers: whether every layer has variables of its own, with a leading axis of layers, and runs once, on whole
-    batches, as a memory needs. waves: whether it adds sines and cosines of its own to the states, as a position may
-    (see position/__init__.py); the model then brings its first states to their scale."""
+    batches, as a memory needs. adds_waves: whether it adds sines and cosines of its own to the states, as a position
+    may (see position/__init__.py); the model then brings its first states to their scale."""
 
     own_layers: ClassVar[bool] = False
-    waves: bool = False
+    adds_waves: bool = False
 
     def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
         """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`). A

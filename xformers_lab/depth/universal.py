@@ -50,7 +50,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise ValueError(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
-        self.waves = code
+        self.adds_waves = code
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -90,9 +90,9 @@ class Universal(Depth):
 
     def _marked(self, x, number, position: Position, at):
         """(B, T, D) plus the sinusoidal codes of a step's number and, after the first, of positions at (T,) anew."""
-        if not self.waves:
+        if not self.adds_waves:
             return x
-        if position.waves:
+        if position.adds_waves:
             x = jnp.where(number > 0, position.embed(x, at), x)
         D = x.shape[-1]
         angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)

@@ -103,10 +103,10 @@ class Transformer(Model):
 
     def place(self, position, x, at, *, real):
         """Vectors of the input layer (B, T, D) with their positions at (T,), of unit size where waves are added."""
-        if position.waves:
+        if position.adds_waves:
             return position.embed(x / self.inputs, at, real=real)
         x = position.embed(x, at, real=real)
-        return x / self.inputs if self.stack.waves else x
+        return x / self.inputs if self.stack.adds_waves else x
 
     def predict(self, x, *, real=None, train: bool = False):
         """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.
@@ -145,7 +145,7 @@ class Transformer(Model):
         (_, T), at, before = tokens.shape, cache["at"], self.position.before
         newest = jnp.concatenate([cache["before"][0], self.embedding(tokens)], 1)
         places = at + jnp.arange(-before, T)
-        x = self.position.embed(newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
+        x = self.place(self.position, newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
         context = Context(self.position, predict=self.predict, tokens=tokens)
         x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}

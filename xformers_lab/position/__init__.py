@@ -24,14 +24,14 @@ from xformers_lab.size import Size
 
 class Position(nnx.Module):
     """before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
-    waves: whether `embed` adds sines and cosines of the position alone, whose size no training moves: the model then
-    brings tokens to their scale, and a depth may add them again.
+    adds_waves: whether `embed` adds sines and cosines of the position alone, whose size no training moves: the model
+    then brings tokens to their scale, and a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
     kept: None, or for a position that compares tokens the numbers that `of_keys` gives of a key for every query head;
     decoding keeps them."""
 
     before: int = 0
-    waves: ClassVar[bool] = False
+    adds_waves: ClassVar[bool] = False
     share: float = 1.0
     kept: int | None = None
 

@@ -15,7 +15,7 @@ class Sinusoidal(Position):
         base: the longest wavelength is base * 2 pi
     """
 
-    waves = True
+    adds_waves = True
 
     def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
         if base <= 1:
