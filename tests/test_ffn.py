@@ -73,6 +73,11 @@ def test_moe_computes_only_what_was_sent():
     assert one <= count("moe:experts=4") < 1.4 * one
     assert count("moe:experts=4:top=2") < 2.4 * one
     assert count("moe:experts=16") < 2.1 * one
+    assert one <= count("moe:choice=expert") < 1.6 * one
+    assert one <= count("moe:experts=16:choice=expert") < 2.1 * one
+    assert count("moe:experts=4:choice=expert:capacity=2") < 2.4 * one
+    assert count("moe:experts=4:capacity=0.5") < 0.9 * one
+    assert count("moe:experts=4:capacity=3") < 1.4 * one  # no token is sent more often than it chose
 
 
 def test_capacity_keeps_the_most_certain():
@@ -92,6 +97,18 @@ def test_experts_choose_equally_many():
     hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, moe.up[...]))
     expected = jnp.einsum("btef,efd,bte->btd", hidden, moe.down[...], p * chosen[None])
     np.testing.assert_allclose(moe(x)[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("choice", ["choice=expert", "capacity=0.5:top=2"])
+def test_padding_changes_nothing(choice):
+    """An expert's room is a share of the real tokens: six of them are kept or dropped alike behind padding."""
+    moe, x = build(f"moe:experts=4:{choice}"), draw(2, 24, 16)
+    run = quick_jit(lambda x, real: moe(x, real=real))
+    padded, aux = run(x, jnp.arange(24)[None] < jnp.full((2, 1), 6))
+    alone, expected = run(x[:, :6], jnp.ones((2, 6), bool))
+    np.testing.assert_allclose(padded[:, :6], alone, atol=1e-6)
+    assert not padded[:, 6:].any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), aux, expected)
 
 
 def test_router_losses_are_switch_transformers(shared):
@@ -200,6 +217,7 @@ def test_squared_relu():
 
 @pytest.mark.parametrize("choice, message", [
     ("moe:top=9", "top=9 must be from 1 to experts=8"),
+    ("moe:choice=expert:top=2", "capacity=2"),
     ("moe:capacity=0", "capacity must be above 0"),
     ("moe:balance=-1", "at least 0"),
     ("product_key:top=65", "top=65"),

@@ -18,7 +18,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import feed, loop, optimizer, records
-from xformers_lab.train.layout import layout_of
+from xformers_lab.train.layout import layout_of, sharing
 from xformers_lab.train.state import abstract, init, structure
 from xformers_lab.train.step import make_train_step
 
@@ -286,3 +286,15 @@ def test_batch_must_be_shared_out_equally(task_file, monkeypatch):
         layout_of(tiny(task_file, batch=12))
     with pytest.raises(UsageError, match=r"accumulate=2 parts: .* divisible by 16"):
         layout_of(tiny(task_file, batch=24, accumulate=2))
+
+
+@pytest.mark.parametrize("ffn, message", [
+    ("mlp", "ffn=mlp has none: use ffn=moe or layout=jit"),
+    ("moe:experts=7", "cannot share out 7 experts over 8 devices"),
+])  # fmt: skip
+def test_experts_must_be_shared_out_equally(task_file, monkeypatch, ffn, message):
+    devices = jax.devices() * 8
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    config = tiny(task_file, layout="experts", ffn=ffn)
+    with pytest.raises(UsageError, match=message):
+        sharing(layout_of(config), config, build_task(config))

@@ -73,7 +73,9 @@ class Train:
     eval_every: int = knob(0, "validate every so many steps (0: only at the end)", least=0)
     eval_batches: int = knob(8, "batches per validation", least=1)
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
-    layout: typing.Literal["jit", "pmap"] = knob("jit", "data-parallel over all devices: jit over a mesh, or pmap")
+    layout: typing.Literal["jit", "pmap", "experts"] = knob(
+        "jit", "data-parallel over all devices: jit over a mesh, pmap, or jit with an ffn's experts shared out too"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@ function that returns None where the block has no such sub-layer.
 
 One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
 int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, real=real,
-key=key)`: a placement may have put a normaliser in front of it.
+key=key)`: a placement may have put a normaliser in front of it. One of many networks keeps their matrices as `Bank`s,
+so that layout=experts can share them out over the devices, and lets `_experts.run_experts` run them there.
 
 A placement may also ask for smaller first weights, `damp(share)`. All matrices of a sub-layer become so; one that holds
 others, a router or queries and keys, says which of its own do.
@@ -30,6 +31,12 @@ ACTIVATIONS = {
     "sigmoid": jax.nn.sigmoid,
     "identity": lambda x: x,
 }
+EXPERT = "expert"  # the axis of a mesh over whose devices banks are shared out
+
+
+class Bank(nnx.Param):
+    """One matrix of each of E networks, (E, in, out) in a layer. In a stack of layers E is the third axis from the end
+    as well, and that is what layout=experts shares out, of the optimizer's moments too."""
 
 
 class Ffn(nnx.Module):

@@ -2,38 +2,115 @@
 
 Tokens are put in order of their expert, every expert's share filled up to whole blocks, so that a block is one product
 with one expert's matrix. The work grows with the tokens sent, plus at most one block per expert.
+
+On a mesh every device sees to its own sequences. Where the networks are shared out over the mesh too, tokens travel to
+the device of their expert and back, all to all. A round carries ROOM times an even share from each device to each
+other. Where more is to go between any two, further rounds follow, as many as that takes, so that nothing is dropped.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from xformers_lab.ffn import EXPERT
 
 BLOCK = 64
+ROOM = 1.25
 
 
-def run_experts(x, expert, weight, up, down, activation):
-    """x (n, D); expert (n, k) int32, weight (n, k); up (E, D, F), down (E, F, D) -> sum_k weight down_e act(up_e x).
+def run_experts(x, place, expert, weight, up, down, activation, most: int | None = None):
+    """x (B, T, D); place and expert (B, m) int32, weight (B, m); up (E, D, F), down (E, F, D) -> (B, T, D)
 
-    An expert number of E sends the token nowhere.
+    y[b, t] = the sum over all j with place[b, j] = t of weight[b, j] down_e act(up_e x[b, t]), e = expert[b, j]
+
+    An expert number of E sends nowhere; most: no more than so many of a sequence's m go somewhere (None: all may).
     """
-    (n, k), E = expert.shape, up.shape[0]
-    block = min(BLOCK, max(8, n * k // E))
-    flat = expert.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    counts = jnp.zeros(E, jnp.int32).at[flat].add(1, mode="drop")
-    ends = jnp.cumsum(-(-counts // block))  # in blocks
-    M = n * k // block + E
-    # Where each assignment stands: its expert's first block, and its rank among the expert's tokens.
-    rank = jnp.arange(n * k) - (jnp.cumsum(counts) - counts)[flat[order]]
-    slot = (ends - (-(-counts // block)))[flat[order]] * block + rank
-    slot = jnp.where(flat[order] < E, slot, M * block)
-    token = jnp.full(M * block, n, jnp.int32).at[slot].set((order // k).astype(jnp.int32), mode="drop")
-    share = jnp.zeros(M * block, weight.dtype).at[slot].set(weight.reshape(-1)[order], mode="drop")
+    most = place.shape[1] if most is None else most
+    mesh = jax.sharding.get_abstract_mesh()
+    if EXPERT not in mesh.axis_names:
+        y = _run(*_flat(x, place, expert, weight), up, down, activation, most * len(x))
+        return y.reshape(*x.shape[:2], -1)
+    # A depth may work on some of a batch's sequences, which the devices need not divide.
+    missing = -len(x) % mesh.size
+    fill = lambda leaf, value=0: jnp.pad(
+        leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), constant_values=jnp.asarray(value, leaf.dtype)
+    )
+    run = functools.partial(_run_shared, activation=activation, most=most, axes=mesh.axis_names)
+    shared, banks = PartitionSpec(mesh.axis_names), PartitionSpec(EXPERT)
+    # Unchecked, for the checks want every loop's start to say over which axes it varies.
+    run = jax.shard_map(run, in_specs=(shared,) * 4 + (banks,) * 2, out_specs=shared, check_vma=False)
+    return run(fill(x), fill(place), fill(expert, len(up)), fill(weight), up, down)[: len(x)]
+
+
+def _flat(x, place, expert, weight):
+    """The same with one axis for sequences and places: rows (n, D), and for every assignment its row."""
+    B, T, D = x.shape
+    row = place + T * jnp.arange(B)[:, None]
+    return x.reshape(B * T, D), row.reshape(-1), expert.reshape(-1), weight.reshape(-1)
+
+
+def _run(x, row, expert, weight, up, down, activation, most: int):
+    """x (n, D); row, expert, weight (m,), of which no more than `most` go somewhere -> (n, D)."""
+    n, E = len(x), len(up)
+    block = min(BLOCK, max(8, most // E))
+    M = most // block + E
+    order = jnp.argsort(expert, stable=True)
+    counts = jnp.zeros(E, jnp.int32).at[expert].add(1, mode="drop")
+    blocks = -(-counts // block)
+    ends = jnp.cumsum(blocks)
+    # Where each assignment stands: its expert's first block, and its rank among the expert's.
+    sorted_expert = expert[order]
+    rank = jnp.arange(len(order)) - (jnp.cumsum(counts) - counts)[sorted_expert]
+    slot = jnp.where(sorted_expert < E, (ends - blocks)[sorted_expert] * block + rank, M * block)
+    source = jnp.full(M * block, n, jnp.int32).at[slot].set(row[order].astype(jnp.int32), mode="drop")
+    share = jnp.zeros(M * block, weight.dtype).at[slot].set(weight[order], mode="drop")
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(M), side="right"), E - 1)
-    rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(M, block, -1)
+    rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0).reshape(M, block, -1)
     hidden = activation(grouped(rows, up, owner))
     out = grouped(hidden.astype(x.dtype), down, owner).reshape(M * block, -1) * share[:, None].astype(jnp.float32)
-    return jnp.zeros((n, out.shape[1]), jnp.float32).at[token].add(out, mode="drop").astype(x.dtype)
+    return jnp.zeros((n, out.shape[1]), jnp.float32).at[source].add(out, mode="drop").astype(x.dtype)
+
+
+def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, axes):
+    """`run_experts` as one device of the mesh does it: x and assignments of its sequences, up and down of its own."""
+    shape = x.shape[:2]
+    x, row, expert, weight = _flat(x, place, expert, weight)
+    shards, own, most = lax.axis_size(EXPERT), len(up), most * shape[0]
+    if shards == 1:
+        return _run(x, row, expert, weight, up, down, activation, most).reshape(*shape, -1)
+    room = math.ceil(ROOM * most / shards)
+    # Assignments by the device they go to, and the rank of each among those; `shards` is nowhere.
+    order = jnp.argsort(expert, stable=True)
+    row, expert, weight = row[order], expert[order], weight[order]
+    to = expert // own
+    counts = jnp.zeros(shards, jnp.int32).at[to].add(1, mode="drop")
+    rank = jnp.arange(len(to)) - (jnp.cumsum(counts) - counts)[to]
+    # The same number everywhere, for what some devices do not take part in would wait for them.
+    rounds = lax.pmax(-(-counts.max() // room), axes)
+    over = functools.partial(lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
+
+    def travel(number):
+        at = rank - number * room
+        slot = jnp.where((to < shards) & (at >= 0) & (at < room), to * room + at, shards * room)
+        sent = lambda nothing, values: jnp.full(shards * room, nothing, values.dtype).at[slot].set(values, mode="drop")
+        source, share = sent(len(x), row), sent(0, weight)
+        rows = over(jnp.take(x, source, axis=0, mode="fill", fill_value=0))
+        ones = jnp.ones(len(rows), jnp.float32)
+        out = _run(rows, jnp.arange(len(rows)), over(sent(own, expert % own)), ones, up, down, activation, len(rows))
+        back = over(out).astype(jnp.float32) * share[:, None].astype(jnp.float32)
+        return jnp.zeros((len(x), back.shape[1]), jnp.float32).at[source].add(back, mode="drop")
+
+    def further(y, number):
+        # Computed anew in the backward pass, or every round that might be would keep its hidden layers.
+        more = lambda y: y + jax.checkpoint(travel, prevent_cse=False)(number)
+        return lax.cond(number < rounds, more, lambda y: y, y), None
+
+    y, _ = lax.scan(further, travel(0), jnp.arange(1, math.ceil(most / room)))
+    return y.astype(x.dtype).reshape(*shape, -1)
 
 
 @jax.custom_vjp

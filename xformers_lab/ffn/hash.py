@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
 from xformers_lab.size import Size
 
@@ -40,21 +40,20 @@ class Hash(Ffn):
             raise ValueError(f"experts must be at least 1, got {experts}")
         hidden = hidden_size(size, ratio)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = nnx.Param(draw(rngs.params(), (experts, size.dim, hidden)))
-        self.down = nnx.Param(draw(rngs.params(), (experts, hidden, size.dim)))
+        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)))
+        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)))
         self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
         self.experts, self.activation = experts, activation
 
     def __call__(self, x, *, tokens, real=None, key=None):
-        B, T, D = x.shape
         expert = self.expert(tokens)
         expert = expert if real is None else jnp.where(real, expert, self.experts)
-        flat = expert.reshape(B * T, 1)
+        place = jnp.broadcast_to(jnp.arange(expert.shape[1]), expert.shape)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        ones = jnp.ones(flat.shape, jnp.float32)
-        y = run_experts(x.reshape(B * T, D), flat, ones, up, down, ACTIVATIONS[self.activation])
-        sent = jnp.zeros(self.experts).at[flat[:, 0]].add(1, mode="drop")
-        return y.reshape(B, T, D), {"busiest_expert": self.experts * sent.max() / jnp.maximum(sent.sum(), 1)}
+        ones = jnp.ones(expert.shape, jnp.float32)
+        y = run_experts(x, place, expert, ones, up, down, ACTIVATIONS[self.activation])
+        sent = jnp.zeros(self.experts).at[expert].add(1, mode="drop")
+        return y, {"busiest_expert": self.experts * sent.max() / jnp.maximum(sent.sum(), 1)}
 
     def expert(self, tokens):
         """int32 tokens -> the number of their expert."""

@@ -2,11 +2,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from xformers_lab.damping import damp
-from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
+from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -18,12 +19,14 @@ class Moe(Ffn):
 
     y = sum over the chosen e of p_e f_e(x), p = softmax(W x); with top above 1 the chosen p are scaled to a sum of 1.
     Nothing is dropped unless a capacity says so: then each expert keeps the tokens with the largest p in their
-    sequence, whatever their order. Auxiliary losses: balance, E sum_e (share of tokens)(mean p) per sequence; and z,
-    the mean squared log-sum-exp of the router (Zoph et al., 2022, arXiv 2202.08906).
+    sequence, whatever their order; an equal share is one of the real tokens, so that padding changes nothing. What is
+    computed grows with the tokens that experts keep, not with the experts. Auxiliary losses: balance,
+    E sum_e (share of tokens)(mean p) per sequence; and z, the mean squared log-sum-exp of the router (Zoph et al.,
+    2022, arXiv 2202.08906).
 
     Options:
         experts: how many networks
-        top: networks per token
+        top: networks per token; of choice=token
         choice: token: tokens choose experts; expert: each expert chooses its share of a sequence's tokens
         capacity: tokens an expert takes, as a multiple of an equal share; none: all that come (choice=expert: 1)
         ratio: hidden width of one expert over model width
@@ -48,6 +51,8 @@ class Moe(Ffn):
     ):
         if not 1 <= top <= experts:
             raise ValueError(f"top={top} must be from 1 to experts={experts}")
+        if choice == "expert" and top > 1:
+            raise ValueError(f"top={top} is of choice=token; experts that choose take capacity={top} equal shares")
         if capacity is not None and capacity <= 0:
             raise ValueError(f"capacity must be above 0, got {capacity}")
         if balance < 0 or z < 0:
@@ -55,8 +60,8 @@ class Moe(Ffn):
         hidden = hidden_size(size, ratio)
         self.router = Linear(size.dim, experts, use_bias=False, rngs=rngs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = nnx.Param(draw(rngs.params(), (experts, size.dim, hidden)))
-        self.down = nnx.Param(draw(rngs.params(), (experts, hidden, size.dim)))
+        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)))
+        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)))
         self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
         self.activation, self.balance, self.z = activation, balance, z
 
@@ -71,16 +76,13 @@ class Moe(Ffn):
         return None
 
     def __call__(self, x, *, real=None, key=None):
-        B, T, D = x.shape
-        real = jnp.ones((B, T), bool) if real is None else real
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
         logits = self.router(x.astype(jnp.float32))
         p = jax.nn.softmax(logits)
         choose = self._by_expert if self.choice == "expert" else self._by_token
-        expert, weight, sent = choose(p, real)
-        k = expert.shape[-1]
+        assigned, sent, most = choose(p, real)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        flat = x.reshape(B * T, D), expert.reshape(B * T, k), weight.reshape(B * T, k)
-        y = run_experts(*flat, up, down, ACTIVATIONS[self.activation])
+        y = run_experts(x, *assigned, up, down, ACTIVATIONS[self.activation], most)
         count = jnp.maximum(real.sum(1), 1)[:, None]
         mean = jnp.where(real[..., None], p, 0).sum(1) / count
         squared = jnp.where(real, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(real.sum(), 1)
@@ -90,33 +92,45 @@ class Moe(Ffn):
             "loss/router_z": self.z * squared,
             "busiest_expert": self.experts * share.max(-1).mean(),
         }
-        return y.reshape(B, T, D), aux
+        return y, aux
+
+    # Both ways to choose give place, expert and weight (B, m) as run_experts takes them, how many tokens chose, or were
+    # chosen by, each expert (B, E), and how many of the m an expert may have kept.
 
     def _by_token(self, p, real):
-        """Expert and weight (B, T, top) of each token, and how many tokens chose each expert (B, E)."""
-        weight, expert = lax.top_k(p, self.top)
-        if self.top > 1:
+        (B, T, E), top = p.shape, self.top
+        weight, expert = lax.top_k(p, top)
+        if top > 1:
             weight = weight / weight.sum(-1, keepdims=True)
-        expert = jnp.where(real[..., None], expert, self.experts)
-        chosen = jax.nn.one_hot(expert, self.experts).sum(2)
-        if self.capacity is not None:
-            kept = self._room(chosen * p, p.shape[1])
-            expert = jnp.where(
-                jnp.take_along_axis(kept, jnp.minimum(expert, self.experts - 1), 2), expert, self.experts
-            )
-        return expert, weight, chosen.sum(1)
+        expert = jnp.where(real[..., None], expert, E)
+        of_expert = jax.nn.one_hot(expert, E)
+        chosen = of_expert.sum(2)
+        if self.capacity is None:
+            place = jnp.broadcast_to(jnp.repeat(jnp.arange(T), top), (B, T * top))
+            return (place, expert.reshape(B, -1), weight.reshape(B, -1)), chosen.sum(1), T * top
+        place, kept = self._best(chosen * p, real)
+        assigned = self._assigned(place, kept, (of_expert * weight[..., None]).sum(2))
+        return assigned, chosen.sum(1), min(T * top, assigned[0].shape[1])
 
     def _by_expert(self, p, real):
-        kept = self._room(jnp.where(real[..., None], p, 0), p.shape[1])
-        expert = jnp.where(kept, jnp.arange(self.experts), self.experts)
-        return expert, p, kept.sum(1)
+        place, kept = self._best(jnp.where(real[..., None], p, 0), real)
+        assigned = self._assigned(place, kept, p)
+        return assigned, kept.sum(-1), assigned[0].shape[1]
 
-    def _room(self, scores, T: int):
-        """(B, T, E) bool: the tokens with the largest scores above 0 of each sequence, as many as an expert takes."""
-        many = self.top if self.choice == "token" else 1
-        most = min(T, max(1, round((self.capacity or 1.0) * many * T / self.experts)))
-        columns = scores.swapaxes(1, 2)
-        at = lax.top_k(columns, most)[1]
-        kept = jnp.zeros(columns.shape, bool)
-        kept = jax.vmap(jax.vmap(lambda row, at: row.at[at].set(True)))(kept, at)
-        return (kept & (columns > 0)).swapaxes(1, 2)
+    def _best(self, scores, real):
+        """The places (B, E, C) of the largest of scores (B, T, E) in each sequence, and which of them an expert keeps:
+        those above 0, as many as it takes of a sequence of so many real tokens."""
+        T = scores.shape[1]
+        length = np.arange(T + 1)
+        share = (self.capacity or 1.0) * self.top / self.experts
+        takes = np.minimum(np.maximum(np.round(share * length), 1), length).astype(np.int32)
+        best, place = lax.top_k(scores.swapaxes(1, 2), int(takes[T]))
+        room = jnp.asarray(takes)[real.sum(1)]
+        return place, (best > 0) & (jnp.arange(takes[T]) < room[:, None, None])
+
+    def _assigned(self, place, kept, weight):
+        """place, kept (B, E, C), and the weight (B, T, E) of an expert for a token."""
+        expert = jnp.where(kept, jnp.arange(self.experts)[:, None], self.experts)
+        weight = jnp.take_along_axis(weight.swapaxes(1, 2), place, 2)
+        flat = lambda each: each.reshape(len(place), -1)
+        return flat(place), flat(expert), flat(weight)

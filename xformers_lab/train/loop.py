@@ -26,7 +26,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
 from xformers_lab.train.interrupt import Interrupted, listening
-from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of
+from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "resume", "run"]
@@ -129,6 +129,7 @@ class _Job:
 
 def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     layout, task = layout_of(config), build_task(config)
+    layout = sharing(layout, config, task)
     graph, *_, memory = shapes(config, task)
     segments = bool(jax.tree.leaves(memory))
     if segments and config.train.layout == "pmap":
