@@ -20,6 +20,17 @@ def verdict(choice: str) -> dict:
     return known(choice) or keep(choice, run.check(choice).to_dict())
 
 
+def refusal(choice: str, *, anew: bool = True) -> str | None:
+    """Why the kit refuses a mechanism, None where it passes; not `anew`: None too where it has not been checked."""
+    try:
+        report = verdict(choice) if anew else known(choice)
+    except Exception as error:
+        return f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
+    failed = [failure["property"] for failure in report["failed"]] if report else []
+    names = ", ".join(failed[:3]) + (f" and {len(failed) - 3} more" if len(failed) > 3 else "")
+    return f"fails its check: {names}; see xlab check {choice}" if failed else None
+
+
 def known(choice: str) -> dict | None:
     """The verdict on these very sources, None where they have not been checked.
 
