@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.model import check_config
 from xformers_lab.tasks import lm
-from xformers_lab.train import loop
+from xformers_lab.train import interrupt, loop
 
 TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "task"]
@@ -114,6 +115,17 @@ def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, re
     assert list(tmp_path.glob("runs/*/*/result.json")) == []
     assert len(list(tmp_path.glob("runs/*/*/checkpoints/*/MANIFEST.json"))) == (strike == "train 15")
     assert (tmp_path / "runs" / "report.html").is_file()
+
+
+def test_signals_that_come_together_are_one_wish(monkeypatch):
+    """Ctrl-C under a wrapper that passes it on is no second Ctrl-C."""
+    with interrupt.listening() as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        monkeypatch.setattr(interrupt, "REPEATED", -1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_dead_worker_tells_its_own_reason_and_the_driver_touches_no_device(tmp_path):

@@ -268,9 +268,8 @@ def _train(chosen) -> int:
     from xformers_lab.model import check_config
 
     check_config(config)
-    from xformers_lab.train import layout, loop
+    from xformers_lab.train import loop
 
-    layout.layout_of(config)
     with progress.steps(f"{config.task} · {config.model.attention} · {config.seq_len}") as step:
         record = loop.run(config, progress=step)
     return _trained(chosen, record)

@@ -62,10 +62,10 @@ def _folder() -> pathlib.Path:
 
 def _key(choice: str) -> str:
     """Everything a verdict depends on: the choice, its source, the package's, the properties, jax and the device."""
+    resolved, digest = spec.resolve("attention", choice), spec.digest("attention", choice)
     about = [
-        str(spec.resolve("attention", choice)),
-        spec.digest("attention", choice),
-        _sources(spec.parse(choice).name),
+        str(spec.Choice(digest or resolved.name, resolved.options)),  # a file's verdict goes with it, wherever it lies
+        _sources(resolved.name),
         [holds.__name__ for holds in run.PROPERTIES],
         jax.__version__,
         jax.devices()[0].device_kind,

@@ -26,8 +26,8 @@ def check_cell(config: configs.Config, kit: bool, say: Callable[..., None]) -> d
 
     try:
         task = check_config(config)
-        layout.layout_of(config)
-        loop.settled(configs.folder(config), lambda: task)
+        if loop.settled(configs.folder(config), lambda: task) is None:
+            layout.layout_of(config)
         for choice in spec.split(config.model.attention, "+") if kit else ():
             if reason := _refusal(choice, say):
                 return {"status": "refused", "reason": reason}
