@@ -29,7 +29,7 @@ PROMISED |= {"flops", "parameters", "temp_bytes", "reason", "attention", "seq_le
 STRIKING = """
 import os, sys, time
 
-STRIKE = os.environ["STRIKE"].split() if "worker" in sys.argv[0] else [""]
+STRIKE = os.environ["STRIKE"].split() if "worker" in "".join(sys.argv) else [""]
 
 def strike():
     for number in STRIKE[1:]:
@@ -41,9 +41,9 @@ def strike():
 if STRIKE[0] == "import":
     strike()
 
-from xformers_lab.tasks.copy import Copy
+from xformers_lab.tasks.copy import Copy as Whole
 
-class Striking(Copy):
+class Copy(Whole):
     def batch(self, split, step):
         if STRIKE[0] == split and step == 4:
             strike()
@@ -61,7 +61,7 @@ class Dying(Mlp):
         self.way = way
 
     def __call__(self, x, *, real=None, key=None):
-        if "worker" in sys.argv[0] and len(x) > 1:
+        if "worker" in "".join(sys.argv) and len(x) > 1:
             if self.way == "say":
                 print("the first cell's words", file=sys.stderr, flush=True)
             else:
@@ -95,10 +95,10 @@ def checked(config: Config) -> dict:
     ],
 )
 def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, reason):
-    (tmp_path / "striking.py").write_text(STRIKING)
-    words = ["task=./striking.py", "seed=0,1", *WORDS, "steps=50", "runs=runs"]
+    (tmp_path / "copy.py").write_text(STRIKING)  # where Python's own is not to be hidden by it
+    words = ["task=./copy.py", "seed=0,1", *WORDS, "steps=50", "runs=runs"]
     ran = subprocess.run(
-        [sys.executable, "-m", "xformers_lab", "compare", *words, "--json"],
+        [sys.executable, "-P", "-m", "xformers_lab", "compare", *words, "--json"],
         env=os.environ | {"STRIKE": strike, "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=tmp_path,
         capture_output=True,

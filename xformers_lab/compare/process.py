@@ -13,6 +13,10 @@ from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.train.interrupt import handling
 
+# The worker imports from where the driver does. `-m` would put the working folder first, where a user's own copy.py
+# would hide Python's.
+START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_module(sys.argv[1], run_name='__main__')"
+
 
 class Worker:
     """A worker process while the `with` lasts, in which the driver hears Ctrl-C and SIGTERM.
@@ -70,7 +74,7 @@ class Worker:
     def _start(self) -> None:
         # Its own session: what a terminal sends reaches the driver alone, which passes it on once.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "xformers_lab.compare.worker"],
+            [sys.executable, "-P", "-c", START, "xformers_lab.compare.worker", *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
