@@ -89,9 +89,9 @@ def checked(config: Config) -> dict:
 @pytest.mark.parametrize(
     "strike, code, reason",
     [
-        ("import 2", 130, "not reached|stopped before"),
+        ("import 2", 130, "not reached|stopped at once"),
         ("train 15", 143, "saved at step [3-6] of 50"),
-        ("train 2 2", 130, "stopped before it could save"),
+        ("train 2 2", 130, "stopped at once"),
     ],
 )
 def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, reason):
@@ -113,7 +113,8 @@ def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, re
     assert re.search(reason, rows[0]["reason"]) and "not reached" in rows[1]["reason"]
     assert all(row.keys() >= PROMISED for row in rows)
     assert list(tmp_path.glob("runs/*/*/result.json")) == []
-    assert len(list(tmp_path.glob("runs/*/*/checkpoints/*/MANIFEST.json"))) == (strike == "train 15")
+    saved = len(list(tmp_path.glob("runs/*/*/checkpoints/*/MANIFEST.json")))
+    assert saved == 1 if strike == "train 15" else saved <= 1  # the second signal may come after it was saved
     assert (tmp_path / "runs" / "report.html").is_file()
 
 

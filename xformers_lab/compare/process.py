@@ -93,10 +93,7 @@ class Worker:
     def _died(self) -> dict:
         code = self._close()
         if self.stopped:
-            return {
-                "status": "interrupted",
-                "reason": "stopped before it could save",
-            }
+            return {"status": "interrupted", "reason": "stopped at once: it goes on from what it had saved"}
         if code == -signal.SIGKILL:
             return {"status": "oom", "reason": "the process was killed (signal 9), most likely for want of memory"}
         self.log.seek(self.begun)
