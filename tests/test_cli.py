@@ -154,31 +154,6 @@ def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path)
     assert "does not fit a length of 16" in rows[1]["reason"]
 
 
-DYING = '''
-import os
-from xformers_lab.attention.full import Full
-
-
-class Dying(Full):
-    """Full attention that takes its process down while it is traced for training."""
-
-    def attend(self, q, k, v, *, real=None, causal, bias=None):
-        if os.environ.get("XLAB_TEST_WORKER") == "1" and "worker" in " ".join(__import__("sys").argv):
-            os.{way}
-        return super().attend(q, k, v, real=real, causal=causal, bias=bias)
-'''
-
-
-@pytest.mark.parametrize("way, status", [("kill(os.getpid(), 9)", "oom"), ("_exit(7)", "failed")])
-def test_a_cell_that_takes_its_process_down_is_a_row_and_the_next_one_runs(capsys, tmp_path, monkeypatch, way, status):
-    monkeypatch.setenv("XLAB_TEST_WORKER", "1")
-    path = tmp_path / "dying.py"
-    path.write_text(DYING.format(way=way))
-    rows = run(capsys, "compare", *TINY, f"runs={tmp_path}/runs", f"attention={path},full", "seq_len=16", code=5)
-    assert [row["status"] for row in rows] == [status, "ok"]
-    assert rows[0]["reason"]
-
-
 def test_train_resume_eval(capsys, tmp_path):
     words = [*TINY, f"runs={tmp_path}", "seq_len=16", "attention=local:window=4"]
     record = run(capsys, "train", *words)

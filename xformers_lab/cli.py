@@ -182,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--report", metavar="FILE", help="where the HTML goes (default: RUNS/report.html)")
     added.add_argument("--skip-impossible", action="store_true", help="keep impossible combinations as refused rows")
+    added.add_argument(
+        "--no-check", action="store_true", help="train mechanisms of your own without their conformance check"
+    )
     printed(added)
 
     added = command("report", _report, "draw the last comparison again as one offline HTML file")
@@ -383,23 +386,26 @@ def _compare(chosen) -> int:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
     cells, varied = configs.sweep(chosen.words)
     from xformers_lab import progress
-    from xformers_lab.compare import run
+    from xformers_lab.compare import process, run
     from xformers_lab.report import table
 
-    refused = run.check_cells(cells, skip_impossible=chosen.skip_impossible)
-    done = sum(run.stored(cell) is not None for cell in cells)
-    print(f"{len(cells)} cells, {done} already done", file=sys.stderr)
-    with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
-        rows, interrupted = run.compare(
-            cells, varied, refused=refused, started=tell.started, stepped=tell.stepped, finished=tell.finished
+    with process.Worker() as worker:
+        told = lambda text: print(text, file=sys.stderr, flush=True)
+        found = run.check_cells(
+            cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, told=told
         )
-    saved = run.save_table(rows, varied, _command(chosen), cells[0].runs)
+        done = sum(cell not in found and run.stored(cell) is not None for cell in cells)
+        print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
+        with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
+            callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
+            rows = run.compare(cells, varied, worker, found=found, **callbacks)
     code = _print(chosen, rows, lambda: table.print_rows(rows, varied))
+    saved = run.save_table(rows, varied, _command(chosen), cells[0].runs)
     report = _write_report(rows, varied, _command(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
     print(f"report: {report}", file=sys.stderr)
-    if interrupted:
+    if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        return 128 + worker.stopped
     return code if all(row["status"] == "ok" for row in rows) else 5
 
 

@@ -4,6 +4,8 @@
 """
 
 import difflib
+import pathlib
+import traceback
 from collections.abc import Iterable
 
 
@@ -19,6 +21,10 @@ class UsageError(LabError):
     exit_code = 2
 
 
+class BrokenChoice(UsageError):
+    """A choice from outside the package raised what a choice should not: the message says what, and in which line."""
+
+
 class RunFailed(LabError):
     """A run that started and could not finish: non-finite loss, out of memory, disk full."""
 
@@ -29,6 +35,24 @@ class IntegrityError(LabError):
     """Stored results that cannot be trusted, and nothing to fall back to."""
 
     exit_code = 4
+
+
+def in_words(error: Exception) -> str:
+    """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
+    frame = _innermost(error)
+    where = f" ({frame.filename}:{frame.lineno})" if frame else ""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{where}"
+
+
+def outside(error: Exception) -> bool:
+    """Whether the innermost line outside jax that an exception passed is none of this package."""
+    frame = _innermost(error)
+    return frame is not None and not pathlib.Path(frame.filename).is_relative_to(pathlib.Path(__file__).parent)
+
+
+def _innermost(error: Exception) -> traceback.FrameSummary | None:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    return frames[-1] if frames else None
 
 
 def nearest(word: str, known: Iterable[str], what: str = "choose from") -> str:

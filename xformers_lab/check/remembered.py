@@ -20,6 +20,17 @@ def verdict(choice: str) -> dict:
     return known(choice) or keep(choice, run.check(choice).to_dict())
 
 
+def refusal(choice: str, *, anew: bool = True) -> str | None:
+    """Why the kit refuses a mechanism, None where it passes; not `anew`: None too where it has not been checked."""
+    try:
+        report = verdict(choice) if anew else known(choice)
+    except Exception as error:
+        return f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
+    failed = [failure["property"] for failure in report["failed"]] if report else []
+    names = ", ".join(failed[:3]) + (f" and {len(failed) - 3} more" if len(failed) > 3 else "")
+    return f"fails its check: {names}; see xlab check {choice}" if failed else None
+
+
 def known(choice: str) -> dict | None:
     """The verdict on these very sources, None where they have not been checked.
 
@@ -51,10 +62,10 @@ def _folder() -> pathlib.Path:
 
 def _key(choice: str) -> str:
     """Everything a verdict depends on: the choice, its source, the package's, the properties, jax and the device."""
+    resolved, digest = spec.resolve("attention", choice), spec.digest("attention", choice)
     about = [
-        str(spec.resolve("attention", choice)),
-        spec.digest("attention", choice),
-        _sources(spec.parse(choice).name),
+        str(spec.Choice(digest or resolved.name, resolved.options)),  # a file's verdict goes with it, wherever it lies
+        _sources(resolved.name),
         [holds.__name__ for holds in run.PROPERTIES],
         jax.__version__,
         jax.devices()[0].device_kind,

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import pathlib
 import time
-import traceback
 from collections.abc import Callable, Sequence
 
 from flax import nnx
@@ -14,7 +13,7 @@ from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.check import costs, masks, values
 from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import UsageError, in_words
 from xformers_lab.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
@@ -67,7 +66,7 @@ def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Repor
     try:
         subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
     except Exception as error:
-        return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
+        return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
     report = examine(subject, PROPERTIES + (values.DEEP if deep else []))
     return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
@@ -103,7 +102,7 @@ def examine(subject, properties: Sequence[Callable[..., None]]) -> Report:
         except NotApplicable as reason:
             skipped.append(Skip(holds.__name__, str(reason)))
         except Exception as error:
-            failed.append(Failure(holds.__name__, _words(error)))
+            failed.append(Failure(holds.__name__, in_words(error)))
     return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun, subject.error())
 
 
@@ -136,10 +135,3 @@ def _left_out(text: str, choice: spec.Choice) -> list[Skip]:
     except UsageError as refusal:
         return [Skip("options", f"checked without what fits only another length: {refusal}")]
     return []
-
-
-def _words(error: Exception) -> str:
-    """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{where}"

@@ -36,6 +36,8 @@ PROJECTIONS = ("query", "key", "value", "out")
 MEASURED = (
     "timed",
     "causal",
+    "metric",
+    "metric_name",
     "seconds_min",
     "seconds_median",
     "tokens_per_second",
@@ -244,14 +246,7 @@ def _refused(cell: Cell, reports: dict[str, str | None], progress) -> str | None
     choice = cell.config.model.attention
     if choice not in reports:
         _tell(progress, f"checking {choice}")
-        try:
-            report = remembered.verdict(choice)
-        except Exception as error:
-            reports[choice] = f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
-        else:
-            failed = [failure["property"] for failure in report["failed"]]
-            names = ", ".join(failed[:3]) + (f" and {len(failed) - 3} more" if len(failed) > 3 else "")
-            reports[choice] = f"fails its check: {names}; see xlab check {choice}" if failed else None
+        reports[choice] = remembered.refusal(choice)
     return reports[choice]
 
 

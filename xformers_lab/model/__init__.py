@@ -1,5 +1,6 @@
 """The shelf of model kinds. One file = one class; built by `build_model` from a Config and a task."""
 
+import contextlib
 import dataclasses
 from typing import ClassVar
 
@@ -7,10 +8,11 @@ import jax
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.config import Config
-from xformers_lab.errors import UsageError
+from xformers_lab.config import LEAVES, Config, get
+from xformers_lab.errors import BrokenChoice, UsageError, in_words, outside
+from xformers_lab.memory import Remembered
 from xformers_lab.size import Size
-from xformers_lab.tasks import Setting, Task
+from xformers_lab.tasks import SPLITS, Setting, Task
 
 
 class Model(nnx.Module):
@@ -92,23 +94,63 @@ def kind_of(config: Config, task: Task) -> str:
 
 
 def check_config(config: Config) -> Task:
-    """Everything about a config that can be wrong, found before anything compiles; raises UsageError. -> its task."""
+    """Everything about a config that can be wrong, found before anything compiles; raises UsageError. -> its task.
+
+    Whatever a choice from outside the package raises becomes BrokenChoice; the package's own may raise only ValueError.
+    """
     if config.train.batch % config.train.accumulate:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     size_of(config)
-    task = build_task(config)
-    check_built(config, task)
+    with _own_errors(config):
+        task = build_task(config)
+        remembered = _traced(config, task)
+        # A memory reads each split in rows of its own, for which one may be too short.
+        for split in SPLITS if jax.tree.leaves(remembered) else ():
+            task.segment(split, 0)
     return task
 
 
 def check_built(config: Config, task: Task) -> None:
     """Raises UsageError where the model of a config cannot be built for a task, or refuses to run; nothing compiles."""
+    with _own_errors(config):
+        _traced(config, task)
+
+
+@contextlib.contextmanager
+def _own_errors(config: Config):
+    """What a config can be blamed for becomes UsageError; see `check_config`."""
     try:
-        jax.eval_shape(lambda: _forward_once(config, task))
-    except (ValueError, OverflowError) as error:
-        raise UsageError(str(error)) from None
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        own = _outsiders(config)
+        if isinstance(error, (ValueError, OverflowError)) and not (own and outside(error)):
+            raise UsageError(str(error)) from None
+        if own:
+            raise BrokenChoice(f"{', '.join(own)}: {in_words(error)}") from error
+        raise
+
+
+def _traced(config: Config, task: Task):
+    """What the model remembers after one sequence, in shapes."""
+    return jax.eval_shape(lambda: _forward_once(config, task))[1]
+
+
+def _outsiders(config: Config) -> list[str]:
+    """The choices of a config that live outside the package, as key=choice."""
+    chosen = [
+        (key, shelf, part)
+        for key, (_, field, _) in LEAVES.items()
+        if (shelf := field.metadata["shelf"])
+        for part in spec.split(str(get(config, key)), "+")
+    ]
+    inside = lambda shelf, part: (shelf == "model" and part == "auto") or spec.digest(shelf, part) is None
+    return [f"{key}={part}" for key, shelf, part in chosen if not inside(shelf, part)]
 
 
 def _forward_once(config: Config, task: Task):
-    inputs = jax.numpy.zeros((1, config.seq_len), "int32")
-    return build_model(config, task)(inputs, real=inputs == 0)[0]
+    """The logits of one sequence, and what the model remembers of it."""
+    inputs, model = jax.numpy.zeros((1, config.seq_len), "int32"), build_model(config, task)
+    remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
+    return model(inputs, real=inputs == 0)[0], remembered

@@ -88,7 +88,10 @@ def restore(run_dir: pathlib.Path, target, about: dict):
             log.warning("checkpoint of step %d is damaged (%s): going on from step %d", bad, reason, step)
         return state, step
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in damage)
-    raise IntegrityError(f"{run_dir}: no checkpoint verifies ({reasons or 'there is none'})")
+    raise IntegrityError(
+        f"{run_dir}: no checkpoint verifies ({reasons or 'there is none'}); delete that folder and "
+        "start again with xlab train"
+    )
 
 
 def verify(folder: pathlib.Path) -> dict:
@@ -166,12 +169,16 @@ def _same(folder: pathlib.Path, manifest: dict, target, about: dict) -> None:
         if manifest["about"].get(key) != value:
             raise UsageError(
                 f"{folder}: belongs to another {key} ({manifest['about'].get(key)}, now {value}): the config, the data "
-                "or the source of a choice outside the package changed; start a new run with xlab train"
+                "or the source of a choice outside the package changed; give the old one back, or delete "
+                f"{folder.parent.parent} and start again with xlab train"
             )
     wanted, stored = _described(named_leaves(target)), manifest["arrays"]
     for name in sorted(wanted.keys() | stored.keys()):
         if wanted.get(name) != stored.get(name):
-            raise UsageError(f"{folder}: {name} is stored as {stored.get(name)}, but the model has {wanted.get(name)}")
+            raise UsageError(
+                f"{folder}: {name} is stored as {stored.get(name)}, but the model has {wanted.get(name)}: it is of "
+                f"another version; delete {folder.parent.parent} and start again with xlab train"
+            )
 
 
 def _sealed(body: dict) -> str:

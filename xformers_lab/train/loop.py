@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import pathlib
 import statistics
@@ -40,9 +41,10 @@ Progress = Callable[[int, int, dict], None]
 
 
 class Diverged(RunFailed):
-    """The loss or a gradient stayed non-finite; `status` is what the run's row says."""
+    """The loss or a gradient stayed non-finite; `status` is what the run's row says, `record` that row."""
 
     status = "nan"
+    record: dict
 
 
 class OutOfMemory(RunFailed):
@@ -60,9 +62,10 @@ def run(
 ) -> dict:
     """Train `config` in its folder; a finished run gives its stored record at once.
 
-    Raises UsageError where the folder holds an unfinished run with checkpoints and `resume` is False, or where another
-    process runs it; RunFailed where it diverges (the record says so too) or memory or disk run out; Interrupted, after
-    saving, on Ctrl-C, SIGTERM, or when `stop()` is true; IntegrityError where no checkpoint verifies.
+    Raises UsageError where the folder holds an unfinished run with checkpoints and `resume` is False, or one that was
+    trained on other data, or where another process runs it; RunFailed where it diverges (the record says so too) or
+    memory or disk run out; Interrupted, after saving, on Ctrl-C, SIGTERM, or when `stop()` is true; IntegrityError
+    where no checkpoint verifies.
     """
     return _run(config, configs.folder(config), resume, progress, stop)
 
@@ -136,8 +139,7 @@ def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         raise UsageError(
             "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=jit"
         )
-    data = hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
-    about = {"config": configs.identity(config), "data": data}
+    about = {"config": configs.identity(config), "data": _fingerprint(task)}
     return _Job(
         config,
         run_dir,
@@ -152,16 +154,16 @@ def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
 
 
 def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop) -> dict:
-    if (record := _finished(run_dir)) is not None:
+    if (record := _finished(config, run_dir)) is not None:
         return record
     with records.locked(run_dir), listening(stop) as asked:
-        if (record := _finished(run_dir)) is not None:
+        if (record := _finished(config, run_dir)) is not None:
             return record
         saved = checkpoint.steps(run_dir)
         if saved and not resume:
             raise UsageError(
                 f"{run_dir} holds this run, saved at step {saved[-1]} of {config.train.steps}: "
-                f"go on with xlab resume {run_dir}"
+                f"go on with xlab resume {run_dir}, or delete that folder to start again"
             )
         try:
             job = _prepare(config, run_dir)
@@ -226,11 +228,11 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
     except _Stopped:
         raise stopped() from None
     except Diverged as error:
-        _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
+        error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise
     if not (math.isfinite(loss) and math.isfinite(metric)):
         error = Diverged(f"the loss on the test split is non-finite after step {step}; try a smaller lr")
-        _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
+        error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error
     return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_told(told))
 
@@ -376,12 +378,36 @@ def _peak(compiled: Compiled, before: int | None) -> dict:
     return {"peak_bytes": after if after > before else compiled.peak_bytes}
 
 
-def _finished(run_dir: pathlib.Path) -> dict | None:
-    """The record of a run that came to its end; raises Diverged where that end was a non-finite loss."""
+def settled(run_dir: pathlib.Path, task: Callable[[], Task]) -> dict | None:
+    """The record of a run that came to its end, a non-finite loss too; raises UsageError where it is of other data than
+    those of task() now."""
     record = records.read_json(run_dir / "result.json") or {}
-    if record.get("status") == Diverged.status:
-        raise Diverged(f"{record.get('reason')} (as stored in {run_dir / 'result.json'})")
-    return record if record.get("status") == "ok" else None
+    if record.get("status") not in ("ok", Diverged.status):
+        return None
+    was, now = record.get("data"), records.finite(json.loads(json.dumps(task().describe(), default=str)))
+    if isinstance(was, dict) and was != now:
+        key = next(key for key in {**now, **was} if was.get(key) != now.get(key))
+        raise UsageError(
+            f"{run_dir}: its result is of other data ({key} was {was.get(key)}, is {now.get(key)}): give these back, "
+            "delete that folder to train again, or choose another one with runs="
+        )
+    return record
+
+
+def _finished(config: Config, run_dir: pathlib.Path) -> dict | None:
+    """The record of a run that came to its end; raises Diverged where that end was a non-finite loss."""
+    record = settled(run_dir, lambda: build_task(config))
+    if record is not None and record["status"] == Diverged.status:
+        error = Diverged(f"{record.get('reason')} (as stored in {run_dir / 'result.json'})")
+        error.record = record
+        raise error
+    if record is not None:
+        logging.getLogger(__name__).warning("%s: already finished; this is its record", run_dir)
+    return record
+
+
+def _fingerprint(task: Task) -> str:
+    return hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _stored_config(run_dir: pathlib.Path) -> Config:
