@@ -50,14 +50,14 @@ class Skyformer(Attention):
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         super().__init__(size, rngs=rngs)
         self.landmarks, self.ridge, self.iterations, self.redraw = landmarks, ridge, iterations, redraw
-        self.drawn = nnx.Variable(jax.vmap(self._draw)(jax.random.split(rngs.params(), size.heads)))
+        self.landmarks_at = nnx.Variable(jax.vmap(self._draw)(jax.random.split(rngs.params(), size.heads)))
 
     def _draw(self, key):
         """Where landmarks stand, as fractions of the positions that are no padding."""
         return jax.random.uniform(key, (min(self.landmarks, 2 * self.size.length),))
 
     def per_head(self):
-        return {"drawn": self.drawn[...]}
+        return {"drawn": self.landmarks_at[...]}
 
     def attend(self, q, k, v, *, real=None, drawn, key=None):
         if len(q) != len(k):

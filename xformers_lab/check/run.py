@@ -86,7 +86,7 @@ def _inside(choice: str, shelf: str) -> Report:
     try:
         subject = kit.subject(choice)
     except Exception as error:
-        return Report(choice, False, [Failure("build", _words(error))], [], time.perf_counter() - begun)
+        return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
     return examine(subject, kit.PROPERTIES)
 
 
