@@ -337,5 +337,5 @@ def test_skyformer_comes_near_its_kernel():
 def test_skyformer_draws_landmarks_that_are_no_padding():
     layer = build("skyformer:landmarks=64", 50, 8, 1)
     real = jnp.arange(50) % 7 == 3
-    at = np.asarray(layer._positions(real, 50, layer.drawn[0], None))
+    at = np.asarray(layer._positions(real, 50, layer.landmarks_at[0], None))
     assert np.asarray(real)[at].all() and set(at) == set(np.flatnonzero(real))
