@@ -323,3 +323,12 @@ def test_a_union_of_many_orders_counts_every_pair_once():
     masks = [part(at[:, None], at[None]) for part in union.parts()]
     assert len(masks) == 5
     np.testing.assert_array_equal(np.sum(masks, 0), union(at[:, None], at[None]))
+
+
+def test_one_query_behind_many_keys_in_half_precision():
+    """What decoding and cross-attention ask for: XLA:CPU compiled, and could not run, the product of earlier keys."""
+    linear = build("linear", 32, 64, 2)
+    q, k, v = (x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (3, 8, 31, 2, 32)))
+    out = jax.jit(lambda q, k, v: linear.mix(q, k, v, causal=True)[0])(q[:, -1:], k, v)
+    whole = linear.mix(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True)[0]
+    np.testing.assert_allclose(out.astype(jnp.float32), whole[:, -1:], atol=0.03)
