@@ -183,8 +183,11 @@ def test_only_mechanisms_from_outside_are_checked_anew(tmp_path, monkeypatch):
     assert asked == [f"{tmp_path}/leaky.py"]
 
 
-def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path):
-    found = checked(tiny(tmp_path, task="lm", memory="xl", position="rope", layout="pmap"))
+@pytest.mark.parametrize(
+    "changes", [{"task": "lm", "memory": "xl", "position": "rope", "layout": "pmap"}, {"layout": "experts"}]
+)
+def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path, changes):
+    found = checked(tiny(tmp_path, **changes))
     assert found["status"] == "impossible" and "layout=jit" in found["reason"]
 
 

@@ -385,7 +385,7 @@ def test_powernorm_goes_on_from_a_checkpoint(tmp_path):
                 loop.run(here, progress=lambda step, total, metrics: seen.append(step), stop=lambda: bool(seen))
             assert checkpoint.steps(configs.folder(here)) == [2]
         loop.run(here, resume=name == "halves")
-        job = loop._prepare(here, configs.folder(here))
+        job = loop.prepare(here, configs.folder(here))
         state, _ = checkpoint.restore(configs.folder(here), job.target(), job.about)
         leaves = checkpoint.named_leaves(state)
         ends.append({name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()})

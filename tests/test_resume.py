@@ -51,7 +51,7 @@ def whole(words, tmp_path_factory) -> tuple[dict, dict]:
 def arrays(config: Config) -> dict:
     """Every array of the last checkpoint: parameters, optimizer, other variables, counters."""
     folder = configs.folder(config)
-    job = loop._prepare(config, folder)
+    job = loop.prepare(config, folder)
     state, step = checkpoint.restore(folder, job.target(), job.about)
     assert step == config.train.steps
     return {name: np.asarray(leaf).tobytes() for name, leaf in checkpoint.named_leaves(state).items()}

@@ -27,9 +27,10 @@ def check_cell(config: configs.Config, kit: bool, say: Callable[..., None]) -> d
     try:
         task = check_config(config)
         if loop.settled(configs.folder(config), lambda: task) is None:
-            layout.layout_of(config)
-            if config.train.layout == "pmap":  # which is refused where the model remembers
-                loop._prepare(config, configs.folder(config))
+            if config.train.layout == "jit":
+                layout.layout_of(config)
+            else:  # whether it can be depends on the model
+                loop.prepare(config, configs.folder(config))
         for choice in spec.split(config.model.attention, "+") if kit else ():
             if reason := _refusal(choice, say):
                 return {"status": "refused", "reason": reason}

@@ -180,29 +180,34 @@ def subject(config: Config, direction: str) -> Subject:
         return Subject(decode, own, (cache, token), count, "decode" if whole else "mix_step", True, keeps=True)
     if direction == "prefill":
         _cache(layer, choice, batch, size)
-
-        def prefill(own, inputs):
-            layer, whole_parts = nnx.merge(graph, fixed | own, rest), size.length // CHUNK * CHUNK
-            cache = layer.init_cache(batch, size.length, size.dtype)
-
-            def part(cache, given):
-                if whole:
-                    return layer.decode_several(given["x"], cache, at=jnp.zeros((), jnp.int32))[::-1]
-                return layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))[::-1]
-
-            in_parts = lambda x: jnp.swapaxes(
-                x[:, :whole_parts].reshape(batch, whole_parts // CHUNK, CHUNK, *x.shape[2:]), 0, 1
-            )
-            cache, out = lax.scan(part, cache, jax.tree.map(in_parts, inputs))
-            if whole_parts < size.length:
-                cache, last = part(cache, jax.tree.map(lambda x: x[:, whole_parts:], inputs))
-                return out, last, cache
-            return out, cache
-
+        prefill = lambda own, inputs: _prefill(nnx.merge(graph, fixed | own, rest), inputs, whole)
         return Subject(prefill, own, (inputs,), count, "decode_several" if whole else "mix_steps", True)
     if direction == "forward":
         return Subject(forward, own, (inputs,), count, timed, causal)
     return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
+
+
+def _prefill(layer: Attention, inputs: dict, whole: bool):
+    """The outputs and the cache behind a context, inputs (B, T, ...), read CHUNK tokens at a time."""
+    some = next(iter(inputs.values()))
+    B, T, *_ = some.shape
+
+    def part(cache, given):
+        at, given = given
+        if whole:
+            out, cache = layer.decode_several(given["x"], cache, at=at)
+        else:
+            out, cache = layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))
+        return cache, out
+
+    parts, left = divmod(T, CHUNK)
+    in_parts = lambda x: jnp.swapaxes(x[:, : T - left].reshape(B, parts, CHUNK, *x.shape[2:]), 0, 1)
+    given = CHUNK * jnp.arange(parts), jax.tree.map(in_parts, inputs)
+    cache, out = lax.scan(part, layer.init_cache(B, T, some.dtype), given)
+    if not left:
+        return out, cache
+    cache, last = part(cache, (jnp.asarray(T - left), jax.tree.map(lambda x: x[:, T - left :], inputs)))
+    return out, last, cache
 
 
 def _cache(layer: Attention, choice: str, batch: int, size: Size):

@@ -23,6 +23,7 @@ from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.measure import speed
+from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
 from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
@@ -30,7 +31,7 @@ from xformers_lab.train.interrupt import Interrupted, listening
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
 
-__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "resume", "run"]
+__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepare", "resume", "run"]
 
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
@@ -85,7 +86,7 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
     layers: a mean for every position of the sequence, None where all are padding.
     """
     run_dir = pathlib.Path(run_dir)
-    job = _prepare(_stored_config(run_dir), run_dir)
+    job = prepare(_stored_config(run_dir), run_dir)
     if not checkpoint.steps(run_dir):
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
@@ -99,7 +100,7 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
 def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
     """The config, task and model of a run, with the parameters of its newest good checkpoint."""
     run_dir = pathlib.Path(run_dir)
-    job = _prepare(_stored_config(run_dir), run_dir)
+    job = prepare(_stored_config(run_dir), run_dir)
     if not checkpoint.steps(run_dir):
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, _ = checkpoint.restore(run_dir, job.target(), job.about)
@@ -130,7 +131,8 @@ class _Job:
         return lambda step: self.layout.place_batch(feed.checked(self.task, split, step, self.segments))
 
 
-def _prepare(config: Config, run_dir: pathlib.Path) -> _Job:
+def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
+    """All that a run needs but its state; raises UsageError where its layout over the devices cannot be."""
     layout, task = layout_of(config), build_task(config)
     layout = sharing(layout, config, task)
     graph, *_, memory = shapes(config, task)
@@ -166,7 +168,7 @@ def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop) ->
                 f"go on with xlab resume {run_dir}, or delete that folder to start again"
             )
         try:
-            job = _prepare(config, run_dir)
+            job = prepare(config, run_dir)
             if saved:
                 state, step = checkpoint.restore(run_dir, job.target(), job.about)
             else:
@@ -184,7 +186,7 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
     """From the state after step `start` to the last one, then the record."""
     train, step = job.config.train, start
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
-    peak = _device_peak()
+    peak = device_peak_bytes()
     compiled = compile_train_step(
         job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0, job.segments)
     )
@@ -365,14 +367,9 @@ def _curve(lines: list[dict]) -> list[list]:
     return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]
 
 
-def _device_peak() -> int | None:
-    """The most bytes this process ever held on the first device; None on CPU, which does not count."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def _peak(compiled: Compiled, before: int | None) -> dict:
     """The device's own peak, where it is this run's; a process that held more before only has the compiled figure."""
-    after = _device_peak()
+    after = device_peak_bytes()
     if before is None or after is None:
         return {}
     return {"peak_bytes": after if after > before else compiled.peak_bytes}
