@@ -258,13 +258,8 @@ def counted(pattern, T, S, block_q, block_k):
 def computed_blocks(part):
     """(row, column, whole) of the blocks that a part counts."""
     for group in part.groups:
-        shared = np.broadcast_to(group.shared, (len(group.rows), len(group.shared)))
-        for columns, live, whole in (
-            (group.own, group.own_live, group.whole),
-            (shared, group.shared_live, group.shared_whole),
-        ):
-            for at, place in np.argwhere(np.ones(columns.shape, bool) if live is None else live):
-                yield group.rows[at], columns[at, place], whole
+        for at, place in np.argwhere(np.ones(group.columns.shape, bool) if group.live is None else group.live):
+            yield group.rows[at], group.columns[at, place], group.whole
 
 
 @pytest.mark.parametrize(

@@ -217,10 +217,8 @@ def test_no_block_is_left_out_that_a_query_sees(behind, ahead, lead):
     (part,) = layout(pattern, T, slots, 8, 2)
     live = set()
     for group in part.groups:
-        columns = [[*own, *group.shared] for own in group.own]
-        live |= {
-            (row, column - part.lead) for row, of_row in zip(group.rows, columns, strict=True) for column in of_row
-        }
+        columns = zip(group.rows, group.columns, strict=True)
+        live |= {(row, column - part.lead) for row, of_row in columns for column in of_row}
     assert {(t // 8, s // 2) for t, s in np.argwhere(seen)} <= live
 
 

@@ -1,7 +1,8 @@
 """Many rows of blocks at once, where they are narrow and a loop over them would cost more than it computes.
 
-Key blocks at the same distance from every row are shifted views of the keys, those that all rows share take one wide
-product, others are gathered.
+The forward is written so that XLA:CPU runs all of it as one kernel, whose scores never leave the caches: scores are
+masked by adding, and nothing but the outputs is taken from it. What most rows see at the same distance, or at the same
+place, has its gradients added up by shifted views and by one wide product.
 """
 
 import functools
@@ -14,42 +15,43 @@ from xformers_lab.attention._engine.chunks import rows_at_once, scan_chunks
 from xformers_lab.attention._engine.dense import EMPTY, MASKED
 from xformers_lab.attention._engine.layout import Group
 from xformers_lab.attention._engine.totals import Totals
-from xformers_lab.attention._engine.view import View, across
+from xformers_lab.attention._engine.view import View
 
 
 def forward(view: View, group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
-    queries = view.q, across(view.q)
 
     def chunk(carry, rows):
-        pieces, q = _pieces(view, group, rows), view.of_rows(queries, group, rows)
-        scores = [piece.scores(q) for piece in pieces]
-        m = jnp.maximum(_joined(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]), EMPTY)
-        weights = [jnp.exp(s - m) for s in scores]
-        l = jnp.maximum(_joined(jnp.add, [p.sum(-1, keepdims=True) for p in weights]), 1e-30)
-        o = _joined(jnp.add, [piece.weighed(p, view.v) for piece, p in zip(pieces, weights, strict=True)])
-        return carry, (o / l, (m + jnp.log(l))[..., 0])
+        s, hidden = _scores(view, group, rows, view.of_rows(view.q, group, rows))
+        p, m, l = _softmax(s)
+        o, lse = _weighed(p, _taken(view, group, rows, view.v)) / l, (m + jnp.log(l))[..., 0]
+        if hidden is not None:
+            seeing = hidden.max(-1) > EMPTY
+            o, lse = o * seeing[..., None], jnp.where(seeing, lse, EMPTY)
+        return carry, (o, lse)
 
-    return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
+    return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks, forward=True))[1]
 
 
 def backward(view: View, group: Group, incoming, totals: Totals):
-    """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals."""
-    grads, deltas, lses = incoming
-    queries, grads = (view.q, across(view.q)), (grads, across(grads))
+    """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals.
+
+    Log-sum-exps may be missing: they are then computed again.
+    """
 
     def chunk(carry, rows):
         dk, dv, db = carry
-        pieces, given = _pieces(view, group, rows), (queries, grads, deltas, lses)
-        q, g, delta, lse = view.of_rows(given, group, rows)
-        dq = []
-        for piece in pieces:
-            p = jnp.exp(piece.scores(q) - lse[..., None])
-            ds = p * (piece.dots(g, piece.values) - delta[..., None])
-            db = jax.tree.map(jnp.add, db, view.pull_bias(piece.positions, ds))
-            dk, dv = piece.added(dk, q[0], ds), piece.added(dv, g[0], p)
-            dq.append(piece.weighed(ds, view.k))
-        return (dk, dv, db), _joined(jnp.add, dq)
+        q, g, delta, lse = view.of_rows((view.q, *incoming), group, rows)
+        s, hidden = _scores(view, group, rows, q)
+        if lse is not None:
+            p = jnp.exp(s - lse[..., None])
+        else:
+            p, _, l = _softmax(s)
+            p = p / l if hidden is None else p * ((hidden.max(-1, keepdims=True) > EMPTY) / l)
+        ds = p * (_dots(g, _taken(view, group, rows, view.v)) - delta[..., None])
+        db = jax.tree.map(jnp.add, db, view.pull_bias(_positions(view, group, rows), ds))
+        dk, dv = (_added(into, group, rows, x, y) for into, x, y in ((dk, q, ds), (dv, g, p)))
+        return (dk, dv, db), _weighed(ds, _taken(view, group, rows, view.k))
 
     carry = (*totals.start_blocked(), totals.bias)
     carry, dq = scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
@@ -57,122 +59,77 @@ def backward(view: View, group: Group, incoming, totals: Totals):
     return dq
 
 
-def _pieces(view: View, group: Group, rows) -> list["_Piece"]:
-    """Of rows that are R neighbouring numbers within a group."""
-    own: list[_Piece] = [_Own(view, group, rows)] if group.own.shape[1] else []
-    return [*own, _Shared(view, group, rows)] if len(group.shared) else own
+# Rows are R neighbouring numbers within a group; each has M key blocks, n = M * block keys.
 
 
-def _joined(function, arrays):
-    return functools.reduce(function, arrays)
+def _scores(view: View, group: Group, rows, q):
+    """Scores (R, block, n) of queries (R, block, H), and what of it hides some of them: 0 or MASKED, or None."""
+    s = _dots(q, _taken(view, group, rows, view.k))
+    if view.bias is not None:
+        s = s + view.bias(*_positions(view, group, rows))
+    hidden = _hidden(view, group, rows)
+    return (s if hidden is None else s + hidden), hidden
 
 
-class _Piece:
-    """Key blocks of some rows that are computed together: keys and values, positions, and what masks their scores."""
-
-    def __init__(self, view: View, positions, mask, whole: bool):
-        self.view, self.whole = view, whole
-        # Kept as they are, so that no index is computed again for every score.
-        self.positions, self.mask = lax.optimization_barrier((positions, mask))
-        self.keys, self.values = self.taken(view.keys_across), self.taken(view.values_across)
-
-    def scores(self, q):
-        """Masked scores (R, block, n)."""
-        s = self.dots(q, self.keys)
-        if self.view.bias is not None:
-            s = s + self.view.bias(*self.positions)
-        if not self.whole:
-            s = jnp.where(self.view.part.pattern(*self.positions), s, MASKED)
-        s = s if self.mask is None else jnp.where(self.mask, s, MASKED)
-        return lax.optimization_barrier(s)
-
-    def taken(self, blocks):
-        """From (blocks, H, block) what the piece has of keys."""
-        raise NotImplementedError
-
-    def dots(self, x, keys):
-        """Queries, (R, block, H) and (R, H, block), times keys -> (R, block, n)."""
-        raise NotImplementedError
-
-    def weighed(self, p, x):
-        """(R, block, n) times the piece's rows of x (S, H), keys or values -> (R, block, H)."""
-        raise NotImplementedError
-
-    def added(self, into, x, p):
-        """into (blocks, H, block), with x^T p of x (R, block, H) and p (R, block, n) added at the piece's keys."""
-        raise NotImplementedError
+def _softmax(s):
+    """exp(s - m), the rows' maxima m and sums l: of a row that sees nothing, of scores that are all MASKED."""
+    m = s.max(-1, keepdims=True)
+    p = jnp.exp(s - m)
+    return p, m, p.sum(-1, keepdims=True)
 
 
-class _Own(_Piece):
-    """Every row's own key blocks, (R, H, n): at the group's offsets, and others."""
-
-    def __init__(self, view: View, group: Group, rows):
-        self.offsets, self.rows, self.first = group.offsets, rows, int(group.rows[0]) + rows[0]
-        self.others = jnp.asarray(group.own[:, len(group.offsets) :])[rows]
-        columns = jnp.asarray(group.own)[rows]
-        mask = view.known_of(columns) if not group.whole or view.real is not None else None
-        if group.own_live is not None:
-            live = jnp.repeat(jnp.asarray(group.own_live)[rows], view.block_k, axis=1)
-            mask = live if mask is None else mask & live
-        queries, keys = view.query_positions(group, rows), view.key_positions(columns)
-        mask = None if mask is None else (mask & (view.zero == 0))[:, None]
-        super().__init__(view, (queries, keys[:, None]), mask, group.whole)
-
-    def taken(self, blocks):
-        return self._joined(blocks, 2)
-
-    def _joined(self, blocks, axis: int):
-        found = [lax.dynamic_slice_in_dim(blocks, self.first + offset, len(self.rows)) for offset in self.offsets]
-        others = [blocks[self.others[:, place]] for place in range(self.others.shape[1])]
-        return jnp.concatenate([*found, *others], axis)
-
-    def dots(self, x, keys):
-        return jnp.einsum("rhq,rhk->rqk", x[1], keys, preferred_element_type=jnp.float32)
-
-    def weighed(self, p, x):
-        rows = self._joined(self.view.blocked(x), 1)
-        return jnp.einsum("rqk,rkh->rqh", p.astype(x.dtype), rows, preferred_element_type=jnp.float32)
-
-    def added(self, into, x, p):
-        R, H, block, O = len(self.rows), into.shape[1], into.shape[2], len(self.offsets)
-        found = jnp.einsum("rqh,rqk->rhk", x, p.astype(x.dtype), preferred_element_type=jnp.float32)
-        for place, offset in enumerate(self.offsets):
-            more = found[..., place * block : (place + 1) * block]
-            more = more + lax.dynamic_slice_in_dim(into, self.first + offset, R)
-            into = lax.dynamic_update_slice_in_dim(into, more, self.first + offset, 0)
-        if self.others.shape[1]:
-            into = into.at[self.others].add(found[..., O * block :].reshape(R, H, -1, block).swapaxes(1, 2))
-        return into
+def _dots(x, keys):
+    """(R, block, H) (R, n, H) -> (R, block, n)."""
+    return jnp.einsum("rqh,rkh->rqk", x, keys, preferred_element_type=jnp.float32)
 
 
-class _Shared(_Piece):
-    """Key blocks that all rows share, (H, n)."""
+def _weighed(p, values):
+    """(R, block, n) (R, n, H) -> (R, block, H)."""
+    return jnp.einsum("rqk,rkh->rqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
-    def __init__(self, view: View, group: Group, rows):
-        self.columns = group.shared
-        mask = view.known_of(group.shared) if not group.shared_whole or view.real is not None else None
-        if group.shared_live is not None:
-            live = jnp.repeat(jnp.asarray(group.shared_live)[rows], view.block_k, axis=1)[:, None]
-            mask = live if mask is None else mask & live
-        queries, keys = view.query_positions(group, rows), view.key_positions(group.shared)
-        mask = None if mask is None else mask & (view.zero == 0)
-        super().__init__(view, (queries, keys[None, None]), mask, group.shared_whole)
 
-    def taken(self, blocks):
-        return blocks[self.columns].swapaxes(0, 1).reshape(blocks.shape[1], -1)
+def _taken(view: View, group: Group, rows, x):
+    """Of x (S, H) what each row looks at, (R, n, H)."""
+    return view.blocked(x)[jnp.asarray(group.columns)[rows]].reshape(len(rows), -1, x.shape[1])
 
-    def dots(self, x, keys):
-        return self._product(x[0], keys)
 
-    def weighed(self, p, x):
-        rows = self.view.blocked(x)[self.columns].reshape(-1, x.shape[1])
-        return self._product(p.astype(x.dtype), rows)
+def _positions(view: View, group: Group, rows):
+    """Of queries (R, block, 1) and keys (R, 1, n)."""
+    queries, keys = view.query_positions(group, rows), view.key_positions(jnp.asarray(group.columns)[rows])
+    # Kept as they are, so that no index is computed again for every score.
+    return lax.optimization_barrier((queries, keys[:, None]))
 
-    def _product(self, x, keys):
-        flat = jnp.dot(x.reshape(-1, x.shape[2]), keys, preferred_element_type=jnp.float32)
-        return flat.reshape(*x.shape[:2], -1)
 
-    def added(self, into, x, p):
-        x, p = (y.reshape(-1, y.shape[2]) for y in (x, p.astype(x.dtype)))
-        found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(into.shape[1], -1, into.shape[2])
-        return into.at[self.columns].add(found.swapaxes(0, 1))
+def _hidden(view: View, group: Group, rows):
+    """What hides scores, added to them: 0 or MASKED, broadcasting to (R, block, n); None where all are seen."""
+    seen = []
+    if group.live is not None:
+        seen.append(jnp.repeat(jnp.asarray(group.live)[rows], view.block_k, axis=1)[:, None])
+    if (view.real if group.whole else view.known) is not None:
+        seen.append(view.known_of(jnp.asarray(group.columns)[rows])[:, None])
+    if not group.whole:
+        seen.append(view.part.pattern(*_positions(view, group, rows)))
+    if not seen:
+        return None
+    seen.append(view.zero == 0)
+    return lax.optimization_barrier(jnp.where(functools.reduce(jnp.logical_and, seen), 0.0, MASKED))
+
+
+def _added(into, group: Group, rows, x, p):
+    """into (blocks, H, block), with x^T p of x (R, block, H) and p (R, block, n) added at the rows' keys."""
+    H, block = into.shape[1:]
+    own, near = group.width - group.shared, len(group.offsets)
+    p = p.astype(x.dtype)
+    found = jnp.einsum("rqh,rqk->rhk", x, p[..., : own * block], preferred_element_type=jnp.float32)
+    for place, offset in enumerate(group.offsets):
+        first = int(group.rows[0]) + offset + rows[0]
+        more = lax.dynamic_slice_in_dim(into, first, len(rows)) + found[..., place * block : (place + 1) * block]
+        into = lax.dynamic_update_slice_in_dim(into, more, first, 0)
+    if own > near:
+        others = found[..., near * block :].reshape(len(rows), H, -1, block).swapaxes(1, 2)
+        into = into.at[jnp.asarray(group.columns[:, near:own])[rows]].add(others)
+    if group.shared:
+        x, p = x.reshape(-1, H), p[..., own * block :].reshape(-1, group.shared * block)
+        found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(H, -1, block)
+        into = into.at[group.columns[0, own:]].add(found.swapaxes(0, 1))
+    return into

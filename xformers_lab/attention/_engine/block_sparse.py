@@ -18,7 +18,7 @@ from jax import lax
 from xformers_lab.attention._engine import batched_rows, looped_rows
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.dense import EMPTY
-from xformers_lab.attention._engine.layout import layout
+from xformers_lab.attention._engine.layout import Group, layout
 from xformers_lab.attention._engine.totals import Totals
 from xformers_lab.attention._engine.view import View, neighbours
 
@@ -42,13 +42,15 @@ def _forward(q, k, v, real, bias, pattern, blocks):
     T, S, H = q.shape[0], k.shape[0], v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
-    for part in layout(pattern, T, S, *blocks):
+    parts = layout(pattern, T, S, *blocks)
+    for part in parts:
         view = View(part, scaled, k, v, real, bias, T, S, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
             o, l = (batched_rows if group.batched else looped_rows).forward(view, group)
-            out, stat = _placed(out, group.rows, o), _placed(stat, group.rows, l)
+            out = _placed(out, group.rows, o)
+            stat = stat if _computed_again(group, parts) else _placed(stat, group.rows, l)
         out, stat = view.unblock_queries(out), view.unblock_queries(stat)
         if total is None or lse is None:
             total, lse = out, stat
@@ -69,12 +71,14 @@ def _backward(pattern, blocks, residuals, grad):
     delta = (out.astype(jnp.float32) * grad).sum(-1)
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dbias = jax.tree.map(jnp.zeros_like, bias)
-    for part in layout(pattern, T, S, *blocks):
+    parts = layout(pattern, T, S, *blocks)
+    for part in parts:
         view = View(part, scaled, k, v, real, bias, T, S, blocks)
-        incoming = tuple(view.block_queries(x) for x in (grad, delta, lse))
+        grads, deltas, lses = (view.block_queries(x) for x in (grad, delta, lse))
         totals = Totals(view, dbias)
         dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
         for group in part.groups:
+            incoming = grads, deltas, None if _computed_again(group, parts) else lses
             of_rows = (batched_rows if group.batched else looped_rows).backward(view, group, incoming, totals)
             dq_part = _placed(dq_part, group.rows, of_rows)
         dq += view.unblock_queries(dq_part)
@@ -85,6 +89,14 @@ def _backward(pattern, blocks, residuals, grad):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _computed_again(group: Group, parts) -> bool:
+    """Whether the backward computes a group's log-sum-exps again, where no other part needs them.
+
+    To have them from the forward as well, XLA:CPU would run a batch of rows as several kernels instead of one.
+    """
+    return group.batched and len(parts) == 1
 
 
 def _placed(into, rows: np.ndarray, x):

@@ -9,30 +9,30 @@ from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.layout import Group, layout
 
 # Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
-# fills an accelerator.
-CPU_SCORES = 1 << 21
+# fills an accelerator. Forward, a CPU holds but a few of them at a time (batched_rows.py).
+CPU_SCORES, CPU_FORWARD_SCORES = 1 << 21, 1 << 23
 ACCELERATOR_SCORES = 1 << 24
 
 
-def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
-    """How many rows of a group are computed together, so that all chunks are alike."""
+def rows_at_once(group: Group, blocks: tuple[int, int], forward: bool = False) -> int:
+    """How many rows of a group are computed at once, so that all chunks are alike."""
     if jax.default_backend() != "cpu":
         scores = ACCELERATOR_SCORES
     elif group.batched:
-        scores = CPU_SCORES
+        scores = CPU_FORWARD_SCORES if forward else CPU_SCORES
     else:
         return 1
-    most = int(np.clip(scores // (group.width * blocks[0] * blocks[1]), 1, len(group.rows)))
-    return -(-len(group.rows) // -(-len(group.rows) // most))
+    rows = len(group.rows) // group.together
+    most = int(np.clip(scores // (group.width * group.together * blocks[0] * blocks[1]), 1, rows))
+    return -(-rows // -(-rows // most))
 
 
 def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
     """Elements of the largest array of one head: its keys, or the scores or keys of rows computed together."""
     parts = layout(pattern, T, S, *blocks)
     groups = [group for part in parts for group in part.groups]
-    # Batched rows hold the scores of their own keys and of shared ones apart.
-    width = lambda group: max(group.own.shape[1], len(group.shared)) if group.batched else group.width
-    rows = [rows_at_once(group, blocks) * width(group) * blocks[1] * max(blocks[0], H) for group in groups]
+    row = lambda group: group.width * blocks[1] * max(group.together * blocks[0], H)
+    rows = [rows_at_once(group, blocks, forward=True) * row(group) for group in groups]
     return max(max(len(part.keys) for part in parts) * H, *rows)
 
 

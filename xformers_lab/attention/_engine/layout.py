@@ -20,6 +20,10 @@ PADDED = 1.25
 NARROW, WIDER = 1 << 17, 1.5
 # Rows that are worth running together, and pieces that rows may come in.
 FEW, PIECES = 4, 4
+# Queries that see the same keys and are run as one row.
+QUERIES = 512
+# From so many queries on, XLA:CPU runs the forward of batched rows as one kernel; up to so many more are worth that.
+FUSED, FILLED = 4096, 0.05
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
 # Pairs of blocks looked at together.
@@ -28,31 +32,30 @@ AT_ONCE = 1 << 18
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Query blocks that are run alike, each against equally many key blocks: its own and those that all of them share.
+    """Query blocks that are run alike, each against equally many key blocks.
 
-    rows (R,): the query blocks. own (R, M): key blocks of each row. shared (F,): key blocks of every row. run: own ones
-    are M neighbours starting at own[:, 0]. whole: no predicate is needed. own_live (R, M), shared_live (R, F): which
-    blocks count; None: all do, or the predicate tells.
+    rows (R,): the query blocks. columns (R, M): key blocks of each row. run: they are M neighbours starting at
+    columns[:, 0]. whole: no predicate is needed. live (R, M): which blocks count; None: all do, or the predicate tells.
 
     Batched groups are computed many rows at once, the others row by row. offsets: the rows are neighbours, and row r's
-    first own blocks are r + offset for each of these.
+    first blocks are r + offset for each of these; the last `shared` ones are the same in every row. together: so many
+    rows after each other see the same blocks and are run as one.
     """
 
     rows: np.ndarray
-    own: np.ndarray
+    columns: np.ndarray
     run: bool = False
     whole: bool = False
-    own_live: np.ndarray | None = None
+    live: np.ndarray | None = None
     batched: bool = False
     offsets: tuple[int, ...] = ()
-    shared: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    shared_whole: bool = True
-    shared_live: np.ndarray | None = None
+    shared: int = 0
+    together: int = 1
 
     @property
     def width(self) -> int:
         """Key blocks that each row is computed against."""
-        return self.own.shape[1] + len(self.shared)
+        return self.columns.shape[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +111,7 @@ def _part(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Part:
     queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
     live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
     natural = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
-    groups, lead, tail = _groups(live, len(keys) // block_k, block_q * block_k)
+    groups, lead, tail = _groups(live, (len(queries) // block_q, len(keys) // block_k), block_q, block_k)
     keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
     in_order = np.array_equal(queries[:T], np.arange(S - T, S))
     return Part(pattern, queries, keys, in_order, natural, lead, groups)
@@ -173,10 +176,10 @@ def _evaluated(pattern: Pattern, q: np.ndarray, k: np.ndarray, live: Live) -> Li
 # ---- how they are run ----------------------------------------------------------------------------------------------
 
 
-def _groups(live: Live, columns: int, each: int) -> tuple[tuple[Group, ...], int, int]:
+def _groups(live: Live, blocks: tuple[int, int], block_q: int, block_k: int) -> tuple[tuple[Group, ...], int, int]:
     """Groups of rows, and the blocks of padding that their offsets need before and after the keys.
 
-    columns: how many key blocks there are. each: pairs in one block.
+    A row is in one group, or in two of which the later counts. blocks: how many there are, of queries and of keys.
     """
     if len(live.rows) == 0:
         return (), 0, 0
@@ -186,24 +189,34 @@ def _groups(live: Live, columns: int, each: int) -> tuple[tuple[Group, ...], int
     alike, batched, rest = rows[~wide], [], [rows[wide]]
     pieces = np.split(alike, np.nonzero(np.diff(alike) != 1)[0] + 1)
     for piece in pieces:
-        group = _batched(live.of_rows(piece), piece, each) if len(pieces) <= PIECES else None
+        filled = _filled(piece, blocks[0], -(-FUSED // block_q))
+        group = _batched(live.of_rows(piece), piece, filled, block_q * block_k) if len(pieces) <= PIECES else None
         if group is None:
             rest.append(piece)
         else:
             batched.append(group)
     ends = [row + offset for group in batched for offset in group.offsets for row in group.rows[[0, -1]]]
-    lead, tail = max(0, -min(ends, default=0)), max(0, max(ends, default=0) - columns + 1)
-    looped = _looped(live.of_rows(np.concatenate(rest)), columns, each)
+    lead, tail = max(0, -min(ends, default=0)), max(0, max(ends, default=0) - blocks[1] + 1)
+    looped = _looped(live.of_rows(np.concatenate(rest)), blocks[1], block_q, block_k)
     return tuple(_moved(group, lead) for group in (*batched, *looped)), lead, tail
 
 
 def _moved(group: Group, lead: int) -> Group:
     """Key blocks counted from `lead` blocks further ahead."""
-    moved = {"own": group.own + lead, "shared": group.shared + lead, "offsets": tuple(o + lead for o in group.offsets)}
-    return dataclasses.replace(group, **moved) if lead else group
+    offsets = tuple(offset + lead for offset in group.offsets)
+    return dataclasses.replace(group, columns=group.columns + lead, offsets=offsets)
 
 
-def _batched(live: Live, rows: np.ndarray, each: int) -> Group | None:
+def _filled(rows: np.ndarray, count: int, wanted: int) -> np.ndarray:
+    """Neighbouring rows and, where so few are missing for `wanted` of them, rows beside them that see nothing."""
+    missing = wanted - len(rows)
+    if not 0 < missing <= FILLED * len(rows) or wanted > count:
+        return rows
+    first = max(0, min(int(rows[0]) - missing // 2, count - wanted))
+    return np.arange(first, first + wanted)
+
+
+def _batched(live: Live, rows: np.ndarray, filled: np.ndarray, each: int) -> Group | None:
     """One group of neighbouring rows, where hardly more is computed than is live: what most of them see at the same
     distance, what most of them see at the same place, and for each row what is left."""
     R, total = len(rows), len(live.rows)
@@ -212,7 +225,7 @@ def _batched(live: Live, rows: np.ndarray, each: int) -> Group | None:
     apart = live.columns - live.rows
     low, high = int(apart.min()), int(apart.max())
     if (high - low + 1) * R <= PADDED * total:
-        return _assigned(live, rows, np.arange(low, high + 1), np.zeros(0, np.int64), 0)
+        return _assigned(live, filled, np.arange(low, high + 1), np.zeros(0, np.int64), 0)
     if R < FEW or each * total > NARROW * R:
         return None
     shared = np.nonzero(2 * np.bincount(live.columns) >= R)[0]
@@ -223,7 +236,7 @@ def _batched(live: Live, rows: np.ndarray, each: int) -> Group | None:
     further = int(np.bincount(left.rows).max(initial=0))
     if R * (len(shared) + len(offsets) + further) > PADDED * total:
         return None
-    return _assigned(live, rows, offsets, shared, further)
+    return _assigned(live, filled, offsets, shared, further)
 
 
 def _assigned(live: Live, rows: np.ndarray, offsets: np.ndarray, shared: np.ndarray, further: int) -> Group:
@@ -232,25 +245,26 @@ def _assigned(live: Live, rows: np.ndarray, offsets: np.ndarray, shared: np.ndar
     is_shared = np.isin(live.columns, shared)
     at_offset = ~is_shared & np.isin(live.columns - live.rows, offsets)
     other = ~is_shared & ~at_offset
-    own = np.concatenate([rows[:, None] + offsets, np.zeros((R, further), np.int64)], 1)
-    own_live, shared_live = np.zeros(own.shape, bool), np.zeros((R, len(shared)), bool)
-    own_live[row[at_offset], np.searchsorted(offsets, (live.columns - live.rows)[at_offset])] = True
-    shared_live[row[is_shared], np.searchsorted(shared, live.columns[is_shared])] = True
-    place = O + _places(row[other])
-    own[row[other], place], own_live[row[other], place] = live.columns[other], True
-    whole, shared_whole = ((live.state[chosen] == WHOLE).all() for chosen in (~is_shared, is_shared))
+    at_distance, others = rows[:, None] + offsets, np.zeros((R, further), np.int64)
+    columns = np.concatenate([at_distance, others, np.broadcast_to(shared, (R, len(shared)))], 1)
+    place = np.empty(len(row), np.int64)
+    place[at_offset] = np.searchsorted(offsets, (live.columns - live.rows)[at_offset])
+    place[other] = O + _places(row[other])
+    place[is_shared] = O + further + np.searchsorted(shared, live.columns[is_shared])
+    counts = np.zeros(columns.shape, bool)
+    columns[row[other], place[other]] = live.columns[other]
+    counts[row, place] = True
+    whole = bool((live.state == WHOLE).all())
     # A predicate masks what is dead, but not what counts elsewhere in its row.
-    masked = not whole and not further and not len(shared)
+    masked = not whole and not further and not len(shared) and bool(counts.any(1).all())
     return Group(
         rows.astype(np.int32),
-        own.astype(np.int32),
-        whole=bool(whole),
-        own_live=None if masked or own_live.all() else own_live,
+        columns.astype(np.int32),
+        whole=whole,
+        live=None if masked or counts.all() else counts,
         batched=True,
         offsets=tuple(offsets.tolist()),
-        shared=shared.astype(np.int32),
-        shared_whole=bool(shared_whole),
-        shared_live=None if not shared_whole or shared_live.all() else shared_live,
+        shared=len(shared),
     )
 
 
@@ -260,12 +274,12 @@ def _places(rows: np.ndarray) -> np.ndarray:
     return np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
 
 
-def _looped(live: Live, columns: int, each: int) -> list[Group]:
+def _looped(live: Live, columns: int, block_q: int, block_k: int) -> list[Group]:
     """Groups of rows of (nearly) equally many blocks; where those are narrow, they are gathered and batched."""
     if len(live.rows) == 0:
         return []
     rows, starts, counts = np.unique(live.rows, return_index=True, return_counts=True)
-    quantum = -(-int(counts.max()) // GROUPS)
+    quantum, each = -(-int(counts.max()) // GROUPS), block_q * block_k
     width = np.minimum(-(-counts // quantum) * quantum, columns)
     groups = []
     for size in np.unique(width).tolist():
@@ -276,23 +290,33 @@ def _looped(live: Live, columns: int, each: int) -> list[Group]:
         R, row = int(chosen.sum()), np.repeat(np.arange(chosen.sum()), counts[chosen])
         state = np.full((R, size), DEAD, np.int8)
         if run:
-            own = np.minimum(first, columns - size)[:, None] + np.arange(size)
-            state[row, some.columns - own[row, 0]] = some.state
+            found = np.minimum(first, columns - size)[:, None] + np.arange(size)
+            state[row, some.columns - found[row, 0]] = some.state
         else:
-            own, place = np.zeros((R, size), np.int64), _places(row)
-            own[row, place], state[row, place] = some.columns, some.state
+            found, place = np.zeros((R, size), np.int64), _places(row)
+            found[row, place], state[row, place] = some.columns, some.state
         whole = ((state == WHOLE) | ((state == DEAD) & (not run))).all(1)
         for flag in (True, False):
             if (same := whole == flag).any():
                 dead = not run and bool((state[same] == DEAD).any())
+                batched = int(same.sum()) >= FEW and size * each <= NARROW
                 groups.append(
                     Group(
                         rows[chosen][same].astype(np.int32),
-                        own[same].astype(np.int32),
+                        found[same].astype(np.int32),
                         run=run,
                         whole=flag,
-                        own_live=state[same] != DEAD if dead else None,
-                        batched=int(same.sum()) >= FEW and size * each <= NARROW,
+                        live=state[same] != DEAD if dead else None,
+                        batched=batched,
+                        together=1 if batched or dead else _together(found[same], block_q),
                     )
                 )
     return groups
+
+
+def _together(columns: np.ndarray, block: int) -> int:
+    """How many rows at a time see the same blocks and have no more than QUERIES queries together."""
+    R = len(columns)
+    if not (columns == columns[0]).all():
+        return 1
+    return max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or n * block <= QUERIES))

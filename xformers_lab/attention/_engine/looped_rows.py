@@ -1,5 +1,7 @@
 """Rows of blocks, one at a time (on accelerators, many): 2-D products, which XLA:CPU runs best where a row is wide.
 
+Blocks of queries that see the same keys may be one row together.
+
 dK and dV are accumulated transposed, (H, S), because p.T @ do runs three times slower there than do.T @ p.
 """
 
@@ -27,7 +29,8 @@ def forward(view: View, group: Group):
         return o / l, (m + jnp.log(l))[:, 0]
 
     at_once = rows_at_once(group, view.blocks)
-    return lax.map(row, np.arange(len(group.rows)), batch_size=at_once if at_once > 1 else None)
+    found = lax.map(row, _numbers(group), batch_size=at_once if at_once > 1 else None)
+    return jax.tree.map(lambda x: x.reshape(len(group.rows), view.block_q, *x.shape[2:]), found)
 
 
 def backward(view: View, group: Group, incoming, totals: Totals):
@@ -35,13 +38,13 @@ def backward(view: View, group: Group, incoming, totals: Totals):
     grads, deltas, lses = incoming
 
     def row(index):
-        i = view.row(group, index)
         s, cols = view.scores(group, index)
-        qi, g, keys, values = view.q[i], grads[i], view.keys(cols), view.values(cols)
-        p = jnp.exp(s - lses[i][:, None])
+        qi, g, delta, lse = (view.of_row(x, group, index) for x in (view.q, grads, deltas, lses))
+        keys, values = view.keys(cols), view.values(cols)
+        p = jnp.exp(s - lse[:, None])
         dp = jnp.dot(g, values.T, preferred_element_type=jnp.float32)
-        ds = p * (dp - deltas[i][:, None])
-        dbias = view.pull_bias(view.positions(i, cols), ds)
+        ds = p * (dp - delta[:, None])
+        dbias = view.pull_bias(view.positions(group, index, cols), ds)
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
         dkT = jnp.dot(qi.T, ds, preferred_element_type=jnp.float32)
         dvT = jnp.dot(g.T, p, preferred_element_type=jnp.float32)
@@ -65,17 +68,22 @@ def backward(view: View, group: Group, incoming, totals: Totals):
     def many(carry, rows):
         dk, dv, db = carry
         dq, dkT, dvT, dbias = jax.vmap(lambda index: row(index)[:4])(rows)
-        columns = jnp.asarray(group.own)[rows]
+        columns = jnp.asarray(group.columns[:: group.together])[rows]
         scatter = lambda into, x: _scatter(into, x, columns, view.block_k)
         return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
 
     carry, at_once = (*totals.start_transposed(), totals.bias), rows_at_once(group, view.blocks)
     if at_once == 1:
-        carry, dq = lax.scan(one, carry, np.arange(len(group.rows)))
+        carry, dq = lax.scan(one, carry, _numbers(group))
     else:
-        carry, dq = scan_chunks(many, carry, len(group.rows), at_once)
+        carry, dq = scan_chunks(many, carry, len(_numbers(group)), at_once)
     totals.transposed, totals.bias = carry[:2], carry[2]
-    return dq
+    return dq.reshape(len(group.rows), view.block_q, -1)
+
+
+def _numbers(group: Group):
+    """Of the rows that are run."""
+    return np.arange(len(group.rows) // group.together)
 
 
 def _scatter(into, x, columns, block):

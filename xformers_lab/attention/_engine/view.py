@@ -22,8 +22,6 @@ class View:
         # stores every one of them for the backward, a T x S array in all.
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
-        if any(group.batched for group in part.groups):
-            self.keys_across, self.values_across = across(self.blocked(self.k)), across(self.blocked(self.v))
         # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
         self.real = None if real is None else self._keys_in_order(real) & (self.zero == 0)
         there = part.keys != PAD
@@ -56,18 +54,21 @@ class View:
     def blocked(self, x):
         return x.reshape(-1, self.block_k, *x.shape[1:])
 
-    # Rows in a loop.
+    # Rows in a loop: each is one block of queries, or several that see the same keys.
 
-    def row(self, group: Group, index):
-        return jnp.asarray(group.rows)[index]
+    def of_row(self, x, group: Group, index):
+        """(query blocks, block, ...) -> (queries of the row, ...)."""
+        blocks = x[jnp.asarray(group.rows.reshape(-1, group.together))[index]]
+        return blocks.reshape(-1, *blocks.shape[2:])
 
     def columns(self, group: Group, index):
         """Where a row's keys are: (start, size) of a run, or (M,) block numbers."""
+        first = group.columns[:: group.together]
         if not group.run:
-            return jnp.asarray(group.own)[index]
-        size = group.own.shape[1] * self.block_k
-        same = (group.own[:, 0] == group.own[0, 0]).all()
-        start = int(group.own[0, 0]) if same else jnp.asarray(group.own[:, 0])[index]
+            return jnp.asarray(first)[index]
+        size = group.width * self.block_k
+        same = (first[:, 0] == first[0, 0]).all()
+        start = int(first[0, 0]) if same else jnp.asarray(first[:, 0])[index]
         return start * self.block_k, size
 
     def _at(self, x, cols):
@@ -82,10 +83,14 @@ class View:
     def values(self, cols):
         return self._at(self.v, cols)
 
-    def positions(self, i, cols):
-        """Natural positions of the queries (block, 1) and keys (1, M * block) of a row."""
-        own = self.query_at
-        q = self.shift + i * self.block_q + jnp.arange(self.block_q) if own is None else own[i]
+    def positions(self, group: Group, index, cols):
+        """Natural positions of the queries (n, 1) and keys (1, M * block) of a row."""
+        rows = group.rows.reshape(-1, group.together)
+        if self.query_at is None:
+            first = self.shift + jnp.asarray(rows)[index] * self.block_q
+            q = (first[:, None] + jnp.arange(self.block_q)).reshape(-1)
+        else:
+            q = self.of_row(self.query_at, group, index)
         if not isinstance(cols, tuple):
             k = self.key_positions(cols)
         elif self.key_at is None:
@@ -95,18 +100,19 @@ class View:
         return q[:, None] + self.zero, k[None]
 
     def scores(self, group: Group, index):
-        """Masked scores (block, M * block) of a row, and its columns."""
-        i, cols = self.row(group, index), self.columns(group, index)
-        s = jnp.dot(self.q[i], self.keys(cols).T, preferred_element_type=jnp.float32)
+        """Masked scores (n, M * block) of a row, and its columns."""
+        cols = self.columns(group, index)
+        positions = self.positions(group, index, cols)
+        s = jnp.dot(self.of_row(self.q, group, index), self.keys(cols).T, preferred_element_type=jnp.float32)
         if self.bias is not None:
-            s = s + self.bias(*self.positions(i, cols))
+            s = s + self.bias(*positions)
         if not group.whole:
-            s = jnp.where(self.part.pattern(*self.positions(i, cols)), s, MASKED)
+            s = jnp.where(self.part.pattern(*positions), s, MASKED)
         known = self.real if group.whole else self.known
         if known is not None:
             s = jnp.where(self._at(known, cols)[None], s, MASKED)
-        if group.own_live is not None:
-            live = jnp.repeat(jnp.asarray(group.own_live)[index], self.block_k) & (self.zero == 0)
+        if group.live is not None:
+            live = jnp.repeat(jnp.asarray(group.live[:: group.together])[index], self.block_k) & (self.zero == 0)
             s = jnp.where(live[None], s, MASKED)
         return s, cols
 
@@ -146,15 +152,6 @@ class View:
         if self.bias is None:
             return None
         return jax.vjp(lambda bias: bias(*positions) + jnp.zeros_like(ds), self.bias)[1](ds)[0]
-
-
-def across(x):
-    """(N, block, H) -> (N, H, block), really in that order.
-
-    XLA:CPU runs batches of small products more than twice as fast where both sides are contracted on their middle axis,
-    and would undo a transposition that it sees.
-    """
-    return lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
 
 
 def neighbours(rows: np.ndarray) -> bool:
