@@ -3,7 +3,8 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.dense import EMPTY, MASKED, scores, softmax
+from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
 from xformers_lab.attention._engine.gathered import ROWS, batched, count, grouped, in_blocks, merged, scores_at_once
 from xformers_lab.size import Size
 
@@ -46,15 +47,15 @@ class Moba(Attention):
         chosen = lax.map(choose, given, batch_size=ROWS)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
-        def masked(s, of_block):
+        def added(of_block):
             q_at, block, real = of_block
             k_at = (block[:, None] * B + jnp.arange(B))[:, None]
-            s = s if bias is None else s + bias(q_at, k_at)
-            return jnp.where(real[:, None] & (k_at <= q_at) if causal else real[:, None], s, MASKED)
+            hidden = hiding(real[:, None] & (k_at <= q_at) if causal else real[:, None])
+            return hidden if bias is None else hidden + bias(q_at, k_at)
 
         sent = groups.sent(q * H**-0.5, choices), groups.sent(at, choices)[..., None]
         block = groups.block
-        out, lse = batched(sent[0], keys[block], values[block], masked, (sent[1], block, real[block]))
+        out, lse = batched(sent[0], keys[block], values[block], added, (sent[1], block, real[block]))
         out, lse = groups.returned(out, choices), groups.returned(lse, choices, EMPTY)
         return merged(out, lse, 1).astype(v.dtype)
 

@@ -8,7 +8,8 @@ from jax import lax
 
 from xformers_lab.attention import Cost
 from xformers_lab.attention._engine import gathered
-from xformers_lab.attention._engine.dense import EMPTY, MASKED, scores, softmax
+from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
 from xformers_lab.attention._engine.gathered import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band
@@ -210,18 +211,17 @@ class Nsa(Projected):
         keys, values, real = in_blocks(k, run), in_blocks(v, run), in_blocks(real, run, False)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
-        def masked(s, of_block):
+        def added(of_block):
             q_at, block, real = of_block
             k_at = (block[:, None] * run + jnp.arange(run))[:, None]
-            seen = real[:, None] & (k_at <= q_at) if causal else real[:, None]
-            s = s.reshape(len(s), -1, g, run)
+            hidden = hiding(real[:, None] & (k_at <= q_at) if causal else real[:, None])[:, :, None]
             if bias is not None:
-                s = s + jnp.moveaxis(jax.vmap(lambda bias: bias(q_at, k_at))(bias), 0, 2)
-            return jnp.where(seen[:, :, None], s, MASKED).reshape(len(s), -1, run)
+                hidden = hidden + jnp.moveaxis(jax.vmap(lambda bias: bias(q_at, k_at))(bias), 0, 2)
+            return jnp.broadcast_to(hidden, (len(block), C, g, run)).reshape(len(block), -1, run)
 
         at = groups.sent(jnp.arange(T) + S - T, choices)[..., None]
         sent, block = groups.sent(q * H**-0.5, choices).reshape(len(groups.block), -1, H), groups.block
-        out, lse = batched(sent, keys[block], values[block], masked, (at, block, real[block]))
+        out, lse = batched(sent, keys[block], values[block], added, (at, block, real[block]))
         back = lambda x, fill: groups.returned(x.reshape(-1, C, g, *x.shape[2:]), choices, fill)
         # As `merged`, with a product in place of its sum, which XLA:CPU makes a program of that crashes for two runs.
         return jnp.einsum("tcg,tcgh->tgh", jax.nn.softmax(back(lse, EMPTY), 1), back(out, 0))

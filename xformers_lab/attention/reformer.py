@@ -8,7 +8,8 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.attention._engine.dense import MASKED, softmax
+from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine.dense import softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, merged, order_by, scores_at_once
 from xformers_lab.size import Size
 
@@ -124,7 +125,7 @@ class Reformer(Attention):
             (flat(blocks), with_previous(blocks, T)),
         )
 
-        def masked(s, of_block):
+        def added(of_block):
             (q_code, k_code), (q_at, k_at) = of_block
             q_at, k_at = q_at[:, :, None], k_at[:, None]
             apart = (q_code[:, :, None, r] - k_code[:, None, :, r] for r in range(R))
@@ -132,13 +133,13 @@ class Reformer(Attention):
                 near = [(x >= 0) & (x <= width) for x in apart]
             else:
                 near = [(x % (last + 1) <= 1) & (abs(x) < NOWHERE // 2) for x in apart]
-            s = s if bias is None else s + bias(q_at, k_at)
-            times = sum(x.astype(jnp.float32) for x in near)
-            s = s if R == 1 else s - jnp.log(jnp.maximum(times, 1))
-            return jnp.where(near[0], jnp.where(q_at == k_at, s - ALONE, s), MASKED)
+            hidden = hiding(near[0]) - ALONE * (q_at == k_at)
+            if R > 1:  # what is seen in several rounds counts once
+                hidden = hidden - jnp.log(jnp.maximum(sum(x.astype(jnp.float32) for x in near), 1))
+            return hidden if bias is None else hidden + bias(q_at, k_at)
 
         keys, values = with_previous(_unit(sorted_q)), with_previous(sorted_by_round(v))
-        out, lse = batched(flat(sorted_q), keys, values, masked, of_block)
+        out, lse = batched(flat(sorted_q), keys, values, added, of_block)
         back = lambda x: jax.vmap(lambda x, place: x[place])(x.reshape(R, -1, *x.shape[2:]), place)
         return merged(back(out), back(lse), 0).astype(v.dtype)
 

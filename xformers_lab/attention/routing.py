@@ -4,7 +4,8 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.dense import MASKED, scores, softmax
+from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine.dense import scores, softmax
 from xformers_lab.attention._engine.gathered import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.size import Size
 
@@ -105,15 +106,15 @@ class Routing(Attention):
         groups = grouped(chosen, len(keys), self._size(S))
         block, width = groups.block, min(self.window, S)
 
-        def masked(s, of_block):
+        def added(of_block):
             q_code, k_code, q_at, k_at = of_block
-            s = s if bias is None else s + bias(q_at, k_at[:, None])
             apart = q_code - k_code[:, None]
-            return jnp.where((apart >= 0) & (apart < width), s, MASKED)
+            hidden = hiding((apart >= 0) & (apart < width))
+            return hidden if bias is None else hidden + bias(q_at, k_at[:, None])
 
         sent = lambda x: groups.sent(x)[..., None]
         of_block = sent(q_code), k_code[block], sent(at), k_at[block]
-        out, _ = batched(groups.sent(q * q.shape[1] ** -0.5), keys[block], values[block], masked, of_block)
+        out, _ = batched(groups.sent(q * q.shape[1] ** -0.5), keys[block], values[block], added, of_block)
         return groups.returned(out)[:, 0].astype(v.dtype)
 
     def _size(self, S: int) -> int:

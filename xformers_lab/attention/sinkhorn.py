@@ -7,6 +7,7 @@ from jax import lax
 from jax.nn import logsumexp
 
 from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import MASKED, softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, scores_at_once
 from xformers_lab.size import Size
@@ -81,15 +82,15 @@ class Sinkhorn(Attention):
         at = jnp.arange(low * B, len(keys) * B).reshape(-1, B, 1)
         block = jnp.maximum(jnp.arange(low, len(keys)), 0)
 
-        def masked(s, of_block):
+        def added(of_block):
             at, block, there, real = of_block
             k_at = (block[:, None] * B + jnp.arange(B))[:, None]
             own = real[:, None] & (k_at <= at) if causal else jnp.broadcast_to(real[:, None], (*at.shape[:2], B))
             sorted_keys = jnp.broadcast_to(there[:, None] & (at >= 0) if causal else there[:, None], own.shape)
-            return jnp.where(jnp.concatenate([sorted_keys, own], 2), s, MASKED)
+            return hiding(jnp.concatenate([sorted_keys, own], 2))
 
         of_block = at, block, there[block], real[block]
-        out, _ = batched(asked, both(keys)[block], both(values)[block], masked, of_block)
+        out, _ = batched(asked, both(keys)[block], both(values)[block], added, of_block)
         return out.reshape(-1, H)[front : front + T].astype(v.dtype)
 
     def _means(self, x, real, causal: bool):

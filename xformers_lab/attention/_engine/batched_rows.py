@@ -1,8 +1,7 @@
 """Many rows of blocks at once, where they are narrow and a loop over them would cost more than it computes.
 
-The forward is written so that XLA:CPU runs all of it as one kernel, whose scores never leave the caches: scores are
-masked by adding, and nothing but the outputs is taken from it. What most rows see at the same distance, or at the same
-place, has its gradients added up by shifted views and by one wide product.
+What most rows see at the same distance, or at the same place, has its gradients added up by shifted views and by one
+wide product.
 """
 
 import functools
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.attention._engine import batch
 from xformers_lab.attention._engine.chunks import rows_at_once, scan_chunks
-from xformers_lab.attention._engine.dense import EMPTY, MASKED
 from xformers_lab.attention._engine.layout import Group
 from xformers_lab.attention._engine.totals import Totals
 from xformers_lab.attention._engine.view import View
@@ -22,13 +21,12 @@ def forward(view: View, group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
 
     def chunk(carry, rows):
-        s, hidden = _scores(view, group, rows, view.of_rows(view.q, group, rows))
-        p, m, l = _softmax(s)
-        o, lse = _weighed(p, _taken(view, group, rows, view.v)) / l, (m + jnp.log(l))[..., 0]
-        if hidden is not None:
-            seeing = hidden.max(-1) > EMPTY
-            o, lse = o * seeing[..., None], jnp.where(seeing, lse, EMPTY)
-        return carry, (o, lse)
+        q, k, v = (
+            view.of_rows(view.q, group, rows),
+            _taken(view, group, rows, view.k),
+            _taken(view, group, rows, view.v),
+        )
+        return carry, batch.forward(q, k, v, _added_to_scores(view, group, rows))
 
     return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks, forward=True))[1]
 
@@ -41,17 +39,11 @@ def backward(view: View, group: Group, incoming, totals: Totals):
 
     def chunk(carry, rows):
         dk, dv, db = carry
-        q, g, delta, lse = view.of_rows((view.q, *incoming), group, rows)
-        s, hidden = _scores(view, group, rows, q)
-        if lse is not None:
-            p = jnp.exp(s - lse[..., None])
-        else:
-            p, _, l = _softmax(s)
-            p = p / l if hidden is None else p * ((hidden.max(-1, keepdims=True) > EMPTY) / l)
-        ds = p * (_dots(g, _taken(view, group, rows, view.v)) - delta[..., None])
+        q, grad, delta, lse = view.of_rows((view.q, *incoming), group, rows)
+        k, v = (_taken(view, group, rows, x) for x in (view.k, view.v))
+        ds, p = batch.backward(q, k, v, _added_to_scores(view, group, rows), lse, delta, grad)
         db = jax.tree.map(jnp.add, db, view.pull_bias(_positions(view, group, rows), ds))
-        dk, dv = (_added(into, group, rows, x, y) for into, x, y in ((dk, q, ds), (dv, g, p)))
-        return (dk, dv, db), _weighed(ds, _taken(view, group, rows, view.k))
+        return (_collected(dk, group, rows, q, ds), _collected(dv, group, rows, grad, p), db), batch.weighed(ds, k)
 
     carry = (*totals.start_blocked(), totals.bias)
     carry, dq = scan_chunks(chunk, carry, len(group.rows), rows_at_once(group, view.blocks))
@@ -60,32 +52,6 @@ def backward(view: View, group: Group, incoming, totals: Totals):
 
 
 # Rows are R neighbouring numbers within a group; each has M key blocks, n = M * block keys.
-
-
-def _scores(view: View, group: Group, rows, q):
-    """Scores (R, block, n) of queries (R, block, H), and what of it hides some of them: 0 or MASKED, or None."""
-    s = _dots(q, _taken(view, group, rows, view.k))
-    if view.bias is not None:
-        s = s + view.bias(*_positions(view, group, rows))
-    hidden = _hidden(view, group, rows)
-    return (s if hidden is None else s + hidden), hidden
-
-
-def _softmax(s):
-    """exp(s - m), the rows' maxima m and sums l: of a row that sees nothing, of scores that are all MASKED."""
-    m = s.max(-1, keepdims=True)
-    p = jnp.exp(s - m)
-    return p, m, p.sum(-1, keepdims=True)
-
-
-def _dots(x, keys):
-    """(R, block, H) (R, n, H) -> (R, block, n)."""
-    return jnp.einsum("rqh,rkh->rqk", x, keys, preferred_element_type=jnp.float32)
-
-
-def _weighed(p, values):
-    """(R, block, n) (R, n, H) -> (R, block, H)."""
-    return jnp.einsum("rqk,rkh->rqh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
 def _taken(view: View, group: Group, rows, x):
@@ -100,8 +66,9 @@ def _positions(view: View, group: Group, rows):
     return lax.optimization_barrier((queries, keys[:, None]))
 
 
-def _hidden(view: View, group: Group, rows):
-    """What hides scores, added to them: 0 or MASKED, broadcasting to (R, block, n); None where all are seen."""
+def _added_to_scores(view: View, group: Group, rows):
+    """The bias, and what hides scores, broadcasting to (R, block, n); None where there is neither."""
+    bias = None if view.bias is None else view.bias(*_positions(view, group, rows))
     seen = []
     if group.live is not None:
         seen.append(jnp.repeat(jnp.asarray(group.live)[rows], view.block_k, axis=1)[:, None])
@@ -110,17 +77,16 @@ def _hidden(view: View, group: Group, rows):
     if not group.whole:
         seen.append(view.part.pattern(*_positions(view, group, rows)))
     if not seen:
-        return None
-    seen.append(view.zero == 0)
-    return lax.optimization_barrier(jnp.where(functools.reduce(jnp.logical_and, seen), 0.0, MASKED))
+        return bias
+    hidden = batch.hiding(functools.reduce(jnp.logical_and, [*seen, view.zero == 0]))
+    return hidden if bias is None else hidden + bias
 
 
-def _added(into, group: Group, rows, x, p):
+def _collected(into, group: Group, rows, x, p):
     """into (blocks, H, block), with x^T p of x (R, block, H) and p (R, block, n) added at the rows' keys."""
     H, block = into.shape[1:]
     own, near = group.width - group.shared, len(group.offsets)
-    p = p.astype(x.dtype)
-    found = jnp.einsum("rqh,rqk->rhk", x, p[..., : own * block], preferred_element_type=jnp.float32)
+    found = batch.returned(x, p[..., : own * block])
     for place, offset in enumerate(group.offsets):
         first = int(group.rows[0]) + offset + rows[0]
         more = lax.dynamic_slice_in_dim(into, first, len(rows)) + found[..., place * block : (place + 1) * block]
@@ -129,7 +95,7 @@ def _added(into, group: Group, rows, x, p):
         others = found[..., near * block :].reshape(len(rows), H, -1, block).swapaxes(1, 2)
         into = into.at[jnp.asarray(group.columns[:, near:own])[rows]].add(others)
     if group.shared:
-        x, p = x.reshape(-1, H), p[..., own * block :].reshape(-1, group.shared * block)
+        x, p = x.reshape(-1, H), p[..., own * block :].astype(x.dtype).reshape(-1, group.shared * block)
         found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(H, -1, block)
         into = into.at[group.columns[0, own:]].add(found.swapaxes(0, 1))
     return into

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.attention._engine import batch
 from xformers_lab.attention._engine.chunks import ACCELERATOR_SCORES, CPU_SCORES
-from xformers_lab.attention._engine.dense import EMPTY
 
 # Queries whose choice is made at once.
 ROWS = 512
@@ -78,23 +78,17 @@ def in_blocks(x, size: int, fill=0):
     return x.reshape(-1, size, *x.shape[1:])
 
 
-def batched(q, k, v, masked, of_block):
+def batched(q, k, v, added, of_block):
     """Softmax attention of n blocks of queries, each to its own keys.
 
-    q (n, C, H), k and v (n, M, H), and of_block, a pytree with leading axes n. masked(scores, of_block) gets unscaled
-    float32 scores (m, C, M) of some of the blocks and gives what the softmax is taken of: MASKED where nothing is seen.
+    q (n, C, H), scaled, k and v (n, M, H), and of_block, a pytree with leading axes n. added(of_block) gives for m of
+    the blocks what is added to their scores (m, C, M): MASKED where nothing is seen.
     -> (n, C, H) and log-sum-exps (n, C) in float32, zeros and EMPTY for a query that sees nothing.
     """
 
     @jax.checkpoint
     def some(q, k, v, of_block):
-        s = masked(jnp.einsum("nch,nmh->ncm", q, k, preferred_element_type=jnp.float32), of_block)
-        top = lax.stop_gradient(jnp.maximum(s.max(-1), EMPTY))
-        p = jnp.exp(s - top[..., None])
-        total = p.sum(-1)
-        total = jnp.where(total > 0, total, 1)
-        p = (p / total[..., None]).astype(v.dtype)
-        return jnp.einsum("ncm,nmh->nch", p, v, preferred_element_type=jnp.float32), top + jnp.log(total)
+        return batch.attend(q, k, v, added(of_block))
 
     n, scores = len(q), q.shape[1] * k.shape[1]
     rounds = -(-n // max(1, (CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES) // scores))
