@@ -1,7 +1,7 @@
 """Many rows of blocks at once, where they are narrow and a loop over them would cost more than it computes.
 
-What most rows see at the same distance, or at the same place, has its gradients added up by shifted views and by one
-wide product.
+What most rows see at the same distance, or at the same place, has its gradients added up by shifted views and by sums
+over the rows.
 """
 
 import functools
@@ -72,8 +72,9 @@ def _added_to_scores(view: View, group: Group, rows):
     seen = []
     if group.live is not None:
         seen.append(jnp.repeat(jnp.asarray(group.live)[rows], view.block_k, axis=1)[:, None])
-    if (view.real if group.whole else view.known) is not None:
-        seen.append(view.known_of(jnp.asarray(group.columns)[rows])[:, None])
+    if not group.whole or view.real is not None:
+        known = view.known_of(jnp.asarray(group.columns)[rows])
+        seen += [] if known is None else [known[:, None]]
     if not group.whole:
         seen.append(view.part.pattern(*_positions(view, group, rows)))
     if not seen:
@@ -86,16 +87,15 @@ def _collected(into, group: Group, rows, x, p):
     """into (blocks, H, block), with x^T p of x (R, block, H) and p (R, block, n) added at the rows' keys."""
     H, block = into.shape[1:]
     own, near = group.width - group.shared, len(group.offsets)
-    found = batch.returned(x, p[..., : own * block])
+    found = batch.returned(x, p)
     for place, offset in enumerate(group.offsets):
         first = int(group.rows[0]) + offset + rows[0]
         more = lax.dynamic_slice_in_dim(into, first, len(rows)) + found[..., place * block : (place + 1) * block]
         into = lax.dynamic_update_slice_in_dim(into, more, first, 0)
     if own > near:
-        others = found[..., near * block :].reshape(len(rows), H, -1, block).swapaxes(1, 2)
+        others = found[..., near * block : own * block].reshape(len(rows), H, -1, block).swapaxes(1, 2)
         into = into.at[jnp.asarray(group.columns[:, near:own])[rows]].add(others)
     if group.shared:
-        x, p = x.reshape(-1, H), p[..., own * block :].astype(x.dtype).reshape(-1, group.shared * block)
-        found = jnp.dot(x.T, p, preferred_element_type=jnp.float32).reshape(H, -1, block)
-        into = into.at[group.columns[0, own:]].add(found.swapaxes(0, 1))
+        total = found[..., own * block :].sum(0).reshape(H, -1, block)
+        into = into.at[group.columns[0, own:]].add(total.swapaxes(0, 1))
     return into
