@@ -367,40 +367,11 @@ def bfloat16(subject: Subject) -> None:
 def carried(subject: Subject) -> None:
     """Through three scanned layers that pass their carry on, attend gives what reference gives in value and gradient,
     and the last layer depends on no later position and no padding by way of the carry."""
-    mechanism = subject.mechanism
-    if subject.whole or not mechanism.carries():
+    if subject.whole or not subject.mechanism.carries():
         raise NotApplicable("it carries nothing from layer to layer")
     case = Case(subject.length, subject.length, subject.modes[0])
-    inputs, real = jax.tree.map(jnp.asarray, subject.inputs(case)), subject.real(case)
-    assert real is not None
-
-    def layers(method, inputs):
-        def layer(state, turn):
-            q, carry = state
-            out, carry, _ = mechanism.mix(
-                q,
-                inputs["k"] * turn,
-                inputs["v"],
-                real=real,
-                causal=case.causal,
-                carry=carry,
-                x=inputs.get("x"),
-                key=jax.random.key(0),
-                method=method,
-            )
-            return (q + out, carry), out
-
-        first = mechanism.initial_carry(case.batch, case.T, case.S)
-        (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), jnp.asarray([1.0, -0.7, 1.3]))
-        return out, carry
-
-    def run(method):
-        last = lambda inputs, wanted: (layers(method, inputs)[0][-1] * wanted).sum()
-        forward, backward = quick_jit(lambda inputs: layers(method, inputs)), quick_jit(jax.grad(last))
-        grads = lambda wanted: jax.tree.map(np.asarray, backward(inputs, jnp.asarray(wanted, jnp.float32)))
-        return jax.tree.map(np.asarray, forward(inputs)), grads
-
-    ((fast, carry), fast_grads), ((slow, expected), slow_grads) = run("attend"), run("reference")
+    fast, carry, fast_grads = _through_layers(subject, case, "attend")
+    slow, expected, slow_grads = _through_layers(subject, case, "reference")
     advice = (
         "init_carry must be what the first layer may take, and attend must return the carry that reference returns."
     )
@@ -408,22 +379,49 @@ def carried(subject: Subject) -> None:
         compare(fast[layer], slow[layer], 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice)
     for one, other in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
         compare(one, other, 10 * VALUE, f"the carry after 3 layers ({case})", advice)
-    wanted = np.cos(np.arange(fast[-1].size)).reshape(fast[-1].shape) * np.asarray(real)[..., None, None]
+    real = np.asarray(subject.real(case))
+    wanted = np.cos(np.arange(fast[-1].size)).reshape(fast[-1].shape) * real[..., None, None]
     grads = fast_grads(wanted)
     compare_trees(grads, slow_grads(wanted), 10 * GRADIENT, f"through the carry ({case})", advice)
-    hidden = {"padding": (grads, ~np.asarray(real))}
+    _carries_nothing_of("padding", grads, ~real, case)
     for row in (1, case.T // 2) if case.causal else ():
         only = np.zeros_like(wanted)
         only[:, row] = 1
-        hidden[f"what comes after query {row}"] = fast_grads(only), np.arange(case.S) > row
-    for what, (found, positions) in hidden.items():
-        for name in [name for name in ("k", "v", "x") if name in found]:
-            leak = np.abs(found[name] * positions.reshape(*positions.shape, *[1] * (found[name].ndim - 2))).max()
-            if leak:
-                raise Broken(
-                    f"after three layers the output depends on {name} of {what} ({case}), by way of the carry: "
-                    f"derivative {leak:.1e} instead of exactly 0"
-                )
+        _carries_nothing_of(f"what comes after query {row}", fast_grads(only), np.arange(case.S) > row, case)
+
+
+def _through_layers(subject: Subject, case: Case, method: str):
+    """Every output of three layers, (3, B, T, N, H), the carry behind them, and a function that gives the gradients of
+    the inputs from that of the last output."""
+    mechanism, real = subject.mechanism, subject.real(case)
+    inputs = jax.tree.map(jnp.asarray, subject.inputs(case))
+
+    def layers(inputs):
+        given = {"real": real, "causal": case.causal, "x": inputs.get("x"), "key": jax.random.key(0), "method": method}
+
+        def layer(state, turn):
+            q, carry = state
+            out, carry, _ = mechanism.mix(q, inputs["k"] * turn, inputs["v"], carry=carry, **given)
+            return (q + out, carry), out
+
+        first = mechanism.initial_carry(case.batch, case.T, case.S)
+        (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), jnp.asarray([1.0, -0.7, 1.3]))
+        return out, carry
+
+    backward = quick_jit(jax.grad(lambda inputs, wanted: (layers(inputs)[0][-1] * wanted).sum()))
+    grads = lambda wanted: jax.tree.map(np.asarray, backward(inputs, jnp.asarray(wanted, jnp.float32)))
+    return *jax.tree.map(np.asarray, quick_jit(layers)(inputs)), grads
+
+
+def _carries_nothing_of(what: str, grads: dict, positions, case: Case) -> None:
+    """Raises Broken where gradients of keys, values or inputs are not 0 at positions, (S,) or (B, S) bool."""
+    for name in [name for name in ("k", "v", "x") if name in grads]:
+        leak = np.abs(grads[name] * positions.reshape(*positions.shape, *[1] * (grads[name].ndim - 2))).max()
+        if leak:
+            raise Broken(
+                f"after three layers the output depends on {name} of {what} ({case}), by way of the carry: "
+                f"derivative {leak:.1e} instead of exactly 0"
+            )
 
 
 def many_shapes(subject: Subject) -> None:

@@ -1,0 +1,98 @@
+"""Faults of what a mechanism says of itself: its docstring, its signature, what it refuses."""
+
+import jax.numpy as jnp
+
+from xformers_lab.attention import Attention
+
+from .right import BothSides, Plain, Span, mask, scaled_scores, softmax
+
+
+class UnknownArgument(Plain):
+    __doc__ = Plain.__doc__
+
+    def attend(self, q, k, v, *, real, causal, bias=None, mask=None):
+        return super().attend(q, k, v, real=real, causal=causal, bias=bias)
+
+
+class BiasOnlyWhenFast(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal):
+        return super().reference(q, k, v, real=real, causal=causal)
+
+
+class NoPaper(Plain):
+    """An idea."""
+
+
+class UnknownKind(Plain):
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+
+    Kind: revolutionary
+    """
+
+
+class SaysItIsNotCausal(Plain):
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+
+    Kind: full
+    Not causal: it was not tried
+    """
+
+
+class RefusesToBeCausalInSilence(BothSides):
+    """The mean of all values (Lee-Thorp et al., 2022).
+
+    Kind: without attention
+    """
+
+
+class RefusesBothSidesInSilence(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        if not causal:
+            raise ValueError("it reads from left to right")
+        return super().reference(q, k, v, real=real, causal=causal, bias=bias)
+
+
+class RefusesOtherLengthsInSilence(Plain):
+    __doc__ = Plain.__doc__
+
+    def reference(self, q, k, v, *, real, causal, bias=None):
+        if q.shape[0] != k.shape[0]:
+            raise ValueError("as many queries as keys are needed")
+        return super().reference(q, k, v, real=real, causal=causal, bias=bias)
+
+
+class OneParameterForAllHeads(Span):
+    __doc__ = Span.__doc__
+
+    def per_head(self):
+        return {"span": self.span[:1]}
+
+
+class NoDefinition(Attention):
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+
+    Kind: full
+    """
+
+    def attend(self, q, k, v, *, real, causal):
+        return softmax(jnp.where(mask(q, k, real, causal), scaled_scores(q, k), -1e30), v)
+
+    cost = Plain.cost
+
+
+FAULTS = {
+    UnknownArgument: "signature",
+    BiasOnlyWhenFast: "signature",
+    NoPaper: "signature",
+    UnknownKind: "signature",
+    SaysItIsNotCausal: "signature",
+    RefusesToBeCausalInSilence: "signature",
+    RefusesBothSidesInSilence: "signature",
+    RefusesOtherLengthsInSilence: "signature",
+    OneParameterForAllHeads: "signature",
+    NoDefinition: "signature",
+}

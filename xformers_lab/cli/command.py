@@ -1,0 +1,65 @@
+"""What a command declares of itself, beside the function that runs it, and what such functions share."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A flag or a positional argument, with what argparse is told about it.
+
+    path: "folder" of one that names a folder, "file" of one that names a file to write: one that cannot be written is
+    refused before anything runs.
+    """
+
+    name: str
+    options: dict[str, Any]
+    path: Literal["folder", "file"] | None = None
+
+    @property
+    def attribute(self) -> str:
+        """Where the parsed arguments hold it."""
+        return self.options.get("dest") or self.name.lstrip("-").replace("-", "_")
+
+    @property
+    def shown(self) -> str:
+        """How messages call it."""
+        return self.name if self.name.startswith("-") else self.name.upper()
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """run: from the parsed arguments to the exit code; keys: whether its --help tells the grammar of words, and every
+    key of a config."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    arguments: list[Argument]
+    keys: bool = False
+
+
+def argument(name: str, *, path: Literal["folder", "file"] | None = None, **options: Any) -> Argument:
+    return Argument(name, options, path)
+
+
+WORDS = argument("words", nargs="*", metavar="key=value")
+JSON = argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+
+
+def answer(chosen: argparse.Namespace, value, table: Callable[[], object]) -> int:
+    """Print the value as JSON where that was asked for, else let `table` print it; -> exit code 0."""
+    if chosen.json:
+        print(json.dumps(value, indent=2, default=str))
+    else:
+        table()
+    return 0
+
+
+def spelled(chosen: argparse.Namespace) -> str:
+    """The command as it was given."""
+    return shlex.join(["xlab", *chosen.given])

@@ -1,0 +1,68 @@
+"""Commands that look at what there is: doctor, list, show."""
+
+import pathlib
+
+from xformers_lab import config as configs
+from xformers_lab.cli.command import JSON, Command, answer, argument
+from xformers_lab.errors import UsageError
+
+# Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
+HIDDEN = ("memory", "bias", "options")
+
+
+def _doctor(chosen) -> int:
+    from xformers_lab import doctor
+    from xformers_lab.report import pages
+
+    findings = doctor.examine()
+    code = answer(chosen, findings, lambda: pages.print_table(findings))
+    return code if all(finding["ok"] for finding in findings) else 3
+
+
+def _list(chosen) -> int:
+    from xformers_lab import catalogue
+    from xformers_lab.report import pages
+
+    rows = catalogue.shelf(chosen.shelf) if chosen.shelf else catalogue.shelves()
+    hidden = HIDDEN if chosen.shelf == "attention" else ()
+    shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
+    return answer(chosen, rows, lambda: pages.print_table(shown))
+
+
+def _show(chosen) -> int:
+    from xformers_lab import catalogue
+    from xformers_lab.report import pages
+
+    if not chosen.words:
+        raise UsageError("show what? A name (xlab show local), or a config (xlab show task=copy attention=local)")
+    name, *rest = chosen.words
+    if "=" in name.partition(":")[0] or name.startswith("@"):
+        if chosen.svg:
+            raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
+        config = configs.single(chosen.words)
+        rows = catalogue.resolved(config)
+        return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: pages.print_table(rows))
+    page = catalogue.page(name, rest)
+    if chosen.svg:
+        if "svg" not in page:
+            raise UsageError(f"--svg: no fixed pattern says what {name} looks at, so there is nothing to draw")
+        try:
+            pathlib.Path(chosen.svg).write_text(page["svg"])
+        except OSError as error:
+            raise UsageError(f"--svg {chosen.svg}: cannot write there ({error.strerror})") from None
+    return answer(chosen, page, lambda: pages.print_page(page))
+
+
+SHELF = argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
+CHOICE = argument("words", nargs="*", metavar="NAME or key=value")
+SVG = argument("--svg", path="file", metavar="FILE", help="write the drawing of a pattern of attention there")
+COMMANDS = [
+    Command("doctor", _doctor, "versions, devices, and a self-test of a few seconds", [JSON]),
+    Command("list", _list, "the choices on a shelf, or the shelves", [SHELF, JSON]),
+    Command(
+        "show",
+        _show,
+        "what a choice is, with its options and drawing; or a whole config, resolved",
+        [CHOICE, SVG, JSON],
+    ),
+]

@@ -1,0 +1,140 @@
+"""Commands that measure many configs side by side: bench, compare, report."""
+
+import json
+import pathlib
+import sys
+
+from xformers_lab import config as configs
+from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spelled
+from xformers_lab.errors import UsageError
+
+# What `bench --pass` may say.
+BENCH_PASSES = {
+    "forward": ("forward",),
+    "both": ("forward", "forward+backward"),
+    "decode": ("prefill", "decode"),
+}
+
+
+def _bench(chosen) -> int:
+    if chosen.rounds < 1:
+        raise UsageError(f"--rounds {chosen.rounds}: at least 1")
+    words = [word for word in chosen.words if word != "mode=decode"]
+    chosen.passes = chosen.passes if words == chosen.words else "decode"
+    cells, varied = configs.sweep(words)
+    from xformers_lab import progress
+    from xformers_lab.measure import bench
+    from xformers_lab.report import table
+
+    passes = BENCH_PASSES[chosen.passes]
+    with progress.words(quiet=chosen.json) as tell:
+        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell)
+    code = answer(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
+    if chosen.report:
+        path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
+        _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
+        print(f"report: {path}", file=sys.stderr)
+    if any(row["status"] == "interrupted" for row in rows):
+        print("interrupted: the rows say what was measured before", file=sys.stderr)
+        return 130
+    return code if all(row["status"] == "ok" for row in rows) else 5
+
+
+def _compare(chosen) -> int:
+    if not chosen.words:
+        raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
+    cells, varied = configs.sweep(chosen.words)
+    from xformers_lab import progress
+    from xformers_lab.compare import process, run
+    from xformers_lab.report import table
+
+    with process.Worker() as worker:
+        told = lambda text: print(text, file=sys.stderr, flush=True)
+        found = run.check_cells(
+            cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, told=told
+        )
+        done = sum(cell not in found and run.stored(cell) is not None for cell in cells)
+        print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
+        with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
+            callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
+            rows = run.compare(cells, varied, worker, found=found, **callbacks)
+    code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
+    saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
+    report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
+    print(f"report: {report}", file=sys.stderr)
+    if worker.stopped:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 128 + worker.stopped
+    return code if all(row["status"] == "ok" for row in rows) else 5
+
+
+def _report(chosen) -> int:
+    path = pathlib.Path(chosen.runs) / "compare.json"
+    try:
+        saved = json.loads(path.read_text())
+        rows, varied, command = saved["rows"], saved["varied"], saved["command"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no comparison there yet; run xlab compare, or name its folder with --runs") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again"
+        ) from None
+    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
+    return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
+
+
+def _write_report(
+    rows: list[dict],
+    varied: list[str],
+    command: str,
+    path: pathlib.Path,
+    title: str = "Which variant, and what it costs",
+) -> pathlib.Path:
+    from xformers_lab.report import html
+
+    try:
+        html.write_report(rows, varied, path, title=title, command=command)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
+    return path
+
+
+BENCH = [
+    argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)"),
+    argument(
+        "--pass",
+        dest="passes",
+        choices=tuple(BENCH_PASSES),
+        default="both",
+        help="which passes to time; decode: reading a context of seq_len into a cache, and one token behind it",
+    ),
+    argument("--no-check", action="store_true", help="time mechanisms without their conformance check, and say so"),
+    argument("--report", path="file", metavar="FILE", help="write the figures as one offline HTML file"),
+]
+WHERE = "where the HTML goes (default: RUNS/report.html)"
+COMPARE = [
+    argument("--report", path="file", metavar="FILE", help=WHERE),
+    argument("--skip-impossible", action="store_true", help="keep impossible combinations as refused rows"),
+    argument("--no-check", action="store_true", help="train mechanisms of your own without their conformance check"),
+]
+REPORT = [
+    argument("--runs", path="folder", default="runs", help="folder of the runs (default: runs)"),
+    argument("--out", path="file", metavar="FILE", help=WHERE),
+]
+COMMANDS = [
+    Command(
+        "bench",
+        _bench,
+        "time attention mechanisms over lengths: speed, FLOPs, memory",
+        [WORDS, *BENCH, JSON],
+        keys=True,
+    ),
+    Command(
+        "compare",
+        _compare,
+        "train a grid of configs and report accuracy, speed and memory",
+        [WORDS, *COMPARE, JSON],
+        keys=True,
+    ),
+    Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, JSON]),
+]

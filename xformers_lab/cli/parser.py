@@ -1,0 +1,75 @@
+"""Every command as argparse knows it, and the command that was given."""
+
+import argparse
+
+from xformers_lab import __version__
+from xformers_lab import config as configs
+from xformers_lab.cli import looking, measuring, own, running
+from xformers_lab.errors import UsageError
+
+# In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
+COMMANDS = [*looking.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *own.COMMANDS]
+GRAMMAR = """\
+Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
+@file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
+Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
+module path, or the path of a .py file of your own. What has , : or + in it stands in brackets, which a shell wants
+quoted: "task=lm:path=(notes,old.txt)"."""
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The command and what it was given; words may stand before, between and after flags."""
+    parser = _parser()
+    chosen, left = parser.parse_known_args(arguments)
+    flags = [word for word in left if word.startswith("-")]
+    if flags or (left and not hasattr(chosen, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(flags or left)}")
+    if left:
+        chosen.words = [*chosen.words, *left]
+    chosen.given = arguments
+    return chosen
+
+
+def locate(chosen: argparse.Namespace) -> None:
+    """Arguments that are paths, with the home folder for ~; what cannot be written is refused before anything runs."""
+    for argument in chosen.arguments:
+        text = getattr(chosen, argument.attribute)
+        if argument.path is None or text is None:
+            continue
+        path = configs.spec.located(text, argument.shown)
+        if argument.path == "file":
+            if path.is_dir():
+                raise UsageError(f"{argument.shown} {text}: a folder is there; name a file")
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            if not above.is_dir():
+                raise UsageError(f"{argument.shown} {text}: {above} is no folder")
+        setattr(chosen, argument.attribute, str(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="xlab",
+        description="Which Transformer variant should I use, and what does it cost?",
+        epilog="example: xlab compare task=copy attention=full,local:window=16,linear seq_len=64,128\n\n" + GRAMMAR,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        epilog = _keys() if command.keys else None
+        added = commands.add_parser(
+            command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=raw
+        )
+        added.set_defaults(run=command.run, arguments=command.arguments)
+        for argument in command.arguments:
+            added.add_argument(argument.name, **argument.options)
+    return parser
+
+
+def _keys() -> str:
+    """The grammar of words, and every key with its default and help."""
+    lines = []
+    for name, (_, field, _) in configs.LEAVES.items():
+        lines.append(f"  {name + '=' + configs.spec.show(field.default):24s} {field.metadata['help']}")
+    return "\n".join([GRAMMAR, "", "keys:", *lines])

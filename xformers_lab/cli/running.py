@@ -1,0 +1,152 @@
+"""Commands that make a run or go on from one: train, resume, eval, generate."""
+
+import pathlib
+
+from xformers_lab import config as configs
+from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument
+from xformers_lab.errors import UsageError
+
+# What `generate` draws by, and what it searches by.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SEARCHING = ("length_penalty",)
+
+
+def _train(chosen) -> int:
+    config = configs.single(chosen.words)
+    from xformers_lab import progress
+    from xformers_lab.model import check_config
+
+    check_config(config)
+    from xformers_lab.train import loop
+
+    with progress.steps(f"{config.task} · {config.model.attention} · {config.seq_len}") as step:
+        record = loop.run(config, progress=step)
+    return _trained(chosen, record)
+
+
+def _resume(chosen) -> int:
+    folder = _run_dir(chosen)
+    from xformers_lab import progress
+    from xformers_lab.train import loop
+
+    with progress.steps(f"resuming {folder}") as step:
+        record = loop.resume(folder, progress=step)
+    return _trained(chosen, record)
+
+
+def _trained(chosen, record: dict) -> int:
+    from xformers_lab.report import pages
+
+    return answer(chosen, record, lambda: pages.print_record(record))
+
+
+def _eval(chosen) -> int:
+    if chosen.batches is not None and chosen.batches < 1:
+        raise UsageError(f"--batches {chosen.batches}: at least 1")
+    folder = _run_dir(chosen)
+    from xformers_lab.report import pages
+    from xformers_lab.train import loop
+
+    record = loop.evaluate(folder, split=chosen.split, batches=chosen.batches)
+    return answer(chosen, record, lambda: pages.print_record(record))
+
+
+def _generate(chosen) -> int:
+    folder = _run_dir(chosen)
+    from xformers_lab import generate, progress
+    from xformers_lab.train import loop
+
+    drawing, searching = _given(chosen, DRAWING), _given(chosen, SEARCHING)
+    if chosen.beams is not None and drawing:
+        raise UsageError(f"{_flags(drawing)}: beam search draws nothing; leave it out, or leave out --beams")
+    if chosen.beams is None and searching:
+        raise UsageError(f"{_flags(searching)}: it is of beam search; give --beams, or leave it out")
+    seed = drawing.pop("seed", 0)
+    sampling = generate.Sampling(**drawing)
+    config, task, model = loop.load(folder)
+    try:
+        given = [task.encode(prompt) for prompt in chosen.prompt]
+        stops = [task.encode(text) for text in chosen.stop or ()]
+    except ValueError as error:
+        raise UsageError(f"--prompt or --stop: {error}") from None
+    for text, tokens in zip(chosen.stop or (), stops, strict=True):
+        if len(tokens) != 1:
+            raise UsageError(f"--stop {text}: it is {len(tokens)} tokens, one is wanted")
+    stop = [*task.stop] if chosen.stop is None else [token for tokens in stops for token in tokens]
+    apart = "\n" if task.source_length else ""  # a source stands in a line of its own
+    prompts, sources = generate.apart(model, given, begin=task.begin)
+    common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
+    if chosen.beams is not None:
+        common |= {"beams": chosen.beams} | searching
+        pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
+        found = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
+        rows = [{"tokens": tokens, "score": score} for tokens, score in found]
+    else:
+        live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
+        show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
+        common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
+        found = generate.generate(model, prompts, on_token=show, **common)
+        if live:
+            print()
+            return 0
+        rows = [{"tokens": tokens} for tokens in found]
+    rows = [
+        {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
+        for prompt, row in zip(chosen.prompt, rows, strict=True)
+    ]
+    return answer(chosen, rows, lambda: [print(row["prompt"] + apart + row["text"]) for row in rows])
+
+
+def _given(chosen, names: tuple[str, ...]) -> dict:
+    """Those of the flags that were given."""
+    return {name: value for name in names if (value := getattr(chosen, name)) is not None}
+
+
+def _flags(names) -> str:
+    return " ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _run_dir(chosen) -> pathlib.Path:
+    """The folder named, or the newest one under --runs for `last`; raises UsageError."""
+    folder = pathlib.Path(chosen.run_dir)
+    if chosen.run_dir == "last":
+        found = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UsageError(f"no run in {chosen.runs} yet; run xlab train, or name its folder with --runs")
+        folder = found[-1].parent
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no run there (a run's folder holds config.json)")
+    return folder
+
+
+RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` for the newest one")
+RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
+SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
+BATCHES = argument("--batches", type=int, default=None, help="number of batches (default: the run's eval_batches)")
+HOW_TO_GENERATE = [
+    argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),
+    argument("--new", type=int, default=64, help="tokens to add (default: 64)"),
+    argument("--temperature", type=float, help="0: always the likeliest token (default: 1)"),
+    argument("--top-k", type=int, help="draw among the k likeliest tokens"),
+    argument("--top-p", type=float, help="draw among the likeliest that add up to p"),
+    argument("--min-p", type=float, help="draw among those with p times the best's probability"),
+    argument("--seed", type=int, help="of what is drawn (default: 0)"),
+    argument("--beams", type=int, help="beam search with so many hypotheses, nothing is drawn"),
+    argument("--length-penalty", type=float, help="of beam search (default: 0.6)"),
+    argument(
+        "--stop",
+        action="append",
+        help="a token at which to stop in place of the task's, spelled as prompts are; may be given many times",
+    ),
+]
+COMMANDS = [
+    Command("train", _train, "train one config", [WORDS, JSON], keys=True),
+    Command("resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, RUNS, JSON]),
+    Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, RUNS, JSON]),
+    Command(
+        "generate",
+        _generate,
+        "continue prompts with the newest checkpoint of a run",
+        [RUN_DIR, *HOW_TO_GENERATE, RUNS, JSON],
+    ),
+]
