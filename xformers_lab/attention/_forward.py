@@ -115,8 +115,14 @@ class Forward(nnx.Module):
 
         of_sample = {"real": real} | ({"x": x} if "x" in takes else {})
         of_head = {"bias": bias, "key": keys} | self.per_head()
-        out, above = over_heads(one, q, k, v, (carry if "carry" in takes else None, tokens), of_sample, of_head)
+        of_pair = carry if "carry" in takes else None, tokens
+        narrow = method == "attend" and self.narrow(q.shape[1], k.shape[1], causal)
+        out, above = over_heads(one, q, k, v, of_pair, of_sample, of_head, narrow=narrow)
         return out, above if "carry" in takes else carry, {}
+
+    def narrow(self, T: int, S: int, causal: bool) -> bool:
+        """Whether `attend` runs the queries of a head as a batch of narrow rows, to which a CPU adds other heads."""
+        return False
 
     def _compared(self, position, of_queries, of_keys, first):
         """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""

@@ -7,16 +7,18 @@ from jax import lax
 # On CPU a loop over heads keeps every product two-dimensional and its scores in cache; below this many scores per head
 # the loop's own cost is larger than what it saves.
 LOOP_FROM = 256 * 256
+# Where a head is run as a batch of narrow rows itself, heads are added to it up to so many queries.
+QUERIES = 4096
 
 
-def over_heads(one, q, k, v, carry, of_sample, of_head):
+def over_heads(one, q, k, v, carry, of_sample, of_head, *, narrow: bool = False):
     """Run `one(q, k, v, carry, of_sample, of_head)` on every head of every sample.
 
     q (B, T, N, H); k, v (B, S, K, H), each shared by N / K query heads; carry has leading axes (B, N), of_sample (B),
-    of_head (N). -> (B, T, N, H), or that and the carry where `one` returns a pair.
+    of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
     """
     if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= LOOP_FROM:
-        return _loop(one, q, k, v, carry, of_sample, of_head)
+        return _loop(one, q, k, v, carry, of_sample, of_head, max(1, QUERIES // q.shape[1]) if narrow else 1)
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 
@@ -36,9 +38,11 @@ def _batch(one, q, k, v, carry, of_sample, of_head):
     return jnp.swapaxes(out, 1, 2), carry
 
 
-def _loop(one, q, k, v, carry, of_sample, of_head):
+def _loop(one, q, k, v, carry, of_sample, of_head, most: int):
+    """At most `most` heads at once."""
     B, _, N, _ = q.shape
     K = k.shape[2]
+    at_once = max(n for n in range(1, most + 1) if B * K % n == 0)
     carry, of_head = _grouped(carry, 1, K), _grouped(of_head, 0, K)
     flat = lambda x: x.reshape(B * K, *x.shape[2:])
     # Heads of a group are neighbours; a group's axis of its own before the transposition would cost one more copy.
@@ -56,6 +60,6 @@ def _loop(one, q, k, v, carry, of_sample, of_head):
             return jax.tree.map(lambda x: x[None], head(squeeze((q, carry, heads))))
         return lax.map(head, (q, carry, heads))
 
-    out = lax.map(group, (q, k, v, carry, jnp.arange(B * K)))
+    out = lax.map(group, (q, k, v, carry, jnp.arange(B * K)), batch_size=at_once if at_once > 1 else None)
     out, carry = jax.tree.map(lambda x: x.reshape(B, N, *x.shape[2:]), out)
     return out.swapaxes(1, 2), carry

@@ -15,7 +15,7 @@ from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import dense, softmax
-from xformers_lab.attention._engine.layout import live_pairs
+from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.size import Size
@@ -95,6 +95,10 @@ class Patterned(Attention):
     def fused(self, causal: bool) -> Callable | None:
         """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
         return None
+
+    def narrow(self, T: int, S: int, causal: bool) -> bool:
+        parts = layout(self.seen(causal), T, S, *self.blocks(T, S, causal))
+        return all(group.batched for part in parts for group in part.groups)
 
     def attend(self, q, k, v, *, real=None, causal, bias=None):
         blocks = self.blocks(q.shape[0], k.shape[0], causal)

@@ -28,7 +28,7 @@ def forward(view: View, group: Group):
         )
         return carry, batch.forward(q, k, v, _added_to_scores(view, group, rows))
 
-    return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks, forward=True))[1]
+    return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
 
 
 def backward(view: View, group: Group, incoming, totals: Totals):

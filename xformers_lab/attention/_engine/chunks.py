@@ -9,17 +9,17 @@ from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.layout import Group, layout
 
 # Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
-# fills an accelerator. Forward, a CPU holds but a few of them at a time (batched_rows.py).
-CPU_SCORES, CPU_FORWARD_SCORES = 1 << 21, 1 << 23
+# fills an accelerator.
+CPU_SCORES = 1 << 21
 ACCELERATOR_SCORES = 1 << 24
 
 
-def rows_at_once(group: Group, blocks: tuple[int, int], forward: bool = False) -> int:
+def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
     """How many rows of a group are computed at once, so that all chunks are alike."""
     if jax.default_backend() != "cpu":
         scores = ACCELERATOR_SCORES
     elif group.batched:
-        scores = CPU_FORWARD_SCORES if forward else CPU_SCORES
+        scores = CPU_SCORES
     else:
         return 1
     rows = len(group.rows) // group.together
@@ -32,7 +32,7 @@ def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, i
     parts = layout(pattern, T, S, *blocks)
     groups = [group for part in parts for group in part.groups]
     row = lambda group: group.width * blocks[1] * max(group.together * blocks[0], H)
-    rows = [rows_at_once(group, blocks, forward=True) * row(group) for group in groups]
+    rows = [rows_at_once(group, blocks) * row(group) for group in groups]
     return max(max(len(part.keys) for part in parts) * H, *rows)
 
 

@@ -21,7 +21,7 @@ NARROW, WIDER = 1 << 17, 1.5
 # Rows that are worth running together, and pieces that rows may come in.
 FEW, PIECES = 4, 4
 # Queries that see the same keys and are run as one row.
-QUERIES = 512
+QUERIES = 256
 # From so many queries on, XLA:CPU runs the forward of batched rows as one kernel; up to so many more are worth that.
 FUSED, FILLED = 4096, 0.05
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
