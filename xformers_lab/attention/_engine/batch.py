@@ -70,7 +70,7 @@ def _softmax(s):
 
 
 @jax.custom_vjp
-def attend(q, k, v, added):
+def attend(q, k, v, added=None):
     """`forward`, differentiable."""
     return forward(q, k, v, added)
 
@@ -86,12 +86,9 @@ def _attend_backward(residuals, grads):
     ds, p = backward(q, k, v, added, None, (o * grad).sum(-1) - of_lse, grad)
     transposed = lambda x, y: jnp.swapaxes(returned(x, y), 1, 2)
     dq, dk, dv = weighed(ds, k), transposed(q, ds), transposed(grad.astype(v.dtype), p)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), _summed(ds, added)
+    added_to = lambda x: jnp.broadcast_to(x, ds.shape)
+    of_added = None if added is None else jax.vjp(added_to, added)[1](ds)[0]
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), of_added
 
 
 attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _summed(ds, added):
-    """The gradient of what was broadcast and added."""
-    return jax.vjp(lambda x: jnp.broadcast_to(x, ds.shape), added)[1](ds)[0]
