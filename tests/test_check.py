@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as draw
 from planted.right import Plain, subject
 
-from xformers_lab import spec
+from xformers_lab import catalogue, spec
 from xformers_lab.check import costs, masks, run, values
 from xformers_lab.check.run import PROPERTIES, check, examine
 from xformers_lab.check.subject import Case, Subject, compare, quick_jit
@@ -21,6 +21,13 @@ def test_shelf(name):
     report = check(name)
     assert report.passed, report.failed
     assert len(report.skipped) < len(PROPERTIES) / 2
+
+
+# By a mix of their own, by attend, and not at all.
+@pytest.mark.parametrize("name", ["predictive", "star", "talking_heads", "local", "linformer", "fnet"])
+def test_catalogue_knows_who_takes_a_bias(name):
+    (row,) = (row for row in catalogue.shelf("attention") if row["name"] == name)
+    assert row["bias"] == subject(spec.entry("attention", name)).takes_bias
 
 
 # Options under which a mechanism is another algorithm: what the bare name proves says nothing of them.

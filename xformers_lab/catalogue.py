@@ -28,11 +28,10 @@ def _row(shelf: str, name: str) -> dict:
 
 def _abilities(mechanism) -> dict:
     """What a mechanism is, costs and can do, from its docstring and signatures."""
-    from xformers_lab.attention import stated, why_not_decode
+    from xformers_lab.attention import Attention, stated, why_not_decode
 
     about = " ".join((inspect.getdoc(mechanism) or "").split())
-    own_mix = "attend" not in vars(mechanism) and not any("attend" in vars(base) for base in mechanism.__mro__[:-2])
-    takes = mechanism.takes("mix") if own_mix else mechanism.takes()
+    takes = mechanism.takes("mix" if mechanism.attend is Attention.attend else "attend")
     nature = re.search(r"\b(Exact|Approximate)\b", about)
     return {
         "kind": stated(mechanism, "Kind"),

@@ -7,14 +7,13 @@ so the backward computes them anew where nothing else needs them.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from xformers_lab.attention._engine.dense import EMPTY, MASKED
 
 
 def hiding(seen):
     """What is added to scores: 0 where they are seen, MASKED elsewhere, in float32."""
-    return lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
+    return jnp.where(seen, 0.0, MASKED)
 
 
 def forward(q, k, v, added=None):
@@ -83,9 +82,10 @@ def _attend_forward(q, k, v, added):
 def _attend_backward(residuals, grads):
     q, k, v, added, o = residuals
     grad, of_lse = grads
-    ds, p = backward(q, k, v, added, None, (o * grad).sum(-1) - of_lse, grad)
+    delta, grad = (o * grad).sum(-1) - of_lse, grad.astype(v.dtype)
+    ds, p = backward(q, k, v, added, None, delta, grad)
     transposed = lambda x, y: jnp.swapaxes(returned(x, y), 1, 2)
-    dq, dk, dv = weighed(ds, k), transposed(q, ds), transposed(grad.astype(v.dtype), p)
+    dq, dk, dv = weighed(ds, k), transposed(q, ds), transposed(grad, p)
     added_to = lambda x: jnp.broadcast_to(x, ds.shape)
     of_added = None if added is None else jax.vjp(added_to, added)[1](ds)[0]
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), of_added

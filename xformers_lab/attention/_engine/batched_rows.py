@@ -21,11 +21,7 @@ def forward(view: View, group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
 
     def chunk(carry, rows):
-        q, k, v = (
-            view.of_rows(view.q, group, rows),
-            _taken(view, group, rows, view.k),
-            _taken(view, group, rows, view.v),
-        )
+        q, (k, v) = view.of_rows(view.q, group, rows), (_taken(view, group, rows, x) for x in (view.k, view.v))
         return carry, batch.forward(q, k, v, _added_to_scores(view, group, rows))
 
     return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
