@@ -127,7 +127,7 @@ def test_heads_run_alone_or_together_alike(monkeypatch, choice, queries):
         found, pull = jax.vjp(lambda q, k, v: layer.mix(q, k, v, real=real, causal=True, bias=bias)[0], q, k, v)
         return found, pull(grad)
 
-    monkeypatch.setattr(_heads, "QUERIES", queries)
+    monkeypatch.setattr(_heads, "FUSED", queries)
     found = []
     for least in (1, 1 << 30):
         monkeypatch.setattr(_heads, "LOOP_FROM", least)

@@ -21,6 +21,8 @@ where given, is called with broadcasting query and key positions, (T', 1) and (1
 A mechanism that is not per head, or adds auxiliary scalars, overrides `mix` on (B, T, N, H); one without these
 projections overrides `__call__` on (B, T, D).
 
+`narrow` says of one that runs a head as a batch of narrow rows that a CPU may run several heads together.
+
 Decoding works by itself wherever a mechanism only depends on distances: keys and values are kept, and `attend` is
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer. What
 is tied to places in the row of keys says in `begin` how it decodes behind places that are empty.

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.attention._engine.batch import FUSED
+
 # On CPU a loop over heads keeps every product two-dimensional and its scores in cache; below this many scores per head
 # the loop's own cost is larger than what it saves.
 LOOP_FROM = 256 * 256
-# Where a head is run as a batch of narrow rows itself, heads are added to it up to so many queries.
-QUERIES = 4096
 
 
 def over_heads(one, q, k, v, carry, of_sample, of_head, *, narrow: bool = False):
@@ -18,7 +18,7 @@ def over_heads(one, q, k, v, carry, of_sample, of_head, *, narrow: bool = False)
     of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
     """
     if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= LOOP_FROM:
-        return _loop(one, q, k, v, carry, of_sample, of_head, max(1, QUERIES // q.shape[1]) if narrow else 1)
+        return _loop(one, q, k, v, carry, of_sample, of_head, max(1, FUSED // q.shape[1]) if narrow else 1)
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from xformers_lab.attention._engine.dense import EMPTY, MASKED
 
+# From so many queries on, in all rows together, XLA:CPU runs the forward as one kernel.
+FUSED = 4096
+
 
 def hiding(seen):
     """What is added to scores: 0 where they are seen, MASKED elsewhere, in float32."""

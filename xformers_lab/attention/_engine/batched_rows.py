@@ -22,7 +22,7 @@ def forward(view: View, group: Group):
 
     def chunk(carry, rows):
         q, (k, v) = view.of_rows(view.q, group, rows), (_taken(view, group, rows, x) for x in (view.k, view.v))
-        return carry, batch.forward(q, k, v, _added_to_scores(view, group, rows))
+        return carry, batch.forward(q, k, v, _added_to_scores(view, group, rows, _positions(view, group, rows)))
 
     return scan_chunks(chunk, None, len(group.rows), rows_at_once(group, view.blocks))[1]
 
@@ -37,8 +37,9 @@ def backward(view: View, group: Group, incoming, totals: Totals):
         dk, dv, db = carry
         q, grad, delta, lse = view.of_rows((view.q, *incoming), group, rows)
         k, v = (_taken(view, group, rows, x) for x in (view.k, view.v))
-        ds, p = batch.backward(q, k, v, _added_to_scores(view, group, rows), lse, delta, grad)
-        db = jax.tree.map(jnp.add, db, view.pull_bias(_positions(view, group, rows), ds))
+        positions = _positions(view, group, rows)
+        ds, p = batch.backward(q, k, v, _added_to_scores(view, group, rows, positions), lse, delta, grad)
+        db = jax.tree.map(jnp.add, db, view.pull_bias(positions, ds))
         return (_collected(dk, group, rows, q, ds), _collected(dv, group, rows, grad, p), db), batch.weighed(ds, k)
 
     carry = (*totals.start_blocked(), totals.bias)
@@ -62,9 +63,9 @@ def _positions(view: View, group: Group, rows):
     return lax.optimization_barrier((queries, keys[:, None]))
 
 
-def _added_to_scores(view: View, group: Group, rows):
+def _added_to_scores(view: View, group: Group, rows, positions):
     """The bias, and what hides scores, broadcasting to (R, block, n); None where there is neither."""
-    bias = None if view.bias is None else view.bias(*_positions(view, group, rows))
+    bias = None if view.bias is None else view.bias(*positions)
     seen = []
     if group.live is not None:
         seen.append(jnp.repeat(jnp.asarray(group.live)[rows], view.block_k, axis=1)[:, None])
@@ -72,7 +73,7 @@ def _added_to_scores(view: View, group: Group, rows):
         known = view.known_of(jnp.asarray(group.columns)[rows])
         seen += [] if known is None else [known[:, None]]
     if not group.whole:
-        seen.append(view.part.pattern(*_positions(view, group, rows)))
+        seen.append(view.part.pattern(*positions))
     if not seen:
         return bias
     hidden = batch.hiding(functools.reduce(jnp.logical_and, [*seen, view.zero == 0]))

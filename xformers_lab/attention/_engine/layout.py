@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
+from xformers_lab.attention._engine.batch import FUSED
 from xformers_lab.attention._engine.order import PAD, runs
 
 # A row is padded to a multiple of an eighth of the widest row, so that a layout compiles to at most eight loops.
@@ -22,8 +23,8 @@ NARROW, WIDER = 1 << 17, 1.5
 FEW, PIECES = 4, 4
 # Queries that see the same keys and are run as one row.
 QUERIES = 256
-# From so many queries on, XLA:CPU runs the forward of batched rows as one kernel; up to so many more are worth that.
-FUSED, FILLED = 4096, 0.05
+# Up to so many more rows are worth running batched ones as one kernel.
+FILLED = 0.05
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
 # Pairs of blocks looked at together.
