@@ -327,3 +327,17 @@ def test_one_query_behind_many_keys_in_half_precision():
     out = jax.jit(lambda q, k, v: linear.mix(q, k, v, causal=True)[0])(q[:, -1:], k, v)
     whole = linear.mix(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True)[0]
     np.testing.assert_allclose(out.astype(jnp.float32), whole[:, -1:], atol=0.03)
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Causal() & Band(100)])
+def test_a_large_bias_beyond_the_last_query_gives_finite_gradients(pattern):
+    """The last block of queries is padded: the bias there, 700, is larger than exp can take."""
+    T = 600
+    q, k, v, grad = (jax.random.normal(jax.random.key(i), (T, 8)) for i in range(4))
+    distance = Wave(jnp.asarray(18.0), jnp.asarray(1.0))
+
+    def run(q, k, v, distance):
+        return block_sparse(q, k, v, pattern=pattern, real=None, bias=distance, blocks=(256, 256))
+
+    gradients = jax.jit(lambda *inputs: jax.vjp(run, *inputs)[1](grad))(q, k, v, distance)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

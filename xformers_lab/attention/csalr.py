@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.landmarks import EXACT, means, probabilities, segments
+from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
 from xformers_lab.size import Size
 
 # The weight of the identity: above 1, the largest an eigenvalue of a softmax can be, so that A + I has an inverse.
@@ -54,7 +54,7 @@ class Csalr(Attention):
         if there is not None:
             right = jnp.where(there[:, None], right, 0)
         left = probabilities(q, k_mean, there) + IDENTITY * member.T
-        return jnp.dot(left, jnp.linalg.solve(middle, right)).astype(v.dtype)
+        return jnp.dot(left, dominant_inverse(middle) @ right).astype(v.dtype)
 
     def reference(self, q, k, v, *, real=None):
         T = len(q)

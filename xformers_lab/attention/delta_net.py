@@ -64,7 +64,8 @@ class DeltaNet(Recurrent):
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)
-        return Cost(flops=S * H * (6 * C + 6 * H), memory=S * max(C, 2 * H), state=H * H)
+        inverse = 2 * C * C // 3  # of a chunk's triangle, by halves
+        return Cost(flops=S * (H * (10 * C + 6 * H) + inverse), memory=S * max(C, 2 * H), state=H * H)
 
 
 def direction(x):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Cost
-from xformers_lab.attention._engine.gated import FINE, channel_decay
+from xformers_lab.attention._engine.gated import channel_decay, power_of_two
 from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -15,13 +15,13 @@ class Gla(Recurrent):
     S_t = diag(a_t) S_(t-1) + k_t v_t^T, out_t = silu(W x_t) * rms(q_t S_t / sqrt(H)), with a forget gate for every key
     channel, a_t = sigmoid(W2 W1 x_t)^(1 / temperature).
     Kind: linearised
-    Time O(T H (H + chunk)); memory O(T H fine), fine = 16; decoding keeps one H x H matrix.
+    Time O(T H (H + chunk)); memory O(T (H + chunk)); decoding keeps one H x H matrix.
     Exact.
     One way: it reads from left to right, so it serves no encoder and no cross-attention
     Deviations from the paper: keys are as wide as values.
 
     Options:
-        chunk: positions whose products are computed together, rounded up to a multiple of 16
+        chunk: positions whose products are computed together, rounded up to a power of two
         rank: width of W1 x, from which all heads' gates are computed
         temperature: the larger, the slower a gate forgets
     """
@@ -63,5 +63,5 @@ class Gla(Recurrent):
         return gated(out, gate, v.dtype), state
 
     def cost(self, T: int, S: int) -> Cost:
-        H, C = self.size.head, -(-min(self.chunk, S) // FINE) * FINE
-        return Cost(flops=4 * S * H * (H + C), memory=S * H * FINE, state=H * H)
+        H, C = self.size.head, power_of_two(min(self.chunk, S))
+        return Cost(flops=4 * S * H * (H + C), memory=S * max(C, H), state=H * H)

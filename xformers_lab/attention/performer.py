@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.attention._engine.features import EXACT, divided, empty_state, exponential, one_more, sums
+from xformers_lab.attention._engine.features import (
+    EXACT,
+    divided,
+    empty_state,
+    exponential,
+    one_more,
+    orthogonal,
+    sums,
+)
 from xformers_lab.size import Size
 
 # Added to every feature of the relu kernel, so that no query is without weights.
@@ -70,9 +78,7 @@ class Performer(Attention):
         gaussian = jax.random.normal(key, (F, H))
         if self.rows == "independent":
             return gaussian
-        directions, upper = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, 1), (-(-F // H), H, H)))
-        # With these signs the directions are uniform (Mezzadri, 2006).
-        directions *= jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]
+        directions = orthogonal(jax.random.fold_in(key, 1), -(-F // H), H)
         return directions.reshape(-1, H)[:F] * jnp.linalg.norm(gaussian, axis=1, keepdims=True)
 
     def per_head(self):

@@ -74,7 +74,9 @@ def _backward(pattern, blocks, residuals, grad):
     parts = layout(pattern, T, S, *blocks)
     for part in parts:
         view = View(part, scaled, k, v, real, bias, T, S, blocks)
-        grads, deltas, lses = (view.block_queries(x) for x in (grad, delta, lse))
+        grads, deltas = view.block_queries(grad), view.block_queries(delta)
+        # A query that pads a block has no weights, however large a bias is at its place.
+        lses = view.block_queries(lse, fill=jnp.inf)
         totals = Totals(view, dbias)
         dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
         for group in part.groups:

@@ -53,6 +53,28 @@ def turned(x, at, length: int):
     return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], -1).astype(x.dtype)
 
 
+def orthogonal(key, count: int, size: int):
+    """Uniformly distributed orthogonal matrices (count, size, size).
+
+    Gram-Schmidt on Gaussian columns gives the factor Q whose R has a positive diagonal, which is uniform (Mezzadri,
+    2006); once more takes away what rounding left. Not `jnp.linalg.qr`: where several of a training step run at once
+    on CPU, they starve XLA's thread pool (jaxlib 0.10.2), and none ends.
+    """
+
+    def add(columns, step):
+        column, at = step
+        for _ in range(2):
+            column -= jnp.einsum("nj,njs->ns", jnp.einsum("ns,njs->nj", column, columns), columns)
+        column *= lax.rsqrt(jnp.square(column).sum(-1, keepdims=True))
+        return columns.at[:, at].set(column), None
+
+    gaussian = jax.random.normal(key, (count, size, size))
+    steps = jnp.moveaxis(gaussian, 2, 0), jnp.arange(size)
+    with jax.default_matmul_precision("highest"):
+        columns, _ = lax.scan(add, jnp.zeros_like(gaussian), steps)
+    return jnp.swapaxes(columns, 1, 2)
+
+
 def exponential(e):
     """exp(e) as features of at most 1 and the logarithm (T,) of what they are to be multiplied by."""
     log = lax.stop_gradient(e.max(-1))

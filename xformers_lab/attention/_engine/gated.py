@@ -3,19 +3,24 @@
     S_t = a_t S_(t-1) + k_t u_t^T,   out_t = q_t S_t
 
 with a_t <= 1 a scalar or one number per key channel, and u_t = v_t, or under the delta rule the correction
-u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of C x C matrices, between
-chunks only the state passes. Decays are given as logarithms, and only differences that are at most 0 are ever raised
-to a power, so nothing overflows however strong a decay is.
+u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of matrices, between chunks
+only the state passes. Decays are given as logarithms, and only differences that are at most 0 are ever raised to a
+power, so nothing overflows however strong a decay is.
+
+Triangles within a chunk are built by halves: what the second half of 2s positions has to do with the first is a
+product, for s = 1, 2, 4, ... Two forms would be shorter and are wrong on CPU (jaxlib 0.10.2). Two batched triangular
+solves in one program starve XLA's thread pool and never end. And a sum of products over an axis that is not the last,
+in an array of seven or more axes, which is what a loop over pairs of positions becomes once samples and heads are
+batched, is miscompiled for processors with AVX2 but no AVX-512: wrong sums, or a crash. Products of matrices have
+neither fault.
 
 All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state (F, H). A position that must count for
 nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-
-# Positions whose decays per channel are compared pair by pair.
-FINE = 16
 
 
 def scalar_decay(q, k, v, decay, *, chunk: int):
@@ -33,9 +38,8 @@ def scalar_decay(q, k, v, decay, *, chunk: int):
 
 
 def channel_decay(q, k, v, decay, *, chunk: int):
-    """decay (T, F): log a_t of every key channel, at most 0."""
-    T = len(q)
-    C = -(-min(chunk, T) // FINE) * FINE
+    """decay (T, F): log a_t of every key channel, at most 0. The chunk is rounded up to a power of two."""
+    T, C = len(q), power_of_two(min(chunk, len(q)))
     q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay))
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F)
     last = fall[:, -1:]
@@ -48,25 +52,19 @@ def channel_decay(q, k, v, decay, *, chunk: int):
 
 
 def _channel_weights(q, k, fall):
-    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. A run of FINE positions is compared with earlier
-    runs through the fall before it, which lies between the two, so both factors are at most 1."""
-    M, C, F = q.shape
-    runs = C // FINE
-    fine = lambda x: x.reshape(M, runs, FINE, F)
-    seen = jnp.tril(jnp.ones((FINE, FINE), bool))[..., None]
-    gap = jnp.where(seen, fine(fall)[:, :, :, None] - fine(fall)[:, :, None], -jnp.inf)
-    near = (fine(q)[:, :, :, None] * fine(k)[:, :, None] * jnp.exp(gap)).astype(jnp.float32).sum(-1)
-    rows = []
-    for run in range(runs):
-        start, stop = run * FINE, (run + 1) * FINE
-        row = [near[:, run], jnp.zeros((M, FINE, C - stop))]
-        if run:
-            before = fall[:, start - 1 : start]
-            left = (q[:, start:stop] * jnp.exp(fall[:, start:stop] - before)).astype(q.dtype)
-            right = (k[:, :start] * jnp.exp(before - fall[:, :start])).astype(k.dtype)
-            row = [product("mif,mcf->mic", left, right), *row]
-        rows.append(jnp.concatenate(row, 2))
-    return jnp.concatenate(rows, 1)
+    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. The fall at the end of a first half lies between
+    those of its positions and of the second half's, so both factors of exp(fall_i - fall_j) are at most 1."""
+    M, C = q.shape[:2]
+    weights = (q * k).astype(jnp.float32).sum(-1).reshape(-1, 1, 1)
+    s = 1
+    while s < C:
+        (_, later), (earlier, _) = _halves(q, s), _halves(k, s)
+        before, after = _halves(fall, s)
+        end = before[:, -1:]
+        left, right = later * jnp.exp(after - end), earlier * jnp.exp(end - before)
+        weights = _lower(weights, product("nif,njf->nij", left.astype(q.dtype), right.astype(k.dtype)))
+        s *= 2
+    return weights.reshape(M, C, C)
 
 
 def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
@@ -82,11 +80,10 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     fall = jnp.cumsum(decay[..., 0], 1)
     ratio = _falling(fall)
     strict = jnp.tril(jnp.ones((C, C)), -1)
-    system = jnp.eye(C) + beta * product("mcf,mdf->mcd", k, k) * ratio * strict
+    solution = inverse(beta * product("mcf,mdf->mcd", k, k) * ratio * strict)
     passed = jnp.exp(fall)[..., None]
     right = jnp.concatenate([beta * v, beta * passed * k], -1).astype(jnp.float32)
-    solved = lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
-    fresh, from_state = jnp.split(solved, [v.shape[-1]], -1)
+    fresh, from_state = jnp.split(solution @ right, [v.shape[-1]], -1)
     weights = product("mcf,mdf->mcd", q, k) * ratio
     last = fall[:, -1:]
     written = k * jnp.exp(last - fall)[..., None]
@@ -99,6 +96,63 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     given = fresh, from_state, weights, q * passed, written, jnp.exp(last)
     end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), given)
     return out.reshape(-1, v.shape[-1])[:T], end
+
+
+@jax.custom_vjp
+def inverse(below):
+    """(I + below)^-1 of matrices (M, C, C) that hold numbers only below the diagonal.
+
+    Of two halves with the inverses A and D and what lies between them, B, the inverse is [[A, 0], [-D B A, D]].
+    """
+    M, C, _ = below.shape
+    wide = power_of_two(C)
+    below = jnp.pad(below, ((0, 0), (0, wide - C), (0, wide - C)))
+    solution = jnp.ones((M * wide, 1, 1), below.dtype)
+    s = 1
+    while s < wide:
+        first, second = solution[::2], solution[1::2]
+        corner = -(second @ _corners(below, s) @ first)
+        solution = _lower(solution, corner)
+        s *= 2
+    return solution[:, :C, :C]
+
+
+def _inverse_forward(below):
+    solution = inverse(below)
+    return solution, solution
+
+
+def _inverse_backward(solution, grad):
+    transposed = solution.swapaxes(1, 2)
+    return (-jnp.tril(transposed @ grad @ transposed, -1),)
+
+
+inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def power_of_two(length: int) -> int:
+    """The least power of two that is not below `length`."""
+    return 1 << (length - 1).bit_length()
+
+
+def _halves(x, s: int):
+    """(M, C, F) -> first and second halves of every 2s positions, each (M C / 2s, s, F)."""
+    pairs = x.reshape(-1, 2, s, x.shape[-1])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _corners(x, s: int):
+    """(M, C, C) -> (M C / 2s, s, s): rows of the second half of every 2s positions, columns of the first."""
+    C = x.shape[1]
+    at = range(0, C, 2 * s)
+    return jnp.stack([x[:, start + s : start + 2 * s, start : start + s] for start in at], 1).reshape(-1, s, s)
+
+
+def _lower(diagonal, corner):
+    """Blocks (2n, s, s) on the diagonal and (n, s, s) below it -> (n, 2s, 2s), zeros above."""
+    first, second = diagonal[::2], diagonal[1::2]
+    top = jnp.concatenate([first, jnp.zeros_like(first)], 2)
+    return jnp.concatenate([top, jnp.concatenate([corner.astype(second.dtype), second], 2)], 1)
 
 
 def _falling(fall):

@@ -35,11 +35,13 @@ class View:
             return jnp.pad(x, [(self.lead, len(self.part.keys) - x.shape[0] - self.lead)] + [(0, 0)] * (x.ndim - 1))
         return _taken(x, self.part.keys)
 
-    def block_queries(self, x):
+    def block_queries(self, x, fill: float = 0):
+        """(T, ...) -> (query blocks, block, ...), with `fill` where a block is padded."""
         if self.part.natural_queries:
-            x = jnp.pad(x, [(0, len(self.part.queries) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+            padding = [(0, len(self.part.queries) - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+            x = jnp.pad(x, padding, constant_values=fill)
         else:
-            x = _taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift))
+            x = _taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift), fill)
         return x.reshape(-1, self.block_q, *x.shape[1:])
 
     def unblock_queries(self, x):
@@ -158,9 +160,9 @@ def neighbours(rows: np.ndarray) -> bool:
     return bool((np.diff(rows) == 1).all())
 
 
-def _taken(x, index: np.ndarray):
-    """x[index], zeros (False) where the index is negative."""
-    return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=0)
+def _taken(x, index: np.ndarray, fill: float = 0):
+    """x[index], `fill` (zeros, False) where the index is negative."""
+    return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=fill)
 
 
 def _places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
