@@ -9,6 +9,7 @@ import typing
 import jax
 import pytest
 
+from tests.inline import inline  # noqa: F401
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.cli import main
@@ -16,6 +17,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.size import Size
 
+pytestmark = pytest.mark.usefixtures("inline")  # a process each would take minutes
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **_: COMPILED.append(event) if "backend_compile" in event else None  # pyright: ignore

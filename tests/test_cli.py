@@ -1,13 +1,16 @@
 """The commands as scripts use them: what they print as JSON, and the whole job end to end on a tiny grid."""
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from xformers_lab import spec
+from xformers_lab import progress, spec
 from xformers_lab.cli import main
 from xformers_lab.measure import speed
 
@@ -100,13 +103,19 @@ def test_an_unchecked_bench_says_so_wherever_it_is_read(capsys, tmp_path):
 
 
 def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    """Ctrl-C at the second length keeps the first, and ends what is under way at once."""
+    tell = progress.words
 
-    monkeypatch.setattr(speed, "interleaved", interrupt)
-    words = ["attention=linear", "seq_len=16", "dim=16", "batch=1", "--no-check"]
-    rows = run(capsys, "bench", *words, code=130)
-    assert {row["status"] for row in rows} == {"interrupted"}
+    @contextlib.contextmanager
+    def interrupting(**how):
+        with tell(**how) as told:
+            yield lambda text: os.kill(os.getpid(), signal.SIGINT) if "timing 1 cells at 32" in text else told(text)
+
+    monkeypatch.setattr(progress, "words", interrupting)
+    words = ["attention=linear", "seq_len=16,32", "dim=16", "batch=1", "--no-check", "--pass", "forward"]
+    rows = run(capsys, "bench", *words, "--rounds", "2", code=130)
+    assert [row["status"] for row in rows] == ["ok", "interrupted"]
+    assert rows[1]["reason"] == "interrupted before it was measured" and rows[0]["exponent"] is None
 
 
 def test_compare_end_to_end(capsys, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The driver of a comparison and its worker: what a signal, a crash, a broken choice or a full disk leaves behind."""
 
+import io
 import json
 import os
 import re
@@ -12,11 +13,12 @@ import pytest
 from xformers_lab import config as configs
 from xformers_lab.check import remembered
 from xformers_lab.cli import main
-from xformers_lab.compare import run, worker
-from xformers_lab.compare.process import Worker
+from xformers_lab.compare import cell, run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.model import check_config
+from xformers_lab.supervise.process import Worker
+from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import lm
 from xformers_lab.train import interrupt, loop
 
@@ -83,7 +85,7 @@ def tiny(folder, **changes) -> Config:
 
 
 def checked(config: Config) -> dict:
-    return worker.check_cell(config, True, lambda **said: None)
+    return cell.check(Tell(io.StringIO()), configs.to_dict(config), True)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +142,10 @@ def test_a_dead_worker_tells_its_own_reason_and_the_driver_touches_no_device(tmp
 import json, sys
 from jax._src import xla_bridge
 from xformers_lab import config as configs
-from xformers_lab.compare import process, run
+from xformers_lab.compare import run
+from xformers_lab.supervise.process import Worker
 cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
-with process.Worker() as worker:
+with Worker() as worker:
     found = run.check_cells(cells, worker)
     ignore = lambda *_: None
     rows = run.compare(cells, [], worker, found=found, started=ignore, stepped=ignore, finished=ignore)
@@ -153,7 +156,8 @@ print(json.dumps([found == {}, xla_bridge.backends_are_initialized(), rows]))
     nothing_found, touched, rows = json.loads(ran.stdout)
     assert nothing_found and not touched
     assert [row["status"] for row in rows] == ["ok", "failed", "oom"]
-    assert rows[1]["reason"] == "the process ended with 7: no message"
+    assert rows[1]["reason"] == "the process ended with exit code 7 while compiling after step 0 of 3"
+    assert rows[2]["reason"].startswith("the process was killed (signal 9) while compiling")
     assert json.loads((stale / "result.json").read_text())["reason"] == rows[1]["reason"]
     assert all(row.keys() >= PROMISED for row in rows[1:])
 

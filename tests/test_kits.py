@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from tests.inline import inline  # noqa: F401
 from xformers_lab import spec
 from xformers_lab.check import inside, run
 from xformers_lab.check.kits import depth
@@ -187,11 +188,11 @@ def test_what_cannot_be_checked_is_one_clear_message(capsys, word, message):
     assert message in capsys.readouterr().err
 
 
-def test_check_from_the_command_line(capsys, monkeypatch):
+def test_check_from_the_command_line(capsys, monkeypatch, inline):  # noqa: F811
     """One choice, or a whole shelf by its name."""
     asked = []
 
-    def check(name, shelf, *, deep):
+    def check(name, shelf, *, deep, doing):
         asked.append((shelf, name))
         return run.Report(name, name != "dyt", [], [], 0.0)
 

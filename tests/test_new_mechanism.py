@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.inline import inline  # noqa: F401
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.check import run as kit
@@ -27,6 +28,7 @@ def sources():
     return {path: path.read_bytes() for path in package.rglob("*.py")}
 
 
+@pytest.mark.usefixtures("inline")
 def test_skeleton_passes_trains_is_timed_and_reported_without_touching_the_package(tmp_path, monkeypatch, capsys):
     before = sources()
     path = new("attention", "my_attn", tmp_path)

@@ -79,7 +79,9 @@ def same_end(config: Config, record: dict, whole: tuple[dict, dict]) -> None:
 
 def test_killed_and_resumed(words, whole, tmp_path, caplog):
     config = tiny(**words, runs=tmp_path)
-    assert train(config, f"{int(signal.SIGKILL)} train 9").returncode == -signal.SIGKILL
+    ran = train(config, f"{int(signal.SIGKILL)} train 9")
+    assert ran.returncode == 3 and ran.stdout == "" and "killed (signal 9) while training after step" in ran.stderr
+    assert f"go on with xlab resume {configs.folder(config)}" in ran.stderr
     saved = checkpoint.steps(configs.folder(config))
     assert len(saved) == 2 and saved[-1] < 12 and not (configs.folder(config) / "result.json").exists()
     # The newest checkpoint rots meanwhile; the one before has to do.

@@ -84,6 +84,12 @@ class Config:
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
     seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
+    stall: float | None = knob(
+        None,
+        "seconds without a step that end a run (none: 60, or 50 x the median step if longer; 0: no limit)",
+        least=0,
+        same_result=True,
+    )
     model: Model = dataclasses.field(default_factory=Model)
     train: Train = dataclasses.field(default_factory=Train)
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xformers_lab.config import Config, get
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+BAR_EVERY = 0.1  # seconds between changes of a bar: steps may be much shorter, and drawing would slow them down
 
 
 def _bar(console: Console) -> Progress:
@@ -43,6 +44,10 @@ def steps(title: str) -> Iterator:
         task = bar.add_task(escape(title))
 
         def update(step: int, total: int, metrics: dict) -> None:
+            nonlocal last
+            if time.monotonic() - last < BAR_EVERY:
+                return
+            last = time.monotonic()
             bar.update(
                 task, completed=step, total=total, description=f"{escape(title)} · loss {_number(metrics.get('loss'))}"
             )
@@ -54,7 +59,7 @@ class Cells:
     """Progress of a grid: one bar for the cells, one for the steps of the cell that trains."""
 
     def __init__(self, total: int, bar: Progress | None, quiet: bool, varied: Sequence[str]):
-        self.total, self.bar, self.quiet, self.at = total, bar, quiet, ""
+        self.total, self.bar, self.quiet, self.at, self.drawn = total, bar, quiet, "", 0.0
         self.varied = [key for key in varied if key not in ("task", "attention", "seq_len")]
         if bar is not None:
             self.grid, self.cell = bar.add_task("cells", total=total), bar.add_task("", visible=False)
@@ -66,7 +71,8 @@ class Cells:
             self.bar.update(self.cell, description=escape(self.at), completed=0, total=cell.train.steps, visible=True)
 
     def stepped(self, step: int, total: int, loss: float | None) -> None:
-        if self.bar is not None:
+        if self.bar is not None and time.monotonic() - self.drawn > BAR_EVERY:
+            self.drawn = time.monotonic()
             self.bar.update(
                 self.cell, completed=step, total=total, description=f"{escape(self.at)} · loss {_number(loss)}"
             )

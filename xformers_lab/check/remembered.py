@@ -1,5 +1,6 @@
 """Verdicts of the kit that outlive the process: a bench need not wait for a check whose sources have not changed."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -53,6 +54,12 @@ def keep(choice: str, report: dict) -> dict:
     except OSError:
         pass
     return report
+
+
+def forget(choice: str) -> None:
+    """Drop the verdict on these very sources."""
+    with contextlib.suppress(OSError):
+        (_folder() / f"{_key(choice)}.json").unlink(missing_ok=True)
 
 
 def _folder() -> pathlib.Path:

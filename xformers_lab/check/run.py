@@ -17,6 +17,7 @@ from xformers_lab.errors import UsageError, in_words
 from xformers_lab.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
+Doing = Callable[[str], None]
 _KITS = pathlib.Path(__file__).parent / "kits"
 # Whole-number options from here on are shrunk for the kit, so that its lengths hold several windows or chunks.
 LARGE, SMALL = 8, 5
@@ -53,21 +54,22 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def check(choice: str, shelf: str = "attention", *, deep: bool = False) -> Report:
+def check(choice: str, shelf: str = "attention", *, deep: bool = False, doing: Doing = lambda words: None) -> Report:
     """Run a shelf's kit on a choice: a name with options, a dotted module, or the path of a file.
 
-    deep adds many more lengths of attention (minutes). Raises UsageError where the choice does not exist, or its shelf
-    has no kit; whatever else goes wrong in it is a failed property.
+    deep adds many more lengths of attention (minutes). doing(name) is told each property before it runs. Raises
+    UsageError where the choice does not exist, or its shelf has no kit; whatever else goes wrong in it is a failed
+    property.
     """
     if shelf != "attention":
-        return _inside(choice, shelf)
+        return _inside(choice, shelf, doing)
     resolved = spec.resolve("attention", choice)
     begun = time.perf_counter()
     try:
         subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
     except Exception as error:
         return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
-    report = examine(subject, PROPERTIES + (values.DEEP if deep else []))
+    report = examine(subject, PROPERTIES + (values.DEEP if deep else []), doing)
     return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
 
@@ -76,7 +78,7 @@ def kits() -> list[str]:
     return ["attention", *sorted(file.stem for file in _KITS.glob("*.py") if not file.stem.startswith("_"))]
 
 
-def _inside(choice: str, shelf: str) -> Report:
+def _inside(choice: str, shelf: str, doing: Doing) -> Report:
     """A choice of another shelf than attention, inside tiny models."""
     if shelf not in kits():
         raise UsageError(f'check: shelf "{shelf}" has no kit; there are kits of {", ".join(kits())}')
@@ -87,14 +89,15 @@ def _inside(choice: str, shelf: str) -> Report:
         subject = kit.subject(choice)
     except Exception as error:
         return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
-    return examine(subject, kit.PROPERTIES)
+    return examine(subject, kit.PROPERTIES, doing)
 
 
-def examine(subject, properties: Sequence[Callable[..., None]]) -> Report:
+def examine(subject, properties: Sequence[Callable[..., None]], doing: Doing = lambda words: None) -> Report:
     """Run some properties on a subject, in order; it has a `name` and an `error()`."""
     begun = time.perf_counter()
     failed, skipped = [], []
     for holds in properties:
+        doing(f"{subject.name}: {holds.__name__}")
         try:
             holds(subject)
         except Broken as broken:

@@ -23,20 +23,21 @@ def _bench(chosen) -> int:
     chosen.passes = chosen.passes if words == chosen.words else "decode"
     cells, varied = configs.sweep(words)
     from xformers_lab import progress
-    from xformers_lab.measure import bench
+    from xformers_lab.measure import supervised
     from xformers_lab.report import table
+    from xformers_lab.supervise import process
 
-    passes = BENCH_PASSES[chosen.passes]
-    with progress.words(quiet=chosen.json) as tell:
-        rows = bench.bench(cells, rounds=chosen.rounds, passes=passes, check=not chosen.no_check, progress=tell)
+    how = {"rounds": chosen.rounds, "passes": BENCH_PASSES[chosen.passes], "check": not chosen.no_check}
+    with process.Worker(notice=process.ENDS) as worker, progress.words(quiet=chosen.json) as tell:
+        rows = supervised.bench(cells, worker, progress=tell, **how)
     code = answer(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
     if chosen.report:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
         _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
         print(f"report: {path}", file=sys.stderr)
-    if any(row["status"] == "interrupted" for row in rows):
+    if worker.stopped:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
-        return 130
+        return 128 + worker.stopped
     return code if all(row["status"] == "ok" for row in rows) else 5
 
 
@@ -45,10 +46,11 @@ def _compare(chosen) -> int:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
     cells, varied = configs.sweep(chosen.words)
     from xformers_lab import progress
-    from xformers_lab.compare import process, run
+    from xformers_lab.compare import run
     from xformers_lab.report import table
+    from xformers_lab.supervise.process import Worker
 
-    with process.Worker() as worker:
+    with Worker(shown=False) as worker:
         told = lambda text: print(text, file=sys.stderr, flush=True)
         found = run.check_cells(
             cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, told=told

@@ -1,7 +1,14 @@
 """Commands for choices of one's own: new, check."""
 
-from xformers_lab import config as configs
+import math
+import time
+
 from xformers_lab.cli.command import JSON, Command, answer, argument
+from xformers_lab.errors import UsageError
+from xformers_lab.supervise.process import ENDS, Ended, Worker
+
+# Seconds that the kit has for one choice, of which the slowest needs a tenth.
+LIMIT, DEEP_LIMIT = 600.0, 7200.0
 
 
 def _new(chosen) -> int:
@@ -17,23 +24,43 @@ def _new(chosen) -> int:
 
 
 def _check(chosen) -> int:
-    spec, found = configs.spec, []
-    for word in chosen.words or ["attention"]:
-        found += [(word, name) for name in spec.names(word)] if word in spec.SHELVES else [spec.home(word)]
-    for shelf, name in found:
-        spec.resolve(shelf, name)  # a misspelt name is found before the kit runs
+    limit = chosen.limit if chosen.limit is not None else DEEP_LIMIT if chosen.deep else LIMIT
+    if not 0 <= limit < math.inf:
+        raise UsageError(f"--limit {limit:g}: a number of seconds, 0 for no limit")
     from xformers_lab import progress
-    from xformers_lab.check import remembered, run
     from xformers_lab.report import pages
 
     reports = []
-    with progress.items("check", len(found), quiet=chosen.json) as tell:
-        for shelf, name in found:
-            tell(name)
-            report = run.check(name, shelf, deep=chosen.deep).to_dict()
-            reports.append(remembered.keep(name, report) if shelf == "attention" else report)
+    with Worker(notice=ENDS) as worker:
+        found = []  # choices with their shelves, or the report on a word that could not be looked up
+        for word in chosen.words or ["attention"]:
+            answered = _asked(worker, "check.work.find", limit, word, word=word)
+            found += [answered] if isinstance(answered, dict) else answered
+        with progress.items("check", len(found), quiet=chosen.json) as tell:
+            for each in found:
+                if not isinstance(each, dict):
+                    shelf, name = each
+                    tell(name)
+                    each = _asked(worker, "check.work.kit", limit, name, shelf=shelf, choice=name, deep=chosen.deep)
+                reports.append(each)
     answer(chosen, reports, lambda: pages.print_checks(reports))
     return 0 if all(report["passed"] for report in reports) else 1
+
+
+def _asked(worker: Worker, what: str, limit: float, name: str, **arguments):
+    """The worker's answer, or the report on a choice that ended the worker's process."""
+    began = time.monotonic()
+    try:
+        return worker.ask(what, limit=limit, **arguments)
+    except Ended as ended:
+        if ended.status == "interrupted":
+            raise
+        if ended.status == "stalled":
+            failure = {"property": "did not end", "message": f"limit {limit:g} s (--limit): {ended.clock.place}"}
+        else:
+            failure = {"property": "crashed", "message": ended.reason}
+        seconds = time.monotonic() - began
+        return {"name": name, "passed": False, "failed": [failure], "skipped": [], "seconds": seconds, "error": None}
 
 
 NEW = [
@@ -44,6 +71,12 @@ NEW = [
 CHECK = [
     argument("words", nargs="*", metavar="NAME"),
     argument("--deep", action="store_true", help="many more shapes"),
+    argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help=f"a choice that takes longer fails (default: {LIMIT:g}, with --deep {DEEP_LIMIT:g}; 0: no limit)",
+    ),
 ]
 COMMANDS = [
     Command("new", _new, "write a commented skeleton of your own mechanism", NEW),

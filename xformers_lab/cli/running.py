@@ -4,7 +4,7 @@ import pathlib
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import RunFailed, UsageError
 
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -13,30 +13,39 @@ SEARCHING = ("length_penalty",)
 
 def _train(chosen) -> int:
     config = configs.single(chosen.words)
-    from xformers_lab import progress
-    from xformers_lab.model import check_config
-
-    check_config(config)
-    from xformers_lab.train import loop
-
-    with progress.steps(f"{config.task} · {config.model.attention} · {config.seq_len}") as step:
-        record = loop.run(config, progress=step)
-    return _trained(chosen, record)
+    title = f"{config.task} · {config.model.attention} · {config.seq_len}"
+    job = {"stall": config.stall, "config": configs.to_dict(config)}
+    return _trained(chosen, title, configs.folder(config), "train.work.run", job)
 
 
 def _resume(chosen) -> int:
     folder = _run_dir(chosen)
+    stall = configs.stored(folder / "config.json").stall
+    if chosen.stall is not None:
+        stall = configs.typed("stall", chosen.stall, f"--stall {chosen.stall}")
+    return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", {"stall": stall, "run_dir": str(folder)})
+
+
+def _trained(chosen, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
+    """Have a worker train, and print the record."""
     from xformers_lab import progress
-    from xformers_lab.train import loop
-
-    with progress.steps(f"resuming {folder}") as step:
-        record = loop.resume(folder, progress=step)
-    return _trained(chosen, record)
-
-
-def _trained(chosen, record: dict) -> int:
     from xformers_lab.report import pages
+    from xformers_lab.supervise.process import Ended, Worker
 
+    with Worker() as worker, progress.steps(title) as step:
+
+        def heard(said: dict) -> None:
+            if "loss" in said:
+                step(said["step"], said["total"], said)
+
+        try:
+            record = worker.ask(what, heard, **job)
+        except Ended as ended:
+            how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
+            saved = f"; go on with xlab resume {folder}" if any(folder.glob("checkpoints/*/MANIFEST.json")) else ""
+            error = RunFailed(how if "xlab resume" in how else how + saved)
+            error.exit_code = ended.exit_code
+            raise error from None
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -121,6 +130,7 @@ def _run_dir(chosen) -> pathlib.Path:
 
 RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` for the newest one")
 RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
+STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
 BATCHES = argument("--batches", type=int, default=None, help="number of batches (default: the run's eval_batches)")
 HOW_TO_GENERATE = [
@@ -141,7 +151,7 @@ HOW_TO_GENERATE = [
 ]
 COMMANDS = [
     Command("train", _train, "train one config", [WORDS, JSON], keys=True),
-    Command("resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, RUNS, JSON]),
+    Command("resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, RUNS, JSON]),
     Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, RUNS, JSON]),
     Command(
         "generate",

@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable
 
 from xformers_lab import config as configs
-from xformers_lab.compare.process import Worker
+from xformers_lab import spec
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.supervise.process import Ended, Worker
 
 # A diverged run would diverge again; anything else that failed may have been the machine's doing.
 SETTLED = ("ok", "nan")
@@ -48,8 +49,15 @@ def check_cells(
     """
     found = {}
     impossible = []
+    deadly: dict[str, dict] = {}  # mechanisms whose kit ended its process: each is waited for once
+
+    def heard(said: dict) -> None:
+        if "kit" in said:
+            told(said["doing"])
+
     for cell in cells:
-        record = worker.ask("check", cell, lambda said: told(said["text"]), kit=kit)
+        known = [deadly[choice] for choice in spec.split(cell.model.attention, "+") if choice in deadly]
+        record = dict(known[0]) if known else _check(cell, worker, heard, kit, deadly)
         if worker.stopped:  # what is there is shown as it is
             return found
         if record["status"] == "impossible":
@@ -105,7 +113,7 @@ def compare(
         record = found.get(cell) or stored(cell)
         if record is None:
             started(index, cell)
-            record = worker.ask("train", cell, lambda said: stepped(said["step"], said["total"], said["loss"]))
+            record = _train(cell, worker, stepped)
             _keep(cell, record)
         rows.append(row(cell, record, varied))
         finished(index, rows[-1])
@@ -120,6 +128,29 @@ def save_table(rows: list[dict], varied: list[str], command: str, runs: str) -> 
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     return path
+
+
+def _check(cell: Config, worker: Worker, heard: Callable[[dict], None], kit: bool, deadly: dict[str, dict]) -> dict:
+    """The record of a check, and in `deadly` the mechanism whose kit ended the worker."""
+    try:
+        return worker.ask("compare.cell.check", heard, stall=cell.stall, config=configs.to_dict(cell), kit=kit)
+    except Ended as ended:
+        choice = ended.clock.said.get("kit")
+        if choice is None or ended.status == "interrupted":
+            return ended.record
+        deadly[choice] = {"status": "refused", "reason": ended.refusal(choice)}
+        return dict(deadly[choice])
+
+
+def _train(cell: Config, worker: Worker, stepped: Callable[[int, int, float | None], None]) -> dict:
+    def heard(said: dict) -> None:
+        if "loss" in said:
+            stepped(said["step"], said["total"], said["loss"])
+
+    try:
+        return worker.ask("compare.cell.train", heard, stall=cell.stall, config=configs.to_dict(cell))
+    except Ended as ended:
+        return ended.record
 
 
 def _keep(cell: Config, record: dict) -> None:

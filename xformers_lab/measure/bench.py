@@ -20,36 +20,19 @@ from jax import lax
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention, why_not_decode
-from xformers_lab.config import Config, get, to_dict, varied
-from xformers_lab.errors import UsageError, nearest
+from xformers_lab.config import Config
+from xformers_lab.errors import UsageError
 from xformers_lab.generate import CHUNK
-from xformers_lab.measure import speed
-from xformers_lab.measure.exponent import fit
+from xformers_lab.measure import rows, speed
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.measure.memory import available_bytes, compiled_memory
+from xformers_lab.measure.rows import PASSES, Cell
 from xformers_lab.model import size_of
 from xformers_lab.size import Size
 
-PASSES = ("forward", "forward+backward", "prefill", "decode")
+Doing = Callable[[str, Cell], None]
 # The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.
 PROJECTIONS = ("query", "key", "value", "out")
-MEASURED = (
-    "timed",
-    "causal",
-    "metric",
-    "metric_name",
-    "seconds_min",
-    "seconds_median",
-    "tokens_per_second",
-    "compile_seconds",
-    "flops",
-    "parameters",
-    "temp_bytes",
-    "state_bytes",
-    "exponent",
-    "exponent_flops",
-    "exponent_bytes",
-)
 
 
 def bench(
@@ -74,20 +57,29 @@ def bench(
     the rows measured so far come back, the rest as "interrupted". progress is told in words what is being done. Raises
     UsageError, before anything is compiled, at a config that cannot be.
     """
-    cells = _cells(configs, passes, check)
+    cells, machine, last = rows.blank(configs, passes, check), speed.machine(), None
+    for cell in cells:
+        cell.row["machine"] = machine
+    for start in range(0, len(cells), len(passes)):
+        look(cells[start : start + len(passes)])
+
+    def doing(words: str, cell: Cell) -> None:
+        nonlocal last
+        if progress is not None and words != last:
+            progress(words)
+        last = words
+
     reports: dict[str, str | None] = {}
     try:
         for length in sorted({cell.config.seq_len for cell in cells}):
             ready = [cell for cell in cells if cell.config.seq_len == length]
             for cell in ready:
-                if check and cell.row["status"] is None and (reason := _refused(cell, reports, progress)):
+                if check and cell.open and (reason := _refused(cell, reports, doing)):
                     cell.end("refused", reason)
-            _measure([cell for cell in ready if cell.row["status"] is None], rounds, progress)
+            measure([cell for cell in ready if cell.open], rounds, doing)
     except KeyboardInterrupt:
-        for cell in cells:
-            if cell.row["status"] is None:
-                cell.end("interrupted", "interrupted before it was measured")
-    _exponents(cells)
+        rows.interrupted(cells)
+    rows.exponents(cells)
     return [cell.row for cell in cells]
 
 
@@ -106,27 +98,6 @@ class Subject:
     timed: str
     causal: bool
     keeps: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cell:
-    """One config and pass, and the row that it becomes."""
-
-    config: Config
-    direction: str
-    row: dict
-
-    @property
-    def title(self) -> str:
-        return f"{self.config.model.attention} at {self.config.seq_len} tokens, {self.direction}"
-
-    def end(self, status: str, reason: str) -> None:
-        self.row.update(status=status, reason=reason)
-
-    def fail(self, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error}".strip()
-        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-        self.end("oom" if full else "failed", text.splitlines()[0][:500])
 
 
 def subject(config: Config, direction: str) -> Subject:
@@ -151,8 +122,12 @@ def subject(config: Config, direction: str) -> Subject:
     if not whole:
         inputs |= dict.fromkeys("kv", shape(size.key_heads, size.head))
 
+    def build(own):
+        # Copies, so that a mechanism may write to its variables under whatever traces the call.
+        return nnx.merge(graph, fixed | own, jax.tree.map(lambda leaf: leaf, rest))
+
     def forward(own, inputs):
-        layer = nnx.merge(graph, fixed | own, rest)
+        layer = build(own)
         if whole:
             return layer(inputs["x"], **({"causal": True} if causal else {}))[0]
         return layer.mix(**inputs, causal=causal, key=jax.random.key(0))[0]
@@ -172,7 +147,7 @@ def subject(config: Config, direction: str) -> Subject:
         token = {name: jax.ShapeDtypeStruct((batch, *leaf.shape[2:]), leaf.dtype) for name, leaf in inputs.items()}
 
         def decode(own, cache, token):
-            layer = nnx.merge(graph, fixed | own, rest)
+            layer = build(own)
             if whole:
                 return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
             return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
@@ -180,7 +155,7 @@ def subject(config: Config, direction: str) -> Subject:
         return Subject(decode, own, (cache, token), count, "decode" if whole else "mix_step", True, keeps=True)
     if direction == "prefill":
         _cache(layer, choice, batch, size)
-        prefill = lambda own, inputs: _prefill(nnx.merge(graph, fixed | own, rest), inputs, whole)
+        prefill = lambda own, inputs: _prefill(build(own), inputs, whole)
         return Subject(prefill, own, (inputs,), count, "decode_several" if whole else "mix_steps", True)
     if direction == "forward":
         return Subject(forward, own, (inputs,), count, timed, causal)
@@ -217,49 +192,40 @@ def _cache(layer: Attention, choice: str, batch: int, size: Size):
     return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
 
 
-def _cells(configs: Sequence[Config], passes: Sequence[str], check: bool) -> list[Cell]:
-    """Every cell with its row begun; raises UsageError at what cannot be."""
-    for direction in passes:
-        if direction not in PASSES:
-            raise UsageError(f'bench: no pass "{direction}": {nearest(direction, PASSES, "passes")}')
-    cells, keys, machine = [], (*varied(list(configs)), "attention", "seq_len"), speed.machine()
-    for config in configs:
-        choice = config.model.attention
-        if len(mechanisms := spec.split(choice, "+")) > 1:
-            parts = ",".join(mechanisms)
-            raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
-        swept = {key: get(config, key) for key in keys}
-        blank = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED)
-        blank |= {"checked": check, "machine": machine, "config": to_dict(config)}
-        mine = [Cell(config, direction, swept | {"pass": direction} | blank) for direction in passes]
-        cells += mine
-        try:
-            for direction in {"forward", *passes}:
-                jax.eval_shape(lambda config=config, direction=direction: subject(config, direction).own)
-        except UsageError:
-            raise
-        except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
-            for cell in mine:
-                cell.fail(error)
-    return cells
+def look(cells: Sequence[Cell]) -> None:
+    """End the cells of one config where its mechanism cannot be built; raises UsageError where the config cannot be."""
+    try:
+        for direction in {"forward", *(cell.direction for cell in cells)}:
+            jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).own)
+    except UsageError:
+        raise
+    except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
+        for cell in cells:
+            cell.fail(error)
 
 
-def _refused(cell: Cell, reports: dict[str, str | None], progress) -> str | None:
+def _refused(cell: Cell, reports: dict[str, str | None], doing: Doing) -> str | None:
     """Why a mechanism's conformance check refuses it, None where it passes; each mechanism is checked once."""
     from xformers_lab.check import remembered
 
     choice = cell.config.model.attention
     if choice not in reports:
-        _tell(progress, f"checking {choice}")
+        doing(f"checking {choice}", cell)
         reports[choice] = remembered.refusal(choice)
     return reports[choice]
 
 
-def _measure(cells: Sequence[Cell], rounds: int, progress) -> None:
-    """Fill the rows of cells of one length: each compiled in turn, then all timed in interleaved rounds."""
+def measure(
+    cells: Sequence[Cell], rounds: int, doing: Doing, ended: Callable[[Cell], None] = lambda cell: None
+) -> None:
+    """Fill the rows of cells of one length: each compiled in turn, then all timed in interleaved rounds.
+
+    doing(words, cell) is told what is being done before each compilation and timed call, ended(cell) which cells have
+    their row before the rounds.
+    """
     compiled = {}
     for cell in cells:
-        _tell(progress, f"compiling {cell.title}")
+        doing(f"compiling {cell.title}", cell)
         try:
             ready = _compile(cell)
         except Exception as error:
@@ -267,15 +233,18 @@ def _measure(cells: Sequence[Cell], rounds: int, progress) -> None:
         else:
             if ready is not None:
                 compiled[cell] = ready
+        if not cell.open:
+            ended(cell)
     if not compiled:
         return
     arrays: dict = {}
     calls = {cell: _call(run, found, arrays) for cell, (run, found) in compiled.items()}
 
-    def tell(at: int) -> None:
-        _tell(progress, f"timing {len(calls)} cells at {cells[0].config.seq_len} tokens, round {at + 1} of {rounds}")
+    def begun(at: int | None, cell: Cell) -> None:
+        stage = "first calls" if at is None else f"round {at + 1} of {rounds}"
+        doing(f"timing {len(calls)} cells at {cell.config.seq_len} tokens, {stage}", cell)
 
-    for cell, timing in speed.interleaved(calls, rounds=rounds, begun=tell).items():
+    for cell, timing in speed.interleaved(calls, rounds=rounds, begun=begun).items():
         if isinstance(timing, Exception):
             cell.fail(timing)
             continue
@@ -347,23 +316,3 @@ def _drawn(shapes, arrays: dict):
         return arrays[key]
 
     return jax.tree_util.tree_map_with_path(array, shapes)
-
-
-def _exponents(cells: Sequence[Cell]) -> None:
-    """Fit how each mechanism's costs grow over the lengths it was measured at; all its rows get the same figures."""
-    series: dict[tuple, list[dict]] = {}
-    for cell in cells:
-        series.setdefault((dataclasses.replace(cell.config, seq_len=0), cell.direction), []).append(cell.row)
-    for rows in series.values():
-        held = "peak_bytes" if any("peak_bytes" in row for row in rows) else "temp_bytes"
-        for name, key in (("exponent", "seconds_min"), ("exponent_flops", "flops"), ("exponent_bytes", held)):
-            points = {row["seq_len"]: row[key] for row in rows if row["status"] == "ok" and row[key]}
-            if len(points) > 1:
-                slope = fit(list(points), list(points.values()))
-                for row in rows:
-                    row[name] = slope
-
-
-def _tell(progress, text: str) -> None:
-    if progress is not None and text:
-        progress(text)

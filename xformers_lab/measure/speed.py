@@ -43,13 +43,13 @@ def interleaved(
     *,
     rounds: int = 5,
     seed: int = 0,
-    begun: Callable[[int], None] = lambda at: None,
+    begun: Callable[[int | None, Case], None] = lambda at, case: None,
 ) -> dict[Case, Timing | Exception]:
     """The timing of each call, or the exception that it raised, which ends only its own measuring.
 
     A call takes nothing and gives arrays, whose end is waited for. First each one is warmed up, untimed. Then every
     round times all of them once, in an order drawn from `seed`; a short one is repeated within its round.
-    begun is told the number of each round, from 0.
+    begun(round, case) is called before a case is timed, with rounds from 0, and None for what warms it up.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -57,6 +57,7 @@ def interleaved(
     repeats: dict[Case, int] = {}
     seconds: dict[Case, list[float]] = {}
     for case, call in calls.items():
+        begun(None, case)
         try:
             first = _seconds(call, 1)
             # A first call also pays for pages and caches; only where it was short does another one say more.
@@ -68,8 +69,8 @@ def interleaved(
             seconds[case] = []
     order = random.Random(seed)
     for at in range(rounds):
-        begun(at)
         for case in order.sample(list(seconds), len(seconds)):
+            begun(at, case)
             try:
                 seconds[case].append(_seconds(calls[case], repeats[case]))
             except Exception as error:

@@ -8,6 +8,7 @@ STATUS = {
     "failed": "failed",
     "nan": "not a number",
     "oom": "out of memory",
+    "stalled": "stalled",
     "refused": "refused",
     "interrupted": "interrupted",
 }

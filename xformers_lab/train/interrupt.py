@@ -2,14 +2,18 @@
 
 import contextlib
 import math
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from xformers_lab.errors import LabError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEATED = 0.5  # seconds within which signals are one wish: what a terminal sends, wrappers may send once more
+GRACE = 1.0  # seconds that the main thread has to hear a second signal, before the process ends without it
 
 
 class Interrupted(LabError):
@@ -22,19 +26,27 @@ class Interrupted(LabError):
 
 @contextlib.contextmanager
 def handling(note: Callable[[int], None]) -> Iterator[None]:
-    """Meanwhile Ctrl-C and SIGTERM call note(number), once for those that come together; in the main thread alone."""
-    last = -math.inf
+    """Meanwhile Ctrl-C and SIGTERM call note(number), once for those that come together; in the main thread alone.
+
+    Python calls it between two of the main thread's own instructions, which native code that hangs never returns to. A
+    second wish that it cannot hear ends the process.
+    """
+    last = ran = -math.inf
 
     def once(number: int, frame) -> None:
-        nonlocal last
+        nonlocal last, ran
         before, last = last, time.monotonic()
+        ran = last
         if last - before > REPEATED:
             note(number)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    before = {number: signal.signal(number, once) for number in SIGNALS}
+    try:
+        with _unheard(lambda: ran):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -55,3 +67,39 @@ def listening(stop: Callable[[], bool] | None = None) -> Iterator[Callable[[], i
 
     with handling(note):
         yield lambda: heard[0] if heard else int(signal.SIGINT) if stop is not None and stop() else 0
+
+
+@contextlib.contextmanager
+def _unheard(ran: Callable[[], float]) -> Iterator[None]:
+    """Meanwhile a thread hears signals too, and ends the process at a second one that the main thread does not take.
+
+    ran() is when the main thread last ran its handler. The thread needs the interpreter's lock, which native code that
+    blocks has mostly released.
+    """
+    reads, writes = socket.socketpair()
+    writes.setblocking(False)
+    before = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
+    over = threading.Event()
+
+    def hear() -> None:
+        wishes, last = 0, -math.inf
+        while number := reads.recv(1):
+            if before >= 0:  # an event loop's, which hears signals by it
+                with contextlib.suppress(OSError):
+                    os.write(before, number)
+            if number[0] not in SIGNALS:
+                continue
+            now = time.monotonic()
+            wishes, last = wishes + (now - last > REPEATED), now
+            # The handler may have run just before this thread did.
+            if wishes > 1 and not over.wait(GRACE) and ran() < now - REPEATED / 2:
+                os._exit(128 + number[0])
+        reads.close()
+
+    threading.Thread(target=hear, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        writes.close()

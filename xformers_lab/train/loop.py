@@ -40,6 +40,11 @@ POINTS = 100  # of the curve in a record
 Progress = Callable[[int, int, dict], None]
 """Called as progress(step, total, metrics) after each step; metrics holds floats, `loss` among them."""
 
+Doing = Callable[[str, int], None]
+"""Called as doing(what, step) when something else than a step begins, in words: "preparing ...", "compiling ...",
+"saving", each batch of "validating" and "testing", and "training", which steps follow; step is the last completed one.
+"""
+
 
 class Diverged(RunFailed):
     """The loss or a gradient stayed non-finite; `status` is what the run's row says, `record` that row."""
@@ -59,7 +64,12 @@ class _Stopped(Exception):
 
 
 def run(
-    config: Config, *, resume: bool = False, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+    doing: Doing | None = None,
 ) -> dict:
     """Train `config` in its folder; a finished run gives its stored record at once.
 
@@ -68,15 +78,19 @@ def run(
     memory or disk run out; Interrupted, after saving, on Ctrl-C, SIGTERM, or when `stop()` is true; IntegrityError
     where no checkpoint verifies.
     """
-    return _run(config, configs.folder(config), resume, progress, stop)
+    return _run(config, configs.folder(config), resume, progress, stop, doing)
 
 
 def resume(
-    run_dir: pathlib.Path | str, *, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+    run_dir: pathlib.Path | str,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+    doing: Doing | None = None,
 ) -> dict:
     """Continue the run in a folder from its newest good checkpoint, bit for bit on CPU; raises as `run` does."""
     run_dir = pathlib.Path(run_dir)
-    return _run(_stored_config(run_dir), run_dir, True, progress, stop)
+    return _run(_stored_config(run_dir), run_dir, True, progress, stop, doing)
 
 
 def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int | None = None) -> dict:
@@ -91,7 +105,7 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     count = job.config.train.eval_batches if batches is None else batches
-    loss, metric, told = _score(job, state, split, count, lambda: 0)
+    loss, metric, told = _score(job, state, split, count, lambda: 0, lambda what: None)
     found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric, **_told(told)}
     found |= {"by_position": _named(told, "tokens/")}
     return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
@@ -111,7 +125,8 @@ def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
 class _Job:
     """What a config stands for: everything that does not change while it trains.
 
-    segments: whether batches follow one another, for what the model remembers to carry over.
+    segments: whether batches follow one another, for what the model remembers to carry over; scored: not empty once
+    `score` is compiled.
     """
 
     config: Config
@@ -123,6 +138,7 @@ class _Job:
     score: Callable
     about: dict
     segments: bool
+    scored: list[bool] = dataclasses.field(default_factory=list)
 
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
@@ -155,7 +171,9 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     )
 
 
-def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop) -> dict:
+def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop, doing: Doing | None) -> dict:
+    progress, doing = progress or (lambda step, total, metrics: None), doing or (lambda what, step: None)
+    doing("preparing", 0)
     if (record := _finished(config, run_dir)) is not None:
         return record
     with records.locked(run_dir), listening(stop) as asked:
@@ -175,36 +193,44 @@ def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop) ->
                 state, step = job.layout.place_state(init(config, job.task, job.tx)), 0
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
-            return _train(job, state, step, asked, progress or (lambda step, total, metrics: None))
+            return _train(job, state, step, asked, progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], progress: Progress) -> dict:
+def _train(
+    job: _Job, state: TrainState, start: int, asked: Callable[[], int], progress: Progress, doing: Doing
+) -> dict:
     """From the state after step `start` to the last one, then the record."""
     train, step = job.config.train, start
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
+    doing("compiling", start)
     compiled = compile_train_step(
         job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0, job.segments)
     )
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
-    def stopped() -> Interrupted:
+    def save() -> None:
+        doing("saving", step)
         checkpoint.save(job.run_dir, step, state, job.about)
+
+    def stopped() -> Interrupted:
+        save()
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", asked())
 
     def validate(line: dict) -> dict:
-        loss, metric, _ = _score(job, state, "validation", train.eval_batches, asked)
+        loss, metric, _ = _score(job, state, "validation", train.eval_batches, asked, lambda what: doing(what, step))
         return line | {"validation_loss": loss, "validation_metric": metric}
 
     try:
         # The last process was stopped while it validated.
         if log.lines and due(train.eval_every, start) and "validation_loss" not in log.lines[-1]:
             log.replace_last(validate(log.lines[-1]))
+        doing("training", start)
         batches = feed.ahead(job.place("train"), range(start, train.steps))
         pending = None  # the last step and its metrics, which the device may still be computing
         with contextlib.closing(batches):
@@ -223,10 +249,12 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
                 finally:
                     log.write(line)
                 if saving and not asked():
-                    checkpoint.save(job.run_dir, step, state, job.about)
+                    save()
+                    doing("training", step)
                 if asked():
                     raise stopped()
-        loss, metric, told = _score(job, state, "test", train.eval_batches, asked)
+        loss, metric, told = _score(job, state, "test", train.eval_batches, asked, lambda what: doing(what, step))
+        doing("finishing", step)
     except _Stopped:
         raise stopped() from None
     except Diverged as error:
@@ -239,15 +267,21 @@ def _train(job: _Job, state: TrainState, start: int, asked: Callable[[], int], p
     return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_told(told))
 
 
-def _score(job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int]):
+def _score(
+    job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int], doing: Callable[[str], None]
+):
     """The mean loss in nats, the metric, and by its name the mean of whatever else evaluation sums up, over the first
     `count` batches of a split; raises _Stopped."""
+    doing(f"preparing the {split} split")
     totals: dict[str, np.ndarray] = {}
     pending = None
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
         for batch in batches:
+            doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
             sums, memory = job.score(state, batch)
+            if not job.scored:
+                job.scored.append(True)
             state = dataclasses.replace(state, memory=memory)
             if pending is not None:
                 _add(totals, pending)

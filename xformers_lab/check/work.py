@@ -1,0 +1,24 @@
+"""What a worker does for check: finds a choice, runs the kit of its shelf on it."""
+
+from xformers_lab import spec
+from xformers_lab.supervise.worker import Tell
+
+
+def find(tell: Tell, word: str) -> list[tuple[str, str]]:
+    """The choices that a word of `xlab check` names, each with its shelf; raises UsageError where there is none."""
+    tell.doing(f"importing {word}")
+    found = [(word, name) for name in spec.names(word)] if word in spec.SHELVES else [spec.home(word)]
+    for shelf, name in found:
+        spec.resolve(shelf, name)  # a misspelt name is found before the kit runs
+    return found
+
+
+def kit(tell: Tell, shelf: str, choice: str, deep: bool) -> dict:
+    """The kit's report on a choice. One that ends the process leaves no older verdict to be believed."""
+    tell.doing(f"checking {choice}")
+    from xformers_lab.check import remembered, run
+
+    if shelf == "attention":
+        remembered.forget(choice)
+    report = run.check(choice, shelf, deep=deep, doing=lambda words: tell.doing(f"checking {words}")).to_dict()
+    return remembered.keep(choice, report) if shelf == "attention" else report

@@ -1,0 +1,68 @@
+"""What a worker does with one cell of a comparison: checks it, trains it. Whatever goes wrong is its record."""
+
+import contextlib
+import functools
+
+from xformers_lab import config as configs
+from xformers_lab import spec
+from xformers_lab.errors import BrokenChoice, LabError, UsageError, in_words
+from xformers_lab.supervise.worker import Tell
+
+
+def check(tell: Tell, config: dict, kit: bool) -> dict:
+    """{"status": "ok"}; or "impossible", "refused" (by its kit), "failed" (it is broken), with the reason."""
+    cell = configs.from_dict(config)
+    tell.doing("preparing the data")
+    from xformers_lab.model import build_task, check_config
+    from xformers_lab.train import layout, loop
+
+    with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
+        build_task(cell)
+    tell.doing("checking the config")
+    try:
+        task = check_config(cell)
+        if loop.settled(configs.folder(cell), lambda: task) is None:
+            if cell.train.layout == "jit":
+                layout.layout_of(cell)
+            else:  # whether it can be depends on the model
+                loop.prepare(cell, configs.folder(cell))
+        for choice in spec.split(cell.model.attention, "+") if kit else ():
+            if reason := _refusal(choice, tell):
+                return {"status": "refused", "reason": reason}
+    except BrokenChoice as error:
+        return {"status": "failed", "reason": str(error)}
+    except UsageError as error:
+        return {"status": "impossible", "reason": str(error)}
+    except Exception as error:
+        return {"status": "failed", "reason": in_words(error)[:500]}
+    return {"status": "ok"}
+
+
+def train(tell: Tell, config: dict) -> dict:
+    """The record of one cell; a cell that cannot be trained gives a record that says why. Raises Interrupted."""
+    cell = configs.from_dict(config)
+    from xformers_lab.train import loop, work
+
+    try:
+        return loop.run(cell, resume=True, **work.watched(tell, cell))
+    except loop.Interrupted:
+        raise
+    except loop.Diverged as error:
+        return error.record
+    except LabError as error:
+        return {"status": getattr(error, "status", "failed"), "reason": str(error)}
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        return {"status": "oom" if memory else "failed", "reason": in_words(error)[:500]}
+
+
+@functools.cache
+def _refusal(choice: str, tell: Tell) -> str | None:
+    """Why the kit refuses a mechanism. The package's own are checked by its tests, and here only looked up."""
+    from xformers_lab.check import remembered
+
+    outside = spec.digest("attention", choice) is not None
+    if outside and remembered.known(choice) is None:
+        tell.doing(f"checking {choice}", kit=choice)
+    return remembered.refusal(choice, anew=outside)

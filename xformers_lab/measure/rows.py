@@ -1,0 +1,93 @@
+"""The rows of a bench, from blank to fitted. Needs no device: a command keeps them, and its worker measures."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from xformers_lab import spec
+from xformers_lab.config import Config, get, to_dict, varied
+from xformers_lab.errors import UsageError, nearest
+from xformers_lab.measure.exponent import fit
+
+PASSES = ("forward", "forward+backward", "prefill", "decode")
+MEASURED = (
+    "timed",
+    "causal",
+    "metric",
+    "metric_name",
+    "seconds_min",
+    "seconds_median",
+    "tokens_per_second",
+    "compile_seconds",
+    "flops",
+    "parameters",
+    "temp_bytes",
+    "state_bytes",
+    "exponent",
+    "exponent_flops",
+    "exponent_bytes",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """One config and pass, and the row that it becomes."""
+
+    config: Config
+    direction: str
+    row: dict
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.model.attention} at {self.config.seq_len} tokens, {self.direction}"
+
+    @property
+    def open(self) -> bool:
+        return self.row["status"] is None
+
+    def end(self, status: str, reason: str) -> None:
+        self.row.update(status=status, reason=reason)
+
+    def fail(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}".strip()
+        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        self.end("oom" if full else "failed", text.splitlines()[0][:500])
+
+
+def blank(configs: Sequence[Config], passes: Sequence[str], check: bool) -> list[Cell]:
+    """Every config's cells, a pass each, with nothing measured; raises UsageError at what is no cell of a bench."""
+    for direction in passes:
+        if direction not in PASSES:
+            raise UsageError(f'bench: no pass "{direction}": {nearest(direction, PASSES, "passes")}')
+    cells, keys = [], (*varied(list(configs)), "attention", "seq_len")
+    for config in configs:
+        choice = config.model.attention
+        if len(mechanisms := spec.split(choice, "+")) > 1:
+            parts = ",".join(mechanisms)
+            raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
+        swept = {key: get(config, key) for key in keys}
+        row = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED)
+        row |= {"checked": check, "machine": None, "config": to_dict(config)}
+        cells += [Cell(config, direction, swept | {"pass": direction} | row) for direction in passes]
+    return cells
+
+
+def interrupted(cells: Sequence[Cell]) -> None:
+    """Say of the cells that have not ended that they were not reached."""
+    for cell in cells:
+        if cell.open:
+            cell.end("interrupted", "interrupted before it was measured")
+
+
+def exponents(cells: Sequence[Cell]) -> None:
+    """Fit how each mechanism's costs grow over the lengths it was measured at; all its rows get the same figures."""
+    series: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        series.setdefault((dataclasses.replace(cell.config, seq_len=0), cell.direction), []).append(cell.row)
+    for rows in series.values():
+        held = "peak_bytes" if any("peak_bytes" in row for row in rows) else "temp_bytes"
+        for name, key in (("exponent", "seconds_min"), ("exponent_flops", "flops"), ("exponent_bytes", held)):
+            points = {row["seq_len"]: row[key] for row in rows if row["status"] == "ok" and row[key]}
+            if len(points) > 1:
+                slope = fit(list(points), list(points.values()))
+                for row in rows:
+                    row[name] = slope

@@ -1,0 +1,86 @@
+"""The worker's side: a process that does what it is asked, one JSON line each, and answers with JSON lines.
+
+{"do": "train.work.run", "with": {"config": ...}} calls that function of the package with a Tell and these arguments. On
+the way it says what it is doing; the last line has the answer, or the error that came instead. SIGTERM ends the process
+at once, or, while it trains, has it save first.
+"""
+
+import importlib
+import json
+import os
+import select
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from xformers_lab.errors import LabError
+
+# Seconds that a worker has to save itself and end, once its driver is gone.
+ALONE = 600.0
+
+
+class Tell:
+    """Messages to the driver; alone: the driver is gone, so what trains should save itself."""
+
+    def __init__(self, replies):
+        self.replies, self.alone = replies, False
+
+    def __call__(self, **said: Any) -> None:
+        try:
+            self.replies.write(json.dumps(said) + "\n")
+            self.replies.flush()
+        except BrokenPipeError:
+            self.alone = True
+
+    def doing(self, words: str, **more: Any) -> None:
+        """Say what is being done, which is the sign of life that limits look at; see `limits`."""
+        self(doing=words, **more)
+
+
+def perform(what: str, tell: Tell, **arguments: Any) -> Any:
+    """Call the function of the package that `what` names, "train.work.run"; -> its answer."""
+    module, _, name = what.rpartition(".")
+    return getattr(importlib.import_module(f"xformers_lab.{module}"), name)(tell, **arguments)
+
+
+def main() -> int:
+    # What a library prints must not mix with the answers, and what it reads not with the questions.
+    replies, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    tell = Tell(replies)
+    threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
+    for line in questions:
+        asked = json.loads(line)
+        error = None
+        try:
+            answer = perform(asked["do"], tell, **asked["with"])
+        except LabError as caught:
+            error = {"exit_code": caught.exit_code, "text": str(caught)}
+        except KeyboardInterrupt:
+            error = {"exit_code": 130, "text": "stopped at once"}
+        except Exception:
+            traceback.print_exc()
+            text = "this is a bug of the laboratory, not of your input; the lines above say where"
+            error = {"exit_code": 1, "text": text}
+        sys.stderr.flush()
+        tell(**({"answer": answer} if error is None else {"error": error}))
+        if error and error["exit_code"] > 128:  # a signal: from here on nothing is begun
+            return 1
+    return 0
+
+
+def _end_alone(questions: int, tell: Tell) -> None:
+    """End a worker that hangs when nobody is left to end it: the driver's end of the pipe closes with the driver."""
+    watched = select.poll()
+    watched.register(questions, 0)  # hanging up alone
+    watched.poll()
+    tell.alone = True
+    time.sleep(ALONE)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""What a worker does for train and resume, and how it says so."""
+
+import pathlib
+from typing import Any
+
+from xformers_lab import config as configs
+from xformers_lab.supervise.worker import Tell
+
+
+def run(tell: Tell, config: dict) -> dict:
+    """Check a config, then train it; -> the record. Raises as `loop.run` does."""
+    chosen = configs.from_dict(config)
+    tell.doing("preparing the data and the config")
+    from xformers_lab.model import check_config
+
+    check_config(chosen)
+    from xformers_lab.train import loop
+
+    return loop.run(chosen, **watched(tell, chosen))
+
+
+def resume(tell: Tell, run_dir: str) -> dict:
+    """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
+    chosen = configs.stored(pathlib.Path(run_dir) / "config.json")
+    from xformers_lab.train import loop
+
+    return loop.resume(run_dir, **watched(tell, chosen))
+
+
+def watched(tell: Tell, config: configs.Config) -> dict[str, Any]:
+    """What `loop.run` is given so that a worker's driver hears of every step, and the run ends without its driver."""
+
+    def progress(step: int, total: int, metrics: dict) -> None:
+        tell.doing("training", step=step, total=total, loss=metrics.get("loss"))
+
+    def doing(what: str, step: int) -> None:
+        tell.doing(what, step=step, total=config.train.steps)
+
+    return {"progress": progress, "stop": lambda: tell.alone, "doing": doing}
