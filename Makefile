@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint docs bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
 	$(BIN)/xlab compare @experiments/demo.py --report report.html
@@ -19,6 +19,9 @@ lint: $(READY)
 	$(BIN)/pyright
 
 check: lint test  ## ruff, pyright and the tests
+
+docs: $(READY)  ## write docs/catalogue.md from docstrings and signatures
+	$(BIN)/python docs/generate.py
 
 bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)

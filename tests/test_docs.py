@@ -1,0 +1,99 @@
+"""README and docs/ tell the truth: commands and Python run as written, page by page, and links lead somewhere.
+
+A fenced block of bash is run line by line; one that names a file, as in "```python squared.py", is written to it first;
+other Python is run as it is. A line that ends in "# exit code 1" must end so, every other one in 0.
+"""
+
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+
+from xformers_lab.cli.parser import COMMANDS
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("xlab", "make", "sed")
+
+
+class Fence(NamedTuple):
+    language: str
+    file: str
+    text: str
+
+
+def fences(page: pathlib.Path) -> list[Fence]:
+    blocks = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [Fence(*block) for block in blocks]
+
+
+def commands(fence: Fence) -> list[str]:
+    return [line for line in fence.text.splitlines() if line.strip()] if fence.language == "bash" else []
+
+
+def runs(fence: Fence) -> bool:
+    return fence.language in ("bash", "python") or bool(fence.file)
+
+
+def run(line: str, folder: pathlib.Path) -> None:
+    """Run one line of a page in a folder, with the commands of this environment."""
+    words = shlex.split(line, comments=True)
+    assert words[0] in PROGRAMS, f"{line}: a page shows no other programs than {', '.join(PROGRAMS)}"
+    expected = int(code[1]) if (code := re.search(r"# exit code (\d+)$", line)) else 0
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if words[0] == "make":  # the demo and the tests themselves: make must at least know how
+        line = shlex.join(["make", "-n", "-C", str(ROOT), *words[1:]])
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, fences(page)))], ids=lambda page: page.stem)
+def test_blocks_run_as_written(page, tmp_path):
+    for fence in fences(page):
+        if fence.file:
+            (tmp_path / fence.file).write_text(fence.text)
+        elif fence.language == "python":
+            subprocess.run([sys.executable, "-c", fence.text], check=True, cwd=tmp_path)
+        for line in commands(fence):
+            run(line, tmp_path)
+
+
+def test_every_subcommand_is_shown():
+    lines = [line for page in PAGES for fence in fences(page) for line in commands(fence)]
+    assert {command.name for command in COMMANDS} == {line.split()[1] for line in lines if line.startswith("xlab ")}
+
+
+def test_every_page_is_on_the_map():
+    listed = re.findall(r"\]\((?:docs/)?([^)/]+\.md)\)", README.read_text())
+    assert {page.name for page in PAGES} <= {README.name, *listed}
+
+
+def test_readme_is_an_entry():
+    assert len(README.read_text().splitlines()) <= 200
+    assert (ROOT / "docs" / "report.png").stat().st_size < 200_000
+
+
+def test_catalogue_is_the_shelves_own():
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "catalogue.md").read_text() == generate["catalogue_page"](), "run: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], anchor
