@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 
+from xformers_lab import hardware
+
 HERE = pathlib.Path(__file__).parent
 SHORT = 0.04  # seconds: shorter cases are repeated within a round until they last this long
 
@@ -65,11 +67,12 @@ def duel(cases: dict[str, tuple[Side, str, dict]], rounds: int) -> dict[str, dic
 
 def machine() -> dict:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    return {
+        "cpu": hardware.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def keep(name: str, rows: list[dict], rounds: int) -> pathlib.Path:

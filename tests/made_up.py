@@ -96,6 +96,6 @@ def printed(found, keys, width=100, terminal=False) -> str:
     return page.getvalue()
 
 
-def written(path: pathlib.Path, found, keys, **more) -> str:
-    html.write_report(found, keys, path, **({"title": "Attention", "command": "xlab compare"} | more))
+def written(path: pathlib.Path, found, keys, title="Attention", command="xlab compare", **more) -> str:
+    html.write_report(found, keys, path, title=title, command=command, **more)
     return path.read_text(encoding="utf-8")

@@ -17,10 +17,11 @@ from xformers_lab.compare import cell, run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.model import check_config
+from xformers_lab.supervise import interrupt
 from xformers_lab.supervise.process import Worker
 from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import lm
-from xformers_lab.train import interrupt, loop
+from xformers_lab.train import loop
 
 TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "task"]
@@ -146,10 +147,10 @@ from xformers_lab.compare import run
 from xformers_lab.supervise.process import Worker
 cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
 with Worker() as worker:
-    found = run.check_cells(cells, worker)
+    ended = run.check_cells(cells, worker)
     ignore = lambda *_: None
-    rows = run.compare(cells, [], worker, found=found, started=ignore, stepped=ignore, finished=ignore)
-print(json.dumps([found == {}, xla_bridge.backends_are_initialized(), rows]))
+    rows = run.compare(cells, [], worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
+print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
 """
     given = json.dumps([configs.to_dict(cell) for cell in cells])
     ran = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, check=True)
@@ -199,7 +200,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_p
     (tmp_path / "runs").write_text("a file")
     with Worker() as asked, pytest.raises(UsageError, match="choose another folder with runs="):
         ignore = lambda *_: None
-        run.compare([tiny(tmp_path)], [], asked, found={}, started=ignore, stepped=ignore, finished=ignore)
+        run.compare([tiny(tmp_path)], [], asked, ended={}, started=ignore, stepped=ignore, finished=ignore)
     assert asked.process is None
 
 

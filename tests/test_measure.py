@@ -537,7 +537,7 @@ def test_a_token_is_written_into_the_cache_and_the_cache_is_not_copied(name):
 def test_what_cannot_decode_is_refused_before_anything_is_timed(tmp_path):
     (tmp_path / "pooled.py").write_text(
         "from xformers_lab.attention import Attention\n\n\n"
-        'class Pooled(Attention):\n    """Mean.\n\n    Not causal: it is a mean of everything\n    """\n\n'
+        'class Pooled(Attention):\n    refuses = {"causal": "it is a mean of everything"}\n\n'
         "    def attend(self, q, k, v, *, real):\n        return v.mean(0)[None] + 0 * q\n"
     )
     with pytest.raises(UsageError, match="cannot be causal: it is a mean of everything"):

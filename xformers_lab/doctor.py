@@ -7,6 +7,8 @@ import tempfile
 import time
 from importlib import metadata
 
+from xformers_lab import hardware
+
 
 def examine() -> list[dict]:
     """Findings as {what, found, ok}; a finding that is not ok says what to do."""
@@ -18,7 +20,7 @@ def examine() -> list[dict]:
         {"what": "python", "found": f"{platform.python_version()} at {sys.executable}", "ok": True},
         {"what": "packages", "found": versions, "ok": True},
         {"what": "devices", "found": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})", "ok": True},
-        {"what": "cores", "found": f"{os.cpu_count()}, load {os.getloadavg()[0]:.1f}", "ok": True},
+        {"what": "cores", "found": f"{hardware.cores()}, load {os.getloadavg()[0]:.1f}", "ok": True},
     ]
     return [*findings, _timer(), _repeats()]
 

@@ -10,7 +10,7 @@ import re
 
 import jax
 
-from xformers_lab import spec
+from xformers_lab import files, spec
 from xformers_lab.check import run
 
 _PACKAGE = pathlib.Path(spec.__file__).parent
@@ -45,14 +45,8 @@ def known(choice: str) -> dict | None:
 
 def keep(choice: str, report: dict) -> dict:
     """Remember a verdict; -> it."""
-    path = _folder() / f"{_key(choice)}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(report))
-        temporary.replace(path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        files.replace_text(_folder() / f"{_key(choice)}.json", json.dumps(report))
     return report
 
 

@@ -1,8 +1,10 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
+import contextlib
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spelled
@@ -35,6 +37,7 @@ def _bench(chosen) -> int:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
         _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
         print(f"report: {path}", file=sys.stderr)
+    _write_csv(rows, [*varied, "pass"], chosen.csv)
     if worker.stopped:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
         return 128 + worker.stopped
@@ -51,19 +54,20 @@ def _compare(chosen) -> int:
     from xformers_lab.supervise.process import Worker
 
     with Worker(shown=False) as worker:
-        told = lambda text: print(text, file=sys.stderr, flush=True)
-        found = run.check_cells(
-            cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, told=told
+        announce = lambda text: print(text, file=sys.stderr, flush=True)
+        records = run.check_cells(
+            cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, announce=announce
         )
-        done = sum(cell not in found and run.stored(cell) is not None for cell in cells)
+        done = sum(cell not in records and run.stored(cell) is not None for cell in cells)
         print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
         with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
             callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, found=found, **callbacks)
+            rows = run.compare(cells, varied, worker, ended=records, **callbacks)
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
     print(f"report: {report}", file=sys.stderr)
+    _write_csv(rows, varied, chosen.csv)
     if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + worker.stopped
@@ -82,6 +86,7 @@ def _report(chosen) -> int:
             f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again"
         ) from None
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
+    _write_csv(rows, varied, chosen.csv)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
 
 
@@ -94,13 +99,30 @@ def _write_report(
 ) -> pathlib.Path:
     from xformers_lab.report import html
 
-    try:
+    with _writing(path, "report"):
         html.write_report(rows, varied, path, title=title, command=command)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
     return path
 
 
+def _write_csv(rows: list[dict], varied: list[str], path: str | None) -> None:
+    """Write the rows as CSV where the command names a file for it."""
+    from xformers_lab.report import sheet
+
+    if path is not None:
+        with _writing(path, "CSV"):
+            sheet.write_csv(rows, varied, path)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path | str, what: str) -> Iterator[None]:
+    """Turn a file that cannot be written into a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write the {what} there ({error.strerror})") from None
+
+
+CSV = argument("--csv", path="file", metavar="FILE", help="write the rows as CSV")
 BENCH = [
     argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)"),
     argument(
@@ -128,15 +150,15 @@ COMMANDS = [
         "bench",
         _bench,
         "time attention mechanisms over lengths: speed, FLOPs, memory",
-        [WORDS, *BENCH, JSON],
+        [WORDS, *BENCH, CSV, JSON],
         keys=True,
     ),
     Command(
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, JSON],
+        [WORDS, *COMPARE, CSV, JSON],
         keys=True,
     ),
-    Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, JSON]),
+    Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),
 ]

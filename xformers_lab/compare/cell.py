@@ -5,12 +5,13 @@ import functools
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import BrokenChoice, LabError, UsageError, in_words
+from xformers_lab.errors import BrokenChoice, LabError, UsageError, in_words, ran_out_of_memory
+from xformers_lab.record import IMPOSSIBLE
 from xformers_lab.supervise.worker import Tell
 
 
 def check(tell: Tell, config: dict, kit: bool) -> dict:
-    """{"status": "ok"}; or "impossible", "refused" (by its kit), "failed" (it is broken), with the reason."""
+    """{"status": "ok"}; or IMPOSSIBLE, "refused" (by its kit), "failed" (it is broken), with the reason."""
     cell = configs.from_dict(config)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task, check_config
@@ -32,7 +33,7 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     except BrokenChoice as error:
         return {"status": "failed", "reason": str(error)}
     except UsageError as error:
-        return {"status": "impossible", "reason": str(error)}
+        return {"status": IMPOSSIBLE, "reason": str(error)}
     except Exception as error:
         return {"status": "failed", "reason": in_words(error)[:500]}
     return {"status": "ok"}
@@ -52,9 +53,7 @@ def train(tell: Tell, config: dict) -> dict:
     except LabError as error:
         return {"status": getattr(error, "status", "failed"), "reason": str(error)}
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-        return {"status": "oom" if memory else "failed", "reason": in_words(error)[:500]}
+        return {"status": "oom" if ran_out_of_memory(error) else "failed", "reason": in_words(error)[:500]}
 
 
 @functools.cache

@@ -10,27 +10,11 @@ import tempfile
 from collections.abc import Callable
 
 from xformers_lab import config as configs
-from xformers_lab import spec
+from xformers_lab import files, spec
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.record import IMPOSSIBLE, SETTLED, Record, blank
 from xformers_lab.supervise.process import Ended, Worker
-
-# A diverged run would diverge again; anything else that failed may have been the machine's doing.
-SETTLED = ("ok", "nan")
-# Every row has these keys, None where there is no figure.
-PROMISED = (
-    "status",
-    "loss",
-    "metric",
-    "metric_name",
-    "tokens_per_second",
-    "seconds_min",
-    "seconds_median",
-    "compile_seconds",
-    "flops",
-    "parameters",
-    "temp_bytes",
-)
 
 
 def check_cells(
@@ -39,37 +23,37 @@ def check_cells(
     *,
     skip_impossible: bool = False,
     kit: bool = True,
-    told: Callable[[str], None] = lambda text: None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> dict[Config, dict]:
     """Check every cell before any trains -> the records of those that will not.
 
     Raises UsageError at impossible cells (unless these are skipped, or are all). A choice of the user's own that is
-    broken, or an attention that fails its conformance kit (if `kit`), is a record, and the others go on. told(text)
-    says what takes long.
+    broken, or an attention that fails its conformance kit (if `kit`), is a record, and the others go on.
+    announce(text) says what takes long.
     """
-    found = {}
+    records = {}
     impossible = []
     deadly: dict[str, dict] = {}  # mechanisms whose kit ended its process: each is waited for once
 
     def heard(said: dict) -> None:
         if "kit" in said:
-            told(said["doing"])
+            announce(said["doing"])
 
     for cell in cells:
         known = [deadly[choice] for choice in spec.split(cell.model.attention, "+") if choice in deadly]
         record = dict(known[0]) if known else _check(cell, worker, heard, kit, deadly)
         if worker.stopped:  # what is there is shown as it is
-            return found
-        if record["status"] == "impossible":
+            return records
+        if record["status"] == IMPOSSIBLE:
             impossible.append(record["reason"])
             record["status"] = "refused"
         if record["status"] != "ok":
-            found[cell] = record
+            records[cell] = record
     if impossible and (not skip_impossible or len(impossible) == len(cells)):
         more = f" (and {len(impossible) - 1} more of {len(cells)} cells)" if len(impossible) > 1 else ""
         mend = "" if len(impossible) == len(cells) else "; --skip-impossible keeps them as refused rows"
         raise UsageError(f"{impossible[0]}{more}{mend}")
-    return found
+    return records
 
 
 def stored(cell: Config) -> dict | None:
@@ -82,12 +66,12 @@ def stored(cell: Config) -> dict | None:
     return record if isinstance(record, dict) and record.get("status") in SETTLED else None
 
 
-def row(cell: Config, record: dict, varied: list[str]) -> dict:
-    """A cell's record with its config and the keys that tell it from the others."""
+def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:
+    """A cell's record with its config and the keys that tell it from the others, None where there is no figure."""
     shown = dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])
     keys = {key: configs.get(cell, key) for key in shown}
     about = {"kind": "compare", "config": configs.to_dict(cell), "run_dir": str(configs.folder(cell))}
-    return {**dict.fromkeys(PROMISED), **record, **keys, **about}
+    return {**blank("compare", schema), **record, **keys, **about}
 
 
 def compare(
@@ -95,13 +79,13 @@ def compare(
     varied: list[str],
     worker: Worker,
     *,
-    found: dict[Config, dict],
+    ended: dict[Config, dict],
     started: Callable[[int, Config], None],
     stepped: Callable[[int, int, float | None], None],
     finished: Callable[[int, dict], None],
 ) -> list[dict]:
-    """Train every cell that has no record in `found` and none that is settled. -> the rows in the order of `cells`;
-    worker.stopped says whether all were reached.
+    """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> the rows in
+    the order of `cells`; worker.stopped says whether all were reached.
 
     started(index, cell), stepped(step, total, loss) and finished(index, row) report progress. Raises UsageError, before
     any trains, where a folder of runs cannot be written.
@@ -110,7 +94,7 @@ def compare(
         _try(pathlib.Path(runs))
     rows: list[dict] = []
     for index, cell in enumerate(cells):
-        record = found.get(cell) or stored(cell)
+        record = ended.get(cell) or stored(cell)
         if record is None:
             started(index, cell)
             record = _train(cell, worker, stepped)
@@ -124,7 +108,7 @@ def save_table(rows: list[dict], varied: list[str], command: str, runs: str) -> 
     """Keep the rows of a comparison, so that `xlab report` can draw them again."""
     path = pathlib.Path(runs) / "compare.json"
     try:
-        _write(path, json.dumps({"command": command, "varied": varied, "rows": rows}, indent=1))
+        files.replace_text(path, json.dumps({"command": command, "varied": varied, "rows": rows}, indent=1) + "\n")
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     return path
@@ -157,14 +141,7 @@ def _keep(cell: Config, record: dict) -> None:
     """A cell that failed leaves its reason in its folder, in the place of an older one; the row has it in any case."""
     if record["status"] != "interrupted" and stored(cell) is None:
         with contextlib.suppress(OSError):
-            _write(configs.folder(cell) / "result.json", json.dumps(record, indent=2))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+            files.replace_text(configs.folder(cell) / "result.json", json.dumps(record, indent=2) + "\n")
 
 
 def _try(folder: pathlib.Path) -> None:

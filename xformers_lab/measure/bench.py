@@ -111,7 +111,7 @@ def subject(config: Config, direction: str) -> Subject:
     whole = type(layer).__call__ is not Attention.__call__
     own_mix = type(layer).mix is not Attention.mix
     declares = layer.takes("__call__" if whole else "mix" if own_mix else "attend")
-    can = "causal" in declares and not layer.not_causal()
+    can = "causal" in declares and "causal" not in layer.refusals()
     causal = can and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = nnx.to_pure_dict(params)

@@ -14,9 +14,9 @@ def compiled_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     takes 532 MiB. And XLA:CPU's own peak is arguments and outputs only, so there is no peak_bytes on CPU. For how
     memory grows with length on CPU, see `flops.largest_intermediate`. All zeros where the backend has no analysis.
     """
-    found = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     names = ("temp", "argument", "output", "alias")
-    temp, argument, output, alias = (int(getattr(found, f"{name}_size_in_bytes", 0)) for name in names)
+    temp, argument, output, alias = (int(getattr(analysis, f"{name}_size_in_bytes", 0)) for name in names)
     memory = {"temp_bytes": temp, "argument_bytes": argument, "output_bytes": output}
     if jax.default_backend() != "cpu":
         memory["peak_bytes"] = temp + argument + output - alias
@@ -38,7 +38,7 @@ def available_bytes() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
-    return min([found for found in (_host_bytes(), _container_bytes()) if found is not None], default=None)
+    return min([left for left in (_host_bytes(), _container_bytes()) if left is not None], default=None)
 
 
 def _host_bytes() -> int | None:

@@ -3,29 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from xformers_lab import spec
+from xformers_lab import record, spec
 from xformers_lab.config import Config, get, to_dict, varied
-from xformers_lab.errors import UsageError, nearest
+from xformers_lab.errors import UsageError, nearest, ran_out_of_memory
 from xformers_lab.measure.exponent import fit
 
 PASSES = ("forward", "forward+backward", "prefill", "decode")
-MEASURED = (
-    "timed",
-    "causal",
-    "metric",
-    "metric_name",
-    "seconds_min",
-    "seconds_median",
-    "tokens_per_second",
-    "compile_seconds",
-    "flops",
-    "parameters",
-    "temp_bytes",
-    "state_bytes",
-    "exponent",
-    "exponent_flops",
-    "exponent_bytes",
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,11 +32,12 @@ class Cell:
 
     def fail(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}".strip()
-        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-        self.end("oom" if full else "failed", text.splitlines()[0][:500])
+        self.end("oom" if ran_out_of_memory(error) else "failed", text.splitlines()[0][:500])
 
 
-def blank(configs: Sequence[Config], passes: Sequence[str], check: bool) -> list[Cell]:
+def blank(
+    configs: Sequence[Config], passes: Sequence[str], check: bool, schema: type[record.Record] = record.Record
+) -> list[Cell]:
     """Every config's cells, a pass each, with nothing measured; raises UsageError at what is no cell of a bench."""
     for direction in passes:
         if direction not in PASSES:
@@ -65,8 +49,8 @@ def blank(configs: Sequence[Config], passes: Sequence[str], check: bool) -> list
             parts = ",".join(mechanisms)
             raise UsageError(f"attention={choice}: bench times one mechanism at a time; write attention={parts}")
         swept = {key: get(config, key) for key in keys}
-        row = {"kind": "bench", "status": None} | dict.fromkeys(MEASURED)
-        row |= {"checked": check, "machine": None, "config": to_dict(config)}
+        row = {"kind": "bench", "status": None} | record.blank("bench", schema)
+        row |= {"checked": check, "config": to_dict(config)}
         cells += [Cell(config, direction, swept | {"pass": direction} | row) for direction in passes]
     return cells
 

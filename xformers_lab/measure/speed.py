@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import pathlib
 import platform
 import random
 import statistics
@@ -12,6 +10,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import jax
+
+from xformers_lab import hardware
 
 # A call shorter than this is repeated within a round, for the clock and the caller's own cost to be small beside it.
 ROUND_SECONDS = 0.02
@@ -76,17 +76,16 @@ def interleaved(
             except Exception as error:
                 results[case] = error
                 del seconds[case]
-    return results | {case: Timing(min(found), statistics.median(found)) for case, found in seconds.items()}
+    return results | {case: Timing(min(taken), statistics.median(taken)) for case, taken in seconds.items()}
 
 
 def machine() -> dict[str, str]:
     """What measured: processor, cores, accelerators where there are some, system and versions."""
     devices = jax.devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": _processor(), "cores": str(cores)}
+    facts = {"processor": hardware.processor(), "cores": str(hardware.cores())}
     if devices[0].platform != "cpu":
-        found["accelerator"] = f"{len(devices)} x {devices[0].device_kind}"
-    return found | {"system": platform.system(), "python": platform.python_version(), "jax": jax.__version__}
+        facts["accelerator"] = f"{len(devices)} x {devices[0].device_kind}"
+    return facts | {"system": platform.system(), "python": platform.python_version(), "jax": jax.__version__}
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
@@ -101,12 +100,3 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         jax.block_until_ready(call())
     return (time.perf_counter() - start) / repeats
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

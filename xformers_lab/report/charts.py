@@ -6,8 +6,9 @@ Ink is "currentColor", so that the page's own light and dark colours hold in the
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from xformers_lab.record import FIGURES, SPEED, Figure, Form
 from xformers_lab.report import findings, human, rows
 
 # Okabe and Ito's colours for all kinds of colour vision ("Color Universal Design", 2008); yellow and black, which
@@ -39,42 +40,35 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What an axis shows: the name in a row, the words, the form of a number, and whether the axis is logarithmic."""
+    """What an axis shows: the name in a row, the words, how a number is written, and whether the axis is logarithmic,
+    with powers of two on it."""
 
     name: str
     title: str
-    form: Callable[[object], str]
-    label: str
+    written: Callable[[object], str]
+    label: str = "format(datum.value, '~r')"
     log: bool = False
     binary: bool = False
 
 
-TOKENS = Measure("tokens_per_second", "tokens/s", human.rate, "format(datum.value, '~s')", log=True)
-COMPUTATION = Measure(
-    "computation",
-    "layers per token",
-    lambda value: f"{human.significant(value)} layers per token",
-    "format(datum.value, '~r')",
-)
-SECONDS = Measure(
-    "seconds_median",
-    "time",
-    human.duration,
-    "datum.value >= 0.999 ? format(datum.value, '~r') + ' s' : datum.value >= 0.000999 ? "
+# How Vega writes the numbers of an axis, by form; what spans orders of magnitude has a logarithmic one.
+LABELS: dict[Form, str] = {
+    "count": "format(datum.value, '~s')",
+    "duration": "datum.value >= 0.999 ? format(datum.value, '~r') + ' s' : datum.value >= 0.000999 ? "
     "format(datum.value * 1e3, '~r') + ' ms' : format(datum.value * 1e6, '~r') + ' µs'",
-    log=True,
-)
-MEMORY = Measure(
-    "memory",
-    "memory",
-    human.size,
-    "datum.value >= 1073741824 ? format(datum.value / 1073741824, '~r') + ' GiB' : datum.value >= 1048576 ? "
+    "size": "datum.value >= 1073741824 ? format(datum.value / 1073741824, '~r') + ' GiB' : datum.value >= 1048576 ? "
     "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? "
     "format(datum.value / 1024, '~r') + ' KiB' : datum.value + ' B'",
-    log=True,
-    binary=True,
-)
-STATE = dataclasses.replace(MEMORY, name="state_bytes", title="state")
+}
+DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
+
+
+def of_figure(figure: Figure) -> Measure:
+    """The axis of a figure."""
+    words = figure.name, figure.heading, lambda value: human.alone(figure, value)
+    if figure.form not in LABELS:
+        return Measure(*words)
+    return Measure(*words, LABELS[figure.form], log=True, binary=figure.form == "size")
 
 
 def look(names: Sequence[str]) -> list[dict]:
@@ -85,21 +79,23 @@ def look(names: Sequence[str]) -> list[dict]:
     ]
 
 
-def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> list[Chart]:
-    """Every chart that the rows of a group have numbers for."""
+def of_group(
+    group: rows.Group, names: Sequence[str], varied: Sequence[str], figures: Iterable[Figure] = FIGURES.values()
+) -> list[Chart]:
+    """Every chart that the rows of a group have numbers for: the metric, each of the figures that is charted (of the
+    two that say how fast, the one of this kind of rows), and after training what the metric costs."""
     quality = _metric(group)
-    speed, less = (SECONDS, "less is better") if group.bench else (TOKENS, "higher is better")
     direction = "higher is better" if group.better("metric") > 0 else "lower is better"
     chance = human.number(group.first("chance"))
-    charts = [
-        _by_length(group, names, quality, _capital(quality.title), direction, chance),
-        _by_length(group, names, speed, "Time of a pass" if group.bench else "Training speed", less, None),
-        _by_length(group, names, MEMORY, _memory_title(group), "less is better", None),
-        _by_length(group, names, STATE, "What decoding keeps", "less is better", None),
-    ]
+    charts = [_by_length(group, names, quality, _capital(quality.title), direction, chance)]
+    for figure in figures:
+        if figure.chart and (figure.name == group.speed or figure.name not in SPEED.values()):
+            title = _memory_title(group) if figure.name == "memory" else figure.chart
+            charts.append(_by_length(group, names, of_figure(figure), title, DIRECTIONS[figure.better], None))
     if not group.bench:
+        speed = of_figure(FIGURES[group.speed])
         charts += [
-            _trade(group, names, quality, TOKENS, "speed", "training tokens/s", "right"),
+            _trade(group, names, quality, speed, "speed", "training tokens/s", "right"),
             _spent(group, names, quality),
             _curves(group, names, varied),
         ]
@@ -108,7 +104,7 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> 
 
 def _metric(group: rows.Group) -> Measure:
     name = human.plain(group.first("metric_name", "metric"))
-    return Measure("metric", name, human.score, "format(datum.value, '~r')")
+    return Measure("metric", name, human.score)
 
 
 def _memory_title(group: rows.Group) -> str:
@@ -134,8 +130,10 @@ def _by_length(
         title = f"{title} by length"
     near, words = _chance(data, chance)
     if measure.log:
-        note = f"{note}; {'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
-        zeros = [point.series for point in group.points if (found := point.estimate(measure.name)) and found.mean <= 0]
+        logarithmic = f"{'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
+        note = f"{note}; {logarithmic}" if note else logarithmic
+        means = ((point.series, point.estimate(measure.name)) for point in group.points)
+        zeros = [series for series, estimate in means if estimate and estimate.mean <= 0]
         note += f", where 0 has no place: {human.listing(list(dict.fromkeys(zeros)))}" if zeros else ""
     spread = "; bars: 95\u00a0% interval" if any("low" in item for item in data) else ""
     axis = _axis(measure, _ends(data, near), near)
@@ -167,9 +165,10 @@ def _dots(data: list, names: Sequence[str], x: dict, lengths: list[int], chance:
 
 def _spent(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
     """Metric against the layers that a token passed through, where variants differ in them."""
-    if len({item["value"] for item in _data(group, names, COMPUTATION)}) < 2:
+    computation = of_figure(FIGURES["computation"])
+    if len({item["value"] for item in _data(group, names, computation)}) < 2:
         return None
-    return _trade(group, names, quality, COMPUTATION, "computation per token", "layers per token, on average", "left")
+    return _trade(group, names, quality, computation, "computation per token", "layers per token, on average", "left")
 
 
 def _trade(
@@ -206,12 +205,12 @@ def _trade(
 
 def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> Chart | None:
     """Training loss over the steps at one length, a line for each cell."""
-    found = [(row, row["curve"]) for row in group.rows if row.get("curve")]
-    if not found:
+    curves = [(row, row["curve"]) for row in group.rows if row.get("curve")]
+    if not curves:
         return None
-    most = max(8, min(100, CURVE_POINTS // len(found)))
+    most = max(8, min(100, CURVE_POINTS // len(curves)))
     data = []
-    for row, curve in found:
+    for row, curve in curves:
         kept = [
             (step, loss) for step, loss in curve if human.number(loss) is not None and human.number(step) is not None
         ]
@@ -239,7 +238,7 @@ def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> C
     spec["transform"] = [*chosen, {"flatten": ["step", "loss"]}]
     if chosen:
         spec["params"].append({"name": "at", "value": lengths[-1]})
-    stopped = "" if all(rows.ok(row) for row, _ in found) else "; cells that failed are drawn as far as they came"
+    stopped = "" if all(rows.ok(row) for row, _ in curves) else "; cells that failed are drawn as far as they came"
     return Chart("Training loss", f"Cross-entropy in nats; lower is better{stopped}.", spec, lengths if chosen else [])
 
 
@@ -250,15 +249,16 @@ def _data(group: rows.Group, names: Sequence[str], measure: Measure) -> list[dic
     """An object for each point that has the measure; a logarithmic axis has no place for zero."""
     data = []
     for point in group.points:
-        found = point.estimate(measure.name)
-        if found is None or (measure.log and found.mean <= 0):
+        estimate = point.estimate(measure.name)
+        if estimate is None or (measure.log and estimate.mean <= 0):
             continue
         item = {"series": names.index(point.series), "name": point.series, "length": point.seq_len or 0}
-        told = findings.with_interval(found, measure.form)
-        item |= {"value": _short(found.mean), "text": f"{measure.title} {told}" if measure.name == "metric" else told}
-        if found.half is not None and found.half > 0:
-            low = max(found.low, found.mean / 10) if measure.log else found.low
-            item |= {"low": _short(low), "high": _short(found.high)}
+        text = findings.with_interval(estimate, measure.written)
+        text = f"{measure.title} {text}" if measure.name == "metric" else text
+        item |= {"value": _short(estimate.mean), "text": text}
+        if estimate.half is not None and estimate.half > 0:
+            low = max(estimate.low, estimate.mean / 10) if measure.log else estimate.low
+            item |= {"low": _short(low), "high": _short(estimate.high)}
         data.append(item)
     return data
 

@@ -1,5 +1,6 @@
 """What was found, in one or two sentences for each group; only what the numbers carry is said."""
 
+from xformers_lab import record
 from xformers_lab.report import human, intervals, rows
 
 
@@ -24,11 +25,12 @@ def place(seq_len: int | None) -> str:
     return "" if seq_len is None else f"At {seq_len:,} tokens: "
 
 
-def with_interval(found: intervals.Estimate | None, form=human.score) -> str:
+def with_interval(estimate: intervals.Estimate | None, form=human.score) -> str:
     """0.981 ± 0.012, or only the mean where there is one seed."""
-    if found is None:
+    if estimate is None:
         return human.NONE
-    return form(found.mean) if found.half is None else f"{form(found.mean)} ± {form(found.half)}"
+    mean = form(estimate.mean)
+    return mean if estimate.half is None else f"{mean} ± {form(estimate.half)}"
 
 
 def _quality(group: rows.Group, at: int | None) -> list[str]:
@@ -75,10 +77,10 @@ def _others(ranked: list[rows.Point], best: list[rows.Point]) -> str:
 
 def _beats(group: rows.Group, point: rows.Point, chance: float) -> bool:
     """Better than chance: the whole interval where there is one, else the value."""
-    found = point.estimate("metric")
-    if found is None:
+    estimate = point.estimate("metric")
+    if estimate is None:
         return False
-    return found.low > chance if group.better("metric") > 0 else found.high < chance
+    return estimate.low > chance if group.better("metric") > 0 else estimate.high < chance
 
 
 def _score(point: rows.Point) -> str:
@@ -89,8 +91,8 @@ def _speed(group: rows.Group, at: int | None) -> list[str]:
     ranked = group.at(at, group.speed)
     if not ranked:
         return []
-    form = human.duration if group.bench else human.rate
-    means = [found.mean for point in ranked if (found := point.estimate(group.speed))]
+    form = lambda value: human.alone(record.FIGURES[group.speed], value)
+    means = [estimate.mean for point in ranked if (estimate := point.estimate(group.speed))]
     what = "Fastest" if group.bench else "Fastest to train"
     lead = place(at) if group.bench else ""
     if len(ranked) == 1:
@@ -107,9 +109,9 @@ def _speed(group: rows.Group, at: int | None) -> list[str]:
 def _growth(group: rows.Group) -> list[str]:
     grown = {}
     for row in group.rows:
-        found = rows.measure(row, "exponent")
-        if found is not None:
-            grown.setdefault(next(p.series for p in group.points if any(r is row for r in p.rows)), found)
+        power = rows.measure(row, "exponent")
+        if power is not None:
+            grown.setdefault(next(p.series for p in group.points if any(r is row for r in p.rows)), power)
     if not grown:
         return []
     return [

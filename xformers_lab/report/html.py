@@ -12,32 +12,15 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from xformers_lab import files
 from xformers_lab.errors import UsageError
+from xformers_lab.record import Figure, Record, columns, figures
 from xformers_lab.report import charts, findings, human, notes, patterns, rows
 
 HERE = pathlib.Path(__file__).parent
-
-# Heading, name in the row, how it is written, what it says.
-COLUMNS = (
-    ("tokens/s", "tokens_per_second", human.count),
-    ("time", "seconds_median", human.duration),
-    ("least time", "seconds_min", human.duration),
-    ("compile", "compile_seconds", human.duration),
-    ("memory", "memory", human.size),
-    ("state", "state_bytes", human.size),
-    ("layers/token", "computation", human.significant),
-    ("FLOPs", "flops", human.count),
-    ("parameters", "parameters", human.count),
-    ("loss", "loss", human.score),
-    ("steps", "steps", human.count),
-    ("time ~", "exponent", human.power),
-    ("FLOPs ~", "exponent_flops", human.power),
-    ("memory ~", "exponent_bytes", human.power),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +34,13 @@ class Cell:
 
 
 def write_report(
-    found: Sequence[dict],
+    cells: Sequence[dict],
     varied_keys: Sequence[str],
     path: pathlib.Path | str,
     *,
     title: str,
     command: str,
+    schema: type[Record] = Record,
 ) -> None:
     """Write the rows as one HTML file, replaced as a whole.
 
@@ -68,7 +52,6 @@ def write_report(
         library = _library()
     except ImportError as error:
         raise UsageError(f"the HTML report needs {error.name}: pip install jinja2 vl-convert-python") from None
-    path = pathlib.Path(path)
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -76,51 +59,43 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = rows.order(found, varied_keys)
-    drawn = []
-    groups = [_section(group, names, varied_keys, drawn) for group in rows.groups(found, varied_keys)]
-    style, script, library = (
-        _text("page.css"),
-        _text("page.js"),
-        _library(),
-    )
-    shared, cells = _configs(found, varied_keys)
+    names = rows.order(cells, varied_keys)
+    specs: list[dict] = []
+    groups = [
+        _section(group, charts.of_group(group, names, varied_keys, figures(schema)), varied_keys, specs)
+        for group in rows.groups(cells, varied_keys)
+    ]
+    style, script = _text("page.css"), _text("page.js")
+    shared, own = _configs(cells, varied_keys)
     page = pages.get_template("page.html.jinja").render(
         title=human.plain(title),
-        tally=_tally(found),
-        notes=[human.plain(note) for note in notes.of(found)],
+        tally=_tally(cells),
+        notes=[human.plain(note) for note in notes.of(cells)],
         groups=groups,
         legend=charts.look(names),
-        patterns=patterns.figures(found),
-        table=_table(found, varied_keys),
-        best=_what_is_bold(found),
+        patterns=patterns.figures(cells),
+        table=_table(cells, varied_keys, columns(schema)),
+        best=_what_is_bold(cells),
         command=command,
-        machines=_machines(found),
+        machines=_machines(cells),
         shared=shared,
-        cells=cells,
-        measures=_measures(found),
+        cells=own,
+        measures=_measures(cells, columns(schema)),
         style=style,
         script=script,
         library=library,
         policy=_policy(style, [library, script]),
-        specs=_json(drawn),
+        specs=_json(specs),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    files.replace_text(pathlib.Path(path), page)
 
 
-def _section(group: rows.Group, names: Sequence[str], varied: Sequence[str], drawn: list[dict]) -> dict:
-    """What the page shows of a group; its specs are appended to `drawn` and named by their place there."""
+def _section(group: rows.Group, drawn: Sequence[charts.Chart], varied: Sequence[str], specs: list[dict]) -> dict:
+    """What the page shows of a group. The specs of its charts are appended to `specs`: their place there names them."""
     shown = []
-    for chart in charts.of_group(group, names, varied):
-        shown.append({"title": chart.title, "note": chart.note, "lengths": chart.lengths, "number": len(drawn)})
-        drawn.append(chart.spec)
+    for chart in drawn:
+        shown.append({"title": chart.title, "note": chart.note, "lengths": chart.lengths, "number": len(specs)})
+        specs.append(chart.spec)
     missing = [f"{rows.label(row, varied)} ({human.outcome(row)})" for row in group.rows if not rows.ok(row)]
     return {
         "title": group.title,
@@ -131,22 +106,22 @@ def _section(group: rows.Group, names: Sequence[str], varied: Sequence[str], dra
     }
 
 
-def _tally(found: Sequence[dict]) -> str:
+def _tally(cells: Sequence[dict]) -> str:
     """30 cells: 27 ok, 1 failed, 2 out of memory."""
-    counted = collections.Counter(human.status(row) for row in found)
+    counted = collections.Counter(human.status(row) for row in cells)
     parts = [f"{n} {words}" for words, n in counted.items()]
-    return f"{len(found)} cell{'' if len(found) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
+    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
 
 
-def _table(found: Sequence[dict], varied: Sequence[str]) -> dict:
-    """Every row, with a column for each varied key and each measure that some row has."""
-    groups = rows.groups(found, varied)
+def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Figure]) -> dict:
+    """Every row, with a column for each varied key and each figure that some row has."""
+    groups = rows.groups(results, varied)
     keys = ["task"] if any(group.task is not None for group in groups) else []
-    keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in found)]
+    keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in results)]
     keys += [key for key in rows.named_by(varied) if key not in keys]
-    measured = [column for column in COLUMNS if any(rows.measure(row, column[1]) is not None for row in found)]
-    scored = any(rows.measure(row, "metric") is not None for row in found)
-    heads = [*keys, *(["metric", "chance"] if scored else []), *(column[0] for column in measured), "outcome"]
+    measured = [figure for figure in measured if any(rows.measure(row, figure.name) is not None for row in results)]
+    scored = any(rows.measure(row, "metric") is not None for row in results)
+    heads = [*keys, *(["metric", "chance"] if scored else []), *(figure.heading for figure in measured), "outcome"]
     lines = []
     for group in groups:
         best = _best(group)
@@ -165,9 +140,9 @@ def _table(found: Sequence[dict], varied: Sequence[str]) -> dict:
                 )
                 chance = human.number(group.first("chance"))
                 cells.append(_number(chance, human.score(chance)))
-            for _, measure, form in measured:
-                value = rows.measure(row, measure)
-                cells.append(_number(value, form(value), mine in best.get(measure, ())))
+            for figure in measured:
+                value = rows.measure(row, figure.name)
+                cells.append(_number(value, human.in_column(figure, value), mine in best.get(figure.name, ())))
             if not rows.ok(row) and len(cells) > len(keys):
                 # The reason is in the last column, which a narrow screen does not show at once.
                 cells[len(keys)] = _number(None, human.status(row))
@@ -185,15 +160,15 @@ def _best(group: rows.Group) -> dict[str, set]:
     return {name: {(point.series, at) for at in lengths for point in group.leading(at, name)} for name in measured}
 
 
-def _what_is_bold(found: Sequence[dict]) -> str:
-    where = "at its pass and length" if any(row.get("kind") == "bench" for row in found) else "at its task and length"
+def _what_is_bold(results: Sequence[dict]) -> str:
+    where = "at its pass and length" if any(row.get("kind") == "bench" for row in results) else "at its task and length"
     tested = ", by the mean over the seeds; of the metric also what the paired 95 % interval does not tell from it"
-    return f"best {where}" + (tested if rows.seeds(found) > 1 else "")
+    return f"best {where}" + (tested if rows.seeds(results) > 1 else "")
 
 
-def _machines(found: Sequence[dict]) -> list[dict]:
+def _machines(results: Sequence[dict]) -> list[dict]:
     """What measured the cells, each with a heading."""
-    known = notes.machines(found)
+    known = notes.machines(results)
     return [
         {
             "title": "Machine" if len(known) == 1 else f"Machine of {count} cells",
@@ -213,14 +188,14 @@ def _number(value: float | None, text: str, best: bool = False) -> Cell:
     return Cell(text, "" if value is None else repr(value), number=True, best=best)
 
 
-def _configs(found: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[dict]]:
+def _configs(results: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[dict]]:
     """The settings all cells share, as JSON, and for each cell what is its own."""
-    leaves = [_leaves(row.get("config") or {}) for row in found]
+    leaves = [_leaves(row.get("config") or {}) for row in results]
     shared = {k: v for k, v in (leaves[0] if leaves else {}).items() if all(k in own and own[k] == v for own in leaves)}
     cells = []
-    for row, own in zip(found, leaves, strict=True):
-        task, told = human.plain(row.get("task") or ""), human.outcome(row)
-        record = {"id": row.get("id"), "run_dir": row.get("run_dir"), "outcome": told}
+    for row, own in zip(results, leaves, strict=True):
+        task, outcome = human.plain(row.get("task") or ""), human.outcome(row)
+        record = {"id": row.get("id"), "run_dir": row.get("run_dir"), "outcome": outcome}
         record |= {".".join(key): value for key, value in own.items() if key not in shared}
         record |= {} if own else {key: rows.value(row, key) for key in varied}
         name = " · ".join(filter(None, [task, rows.label(row, varied)]))
@@ -231,11 +206,11 @@ def _configs(found: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[di
 
 
 def _leaves(tree: Mapping, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
-    found: dict[tuple[str, ...], object] = {}
+    leaves: dict[tuple[str, ...], object] = {}
     for key, value in tree.items():
         here = (*path, str(key))
-        found |= _leaves(value, here) if isinstance(value, Mapping) else {here: value}
-    return found
+        leaves |= _leaves(value, here) if isinstance(value, Mapping) else {here: value}
+    return leaves
 
 
 def _pretty(leaves: Mapping[tuple[str, ...], object]) -> str:
@@ -248,63 +223,58 @@ def _pretty(leaves: Mapping[tuple[str, ...], object]) -> str:
     return json.dumps(_clean(tree), indent=2, ensure_ascii=False)
 
 
-def _measures(found: Sequence[dict]) -> dict[str, str]:
+def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> dict[str, str]:
     """How each number on the page was taken; only of what is there."""
-    bench = any(row.get("kind") == "bench" for row in found)
+    bench = any(row.get("kind") == "bench" for row in cells)
 
     def has(name: str) -> bool:
-        return any(rows.measure(row, name) is not None for row in found)
+        return any(rows.measure(row, name) is not None for row in cells)
 
-    said = {}
+    how = {}
     if has("metric"):
-        metrics = sorted({human.plain(row["metric_name"]) for row in found if row.get("metric_name")})
-        said[human.listing(metrics) or "metric"] = "Measured after training, on examples that training never saw."
-    if any(human.number(row.get("chance")) is not None for row in found):
-        said["chance"] = "What guessing scores on the task."
-    what = "pass" if bench else "training step"
+        metrics = sorted({human.plain(row["metric_name"]) for row in cells if row.get("metric_name")})
+        how[human.listing(metrics) or "metric"] = "Measured after training, on examples that training never saw."
+    if any(human.number(row.get("chance")) is not None for row in cells):
+        how["chance"] = "What guessing scores on the task."
+    decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in cells) else ""
+    words = {"step": "pass" if bench else "training step", "decoded": decoded}
+    words["whole"] = "layer with its projections" if bench else "model"
     if bench:
-        said["what is timed"] = (
+        how["what is timed"] = (
             "A mechanism alone, on projected queries, keys and values: no projections, no position. One that is not "
             "per head is timed as a whole layer, and a note says so. Prefill: a context of seq_len read into an empty "
             "cache; decode: one more token behind it."
         )
-    if has("tokens_per_second"):
-        decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in found) else ""
-        said["tokens/s"] = f"Tokens of one batch{decoded} over the median time of a {what}; compiling is left out."
-    if has("seconds_median"):
-        said["time"] = f"Median over the timed runs of one {what}, after compiling; the least is beside it."
-    if has("compile_seconds"):
-        said["compile"] = "Time to trace, lower and compile, once for each cell; a hit of JAX's cache counts as it is."
-    if any(rows.ok(row) and row.get("peak_bytes") is not None for row in found):
-        said["memory (device)"] = (
+    for figure in measured:
+        if figure.name == "memory":
+            how |= _memory(cells, bench)
+        elif has(figure.name):
+            how[figure.heading] = figure.help.format_map(words)
+    if rows.seeds(cells) > 1:
+        how["± and bars"] = (
+            "Student-t 95 % interval of the mean over seeds. “Not distinguishable”: the paired interval of the "
+            "difference holds zero; it is not widened for the number of comparisons."
+        )
+    return how
+
+
+def _memory(cells: Sequence[dict], bench: bool) -> dict[str, str]:
+    """What the figures of memory count, which depends on the device."""
+    timed = [row for row in cells if rows.ok(row)]
+    how = {}
+    if any(row.get("peak_bytes") is not None for row in timed):
+        how["memory (device)"] = (
             "What XLA plans for the compiled pass: inputs, outputs and temporaries."
             if bench
             else "Peak that the accelerator's allocator reports: parameters, states and temporaries."
         )
-    if any(rows.ok(row) and row.get("peak_bytes") is None and row.get("temp_bytes") is not None for row in found):
-        said["memory (CPU)"] = (
-            f"Temporary buffers XLA plans for the compiled {what}; inputs and parameters are not counted, nor what its "
-            "YNNPACK kernels take for themselves, so that 0 B may be far from the truth."
+    if any(row.get("peak_bytes") is None and row.get("temp_bytes") is not None for row in timed):
+        how["memory (CPU)"] = (
+            f"Temporary buffers XLA plans for the compiled {'pass' if bench else 'training step'}; inputs and "
+            "parameters are not counted, nor what its YNNPACK kernels take for themselves, so that 0 B may be far "
+            "from the truth."
         )
-    if has("state_bytes"):
-        said["state"] = "What decoding keeps of a context of seq_len tokens, for the whole batch."
-    if has("computation"):
-        said["layers/token"] = "Layers that a token passed through, on average."
-    if has("flops"):
-        said["FLOPs"] = (
-            f"Of the matrix products of one {what}, a multiply and an add as two; counted in the program, not read "
-            "from the hardware."
-        )
-    if has("parameters"):
-        said["parameters"] = "Of the whole layer with its projections." if bench else "Of the whole model."
-    if has("exponent"):
-        said["~"] = "How a cost grows with the length N: slope of a line through its logarithm (of time: the least)."
-    if rows.seeds(found) > 1:
-        said["± and bars"] = (
-            "Student-t 95 % interval of the mean over seeds. “Not distinguishable”: the paired interval of the "
-            "difference holds zero; it is not widened for the number of comparisons."
-        )
-    return said
+    return how
 
 
 def _policy(style: str, scripts: Sequence[str]) -> str:

@@ -1,17 +1,11 @@
 """Numbers, sizes, times and outcomes as people read them. None, NaN and infinity are a dash."""
 
 import math
+from collections.abc import Callable, Mapping
+
+from xformers_lab import record
 
 NONE = "\N{EN DASH}"
-STATUS = {
-    "ok": "ok",
-    "failed": "failed",
-    "nan": "not a number",
-    "oom": "out of memory",
-    "stalled": "stalled",
-    "refused": "refused",
-    "interrupted": "interrupted",
-}
 
 
 def number(value: object) -> float | None:
@@ -24,11 +18,6 @@ def number(value: object) -> float | None:
 def count(value: object) -> str:
     """950, 1.2k, 34M, 5.6G."""
     return _scaled(value, ("", "k", "M", "G", "T", "P"), 1000.0, "")
-
-
-def rate(value: object) -> str:
-    """Tokens per second: 1.2k tok/s."""
-    return NONE if number(value) is None else f"{count(value)} tok/s"
 
 
 def size(value: object) -> str:
@@ -52,22 +41,43 @@ def duration(value: object) -> str:
 
 def score(value: object) -> str:
     """A metric or loss: three decimals below ten, else a whole number."""
-    found = number(value)
-    if found is None:
+    finite = number(value)
+    if finite is None:
         return NONE
-    return f"{found:.3f}" if abs(found) < 10 else _digits(found)
+    return f"{finite:.3f}" if abs(finite) < 10 else _digits(finite)
 
 
 def significant(value: object) -> str:
     """Any number, to three significant digits."""
-    found = number(value)
-    return NONE if found is None else f"{found:.3g}"
+    finite = number(value)
+    return NONE if finite is None else f"{finite:.3g}"
 
 
 def power(value: object) -> str:
     """How a cost grows with the length N: N^1.98."""
-    found = number(value)
-    return NONE if found is None else f"N^{found:.2f}"
+    finite = number(value)
+    return NONE if finite is None else f"N^{finite:.2f}"
+
+
+FORMS: Mapping[record.Form, Callable[[object], str]] = {
+    "count": count,
+    "duration": duration,
+    "power": power,
+    "score": score,
+    "significant": significant,
+    "size": size,
+}
+
+
+def in_column(figure: record.Figure, value: object) -> str:
+    """A figure under its heading."""
+    return FORMS[figure.form](value)
+
+
+def alone(figure: record.Figure, value: object) -> str:
+    """A figure away from its heading: with its unit, 1.2k tok/s."""
+    text = in_column(figure, value)
+    return text if text == NONE else text + figure.unit
 
 
 def plain(text: object) -> str:
@@ -77,8 +87,8 @@ def plain(text: object) -> str:
 
 def status(row: dict) -> str:
     """The kind of ending in words, without its reason."""
-    found = str(row.get("status", "ok"))
-    return STATUS.get(found, plain(found))
+    kind = str(row.get("status", "ok"))
+    return record.STATUSES.get(kind, plain(kind))
 
 
 def outcome(row: dict) -> str:
@@ -96,15 +106,15 @@ def listing(words: list[str], most: int = 8) -> str:
 
 
 def _scaled(value: object, units: tuple[str, ...], step: float, gap: str) -> str:
-    found = number(value)
-    if found is None:
+    scaled = number(value)
+    if scaled is None:
         return NONE
     for unit in units[:-1]:
         # 999.6 would be printed as 1000, which is one of the next unit.
-        if abs(found) < step - 0.5:
-            return f"{_digits(found)}{gap}{unit}"
-        found /= step
-    return f"{_digits(found)}{gap}{units[-1]}"
+        if abs(scaled) < step - 0.5:
+            return f"{_digits(scaled)}{gap}{unit}"
+        scaled /= step
+    return f"{_digits(scaled)}{gap}{units[-1]}"
 
 
 def _digits(value: float) -> str:

@@ -56,7 +56,7 @@ def difference(first: Mapping, second: Mapping) -> Estimate | None:
 
 def differ(first: Mapping, second: Mapping) -> bool | None:
     """Whether the paired 95 % interval excludes zero; None where there is too little to test."""
-    found = difference(first, second)
-    if found is None or found.half is None:
+    paired = difference(first, second)
+    if paired is None or paired.half is None:
         return None
-    return abs(found.mean) > found.half
+    return abs(paired.mean) > paired.half

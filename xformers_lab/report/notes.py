@@ -8,16 +8,16 @@ from xformers_lab.report import human, rows
 WHOLE = ("call", "decode", "decode_several")
 
 
-def of(found: Sequence[dict]) -> list[str]:
+def of(cells: Sequence[dict]) -> list[str]:
     """One sentence for each thing in which cells beside each other differ, or that was left out."""
-    timed = [row for row in found if rows.ok(row)]
+    timed = [row for row in cells if rows.ok(row)]
     return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed), *_unseen(timed)]
 
 
-def machines(found: Sequence[dict]) -> list[tuple[dict, int]]:
+def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
     """The different machines that measured the cells which ended ok, in order, each with the number of its cells."""
     counted: list[tuple[dict, int]] = []
-    for machine in (row["machine"] for row in found if rows.ok(row) and isinstance(row.get("machine"), Mapping)):
+    for machine in (row["machine"] for row in cells if rows.ok(row) and isinstance(row.get("machine"), Mapping)):
         at = next((at for at, (known, _) in enumerate(counted) if known == machine), None)
         if at is None:
             counted.append((dict(machine), 1))

@@ -7,20 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xformers_lab.record import Record, figures, summary
 from xformers_lab.report import human
 from xformers_lab.report.table import put
-
-# What a run's record says first; the rest of it is for programs.
-SUMMARY = (
-    "status", "reason", "metric", "metric_name", "chance", "loss", "split", "computation", "steps",
-    "tokens_per_second",
-    "seconds_median", "compile_seconds", "parameters", "flops", "temp_bytes", "peak_bytes", "run_dir",
-)  # fmt: skip
-FORMS = {
-    "tokens_per_second": human.rate, "seconds_median": human.duration, "compile_seconds": human.duration,
-    "flops": human.count, "temp_bytes": human.size, "peak_bytes": human.size,
-}  # fmt: skip
-
 
 # Into how many parts of a sequence its figures are gathered.
 PARTS = 8
@@ -71,29 +60,33 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
             console.print(f"  [red]{escape(failure['property'])}[/red]: {escape(failure['message'])}")
 
 
-def print_record(record: dict, console: Console | None = None) -> None:
-    """The record of one run or evaluation."""
-    found = {key: record[key] for key in SUMMARY if record.get(key) is not None}
-    shown = [{"": key, "value": FORMS[key](value) if key in FORMS else value} for key, value in found.items()]
-    print_table(shown, console)
-    if told := record.get("by_position"):
+def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
+    """The record of one run or evaluation: what its summary tells."""
+    shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
+    lines = []
+    for key in summary(schema):
+        value = record.get(key)
+        if value is not None:
+            lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
+    print_table(lines, console)
+    if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
-        print_table(along(told), console)
+        print_table(along(by_position), console)
 
 
-def along(told: dict[str, list]) -> list[dict]:
+def along(by_position: dict[str, list]) -> list[dict]:
     """Figures of every position, as rows for at most PARTS parts of a sequence; positions that are all padding do not
     count."""
-    length = max(map(len, told.values()))
+    length = max(map(len, by_position.values()))
     width = math.ceil(length / PARTS)
-    found = []
+    parts = []
     for start in range(0, length, width):
         row: dict = {"positions": f"{start}-{min(start + width, length) - 1}" if width > 1 else str(start)}
-        for name, values in told.items():
+        for name, values in by_position.items():
             known = [value for value in values[start : start + width] if value is not None]
             row[name] = statistics.fmean(known) if known else None
-        found.append(row)
-    return found
+        parts.append(row)
+    return parts
 
 
 def _word(value) -> str:

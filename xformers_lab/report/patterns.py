@@ -13,10 +13,10 @@ from xformers_lab.size import Size
 MOST = 24
 
 
-def figures(found: Sequence[dict]) -> list[dict]:
+def figures(cells: Sequence[dict]) -> list[dict]:
     """Name, note, side and path of a picture for each mechanism of the rows, at its shortest length there."""
     lengths: dict[tuple[str, bool], tuple[configs.Config, Sequence[int] | None]] = {}
-    for row in found:
+    for row in cells:
         config = _config(row)
         if config is None or not _of_tokens(config):
             continue

@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from xformers_lab import record
+from xformers_lab.record import PLACES
 from xformers_lab.report import human, intervals
-
-# Keys that place a row on the page; every other varied key is part of the name of its series.
-PLACES = ("task", "pass", "seq_len", "seed", "kind")
 
 
 def value(row: dict, key: str):
@@ -25,13 +24,11 @@ def ok(row: dict) -> bool:
 
 
 def measure(row: dict, name: str) -> float | None:
-    """A finite number of an ok row, else None. "memory" is the device's peak, or else the compiled temporaries."""
+    """A finite number of an ok row, by the name of its figure or its key, else None."""
     if not ok(row):
         return None
-    if name == "memory":
-        peak = human.number(row.get("peak_bytes"))
-        return human.number(row.get("temp_bytes")) if peak is None else peak
-    return human.number(row.get(name))
+    figure = record.FIGURES.get(name)
+    return human.number(figure.value(row) if figure else row.get(name))
 
 
 def series(row: dict, varied: Sequence[str]) -> str:
@@ -40,8 +37,8 @@ def series(row: dict, varied: Sequence[str]) -> str:
     for key in varied:
         if key in PLACES:
             continue
-        found = value(row, key)
-        words.append(found if isinstance(found, str) else f"{key}={'none' if found is None else found}")
+        choice = value(row, key)
+        words.append(choice if isinstance(choice, str) else f"{key}={'none' if choice is None else choice}")
     if not words:
         words = [value(row, "model"), value(row, "attention")]
         words = [str(word) for word in words if word not in (None, "auto")]
@@ -55,8 +52,8 @@ def named_by(varied: Sequence[str]) -> list[str]:
 
 def shown(row: dict, key: str) -> str:
     """The value of a key as text for people."""
-    found = value(row, key)
-    return "none" if found is None else human.plain(found)
+    choice = value(row, key)
+    return "none" if choice is None else human.plain(choice)
 
 
 def label(row: dict, varied: Sequence[str]) -> str:
@@ -81,13 +78,13 @@ class Point:
 
     def seeds(self, name: str) -> dict:
         """Seed -> value of a measure."""
-        found = {value(row, "seed"): measure(row, name) for row in self.rows}
-        return {seed: number for seed, number in found.items() if number is not None}
+        numbers = {value(row, "seed"): measure(row, name) for row in self.rows}
+        return {seed: number for seed, number in numbers.items() if number is not None}
 
     def estimate(self, name: str) -> intervals.Estimate | None:
         """Mean and interval of a measure over the seeds, or None where no seed has it."""
-        found = list(self.seeds(name).values())
-        return intervals.estimate(found) if found else None
+        numbers = list(self.seeds(name).values())
+        return intervals.estimate(numbers) if numbers else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +109,13 @@ class Group:
     @property
     def speed(self) -> str:
         """The measure that says how fast: seconds of one pass in a bench, else training tokens per second."""
-        return "seconds_median" if self.bench else "tokens_per_second"
+        return record.SPEED["bench" if self.bench else "compare"]
 
     def better(self, name: str) -> int:
         """+1 where more of a measure is better, -1 where less is."""
         if name == "metric":
             return 1 if self.first("higher_is_better", True) else -1
-        return 1 if name == "tokens_per_second" else -1
+        return record.FIGURES[name].better
 
     def first(self, key: str, default=None):
         """The first value that a row of the group gives for something all of them share (metric name, chance)."""
@@ -126,21 +123,21 @@ class Group:
 
     def at(self, seq_len: int | None, name: str) -> list[Point]:
         """The points at one length that have a measure, the best first."""
-        found = [point for point in self.points if point.seq_len == seq_len and point.estimate(name)]
-        return sorted(found, key=lambda point: -self.better(name) * _mean(point, name))
+        measured = [point for point in self.points if point.seq_len == seq_len and point.estimate(name)]
+        return sorted(measured, key=lambda point: -self.better(name) * _mean(point, name))
 
     def best(self, seq_len: int | None, name: str) -> list[Point]:
         """The points at one length that share the best mean; empty with fewer than two to choose from."""
-        found = self.at(seq_len, name)
-        return [point for point in found if _mean(point, name) == _mean(found[0], name)] if len(found) > 1 else []
+        ranked = self.at(seq_len, name)
+        return [point for point in ranked if _mean(point, name) == _mean(ranked[0], name)] if len(ranked) > 1 else []
 
     def leading(self, seq_len: int | None, name: str) -> list[Point]:
         """The points to mark: the best, and of a metric those that its seeds cannot tell from the best."""
-        best, found = self.best(seq_len, name), self.at(seq_len, name)
+        best, ranked = self.best(seq_len, name), self.at(seq_len, name)
         if not best or name != "metric":
             return best
         alike = lambda point: intervals.differ(best[0].seeds(name), point.seeds(name)) is False
-        return best + [point for point in found[len(best) :] if alike(point)]
+        return best + [point for point in ranked[len(best) :] if alike(point)]
 
 
 def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
@@ -152,8 +149,8 @@ def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
         key = (row.get("task"), row.get("pass"), True) if bench else (value(row, "task"), None, False)
         split.setdefault(key, []).append(row)
     return [
-        Group(task, direction, bench, sorted(found, key=_length), _points(sorted(found, key=_length), varied))
-        for (task, direction, bench), found in split.items()
+        Group(task, direction, bench, sorted(mine, key=_length), _points(sorted(mine, key=_length), varied))
+        for (task, direction, bench), mine in split.items()
     ]
 
 
@@ -164,8 +161,8 @@ def seeds(rows: Iterable[dict]) -> int:
 
 def length(row: dict) -> int | None:
     """The tokens per sequence of a row."""
-    found = human.number(value(row, "seq_len"))
-    return None if found is None else int(found)
+    tokens = human.number(value(row, "seq_len"))
+    return None if tokens is None else int(tokens)
 
 
 def _points(rows: Iterable[dict], varied: Sequence[str]) -> list[Point]:
@@ -182,5 +179,5 @@ def _length(row: dict) -> int:
 
 
 def _mean(point: Point, name: str) -> float:
-    found = point.estimate(name)
-    return found.mean if found else float("nan")
+    estimate = point.estimate(name)
+    return estimate.mean if estimate else float("nan")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xformers_lab.record import Figure, Record, columns
 from xformers_lab.report import findings, human, notes, rows
 
 BEST = " *"
@@ -29,11 +30,11 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A heading and a text for each line; the greater `gives_way`, the sooner a narrow terminal loses the column."""
+    """A heading and a text for each line; the greater `narrow`, the sooner a narrow terminal loses the column."""
 
     title: str
     texts: list[str]
-    gives_way: int = 0
+    narrow: int = 0
     name: bool = False
 
     @property
@@ -47,28 +48,30 @@ class Column:
         return min(widest, 20) if self.name else widest
 
 
-def print_rows(found: Sequence[dict], varied_keys: Sequence[str], console: Console | None = None) -> None:
+def print_rows(
+    cells: Sequence[dict], varied_keys: Sequence[str], console: Console | None = None, schema: type[Record] = Record
+) -> None:
     """Print the rows as one table for each task (for a bench: each pass), in rising length.
 
     What is the same on all lines of a table is printed once, above it. A terminal that is too narrow loses the least
     important columns, and is told which. A file or a pipe gets plain text with every column, and no line is cut.
     """
     console = console or Console()
-    if not found:
+    if not cells:
         _say(console, "There are no rows to show.")
-    for number, group in enumerate(rows.groups(found, varied_keys)):
+    for number, group in enumerate(rows.groups(cells, varied_keys)):
         if number:
             _say(console, "")
-        _print_group(group, varied_keys, console)
-    for note in notes.of(found):
+        _print_group(group, varied_keys, console, columns(schema))
+    for note in notes.of(cells):
         _say(console, f"note: {human.plain(note)}", "dim")
 
 
-def _print_group(group: rows.Group, varied: Sequence[str], console: Console) -> None:
+def _print_group(group: rows.Group, varied: Sequence[str], console: Console, measured: Sequence[Figure]) -> None:
     lines = _lines(group)
-    columns = _columns(group, lines, varied)
-    shown = [column for column in columns if not column.constant]
-    above = [f"{column.title} {column.texts[0].strip()}" for column in columns if column.constant]
+    every = _columns(group, lines, varied, measured)
+    shown = [column for column in every if not column.constant]
+    above = [f"{column.title} {column.texts[0].strip()}" for column in every if column.constant]
     chance = human.number(group.first("chance"))
     if chance is not None:
         above.insert(0, f"chance {human.score(chance)}")
@@ -101,37 +104,35 @@ def _lines(group: rows.Group) -> list[Line]:
     return lines
 
 
-def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str]) -> list[Column]:
-    columns = []
+def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str], measured: Sequence[Figure]) -> list[Column]:
+    named = []
     if any(rows.length(line.cells[0]) is not None for line in lines):
-        columns.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
+        named.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
     for key in rows.named_by(varied):
         if key not in rows.PLACES:
-            columns.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
+            named.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
         seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
-        columns.append(Column("seeds", seeds, 2))
+        named.append(Column("seeds", seeds, 2))
     measures = [
         Column(human.plain(group.first("metric_name", "metric")), _measured(lines, "metric", human.score)),
-        Column("tok/s", _measured(lines, "tokens_per_second", human.count), 3 if group.bench else 0),
-        Column("time", _measured(lines, "seconds_median", human.duration), 0 if group.bench else 3),
-        Column("memory", _measured(lines, "memory", human.size), 1),
-        Column("state", _measured(lines, "state_bytes", human.size), 1),
-        Column("layers/token", _measured(lines, "computation", human.significant), 4),
-        Column("FLOPs", _measured(lines, "flops", human.count), 4),
-        Column("parameters", _measured(lines, "parameters", human.count), 5),
-        Column("compile", _measured(lines, "compile_seconds", human.duration), 6),
-        Column("time ~", _measured(lines, "exponent", human.power), 2),
-        Column("FLOPs ~", _measured(lines, "exponent_flops", human.power), 2),
-        Column("memory ~", _measured(lines, "exponent_bytes", human.power), 2),
+        *(
+            Column(
+                figure.short,
+                _measured(lines, figure.name, human.FORMS[figure.form]),
+                0 if figure.name == group.speed else figure.narrow,
+            )
+            for figure in measured
+            if figure.narrow is not None
+        ),
     ]
     measures = [column for column in measures if any(text.strip() not in ("", human.NONE) for text in column.texts)]
     if not measures:
         measures = [Column("outcome", [human.NONE] * len(lines))]
     # A cell that failed has no numbers: the first of them gives the room to say why.
     first = measures[0]
-    told = [text if line.ok else human.status(line.cells[0]) for text, line in zip(first.texts, lines, strict=True)]
-    return [*columns, dataclasses.replace(first, texts=told, gives_way=0), *measures[1:]]
+    texts = [text if line.ok else human.status(line.cells[0]) for text, line in zip(first.texts, lines, strict=True)]
+    return [*named, dataclasses.replace(first, texts=texts, narrow=0), *measures[1:]]
 
 
 def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
@@ -142,8 +143,11 @@ def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
         if not line.ok:
             texts.append("")
             continue
-        found = rows.Point("", None, line.cells, []).estimate(name)
-        text = findings.with_interval(found, form) if name == "metric" else form(found.mean) if found else human.NONE
+        estimate = rows.Point("", None, line.cells, []).estimate(name)
+        if name == "metric":
+            text = findings.with_interval(estimate, form)
+        else:
+            text = form(estimate.mean) if estimate else human.NONE
         texts.append(text + (BEST if name in line.best else " " * len(BEST)) if marked else text)
     return texts
 
@@ -151,7 +155,7 @@ def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
 def _fit(columns: list[Column], width: int) -> list[Column]:
     """The columns to leave out, the least important first, until the others fit; long names wrap."""
     kept, left_out = list(columns), []
-    for column in sorted((c for c in columns if c.gives_way), key=lambda c: -c.gives_way):
+    for column in sorted((c for c in columns if c.narrow), key=lambda c: -c.narrow):
         if sum(c.width + 3 for c in kept) <= width:
             break
         kept.remove(column)

@@ -1,0 +1,31 @@
+"""Files that are replaced in one go: a reader sees the old or the new one, whole. Needs no jax."""
+
+import os
+import pathlib
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file, in place of an older one, once the disk holds all of it; its folder is made. Raises OSError, with
+    the older one as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may write the same file, such as the verdict on a mechanism, at the same time.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: pathlib.Path) -> None:
+    """Have the disk hold a file or a folder's entries before anything relies on them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,259 @@
+"""What a row holds: the one schema of a cell of a comparison or a bench, of a run's result.json and of --json.
+
+A field is a key of a row. One made by `figure` is a number with a heading: the tables in the terminal and in the HTML,
+the summary of a run, CSV and, where it has a `chart`, the charts take it from here, in the order of this file. One made
+by `fact` is what else a row says. A row has besides the keys that place it (`PLACES`) and those that its sweep varied.
+
+Rows travel as dicts, as JSON has them: `Record(...).to_dict()` writes one, and readers take what is there, since rows
+of older versions may lack keys or have others. Needs no jax.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+# How a row ended -> the words for it. "refused" was not begun: its config cannot be, or its mechanism fails its kit.
+STATUSES = {
+    "ok": "ok",
+    "failed": "failed",
+    "nan": "not a number",
+    "oom": "out of memory",
+    "stalled": "stalled",
+    "refused": "refused",
+    "interrupted": "interrupted",
+}
+# A diverged run would diverge again; anything else that failed may have been the machine's doing.
+SETTLED = ("ok", "nan")
+# What a check says of a config that cannot be: no row ends so, since the command ends, or the row is "refused".
+IMPOSSIBLE = "impossible"
+
+# Keys that say where a row stands on a page; every other varied key is part of the name of its series.
+PLACES = ("task", "pass", "seq_len", "seed", "kind")
+# The figure that says how fast a row of each kind is: of a bench the time of one pass.
+SPEED = {"compare": "tokens_per_second", "bench": "seconds_median"}
+
+Kind = Literal["compare", "bench"]
+Form = Literal["count", "duration", "power", "score", "significant", "size"]
+KINDS: tuple[Kind, ...] = ("compare", "bench")
+TRAINED: tuple[Kind, ...] = ("compare",)
+BENCHED: tuple[Kind, ...] = ("bench",)
+ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A number of a row, and how it is shown.
+
+    key: its field; name: what measures and charts call it, the key itself where it has no other. heading: over its
+    column, empty for one that has none; short: in the terminal, where there is less room. form: the function of
+    `report.human` that writes it; unit: what stands behind it outside of a column. better: +1 where more is better, -1
+    where less is, 0 where neither is. narrow: the greater, the sooner a narrow terminal loses the column, 0 for never;
+    None for one that only the page has. instead: the key that stands in where a row has none of `key`. chart: the title
+    of its chart over the lengths. exact: a run's summary writes the number itself. help: how it is taken, for the page,
+    where {step} is a training step or a pass, {whole} what was measured whole, {decoded} what a bench of decoding adds.
+    """
+
+    key: str
+    name: str
+    heading: str
+    short: str
+    form: Form
+    unit: str
+    better: int
+    narrow: int | None
+    instead: str | None
+    chart: str | None
+    exact: bool
+    help: str
+
+    def value(self, row: Mapping) -> Any:
+        """What a row has of it, None for nothing."""
+        value = row.get(self.key)
+        return row.get(self.instead) if value is None and self.instead else value
+
+
+def fact(help: str, *, always: tuple[Kind, ...] = (), summary: bool = False) -> Any:
+    """A field that is no figure. always: the kinds of rows that have the key even without a value; summary: whether the
+    summary of a run tells it."""
+    return dataclasses.field(default=ABSENT, metadata={"help": help, "always": always, "summary": summary})
+
+
+def figure(
+    heading: str,
+    form: Form,
+    help: str,
+    *,
+    short: str = "",
+    unit: str = "",
+    better: int = 0,
+    narrow: int | None = 4,
+    name: str = "",
+    instead: str | None = None,
+    chart: str | None = None,
+    exact: bool = False,
+    always: tuple[Kind, ...] = KINDS,
+    summary: bool = True,
+) -> Any:
+    """A field that is a figure: see `Figure` and `fact`."""
+    shown = {"name": name, "heading": heading, "short": short or heading, "form": form, "unit": unit, "better": better}
+    shown |= {"narrow": narrow, "instead": instead, "chart": chart, "exact": exact, "help": help}
+    about = {"figure": shown, "help": help, "always": always, "summary": summary}
+    return dataclasses.field(default=ABSENT, metadata=about)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Record:
+    """One row. A field that was never set is no key of it."""
+
+    id: str = fact("the config's identity")
+    kind: Literal["compare", "bench"] = fact('"compare", also of a single run, or "bench"')
+    status: str = fact("how it ended: one of STATUSES", always=TRAINED, summary=True)
+    reason: str = fact("why it did not end ok", summary=True)
+    timed: str = fact("the method of the mechanism that a bench timed", always=BENCHED)
+    causal: bool = fact("whether a bench ran it causally", always=BENCHED)
+    # The metric has columns of its own, since its name, its direction and its level of chance are the task's.
+    metric: float | None = fact("the task's metric on the test split", always=KINDS, summary=True)
+    metric_name: str | None = fact("its name", always=KINDS, summary=True)
+    higher_is_better: bool = fact("its direction")
+    chance: float | None = fact("what guessing scores", summary=True)
+    split: str = fact("what an evaluation scored: train, validation or test", summary=True)
+    batches: int = fact("how many batches of it")
+    step: int = fact("the step that was evaluated, or after which a run was ended")
+
+    tokens_per_second: float | None = figure(
+        "tokens/s",
+        "count",
+        "Tokens of one batch{decoded} over the median time of a {step}; compiling is left out.",
+        short="tok/s",
+        unit=" tok/s",
+        better=1,
+        narrow=3,
+        chart="Training speed",
+    )
+    seconds_median: float | None = figure(
+        "time",
+        "duration",
+        "Median over the timed runs of one {step}, after compiling.",
+        better=-1,
+        narrow=3,
+        chart="Time of a pass",
+    )
+    seconds_min: float | None = figure(
+        "least time", "duration", "The shortest of those runs.", better=-1, narrow=None, summary=False
+    )
+    temp_bytes: int | None = figure("", "size", "temporary buffers that XLA plans", better=-1)
+    peak_bytes: int | None = figure(
+        "memory",
+        "size",
+        "",  # what it counts depends on the device: the page says so of what is there
+        name="memory",
+        instead="temp_bytes",
+        better=-1,
+        narrow=1,
+        chart="Memory",
+        always=(),
+    )
+    state_bytes: int | None = figure(
+        "state",
+        "size",
+        "What decoding keeps of a context of seq_len tokens, for the whole batch.",
+        better=-1,
+        narrow=1,
+        chart="What decoding keeps",
+        always=BENCHED,
+    )
+    computation: float | None = figure(
+        "layers/token",
+        "significant",
+        "Layers that a token passed through, on average.",
+        unit=" layers per token",
+        better=-1,
+        exact=True,
+        always=(),
+    )
+    flops: int | None = figure(
+        "FLOPs",
+        "count",
+        "Of the matrix products of one {step}, a multiply and an add as two; counted in the program, not read from "
+        "the hardware.",
+        better=-1,
+    )
+    parameters: int | None = figure("parameters", "count", "Of the whole {whole}.", better=-1, narrow=5, exact=True)
+    compile_seconds: float | None = figure(
+        "compile",
+        "duration",
+        "Time to trace, lower and compile, once for each cell; a hit of JAX's cache counts as it is.",
+        better=-1,
+        narrow=6,
+    )
+    loss: float | None = figure(
+        "loss",
+        "score",
+        "Cross-entropy in nats, on the examples of the metric.",
+        better=-1,
+        narrow=None,
+        exact=True,
+        always=TRAINED,
+    )
+    steps: int = figure("steps", "count", "Steps that the run took.", narrow=None, exact=True, always=())
+    exponent: float | None = figure(
+        "time ~",
+        "power",
+        "How the least time grows with the length N: slope of a line through its logarithm.",
+        better=-1,
+        narrow=2,
+        always=BENCHED,
+    )
+    exponent_flops: float | None = figure(
+        "FLOPs ~", "power", "How the FLOPs grow with the length N.", better=-1, narrow=2, always=BENCHED
+    )
+    exponent_bytes: float | None = figure(
+        "memory ~", "power", "How the memory grows with the length N.", better=-1, narrow=2, always=BENCHED
+    )
+
+    skipped: int = fact("steps that were skipped since their loss or gradient was not finite")
+    aux: Mapping[str, float] = fact("what else the model reports: a mean by its name")
+    by_position: Mapping[str, Sequence] = fact("what it reports of each token: a mean for every position")
+    curve: Sequence = fact("[step, mean training loss since the last point]")
+    validation: Sequence = fact("[step, loss, metric] of each validation")
+    plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
+    data: Mapping = fact("what identifies the task's data")
+    checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
+    devices: int = fact("how many devices trained it")
+    machine: Mapping[str, str] | None = fact("what measured it", always=BENCHED)
+    config: Mapping = fact("the config")
+    run_dir: str = fact("the run's folder", summary=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row: the fields that were set, in their order."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if value is not ABSENT}
+
+
+def keys(schema: type[Record] = Record) -> tuple[str, ...]:
+    """Every key of a row that its place and its sweep do not give."""
+    return tuple(field.name for field in dataclasses.fields(schema))
+
+
+def figures(schema: type[Record] = Record) -> tuple[Figure, ...]:
+    """Every figure, in order."""
+    shown = ((field.name, field.metadata.get("figure")) for field in dataclasses.fields(schema))
+    return tuple(Figure(**{**about, "key": key, "name": about["name"] or key}) for key, about in shown if about)
+
+
+def columns(schema: type[Record] = Record) -> tuple[Figure, ...]:
+    """The figures that tables have a column for, in order."""
+    return tuple(figure for figure in figures(schema) if figure.heading)
+
+
+def blank(kind: Kind, schema: type[Record] = Record) -> dict[str, Any]:
+    """A row without a figure yet: None under every key that each row of a kind has."""
+    return {field.name: None for field in dataclasses.fields(schema) if kind in field.metadata["always"]}
+
+
+def summary(schema: type[Record] = Record) -> tuple[str, ...]:
+    """The keys that the summary of one run tells, in order; the rest of a record is for programs."""
+    return tuple(field.name for field in dataclasses.fields(schema) if field.metadata["summary"])
+
+
+FIGURES = {figure.name: figure for figure in figures()}
