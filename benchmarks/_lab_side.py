@@ -56,7 +56,8 @@ def train_step(layers=4, dim=256, heads=4, T=512, B=8):
     config = configs.edit(
         configs.Config(), task="lm", layers=layers, dim=dim, heads=heads, seq_len=T, batch=B, attention="full"
     )
-    layout, task, tx = layout_of(config), build_task(config), optimizer.build(config.train)
+    layout, task = layout_of(config), build_task(config)
+    tx = optimizer.of(config, task)
     batch = task.batch("train", 0)
     state = layout.place_state(init(config, task, tx))
     compiled = compile_train_step(config, task, structure(config, task), tx, layout, state, batch)

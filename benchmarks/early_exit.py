@@ -64,7 +64,7 @@ def classifier(steps: int, rounds: int, folder: str) -> list[dict]:
         told[threshold] = aux
         right, count = task.metric(logits, batch)
         scores[threshold] = float(right / count)
-    shares = lambda aux: [float(aux[f"exit/{number}"]) for number in range(1, LAYERS + 1)]
+    shares = lambda aux: [float(aux.scalars[f"exit/{number}"]) for number in range(1, LAYERS + 1)]
     expected = {
         threshold: expected_saving([round(share * len(batch.inputs)) for share in shares(aux)])
         for threshold, aux in told.items()
@@ -90,7 +90,7 @@ def decoder(steps: int, rounds: int, folder: str) -> list[dict]:
         scores[threshold] = float(right / count)
         calls[threshold] = functools.partial(jax.jit(run), variables, tokens)
         np.testing.assert_allclose(calls[threshold]()[:, 0], logits[0], atol=1e-3)
-    expected = {threshold: 1 - float(aux["computation"]) / LAYERS for threshold, aux in told.items()}
+    expected = {threshold: 1 - float(aux.scalars["computation"]) / LAYERS for threshold, aux in told.items()}
     return rows("language model, a decoded token", scores, told, expected, seconds_of(calls, rounds), tokens.size)
 
 

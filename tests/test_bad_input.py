@@ -168,7 +168,7 @@ def test_impossible(capsys, tmp_path, case):
 def test_causal_on_a_mechanism_that_cannot(capsys, tmp_path):
     (tmp_path / "pooled.py").write_text(
         '"""Mean of values."""\nfrom xformers_lab.attention import Attention\n\n\n'
-        'class Pooled(Attention):\n    """Mean.\n\n    Not causal: the mean runs over every position\n    """\n\n'
+        'class Pooled(Attention):\n    refuses = {"causal": "the mean runs over every position"}\n\n'
         "    def attend(self, q, k, v, *, real):\n        return v.mean(0)[None] + 0 * q\n"
     )
     message = refused(capsys, "train", "task=copy", f"attention={tmp_path}/pooled.py")

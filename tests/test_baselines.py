@@ -267,7 +267,8 @@ def test_seq2seq_copies_sooner_where_it_looks():
     def loss(look):
         train = {"dim": 32, "layers": 1, "batch": 32, "steps": 120, "lr": 1e-2, "seq_len": 13}
         config = edit(Config(), task="copy:symbols=4", model=f"seq2seq:cell=gru:look={look}", **train)
-        task, tx = build_task(config), optimizer.build(config.train)
+        task = build_task(config)
+        tx = optimizer.of(config, task)
         state, metrics = init(config, task, tx), {}
         step = quick_jit(make_train_step(config, task, structure(config, task), tx))
         for at in range(120):

@@ -14,6 +14,9 @@ from xformers_lab import catalogue, spec
 from xformers_lab.check import costs, masks, run, values
 from xformers_lab.check.run import PROPERTIES, check, examine
 from xformers_lab.check.subject import Case, Subject, compare, quick_jit
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import BrokenChoice, Refused, UsageError
+from xformers_lab.model import check_config
 
 
 @pytest.mark.parametrize("name", spec.names("attention"))
@@ -131,7 +134,7 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     path = tmp_path / "crashes.py"
     path.write_text(
         "from xformers_lab.attention.full import Full\n\n\n"
-        'class Crashes(Full):\n    """Full (Vaswani et al., 2017).\n\n    Kind: full\n    """\n\n'
+        'class Crashes(Full):\n    """Full (Vaswani et al., 2017)."""\n\n'
         "    def attend(self, q, k, v, *, real=None, causal, bias=None):\n"
         "        return q + missing\n"
     )
@@ -140,28 +143,32 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     assert not report.passed and "signature" not in failed and "state_size" not in failed
     assert (
         "NameError: name 'missing' is not defined" in failed["equals_reference"]
-        and "crashes.py:11" in failed["equals_reference"]
+        and "crashes.py:8" in failed["equals_reference"]
     )
     assert report.to_dict()["failed"][0] == {"property": report.failed[0].property, "message": report.failed[0].message}
 
 
-def test_a_refusal_is_a_raise_of_the_mechanism_itself():
-    """A raise over several lines is one; a ValueError that a call of something else throws is a mistake."""
+def test_a_refusal_is_an_exception_of_its_own():
+    """Any other ValueError is a mistake; its message says how to refuse."""
 
     class Refuses(Plain):
         def reference(self, q, k, v, *, real, causal, bias=None):
-            raise ValueError(
-                "it never runs, "
-                f"not with {len(k)} keys"
-            )  # fmt: skip
+            raise Refused(f"it never runs, not with {len(k)} keys")
 
     class Stumbles(Plain):
         def reference(self, q, k, v, *, real, causal, bias=None):
-            return q * int("three")
+            raise ValueError("nor does it say so")
 
     case = Case(67, 67, True)
     assert subject(Refuses).refusal(case) == "it never runs, not with 67 keys"
-    assert subject(Stumbles).refusal(case) is None
+    stumbles = subject(Stumbles)
+    assert stumbles.refusal(case) is None
+
+    def runs(subject):
+        subject.forward(subject.own, subject.inputs(case), None, None, causal=True, method="attend")
+
+    (failure,) = run.examine(stumbles, [runs]).failed
+    assert "nor does it say so" in failure.message and "raise xformers_lab.errors.Refused" in failure.message
 
 
 def test_options_are_shrunk_or_dropped_to_fit():
@@ -173,3 +180,17 @@ def test_options_are_shrunk_or_dropped_to_fit():
     assert built("local", small=False).window == 128
     assert [skip.property for skip in run._left_out("axial:shape=4x4", spec.parse("axial:shape=4x4"))] == ["options"]
     assert run._left_out("local:window=3", spec.parse("local:window=3")) == []
+
+
+@pytest.mark.parametrize("error, expected", [("Refused", UsageError), ("ValueError", BrokenChoice)])
+def test_what_the_users_own_file_raises(tmp_path, error, expected):
+    """A refusal is bad input and says no more than its message; any other exception says where it comes from."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from xformers_lab.depth.fixed import Fixed\nfrom xformers_lab.errors import Refused\n\n\n"
+        'class Own(Fixed):\n    """Fixed (Vaswani et al., 2017)."""\n\n'
+        f'    def __call__(self, x, context, *, key=None):\n        raise {error}("not of such inputs")\n'
+    )
+    with pytest.raises(UsageError, match="not of such inputs") as caught:
+        check_config(edit(Config(), task="copy", depth=str(path), seq_len=16, dim=8, heads=2))
+    assert type(caught.value) is expected and ("own.py" in str(caught.value)) == (expected is BrokenChoice)

@@ -93,8 +93,8 @@ def test_halting_weights_add_up_to_one(bias):
     np.testing.assert_allclose(halting["steps"], taken)
     np.testing.assert_allclose(halting["left"], 1 - (taken - 1) * p, atol=1e-5)
     aux = depth(model.embedding(tokens), Context(model.position))[1]
-    np.testing.assert_allclose(aux["steps"], taken)
-    np.testing.assert_allclose(aux["loss/ponder"], 0.01 * (taken + 1 - (taken - 1) * p), rtol=1e-4)
+    np.testing.assert_allclose(aux.scalars["steps"], taken)
+    np.testing.assert_allclose(aux.losses["ponder"], 0.01 * (taken + 1 - (taken - 1) * p), rtol=1e-4)
 
 
 def test_halted_positions_keep_their_state():
@@ -123,9 +123,9 @@ def test_steps_of_every_position_are_told():
 
     x = model.place(model.position, model.embedding(tokens), jnp.arange(12), real=None)
     told, halting = run(model, tokens)[1], quick_jit(by_hand)(x)
-    np.testing.assert_array_equal(told["tokens/steps"], halting["steps"])
-    np.testing.assert_array_equal(told["tokens/computation"], 2 * halting["steps"])
-    np.testing.assert_allclose(told["steps"], halting["steps"].mean(), rtol=1e-6)
+    np.testing.assert_array_equal(told.tokens["steps"], halting["steps"])
+    np.testing.assert_array_equal(told.tokens["computation"], 2 * halting["steps"])
+    np.testing.assert_allclose(told.scalars["steps"], halting["steps"].mean(), rtol=1e-6)
     assert len(np.unique(halting["steps"])) > 1
 
 
@@ -136,27 +136,29 @@ def test_what_each_token_cost_is_told(depth):
     model, tokens = moved(*model_of(depth))
     real = jnp.arange(12)[None] < jnp.array([12, 7, 1])[:, None]
     told = run(model, tokens, real=real)[1]
-    each = np.asarray(told["tokens/computation"])
+    each = np.asarray(told.tokens["computation"])
     np.testing.assert_array_equal(np.isnan(each), ~real)
-    np.testing.assert_allclose(np.nanmean(each), told["computation"], rtol=1e-5)
+    np.testing.assert_allclose(np.nanmean(each), told.scalars["computation"], rtol=1e-5)
     assert np.nanmin(each) < np.nanmax(each) <= 4
 
 
 def test_what_each_token_cost_where_sequences_leave_whole_or_two_stacks_read():
     model, _ = moved(*model_of("early_exit:threshold=0.2", task="listops", layers=2))
     told = run(model, jax.random.randint(jax.random.key(0), (8, 12), 1, 16))[1]
-    each = np.asarray(told["tokens/computation"])
-    assert (each == each[:, :1]).all() and each[:, 0].mean() == told["computation"] and np.ptp(each) > 0
+    each = np.asarray(told.tokens["computation"])
+    assert (each == each[:, :1]).all() and each[:, 0].mean() == told.scalars["computation"] and np.ptp(each) > 0
     model, tokens = moved(*model_of("conditional", model="encoder_decoder", layers=2))
     told = run(model, tokens)[1]
-    each, source = np.asarray(told["tokens/computation"]), model.source
-    np.testing.assert_allclose(each[:, :source].mean() + each[:, source:].mean(), told["computation"], rtol=1e-5)
+    each, source = np.asarray(told.tokens["computation"]), model.source
+    np.testing.assert_allclose(
+        each[:, :source].mean() + each[:, source:].mean(), told.scalars["computation"], rtol=1e-5
+    )
 
 
 def test_ponder_reaches_the_halting_parameters():
     model, tokens = model_of("universal:act=true", layers=3)
     graph, params = nnx.split(model)
-    grads = jax.grad(lambda params: nnx.merge(graph, params)(tokens)[1]["loss/ponder"])(params)
+    grads = jax.grad(lambda params: nnx.merge(graph, params)(tokens)[1].losses["ponder"])(params)
     assert float(jnp.abs(grads.stack.halt.bias[...]).sum()) > 0
 
 
@@ -164,8 +166,8 @@ def test_layerdrop_leaves_out_layers_in_training_alone():
     model, tokens = model_of("layerdrop:rate=0.5", layers=6)
     fixed = model_of("fixed", layers=6)[0]
     assert count(model) == count(fixed)
-    assert model(tokens)[1]["computation"] == 6
-    kept = [float(model(tokens, key=jax.random.key(seed))[1]["computation"]) for seed in range(20)]
+    assert model(tokens)[1].scalars["computation"] == 6
+    kept = [float(model(tokens, key=jax.random.key(seed))[1].scalars["computation"]) for seed in range(20)]
     assert 2 < np.mean(kept) < 4 and len(set(kept)) > 2
     never = model_of("layerdrop:rate=0", layers=6)[0]
     np.testing.assert_allclose(never(tokens, key=jax.random.key(0))[0], never(tokens)[0], atol=1e-6)
@@ -203,7 +205,7 @@ def test_full_capacity_is_the_formula():
         expected = expected + score * (block(expected, {}, context)[0] - expected)
     found, aux = model.stack(x, context, key=jax.random.key(0))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert aux["computation"] == 4
+    assert aux.scalars["computation"] == 4
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
@@ -228,7 +230,7 @@ def test_routed_tokens_keep_their_positions_and_see_each_other_alone(kind):
     expected = np.where(chosen[..., None], x + jax.nn.sigmoid(score)[..., None] * (whole - x), x)
     found, _, aux = routed(x, {}, Context(model.position, real), key=jax.random.key(1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(aux["computation"], 11 / 25, rtol=1e-6)
+    np.testing.assert_allclose(aux.scalars["computation"], 11 / 25, rtol=1e-6)
 
 
 def test_work_falls_with_capacity():
@@ -258,7 +260,7 @@ def test_the_predictor_decides_in_evaluation(bias, layers):
     routed = model.stack.periods[1]
     routed.guess_out.bias[...] = jnp.full((2, 1), bias)
     found, aux = run(model, tokens)
-    assert aux["computation"] == layers
+    assert aux.scalars["computation"] == layers
     x, context = model.embedding(tokens), Context(model.position)
     for number in range(2):
         x = layer(model.stack, number)(x, {}, context)[0]
@@ -276,7 +278,7 @@ def test_gradients_reach_router_and_predictor():
     routed = grads.stack.periods[1]
     assert all(float(jnp.abs(leaf).min(0).max()) > 0 for leaf in jax.tree.leaves(routed.router))
     assert not any(leaf.any() for leaf in jax.tree.leaves((routed.guess, routed.guess_out)))
-    grads = quick_jit(jax.grad(lambda params: both(params)[1]["loss/predictor"]))(params)
+    grads = quick_jit(jax.grad(lambda params: both(params)[1].losses["predictor"]))(params)
     reached = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if leaf.any()}
     assert reached and all("guess" in name for name in reached)
 
@@ -310,13 +312,13 @@ def exits_of(depth: str, **changes) -> Any:
 def test_extremes_are_the_first_exit_and_the_whole_depth(rule, first, last):
     model, tokens, real = exits_of(f"early_exit:{rule}")
     whole, aux = run(model, tokens, real=real, key=jax.random.key(0))
-    for threshold, expected, layers in ((first, aux["logits/exit1"][1], 1), (last, whole, 4)):
+    for threshold, expected, layers in ((first, aux.predictions["exit1"][1], 1), (last, whole, 4)):
         if threshold is None:
             continue
         model.stack.threshold = threshold
         found, told = run(model, tokens, real=real)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-        assert told["computation"] == layers and told[f"exit/{layers}"] == 1
+        assert told.scalars["computation"] == layers and told.scalars[f"exit/{layers}"] == 1
 
 
 @pytest.mark.parametrize("rule", ["confidence:threshold=0.5", "entropy:threshold=1.5", "patience:patience=1"])
@@ -325,7 +327,7 @@ def test_every_sample_leaves_where_a_loop_says(rule, attention):
     """Against each exit's logits, read one sample after the other; the shrinking batch changes no answer."""
     model, tokens, real = exits_of(f"early_exit:exit={rule}", attention=attention, layers=6)
     whole, aux = run(model, tokens, real=real, key=jax.random.key(0))
-    between = {int(name.removeprefix("logits/exit")): value[1] for name, value in aux.items() if "logits/" in name}
+    between = {int(name.removeprefix("exit")): logits for name, (_, logits) in aux.predictions.items()}
     heads = {**between, 6: whole}
     assert sorted(heads) == ([2, 4, 6] if "+" in attention else [1, 2, 3, 4, 5, 6])
     expected, left = [], []
@@ -343,9 +345,9 @@ def test_every_sample_leaves_where_a_loop_says(rule, attention):
     found, told = run(model, tokens, real=real)
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-3)
     assert len(set(left)) > 1
-    np.testing.assert_allclose(told["computation"], np.mean(left), rtol=1e-6)
+    np.testing.assert_allclose(told.scalars["computation"], np.mean(left), rtol=1e-6)
     np.testing.assert_allclose(
-        expected_saving([left.count(number) for number in range(1, 7)]), 1 - told["computation"] / 6, rtol=1e-5
+        expected_saving([left.count(number) for number in range(1, 7)]), 1 - told.scalars["computation"] / 6, rtol=1e-5
     )
 
 
@@ -383,7 +385,7 @@ def test_layers_above_the_last_exit_do_not_run(monkeypatch):
     for number in range(1, 7):
         if inside:
             expected.append(next(size for size in (2, 4, 8, 12, 16) if size >= inside))
-        inside -= round(16 * float(told[f"exit/{number}"]))
+        inside -= round(16 * float(told.scalars[f"exit/{number}"]))
     assert ran == expected and sum(ran) < 6 * 16
 
 
@@ -397,7 +399,7 @@ def test_two_stages_leave_the_backbone_alone(stages):
     def loss(params, exits: bool):
         logits, aux = nnx.merge(graph, params)(tokens, real=real, key=jax.random.key(0))
         of = lambda logits: -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1).mean()
-        more = [value[0] * of(value[1]) for name, value in aux.items() if exits and "logits/" in name]
+        more = [weight * of(logits) for weight, logits in aux.predictions.values() if exits]
         return of(logits) + sum(more)
 
     with_exits, without = (
@@ -451,7 +453,7 @@ def test_open_gates_are_the_fixed_depth_and_closed_ones_nothing():
             gate.out.bias[...] = jnp.full((4, 1), bias)
         found, aux = model.stack(x, context)
         np.testing.assert_allclose(found, states, atol=1e-5)
-        assert aux["computation"] == layers
+        assert aux.scalars["computation"] == layers
 
 
 @pytest.mark.parametrize("unit", ["token", "sample"])
@@ -474,7 +476,7 @@ def test_gates_scale_the_sub_layers_of_each_token(unit):
         expected = expected + sub.layer(y, real=real, **given)[0] * gate[..., None]
     assert 0 < sum(opened) < 2
     np.testing.assert_allclose(jnp.where(real[..., None], found - expected, 0), 0, atol=1e-5)
-    np.testing.assert_allclose(aux["computation"], sum(opened) / 2, rtol=1e-6)
+    np.testing.assert_allclose(aux.scalars["computation"], sum(opened) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["noise", "straight_through"])
@@ -487,7 +489,7 @@ def test_the_budget_pulls_the_gates(estimator, budget):
     context = Context(model.position)
 
     def loss(params, key):
-        return nnx.merge(graph, params, rest)(x, context, key=key)[1]["loss/budget"]
+        return nnx.merge(graph, params, rest)(x, context, key=key)[1].losses["budget"]
 
     def descend(params, key):
         return jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params, key)), None
@@ -496,7 +498,7 @@ def test_the_budget_pulls_the_gates(estimator, budget):
     keys = jax.random.split(jax.random.key(2), 150)
     params = quick_jit(lambda params: jax.lax.scan(descend, params, keys)[0])(params)
     assert loss(params, jax.random.key(1)) < 0.15 * start + 0.05
-    rate = nnx.merge(graph, params, rest)(x, context)[1]["computation"] / 2
+    rate = nnx.merge(graph, params, rest)(x, context)[1].scalars["computation"] / 2
     assert rate < 0.5 if budget < 0.5 else rate > 0.5
 
 

@@ -169,7 +169,8 @@ def test_learns_to_copy():
     """Where only the source holds the answer, the answer is learned through cross-attention."""
     changes = {"seq_len": 9, "dim": 32, "layers": 1, "batch": 64, "steps": 150, "lr": 1e-2, "warmup": 0.1}
     config = edit(Config(), model="encoder_decoder", **(SMALL | changes))
-    task, tx = build_task(config), optimizer.build(config.train)
+    task = build_task(config)
+    tx = optimizer.of(config, task)
     state = init(config, task, tx)
     step = quick_jit(make_train_step(config, task, structure(config, task), tx))
     for at in range(150):
@@ -188,7 +189,8 @@ def test_a_tied_head_is_the_table_of_embeddings(kind, tmp_path):
     np.testing.assert_allclose(model.predict(x), expected, atol=1e-6)
     np.testing.assert_allclose(model.predict(x[:, 1]), expected[:, 1], atol=1e-6)
     config = edit(Config(), model=f"{kind}:tied=true", **SMALL)
-    task, tx = build_task(config), optimizer.build(config.train)
+    task = build_task(config)
+    tx = optimizer.of(config, task)
     state = init(config, task, tx)
     checkpoint.save(tmp_path, 1, state, {})
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

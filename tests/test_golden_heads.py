@@ -247,7 +247,7 @@ def test_a_span_grows_towards_what_helps_and_shrinks_by_its_penalty():
 
     def loss(part, what):
         out, _, aux = nnx.merge(graph, part, rest).mix(q, k, v, causal=True)
-        return aux["loss/span"] if what == "penalty" else ((out[0, 15] - 1) ** 2).sum()
+        return aux.losses["span"] if what == "penalty" else ((out[0, 15] - 1) ** 2).sum()
 
     run = quick_jit(lambda part: [jax.value_and_grad(loss)(part, what) for what in ("task", "penalty")])
     (_, helps), (penalty, costs) = run(part)
@@ -305,13 +305,13 @@ def test_agreement_is_one_for_equal_heads_and_falls_for_others(on):
     equal = jnp.broadcast_to(x, (1, 16, HEADS, HEAD))
     other = [draw(1, 16, HEADS, HEAD, seed=seed) for seed in range(3)]
     aux, apart = layer.mix(equal, equal, equal)[2], layer.mix(*other)[2]
-    assert_close(aux["loss/disagreement"], 0.5 * aux["agreement"])
+    assert_close(aux.losses["disagreement"], 0.5 * aux.scalars["agreement"])
     if on == "positions":
         # of one softmax with itself: sum_s p(s)^2
         p = jax.nn.softmax(x[0, :, 0] @ x[0, :, 0].T / HEAD**0.5, -1)
-        assert_close(aux["agreement"], (p**2).sum(-1).mean())
+        assert_close(aux.scalars["agreement"], (p**2).sum(-1).mean())
     else:
-        np.testing.assert_allclose(aux["agreement"], 1, atol=1e-4)
+        np.testing.assert_allclose(aux.scalars["agreement"], 1, atol=1e-4)
         assert 1 / HEADS / 2 < apart["agreement"] < 0.75
 
 

@@ -53,6 +53,7 @@ from flax import nnx
 from xformers_lab.ffn import Ffn
 from xformers_lab.norm import Norm
 from xformers_lab.position import Position
+from xformers_lab.aux_results import Aux
 from xformers_lab.depth.fixed import Fixed
 """
 # The shelf and the property, and a class with a fault.
@@ -62,14 +63,14 @@ class Fault(Ffn):
     def __init__(self, size, *, rngs):
         self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
     def __call__(self, x, *, real=None, key=None):
-        return self.down(x.max(1, keepdims=True) + 0 * x), {}
+        return self.down(x.max(1, keepdims=True) + 0 * x), Aux()
 """),
     "sums padding": ("ffn", "no_padding", """
 class Fault(Ffn):
     def __init__(self, size, *, rngs):
         self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
     def __call__(self, x, *, real=None, key=None):
-        return self.down(jnp.cumsum(x, 1)), {}
+        return self.down(jnp.cumsum(x, 1)), Aux()
 """),
     "tells samples of one another": ("norm", "samples_apart", """
 class Fault(Norm):
@@ -120,13 +121,14 @@ class Fault(Fixed):
     "says nothing of what it spent": ("depth", "computation", """
 class Fault(Fixed):
     def __call__(self, x, context, *, key=None):
-        return super().__call__(x, context, key=key)[0], {}
+        return super().__call__(x, context, key=key)[0], Aux()
 """),
-    "stacks layers where the optimizer does not look": ("depth", "matrices_decay", """
+    "stacks layers without a mark of their axis": ("depth", "matrices_decay", """
 class Fault(Fixed):
     def __init__(self, size, *, make_block, period, rngs):
         super().__init__(size, make_block=make_block, period=period, rngs=rngs)
-        self.mine, self.periods = self.periods, nnx.List([])
+        make = nnx.split_rngs(splits=size.layers)(nnx.vmap(lambda rngs: make_block(0, rngs)))
+        self.periods, self.rest = nnx.List([make(rngs)]), nnx.List([])
 """),
 }  # fmt: skip
 

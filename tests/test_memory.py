@@ -185,7 +185,7 @@ def test_compression_is_learned_by_what_attention_gets_of_it(text):
     real = jnp.ones((2, T), bool).at[1, 0].set(False)
     for at in range(0, 3 * T, T):
         x.append(model.embedding(inputs[:, at : at + T]))
-        told = model(inputs[:, at : at + T], real=real)[1]["loss/compression"]
+        told = model(inputs[:, at : at + T], real=real)[1].losses["compression"]
         assert (told > 0) == (at > 0)
     graph, variables = nnx.split(stacked)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
@@ -213,7 +213,7 @@ def test_what_is_asked_trains_no_compression_and_compression_nothing_else(text):
     def both(params):
         reader = merge(graph, params, extra, memory)
         told = [reader(inputs[:, at : at + T]) for at in range(0, 3 * T, T)][-1]
-        return jnp.stack([(told[0] ** 2).sum(), told[1]["loss/compression"]])
+        return jnp.stack([(told[0] ** 2).sum(), told[1].losses["compression"]])
 
     grads = quick_jit(jax.jacrev(both))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -230,7 +230,7 @@ def test_compression_gets_better(text):
 
     def loss(params):
         reader = merge(graph, params, extra, memory)
-        return [reader(inputs[:, at : at + T])[1]["loss/compression"] for at in (0, T)][-1]
+        return [reader(inputs[:, at : at + T])[1].losses["compression"] for at in (0, T)][-1]
 
     def descend(params, _):
         value, slope = jax.value_and_grad(loss)(params)
@@ -265,12 +265,12 @@ def test_padding_is_remembered_as_padding(text):
 def test_the_state_has_a_row_for_each_sequence_and_layer(text):
     config = tiny(text, layers=3, batch=6)
     task = build_task(config)
-    state = init(config, task, optimizer.build(config.train))
+    state = init(config, task, optimizer.of(config, task))
     shapes = {name: leaf.shape for name, leaf in checkpoint.named_leaves(state.memory).items()}
     assert sorted(shapes.values()) == [(3, 6, M), (3, 6, M, 16)]
     assert not any(leaf.any() for leaf in jax.tree.leaves(state.memory))
     plain = edit(config, memory="none")
-    assert init(plain, task, optimizer.build(plain.train)).memory == {}
+    assert init(plain, task, optimizer.of(plain, task)).memory == {}
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     assert same(nnx.state(model_of(config), nnx.Param), nnx.state(model_of(plain), nnx.Param))
     assert not nnx.state(model_of(plain), Remembered)
@@ -280,7 +280,8 @@ def test_parts_of_a_batch_keep_the_memory_of_their_rows(text):
     states = []
     for accumulate in (1, 2):
         config = tiny(text, layers=2, batch=4, accumulate=accumulate)
-        task, tx = build_task(config), optimizer.build(config.train)
+        task = build_task(config)
+        tx = optimizer.of(config, task)
         step, state = quick_jit(make_train_step(config, task, structure(config, task), tx)), init(config, task, tx)
         for number in range(2):
             state, _ = step(state, task.segment("train", number))
@@ -291,7 +292,8 @@ def test_parts_of_a_batch_keep_the_memory_of_their_rows(text):
 
 def test_a_step_that_is_skipped_begins_new_texts_all_the_same(text):
     config = tiny(text)
-    task, tx = build_task(config), optimizer.build(config.train)
+    task = build_task(config)
+    tx = optimizer.of(config, task)
     step = quick_jit(make_train_step(config, task, structure(config, task), tx))
     before, _ = step(init(config, task, tx), task.segment("train", 0))
     batch = task.segment("train", 1)

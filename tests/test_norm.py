@@ -340,7 +340,7 @@ def test_powernorm_in_every_placement(placed):
     words = {"task": "copy", "seq_len": 9, "dim": 8, "heads": 2, "layers": 1, "batch": 3, "warmup": 0}
     config = edit(Config(), norm=f"{placed}:normaliser=powernorm", position="none", **words)
     task = check_config(config)
-    tx, graph = optimizer.build(config.train), structure(config, task)
+    tx, graph = optimizer.of(config, task), structure(config, task)
     step, ends = quick_jit(make_train_step(config, task, graph, tx)), []
     for garbage in (1, 2):
         state = start = init(config, task, tx)

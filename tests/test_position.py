@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention import _heads
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.plan import Plan
 from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
 from xformers_lab.position.t5 import bucket
@@ -221,11 +221,11 @@ EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)
 
 
 @pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
-def test_scores_are_those_of_every_pair(choice, attention, looped, monkeypatch):
+def test_scores_are_those_of_every_pair(choice, attention, looped):
     """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
-    monkeypatch.setattr(_heads, "LOOP_FROM", 1 if looped else 1 << 30)
     size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
-    position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size)
+    plan = Plan(loop_from=1 if looped else None)
+    position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size, plan=plan)
     layer.block = 16 if attention == "full" else None
     x, weight = np.random.default_rng(0).standard_normal((2, 3, 37, 32)).astype(np.float32)
     real = np.arange(37) < np.array([37, 30, 5])[:, None]

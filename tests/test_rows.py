@@ -1,6 +1,7 @@
 """How softmax attention is run: rows in a batch with a backward of their own, rows filled up, several as one, heads."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from xformers_lab.attention._engine.dense import EMPTY, MASKED, dense
 from xformers_lab.attention._engine.pattern import Band, Global, Random
 from xformers_lab.check.subject import Wave, quick_jit
 from xformers_lab.measure.flops import count_flops
+from xformers_lab.plan import Plan
 
 
 def drawn(seed: int, *shapes):
@@ -117,19 +119,16 @@ def test_rows_that_see_the_same_keys_are_run_as_one(small_layouts, queries, toge
 def test_heads_run_alone_or_together_alike(monkeypatch, choice, queries):
     """In a loop over heads, of which few or all are run at once, with grouped keys, padding and slopes."""
     B, T, N, K, H = 3, 64, 4, 2, 8
-    layer = spec.build("attention", choice, length=T, dim=N * H, heads=N, key_heads=K)
-    assert layer.narrow(T, T, True) == (choice != "full")
+    size: dict[str, Any] = {"length": T, "dim": N * H, "heads": N, "key_heads": K}
+    batch, loop = (spec.build("attention", choice, **size, plan=Plan(loop_from=least)) for least in (None, 1))
+    assert batch.narrow(T, T, True) == (choice != "full")
     bias = spec.build("position", "alibi", length=T, dim=N * H, heads=N).bias()
     q, k, v, grad = drawn(3, (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
     real = jnp.arange(T) < jnp.array([64, 50, 3])[:, None]
 
-    def both(q, k, v):
+    def both(layer, q, k, v):
         found, pull = jax.vjp(lambda q, k, v: layer.mix(q, k, v, real=real, causal=True, bias=bias)[0], q, k, v)
         return found, pull(grad)
 
     monkeypatch.setattr(_heads, "FUSED", queries)
-    found = []
-    for least in (1, 1 << 30):
-        monkeypatch.setattr(_heads, "LOOP_FROM", least)
-        found.append(quick_jit(lambda *x: both(*x))(q, k, v))
-    assert_alike(*found)
+    assert_alike(*(quick_jit(functools.partial(both, layer))(q, k, v) for layer in (loop, batch)))

@@ -101,7 +101,7 @@ def test_recomputed_gradients_are_those_of_stored_activations(changes):
     def loss(model):
         real = jnp.arange(12)[None] < jnp.array([[5], [9], [12]])
         out, aux = model.stack(jnp.asarray(x), Context(model.position, real), key=jax.random.key(1))
-        return (out * weights).sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))
+        return (out * weights).sum() + sum(aux.losses.values())
 
     model, _ = model_of("reversible", **changes)
     if changes["norm"] == "rezero":  # its layers are nothing before they learned
@@ -166,7 +166,7 @@ def test_macaron_takes_half_steps():
         x = x + attend(x)
         x = x + 0.5 * both.block.ffn.layer(both.block.ffn_norm.norm(x))[0]
     np.testing.assert_allclose(out, x, atol=1e-5)
-    assert float(aux["computation"]) == 3
+    assert float(aux.scalars["computation"]) == 3
 
 
 def test_macaron_of_half_hidden_layers_has_the_parameters_of_a_layer():
@@ -197,7 +197,7 @@ def test_sandwich_order_is_its_word():
         x = x + block.ffn(block.ffn_norm.norm(x))[0]
     np.testing.assert_allclose(out, x, atol=1e-5)
     assert [block.name for block in attentions + blocks] == ["full", "linear", "full", "linear", "full"]
-    assert float(aux["computation"]) == 5
+    assert float(aux.scalars["computation"]) == 5
 
 
 def test_sandwich_order_keeps_the_parameters_and_is_the_usual_order_at_k_0():
@@ -266,7 +266,7 @@ def test_hourglass_is_its_equation(kind, way):
     up = lambda t: y[:, t // k] if way == "mean" else stack.up(y[:, t // k])[:, t % k * 16 : (t % k + 1) * 16]
     x = x + jnp.stack([up(t) for t in range(T)], 1)
     np.testing.assert_allclose(out, last.run(x, {}, context)[0], atol=1e-5)
-    np.testing.assert_allclose(aux["computation"], 2 + 3 / 3, rtol=1e-6)
+    np.testing.assert_allclose(aux.scalars["computation"], 2 + 3 / 3, rtol=1e-6)
 
 
 def test_hourglass_builds_the_middle_for_its_length():
@@ -341,7 +341,7 @@ def test_funnel_is_its_equation(task, pool):
         h = usual(layer(stack.decoder.periods[0], 0), levels[0] + h, real)
     np.testing.assert_allclose(out[0][real], h[real], atol=1e-5)
     counts = [2, 2 / 2, 2 / 4] if task == "listops" else [2, 2 / 2, 1 / 4, 1]
-    np.testing.assert_allclose(aux["computation"], sum(counts), rtol=1e-6)
+    np.testing.assert_allclose(aux.scalars["computation"], sum(counts), rtol=1e-6)
 
 
 def test_funnel_costs_less_than_its_layers():

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention import stated
 from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
@@ -20,7 +19,7 @@ NAMES = spec.names("attention")
 
 
 def causal(name: str) -> bool:
-    return not stated(spec.entry("attention", name), "Not causal")
+    return "causal" not in spec.entry("attention", name).refuses
 
 
 def small(name: str) -> str:
@@ -57,7 +56,8 @@ def test_trains(name):
 
 def untouched(chosen) -> set[str]:
     """Parameters of the mechanism that two steps give no gradient."""
-    task, tx = build_task(chosen), optimizer.build(chosen.train)
+    task = build_task(chosen)
+    tx = optimizer.of(chosen, task)
     state = init(chosen, task, tx)
     step = quick_jit(make_train_step(chosen, task, structure(chosen, task), tx))
     after = state
@@ -84,7 +84,7 @@ def test_half_precision(name):
         lambda: build_model(chosen, task)(jnp.asarray(batch.inputs), real=_real(batch), key=jax.random.key(0))
     )
     assert logits.dtype == jnp.float32
-    assert all(value.shape == () for value in aux.values())
+    assert all(value.shape == () for value in aux.metrics().values())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if causal(name)])

@@ -19,7 +19,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import feed, loop, optimizer, records
 from xformers_lab.train.layout import layout_of, sharing
-from xformers_lab.train.state import abstract, init, structure
+from xformers_lab.train.state import init, merge, shapes, structure
 from xformers_lab.train.step import make_train_step
 
 # Unequal weights, so that a mean of means is wrong; batch 3 can be spoilt to see what a bad one does.
@@ -68,7 +68,8 @@ def stepped(task_file):
 
     def one(**changes):
         config = tiny(task_file, **changes)
-        task, tx = build_task(config), optimizer.build(config.train)
+        task = build_task(config)
+        tx = optimizer.of(config, task)
         state = init(config, task, tx)
         step = jax.jit(make_train_step(config, task, structure(config, task), tx))
         return state, *step(state, feed.checked(task, "train", 0))
@@ -103,7 +104,8 @@ def test_the_step_is_the_gradient_of_the_mean_loss(stepped, task_file):
 def test_seeds_share_one_program(task_file):
     def program(**changes) -> str:
         config = tiny(task_file, dropout=0.1, **changes)
-        task, tx = build_task(config), optimizer.build(config.train)
+        task = build_task(config)
+        tx = optimizer.of(config, task)
         step = jax.jit(make_train_step(config, task, structure(config, task), tx))
         return step.lower(init(config, task, tx), task.batch("train", 0)).as_text()
 
@@ -133,8 +135,10 @@ def test_only_matrices_decay_stacked_or_not(task_file, changes):
     """Also in the stack of an encoder that is not the model's only one."""
     config = tiny("copy" if changes.get("model") == "encoder_decoder" else task_file, layers=3, **changes)
     task = Squares(256, 5) if changes.get("model") == "vit" else build_task(config)
-    params = abstract(config, task, optimizer.build(config.train)).params
-    named = jax.tree_util.tree_leaves_with_path(optimizer.decays(params))
+    mask, params = optimizer.decays(build_model(config, task)), shapes(config, task)[1]
+    assert mask == optimizer.decays(merge(*shapes(config, task))), "with shapes for values, as a run has it"
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    named = jax.tree_util.tree_leaves_with_path(mask)
     decay = {jax.tree_util.keystr(path, simple=True, separator="."): on for path, on in named}
     assert any("stack" in name and name.endswith("bias") for name in decay)
     for name, on in decay.items():
@@ -144,7 +148,8 @@ def test_only_matrices_decay_stacked_or_not(task_file, changes):
 def test_non_finite_gradients_change_nothing(task_file, monkeypatch):
     monkeypatch.setenv("SPOIL", "0")
     config = tiny(task_file)
-    task, tx = build_task(config), optimizer.build(config.train)
+    task = build_task(config)
+    tx = optimizer.of(config, task)
     state = init(config, task, tx)
     step = jax.jit(make_train_step(config, task, structure(config, task), tx))
     after, metrics = step(state, feed.checked(task, "train", 0))

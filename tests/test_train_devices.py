@@ -22,7 +22,8 @@ from xformers_lab.train.state import abstract, init, structure
 changes, layouts, folder = json.loads(sys.argv[1])
 tiny = edit(Config(), **({"seq_len": 16, "dim": 16, "layers": 1, "batch": 16} | changes))
 config = edit(tiny, optimizer="sgd", lr=1.0, schedule="constant", warmup=0, weight_decay=0, clip=0)
-task, tx = build_task(config), optimizer.build(config.train)
+task = build_task(config)
+tx = optimizer.of(config, task)
 graph, start = structure(config, task), init(config, task, tx)
 batches = [feed.checked(task, "train", step, config.model.memory != "none") for step in range(2)]
 
@@ -58,7 +59,7 @@ for kind, accumulate in layouts:
         "moved": far((state.extra, state.memory), (start.extra, start.memory)),
     }
     if kind == "experts":
-        adam = optimizer.build(edit(config, optimizer="adamw").train)
+        adam = optimizer.of(edit(config, optimizer="adamw"), task)
         piece = lambda leaf: (leaf.shape, leaf.addressable_shards[0].data.shape)
         pieces = lambda state: jax.tree.map(piece, checkpoint.named_leaves(state))
         checkpoint.save(pathlib.Path(folder), 2, others[4], {})

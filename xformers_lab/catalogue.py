@@ -1,4 +1,4 @@
-"""What there is to choose from, read from the files themselves: their docstrings, signatures and options."""
+"""What there is to choose from, read from the files themselves: docstrings, signatures, options, class attributes."""
 
 import inspect
 import re
@@ -27,28 +27,45 @@ def _row(shelf: str, name: str) -> dict:
 
 
 def _abilities(mechanism) -> dict:
-    """What a mechanism is, costs and can do, from its docstring and signatures."""
-    from xformers_lab.attention import Attention, stated, why_not_decode
+    """What a mechanism is, costs and can do, from its class attributes and signatures."""
+    from xformers_lab.attention import Attention, why_not_decode
 
-    about = " ".join((inspect.getdoc(mechanism) or "").split())
     takes = mechanism.takes("mix" if mechanism.attend is Attention.attend else "attend")
-    nature = re.search(r"\b(Exact|Approximate)\b", about)
+    refuses, complexity = mechanism.refuses, mechanism.complexity
     return {
-        "kind": stated(mechanism, "Kind"),
-        "time": _cost("Time", about),
-        "memory": _cost("memory", about),
-        "causal": not stated(mechanism, "Not causal"),
-        "cross": not stated(mechanism, "Not cross") and not stated(mechanism, "One way"),
-        "bias": "bias" in takes and not stated(mechanism, "No bias"),
+        "kind": mechanism.kind or "",
+        "time": complexity.time if complexity else "",
+        "memory": complexity.memory if complexity else "",
+        "causal": "causal" not in refuses,
+        "cross": "cross" not in refuses and "bidirectional" not in refuses,
+        "bias": "bias" in takes and "bias" not in refuses,
         "decode": why_not_decode(mechanism) is None,
-        "nature": nature.group().lower() if nature else "",
+        "nature": _nature(mechanism).lower(),
     }
 
 
-def _cost(word: str, about: str) -> str:
-    """The first O(...) after a word, with its brackets closed; "" where there is none."""
-    found = re.search(rf"\b{word} (O\((?:[^()]|\([^()]*\))*\))", about)
-    return found.group(1) if found else ""
+def _nature(mechanism) -> str:
+    return "" if mechanism.exact is None else "Exact" if mechanism.exact else "Approximate"
+
+
+def _facts(built) -> list[str]:
+    """Lines that say what the class attributes of a mechanism hold, and what it refuses with the options it has."""
+    from xformers_lab.attention import REFUSALS
+
+    mechanism, refusals = type(built), built.refusals()
+    lines = [f"Kind: {mechanism.kind}."] if mechanism.kind else []
+    if costs := mechanism.complexity:
+        keeps = f"; decoding keeps {costs.decoding}" if costs.decoding else ""
+        time, memory = _with(costs.time, costs.time_note), _with(costs.memory, costs.memory_note)
+        lines.append(f"Time {time}; memory {memory}{keeps}.")
+    if nature := _nature(mechanism):
+        lines.append(f"{_with(nature, mechanism.accuracy)}.")
+    return lines + [f"{words}: {refusals[what]}." for what, words in REFUSALS.items() if what in refusals]
+
+
+def _with(words: str, more: str) -> str:
+    """Words and what goes on after them, which may begin with a comma, a colon or a semicolon."""
+    return f"{words}{more}" if not more or more[0] in ",:;" else f"{words} {more}"
 
 
 def _checked(name: str) -> float | None:
@@ -84,23 +101,32 @@ def page(name: str, words: list[str]) -> dict:
         ],
     }
     if home == "attention":
-        result |= _mechanism(name, configs.single(words))
+        result |= _mechanism(name, result["about"], configs.single(words))
     return result
 
 
-def _mechanism(name: str, config: configs.Config) -> dict:
-    """Cost and drawing of an attention mechanism at the sizes of a config."""
+def _about(text: str, facts: list[str]) -> str:
+    """A docstring with a paragraph of facts after its title and its formula, and before its options."""
+    paragraphs = text.split("\n\n") if text else []
+    first = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("Options:")), len(paragraphs))
+    at = min(2, first)
+    return "\n\n".join([*paragraphs[:at], *["\n".join(facts)] * bool(facts), *paragraphs[at:]])
+
+
+def _mechanism(name: str, text: str, config: configs.Config) -> dict:
+    """What an attention mechanism with its docstring says of itself, its cost and drawing at the sizes of a config."""
     from xformers_lab.model import size_of
 
     size = size_of(config)
     built = spec.build("attention", name, size)
     cost = built.cost(size.length, size.length)
     result = {
+        "about": _about(text, _facts(built)),
         "length": size.length,
         "cost": {"flops": cost.flops, "memory": cost.memory, "state": cost.state},
         "can": {word: able for word, able in _abilities(type(built)).items() if isinstance(able, bool)},
     }
-    if built.not_causal():
+    if "causal" in built.refusals():
         result["can"] |= {"causal": False, "decode": False}
     kind = config.model.model
     causal = kind == "auto" or spec.entry("model", spec.parse(kind).name).causal
@@ -117,7 +143,7 @@ def sampled(mechanism, causal: bool):
     each; None where no fixed pattern says it."""
     from xformers_lab.attention._engine import drawing
 
-    causal = causal and not mechanism.not_causal()
+    causal = causal and "causal" not in mechanism.refusals()
     drawn = [mechanism.drawn(causal, head) for head in range(mechanism.size.heads)]
     if None in drawn:
         return None

@@ -25,6 +25,13 @@ class BrokenChoice(UsageError):
     """A choice from outside the package raised what a choice should not: the message says what, and in which line."""
 
 
+class Refused(ValueError):
+    """A choice refuses an option, a size, or another choice beside it: the message says why, and what fits.
+
+    A refusal is a raise of this class; any other exception is a mistake, to `xlab check` too.
+    """
+
+
 class RunFailed(LabError):
     """A run that started and could not finish: non-finite loss, out of memory, disk full."""
 
@@ -35,6 +42,12 @@ class IntegrityError(LabError):
     """Stored results that cannot be trusted, and nothing to fall back to."""
 
     exit_code = 4
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, the host's or the device's."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
 def in_words(error: Exception) -> str:

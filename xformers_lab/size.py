@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+from xformers_lab.errors import Refused
+from xformers_lab.plan import Plan
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -16,6 +19,8 @@ class Size:
 
     `plane` says that the positions are an image, its rows and columns, row by row, behind `ahead` others (a class
     token). A part of a model that is built for another length is told the same plane, and is none.
+
+    `plan`: how it is run; None leaves that to the platform (see plan.py).
     """
 
     length: int = 128
@@ -28,15 +33,16 @@ class Size:
     target_layers: int = 0
     plane: tuple[int, int] | None = None
     ahead: int = 0
+    plan: Plan | None = None
 
     def __post_init__(self):
         for name in ("length", "dim", "heads", "layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
+            raise Refused(f"dim={self.dim} is not divisible by heads={self.heads}")
         if self.key_heads < 1 or self.heads % self.key_heads:
-            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
+            raise Refused(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
 
     @property
     def key_heads(self) -> int:
@@ -51,19 +57,19 @@ class Size:
     def on_plane(self) -> tuple[int, int]:
         """Rows and columns of the plane that the positions fill row by row: the image's, else nearly a square.
 
-        Raises ValueError where the positions are not those of the image alone.
+        Raises Refused where the positions are not those of the image alone.
         """
         if self.plane is None:
             columns = math.ceil(math.sqrt(self.length))
             return math.ceil(self.length / columns), columns
         rows, columns = self.plane
         if self.ahead:
-            raise ValueError(
+            raise Refused(
                 f"on the {rows}x{columns} plane of an image there is no place for what stands in front of it, a class "
                 "token: use model=vit:pool=mean"
             )
         if rows * columns != self.length:
-            raise ValueError(
+            raise Refused(
                 f"layers of {self.length} positions are not the {rows}x{columns} plane of the image: use a depth that "
                 "gives every layer all positions, as depth=fixed does"
             )

@@ -97,10 +97,9 @@ class DecodesTheWholeBand(AdaptiveSpan):
 
 
 class RunsDecodedByDistance(Patterned):
-    """Runs of five positions, decoded as if the newest key were the last of its run (Qiu et al., 2019).
+    """Runs of five positions, decoded as if the newest key were the last of its run (Qiu et al., 2019)."""
 
-    Kind: sparse by position
-    """
+    kind = "sparse by position"
 
     def __init__(self, size, *, rngs):
         super().__init__(size, BlockLocal(5), rngs=rngs)

@@ -1,8 +1,11 @@
-"""Faults of what a mechanism says of itself: its docstring, its signature, what it refuses."""
+"""Faults of what a mechanism says of itself: its docstring, its class attributes, its signature."""
+
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from xformers_lab.attention import Attention
+from xformers_lab.errors import Refused
 
 from .right import BothSides, Plain, Span, mask, scaled_scores, softmax
 
@@ -26,25 +29,57 @@ class NoPaper(Plain):
 
 
 class UnknownKind(Plain):
-    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
 
-    Kind: revolutionary
-    """
+    kind = "revolutionary"  # pyright: ignore[reportAssignmentType]
+
+
+class NoKind(Plain):
+    __doc__ = Plain.__doc__
+
+    kind = None
 
 
 class SaysItIsNotCausal(Plain):
-    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+    __doc__ = Plain.__doc__
 
-    Kind: full
-    Not causal: it was not tried
-    """
+    refuses: ClassVar = {"causal": "it was not tried"}
+
+
+class SaysItReadsOneWay(Plain):
+    __doc__ = Plain.__doc__
+
+    refuses: ClassVar = {"bidirectional": "it was not tried"}
+
+
+class SaysItIsNotCross(Plain):
+    __doc__ = Plain.__doc__
+
+    refuses: ClassVar = {"cross": "it was not tried"}
+
+
+class SaysItTakesNoBias(Plain):
+    __doc__ = Plain.__doc__
+
+    refuses: ClassVar = {"bias": "it was not tried"}
+
+
+class RefusesWhatThereIsNot(Plain):
+    __doc__ = Plain.__doc__
+
+    refuses: ClassVar = {"backwards": "it was not tried"}
+
+
+class RefusesWithoutAReason(BothSides):
+    __doc__ = BothSides.__doc__
+
+    refuses: ClassVar = {"causal": ""}
 
 
 class RefusesToBeCausalInSilence(BothSides):
-    """The mean of all values (Lee-Thorp et al., 2022).
+    __doc__ = BothSides.__doc__
 
-    Kind: without attention
-    """
+    refuses: ClassVar = {}
 
 
 class RefusesBothSidesInSilence(Plain):
@@ -52,7 +87,7 @@ class RefusesBothSidesInSilence(Plain):
 
     def reference(self, q, k, v, *, real, causal, bias=None):
         if not causal:
-            raise ValueError("it reads from left to right")
+            raise Refused("it reads from left to right")
         return super().reference(q, k, v, real=real, causal=causal, bias=bias)
 
 
@@ -61,7 +96,7 @@ class RefusesOtherLengthsInSilence(Plain):
 
     def reference(self, q, k, v, *, real, causal, bias=None):
         if q.shape[0] != k.shape[0]:
-            raise ValueError("as many queries as keys are needed")
+            raise Refused("as many queries as keys are needed")
         return super().reference(q, k, v, real=real, causal=causal, bias=bias)
 
 
@@ -73,10 +108,9 @@ class OneParameterForAllHeads(Span):
 
 
 class NoDefinition(Attention):
-    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
 
-    Kind: full
-    """
+    kind = "full"
 
     def attend(self, q, k, v, *, real, causal):
         return softmax(jnp.where(mask(q, k, real, causal), scaled_scores(q, k), -1e30), v)
@@ -89,7 +123,13 @@ FAULTS = {
     BiasOnlyWhenFast: "signature",
     NoPaper: "signature",
     UnknownKind: "signature",
+    NoKind: "signature",
     SaysItIsNotCausal: "signature",
+    SaysItReadsOneWay: "signature",
+    SaysItIsNotCross: "signature",
+    SaysItTakesNoBias: "signature",
+    RefusesWhatThereIsNot: "signature",
+    RefusesWithoutAReason: "signature",
     RefusesToBeCausalInSilence: "signature",
     RefusesBothSidesInSilence: "signature",
     RefusesOtherLengthsInSilence: "signature",

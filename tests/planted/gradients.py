@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from xformers_lab.aux_results import Aux
+
 from .right import Noted, Plain, Residual, Span, mask, positions, scaled_scores, softmax
 
 
@@ -62,14 +64,15 @@ class ScalarOfNothing(Noted):
     """A mean over each sample, one of which may be all padding (Noted, 2017)."""
 
     def notes(self, v, real, method):
-        return {"loss/size": (jnp.where(real, v.mean((2, 3)), 0).sum(1) / real.sum(1)).mean()}
+        means = jnp.where(real, v.mean((2, 3)), 0).sum(1) / real.sum(1)
+        return Aux(losses={"size": means.mean()})
 
 
 class ScalarForEveryHead(Noted):
     __doc__ = Noted.__doc__
 
     def notes(self, v, real, method):
-        return {"loss/size": jnp.where(real[..., None, None], v, 0).mean((0, 1, 3))}
+        return Aux(losses={"size": jnp.where(real[..., None, None], v, 0).mean((0, 1, 3))})
 
 
 class ScalarStopsItsGradient(Noted):
@@ -80,10 +83,9 @@ class ScalarStopsItsGradient(Noted):
 
 
 class CarryLeaks(Plain):
-    """The layer above sees a mean of all scores of a key, those of later queries too, in both forms (Residual, 2020).
+    """The layer above sees a mean of all scores of a key, of later queries too, in both forms (Residual, 2020)."""
 
-    Kind: prior
-    """
+    kind = "prior"
 
     def init_carry(self, T, S):
         return jnp.zeros((T, S))
@@ -98,10 +100,9 @@ class CarryLeaks(Plain):
 
 
 class CarryHoldsPadding(CarryLeaks):
-    """The layer above sees a mean over the keys, padding included, in both forms (Residual, 2020).
+    """The layer above sees a mean over the keys, padding included, in both forms (Residual, 2020)."""
 
-    Kind: prior
-    """
+    kind = "prior"
 
     def reference(self, q, k, v, *, real, causal, carry):
         out, _ = super().reference(q, k, v, real=real, causal=causal, carry=carry)

@@ -1,18 +1,21 @@
 """Mechanisms that are right: what each fault starts from, and kinds that the shelf does not have yet."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
+from xformers_lab.aux_results import Aux
 from xformers_lab.check.subject import Subject
+from xformers_lab.errors import Refused
 
 
 class Plain(Attention):
-    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762).
+    """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
 
-    Kind: full
-    """
+    kind = "full"
 
     def reference(self, q, k, v, *, real, causal, bias=None):
         return softmax(self.scores(q, k, real, causal, bias), v)
@@ -28,10 +31,9 @@ class Plain(Attention):
 
 
 class Span(Plain):
-    """Adaptive span with a parameter for each head (Sukhbaatar et al., 2019, arXiv 1905.07799), in its score form.
+    """Adaptive span with a parameter for each head (Sukhbaatar et al., 2019, arXiv 1905.07799), in its score form."""
 
-    Kind: multi-head
-    """
+    kind = "multi-head"
 
     def __init__(self, size, *, rngs):
         super().__init__(size, rngs=rngs)
@@ -49,10 +51,9 @@ class Span(Plain):
 
 
 class Residual(Plain):
-    """Scores are added to those of the layer below (RealFormer, He et al., 2020, arXiv 2012.11747).
+    """Scores are added to those of the layer below (RealFormer, He et al., 2020, arXiv 2012.11747)."""
 
-    Kind: prior
-    """
+    kind = "prior"
 
     def init_carry(self, T, S):
         return jnp.zeros((T, S))
@@ -66,11 +67,10 @@ class Residual(Plain):
 
 
 class BothSides(Plain):
-    """Attention that cannot be causal: the mean of all values (as FNet's mixing, Lee-Thorp et al., 2022).
+    """Attention that cannot be causal: the mean of all values (as FNet's mixing, Lee-Thorp et al., 2022)."""
 
-    Kind: without attention
-    Not causal: its mean is over every position.
-    """
+    kind = "without attention"
+    refuses: ClassVar = {"causal": "its mean is over every position"}
 
     def reference(self, q, k, v, *, real):
         return softmax(jnp.where(real[None], jnp.zeros((q.shape[0], k.shape[0])), -1e30), v)
@@ -84,10 +84,9 @@ class BothSides(Plain):
 
 
 class TalkingHeads(Attention):
-    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`.
+    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`."""
 
-    Kind: multi-head
-    """
+    kind = "multi-head"
 
     def __init__(self, size, *, rngs):
         super().__init__(size, rngs=rngs)
@@ -97,23 +96,22 @@ class TalkingHeads(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
-            raise ValueError("talking heads take no bias")
+            raise Refused("talking heads take no bias")
         k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
         s = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         s = jnp.einsum("bnts,nm->bmts", s, self.talk[...])
         seen = mask(q[0, :, 0], k[0, :, 0], jnp.ones(k.shape[1], bool), causal)
         seen = seen[None, None] & (True if real is None else real[:, None, None])
         p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1) * seen
-        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry, {}
+        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry, Aux()
 
     cost = Plain.cost
 
 
 class Gated(Plain):
-    """Attention with a forget gate of the keys and an output gate (Lin et al., 2025, arXiv 2503.02130).
+    """Attention with a forget gate of the keys and an output gate (Lin et al., 2025, arXiv 2503.02130)."""
 
-    Kind: prior
-    """
+    kind = "prior"
 
     def __init__(self, size, *, rngs):
         super().__init__(size, rngs=rngs)
@@ -138,10 +136,9 @@ class Gated(Plain):
 
 
 class Decayed(Attention):
-    """Retention, a recurrence with a fixed decay (Sun et al., 2023, arXiv 2307.08621).
+    """Retention, a recurrence with a fixed decay (Sun et al., 2023, arXiv 2307.08621)."""
 
-    Kind: linearised
-    """
+    kind = "linearised"
 
     decay = 0.8
 
@@ -179,10 +176,9 @@ class Decayed(Attention):
 
 
 class Noted(Plain):
-    """Softmax attention that reports the size of its values (Plain, 2017).
+    """Softmax attention that reports the size of its values (Plain, 2017)."""
 
-    Kind: full
-    """
+    kind = "full"
 
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
@@ -193,25 +189,26 @@ class Noted(Plain):
 
     def notes(self, v, real, method):
         size = jnp.where(real, (v**2).mean((2, 3)), 0).sum() / jnp.maximum(real.sum(), 1)
-        return {"loss/size": size}
+        return Aux(losses={"size": size})
 
 
 class Whole(Attention):
-    """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`.
+    """A causal running mean of the block's input (Zhang et al., 2018, arXiv 1805.00631): it overrides `__call__`."""
 
-    Kind: without attention
-    One way: it looks at the past of its own input
-    Not cross: it has no queries
-    No decoding: it is a test
-    """
+    kind = "without attention"
+    refuses: ClassVar = {
+        "bidirectional": "it looks at the past of its own input",
+        "cross": "it has no queries",
+        "decoding": "it is a test",
+    }
 
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
         if memory is not None or not causal:
-            raise ValueError("the running mean looks at the past of its own input alone")
+            raise Refused("the running mean looks at the past of its own input alone")
         w = jnp.ones(x.shape[:2]) if real is None else real
         w = jnp.asarray(w, jnp.float32)[..., None]
         x = jnp.where(w > 0, x, 0)
-        return (jnp.cumsum(x * w, 1) / jnp.maximum(jnp.cumsum(w, 1), 1)).astype(x.dtype), carry, {}
+        return (jnp.cumsum(x * w, 1) / jnp.maximum(jnp.cumsum(w, 1), 1)).astype(x.dtype), carry, Aux()
 
     def cost(self, T, S):
         return Cost(flops=1, memory=T * self.size.dim, state=self.size.dim + 1)

@@ -30,32 +30,38 @@ is tied to places in the row of keys says in `begin` how it decodes behind place
 Before it first runs a placement may ask it to make its values smaller, `damp(share)`: one whose values pass other first
 weights than those of the layers `value` and `out` says which.
 
-The docstring is the page of the catalogue; its lines `Kind: ...` (one of KINDS), `Time O(...)`, `decoding keeps ...`,
-and where they apply `Not causal: reason`, `Not causal with option=value: reason`, `One way: reason`, `Not cross:
-reason`, `No bias: reason` and `No decoding: reason` are read.
+Class attributes say what it is: `kind`, one of KINDS; `exact`, with `accuracy` where there is more to say; what it
+costs, a `complexity`. What it cannot do stands in `refuses`, with the reason as a clause:
 
-How the lab runs it stands in _forward.py for whole sequences, in _decoding.py for one token more; _stated.py reads the
-docstring.
+    refuses = {"causal": "its mean is over every position"}
+
+The keys are causal; bidirectional, of what reads one way alone; cross, keys of another sequence than the queries; bias;
+decoding. A subclass inherits them all. Where options decide, override `refusals()`, which begins with `refuses`. The
+docstring is text to print: the catalogue shows it with these attributes, and nothing else is read from it but the help
+of options. `xlab check` runs the mechanism to see whether its `refuses` is true.
+
+How the lab runs it stands in _forward.py for whole sequences, in _decoding.py for one token more; _declared.py has the
+class attributes, _refusals.py the sentences made of them.
 """
 
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
+from xformers_lab.attention._declared import KINDS, REFUSALS, Complexity
 from xformers_lab.attention._decoding import Decoding, one_by_one, why_not_decode
 from xformers_lab.attention._forward import GIVEN, Behind
-from xformers_lab.attention._stated import KINDS, stated, why_not, why_not_one_way
+from xformers_lab.attention._refusals import why_not, why_not_one_way
 
 __all__ = [
     "GIVEN",
     "KINDS",
+    "REFUSALS",
     "Attention",
     "Behind",
+    "Complexity",
     "Cost",
     "one_by_one",
-    "stated",
     "why_not",
     "why_not_decode",
     "why_not_one_way",
@@ -77,17 +83,6 @@ class Attention(Decoding):
 
     def cost(self, T: int, S: int) -> Cost:
         raise NotImplementedError(f"{type(self).__name__} must define cost(T, S)")
-
-    def not_causal(self) -> str:
-        """Why a mechanism with these options cannot be causal, as its docstring says; "" where it can."""
-        return stated(type(self), "Not causal") or next(
-            (
-                stated(type(self), f"Not causal with {option}={value}")
-                for option, value in re.findall(r"^Not causal with (\w+)=(\w+):", inspect.getdoc(self) or "", re.M)
-                if str(getattr(self, option, None)) == value
-            ),
-            "",
-        )
 
     def drawn(self, causal: bool, head: int = 0) -> Callable | None:
         """What `xlab show` draws of a head: a function of broadcasting integer arrays of query and key positions that

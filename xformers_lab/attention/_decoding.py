@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from xformers_lab.attention._forward import Behind, Forward
+from xformers_lab.attention._refusals import why_not
 from xformers_lab.attention._samples import step_apart
-from xformers_lab.attention._stated import stated, why_not
+from xformers_lab.errors import Refused
 
 
 def why_not_decode(mechanism: "type[Decoding]") -> str | None:
     """Why a mechanism cannot decode token by token; None where it can."""
     name = mechanism.__name__.lower()
-    if reason := stated(mechanism, "No decoding"):
+    if reason := mechanism.refuses.get("decoding"):
         return f"{name} cannot decode: {reason}"
     if mechanism.__call__ is not Decoding.__call__ and mechanism.decode is Decoding.decode:
         return f"{name} cannot decode: it has a layer of its own, and no decode(x, cache) for it"
     own = mechanism.step is not Decoding.step or mechanism.mix_step is not Decoding.mix_step
-    if not own and (reason := stated(mechanism, "Not cross")):
+    if not own and (reason := mechanism.refuses.get("cross")):
         return f"{name} cannot decode: one query against many keys is refused, for {reason}"
     causal = "causal" in mechanism.takes() or mechanism.mix is not Decoding.mix
-    return None if causal and not stated(mechanism, "Not causal") else why_not(mechanism, "causal")
+    return None if causal and "causal" not in mechanism.refuses else why_not(mechanism, "causal")
 
 
 def one_by_one(step, x, cache, at):
@@ -69,10 +70,10 @@ class Decoding(Forward):
         yet leaves them -> the cache, and the position () of that token.
 
         What depends on distances alone numbers from 0. A mechanism that is tied to places counts the empty ones, and
-        sees none of them; raises ValueError where it cannot, and says in `on_places` why.
+        sees none of them; raises Refused where it cannot, and says in `on_places` why.
         """
         if self.on_places:
-            raise ValueError(
+            raise Refused(
                 f"{type(self).__name__.lower()} cannot decode behind a memory: {self.on_places} by places from the "
                 "first key on, which a memory leaves empty at first; use memory=none or another attention"
             )
@@ -83,10 +84,10 @@ class Decoding(Forward):
 
         The cache is that of `init_cache`, or with a position that compares tokens {"own": that, "of_keys": (B, length,
         N, kept), what the position says of keys}.
-        Raises ValueError where the mechanism cannot decode.
+        Raises Refused where the mechanism cannot decode.
         """
         if reason := why_not_decode(type(self)):
-            raise ValueError(reason)
+            raise Refused(reason)
         heads = lambda y: y.reshape(len(x), -1, self.size.head)
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         own, of_keys, bias, step = cache, None, None, self.mix_step
@@ -96,7 +97,7 @@ class Decoding(Forward):
                 bias = position.bias()
             else:
                 if "of_keys" not in cache:
-                    raise ValueError(f"{type(position).__name__.lower()} needs `kept` of the model's blocks to decode")
+                    raise Refused(f"{type(position).__name__.lower()} needs `kept` of the model's blocks to decode")
                 own, of_keys = (
                     cache["own"],
                     cache["of_keys"].at[:, at].set(position.of_keys(k[:, None], at[None])[:, 0]),
@@ -113,10 +114,10 @@ class Decoding(Forward):
         """One more token of all heads of a batch: q (B, N, H), k and v (B, K, H), x (B, D), carry that of this token
         from the layer below -> out (B, N, H), the new cache, the carry for the layer above.
 
-        Raises ValueError where the mechanism cannot decode.
+        Raises Refused where the mechanism cannot decode.
         """
         if reason := why_not_decode(type(self)):
-            raise ValueError(reason)
+            raise Refused(reason)
         if type(self).step is not Decoding.step:
             return *self._steps(cache, q, k, v, x, bias), carry
         x = None if x is None else x[:, None]
@@ -182,7 +183,7 @@ class Decoding(Forward):
         """`step` of every head of every sample."""
         takes = self.takes("step")
         if bias is not None and "bias" not in takes:
-            raise ValueError(why_not(self, "bias"))
+            raise Refused(why_not(self, "bias"))
         times = self.size.heads // self.size.key_heads
         k, v = (jnp.repeat(y, times, 1) for y in (k, v))
         tokens = self._of_tokens(None if x is None else x[:, None], None, 1)

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention._declared import Declared
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._refusals import why_not
 from xformers_lab.attention._samples import apart
-from xformers_lab.attention._stated import why_not
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 # What the lab can hand to `attend`; every other parameter must be named by `per_head`.
@@ -33,7 +37,7 @@ class Behind:
         return self.bias(q_at - self.rows, k_at - self.rows)
 
 
-class Forward(nnx.Module):
+class Forward(Declared):
     """Projections around one mechanism, and what it may define to be run on whole sequences."""
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
@@ -49,7 +53,7 @@ class Forward(nnx.Module):
         damp(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
 
     def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
-        """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, auxiliary scalars.
+        """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, an `Aux`.
 
         real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)` and `share`, and `bias()` or
         what makes a bias of every sample (see position/__init__.py), with which samples are run apart.
@@ -86,18 +90,17 @@ class Forward(nnx.Module):
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        """All heads of a batch: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), the carry, auxiliary scalars.
+        """All heads of a batch: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), the carry, an `Aux`.
 
         x (B, S, D) is the block's input that keys and values came from, x_q (B, T, D) the queries' (default: the last T
         of x). bias is a pytree whose leaves have a leading axis N; key is given in training alone; method is "attend"
-        or "reference". Scalars named "loss/..." are added to the loss. Raises ValueError where the mechanism's
-        signature has no place for what is asked.
+        or "reference". Raises Refused where the mechanism's signature has no place for what is asked.
         """
         takes = self.takes(method)
         if causal and "causal" not in takes:
-            raise ValueError(why_not(type(self), "causal"))
+            raise Refused(why_not(type(self), "causal"))
         if bias is not None and "bias" not in takes:
-            raise ValueError(why_not(self, "bias"))
+            raise Refused(why_not(self, "bias"))
         if "carry" in takes and carry is None:
             carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1])
         if real is None and not self.optional(method, "real"):
@@ -117,8 +120,8 @@ class Forward(nnx.Module):
         of_head = {"bias": bias, "key": keys} | self.per_head()
         of_pair = carry if "carry" in takes else None, tokens
         narrow = method == "attend" and self.narrow(q.shape[1], k.shape[1], causal)
-        out, above = over_heads(one, q, k, v, of_pair, of_sample, of_head, narrow=narrow)
-        return out, above if "carry" in takes else carry, {}
+        out, above = over_heads(one, q, k, v, of_pair, of_sample, of_head, plan=plan_of(self.size), narrow=narrow)
+        return out, above if "carry" in takes else carry, Aux()
 
     def narrow(self, T: int, S: int, causal: bool) -> bool:
         """Whether `attend` runs the queries of a head as a batch of narrow rows, to which a CPU adds other heads."""
@@ -159,9 +162,9 @@ class Forward(nnx.Module):
         return not (isinstance(self.query, Absent) and isinstance(self.key, Absent))
 
     def check_position(self, position) -> None:
-        """Raises ValueError where a position would tell this mechanism nothing."""
+        """Raises Refused where a position would tell this mechanism nothing."""
         if not self.turns() and (position.rotates() or position.kept is not None):
-            raise ValueError(
+            raise Refused(
                 f"{type(self).__name__.lower()} makes neither queries nor keys, which this position would turn or "
                 "compare; use position=learned, sinusoidal or none"
             )

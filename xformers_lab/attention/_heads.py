@@ -5,19 +5,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from xformers_lab.attention._engine.batch import FUSED
-
-# On CPU a loop over heads keeps every product two-dimensional and its scores in cache; below this many scores per head
-# the loop's own cost is larger than what it saves.
-LOOP_FROM = 256 * 256
+from xformers_lab.plan import Plan
 
 
-def over_heads(one, q, k, v, carry, of_sample, of_head, *, narrow: bool = False):
+def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: bool = False):
     """Run `one(q, k, v, carry, of_sample, of_head)` on every head of every sample.
 
     q (B, T, N, H); k, v (B, S, K, H), each shared by N / K query heads; carry has leading axes (B, N), of_sample (B),
     of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
     """
-    if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= LOOP_FROM:
+    if plan.loops(q.shape[1], k.shape[1]):
         return _loop(one, q, k, v, carry, of_sample, of_head, max(1, FUSED // q.shape[1]) if narrow else 1)
     return _batch(one, q, k, v, carry, of_sample, of_head)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, stated
+from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
@@ -18,6 +18,8 @@ from xformers_lab.attention._engine.dense import dense, softmax
 from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.aux_results import Aux
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 LONG = 1024
@@ -48,7 +50,7 @@ class Patterned(Attention):
 
     def drawn(self, causal: bool, head: int = 0) -> Callable | None:
         """The pattern, unless its kind says that what a query sees is decided by something else besides."""
-        return self.seen(causal, head) if stated(type(self), "Kind") in ("full", "sparse by position") else None
+        return self.seen(causal, head) if type(self).kind in ("full", "sparse by position") else None
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         """Queries and keys per block of the engine.
@@ -68,9 +70,9 @@ class Patterned(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if method == "attend" and fused.fits(q, k, real, bias) and (kernel := self.fused(causal)):
-            return kernel(q, k, v), carry, {}
+            return kernel(q, k, v), carry, Aux()
         if isinstance(self.pattern, tuple):
-            return self._own_patterns(q, k, v, real, causal, bias, method), carry, {}
+            return self._own_patterns(q, k, v, real, causal, bias, method), carry, Aux()
         given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
@@ -89,7 +91,8 @@ class Patterned(Attention):
 
             keys, values = (x[:, :, chosen // times] for x in (k, v))
             of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], bias)
-            found.append(over_heads(one, q[:, :, chosen], keys, values, None, real, of_head)[0])
+            plan = plan_of(self.size)
+            found.append(over_heads(one, q[:, :, chosen], keys, values, None, real, of_head, plan=plan)[0])
         return jnp.concatenate(found, 2)
 
     def fused(self, causal: bool) -> Callable | None:

@@ -1,11 +1,14 @@
 """Base of mechanisms that are a recurrence with a state per head: read from left to right, decoded at constant cost."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, why_not_one_way
 from xformers_lab.attention._engine.gated import aligned, one_by_one
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -19,6 +22,8 @@ class Recurrent(Attention):
     keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads.
     """
 
+    refuses: ClassVar = {"bidirectional": "it reads from left to right, so it serves no encoder and no cross-attention"}
+
     def forward(self, q, keys: dict, real, causal: bool):
         self.one_way(causal)
         return jax.checkpoint(lambda q, keys: aligned(self.scanned, q, keys, real))(q, keys)
@@ -31,7 +36,7 @@ class Recurrent(Attention):
 
     def one_way(self, causal: bool) -> None:
         if not causal:
-            raise ValueError(why_not_one_way(type(self)))
+            raise Refused(why_not_one_way(type(self)))
 
     def init_state(self, length: int, dtype=jnp.float32):
         return jnp.zeros((self.size.head, self.size.head), jnp.float32)

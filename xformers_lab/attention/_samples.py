@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import _heads
+from xformers_lab.plan import plan_of
 
 
 def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):
@@ -29,7 +29,7 @@ def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):
     keys = None if key is None else jax.random.split(key, len(q))
     samples = (q, k, v, bias, keys, mapped, given)
     # As with heads: one by one on CPU, where that keeps the scores in cache.
-    looped = jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= _heads.LOOP_FROM
+    looped = plan_of(mechanism.size).loops(q.shape[1], k.shape[1])
     out, above, aux, after = lax.map(one, samples) if looped else jax.vmap(one)(samples)
     nnx.update(mechanism, jax.tree.map(_mean, after))
     return out, carries.joined(above), jax.tree.map(_mean, aux)

@@ -11,6 +11,7 @@ from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
 from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -27,7 +28,7 @@ class GlobalTokens(Patterned):
         self, size: Size, near: Pattern, *, tokens: int, reach: int, own: bool, pieces: bool = False, rngs: nnx.Rngs
     ):
         if tokens < 0:
-            raise ValueError(f"tokens must be at least 0, got {tokens}")
+            raise Refused(f"tokens must be at least 0, got {tokens}")
         super().__init__(size, near | Global(tokens) if tokens else near, rngs=rngs)
         self.near, self.tokens, self.reach, self.kept = near, tokens, reach, tokens
         self.own, self.pieces = own and tokens > 0, pieces and own and tokens > 0

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.dense import MASKED
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention.local import Local
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -17,9 +20,8 @@ class AdaptiveSpan(Local):
 
     out_t = sum_s m(t - s) exp(q_t . k_s / sqrt(H)) v_s / sum_s m(t - s) exp(q_t . k_s / sqrt(H)), with the soft mask
     m(x) = clip((ramp + z - |x|) / ramp, 0, 1). Every head learns its own z, and pays penalty times z for it.
-    Kind: multi-head
-    Time O(T span H), whatever z has become; memory O(S H); decoding keeps a ring of span + 1 keys and values.
-    Exact. The loss gets penalty times the mean z of a layer's heads; the scalar "span" reports that mean.
+
+    The loss gets penalty times the mean z of a layer's heads; the scalar "span" reports that mean.
     Deviations from the paper: z is span times a sigmoid where the paper clips z after every step; spans are not made to
     depend on the input.
 
@@ -29,6 +31,16 @@ class AdaptiveSpan(Local):
         start: z before training, as a part of span
         penalty: what a key of mean span adds to the loss
     """
+
+    kind = "multi-head"
+    exact = True
+    accuracy = ""
+    complexity = Complexity(
+        time="O(T span H)",
+        memory="O(S H)",
+        decoding="a ring of span + 1 keys and values",
+        time_note=", whatever z has become",
+    )
 
     def __init__(
         self,
@@ -41,11 +53,11 @@ class AdaptiveSpan(Local):
         rngs: nnx.Rngs,
     ):
         if span < 1 or ramp < 1:
-            raise ValueError(f"span and ramp must be at least 1, got span={span} and ramp={ramp}")
+            raise Refused(f"span and ramp must be at least 1, got span={span} and ramp={ramp}")
         if not 0 < start < 1:
-            raise ValueError(f"start is a part of span, between 0 and 1 without these, got {start:g}")
+            raise Refused(f"start is a part of span, between 0 and 1 without these, got {start:g}")
         if penalty < 0:
-            raise ValueError(f"penalty must be at least 0, got {penalty:g}")
+            raise Refused(f"penalty must be at least 0, got {penalty:g}")
         super().__init__(size, window=span, rngs=rngs)
         self.ramp, self.penalty = ramp, penalty
         self.part = nnx.Param(jnp.full(size.heads, math.log(start / (1 - start))))
@@ -59,7 +71,7 @@ class AdaptiveSpan(Local):
         given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = super().mix(q, k, v, **given, method=method)
         span = self.per_head()["z"].mean()
-        return out, carry, aux | {"loss/span": self.penalty * span, "span": span}
+        return out, carry, aux | Aux(losses={"span": self.penalty * span}, scalars={"span": span})
 
     def fused(self, causal: bool):
         return None

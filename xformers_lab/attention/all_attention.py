@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -18,20 +19,28 @@ class AllAttention(Patterned):
 
     out_t = sum_s softmax_s(q_t . [M; k]_s / sqrt(H)) [N; v]_s, one softmax over the keys seen and the learned keys M
     and values N (vectors, H), which every query sees. Use it with ffn=none.
-    Kind: full
-    Time O(T (S + vectors) H); memory O(S + vectors) per row of blocks; decoding keeps every key and value.
-    Exact. A bias says nothing of persistent vectors, for they stand nowhere. A query that sees no key gives zeros, as
-        everywhere in the lab, not what the persistent vectors say.
+
+    A bias says nothing of persistent vectors, for they stand nowhere. A query that sees no key gives zeros, as
+    everywhere in the lab, not what the persistent vectors say.
     Deviations from the paper: grouped-query heads share the vectors of their group.
 
     Options:
         vectors: persistent keys and values per head (none: 4 D, as many as a feed-forward layer has hidden units)
     """
 
+    kind = "full"
+    exact = True
+    complexity = Complexity(
+        time="O(T (S + vectors) H)",
+        memory="O(S + vectors)",
+        decoding="every key and value",
+        memory_note="per row of blocks",
+    )
+
     def __init__(self, size: Size, *, vectors: int | None = None, rngs: nnx.Rngs):
         self.vectors = 4 * size.dim if vectors is None else vectors
         if self.vectors < 1:
-            raise ValueError(f"vectors must be at least 1, got {self.vectors}; attention=full has none")
+            raise Refused(f"vectors must be at least 1, got {self.vectors}; attention=full has none")
         super().__init__(size, All(), rngs=rngs)
         draw = lambda: jax.random.normal(rngs.params(), (size.key_heads, self.vectors, size.head))
         self.keys, self.values = nnx.Param(draw()), nnx.Param(draw())

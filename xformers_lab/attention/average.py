@@ -1,10 +1,14 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.absent import Absent
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -17,19 +21,26 @@ class Average(Attention):
 
     g_t = FFN(mean_(s <= t) x_s), (i_t, f_t) = sigmoid(W [x_t; g_t]), out_t = i_t * x_t + f_t * g_t. Every position so
     far weighs the same; a feed-forward network and gates do the rest. Not causally, the mean is that of all positions.
-    Kind: without attention
-    Time O(T D^2); memory O(T D); decoding keeps a sum of D numbers and a count, whatever the length.
-    Exact. The mean counts real positions only; a query that sees none gives zeros.
-    No bias: it has no scores.
+
+    The mean counts real positions only; a query that sees none gives zeros.
     Deviations from the paper: none; it has neither heads nor projections, so heads and kv_heads change nothing.
 
     Options:
         widen: hidden units of the feed-forward network, for each of D channels
     """
 
+    kind = "without attention"
+    exact = True
+    complexity = Complexity(
+        time="O(T D^2)",
+        memory="O(T D)",
+        decoding="a sum of D numbers and a count, whatever the length",
+    )
+    refuses: ClassVar = {"bias": "it has no scores"}
+
     def __init__(self, size: Size, *, widen: int = 4, rngs: nnx.Rngs):
         if widen < 1:
-            raise ValueError(f"widen must be at least 1, got {widen}")
+            raise Refused(f"widen must be at least 1, got {widen}")
         super().__init__(size, rngs=rngs)
         D = size.dim
         self.query, self.out = Absent(D, size.dtype), Same()
@@ -46,7 +57,7 @@ class Average(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
-            raise ValueError(why_not(self, "bias"))
+            raise Refused(why_not(self, "bias"))
         assert x is not None
         (B, T), S = q.shape[:2], x.shape[1]
         x_q = x[:, -T:] if x_q is None else x_q
@@ -54,7 +65,7 @@ class Average(Attention):
         x = x if real is None else jnp.where(real[:, :, None], x, 0)
         total, count = (_by_definition if method == "reference" else _sums)(x, there, T, causal)
         out = self._gated(x_q, (total / jnp.maximum(count, 1)[..., None]).astype(x.dtype))
-        return jnp.where(count[..., None] > 0, out, 0).astype(v.dtype).reshape(q.shape), carry, {}
+        return jnp.where(count[..., None] > 0, out, 0).astype(v.dtype).reshape(q.shape), carry, Aux()
 
     def _gated(self, x, mean):
         g = self.shrink(jax.nn.relu(self.grow(mean)))
@@ -70,7 +81,7 @@ class Average(Attention):
 
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         if bias is not None:
-            raise ValueError(why_not(self, "bias"))
+            raise Refused(why_not(self, "bias"))
         assert x is not None
         cache = {"sum": cache["sum"] + x, "seen": cache["seen"] + 1}
         out = self._gated(x, (cache["sum"] / cache["seen"]).astype(x.dtype))

@@ -4,8 +4,10 @@ import operator
 
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import BlockLocal, Pattern, Residue
 from xformers_lab.attention._patterned import Patterned
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -15,10 +17,7 @@ class Axial(Patterned):
     Positions are laid out row by row on a grid of any number of axes; a query sees the keys that differ from it in one
     coordinate alone, on a plane those of its row and its column:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over s // columns = t // columns or (s - t) mod columns = 0.
-    Kind: sparse by position
-    Time O(T (rows + columns) H), O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes; memory O(S H);
-    decoding keeps the keys and values as far back as an axis reaches.
-    Exact on its pattern.
+
     Deviations from the paper: it runs one layer for each axis in turn, `axial:axis=row+axial:axis=column` here; the
     default is one softmax over all of them, so that a single layer stands beside the other mechanisms. Causally a query
     sees what of its row and column lies in the past; the paper's model shifts between layers so that all of it is seen.
@@ -27,6 +26,16 @@ class Axial(Patterned):
         shape: sizes of the axes, rows x columns, say, with the length as product; none: the image's, or nearly a square
         axis: which coordinate may differ: row (the last), column (the one before), a number from 0, or both (any)
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T (rows + columns) H)",
+        memory="O(S H)",
+        decoding="the keys and values as far back as an axis reaches",
+        time_note=", O(T^1.5 H) on a square and O(T^(1 + 1/n) H) on a cube of n axes",
+    )
 
     def __init__(
         self,
@@ -40,7 +49,7 @@ class Axial(Patterned):
             shape = size.on_plane()
         elif len(shape) < 2 or min(shape) < 1 or math.prod(shape) != size.length:
             grid = "x".join(map(str, shape))
-            raise ValueError(f"shape={grid} does not fit a length of {size.length}: {_nearest_grid(size.length)}")
+            raise Refused(f"shape={grid} does not fit a length of {size.length}: {_nearest_grid(size.length)}")
         axes = _axes(axis, len(shape))
         super().__init__(size, functools.reduce(operator.or_, (_along(shape, one) for one in axes)), rngs=rngs)
         self.shape, self.axis, self.axes = shape, axis, axes
@@ -63,7 +72,7 @@ def _axes(axis: str, count: int) -> tuple[int, ...]:
     words = {"both": range(count), "row": [count - 1], "column": [count - 2]}
     words |= {str(number): [number] for number in range(count)}
     if axis not in words:
-        raise ValueError(f'axis must be both, row, column or a number below {count}, got "{axis}"')
+        raise Refused(f'axis must be both, row, column or a number below {count}, got "{axis}"')
     return tuple(words[axis])
 
 

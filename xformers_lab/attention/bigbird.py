@@ -3,8 +3,10 @@ from typing import Literal
 
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -14,10 +16,7 @@ class Bigbird(Patterned):
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of t's own block, of its two neighbours, of the first
     and the last block, and of `random` random blocks out of the others; queries of the first and the last block see
     every key.
-    Kind: sparse by position
-    Time O(T (7 + random) block H), of which two parts are the global blocks' queries; memory O(S H); decoding keeps
-    every key and value.
-    Exact on its pattern, the paper's internal construction (ITC), where global blocks are part of the sequence.
+
     Causal: what of the pattern lies in the past.
     Deviations from the paper: random blocks are drawn once, from `seed`, for all layers. The last block is shorter
     where `block` does not divide the length; of five blocks or fewer nothing is left out.
@@ -28,6 +27,16 @@ class Bigbird(Patterned):
         seed: of the random draw
         heads: shared: one draw for all heads; own: one for each, as in the paper's code, and a program for each
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern, the paper's internal construction (ITC), where global blocks are part of the sequence"
+    complexity = Complexity(
+        time="O(T (7 + random) block H)",
+        memory="O(S H)",
+        decoding="every key and value",
+        time_note=", of which two parts are the global blocks' queries",
+    )
 
     def __init__(
         self,
@@ -40,9 +49,9 @@ class Bigbird(Patterned):
         rngs: nnx.Rngs,
     ):
         if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+            raise Refused(f"block must be at least 1, got {block}")
         if min(random, seed) < 0:
-            raise ValueError(f"random and seed must be at least 0, got {random} and {seed}")
+            raise Refused(f"random and seed must be at least 0, got {random} and {seed}")
         block = min(block, size.length)
         one = RandomBlocks(block, -(-size.length // block), near=1, ends=1, count=random, seed=seed)
         each = tuple(dataclasses.replace(one, head=head) for head in range(size.heads))

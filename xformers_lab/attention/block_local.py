@@ -1,7 +1,9 @@
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Blocks
 from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -11,9 +13,8 @@ class BlockLocal(Patterned):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys s of t's own run of `block` positions, of the
     `before` runs in front of it and of the `after` runs behind it.
-    Kind: sparse by position
-    Time O(T block (1 + before + after) H); memory O(S H); decoding keeps a ring of block (1 + before) keys and values.
-    Exact on its pattern. The last run is shorter where `block` does not divide the length.
+
+    The last run is shorter where `block` does not divide the length.
     Deviations from the paper: none of Blockwise's permutations of runs, which differ by head.
 
     Options:
@@ -22,11 +23,20 @@ class BlockLocal(Patterned):
         after: runs behind its own that a query sees
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T block (1 + before + after) H)",
+        memory="O(S H)",
+        decoding="a ring of block (1 + before) keys and values",
+    )
+
     def __init__(self, size: Size, *, block: int = 64, before: int = 0, after: int = 0, rngs: nnx.Rngs):
         if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+            raise Refused(f"block must be at least 1, got {block}")
         if min(before, after) < 0:
-            raise ValueError(f"before and after must be at least 0, got {before} and {after}")
+            raise Refused(f"before and after must be at least 0, got {before} and {after}")
         super().__init__(size, Blocks(block, before, after), rngs=rngs)
         self.block_size, self.before, self.after = block, before, after
 

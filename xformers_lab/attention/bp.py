@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.dense import softmax
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Queries whose scores are computed together: they share most of the spans they see.
@@ -125,11 +127,8 @@ class Bp(Attention):
     out_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u over the token itself and spans u that tile all other positions:
     going away from t on either side, k spans of 1 position, then k of 2, of 4 and so on; k_u and v_u are means over a
     span.
-    Kind: sparse by position
-    Time O(T k log(T / k) H); memory O(T (k log T + H)); decoding keeps 2 k + 2 sums of keys and values for each power
-    of 2.
-    Exact for its spans. Causal: only spans that end before t. A drawing shows a span as its last position.
-    No bias: a span of several positions has no one position
+
+    Causal: only spans that end before t. A drawing shows a span as its last position.
     Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the
     mean of the keys and values of its positions that are no padding.
 
@@ -137,9 +136,19 @@ class Bp(Attention):
         nodes: spans of each size on each side, k in the paper
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "for its spans"
+    complexity = Complexity(
+        time="O(T k log(T / k) H)",
+        memory="O(T (k log T + H))",
+        decoding="2 k + 2 sums of keys and values for each power of 2",
+    )
+    refuses: ClassVar = {"bias": "a span of several positions has no one position"}
+
     def __init__(self, size: Size, *, nodes: int = 4, rngs: nnx.Rngs):
         if nodes < 1:
-            raise ValueError(f"nodes must be at least 1, got {nodes}")
+            raise Refused(f"nodes must be at least 1, got {nodes}")
         super().__init__(size, rngs=rngs)
         self.nodes = nodes
 

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,10 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 EXACT = {"preferred_element_type": jnp.float32}
@@ -21,12 +24,7 @@ class Clustered(Attention):
     out_t = A_c v with A_c = softmax(q_c k^T / sqrt(H)) of the mean query q_c of t's cluster c. Improved: on the keys
     whose A_c is largest, A_c is replaced by their total times softmax(q_t k^T / sqrt(H)) over these keys. Queries are
     clustered by the signs of random projections, with k-means in Hamming distance.
-    Kind: memory compression
-    Time O(T H (clusters + improved) + T clusters bits iterations); memory O(T max(clusters, H)).
-    Approximate; exact where all keys are recomputed (improved = T), or where equal queries alone share a cluster.
-    Not causal: a mean query mixes later ones in, and the queries of a cluster share one row of weights
-    Not cross: the clusters are those of the queries that came, and padding is known of the keys alone
-    No bias: a mean query has no position
+
     Deviations from the paper: projections are drawn once per head (the authors' code draws new ones in every call),
     k-means begins with queries at even distances, not the first ones, and a cluster that runs empty keeps its centre,
     where the code draws another. Padded queries join the nearest cluster, without a part in its centre and mean.
@@ -37,6 +35,19 @@ class Clustered(Attention):
         iterations: of k-means
         improved: keys per cluster for which each query has weights of its own; 0: plain clustered attention
     """
+
+    kind = "memory compression"
+    exact = False
+    accuracy = "; exact where all keys are recomputed (improved = T), or where equal queries alone share a cluster"
+    complexity = Complexity(
+        time="O(T H (clusters + improved) + T clusters bits iterations)",
+        memory="O(T max(clusters, H))",
+    )
+    refuses: ClassVar = {
+        "causal": "a mean query mixes later ones in, and the queries of a cluster share one row of weights",
+        "cross": "the clusters are those of the queries that came, and padding is known of the keys alone",
+        "bias": "a mean query has no position",
+    }
 
     def __init__(
         self,
@@ -50,9 +61,9 @@ class Clustered(Attention):
     ):
         for name, value in (("clusters", clusters), ("bits", bits), ("iterations", iterations)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise Refused(f"{name} must be at least 1, got {value}")
         if improved < 0:
-            raise ValueError(f"improved must be at least 0, got {improved}")
+            raise Refused(f"improved must be at least 0, got {improved}")
         super().__init__(size, rngs=rngs)
         self.clusters, self.bits, self.iterations, self.improved = clusters, bits, iterations, improved
         # The last row is an offset, so that signs tell queries of different lengths apart too.
@@ -63,7 +74,7 @@ class Clustered(Attention):
 
     def attend(self, q, k, v, *, real=None, planes):
         if q.shape[0] != k.shape[0]:
-            raise ValueError(
+            raise Refused(
                 f"clustered takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "a part of the queries would form other clusters"
             )
@@ -102,7 +113,7 @@ class Clustered(Attention):
     def reference(self, q, k, v, *, real=None, planes):
         T, H = q.shape
         if len(k) != T:
-            raise ValueError("clustered takes as many queries as keys")
+            raise Refused("clustered takes as many queries as keys")
         real, C, bits = jnp.ones(T, bool) if real is None else real, min(self.clusters, T), _signs(q, planes) > 0
         number = jnp.cumsum(real)
         wanted = np.arange(C) * jnp.maximum(number[-1], 1) // C + 1

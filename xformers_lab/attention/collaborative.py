@@ -2,12 +2,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._projected import Projected
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -16,10 +19,8 @@ class Collaborative(Projected):
 
     out_t = sum_s softmax_s((m_n * q_t) . k_s / sqrt(R)) v_s: all heads share one query and one key of R channels, and
     head n weights these channels by its learned vector m_n.
-    Kind: multi-head
-    Time O(T S (R + H)) a head; memory O(S) per row of blocks; decoding keeps one key of R channels for all heads, and
-    every head's values.
-    Exact. With R = N H and m_n = sqrt(N) on the channels of head n, 0 elsewhere, it is multi-head attention.
+
+    With R = N H and m_n = sqrt(N) on the channels of head n, 0 elsewhere, it is multi-head attention.
     Deviations from the paper: scores are divided by sqrt(R), a factor that m could as well hold; m starts as standard
     normal. Rotary positions turn the weighted query and the shared key.
 
@@ -27,10 +28,20 @@ class Collaborative(Projected):
         shared: R, the channels of the shared key; none: a quarter of all heads', at least one head's
     """
 
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S (R + H))",
+        memory="O(S)",
+        decoding="one key of R channels for all heads, and every head's values",
+        time_note="a head",
+        memory_note="per row of blocks",
+    )
+
     def __init__(self, size: Size, *, shared: int | None = None, rngs: nnx.Rngs):
         R = max(size.head, size.heads * size.head // 8 * 2) if shared is None else shared
         if R < 1 or (shared is not None and R % 2):
-            raise ValueError(f"shared must be even and at least 2, got {shared}; the nearest is {max(2, R + R % 2)}")
+            raise Refused(f"shared must be even and at least 2, got {shared}; the nearest is {max(2, R + R % 2)}")
         super().__init__(size, rngs=rngs)
         self.query, self.key, self.value = (
             Linear(size.dim, wide, use_bias=False, dtype=size.dtype, rngs=rngs)
@@ -52,7 +63,8 @@ class Collaborative(Projected):
             k, real = of_sample
             return function(q, k, v, real=real, causal=causal, bias=bias), None
 
-        return over_heads(one, q, v, v, None, (k[:, :, 0], real), bias)[0], carry, {}
+        plan = plan_of(self.size)
+        return over_heads(one, q, v, v, None, (k[:, :, 0], real), bias, plan=plan)[0], carry, Aux()
 
     def reference(self, q, k, v, *, real=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]

@@ -1,9 +1,12 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # The weight of the identity: above 1, the largest an eigenvalue of a softmax can be, so that A + I has an inverse.
@@ -18,11 +21,7 @@ class Csalr(Attention):
     landmarks) and E_tj = 1 where position t is in run j. B v is what landmarks attend to; (F + E) (A + I)^-1, whose
     rows sum to 1, combines it for every query, from its own run unless F says otherwise. It has no band: the sum of a
     low-rank matrix and a band is `low_rank_band`.
-    Kind: low rank
-    Time O(T m H + m^3); memory O(T m).
-    Approximate; with a landmark for every position it is full attention.
-    Not causal: a landmark is a mean over a run of positions, and the inverse mixes runs that are to come
-    Not cross: landmarks are runs of the same sequence on both sides
+
     Deviations from the paper: there runs are tiles of an image, of a fixed size, and scores are not divided by sqrt(H).
     Here runs divide the positions that are no padding into a fixed number; E and I count 1.001, for with 1 A + I may
     have no inverse. A position of padding is in no run: its own output is B v combined by F alone.
@@ -31,15 +30,24 @@ class Csalr(Attention):
         landmarks: m, runs of positions; at most the length counts
     """
 
+    kind = "low rank"
+    exact = False
+    accuracy = "; with a landmark for every position it is full attention"
+    complexity = Complexity(time="O(T m H + m^3)", memory="O(T m)")
+    refuses: ClassVar = {
+        "causal": "a landmark is a mean over a run of positions, and the inverse mixes runs that are to come",
+        "cross": "landmarks are runs of the same sequence on both sides",
+    }
+
     def __init__(self, size: Size, *, landmarks: int = 64, rngs: nnx.Rngs):
         if landmarks < 1:
-            raise ValueError(f"landmarks must be at least 1, got {landmarks}")
+            raise Refused(f"landmarks must be at least 1, got {landmarks}")
         super().__init__(size, rngs=rngs)
         self.landmarks = landmarks
 
     def attend(self, q, k, v, *, real=None):
         if len(q) != len(k):
-            raise ValueError(
+            raise Refused(
                 f"csalr takes as many queries as keys, got {len(q)} and {len(k)}: "
                 "its landmarks are runs of the same sequence; use linformer or another attention"
             )
@@ -59,7 +67,7 @@ class Csalr(Attention):
     def reference(self, q, k, v, *, real=None):
         T = len(q)
         if len(k) != T:
-            raise ValueError("csalr takes as many queries as keys")
+            raise Refused("csalr takes as many queries as keys")
         real = jnp.ones(T, bool) if real is None else real
         m, number = min(self.landmarks, T), jnp.cumsum(real) - 1
         of_run = [real & (number * m // jnp.maximum(real.sum(), 1) == run) for run in range(m)]

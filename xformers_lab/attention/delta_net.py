@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import delta_rule
 from xformers_lab.attention._recurrent import Recurrent, gate_of, gated, unit
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -17,10 +18,7 @@ class DeltaNet(Recurrent):
 
     S_t = S_(t-1) + b_t k_t (v_t - k_t S_(t-1))^T, out_t = rms(q_t S_t), b_t = sigmoid(w x_t), with q, k and v after
     silu, q and k then of unit length.
-    Kind: linearised
-    Time O(T H (H + chunk) + T chunk^2); memory O(T (H + chunk)); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: no short convolution before the silu of q, k and v; heads are normalised without
         learned weights. It follows the second paper; the first has its own feature map and does not normalise.
 
@@ -29,9 +27,17 @@ class DeltaNet(Recurrent):
         chunk: positions whose corrections are solved for together
     """
 
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(
+        time="O(T H (H + chunk) + T chunk^2)",
+        memory="O(T (H + chunk))",
+        decoding="one H x H matrix",
+    )
+
     def __init__(self, size: Size, *, gate: Literal["none", "silu"] = "none", chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.gate, self.chunk = gate_of(size, rngs) if gate == "silu" else None, chunk
         self.strength = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs)

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention.full import Full
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 EPSILON = 1e-5
@@ -15,10 +16,8 @@ class Differential(Full):
 
     out_t = (1 - lambda_init) RMSNorm(sum_s (p1_ts - lambda p2_ts) v_s), p1 and p2 the softmaxes of the two halves of a
     head's query and key, lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init with learned a and b, one for all heads.
-    Kind: multi-head
-    Time O(T S H), as two softmaxes over heads of half the size; memory O(S) per row of blocks; decoding keeps every key
-    and value.
-    Exact. A bias is added to the scores of both halves.
+
+    A bias is added to the scores of both halves.
     Deviations from the paper: lambda_init is the same in every layer, where the paper has 0.8 - 0.6 exp(-0.3 (l - 1))
     in layer l: 0.2 in the first, 0.56 in the fourth, 0.8 at last. A head's halves are its first and third, and its
     second and fourth quarter of channels, because rotary positions turn channels that are half a head apart.
@@ -27,11 +26,21 @@ class Differential(Full):
         lambda_init: what is taken of the second softmax before training
     """
 
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        time_note=", as two softmaxes over heads of half the size",
+        memory_note="per row of blocks",
+    )
+
     def __init__(self, size: Size, *, lambda_init: float = 0.5, rngs: nnx.Rngs):
         if size.head % 4:
-            raise ValueError(f"a head is split into quarters, and one of {size.head} (dim / heads) has none")
+            raise Refused(f"a head is split into quarters, and one of {size.head} (dim / heads) has none")
         if not 0 <= lambda_init < 1:
-            raise ValueError(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
+            raise Refused(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
         super().__init__(size, rngs=rngs)
         self.lambda_init = lambda_init
         self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)))

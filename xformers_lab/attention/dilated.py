@@ -1,7 +1,9 @@
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Dilated as Pattern
 from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -9,9 +11,8 @@ class Dilated(Patterned):
     """Dilated sliding-window attention (Beltagy et al., 2020, arXiv 2004.05150, section 3.1).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= window dilation with (t - s) mod dilation = 0.
-    Kind: sparse by position
-    Time O(T window H); memory O(S H); decoding keeps a ring of window dilation + 1 keys and values.
-    Exact on its pattern. Positions of different residues never meet in one layer: alternate with `local` by `+`.
+
+    Positions of different residues never meet in one layer: alternate with `local` by `+`.
     Deviations from the paper: the dilation is that of a layer, where the paper gives it to some heads of a layer.
 
     Options:
@@ -19,11 +20,20 @@ class Dilated(Patterned):
         dilation: distance between neighbouring keys of the window
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T window H)",
+        memory="O(S H)",
+        decoding="a ring of window dilation + 1 keys and values",
+    )
+
     def __init__(self, size: Size, *, window: int = 128, dilation: int = 2, rngs: nnx.Rngs):
         if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+            raise Refused(f"window must be at least 1, got {window}")
         if dilation < 1:
-            raise ValueError(f"dilation must be at least 1, got {dilation}")
+            raise Refused(f"dilation must be at least 1, got {dilation}")
         super().__init__(size, Pattern(window, dilation), rngs=rngs)
         self.window, self.dilation = window, dilation
 

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.rows import ROWS, largest, masked_softmax, over_samples, readings
 from xformers_lab.attention.full import Full
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 EPSILON = 1e-6
@@ -17,15 +20,24 @@ class Disagreement(Full):
 
     Full attention; the loss gets weight times how much the heads agree: the mean over all pairs of heads (i, j), i = j
     too, of cos(o_i, o_j) (outputs), of cos(v_i, v_j) (values), or of sum_s p_i(s) p_j(s) (positions).
-    Kind: multi-head
-    Time O(T S H), for positions half as much again; memory O(S) per row of blocks; decoding keeps every key and value.
-    Exact. The loss is a mean over the positions that are no padding, so its size does not depend on the length.
+
+    The loss is a mean over the positions that are no padding, so its size does not depend on the length.
     Deviations from the paper: agreement of positions is a mean over queries, not a sum.
 
     Options:
         on: what of the heads is compared: their outputs, their values or the positions they attend to
         weight: the share of the agreement in the loss
     """
+
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        time_note=", for positions half as much again",
+        memory_note="per row of blocks",
+    )
 
     def __init__(
         self,
@@ -36,7 +48,7 @@ class Disagreement(Full):
         rngs: nnx.Rngs,
     ):
         if weight < 0:
-            raise ValueError(f"weight must be at least 0, got {weight:g}")
+            raise Refused(f"weight must be at least 0, got {weight:g}")
         super().__init__(size, rngs=rngs)
         self.on, self.weight = on, weight
 
@@ -47,7 +59,7 @@ class Disagreement(Full):
         out, carry, aux = super().mix(q, k, v, **given, method=method)
         agreement = self._by_pairs if method == "reference" else self._by_means
         found = agreement(q, k, v, out, real, causal, bias)
-        return out, carry, aux | {"loss/disagreement": self.weight * found, "agreement": found}
+        return out, carry, aux | Aux(losses={"disagreement": self.weight * found}, scalars={"agreement": found})
 
     def _by_means(self, q, k, v, out, real, causal: bool, bias):
         """The mean over pairs of heads of u_i . u_j is the square of the mean u."""
@@ -58,7 +70,8 @@ class Disagreement(Full):
             def one(q, k, _, real):
                 return readings(q, k, _shared, bias, real=real, causal=causal, at_once=at_once)
 
-            return _mean(over_samples(one, heads(q), heads(k), None, real), _asked(q, k, real))
+            shared = over_samples(one, heads(q), heads(k), None, real, plan=plan_of(self.size))
+            return _mean(shared, _asked(q, k, real))
         u, counted = (out, _asked(q, k, real)) if self.on == "outputs" else (v, _of_keys(k, real))
         return _mean((_directions(u, counted).mean(2) ** 2).sum(-1), counted)
 

@@ -2,8 +2,10 @@ from typing import Literal
 
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._tokens import GlobalTokens
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -14,11 +16,9 @@ class Etc(GlobalTokens):
     The first `tokens` positions are the global memory, all others the long input. Long queries see the long keys at
     most `radius` away (l2l) and every global key (l2g) in one softmax; global queries see every key (g2g and g2l) in
     another.
-    Kind: sparse by position
-    Time O(T (radius + tokens) H), with projections=own also those of the pieces; memory O(S (H + tokens)); decoding
-    keeps a ring of radius + 1 keys and values, and the global tokens'.
-    Exact on its pattern. Global and long queries have projections of their own, and each of l2l, l2g, g2g, g2l its own
-    keys and values, as in the paper's unshared form; relative positions come from `position`.
+
+    Global and long queries have projections of their own, and each of l2l, l2g, g2g, g2l its own keys and values, as in
+    the paper's unshared form; relative positions come from `position`.
     Deviations from the paper: the memory is part of the sequence, so that its states pass through the same layers,
     outputs and feed-forward; pieces carry no masks of a task's structure. With projections=own rotary positions leave
     global queries, their keys and those of l2g as if all stood at position 0.
@@ -28,6 +28,16 @@ class Etc(GlobalTokens):
         tokens: first positions that are the global memory; the whole sequence where it is shorter
         projections: own: those of the pieces differ, as in the paper; shared: one for all
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T (radius + tokens) H)",
+        memory="O(S (H + tokens))",
+        decoding="a ring of radius + 1 keys and values, and the global tokens'",
+        time_note=", with projections=own also those of the pieces",
+    )
 
     def __init__(
         self,
@@ -39,7 +49,7 @@ class Etc(GlobalTokens):
         rngs: nnx.Rngs,
     ):
         if radius < 1:
-            raise ValueError(f"radius must be at least 1, got {radius}")
+            raise Refused(f"radius must be at least 1, got {radius}")
         own = projections == "own"
         super().__init__(size, Band(radius), tokens=tokens, reach=radius, own=own, pieces=own, rngs=rngs)
         self.radius = radius

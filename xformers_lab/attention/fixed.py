@@ -5,10 +5,12 @@ from typing import Literal
 import numpy as np
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.algebra import WHOLE, Pattern, settled
 from xformers_lab.attention._engine.order import PAD, Order
 from xformers_lab.attention._engine.pattern import BlockLocal
 from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -67,10 +69,8 @@ class Fixed(Patterned):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of t's own run of `stride` positions, and over the
     last `summary` positions of every run, which gather what their run holds for all others.
-    Kind: sparse by position
-    Time O(T (stride + S summary / stride) H), at the default stride sqrt(length) O(T^1.5 H) and more, with the summary
-    growing; memory O(S H); decoding keeps every key and value.
-    Exact on its pattern. One softmax runs over the union of the paper's two patterns (its "merged" form).
+
+    One softmax runs over the union of the paper's two patterns (its "merged" form).
     Deviations from the paper: not causal, a query sees the summaries of later runs too.
 
     Options:
@@ -78,6 +78,16 @@ class Fixed(Patterned):
         summary: positions at the end of a run that all queries see; none: a sixteenth of the stride
         heads: shared: one summary for all heads; own: each head the next `summary` positions from the end of a run
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T (stride + S summary / stride) H)",
+        memory="O(S H)",
+        decoding="every key and value",
+        time_note=", at the default stride sqrt(length) O(T^1.5 H) and more, with the summary growing",
+    )
 
     def __init__(
         self,
@@ -90,10 +100,10 @@ class Fixed(Patterned):
     ):
         stride = max(1, round(math.sqrt(size.length))) if stride is None else stride
         if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
+            raise Refused(f"stride must be at least 1, got {stride}")
         summary = max(1, stride // 16) if summary is None else summary
         if not 1 <= summary <= stride:
-            raise ValueError(f"summary must be from 1 to stride={stride}, got {summary}")
+            raise Refused(f"summary must be from 1 to stride={stride}, got {summary}")
         shifts = [head % (stride // summary) * summary if heads == "own" else 0 for head in range(size.heads)]
         each = [BlockLocal(stride) | Summary(stride, stride - shift - summary, stride - shift) for shift in shifts]
         super().__init__(size, tuple(each) if heads == "own" else each[0], rngs=rngs)

@@ -1,9 +1,13 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -12,15 +16,25 @@ class Fnet(Attention):
 
     y = Re(F_T x F_D): the real part of a discrete Fourier transform over positions of one over channels. Nothing is
     learned.
-    Kind: without attention
-    Time O(T D log(T D)), with no products of matrices; memory O(T D); decoding keeps nothing, there is none.
-    Exact. Padding is zeros to the transform, so it adds nothing; but the frequencies are those of the padded length, so
-        the same sequence padded to another length gives other values, as in the paper.
-    Not causal: every output is a sum over all positions
-    Not cross: one sequence is transformed; there are no queries to another
-    No bias: it has no scores
+
+    Padding is zeros to the transform, so it adds nothing; but the frequencies are those of the padded length, so the
+    same sequence padded to another length gives other values, as in the paper.
     Deviations from the paper: none.
     """
+
+    kind = "without attention"
+    exact = True
+    complexity = Complexity(
+        time="O(T D log(T D))",
+        memory="O(T D)",
+        decoding="nothing, there is none",
+        time_note=", with no products of matrices",
+    )
+    refuses: ClassVar = {
+        "causal": "every output is a sum over all positions",
+        "cross": "one sequence is transformed; there are no queries to another",
+        "bias": "it has no scores",
+    }
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         nnx.Module.__init__(self)
@@ -30,16 +44,16 @@ class Fnet(Attention):
         self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None, method="attend"
     ):
         if causal:
-            raise ValueError(why_not(type(self), "causal"))
+            raise Refused(why_not(type(self), "causal"))
         if memory is not None:
-            raise ValueError("fnet transforms one sequence: it has no queries to another; use another attention")
+            raise Refused("fnet transforms one sequence: it has no queries to another; use another attention")
         if position is not None:
             self.check_position(position)
             if position.bias() is not None:
-                raise ValueError(why_not(self, "bias"))
+                raise Refused(why_not(self, "bias"))
         wide = x.astype(jnp.float32)
         wide = wide if real is None else jnp.where(real[:, :, None], wide, 0)
-        return (_transformed(wide) if method == "attend" else _by_definition(wide)).astype(x.dtype), carry, {}
+        return (_transformed(wide) if method == "attend" else _by_definition(wide)).astype(x.dtype), carry, Aux()
 
     def turns(self) -> bool:
         return False

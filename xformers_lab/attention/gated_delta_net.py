@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.gated import delta_rule
 from xformers_lab.attention._recurrent import gated, interval_bias
 from xformers_lab.attention.delta_net import DeltaNet, direction
@@ -14,16 +15,21 @@ class GatedDeltaNet(DeltaNet):
 
     S_t = a_t S_(t-1) + b_t k_t (v_t - a_t k_t S_(t-1))^T, out_t = silu(W x_t) * rms(q_t S_t): DeltaNet that also
     forgets, a_t = exp(-A softplus(w' x_t + c)) with a learned rate A > 0 for every head.
-    Kind: linearised
-    Time O(T H (H + chunk) + T chunk^2); memory O(T (H + chunk)); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: no short convolution before the silu of q, k and v; values are as wide as keys, where
         the paper's are twice as wide; heads are normalised without learned weights.
 
     Options:
         chunk: positions whose corrections are solved for together
     """
+
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(
+        time="O(T H (H + chunk) + T chunk^2)",
+        memory="O(T (H + chunk))",
+        decoding="one H x H matrix",
+    )
 
     def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
         super().__init__(size, gate="silu", chunk=chunk, rngs=rngs)

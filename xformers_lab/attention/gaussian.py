@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention
+from xformers_lab.attention import Attention, Complexity
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import by_definition
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Where b of kind=distance starts, but for its sign.
@@ -54,9 +55,7 @@ class Gaussian(Patterned):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H) - (s - P_t)^2 / (2 sigma_t^2)) v_s, sigma_t = D_t / 2, where each query
     predicts the centre P_t = I sigmoid(u . tanh(W q_t)) and the window D_t = I sigmoid(z_t) among I keys.
-    Kind: prior
-    Time O(T S H); memory O((T + S) H), scores are never stored; decoding keeps every key and value.
-    Exact: the prior is added to the scores of every key.
+
     Deviations from the paper: I counts the real keys, causally those up to the query, and s is a key's number among
         them, from one; kind=layer causally takes the mean of the keys so far; every head has a prior of its own,
         predicted from its queries as they are after a rotation by position; D is at least one position.
@@ -67,6 +66,16 @@ class Gaussian(Patterned):
             distance: -|w (t - s)^2 + b| with learned w > 0 > b is added instead
         width: D of kind=fixed, in positions; with kind=distance w starts there; none: 10
     """
+
+    kind = "prior"
+    exact = True
+    accuracy = ": the prior is added to the scores of every key"
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O((T + S) H)",
+        decoding="every key and value",
+        memory_note=", scores are never stored",
+    )
 
     init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
@@ -79,12 +88,12 @@ class Gaussian(Patterned):
         rngs: nnx.Rngs,
     ):
         if width is not None and width <= 0:
-            raise ValueError(f"width must be above 0, got {width}")
+            raise Refused(f"width must be above 0, got {width}")
         if width is not None and kind not in ("fixed", "distance"):
-            raise ValueError(f"width is an option of kind=fixed and kind=distance, got kind={kind}, which predicts it")
+            raise Refused(f"width is an option of kind=fixed and kind=distance, got kind={kind}, which predicts it")
         width = 10.0 if width is None else width
         super().__init__(size, All(), rngs=rngs)
-        self.kind, self.width = kind, width
+        self.form, self.width = kind, width
         N, H = size.heads, size.head
         matrix, vector = nnx.initializers.lecun_normal(batch_axis=0), nnx.initializers.normal(H**-0.5)
         if kind == "distance":
@@ -105,7 +114,7 @@ class Gaussian(Patterned):
 
     def attend(self, q, k, v, *, real=None, causal, bias=None, prior):
         T, S = q.shape[0], k.shape[0]
-        if self.kind == "distance":
+        if self.form == "distance":
             steepness, height = jax.nn.softplus(prior["shape"])
             added = Distance(steepness, height, bias)
         else:
@@ -121,9 +130,9 @@ class Gaussian(Patterned):
         at = jnp.maximum(jnp.arange(T) + S - T, 0) if causal else jnp.full(T, S - 1)
         count = jnp.maximum(number[at], 1)
         hidden = _hidden(q, prior["hidden"])
-        if self.kind == "fixed":
+        if self.form == "fixed":
             window = jnp.full(T, self.width)
-        elif self.kind == "query":
+        elif self.form == "query":
             window = count * jax.nn.sigmoid(hidden @ prior["window"])
         else:
             keys = jnp.where(real[:, None], k, 0).astype(jnp.float32)
@@ -136,7 +145,7 @@ class Gaussian(Patterned):
         real = jnp.ones(S, bool) if real is None else real
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = real[None] & ((s <= t) if causal else (s >= 0))
-        if self.kind == "distance":
+        if self.form == "distance":
             w, b = jnp.logaddexp(prior["shape"], 0) * jnp.array([1.0, -1.0])
             added = -jnp.abs(w * (t - s) ** 2 + b)
         else:
@@ -144,10 +153,10 @@ class Gaussian(Patterned):
             I = jnp.maximum(jnp.broadcast_to(seen, (T, S)).sum(1), 1)
             hidden = jnp.tanh(q.astype(jnp.float32) @ prior["hidden"])
             P = I / (1 + jnp.exp(-(hidden @ prior["centre"])))
-            if self.kind == "layer":
+            if self.form == "layer":
                 mean = jnp.broadcast_to(seen, (T, S)) @ jnp.where(real[:, None], k.astype(jnp.float32), 0) / I[:, None]
                 hidden = jnp.tanh(mean @ prior["window_hidden"])
-            D = self.width if self.kind == "fixed" else I / (1 + jnp.exp(-(hidden @ prior["window"])))
+            D = self.width if self.form == "fixed" else I / (1 + jnp.exp(-(hidden @ prior["window"])))
             sigma = jnp.broadcast_to(jnp.maximum(D, 1) / 2, (T,))
             added = -((number[None] - P[:, None]) ** 2) / (2 * sigma[:, None] ** 2)
         return by_definition(scores(q, k, bias) + added, seen, v)[0]

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import channel_decay, power_of_two
 from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -14,10 +15,7 @@ class Gla(Recurrent):
 
     S_t = diag(a_t) S_(t-1) + k_t v_t^T, out_t = silu(W x_t) * rms(q_t S_t / sqrt(H)), with a forget gate for every key
     channel, a_t = sigmoid(W2 W1 x_t)^(1 / temperature).
-    Kind: linearised
-    Time O(T H (H + chunk)); memory O(T (H + chunk)); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: keys are as wide as values.
 
     Options:
@@ -26,11 +24,15 @@ class Gla(Recurrent):
         temperature: the larger, the slower a gate forgets
     """
 
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(time="O(T H (H + chunk))", memory="O(T (H + chunk))", decoding="one H x H matrix")
+
     def __init__(self, size: Size, *, chunk: int = 64, rank: int = 16, temperature: float = 16.0, rngs: nnx.Rngs):
         if chunk < 1 or rank < 1:
-            raise ValueError(f"chunk and rank must be at least 1, got {chunk} and {rank}")
+            raise Refused(f"chunk and rank must be at least 1, got {chunk} and {rank}")
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+            raise Refused(f"temperature must be above 0, got {temperature}")
         super().__init__(size, rngs=rngs)
         self.gate, self.chunk, self.temperature = gate_of(size, rngs), chunk, temperature
         self.down = Linear(size.dim, rank, use_bias=False, dtype=size.dtype, rngs=rngs)

@@ -1,10 +1,12 @@
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.absent import Absent
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # A Gaussian's weight this many standard deviations away is 1.5e-8 of the centre's: less than float32 rounds off.
@@ -19,10 +21,7 @@ class HardCoded(Attention):
     out_t = sum_s N(s; t + offset, std^2) v_s with the density N of a Gaussian around a fixed neighbour of the query,
     one offset per head; causally no key after t counts, and offsets ahead become 0. No queries, no keys, nothing
     learned but the projections of values and outputs; weights need not sum to one, at the ends they do not.
-    Kind: prior
-    Time O(T std H) by one banded matrix of weights; memory O(T H); decoding keeps the newest 6 std values and a few.
-    Exact in float32: keys further than 6 std from the centre weigh nothing there.
-    No bias: it has no scores.
+
     Deviations from the paper: none in self-attention; between sequences, where the paper scales positions by the ratio
         of lengths, the centre is at the query's position counted from the end.
 
@@ -31,11 +30,22 @@ class HardCoded(Attention):
         std: standard deviation in positions
     """
 
+    kind = "prior"
+    exact = True
+    accuracy = "in float32: keys further than 6 std from the centre weigh nothing there"
+    complexity = Complexity(
+        time="O(T std H)",
+        memory="O(T H)",
+        decoding="the newest 6 std values and a few",
+        time_note="by one banded matrix of weights",
+    )
+    refuses: ClassVar = {"bias": "it has no scores"}
+
     def __init__(self, size: Size, *, offsets: tuple[int, ...] = (-1, 1), std: float = 1.0, rngs: nnx.Rngs):
         if not offsets:
-            raise ValueError("offsets must name at least one position, such as -1x1")
+            raise Refused("offsets must name at least one position, such as -1x1")
         if std <= 0:
-            raise ValueError(f"std must be above 0, got {std}")
+            raise Refused(f"std must be above 0, got {std}")
         super().__init__(size, rngs=rngs)
         self.query = Absent(size.heads * size.head, size.dtype)
         self.key = Absent(size.key_heads * size.head, size.dtype)

@@ -5,9 +5,11 @@ from typing import Literal
 import numpy as np
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.algebra import Pattern, settled
 from xformers_lab.attention._engine.order import NATURAL, Runs, Tiles
 from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Default sizes of a run, and of each side of a tile.
@@ -93,10 +95,7 @@ class ImageLocal(Patterned):
     (form=2d). out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of t's block and of the memory around it,
     which is the same for all queries of the block: `memory` positions in front of a run, or rows above a tile and
     columns on both its sides.
-    Kind: sparse by position
-    Time O(T M H) with M keys in a block and its memory; memory O(S H); decoding keeps a ring back to the first of those
-    keys.
-    Exact on its pattern.
+
     Deviations from the paper: pixels of a 2d image are generated row by row, where the paper goes block by block; a
     causal query sees what of its block and memory comes before it in that order. Not causal, memory lies behind and
     below too.
@@ -107,6 +106,16 @@ class ImageLocal(Patterned):
         block: positions of a run, or rows x columns of a tile; none: 128 or 8x8, at most a quarter of the line or plane
         memory: positions around a run, or rows x columns around a tile; none: as many as in a block
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T M H)",
+        memory="O(S H)",
+        decoding="a ring back to the first of those keys",
+        time_note="with M keys in a block and its memory",
+    )
 
     def __init__(
         self,
@@ -127,7 +136,7 @@ class ImageLocal(Patterned):
             if len(given) != axes or min(given) < least:
                 example = "8x8" if axes == 2 else "128"
                 wanted = f"{name} of form={form} wants sizes of at least {least} like {example}"
-                raise ValueError(f"{wanted}, got {_times(given)}")
+                raise Refused(f"{wanted}, got {_times(given)}")
         pattern = Line(*block, *memory) if axes == 1 else Plane(shape[1], *block, *memory)
         super().__init__(size, pattern, rngs=rngs)
         self.shape, self.tile, self.memory = shape, block, memory
@@ -148,13 +157,13 @@ def _shape(size: Size, axes: int, shape: tuple[int, ...] | None) -> tuple[int, .
     length = size.length
     if axes == 1:
         if shape is not None:
-            raise ValueError(f"shape={_times(shape)} is that of a plane: use form=2d")
+            raise Refused(f"shape={_times(shape)} is that of a plane: use form=2d")
         return (length,)
     if shape is None or size.ahead:
         return size.on_plane()
     if len(shape) != 2 or min(shape) < 1 or math.prod(shape) != length:
         rows = next(rows for rows in range(math.isqrt(length), 0, -1) if length % rows == 0)
-        raise ValueError(
+        raise Refused(
             f"shape={_times(shape)} does not fit a length of {length}: rows x columns must be {length}, for example "
             f"{rows}x{length // rows}"
         )

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -18,11 +20,7 @@ class Informer(Attention):
 
     The u = factor ceil(ln T) queries whose scores with a sample of as many keys have the largest maximum less mean are
     answered by full softmax attention; every other query, taken to be near uniform, by the mean of the values.
-    Kind: memory compression
-    Time O(T log T H); memory O(T log T).
-    Approximate; with u = T every query is answered in full.
-    Not causal: which queries are answered in full is decided among all of them, later ones too
-    Not cross: the choice is among the queries that came, and padding is known of the keys alone
+
     Deviations from the paper: one sample of keys serves all queries of a head, as in algorithm 1 (the authors' code
     draws one for each query, and divides the sum of its scores by the number of all keys); it takes one key of every
     equal share of those that are no padding. It is drawn anew in every training step, and is fixed by seed in
@@ -33,9 +31,18 @@ class Informer(Attention):
         seed: draws the sample of evaluation
     """
 
+    kind = "memory compression"
+    exact = False
+    accuracy = "; with u = T every query is answered in full"
+    complexity = Complexity(time="O(T log T H)", memory="O(T log T)")
+    refuses: ClassVar = {
+        "causal": "which queries are answered in full is decided among all of them, later ones too",
+        "cross": "the choice is among the queries that came, and padding is known of the keys alone",
+    }
+
     def __init__(self, size: Size, *, factor: int = 5, seed: int = 0, rngs: nnx.Rngs):
         if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+            raise Refused(f"factor must be at least 1, got {factor}")
         super().__init__(size, rngs=rngs)
         self.factor, self.seed = factor, seed
 
@@ -44,7 +51,7 @@ class Informer(Attention):
 
     def attend(self, q, k, v, *, real=None, bias=None, key=None):
         if q.shape[0] != k.shape[0]:
-            raise ValueError(
+            raise Refused(
                 f"informer takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "it chooses among the queries, so that a part of them would be answered in another way"
             )
@@ -78,7 +85,7 @@ class Informer(Attention):
     def reference(self, q, k, v, *, real=None, bias=None, key=None):
         T = q.shape[0]
         if k.shape[0] != T:
-            raise ValueError("informer takes as many queries as keys")
+            raise Refused("informer takes as many queries as keys")
         s, sample = scores(q, k, bias), self._sample(real, T, key)
         measure = lax.stop_gradient(s[:, sample].max(1) - s[:, sample].mean(1))
         real = jnp.ones(T, bool) if real is None else real

@@ -4,10 +4,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -16,10 +19,7 @@ class Lazyformer(Attention):
 
     out = P v with P = softmax(q k^T / sqrt(H)) in the first of every `share` layers, and the P of the layer below in
     the others.
-    Kind: prior
-    Time O(T S H), half of it where P is taken over; memory O(T S), for P is what layers hand on; decoding keeps every
-        key and value.
-    Exact in the layers that compute P.
+
     Deviations from the paper: layers that take P over own projections of queries and keys too, which they do not use,
         for all layers are one scanned program; the paper's other training tricks (wider layers, no dropout of P) are
         options of the model, not of the mechanism.
@@ -28,9 +28,20 @@ class Lazyformer(Attention):
         share: layers that share one P, the first of them computing it
     """
 
+    kind = "prior"
+    exact = True
+    accuracy = "in the layers that compute P"
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(T S)",
+        decoding="every key and value",
+        time_note=", half of it where P is taken over",
+        memory_note=", for P is what layers hand on",
+    )
+
     def __init__(self, size: Size, *, share: int = 2, rngs: nnx.Rngs):
         if share < 1:
-            raise ValueError(f"share must be at least 1, got {share}")
+            raise Refused(f"share must be at least 1, got {share}")
         super().__init__(size, rngs=rngs)
         self.share = share
 
@@ -50,13 +61,13 @@ class Lazyformer(Attention):
         def taken_over(q, k, v, shared):
             apply = _plainly if method == "reference" else functools.partial(_by_blocks, causal=causal)
             one = lambda q, k, v, shared, of_sample, of_head: (apply(shared, v), shared)
-            return over_heads(one, q, k, v, shared, None, None)
+            return over_heads(one, q, k, v, shared, None, None, plan=plan_of(self.size))
 
         def computed(q, k, v, shared):
             return fresh(q, k, v, carry=shared)[:2]
 
         out, shared = lax.cond(below % self.share == 0, computed, taken_over, q, k, v, shared)
-        return out, (shared, below + 1), {}
+        return out, (shared, below + 1), Aux()
 
     def attend(self, q, k, v, *, real=None, causal, bias=None, carry):
         S = k.shape[0]

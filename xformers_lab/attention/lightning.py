@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import scalar_decay
 from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -13,10 +14,7 @@ class Lightning(Recurrent):
 
     S_t = g S_(t-1) + silu(k_t) silu(v_t)^T, out_t = sigmoid(W x_t) * rms(silu(q_t) S_t); head n of N forgets at the
     rate of ALiBi's slopes, g = exp(-2^(-8 n / N)).
-    Kind: linearised
-    Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: every head is normalised by its own root mean square, not by that of all heads, and
         without weights; slopes are the same on every layer, where MiniMax lets later layers forget less.
 
@@ -24,9 +22,13 @@ class Lightning(Recurrent):
         chunk: positions whose products are computed together
     """
 
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(time="O(T H (H + chunk))", memory="O(T H + T H^2 / chunk)", decoding="one H x H matrix")
+
     def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.gate, self.chunk = gate_of(size, rngs), chunk
 

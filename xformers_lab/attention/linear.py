@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.features import (
     EXACT,
     divided,
@@ -17,6 +17,7 @@ from xformers_lab.attention._engine.features import (
     taylor,
     turned,
 )
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 EPSILON = 1e-6
@@ -28,10 +29,9 @@ class Linear(Attention):
     """Linear attention with a choice of feature maps (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
 
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, causally over s <= t.
-    Kind: linearised
-    Time O(T H F), chunked where causal; memory O(T F); decoding keeps one H x F matrix and one vector. F is H for elu,
-    relu and softmax, 2 H for cosformer, 2 H nu for dpfp, 2 width for hedgehog, about width^2 / 2 for taylor.
-    Exact for its kernel, which is not the softmax. No scores exist, so no bias can be added. Feature maps:
+
+    F is H for elu, relu and softmax, 2 H for cosformer, 2 H nu for dpfp, 2 width for hedgehog, about width^2 / 2 for
+    taylor. No scores exist, so no bias can be added. Feature maps:
     elu(x) + 1;
     relu(x);
     dpfp: products of channels of relu([x, -x]) (Schlag et al., 2021, arXiv 2102.11174);
@@ -51,6 +51,16 @@ class Linear(Attention):
         chunk: positions whose causal products are computed together
     """
 
+    kind = "linearised"
+    exact = True
+    accuracy = "for its kernel, which is not the softmax"
+    complexity = Complexity(
+        time="O(T H F)",
+        memory="O(T F)",
+        decoding="one H x F matrix and one vector",
+        time_note=", chunked where causal",
+    )
+
     def __init__(
         self,
         size: Size,
@@ -62,15 +72,15 @@ class Linear(Attention):
         rngs: nnx.Rngs,
     ):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         if not 1 <= nu < 2 * size.head:
-            raise ValueError(f"nu must be between 1 and {2 * size.head - 1} for heads of {size.head}, got {nu}")
+            raise Refused(f"nu must be between 1 and {2 * size.head - 1} for heads of {size.head}, got {nu}")
         if not 0 <= width <= size.head:
-            raise ValueError(f"width must be between 0 and {size.head}, the size of a head, got {width}")
+            raise Refused(f"width must be between 0 and {size.head}, the size of a head, got {width}")
         if nu != 1 and features != "dpfp":
-            raise ValueError(f"nu is an option of features=dpfp, got features={features}")
+            raise Refused(f"nu is an option of features=dpfp, got features={features}")
         if width and features not in ("taylor", "hedgehog"):
-            raise ValueError(f"width is an option of features=taylor and features=hedgehog, got features={features}")
+            raise Refused(f"width is an option of features=taylor and features=hedgehog, got features={features}")
         super().__init__(size, rngs=rngs)
         self.features, self.nu, self.width, self.chunk = features, nu, width or size.head, chunk
         shape = (size.heads, 2, size.head, self.width)

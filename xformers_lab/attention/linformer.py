@@ -1,12 +1,13 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.slots import over_all
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -15,11 +16,7 @@ class Linformer(Attention):
 
     out = softmax(q (E k)^T / sqrt(H)) F v: learned E and F project the keys and the values of all positions to `rank`
     rows.
-    Kind: memory compression
-    Time O(T rank H); memory O(T rank).
-    Approximate: every query's weights over positions are mixtures of the `rank` rows of F.
-    Not causal: every projected row is a sum over all positions, later ones too
-    No bias: a projected row has no position
+
     Deviations from the paper: E and F begin with variance 1 / length, as the authors' linear layers over positions do,
     not 1 / rank; sharing them between layers is left out. Padded keys and values are zero before they are projected. A
     sequence shorter than the length that the model is built for takes the first columns of E and F, a longer one is
@@ -30,6 +27,15 @@ class Linformer(Attention):
         share: nothing (each head has an E and an F), between heads (headwise), or one E = F for all (keyvalue)
     """
 
+    kind = "memory compression"
+    exact = False
+    accuracy = ": every query's weights over positions are mixtures of the `rank` rows of F"
+    complexity = Complexity(time="O(T rank H)", memory="O(T rank)")
+    refuses: ClassVar = {
+        "causal": "every projected row is a sum over all positions, later ones too",
+        "bias": "a projected row has no position",
+    }
+
     def __init__(
         self,
         size: Size,
@@ -39,7 +45,7 @@ class Linformer(Attention):
         rngs: nnx.Rngs,
     ):
         if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+            raise Refused(f"rank must be at least 1, got {rank}")
         super().__init__(size, rngs=rngs)
         self.rank, self.share = min(rank, size.length), share
         draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), (*shape, self.rank, size.length)) * scale)
@@ -62,7 +68,7 @@ class Linformer(Attention):
     def _projections(self, own, S: int):
         """E and F (rank, S)."""
         if self.size.length < S:
-            raise ValueError(
+            raise Refused(
                 f"linformer is built for {self.size.length} positions, got {S}: "
                 "its projections are as wide as the sequence; build it longer or use nystrom"
             )

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention.full import Full
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -13,11 +15,9 @@ class Lite(Full):
     Some heads attend, out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s, for what is far; the others convolve their
     values, out_t = sum_j softmax(w)_j v_(t+j), for what is near, with one learned w (width) for each head (lightweight
     convolution: Wu et al., 2019, arXiv 1901.10430).
-    Kind: multi-head
-    Time O(T S H) in the heads that attend, O(T width H) in those that convolve; memory O(S) per row of blocks; decoding
-        keeps every key and value.
-    Exact. Positions outside the sequence and padding count as zeros in a convolution, which sees the `width` positions
-        around its own, causally the last `width`; a bias is for the heads that attend.
+
+    Positions outside the sequence and padding count as zeros in a convolution, which sees the `width` positions around
+    its own, causally the last `width`; a bias is for the heads that attend.
     Deviations from the paper: heads are shared out, not channels in front of the projections; the branch that
         convolves has no gate of its own. A model with one head attends alone.
 
@@ -26,11 +26,21 @@ class Lite(Full):
         width: positions that a convolution sees
     """
 
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        time_note="in the heads that attend, O(T width H) in those that convolve",
+        memory_note="per row of blocks",
+    )
+
     def __init__(self, size: Size, *, share: float = 0.5, width: int = 7, rngs: nnx.Rngs):
         if not 0 < share < 1:
-            raise ValueError(f"share must be between 0 and 1, got {share:g}; attention=full attends in every head")
+            raise Refused(f"share must be between 0 and 1, got {share:g}; attention=full attends in every head")
         if width < 2:
-            raise ValueError(f"width must be at least 2, got {width}: one position alone is no neighbourhood")
+            raise Refused(f"width must be at least 2, got {width}: one position alone is no neighbourhood")
         super().__init__(size, rngs=rngs)
         self.width = width
         self.attending = max(1, min(size.heads - 1, round(share * size.heads)))
@@ -55,7 +65,7 @@ class Lite(Full):
         before = self.width - 1 if causal else self.width // 2
         taps = jax.nn.softmax(self.taps[...])
         convolve = _by_definition if method == "reference" else _shifted
-        return jnp.concatenate([far, convolve(near, taps, before, T).astype(v.dtype)], 2), carry, {}
+        return jnp.concatenate([far, convolve(near, taps, before, T).astype(v.dtype)], 2), carry, Aux()
 
     # Newest last, as `mix` reads them: a convolution counts from there.
     init_cache, mix_step = Attention.init_cache, Attention.mix_step

@@ -2,10 +2,11 @@ import functools
 
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import Band, Global
 from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -14,9 +15,7 @@ class Local(Patterned):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= window (causal: t - window <= s <= t); the first
     `tokens` positions, if any, also see and are seen by all.
-    Kind: sparse by position
-    Time O(T (window + tokens) H); memory O(S H); decoding keeps a ring of window + 1 keys and values, and the tokens'.
-    Exact within the window.
+
     Deviations from the paper: it counts the window on both sides together, here it is one side; the projections that it
     gives to global tokens alone are in `longformer`.
 
@@ -25,11 +24,20 @@ class Local(Patterned):
         tokens: first positions that see every key and are seen by every query
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "within the window"
+    complexity = Complexity(
+        time="O(T (window + tokens) H)",
+        memory="O(S H)",
+        decoding="a ring of window + 1 keys and values, and the tokens'",
+    )
+
     def __init__(self, size: Size, *, window: int = 128, tokens: int = 0, rngs: nnx.Rngs):
         if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+            raise Refused(f"window must be at least 1, got {window}")
         if tokens < 0:
-            raise ValueError(f"tokens must be at least 0, got {tokens}")
+            raise Refused(f"tokens must be at least 0, got {tokens}")
         super().__init__(size, Band(window) | Global(tokens) if tokens else Band(window), rngs=rngs)
         self.window, self.tokens, self.kept = window, tokens, tokens
 

@@ -1,12 +1,13 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Band, Causal, Pattern
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -17,9 +18,8 @@ class LowRankBand(Attention):
     out_t = sum_s softmax_s(u_t . w_s / sqrt(rank)) v_s + sum_(|t - s| <= window) softmax_s(q_t . k_s / sqrt(H)) v_s.
     The matrix of attention is a low-rank one for what is far, whose scores come from queries u and keys w of few
     channels, and a band for what is near; `csalr` is low-rank alone.
-    Kind: low rank
-    Time O(T S (rank + H) + T window H); memory O(S) per block of queries; decoding keeps every key, value and input.
-    Exact. A bias is added to the scores of both parts; rotary positions turn q and k alone.
+
+    A bias is added to the scores of both parts; rotary positions turn q and k alone.
     Deviations from the paper: this follows the survey's account of it (Lin et al., 2021, section 4.5); both parts weigh
     the same values, and are added.
 
@@ -28,10 +28,19 @@ class LowRankBand(Attention):
         window: keys of the band on each side of a query, besides itself
     """
 
+    kind = "low rank"
+    exact = True
+    complexity = Complexity(
+        time="O(T S (rank + H) + T window H)",
+        memory="O(S)",
+        decoding="every key, value and input",
+        memory_note="per block of queries",
+    )
+
     def __init__(self, size: Size, *, rank: int = 8, window: int = 16, rngs: nnx.Rngs):
         for name, value in (("rank", rank), ("window", window)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise Refused(f"{name} must be at least 1, got {value}")
         super().__init__(size, rngs=rngs)
         self.rank, self.window = rank, window
         self.low_query, self.low_key = (

@@ -1,13 +1,18 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 EXACT = {"preferred_element_type": jnp.float32}
@@ -20,10 +25,7 @@ class Luna(Attention):
     learned points P in the first layer, what was packed so far in the others. Causally nothing is packed into P; with
     weights a_s = elu(P . k_s / sqrt(H)) + 1 and means over s <= t, c_t = softmax(mean_s (q_t . K v_s) a_s / sqrt(H))
     and out_t = mean_s (c_t . a_s) V v_s.
-    Kind: memory compression
-    Time O(T packed H), chunked where causal; memory O(T (H + packed)); decoding keeps two H x packed matrices.
-    Approximate: positions exchange nothing that does not pass through P.
-    No bias: a packed row has no position
+
     Deviations from the paper: keys and values have projections of their own in both attentions (an option of the
     authors' code, which ties them), and P is normalised where it asks, not after it is added to (another option there).
     Layers above the first have points that they do not use.
@@ -33,11 +35,22 @@ class Luna(Attention):
         chunk: positions whose causal products are computed together
     """
 
+    kind = "memory compression"
+    exact = False
+    accuracy = ": positions exchange nothing that does not pass through P"
+    complexity = Complexity(
+        time="O(T packed H)",
+        memory="O(T (H + packed))",
+        decoding="two H x packed matrices",
+        time_note=", chunked where causal",
+    )
+    refuses: ClassVar = {"bias": "a packed row has no position"}
+
     def __init__(self, size: Size, *, packed: int = 32, chunk: int = 64, rngs: nnx.Rngs):
         if packed < 1:
-            raise ValueError(f"packed must be at least 1, got {packed}")
+            raise Refused(f"packed must be at least 1, got {packed}")
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.chunk = chunk
         self.points = nnx.Param(jax.random.normal(rngs.params(), (packed, size.dim)))
@@ -57,7 +70,7 @@ class Luna(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise Refused(why_not(type(self), "bias"))
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
         P, asked = self._asked(carry, k.dtype)
         if causal:
@@ -65,12 +78,13 @@ class Luna(Attention):
             keys, values = self._unpacking(v)
             one = lambda q, k, _, own, real, __: (function(q, k, own[0], own[1], own[2], real), None)
             own = [jnp.swapaxes(y, 1, 2) for y in (asked, self._repeated(keys), self._repeated(values))]
-            out = over_heads(one, q, k, v, own, real, None)[0]
+            out = over_heads(one, q, k, v, own, real, None, plan=plan_of(self.size))[0]
         else:
-            found = attended(asked, k, v, real, method=method)
-            out, P = attended(q, *self._unpacking(found), method=method), P + found.reshape(P.shape)
+            how = {"method": method, "plan": plan_of(self.size)}
+            packed = attended(asked, k, v, real, **how)
+            out, P = attended(q, *self._unpacking(packed), **how), P + packed.reshape(P.shape)
         new = {"packed": P, "layers": carry["layers"] + 1}
-        return out.astype(v.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), {}
+        return out.astype(v.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), Aux()
 
     def _asked(self, carry, dtype):
         """P (B, packed, D), and its queries (B, packed, N, H)."""
@@ -120,7 +134,7 @@ class Luna(Attention):
     def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
         """The sums over all tokens so far of K v_s a_s^T and V v_s a_s^T, one H x packed matrix each for every head."""
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise Refused(why_not(type(self), "bias"))
         carry = self.initial_carry(len(q), 1, 1) if carry is None else carry
         P, asked = self._asked(carry, k.dtype)
         k, *new = map(self._repeated, (k, *self._unpacking(v)))

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import scalar_decay
 from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of, interval_bias
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -28,10 +29,7 @@ class Mamba2(Recurrent):
     S_t = exp(-A d_t) S_(t-1) + d_t k_t v_t^T, y_t = q_t S_t + D v_t, out_t = w rms(y_t * silu(W x_t)), where d_t =
     softplus(w' x_t + c) and q, k and v, each after silu, are the paper's C, B and x. Every head has a learned A > 0 and
     D and a v of its own; the heads of a group share q and k, and one root mean square.
-    Kind: linearised
-    Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: no short convolution before the silu of q, k and v; values are as wide as the block, not
         twice that; the state is as wide as a head. kv_heads fewer than heads shares v too.
 
@@ -40,11 +38,15 @@ class Mamba2(Recurrent):
         chunk: positions whose products are computed together
     """
 
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(time="O(T H (H + chunk))", memory="O(T H + T H^2 / chunk)", decoding="one H x H matrix")
+
     def __init__(self, size: Size, *, groups: int = 1, chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         if groups < 1 or size.key_heads % groups:
-            raise ValueError(f"groups must divide the {size.key_heads} heads of values, got {groups}; 1 always does")
+            raise Refused(f"groups must divide the {size.key_heads} heads of values, got {groups}; 1 always does")
         super().__init__(size, rngs=rngs)
         N = size.heads
         self.query, self.key = (Shared(size, groups, heads // groups, rngs=rngs) for heads in (N, size.key_heads))

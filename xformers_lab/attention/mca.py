@@ -1,11 +1,11 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import softmax
@@ -13,6 +13,7 @@ from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.windows import Windows, count, windows
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # From this many positions on, causal slots come in eighths: 9/16 of the pairs are computed.
@@ -25,10 +26,7 @@ class Mca(Attention):
     out = softmax(q K^T / sqrt(H)) V, K and V convolutions of k and v over windows of `kernel` positions, one every
     `stride`: stride times fewer keys. Causally a query sees the windows that end at its position or before, and the
     first position.
-    Kind: memory compression
-    Time O(T S H / stride); memory O(S H); decoding keeps S / stride slots and the newest `kernel` keys and values.
-    Exact over the slots, each a learned mixture of a few neighbours.
-    No bias: a slot has no one position
+
     Deviations from the paper: a convolution runs within a head, kernel x H x H weights for keys and as many for values.
     As in the authors' code the first key stands uncompressed for the queries before the first window is full (not where
     kernel=1, whose windows are always full); queries in the middle of a window do not see what is in it so far. Padded
@@ -40,13 +38,23 @@ class Mca(Attention):
         pool: conv, or mean, without parameters
     """
 
+    kind = "memory compression"
+    exact = True
+    accuracy = "over the slots, each a learned mixture of a few neighbours"
+    complexity = Complexity(
+        time="O(T S H / stride)",
+        memory="O(S H)",
+        decoding="S / stride slots and the newest `kernel` keys and values",
+    )
+    refuses: ClassVar = {"bias": "a slot has no one position"}
+
     def __init__(
         self, size: Size, *, kernel: int = 3, stride: int = 3, pool: Literal["conv", "mean"] = "conv", rngs: nnx.Rngs
     ):
         if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
+            raise Refused(f"stride must be at least 1, got {stride}")
         if kernel < stride:
-            raise ValueError(f"kernel must be at least stride, or positions are lost: got {kernel} and {stride}")
+            raise Refused(f"kernel must be at least stride, or positions are lost: got {kernel} and {stride}")
         super().__init__(size, rngs=rngs)
         self.kernel, self.stride, self.pool = kernel, stride, pool
         shape, scale = (size.heads, 2, kernel, size.head, size.head), (kernel * size.head) ** -0.5

@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._projected import Projected
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -16,11 +18,9 @@ class Mla(Projected):
     out_t = sum_s softmax_s((q_t . k_s + p_t . r_s) / sqrt(H + rotary)) v_s, where k_s and v_s of every head are linear
     in one latent vector c_s = RMSNorm(W x_s), and the key r_s, which carries the rotary position, is shared by all
     heads.
-    Kind: multi-head
-    Time O(T S H); memory O(S) per row of blocks; decoding keeps one latent and one rotary key per token for all heads.
-    Exact. Where queries are few (decoding) the matrices that expand the latent are applied to query and output
-    instead, so no key is ever expanded: the same sums in another order. Position rotates p and r alone; kv_heads plays
-    no part.
+
+    Where queries are few (decoding) the matrices that expand the latent are applied to query and output instead, so no
+    key is ever expanded: the same sums in another order. Position rotates p and r alone; kv_heads plays no part.
     Deviations from the paper: the default latent is no wider than all heads together.
 
     Options:
@@ -28,6 +28,15 @@ class Mla(Projected):
         rotary: channels of the key with the position; none: half a head's
         query_latent: size of a latent for queries, 0 for none
     """
+
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="one latent and one rotary key per token for all heads",
+        memory_note="per row of blocks",
+    )
 
     def __init__(
         self,
@@ -42,9 +51,9 @@ class Mla(Projected):
         self.latent = min(4, N) * H if latent is None else latent
         self.rotary = max(2, H // 4 * 2) if rotary is None else rotary
         if self.latent < 1 or query_latent < 0:
-            raise ValueError(f"latent must be at least 1 and query_latent 0, got {self.latent} and {query_latent}")
+            raise Refused(f"latent must be at least 1 and query_latent 0, got {self.latent} and {query_latent}")
         if self.rotary < 2 or self.rotary % 2:
-            raise ValueError(f"rotary must be even and at least 2, for positions turn pairs, got {self.rotary}")
+            raise Refused(f"rotary must be even and at least 2, for positions turn pairs, got {self.rotary}")
         super().__init__(size, rngs=rngs)
         linear = lambda wide, out: Linear(wide, out, use_bias=False, dtype=size.dtype, rngs=rngs)
         norm = lambda wide: nnx.RMSNorm(wide, dtype=size.dtype, rngs=rngs)
@@ -76,9 +85,9 @@ class Mla(Projected):
         given = {"real": real, "causal": causal, "bias": bias, "carry": carry}
         k, v = k[:, :, :1], v[:, :, :1]
         if method == "reference":
-            return self._by_definition(q, k[:, :, 0], v[:, :, 0], real, causal, bias), carry, {}
+            return self._by_definition(q, k[:, :, 0], v[:, :, 0], real, causal, bias), carry, Aux()
         if self._absorbs(q.shape[1], k.shape[1]):
-            return self._absorbed(q, k, v, given), carry, {}
+            return self._absorbed(q, k, v, given), carry, Aux()
         (B, S), N, H = v.shape[:2], self.size.heads, self.size.head
         up = self.up.kernel[...].astype(v.dtype)
         expanded = (v.reshape(B * S, -1) @ up).reshape(B, S, N, 2 * H)

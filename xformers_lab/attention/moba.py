@@ -2,10 +2,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
 from xformers_lab.attention._engine.gathered import ROWS, batched, count, grouped, in_blocks, merged, scores_at_once
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -15,10 +16,8 @@ class Moba(Attention):
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of the query's own block and of those `chosen` - 1
     other blocks whose mean key has the largest product with q_t; causally of blocks before it, and s <= t. Every query
     of every head chooses for itself; blocks of equal products are taken in order.
-    Kind: sparse by content
-    Time O(T chosen block H + T S H / block); memory O(T chosen H); decoding keeps every key and value, and a sum for
-        each block.
-    Exact over the chosen blocks. The choice has no gradient. A score bias counts in the softmax, not in the choice.
+
+    The choice has no gradient. A score bias counts in the softmax, not in the choice.
     Deviations from the paper: blocks are small, for sequences of some thousand positions (the paper's hold 512 and
     more); without causality any other block may be chosen; means are over positions that are no padding.
 
@@ -27,11 +26,20 @@ class Moba(Attention):
         chosen: blocks that a query sees, its own among them
     """
 
+    kind = "sparse by content"
+    exact = True
+    accuracy = "over the chosen blocks"
+    complexity = Complexity(
+        time="O(T chosen block H + T S H / block)",
+        memory="O(T chosen H)",
+        decoding="every key and value, and a sum for each block",
+    )
+
     def __init__(self, size: Size, *, block: int = 64, chosen: int = 3, rngs: nnx.Rngs):
         if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+            raise Refused(f"block must be at least 1, got {block}")
         if chosen < 1:
-            raise ValueError(f"chosen must be at least 1, the query's own block, got {chosen}")
+            raise Refused(f"chosen must be at least 1, the query's own block, got {chosen}")
         super().__init__(size, rngs=rngs)
         self.block, self.chosen = block, chosen
 

@@ -2,11 +2,12 @@ import math
 
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -15,9 +16,8 @@ class Multiscale(Patterned):
 
     Head n: out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= w_n (causal: t - w_n <= s <= t), with one
     window for each run of heads, from a word's neighbours to far context.
-    Kind: multi-head
-    Time O(T w H) with the mean window w; memory O(S H); decoding keeps a ring of the widest window's keys and values.
-    Exact within each head's window. Heads of one window run the band engine together.
+
+    Heads of one window run the band engine together.
     Deviations from the paper: heads are spread evenly over the scales in every layer; the paper gives lower layers more
     small scales, which `multiscale:scales=1x8+multiscale:scales=8x64` does.
 
@@ -26,9 +26,19 @@ class Multiscale(Patterned):
             each share
     """
 
+    kind = "multi-head"
+    exact = True
+    accuracy = "within each head's window"
+    complexity = Complexity(
+        time="O(T w H)",
+        memory="O(S H)",
+        decoding="a ring of the widest window's keys and values",
+        time_note="with the mean window w",
+    )
+
     def __init__(self, size: Size, *, scales: tuple[int, ...] = (1, 8, 64), rngs: nnx.Rngs):
         if not scales or min(scales) < 1:
-            raise ValueError(f"scales are windows of at least 1, such as 1x8x64, got {'x'.join(map(str, scales))}")
+            raise Refused(f"scales are windows of at least 1, such as 1x8x64, got {'x'.join(map(str, scales))}")
         share = [math.ceil((head + 1) * len(scales) / size.heads) - 1 for head in range(size.heads)]
         super().__init__(size, tuple(Band(scales[index]) for index in share), rngs=rngs)
         self.windows = tuple(scales[index] for index in share)

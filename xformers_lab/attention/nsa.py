@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine import gathered
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
@@ -18,7 +18,10 @@ from xformers_lab.attention._engine.windows import count, windows
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._patterned import near_block
 from xformers_lab.attention._projected import Projected
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 # More than any sum of weights.
@@ -34,12 +37,10 @@ class Nsa(Projected):
     values alike. A run of `select` positions is as important as the weights that compressed keys got in the first
     softmax, each in the share that overlaps with it, summed over the query heads that share a key head; the `chosen`
     most important runs are attended to, always the query's own, the first and the one before the own among them.
-    Kind: sparse by content
-    Time O(T (S / stride + chosen select + window) H); memory O(T chosen H + S H block / stride); decoding keeps every
-        key and value of selected runs, the compressed ones, and a ring of window + 1.
-    Exact over what is chosen. The choice has no gradient of its own; phi learns from the first branch. The three
-    branches have keys and values of their own. Causally a compressed key is seen from its last position on; without
-    causality all are seen, any run may be chosen, and the window has two sides.
+
+    The choice has no gradient of its own; phi learns from the first branch. The three branches have keys and values of
+    their own. Causally a compressed key is seen from its last position on; without causality all are seen, any run may
+    be chosen, and the window has two sides.
     Deviations from the paper: runs are small and few, for sequences of some thousand positions (the paper has block=32,
     stride=16, select=64, chosen=16, window=512 for 64 thousand); phi is shared by the heads of a layer, its hidden
     layer is as wide as a head, and padded positions are zeros to it; rotary positions and a score bias leave the
@@ -54,6 +55,15 @@ class Nsa(Projected):
         window: keys seen on each side of a query in the third branch, besides itself
     """
 
+    kind = "sparse by content"
+    exact = True
+    accuracy = "over what is chosen"
+    complexity = Complexity(
+        time="O(T (S / stride + chosen select + window) H)",
+        memory="O(T chosen H + S H block / stride)",
+        decoding="every key and value of selected runs, the compressed ones, and a ring of window + 1",
+    )
+
     def __init__(
         self,
         size: Size,
@@ -67,9 +77,9 @@ class Nsa(Projected):
     ):
         for name, value in {"stride": stride, "select": select, "chosen": chosen, "window": window}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise Refused(f"{name} must be at least 1, got {value}")
         if block < stride:
-            raise ValueError(f"block must be at least stride, or positions are lost: got {block} and {stride}")
+            raise Refused(f"block must be at least stride, or positions are lost: got {block} and {stride}")
         super().__init__(size, rngs=rngs)
         self.pattern = Band(window)
         self.width, self.stride, self.select, self.chosen, self.window = block, stride, select, chosen, window
@@ -110,7 +120,7 @@ class Nsa(Projected):
         near, _, _ = super().mix(q[..., H:], k[..., 2 * H :], v[..., 2 * H :], **given)
         far = self._far(q, k[..., : 2 * H], v[..., : 2 * H], real, causal, bias, method)
         gates = jnp.swapaxes(self._of_tokens(x, x_q, T)["gates"], 1, 2)
-        return _gated(gates, [*jnp.moveaxis(far, 3, 0), near]).astype(v.dtype), carry, {}
+        return _gated(gates, [*jnp.moveaxis(far, 3, 0), near]).astype(v.dtype), carry, Aux()
 
     def _far(self, q, k, v, real, causal: bool, bias, method: str):
         """(B, T, N, 2H) and (B, S, K, 2H) -> (B, T, N, 2, H), the compressed and the selected branch.
@@ -133,7 +143,7 @@ class Nsa(Projected):
             far = jnp.stack(one(q, k, v, real, causal, bias))
             return far.transpose(2, 1, 3, 0, 4).reshape(T, -1, 2, H), None
 
-        return over_heads(group, packed, k, v, None, real, bias)[0].reshape(B, T, N, 2, H)
+        return over_heads(group, packed, k, v, None, real, bias, plan=plan_of(self.size))[0].reshape(B, T, N, 2, H)
 
     def _group(self, q, k, v, real, causal: bool, bias):
         """(2, G, T, g, H) and (2, G, S, H) -> two of (G, T, g, H)."""
@@ -224,7 +234,9 @@ class Nsa(Projected):
         out, lse = batched(sent, keys[block], values[block], added, (at, block, real[block]))
         back = lambda x, fill: groups.returned(x.reshape(-1, C, g, *x.shape[2:]), choices, fill)
         # As `merged`, with a product in place of its sum, which XLA:CPU makes a program of that crashes for two runs.
-        return jnp.einsum("tcg,tcgh->tgh", jax.nn.softmax(back(lse, EMPTY), 1), back(out, 0))
+        # Choices last: XLA:CPU miscompiles sums of products over a middle axis of so many (see _engine/gated.py).
+        weights = jax.nn.softmax(jnp.swapaxes(back(lse, EMPTY), 1, 2), -1)
+        return jnp.einsum("tgc,tcgh->tgh", weights, back(out, 0))
 
     def _group_by_definition(self, q, k, v, real, causal: bool, bias):
         (_, G, T, _, H), S, slots = q.shape, k.shape[2], count(k.shape[2], self.width, self.stride)

@@ -1,9 +1,12 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Positions whose convolution is one product: a wider one wastes more zeros, a narrower one is slower.
@@ -16,11 +19,7 @@ class Nystrom(Attention):
     out = F A^+ B v + conv(v), F = softmax(q k'^T / sqrt(H)), A = softmax(q' k'^T / sqrt(H)),
     B = softmax(q' k^T / sqrt(H)), with q' and k' the means of the queries and keys of m equal runs of positions (the
     landmarks), A^+ by Newton-Schulz steps, conv one kernel per head over the positions of v.
-    Kind: low rank
-    Time O(T m H + m^3); memory O(T m).
-    Approximate; with a landmark for every position F A^+ B is the whole softmax.
-    Not causal: a landmark is a mean over a run of positions, and the softmax over landmarks mixes runs that are to come
-    Not cross: landmarks are runs of the same sequence on both sides
+
     Deviations from the paper: runs divide the positions that are no padding, and their number is at most that of the
     positions. The steps for A^+ start from A^T / (|A|_1 |A|_inf) of each head, as the paper has it; its code takes the
     largest column sum over the whole batch, which lets samples depend on each other.
@@ -31,13 +30,24 @@ class Nystrom(Attention):
         kernel: positions under the convolution of v, odd; 0: none
     """
 
+    kind = "low rank"
+    exact = False
+    accuracy = "; with a landmark for every position F A^+ B is the whole softmax"
+    complexity = Complexity(time="O(T m H + m^3)", memory="O(T m)")
+    refuses: ClassVar = {
+        "causal": (
+            "a landmark is a mean over a run of positions, and the softmax over landmarks mixes runs that are to come"
+        ),
+        "cross": "landmarks are runs of the same sequence on both sides",
+    }
+
     def __init__(self, size: Size, *, landmarks: int = 64, iterations: int = 6, kernel: int = 33, rngs: nnx.Rngs):
         if landmarks < 1:
-            raise ValueError(f"landmarks must be at least 1, got {landmarks}")
+            raise Refused(f"landmarks must be at least 1, got {landmarks}")
         if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+            raise Refused(f"iterations must be at least 1, got {iterations}")
         if kernel < 0 or (kernel and kernel % 2 == 0):
-            raise ValueError(f"kernel must be 0 or odd, got {kernel}: {max(0, kernel) + 1} is the next")
+            raise Refused(f"kernel must be 0 or odd, got {kernel}: {max(0, kernel) + 1} is the next")
         super().__init__(size, rngs=rngs)
         self.landmarks, self.iterations, self.kernel = landmarks, iterations, kernel
         if kernel:
@@ -51,7 +61,7 @@ class Nystrom(Attention):
 
     def attend(self, q, k, v, *, real=None, taps=None):
         if q.shape[0] != k.shape[0]:
-            raise ValueError(
+            raise Refused(
                 f"nystrom takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "its landmarks are runs of the same sequence; use linformer or another attention"
             )
@@ -75,7 +85,7 @@ class Nystrom(Attention):
     def reference(self, q, k, v, *, real=None, taps=None):
         T = len(q)
         if len(k) != T:
-            raise ValueError("nystrom takes as many queries as keys")
+            raise Refused("nystrom takes as many queries as keys")
         real = jnp.ones(T, bool) if real is None else real
         m, number = min(self.landmarks, T), jnp.cumsum(real) - 1
         of_run = [real & (number * m // jnp.maximum(real.sum(), 1) == run) for run in range(m)]

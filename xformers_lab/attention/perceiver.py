@@ -1,12 +1,17 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -16,12 +21,7 @@ class Perceiver(Attention):
     L <- L + attention(L, k, v); `steps` times L <- L + attention(L, L, L); out = attention(q, K L, V L), an MLP after
     each of the first two. Learned latents look at the sequence once, talk among themselves, and are looked at by every
     position: in `set` they do not talk, in `luna` they stay from layer to layer instead.
-    Kind: memory compression
-    Time O(T latents H + steps latents^2 D); memory O(T H).
-    Approximate: positions exchange nothing that does not pass through the latents.
-    Not causal: a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last
-        positions of a sequence, gives outputs for those alone, where a layer needs them for all
-    No bias: a latent has no position
+
     Deviations from the paper: what the paper builds once around a model is one layer here, its latents begin anew in
     every layer, are as wide as the model, and their steps share one set of weights, as those of the paper's repeated
     blocks may.
@@ -31,11 +31,23 @@ class Perceiver(Attention):
         steps: rounds of self-attention among the latents
     """
 
+    kind = "memory compression"
+    exact = False
+    accuracy = ": positions exchange nothing that does not pass through the latents"
+    complexity = Complexity(time="O(T latents H + steps latents^2 D)", memory="O(T H)")
+    refuses: ClassVar = {
+        "causal": (
+            "a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last "
+            "positions of a sequence, gives outputs for those alone, where a layer needs them for all"
+        ),
+        "bias": "a latent has no position",
+    }
+
     def __init__(self, size: Size, *, latents: int = 32, steps: int = 2, rngs: nnx.Rngs):
         if latents < 1:
-            raise ValueError(f"latents must be at least 1, got {latents}")
+            raise Refused(f"latents must be at least 1, got {latents}")
         if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
+            raise Refused(f"steps must be at least 0, got {steps}")
         super().__init__(size, rngs=rngs)
         self.steps = steps
         self.latents = nnx.Param(jax.random.normal(rngs.params(), (latents, size.dim)))
@@ -55,9 +67,9 @@ class Perceiver(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
-            raise ValueError(why_not(type(self), "causal"))
+            raise Refused(why_not(type(self), "causal"))
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise Refused(why_not(type(self), "bias"))
         B, shape = q.shape[0], self.latents.shape
         L = jnp.broadcast_to(self.latents[...].astype(k.dtype), (B, *shape))
         L = self.look(L, k, v, real, method=method)
@@ -68,8 +80,9 @@ class Perceiver(Attention):
         L = self.norm(L)
         heads = lambda y: y.reshape(B, shape[0], -1, self.size.head).astype(k.dtype)
         there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, shape[0]))
-        out = attended(q, heads(self.latent_key(L)), heads(self.latent_value(L)), there, method=method)
-        return out.astype(v.dtype), carry, {}
+        how = {"method": method, "plan": plan_of(self.size)}
+        out = attended(q, heads(self.latent_key(L)), heads(self.latent_value(L)), there, **how)
+        return out.astype(v.dtype), carry, Aux()
 
     def cost(self, T: int, S: int) -> Cost:
         (m, D), H, N = self.latents.shape, self.size.head, self.size.heads
@@ -93,6 +106,6 @@ class _Part(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head).astype(L.dtype)
         if k is None and self.key is not None and self.value is not None:
             k, v = heads(self.key(y)), heads(self.value(y))
-        found = attended(heads(self.query(y)), k, v, real, method=method)
+        found = attended(heads(self.query(y)), k, v, real, method=method, plan=plan_of(self.size))
         L = L + self.out(found.reshape(L.shape)).astype(L.dtype)
         return L + self.shrink(jax.nn.gelu(self.grow(self.mlp_norm(L)))).astype(L.dtype)

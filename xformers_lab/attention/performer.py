@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.features import (
     EXACT,
     divided,
@@ -15,6 +15,7 @@ from xformers_lab.attention._engine.features import (
     orthogonal,
     sums,
 )
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Added to every feature of the relu kernel, so that no query is without weights.
@@ -27,10 +28,7 @@ class Performer(Attention):
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), phi(x) = exp(W x - |x|^2 / 2) of x / H^(1/4):
     on average over Gaussian rows of W, phi(q) . phi(k) is exp(q . k / sqrt(H)). The rows of W come in orthogonal blocks
     of H, with the lengths of Gaussian vectors.
-    Kind: linearised
-    Time O(T H F), chunked where causal; memory O(T F); decoding keeps one H x F matrix, one vector, one number.
-    Approximate: the variance falls as 1 / F and grows as exp(|q + k|^2 / sqrt(H)), so that many features come near the
-    softmax for short q and k alone.
+
     Deviations from the paper: a key's features are divided by the largest of those that the query may see, exactly so
     that no later key is felt (the authors' code divides by the largest of all keys); nothing is added to the features
     of the exponential unless `epsilon` says so, and nothing to the sum of the features alone (causal code adds 1e-6).
@@ -46,6 +44,19 @@ class Performer(Attention):
         chunk: positions whose causal products are computed together
     """
 
+    kind = "linearised"
+    exact = False
+    accuracy = (
+        ": the variance falls as 1 / F and grows as exp(|q + k|^2 / sqrt(H)), so that many features come near the "
+        "softmax for short q and k alone"
+    )
+    complexity = Complexity(
+        time="O(T H F)",
+        memory="O(T F)",
+        decoding="one H x F matrix, one vector, one number",
+        time_note=", chunked where causal",
+    )
+
     def __init__(
         self,
         size: Size,
@@ -59,13 +70,13 @@ class Performer(Attention):
         rngs: nnx.Rngs,
     ):
         if features is not None and features < 1:
-            raise ValueError(f"features must be at least 1, or none for int(H log H), got {features}")
+            raise Refused(f"features must be at least 1, or none for int(H log H), got {features}")
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         if epsilon < 0:
-            raise ValueError(f"epsilon must be at least 0, got {epsilon:g}")
+            raise Refused(f"epsilon must be at least 0, got {epsilon:g}")
         if epsilon and kernel != "softmax":
-            raise ValueError(f"epsilon is an option of kernel=softmax, got kernel={kernel}, which adds {FLOOR} always")
+            raise Refused(f"epsilon is an option of kernel=softmax, got kernel={kernel}, which adds {FLOOR} always")
         super().__init__(size, rngs=rngs)
         self.epsilon = epsilon
         self.features = max(1, int(size.head * math.log(size.head))) if features is None else features

@@ -1,11 +1,11 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import MASKED, softmax
@@ -14,7 +14,9 @@ from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention.local import Local
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -23,12 +25,9 @@ class Poolingformer(Local):
 
     y = attention over keys at most `window` away, z = attention of queries from y over pooled keys and values from y at
     most `reach` away, out = y + z. A pooled key stands for `kernel` positions, one every `stride`.
-    Kind: memory compression
-    Time O(T (window + reach / stride) H + T D^2); memory O(T D); decoding keeps window + 1 keys and values and reach /
-        stride pooled ones.
-    Exact within its two windows. Causally only those pooled that end at the query's position or before, so that the
-    first queries have the first level alone. A score bias is added in the first level; rotary positions turn it alone.
-    Not cross: the keys of the second level are outputs of the first, so the queries must be those of the keys
+
+    Causally only those pooled that end at the query's position or before, so that the first queries have the first
+    level alone. A score bias is added in the first level; rotary positions turn it alone.
     Deviations from the paper: pools are the same for all queries, and one is seen where it lies in the window as a
     whole; padded positions are left out of a pool. Heads are joined before the second level without a projection.
 
@@ -39,6 +38,18 @@ class Poolingformer(Local):
         stride: positions from one pool to the next
         pool: mean, max, or ldconv: weights softmax(W x) of the x in a pool's middle
     """
+
+    kind = "memory compression"
+    exact = True
+    accuracy = "within its two windows"
+    complexity = Complexity(
+        time="O(T (window + reach / stride) H + T D^2)",
+        memory="O(T D)",
+        decoding="window + 1 keys and values and reach / stride pooled ones",
+    )
+    refuses: ClassVar = {
+        "cross": "the keys of the second level are outputs of the first, so the queries must be those of the keys",
+    }
 
     def __init__(
         self,
@@ -52,17 +63,17 @@ class Poolingformer(Local):
         rngs: nnx.Rngs,
     ):
         if reach < 0:
-            raise ValueError(f"reach must be at least 0, got {reach}")
+            raise Refused(f"reach must be at least 0, got {reach}")
         if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
+            raise Refused(f"stride must be at least 1, got {stride}")
         if kernel < stride:
-            raise ValueError(f"kernel must be at least stride, or positions are lost: got {kernel} and {stride}")
+            raise Refused(f"kernel must be at least stride, or positions are lost: got {kernel} and {stride}")
         if 0 < reach < kernel - 1:
-            raise ValueError(
+            raise Refused(
                 f"reach must be 0 or at least kernel - 1 = {kernel - 1}, or no pool lies before a query: got {reach}"
             )
         if not reach and (kernel, stride, pool) != (5, 4, "ldconv"):
-            raise ValueError("kernel, stride and pool are options of the second level, and reach=0 leaves it out")
+            raise Refused("kernel, stride and pool are options of the second level, and reach=0 leaves it out")
         super().__init__(size, window=window, rngs=rngs)
         self.reach, self.kernel, self.stride, self.pool = reach, kernel, stride, pool
         linear = lambda heads: Linear(size.dim, heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
@@ -76,7 +87,7 @@ class Poolingformer(Local):
     ):
         T, S = q.shape[1], k.shape[1]
         if T != S:
-            raise ValueError(f"poolingformer pools the outputs of its first level: {T} queries need {T} keys, got {S}")
+            raise Refused(f"poolingformer pools the outputs of its first level: {T} queries need {T} keys, got {S}")
         y, carry, aux = super().mix(q, k, v, real=real, causal=causal, bias=bias, carry=carry, method=method)
         if not self.reach:
             return y, carry, aux
@@ -99,7 +110,8 @@ class Poolingformer(Local):
         def one(q, k, v, _, real, __):
             return block_sparse(q, k, v, pattern=pattern, real=real, blocks=blocks), None
 
-        return over_heads(one, q, keys, values, None, None if real is None else there.any(2), None)[0]
+        some = None if real is None else there.any(2)
+        return over_heads(one, q, keys, values, None, some, None, plan=plan_of(self.size))[0]
 
     def _windows(self, x):
         return windows(x, self.kernel, self.stride)

@@ -1,14 +1,18 @@
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Behind, Cost
+from xformers_lab.attention import Attention, Behind, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores, softmax
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -18,11 +22,8 @@ class Predictive(Attention):
     I_l = a A_(l-1) + (1 - a) q k^T / sqrt(H), A_l = b relu(conv(I_l)) + (1 - b) I_l, out = softmax(A_l) v. A
     convolution over the map of queries and keys, whose channels are the heads, predicts the scores of a layer from
     those of the layer below; the first layer is full attention.
-    Kind: prior
-    Time O(T S (H + N kernel^2)); memory O(T S), for the scores are what layers hand on; decoding keeps every key and
-        value and the newest kernel // 2 rows of I.
-    Exact. A score bias is added to A and not handed on.
-    Not cross: the convolution reads the rows of neighbouring queries, so the queries must be those of the keys
+
+    A score bias is added to A and not handed on.
     Deviations from the paper: causally the kernel has no rows for later queries and reads zeros where a query sees no
         key, so that no later key can reach an earlier query; padded rows and columns are zeros to it too.
 
@@ -32,12 +33,24 @@ class Predictive(Attention):
         kernel: rows and columns of the convolution, odd
     """
 
+    kind = "prior"
+    exact = True
+    complexity = Complexity(
+        time="O(T S (H + N kernel^2))",
+        memory="O(T S)",
+        decoding="every key and value and the newest kernel // 2 rows of I",
+        memory_note=", for the scores are what layers hand on",
+    )
+    refuses: ClassVar = {
+        "cross": "the convolution reads the rows of neighbouring queries, so the queries must be those of the keys",
+    }
+
     def __init__(self, size: Size, *, residual: float = 0.2, convolved: float = 0.1, kernel: int = 3, rngs: nnx.Rngs):
         for name, share in (("residual", residual), ("convolved", convolved)):
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {share}")
+                raise Refused(f"{name} is a share between 0 and 1, got {share}")
         if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and at least 1, got {kernel}: try {max(kernel, 0) + 1}")
+            raise Refused(f"kernel must be odd and at least 1, got {kernel}: try {max(kernel, 0) + 1}")
         super().__init__(size, rngs=rngs)
         self.residual, self.convolved, self.around = residual, convolved, kernel // 2
         self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, size.heads, size.heads)))
@@ -55,16 +68,18 @@ class Predictive(Attention):
     ):
         (B, T), S = q.shape[:2], k.shape[1]
         if T != S:
-            raise ValueError(f"predictive reads the scores of neighbouring queries: {T} queries need {T} keys, got {S}")
+            raise Refused(f"predictive reads the scores of neighbouring queries: {T} queries need {T} keys, got {S}")
         below, layers = self.initial_carry(B, T, S) if carry is None else carry
         real = jnp.ones((B, S), bool) if real is None else real
+        plan = plan_of(self.size)
         if method == "reference":
             new = self._by_definition(q, k, real, causal, below, layers)
         else:
             valid = real[:, None, None] & real[:, None, :, None]
             valid = valid & jnp.tri(T, dtype=bool) if causal else valid
             evolved = jax.checkpoint(lambda s, below: self._evolved(self._blend(s, below), valid, causal))
-            s = over_heads(functools.partial(_dot_products, causal=causal), q, k, v, None, None, None)[1]
+            dots = functools.partial(_dot_products, causal=causal)
+            s = over_heads(dots, q, k, v, None, None, None, plan=plan)[1]
             new = lax.cond(layers == 0, lambda s, below: s, evolved, s, below)
 
         def attended(q, k, v, s, real, bias):
@@ -79,8 +94,8 @@ class Predictive(Attention):
             s = s if bias is None else s + bias(jnp.arange(T)[:, None], jnp.arange(S)[None])
             return maps.by_definition(s, seen, v)[0], None
 
-        out = over_heads(attended if method == "attend" else defined, q, k, v, new, real, bias)[0]
-        return out, (new, layers + 1), {}
+        out = over_heads(attended if method == "attend" else defined, q, k, v, new, real, bias, plan=plan)[0]
+        return out, (new, layers + 1), Aux()
 
     def _blend(self, s, below):
         return self.residual * below + (1 - self.residual) * s
@@ -134,7 +149,8 @@ class Predictive(Attention):
         (B, S), N, seen = k.shape[:2], q.shape[1], cache["seen"] + 1
         below, layers = self.initial_carry(B, 1, S) if carry is None else carry
         real = jnp.arange(S) >= S - seen
-        s = over_heads(functools.partial(_dot_products, causal=True), q[:, None], k, v, None, None, None)[1]
+        dots, plan = functools.partial(_dot_products, causal=True), plan_of(self.size)
+        s = over_heads(dots, q[:, None], k, v, None, None, None, plan=plan)[1]
         blend = self._blend(s, below)
         # Positions have moved on by one since the rows of earlier queries were kept.
         kept = jnp.pad(cache["rows"][..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
@@ -149,7 +165,7 @@ class Predictive(Attention):
             s = s if bias is None else s + bias(jnp.full((1, 1), S - 1), jnp.arange(S)[None])
             return softmax(s, real, v), None
 
-        out = over_heads(one, q[:, None], k, v, new, None, bias)[0]
+        out = over_heads(one, q[:, None], k, v, new, None, bias, plan=plan)[0]
         cache = {"k": k, "v": v, "seen": seen, "rows": read[:, :, 1:]}
         return out.reshape(B, N, -1), cache, (new, layers + 1)
 

@@ -3,8 +3,10 @@ from typing import Literal
 
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention._patterned import Patterned, run_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -12,9 +14,7 @@ class Random(Patterned):
     """Random block attention (Zaheer et al., 2020, arXiv 2007.14062, section 2: a random graph on its own).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of t's own block and of `count` random other blocks.
-    Kind: sparse by position
-    Time O(T (1 + count) block H); memory O(S H); decoding keeps every key and value.
-    Exact on its pattern.
+
     Causal: what of the pattern lies in the past.
     Deviations from the paper: a block also sees itself, so that no query is left without a key.
 
@@ -24,6 +24,11 @@ class Random(Patterned):
         seed: of the random draw
         heads: shared: one draw for all heads; own: one for each, and a program for each
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(time="O(T (1 + count) block H)", memory="O(S H)", decoding="every key and value")
 
     def __init__(
         self,
@@ -36,9 +41,9 @@ class Random(Patterned):
         rngs: nnx.Rngs,
     ):
         if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+            raise Refused(f"block must be at least 1, got {block}")
         if min(count, seed) < 0:
-            raise ValueError(f"count and seed must be at least 0, got {count} and {seed}")
+            raise Refused(f"count and seed must be at least 0, got {count} and {seed}")
         block = min(block, size.length)
         one = RandomBlocks(block, -(-size.length // block), near=0, ends=0, count=count, seed=seed)
         each = tuple(dataclasses.replace(one, head=head) for head in range(size.heads))

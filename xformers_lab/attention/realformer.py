@@ -1,6 +1,6 @@
 import jax.numpy as jnp
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 
@@ -10,11 +10,19 @@ class Realformer(Attention):
 
     A_l = q k^T / sqrt(H) + A_(l-1), out = softmax(A_l) v: the scores of every layer are added to those of the layer
     below, head by head.
-    Kind: prior
-    Time O(T S H); memory O(T S), for the scores are what layers hand on; decoding keeps every key and value.
-    Exact. A score bias is added after the sum and not handed on, so that it counts once in every layer.
+
+    A score bias is added after the sum and not handed on, so that it counts once in every layer.
     Deviations from the paper: none.
     """
+
+    kind = "prior"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(T S)",
+        decoding="every key and value",
+        memory_note=", for the scores are what layers hand on",
+    )
 
     def init_carry(self, T: int, S: int):
         return jnp.zeros((T, S), jnp.float32)

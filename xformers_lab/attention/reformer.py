@@ -1,16 +1,17 @@
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, merged, order_by, scores_at_once
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Taken from a token's score with itself, so that it counts where there is nothing else.
@@ -26,13 +27,8 @@ class Reformer(Attention):
     rounds, h(q) = argmax [q R, -q R] with a random R of its own in each, and are near it there: tokens sorted by bucket
     and position are cut into chunks, which see themselves and the one before. Keys are the queries, made of length 1. A
     token sees itself only where it sees nothing else.
-    Kind: sparse by content
-    Time O(T rounds (chunk + sqrt buckets) H + T rounds log T); memory O(T rounds H); decoding keeps every key and value
-        and their buckets.
-    Exact over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of
-    the paper), and rounds are merged by their log-sum-exps. Padding is in no bucket, and sees nothing.
-    Not causal with across=chunk: which tokens share a chunk depends on later ones
-    Not cross: queries are the keys
+
+    Padding is in no bucket, and sees nothing.
     Deviations from the paper: causally a token sees those of its bucket that are at most `chunk` places before it, for
     where chunks begin depends on later tokens; tokens of different buckets see each other with across=chunk alone; from
     16 buckets on a bucket is a pair of two smaller hashes, as in the authors' code; R is drawn once, when the model is
@@ -40,11 +36,24 @@ class Reformer(Attention):
 
     Options:
         across: bucket: only tokens of its bucket are seen, as in the paper's equations; chunk: all of the two chunks,
-            before the first of which comes the last, as in the authors' code
+            before the first of which comes the last, as in the authors' code, which is not causal
         rounds: hashes, each with buckets of its own
         chunk: tokens in a chunk
         buckets: at least so many in each round; none: 2 length / chunk, 1: no hashing
     """
+
+    kind = "sparse by content"
+    exact = True
+    accuracy = (
+        "over the union of what the rounds see: each round's softmax counts a key once per round that sees it (N_ij of "
+        "the paper), and rounds are merged by their log-sum-exps"
+    )
+    complexity = Complexity(
+        time="O(T rounds (chunk + sqrt buckets) H + T rounds log T)",
+        memory="O(T rounds H)",
+        decoding="every key and value and their buckets",
+    )
+    refuses: ClassVar = {"cross": "queries are the keys"}
 
     def __init__(
         self,
@@ -58,7 +67,7 @@ class Reformer(Attention):
     ):
         for name, value in (("rounds", rounds), ("chunk", chunk), ("buckets", 1 if buckets is None else buckets)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise Refused(f"{name} must be at least 1, got {value}")
         super().__init__(size, rngs=rngs)
         self.key = Absent(size.key_heads * size.head, size.dtype)
         self.across, self.rounds, self.chunk = across, rounds, chunk
@@ -82,15 +91,19 @@ class Reformer(Attention):
     def _number(self) -> int:
         return math.prod(self.factors)
 
+    def refusals(self):
+        chunks = {"causal": "which tokens share a chunk depends on later ones"} if self.across == "chunk" else {}
+        return {**super().refusals(), **chunks}
+
     def _check(self, causal: bool) -> None:
-        if causal and (reason := self.not_causal()):
-            raise ValueError(
+        if causal and (reason := self.refusals().get("causal")):
+            raise Refused(
                 f"reformer:across={self.across} cannot be causal: {reason}; use across=bucket or model=encoder"
             )
 
     def attend(self, q, k, v, *, real=None, causal, rotations, bias=None):
         if len(q) != len(k):
-            raise ValueError(f"reformer has one projection for queries and keys, so {len(q)} of {len(k)} cannot ask")
+            raise Refused(f"reformer has one projection for queries and keys, so {len(q)} of {len(k)} cannot ask")
         self._check(causal)
         T, C, R = len(q), min(self.chunk, len(q)), self.rounds
         buckets = self._buckets(q, rotations)
@@ -146,7 +159,7 @@ class Reformer(Attention):
     def reference(self, q, k, v, *, real=None, causal, rotations, bias=None):
         T, at = len(q), jnp.arange(len(q))
         if len(k) != T:
-            raise ValueError("reformer takes as many queries as keys")
+            raise Refused("reformer takes as many queries as keys")
         self._check(causal)
         real = jnp.ones(T, bool) if real is None else real
         seen = jnp.zeros((T, T), bool)

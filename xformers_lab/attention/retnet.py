@@ -1,9 +1,10 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import scalar_decay
 from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -11,10 +12,7 @@ class Retnet(Recurrent):
     """Retention (Sun et al., 2023, arXiv 2307.08621, equations 5 to 8).
 
     S_t = g S_(t-1) + k_t v_t^T, out_t = silu(W x_t) * rms(q_t S_t / sqrt(H)); every head has a g of its own.
-    Kind: linearised
-    Time O(T H (H + chunk)); memory O(T H + T H^2 / chunk); decoding keeps one H x H matrix.
-    Exact.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
     Deviations from the paper: values are as wide as keys, where the paper's are twice as wide; rotation by position is
         the model's position=rope; heads are normalised by their root mean square.
 
@@ -24,11 +22,15 @@ class Retnet(Recurrent):
         fastest: g of the head that forgets most is 1 - 1 / fastest
     """
 
+    kind = "linearised"
+    exact = True
+    complexity = Complexity(time="O(T H (H + chunk))", memory="O(T H + T H^2 / chunk)", decoding="one H x H matrix")
+
     def __init__(self, size: Size, *, chunk: int = 64, slowest: float = 512.0, fastest: float = 32.0, rngs: nnx.Rngs):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         if not 1 < fastest <= slowest:
-            raise ValueError(f"fastest must be above 1 and at most slowest, got {fastest} and {slowest}")
+            raise Refused(f"fastest must be above 1 and at most slowest, got {fastest} and {slowest}")
         super().__init__(size, rngs=rngs)
         self.gate = gate_of(size, rngs)
         self.chunk, self.slowest, self.fastest = chunk, slowest, fastest

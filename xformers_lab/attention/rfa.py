@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, why_not_one_way
+from xformers_lab.attention import Attention, Complexity, Cost, why_not_one_way
 from xformers_lab.attention._engine.features import EXACT, divided, sums
 from xformers_lab.attention._engine.gated import aligned, scalar_decay
 from xformers_lab.attention._recurrent import unit
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -22,9 +23,8 @@ class Rfa(Attention):
     length; a gate g_t = sigmoid(w x_t + b) makes the sums forget, S_t = g_t S_(t-1) + (1 - g_t) phi(k_t) v_t^T.
     gaussian: phi(x) = [cos Wx, sin Wx] / sqrt(F), on average exp(-|s (q - k)|^2 / 2) for rows of W that are Gaussian
     times s, learned for every channel; arccos: phi(x) = relu(Wx) / sqrt(F).
-    Kind: linearised
-    Time O(T H F), chunked where causal; memory O(T F); decoding keeps a 2 F x (H + 1) matrix, for arccos F x (H + 1).
-    Approximate: the error falls as 1 / sqrt(F). The kernel is the softmax of cosines, not of q . k.
+
+    The kernel is the softmax of cosines, not of q . k.
     Deviations from the paper: the mean of weights, which few features may bring near 0 or below, counts as at least 0.1
         (gaussian).
 
@@ -35,6 +35,16 @@ class Rfa(Attention):
         redraw: when W is drawn: once, or anew in every training step (evaluation keeps the first)
         chunk: positions whose causal products are computed together
     """
+
+    kind = "linearised"
+    exact = False
+    accuracy = ": the error falls as 1 / sqrt(F)"
+    complexity = Complexity(
+        time="O(T H F)",
+        memory="O(T F)",
+        decoding="a 2 F x (H + 1) matrix, for arccos F x (H + 1)",
+        time_note=", chunked where causal",
+    )
 
     def __init__(
         self,
@@ -48,14 +58,18 @@ class Rfa(Attention):
         rngs: nnx.Rngs,
     ):
         if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
+            raise Refused(f"features must be at least 1, got {features}")
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.features, self.kernel, self.redraw, self.chunk = features, kernel, redraw, chunk
         self.gate = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs) if gate == "learned" else None
         self.spread = nnx.Param(jnp.ones((size.heads, size.head)))
         self.projection = nnx.Variable(jax.random.normal(rngs.params(), (size.heads, features, size.head)))
+
+    def refusals(self):
+        fades = {"bidirectional": "with gate=learned it reads from left to right"} if self.gate is not None else {}
+        return {**super().refusals(), **fades}
 
     def per_head(self):
         return {"projection": self.projection[...], "spread": self.spread[...]}
@@ -87,7 +101,7 @@ class Rfa(Attention):
 
     def _one_way(self, causal: bool) -> None:
         if not causal:
-            raise ValueError(f"with gate=learned {why_not_one_way(type(self))}, or gate=none")
+            raise Refused(f"with gate=learned {why_not_one_way(type(self))}, or gate=none")
 
     def _rows(self, projection, key):
         return jax.random.normal(key, projection.shape) if self.redraw == "step" and key is not None else projection

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import scores, softmax
 from xformers_lab.attention._engine.gathered import batched, count, grouped, in_blocks, order_by, scores_at_once
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Rows compared with all centroids at once.
@@ -22,12 +23,10 @@ class Routing(Attention):
     largest mu . q_t. Every cluster has as many keys, the `window` with the largest mu . k_s; causally, where these
     would depend on later keys, the newest `window` of those whose own nearest centroid it is. Keys, queries and
     centroids are brought to length 1 to be compared.
-    Kind: sparse by content
-    Time O(T (clusters + window) H), T^1.5 with the defaults; memory O(T H); decoding keeps every key, value and its
-        cluster.
-    Exact within a cluster. Centroids are no parameters: training moves them to a moving average of the queries and keys
-    that are nearest to each, one set for each head, from random directions on. The choice has no gradient. A query
-    whose cluster holds no key yet gets zeros.
+
+    Centroids are no parameters: training moves them to a moving average of the queries and keys that are nearest to
+    each, one set for each head, from random directions on. The choice has no gradient. A query whose cluster holds no
+    key yet gets zeros.
     Deviations from the paper: a query belongs to its nearest cluster alone, and not to those that list it among their
     nearest `window` queries, so that each is answered once and none looks at others; causally keys are not the queries,
     and chosen as said; scores are of queries and keys as they are, not normalised; all heads route (every second one is
@@ -38,6 +37,16 @@ class Routing(Attention):
         window: keys of a cluster; none: length / clusters
         decay: how much of a centroid a training step keeps
     """
+
+    kind = "sparse by content"
+    exact = True
+    accuracy = "within a cluster"
+    complexity = Complexity(
+        time="O(T (clusters + window) H)",
+        memory="O(T H)",
+        decoding="every key, value and its cluster",
+        time_note=", T^1.5 with the defaults",
+    )
 
     def __init__(
         self,
@@ -50,12 +59,12 @@ class Routing(Attention):
     ):
         for name, given in (("clusters", clusters), ("window", window)):
             if given is not None and given < 1:
-                raise ValueError(f"{name} must be at least 1, got {given}")
+                raise Refused(f"{name} must be at least 1, got {given}")
         if clusters is None:
             clusters = round(size.length**0.5) if window is None else -(-size.length // window)
         window = -(-size.length // clusters) if window is None else window
         if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {decay:g}")
+            raise Refused(f"decay must be between 0 and 1, got {decay:g}")
         super().__init__(size, rngs=rngs)
         self.clusters, self.window, self.decay = clusters, window, decay
         self.centroids = nnx.Variable(_unit(jax.random.normal(rngs.params(), (size.heads, clusters, size.head))))

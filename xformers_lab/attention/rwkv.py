@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.gated import aligned, blocks
 from xformers_lab.attention._recurrent import Recurrent
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # The logarithm of a weight that is not there; finite, so that the difference of two is 0.
@@ -19,10 +20,8 @@ class Rwkv(Recurrent):
 
     out_t = sigmoid(q_t) * (sum_(s < t) exp(k_s - (t - 1 - s) w) v_s + exp(k_t + u) v_t) / (the sum of the weights),
     channel by channel, with a learned decay w > 0 and a learned bonus u of the position itself for every channel.
-    Kind: without attention
-    Time O(T H), a loop of max(chunk, T / chunk) turns; memory O(T H); decoding keeps 5 H numbers, 3 H without shift.
-    Exact. Sums are kept relative to their largest weight, so no key overflows. Padding neither counts nor fades.
-    One way: it reads from left to right, so it serves no encoder and no cross-attention
+
+    Sums are kept relative to their largest weight, so no key overflows. Padding neither counts nor fades.
     Deviations from the paper: the token shift mixes projected keys and values, where the paper mixes what they, and q,
         are projected from; initial decays and shares are the first layer's on every layer.
 
@@ -31,9 +30,18 @@ class Rwkv(Recurrent):
         chunk: positions that one turn of the loop within all chunks, or one between them, passes
     """
 
+    kind = "without attention"
+    exact = True
+    complexity = Complexity(
+        time="O(T H)",
+        memory="O(T H)",
+        decoding="5 H numbers, 3 H without shift",
+        time_note=", a loop of max(chunk, T / chunk) turns",
+    )
+
     def __init__(self, size: Size, *, shift: Literal["one", "none"] = "one", chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+            raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.shift, self.chunk, D = shift, chunk, size.heads * size.head
         per_head = lambda x: nnx.Param(x.reshape(size.heads, size.head).astype(jnp.float32))

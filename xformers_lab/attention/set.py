@@ -1,11 +1,16 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -14,11 +19,7 @@ class Set(Attention):
 
     h = norm(y + relu(W y)) with y = norm(I + attention(I, k, v)), out = attention(q, K h, V h): learned points I look
     at all positions, then every position looks at what they found. The points begin anew in every layer.
-    Kind: memory compression
-    Time O(T points H); memory O(T H).
-    Approximate: positions exchange nothing that does not pass through the points.
-    Not causal: a point is a mean over all positions, later ones too
-    No bias: a point has no position
+
     Deviations from the paper: the residual, normaliser and feed-forward of the outer attention are the block's own. The
     points stand for their projected queries, as nothing else is projected from them.
 
@@ -26,9 +27,18 @@ class Set(Attention):
         points: induced points, m in the paper
     """
 
+    kind = "memory compression"
+    exact = False
+    accuracy = ": positions exchange nothing that does not pass through the points"
+    complexity = Complexity(time="O(T points H)", memory="O(T H)")
+    refuses: ClassVar = {
+        "causal": "a point is a mean over all positions, later ones too",
+        "bias": "a point has no position",
+    }
+
     def __init__(self, size: Size, *, points: int = 32, rngs: nnx.Rngs):
         if points < 1:
-            raise ValueError(f"points must be at least 1, got {points}")
+            raise Refused(f"points must be at least 1, got {points}")
         super().__init__(size, rngs=rngs)
         self.points = nnx.Param(jax.random.normal(rngs.params(), (points, size.dim)))
         self.inner = Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs)
@@ -46,17 +56,18 @@ class Set(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
-            raise ValueError(why_not(type(self), "causal"))
+            raise Refused(why_not(type(self), "causal"))
         if bias is not None:
-            raise ValueError(why_not(type(self), "bias"))
+            raise Refused(why_not(type(self), "bias"))
         B, (m, D) = q.shape[0], self.points.shape
         points = jnp.broadcast_to(self.points[...].astype(k.dtype), (B, m, D))
         heads = lambda y: y.reshape(B, m, -1, self.size.head).astype(k.dtype)
-        y = self.norm(points + attended(heads(points), k, v, real, method=method).reshape(B, m, D))
+        how = {"method": method, "plan": plan_of(self.size)}
+        y = self.norm(points + attended(heads(points), k, v, real, **how).reshape(B, m, D))
         h = self.inner_norm(y + jax.nn.relu(self.inner(y)))
         there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, m))
-        out = attended(q, heads(self.point_key(h)), heads(self.point_value(h)), there, method=method)
-        return out.astype(v.dtype), carry, {}
+        out = attended(q, heads(self.point_key(h)), heads(self.point_value(h)), there, **how)
+        return out.astype(v.dtype), carry, Aux()
 
     def cost(self, T: int, S: int) -> Cost:
         (m, D), H, N, K = self.points.shape, self.size.head, self.size.heads, self.size.key_heads

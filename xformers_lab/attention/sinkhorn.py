@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ from flax import nnx
 from jax import lax
 from jax.nn import logsumexp
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import MASKED, softmax
 from xformers_lab.attention._engine.gathered import batched, in_blocks, scores_at_once
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -19,13 +20,10 @@ class Sinkhorn(Attention):
     Queries of block i attend to the keys of block i and to those of sum_j R_ij block j, one block that a soft sorting
     of all blocks puts beside it: R = Sinkhorn((relu(m_i W) W')_j / temperature), rows and columns normalised in turn,
     with m_i the mean of the block's input in block i.
-    Kind: sparse by content
-    Time O(T block H + T^2 H / block): sorting is a product of all blocks with R; memory O(T H + (T / block)^2);
-        decoding keeps every key and value and one sorted block.
-    Exact over its keys. Causally only blocks before i are sorted to i, m_i is the mean up to the first position of
-    block i, and a column is divided by the sum over its rows up to i, so that nothing depends on what comes later.
-    Gumbel noise is added to the logits in training alone. Padding counts as zero in a sorted block.
-    No bias: the keys of a sorted block are mixtures, which have no position
+
+    Causally only blocks before i are sorted to i, m_i is the mean up to the first position of block i, and a column is
+    divided by the sum over its rows up to i, so that nothing depends on what comes later. Gumbel noise is added to the
+    logits in training alone. Padding counts as zero in a sorted block.
     Deviations from the paper: means and not sums of inputs, so that lengths do not set the scale; W has H columns; rows
     are normalised last, so that every sorted key is a mean. SortCut, which gives all queries the same sorted blocks, is
     left out.
@@ -36,6 +34,17 @@ class Sinkhorn(Attention):
         iterations: how often columns and rows are normalised
         noise: what is added to the logits in training
     """
+
+    kind = "sparse by content"
+    exact = True
+    accuracy = "over its keys"
+    complexity = Complexity(
+        time="O(T block H + T^2 H / block)",
+        memory="O(T H + (T / block)^2)",
+        decoding="every key and value and one sorted block",
+        time_note=": sorting is a product of all blocks with R",
+    )
+    refuses: ClassVar = {"bias": "the keys of a sorted block are mixtures, which have no position"}
 
     def __init__(
         self,
@@ -48,9 +57,9 @@ class Sinkhorn(Attention):
         rngs: nnx.Rngs,
     ):
         if block < 1 or iterations < 1:
-            raise ValueError(f"block and iterations must be at least 1, got {block} and {iterations}")
+            raise Refused(f"block and iterations must be at least 1, got {block} and {iterations}")
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature:g}")
+            raise Refused(f"temperature must be above 0, got {temperature:g}")
         super().__init__(size, rngs=rngs)
         self.block, self.temperature, self.iterations, self.noise = block, temperature, iterations, noise
         N, D, H, blocks = size.heads, size.dim, size.head, -(-size.length // block)
@@ -104,7 +113,7 @@ class Sinkhorn(Attention):
     def _logits(self, means, first, second, blocks: int, key=None):
         """(rows, blocks) of the sorting network."""
         if blocks > second.shape[1]:
-            raise ValueError(
+            raise Refused(
                 f"sinkhorn sorts at most {second.shape[1]} blocks of {self.block}, for a model made for "
                 f"{self.size.length} positions: got {blocks}; build it with a larger length"
             )

@@ -1,11 +1,12 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -16,11 +17,8 @@ class Skyformer(Attention):
     K(x, y) = exp(-|x - y|^2 / (2 sqrt(H))): the softmax's numerator, divided by a factor of each side's length in place
     of its row sum. z (the landmarks) are queries and keys drawn at random, so that K(z, z) is part of the positive
     semi-definite matrix K([q; k], [q; k]), of which K(q, k) is a corner.
-    Kind: low rank
-    Time O(T m H + m^3); memory O(T m).
-    Approximate. The kernel is not the softmax, and its rows do not sum to 1.
-    Not causal: landmarks are drawn from the whole sequence
-    Not cross: landmarks are drawn from the queries and keys of one sequence
+
+    The kernel is not the softmax, and its rows do not sum to 1.
     Deviations from the paper: the inverse's Newton-Schulz steps, on the matrix scaled on both sides by the roots of its
     row sums as there, start from each head's own largest sums (the authors' code takes the batch's); every head draws
     positions of its own, which samples share as fractions of their length; evaluation keeps those drawn first.
@@ -31,6 +29,14 @@ class Skyformer(Attention):
         iterations: Newton-Schulz steps for the inverse
         redraw: when landmarks are drawn: anew in every training step, or once
     """
+
+    kind = "low rank"
+    exact = False
+    complexity = Complexity(time="O(T m H + m^3)", memory="O(T m)")
+    refuses: ClassVar = {
+        "causal": "landmarks are drawn from the whole sequence",
+        "cross": "landmarks are drawn from the queries and keys of one sequence",
+    }
 
     def __init__(
         self,
@@ -43,11 +49,11 @@ class Skyformer(Attention):
         rngs: nnx.Rngs,
     ):
         if landmarks < 2:
-            raise ValueError(f"landmarks must be at least 2, a query and a key, got {landmarks}")
+            raise Refused(f"landmarks must be at least 2, a query and a key, got {landmarks}")
         if ridge <= 0:
-            raise ValueError(f"ridge must be above 0, got {ridge:g}: landmarks may be drawn twice")
+            raise Refused(f"ridge must be above 0, got {ridge:g}: landmarks may be drawn twice")
         if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+            raise Refused(f"iterations must be at least 1, got {iterations}")
         super().__init__(size, rngs=rngs)
         self.landmarks, self.ridge, self.iterations, self.redraw = landmarks, ridge, iterations, redraw
         self.landmarks_at = nnx.Variable(jax.vmap(self._draw)(jax.random.split(rngs.params(), size.heads)))
@@ -61,7 +67,7 @@ class Skyformer(Attention):
 
     def attend(self, q, k, v, *, real=None, drawn, key=None):
         if len(q) != len(k):
-            raise ValueError(
+            raise Refused(
                 f"skyformer takes as many queries as keys, got {len(q)} and {len(k)}: "
                 "its landmarks are drawn from both; use performer or another attention"
             )
@@ -90,7 +96,7 @@ class Skyformer(Attention):
     def reference(self, q, k, v, *, real=None, drawn, key=None):
         T, H = q.shape
         if len(k) != T:
-            raise ValueError("skyformer takes as many queries as keys")
+            raise Refused("skyformer takes as many queries as keys")
         at = self._positions(real, T, drawn, key)
         both, rows = jnp.concatenate([q, k]), jnp.where(jnp.arange(len(at)) < len(at) // 2, at, at + T)
         # The columns of the completed matrix (2T, 2T) that were drawn.

@@ -3,8 +3,9 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.rows import largest, masked_softmax, rows
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -13,17 +14,25 @@ class Softcap(Attention):
 
     out_t = sum_s softmax_s(cap tanh(q_t . k_s / (cap sqrt(H)))) v_s. No score leaves (-cap, cap), so that training
     stays stable where scores would grow.
-    Kind: full
-    Time O(T S H); memory O(S) per block of queries; decoding keeps every key and value.
-    Exact. A bias is added to the capped score.
+
+    A bias is added to the capped score.
 
     Options:
         cap: the size that no score reaches
     """
 
+    kind = "full"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        memory_note="per block of queries",
+    )
+
     def __init__(self, size: Size, *, cap: float = 50.0, rngs: nnx.Rngs):
         if cap <= 0:
-            raise ValueError(f"cap must be above 0, got {cap:g}")
+            raise Refused(f"cap must be above 0, got {cap:g}")
         super().__init__(size, rngs=rngs)
         self.cap = cap
 

@@ -5,10 +5,11 @@ import operator
 
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine import pattern as shapes
 from xformers_lab.attention._engine.pattern import Pattern
 from xformers_lab.attention._patterned import Patterned
-from xformers_lab.errors import nearest
+from xformers_lab.errors import Refused, nearest
 from xformers_lab.size import Size
 
 # What may stand in a pattern: its words and, of each, the fewest and the most whole numbers it takes.
@@ -35,9 +36,6 @@ class Sparse(Patterned):
     laboratory; softmax attention: Vaswani et al., 2017, arXiv 1706.03762).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys that the pattern shows to query t.
-    Kind: sparse by position
-    Time O(live pairs H); memory O(S H); decoding keeps every key and value.
-    Exact on its pattern.
 
     A pattern joins words by | (or), & (and) and ~ (not), with brackets. Quote it, for a shell knows these signs too:
     "sparse:pattern=band(64)|first(2)|random(16,2)". Numbers are positions unless said otherwise:
@@ -51,6 +49,11 @@ class Sparse(Patterned):
         pattern: which keys a query sees
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(time="O(live pairs H)", memory="O(S H)", decoding="every key and value")
+
     def __init__(self, size: Size, *, pattern: str = "band(64)|first(1)", rngs: nnx.Rngs):
         super().__init__(size, parsed(pattern, size.length), rngs=rngs)
 
@@ -60,14 +63,14 @@ class Sparse(Patterned):
 
 
 def parsed(text: str, length: int) -> Pattern:
-    """The pattern of a text for sequences of `length`; raises ValueError where it cannot be read."""
+    """The pattern of a text for sequences of `length`; raises Refused where it cannot be read."""
     if not text.isascii() or len(text) > 1000:
-        raise ValueError(f"pattern={text[:40]}...: words, numbers, brackets and | & ~ only, at most 1,000 of them")
+        raise Refused(f"pattern={text[:40]}...: words, numbers, brackets and | & ~ only, at most 1,000 of them")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         return _pattern(tree, text, length)
     except (SyntaxError, RecursionError) as error:
-        raise ValueError(
+        raise Refused(
             f'pattern={text} cannot be read ({type(error).__name__}): join words by | & ~, as in "band(64)|first(1)"'
         ) from None
 
@@ -81,22 +84,22 @@ def _pattern(node: ast.expr, text: str, length: int) -> Pattern:
         return _word(node.id, [], length)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         return _word(node.func.id, [_number(each, text) for each in node.args], length)
-    raise ValueError(f'pattern={text}: "{ast.unparse(node)}" is no word of a pattern; there are {", ".join(WORDS)}')
+    raise Refused(f'pattern={text}: "{ast.unparse(node)}" is no word of a pattern; there are {", ".join(WORDS)}')
 
 
 def _number(node: ast.expr, text: str) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 1 << 31:
         return node.value
-    raise ValueError(f'pattern={text}: "{ast.unparse(node)}" is no whole number')
+    raise Refused(f'pattern={text}: "{ast.unparse(node)}" is no whole number')
 
 
 def _word(word: str, numbers: list[int], length: int) -> Pattern:
     if word not in WORDS:
-        raise ValueError(f'pattern: no word "{word}": {nearest(word, WORDS, "there are")}')
+        raise Refused(f'pattern: no word "{word}": {nearest(word, WORDS, "there are")}')
     build, fewest, most = WORDS[word]
     if not fewest <= len(numbers) <= most:
         wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"pattern: {word} takes {wanted} numbers, got {len(numbers)}")
+        raise Refused(f"pattern: {word} takes {wanted} numbers, got {len(numbers)}")
     if build is None:
         size, count, seed = (*numbers, 0)[:3]
         _at_least_one(word, size, count)
@@ -104,10 +107,10 @@ def _word(word: str, numbers: list[int], length: int) -> Pattern:
         return shapes.Random(size, min(count, runs), runs, seed)
     _at_least_one(word, *numbers[: FIRST.get(word, len(numbers))])
     if word == "fixed" and numbers[1] > numbers[0]:
-        raise ValueError(f"pattern: fixed({numbers[0]},{numbers[1]}): a run has no more positions than that")
+        raise Refused(f"pattern: fixed({numbers[0]},{numbers[1]}): a run has no more positions than that")
     return build(*numbers)
 
 
 def _at_least_one(word: str, *numbers: int) -> None:
     if min(numbers, default=1) < 1:
-        raise ValueError(f"pattern: {word} takes numbers of at least 1, got {min(numbers)}")
+        raise Refused(f"pattern: {word} takes numbers of at least 1, got {min(numbers)}")

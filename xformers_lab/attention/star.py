@@ -1,5 +1,6 @@
 import functools
 import operator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost, why_not
+from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -20,14 +23,18 @@ class Star(Attention):
     t - 1, t, t + 1 (the last and the first are neighbours), the embedding e_t that position t had in the first layer,
     and r. Between two layers the relay looks at itself and at every satellite: r <- norm(relu(attention(r, [r; x]))),
     at first mean(x).
-    Kind: sparse by position
-    Time O(T (H + D)); memory O(T H); nothing is decoded.
-    Exact for its graph; two steps lead from any position to any other. A drawing shows the ring alone.
-    Not causal: the relay gathers every position
+
+    A drawing shows the ring alone.
     Deviations from the paper: x and e are what the residual block hands to attention; its residual, normaliser and
     feed-forward stand in place of the satellites' norm(relu()). The relay is updated as the next layer begins. Rotary
     positions turn the keys of the ring alone.
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "for its graph; two steps lead from any position to any other"
+    complexity = Complexity(time="O(T (H + D))", memory="O(T H)", decoding="nothing")
+    refuses: ClassVar = {"causal": "the relay gathers every position"}
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
@@ -40,7 +47,7 @@ class Star(Attention):
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
-            raise ValueError(why_not(type(self), "causal"))
+            raise Refused(why_not(type(self), "causal"))
         assert x is not None
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
         real = jnp.ones(k.shape[:2], bool) if real is None else real
@@ -53,7 +60,7 @@ class Star(Attention):
         of_embedding, of_relay = ([heads(self.key(node)), heads(self.value(node))] for node in (embedding, relay))
         out = satellites(q, k, v, of_embedding, of_relay, real, bias)
         new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
-        return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), {}
+        return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), Aux()
 
     def drawn(self, causal: bool, head: int = 0):
         """The ring alone: the relay and the embeddings of the first layer are no positions of the sequence."""

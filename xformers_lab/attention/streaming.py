@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Band, Global
 from xformers_lab.attention._patterned import Patterned, near_block
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -29,9 +31,7 @@ class Streaming(Patterned):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= window (causal: t - window <= s <= t) and s <
     sinks; with logit=learned exp(b), b of each head, is added to the softmax's denominator.
-    Kind: sparse by position
-    Time O(T (window + sinks) H); memory O(S H); decoding keeps the sinks' keys and values and a ring of window + 1.
-    Exact on its pattern.
+
     Deviations from the paper: it is trained with as well, not only decoded with; positions stay those of the sequence,
     where the paper numbers what its cache holds anew, which matters beyond the length that was trained.
 
@@ -40,6 +40,15 @@ class Streaming(Patterned):
         sinks: first positions that every query sees
         logit: learned: one more score for each head, of a key without a value
     """
+
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T (window + sinks) H)",
+        memory="O(S H)",
+        decoding="the sinks' keys and values and a ring of window + 1",
+    )
 
     def __init__(
         self,
@@ -51,9 +60,9 @@ class Streaming(Patterned):
         rngs: nnx.Rngs,
     ):
         if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+            raise Refused(f"window must be at least 1, got {window}")
         if sinks < 0 or (sinks == 0 and logit == "none"):
-            raise ValueError(f"sinks must be at least 1, or 0 with logit=learned, got {sinks}; without sinks use local")
+            raise Refused(f"sinks must be at least 1, or 0 with logit=learned, got {sinks}; without sinks use local")
         kept = sinks + (logit == "learned")
         super().__init__(size, Band(window) | Global(kept, queries=False), rngs=rngs)
         self.window, self.sinks, self.kept, self.front = window, sinks, kept, kept - sinks

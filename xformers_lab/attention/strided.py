@@ -2,9 +2,10 @@ import math
 
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.pattern import Band, Residue
 from xformers_lab.attention._patterned import Patterned
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -13,10 +14,7 @@ class Strided(Patterned):
 
     A query sees the keys at most `stride` away and every key a multiple of `stride` away:
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over |t - s| <= stride or (t - s) mod stride = 0.
-    Kind: sparse by position
-    Time O(T (stride + S / stride) H), least at the default stride sqrt(length): O(T^1.5 H); memory O(S H); decoding
-    keeps every key and value.
-    Exact on its pattern.
+
     Deviations from the paper: where it is not causal a query sees the later keys of its pattern too, and the paper is
     causal alone. One softmax runs over the union of the paper's two patterns (its "merged" form), where its factorised
     heads have one each.
@@ -25,10 +23,20 @@ class Strided(Patterned):
         stride: distance between the far keys, and half-width of the near band; none: the square root of the length
     """
 
+    kind = "sparse by position"
+    exact = True
+    accuracy = "on its pattern"
+    complexity = Complexity(
+        time="O(T (stride + S / stride) H)",
+        memory="O(S H)",
+        decoding="every key and value",
+        time_note=", least at the default stride sqrt(length): O(T^1.5 H)",
+    )
+
     def __init__(self, size: Size, *, stride: int | None = None, rngs: nnx.Rngs):
         stride = max(1, round(math.sqrt(size.length))) if stride is None else stride
         if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
+            raise Refused(f"stride must be at least 1, got {stride}")
         super().__init__(size, Band(stride) | Residue(stride), rngs=rngs)
         self.stride = stride
 

@@ -6,13 +6,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 TABLES = ("random", "fixed")
@@ -23,11 +25,9 @@ class Synthesizer(Patterned):
 
     out_t = sum_s softmax_s(B_ts) v_s, where B_ts is no product of a query and a key: B_t = W2 relu(W1 x_t) (dense), or
     a table of B itself, the same for every input (random).
-    Kind: prior
-    Time O(T S H); memory O((T + S) H), O(T S) for kind=random and kind=fixed, whose tables are that large; decoding
-        keeps every value.
-    Exact. With kind=random and kind=fixed, one softmax serves the whole batch and padding is left out of its sums,
-        which is exact while no padded score is 80 above every real one of its query.
+
+    With kind=random and kind=fixed, one softmax serves the whole batch and padding is left out of its sums, which is
+    exact while no padded score is 80 above every real one of its query.
     Deviations from the paper: W1 and W2 have no biases; position=rope turns W1 x. The length is fixed when the model is
         built; shorter inputs use the first rows and columns, queries before the first key the first row.
 
@@ -37,6 +37,15 @@ class Synthesizer(Patterned):
             factorised_random: a learned table of rank `rank`
         rank: columns of both factors of kind=factorised_random; none: 8
     """
+
+    kind = "prior"
+    exact = True
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O((T + S) H)",
+        decoding="every value",
+        memory_note=", O(T S) for kind=random and kind=fixed, whose tables are that large",
+    )
 
     on_places = "its weights go"
     init_cache, mix_step = Attention.init_cache, Attention.mix_step
@@ -50,12 +59,12 @@ class Synthesizer(Patterned):
         rngs: nnx.Rngs,
     ):
         if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+            raise Refused(f"rank must be at least 1, got {rank}")
         if rank is not None and kind != "factorised_random":
-            raise ValueError(f"rank is an option of kind=factorised_random, got kind={kind}")
+            raise Refused(f"rank is an option of kind=factorised_random, got kind={kind}")
         rank = 8 if rank is None else rank
         super().__init__(size, All(), rngs=rngs)
-        self.kind, self.rank = kind, rank
+        self.form, self.rank = kind, rank
         N, L, H = size.heads, size.length, size.head
         self.key = Absent(size.key_heads * H, size.dtype)
         if kind in (*TABLES, "factorised_random"):
@@ -78,8 +87,8 @@ class Synthesizer(Patterned):
     def mix(
         self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        if method == "attend" and self.kind in TABLES:
-            return self._shared(q.shape[1], v, real, causal, bias), carry, {}
+        if method == "attend" and self.form in TABLES:
+            return self._shared(q.shape[1], v, real, causal, bias), carry, Aux()
         given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
@@ -108,12 +117,12 @@ class Synthesizer(Patterned):
 
     def _check(self, S: int) -> None:
         if self.size.length < S:
-            raise ValueError(f"synthesizer is built for {self.size.length} positions, got {S}: build it for more")
+            raise Refused(f"synthesizer is built for {self.size.length} positions, got {S}: build it for more")
 
     def attend(self, q, k, v, *, real=None, causal, bias=None, own):
         T, S = q.shape[0], v.shape[0]
         self._check(S)
-        if self.kind == "factorised_dense":
+        if self.form == "factorised_dense":
 
             def block(q, at, keys):
                 s = maps.biased(self._row(q, at[:, 0], own, keys), bias, at)
@@ -121,7 +130,7 @@ class Synthesizer(Patterned):
 
             return maps.by_blocks(block, q, S, causal)
         # The rows of W2, or one factor of the table, take the place of keys.
-        if self.kind == "dense":
+        if self.form == "dense":
             q, k = jax.nn.relu(q), own["rows"][:S].astype(q.dtype)
         else:
             q, k = _last_rows(own["left"][None], T, S)[0], own["right"][:S]
@@ -133,12 +142,12 @@ class Synthesizer(Patterned):
         """Scores (C, S) of some queries at positions `at`."""
         exact = {"preferred_element_type": jnp.float32}
         times = lambda q, rows: jnp.dot(q, rows.T.astype(q.dtype), **exact)
-        if self.kind == "dense":
+        if self.form == "dense":
             return times(jax.nn.relu(q), own["rows"][:S])
-        if self.kind == "factorised_dense":
+        if self.form == "factorised_dense":
             near, far = (times(jax.nn.relu(q), own[name]) for name in ("near", "far"))
             return (far[:, :, None] * near[:, None]).reshape(q.shape[0], -1)[:, :S]
-        if self.kind == "factorised_random":
+        if self.form == "factorised_random":
             return times(own["left"][at], own["right"][:S])
         return own["table"][at, :S]
 
@@ -147,12 +156,12 @@ class Synthesizer(Patterned):
         self._check(S)
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         hidden = jnp.maximum(q, 0).astype(jnp.float32)
-        if self.kind == "dense":
+        if self.form == "dense":
             found = jnp.einsum("th,sh->ts", hidden, own["rows"])[:, :S]
-        elif self.kind == "factorised_dense":
+        elif self.form == "factorised_dense":
             near = jnp.einsum("th,ah->ta", hidden, own["near"])[:, s[0] % own["near"].shape[0]]
             found = near * jnp.einsum("th,ah->ta", hidden, own["far"])[:, s[0] // own["near"].shape[0]]
-        elif self.kind == "factorised_random":
+        elif self.form == "factorised_random":
             found = (own["left"] @ own["right"].T)[jnp.maximum(t, 0), s]
         else:
             found = own["table"][jnp.maximum(t, 0), s]
@@ -162,12 +171,12 @@ class Synthesizer(Patterned):
 
     def cost(self, T: int, S: int) -> Cost:
         H, state = self.size.head, S * self.size.head + 1
-        if self.kind in TABLES:
+        if self.form in TABLES:
             return Cost(flops=2 * T * S * (H + 1), memory=T * S, state=state)
-        if self.kind == "factorised_dense":
+        if self.form == "factorised_dense":
             factors = 2 * math.ceil(math.sqrt(self.size.length))
             return Cost(flops=2 * T * (S + factors) * H, memory=max(min(T, maps.BLOCK) * S, S * H), state=state)
-        full, width = super().cost(T, S), H if self.kind == "dense" else self.rank
+        full, width = super().cost(T, S), H if self.form == "dense" else self.rank
         return Cost(flops=full.flops * (H + width) / (2 * H), memory=full.memory, state=state)
 
     def init_state(self, length: int, dtype=jnp.float32):

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.rows import ROWS, largest, masked_softmax, over_samples, rows
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -14,9 +17,8 @@ class TalkingHeads(Attention):
 
     out_m = sum_l A_lm softmax(sum_n B_nl q_n k_n^T / sqrt(H)) v_m: learned N x N matrices mix the scores of the heads
     before the softmax (B) and its weights after it (A).
-    Kind: multi-head
-    Time O(T S (H + N)) a head; memory O(S) per block of queries; decoding keeps every key and value.
-    Exact. A bias is added to the mixed scores, those that the softmax sees.
+
+    A bias is added to the mixed scores, those that the softmax sees.
     Deviations from the paper: scores, softmaxes and values have equally many heads; the mixing starts near the
     identity.
 
@@ -24,9 +26,19 @@ class TalkingHeads(Attention):
         spread: standard deviation of the mixing matrices around the identity, before training
     """
 
+    kind = "multi-head"
+    exact = True
+    complexity = Complexity(
+        time="O(T S (H + N))",
+        memory="O(S)",
+        decoding="every key and value",
+        time_note="a head",
+        memory_note="per block of queries",
+    )
+
     def __init__(self, size: Size, *, spread: float = 0.1, rngs: nnx.Rngs):
         if spread < 0:
-            raise ValueError(f"spread is a standard deviation, got {spread:g}")
+            raise Refused(f"spread is a standard deviation, got {spread:g}")
         super().__init__(size, rngs=rngs)
         near = lambda: jnp.eye(size.heads) + spread * jax.random.normal(rngs.params(), (size.heads,) * 2)
         self.before, self.after = nnx.Param(near()), nnx.Param(near())
@@ -39,7 +51,8 @@ class TalkingHeads(Attention):
         leaves = {"before": self.before[...], "after": self.after[...], "bias": bias}
         function = _reference if method == "reference" else functools.partial(_attend, self.at_once)
         one = lambda q, k, v, real: function(q, k, v, leaves, real=real, causal=causal)
-        return jnp.swapaxes(over_samples(one, q, k, v, real), 1, 2), carry, {}
+        out = over_samples(one, q, k, v, real, plan=plan_of(self.size))
+        return jnp.swapaxes(out, 1, 2), carry, Aux()
 
     @property
     def at_once(self) -> int:

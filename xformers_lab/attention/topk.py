@@ -2,9 +2,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.dense import MASKED, scores, softmax
 from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -14,19 +15,28 @@ class Topk(Attention):
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys whose score is at least the `keys`-th highest of
     those that query t may see. Keys of the same score as that one all count, so no order of positions breaks a tie.
-    Kind: sparse by content
-    Time O(T S H), for every score is computed and only then compared; memory O(S) per block of queries; decoding keeps
-        every key and value.
-    Exact over the chosen keys, whose choice has no gradient. Queries are taken by blocks, as Gupta et al. do.
+
+    Queries are taken by blocks, as Gupta et al. do.
     Deviations from the papers: keys that tie for the last place all count, where Gupta et al. take one of them.
 
     Options:
         keys: how many keys a query attends to
     """
 
+    kind = "sparse by content"
+    exact = True
+    accuracy = "over the chosen keys, whose choice has no gradient"
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        time_note=", for every score is computed and only then compared",
+        memory_note="per block of queries",
+    )
+
     def __init__(self, size: Size, *, keys: int = 32, rngs: nnx.Rngs):
         if keys < 1:
-            raise ValueError(f"keys must be at least 1, got {keys}")
+            raise Refused(f"keys must be at least 1, got {keys}")
         super().__init__(size, rngs=rngs)
         self.keys = keys
 

@@ -6,7 +6,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 # Queries whose weights are computed together.
@@ -18,19 +19,28 @@ class Yoso(Attention):
 
     out_t = y_t / |y_t|, y_t = sum_s (1 - arccos(q_t . k_s / |q_t| |k_s|) / pi)^bits v_s: the probability that a query
     and a key fall on the same side of `bits` random hyperplanes takes the place of the softmax.
-    Kind: full
-    Time O(T S H); memory O(S) per block of queries; decoding keeps every key and value.
-    Exact in expectation: no hashes are drawn. The paper samples them and is linear in the length, and compares with
-    this form. The derivative is the paper's bound bits / 2 times the weight, for the true one has poles.
+
+    The paper samples them and is linear in the length, and compares with this form. The derivative is the paper's bound
+    bits / 2 times the weight, for the true one has poles.
     Deviations from the paper: no convolution of the values is added.
 
     Options:
         bits: hyperplanes of one hash
     """
 
+    kind = "full"
+    exact = True
+    accuracy = "in expectation: no hashes are drawn"
+    complexity = Complexity(
+        time="O(T S H)",
+        memory="O(S)",
+        decoding="every key and value",
+        memory_note="per block of queries",
+    )
+
     def __init__(self, size: Size, *, bits: int = 8, rngs: nnx.Rngs):
         if bits < 1:
-            raise ValueError(f"bits must be at least 1, got {bits}")
+            raise Refused(f"bits must be at least 1, got {bits}")
         super().__init__(size, rngs=rngs)
         self.bits = bits
 

@@ -13,7 +13,7 @@ from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.check import costs, masks, values
 from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
-from xformers_lab.errors import UsageError, in_words
+from xformers_lab.errors import UsageError, in_words, outside
 from xformers_lab.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
@@ -68,7 +68,7 @@ def check(choice: str, shelf: str = "attention", *, deep: bool = False, doing: D
     try:
         subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
     except Exception as error:
-        return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
+        return Report(choice, False, [Failure("build", _mistake(error))], [], time.perf_counter() - begun)
     report = examine(subject, PROPERTIES + (values.DEEP if deep else []), doing)
     return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
@@ -88,7 +88,7 @@ def _inside(choice: str, shelf: str, doing: Doing) -> Report:
     try:
         subject = kit.subject(choice)
     except Exception as error:
-        return Report(choice, False, [Failure("build", in_words(error))], [], time.perf_counter() - begun)
+        return Report(choice, False, [Failure("build", _mistake(error))], [], time.perf_counter() - begun)
     return examine(subject, kit.PROPERTIES, doing)
 
 
@@ -105,8 +105,14 @@ def examine(subject, properties: Sequence[Callable[..., None]], doing: Doing = l
         except NotApplicable as reason:
             skipped.append(Skip(holds.__name__, str(reason)))
         except Exception as error:
-            failed.append(Failure(holds.__name__, in_words(error)))
+            failed.append(Failure(holds.__name__, _mistake(error)))
     return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun, subject.error())
+
+
+def _mistake(error: Exception) -> str:
+    """In words, with how to refuse on purpose where that may be what a ValueError of the checked file is for."""
+    hint = "; to refuse on purpose, raise xformers_lab.errors.Refused"
+    return in_words(error) + (hint if type(error) is ValueError and outside(error) else "")
 
 
 def _fitted(text: str, choice: spec.Choice, size: Size, small: bool) -> Attention:

@@ -6,7 +6,6 @@ an output and its gradients, and what is attended to is held by the arrays named
 
 import contextlib
 import dataclasses
-import dis
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, _heads
+from xformers_lab.attention import Attention
 from xformers_lab.attention._projected import Projected
+from xformers_lab.errors import Refused
+from xformers_lab.plan import Plan
 from xformers_lab.size import Size
 
 # A prime, so that no window, chunk, block or grid divides it; T below S and above it; a length with many divisors.
@@ -103,6 +104,11 @@ class Subject:
         self._refused: dict[Case, str | None] = {}
 
     @functools.cached_property
+    def looped(self) -> nnx.GraphDef:
+        """The structure of the mechanism under a plan that runs heads one after the other."""
+        return nnx.split(self.built(self.length, plan=Plan(loop_from=0)))[0]
+
+    @functools.cached_property
     def modes(self) -> list[bool]:
         """The values of `causal` that the mechanism can do, causal first; what it refuses is in `refusals`."""
         found = {causal: self.refusal(Case(self.length, self.length, causal)) for causal in (True, False)}
@@ -138,7 +144,7 @@ class Subject:
         """The same with its options as they were asked for, at a length of several blocks."""
         return Subject(self.name, self.make, length=LONG, small=False)
 
-    def built(self, length: int, **sizes: int) -> Attention:
+    def built(self, length: int, **sizes: Any) -> Attention:
         size = Size(length, dim=HEADS * HEAD, heads=HEADS, kv_heads=KEY_HEADS)
         return self.make(dataclasses.replace(size, **sizes), self.small)
 
@@ -185,16 +191,19 @@ class Subject:
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def forward(self, own, inputs: dict, real, key, *, causal: bool, method: str):
-        """The output alone; raises ValueError where the mechanism refuses."""
-        return self.call(self.layer(own, self.rest), inputs, real, key, causal=causal, method=method)[0]
+    def forward(self, own, inputs: dict, real, key, *, causal: bool, method: str, loop: bool = False):
+        """The output alone; raises Refused where the mechanism does."""
+        return self.call(self.layer(own, self.rest, loop), inputs, real, key, causal=causal, method=method)[0]
 
-    def layer(self, own, rest) -> Attention:
-        """The mechanism with these variables, whatever traces the call: copies, so that it may write to its own."""
-        return nnx.merge(self.graph, own, jax.tree.map(lambda leaf: leaf, rest))
+    def layer(self, own, rest, loop: bool = False) -> Attention:
+        """The mechanism with these variables, whatever traces the call: copies, so that it may write to its own.
+
+        loop: it runs its heads one after the other, whatever their length.
+        """
+        return nnx.merge(self.looped if loop else self.graph, own, jax.tree.map(lambda leaf: leaf, rest))
 
     def call(self, layer, inputs: dict, real, key, *, causal: bool, method: str = "attend"):
-        """The output and the auxiliary scalars."""
+        """The output and the auxiliary results."""
         rest = {"real": real, "causal": causal, "key": key}
         if self.whole:
             with_method = {"method": method} if method != "attend" else {}
@@ -208,7 +217,7 @@ class Subject:
         return out, aux
 
     def refusal(self, case: Case) -> str | None:
-        """Why the mechanism refuses a kind of call, None where it does not: a ValueError that it raises itself."""
+        """Why the mechanism refuses a kind of call, None where it does not: only Refused is a refusal."""
         if case not in self._refused:
             self._refused[case] = self._refusal(case)
         return self._refused[case]
@@ -217,9 +226,8 @@ class Subject:
         forward = functools.partial(self.forward, causal=case.causal, method="attend")
         try:
             jax.eval_shape(forward, self.own, self.inputs(case), self.real(case), jax.random.key(0))
-        except ValueError as error:
-            if raised_on_purpose(error):
-                return str(error)
+        except Refused as error:
+            return str(error)
         except Exception:  # a mistake, not a refusal: the property that makes this call will show it
             return None
         return None
@@ -250,8 +258,7 @@ class Subject:
         run = self._run(case.causal, method, loop, gradients)
         if cotangent is None:
             cotangent = self.cotangent(case, inputs)
-        mapped = heads_in_a_loop() if loop else contextlib.nullcontext()
-        with jax.default_matmul_precision("highest"), mapped:
+        with jax.default_matmul_precision("highest"):
             return Result(*run(self.own, *given, cotangent)) if gradients else Result(run(self.own, *given), {})
 
     def rounding(self, case: Case, inputs: dict | None = None, unit: float = 1e-7, method: str = "reference"):
@@ -299,7 +306,7 @@ class Subject:
         if (causal, method, loop, gradients) not in self._runs:
 
             def forward(own, inputs, real, key):
-                return self.forward(own, inputs, real, key, causal=causal, method=method)
+                return self.forward(own, inputs, real, key, causal=causal, method=method, loop=loop)
 
             def both(own, inputs, real, key, cotangent):
                 out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, real, key), own, inputs)
@@ -320,19 +327,6 @@ class Subject:
         found.append(Case(EVEN, EVEN, first, padded=False))
         tall = [Case(SHORT, LENGTH, first, biased=self.takes_bias), Case(LENGTH, SHORT, last, biased=self.takes_bias)]
         return found + [case for case in tall if self.refusal(case) is None]
-
-
-def raised_on_purpose(error: Exception) -> bool:
-    """Whether a `raise` in the mechanism or the lab made an exception, not a call that went wrong.
-
-    It is read off the bytecode, for the source on disk may have changed since it was imported.
-    """
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "numpy", "flax"):
-        return False
-    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def moved(own):
@@ -377,16 +371,6 @@ def heads_of(mechanism: Attention) -> dict[str, tuple[int, ...]]:
     size = mechanism.size
     keys = (size.key_heads, size.head)
     return {"q": (size.heads, size.head), "k": keys, "v": keys}
-
-
-@contextlib.contextmanager
-def heads_in_a_loop():
-    """Makes the lab map heads by a loop, whatever their length."""
-    kept, _heads.LOOP_FROM = _heads.LOOP_FROM, 0
-    try:
-        yield
-    finally:
-        _heads.LOOP_FROM = kept
 
 
 def compare(fast, slow, tolerance: float, where: str, advice: str | Callable[[], str], slack=None) -> None:

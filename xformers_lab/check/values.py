@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import GIVEN, KINDS, Attention, stated
+from xformers_lab.attention import GIVEN, KINDS, REFUSALS, Attention
 from xformers_lab.attention.full import Full
+from xformers_lab.aux_results import Aux
 from xformers_lab.check.subject import (
     KEY_HEADS,
     LENGTH,
@@ -34,37 +36,17 @@ PAPER = re.compile(r"arXiv:? ?[\w./-]*\d{4}|\b(19|20)\d\d\b")
 
 
 def signature(subject: Subject) -> None:
-    """The docstring names a source, and attend and reference take the same arguments, which the lab can give."""
+    """The docstring names a source, what it refuses it refuses, and attend and reference take the same arguments, which
+    the lab can give."""
     kind = type(subject.mechanism)
     title = (kind.__doc__ or "").strip().split("\n\n")[0]
-    if not PAPER.search(title):
+    if sys.flags.optimize < 2 and not PAPER.search(title):  # python -OO leaves no docstrings
         raise Broken(
             f'the first lines of {kind.__name__}\'s docstring name no paper: write "Title (Authors, year, arXiv id)"'
         )
-    kind_line = stated(kind, "Kind")
-    if kind_line not in KINDS:
-        raise Broken(f'the docstring needs a line "Kind: ..." that is one of: {", ".join(KINDS)}; it has "{kind_line}"')
-    if bool(subject.mechanism.not_causal()) != (True not in subject.modes):
-        raise Broken(
-            'the docstring says why it is "Not causal: ...", but it runs causally'
-            if True in subject.modes
-            else f'it refuses to be causal ({subject.refusals[True]}): say why in the docstring, "Not causal: reason"'
-        )
-    if bool(stated(kind, "One way")) != (False not in subject.modes):
-        raise Broken(
-            'the docstring says why it reads "One way: ...", but it runs on both sides too'
-            if False in subject.modes
-            else f'it runs causally alone ({subject.refusals[False]}): say why in the docstring, "One way: reason"'
-        )
-    first, last = subject.modes[0], subject.modes[-1]
-    tall = [Case(SHORT, LENGTH, first), Case(LENGTH, SHORT, last)]
-    refused = next((reason for case in tall if (reason := subject.refusal(case))), None)
-    if bool(stated(kind, "Not cross")) != bool(refused):
-        raise Broken(
-            f'it refuses other numbers of queries than of keys ({refused}): say why, "Not cross: reason"'
-            if refused
-            else 'the docstring says why it is "Not cross: ...", but it takes other numbers of queries than of keys'
-        )
+    if kind.kind not in KINDS:
+        raise Broken(f"the class needs a kind = ... that is one of: {', '.join(KINDS)}; it has {kind.kind!r}")
+    _refuses_what_it_says(subject)
     if not subject.per_head:
         return
     own, tokens = subject.mechanism.per_head(), subject.tokens()
@@ -93,6 +75,36 @@ def signature(subject: Subject) -> None:
         raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
     if "carry" in fast:
         subject.mechanism.init_carry(4, 4)
+
+
+def _refuses_what_it_says(subject: Subject) -> None:
+    """Raises Broken where what a mechanism declares it refuses is not what it refuses."""
+    declared = subject.mechanism.refusals()
+    for what, reason in declared.items():
+        if what not in REFUSALS or not reason:
+            raise Broken(f'it refuses "{what}": "{reason}"; give a reason for any of: {", ".join(REFUSALS)}')
+    if ("causal" in declared) != (True not in subject.modes):
+        raise Broken(
+            "its refuses says why it is not causal, but it runs causally"
+            if True in subject.modes
+            else f'it refuses to be causal ({subject.refusals[True]}): say why, refuses = {{"causal": reason}}'
+        )
+    if ("bidirectional" in declared) != (False not in subject.modes):
+        raise Broken(
+            "its refuses says why it is not bidirectional, but it runs on both sides too"
+            if False in subject.modes
+            else f'it runs causally alone ({subject.refusals[False]}): say why, refuses = {{"bidirectional": reason}}'
+        )
+    tall = [Case(SHORT, LENGTH, subject.modes[0]), Case(LENGTH, SHORT, subject.modes[-1])]
+    refused = next((reason for case in tall if (reason := subject.refusal(case))), None)
+    if ("cross" in declared) != bool(refused):
+        raise Broken(
+            f'it refuses other numbers of queries than of keys ({refused}): say why, refuses = {{"cross": reason}}'
+            if refused
+            else "its refuses says why it is not cross, but it takes other numbers of queries than of keys"
+        )
+    if "bias" in declared and subject.takes_bias:
+        raise Broken("its refuses says why it takes no bias, but it runs with one")
 
 
 def _methods(subject: Subject) -> tuple[str, ...]:
@@ -258,7 +270,10 @@ def auxiliary(subject: Subject) -> None:
 
     def scalars(own, inputs, real, method):
         layer = subject.layer(own, subject.rest)
-        return subject.call(layer, inputs, real, key, causal=case.causal, method=method)[1]
+        aux = subject.call(layer, inputs, real, key, causal=case.causal, method=method)[1]
+        if not isinstance(aux, Aux):
+            raise Broken(f"beside its output it returns a {type(aux).__name__}, not an Aux (see aux_results.py)")
+        return aux.metrics()
 
     def run(own, inputs, real, method):
         found, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, real, method), own, inputs)
@@ -435,14 +450,12 @@ def many_shapes(subject: Subject) -> None:
                 if one.refusal(case):
                     continue
                 fast, slow = one.result(case), one.result(case, "reference")
-                compare(
-                    fast.out,
-                    slow.out,
-                    VALUE,
-                    f"attend against reference ({case})",
-                    functools.partial(_likely, one, case),
-                )
-                compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "")
+                rounding = functools.cache(functools.partial(one.rounding, case))
+                likely = functools.partial(_likely, one, case)
+                where = f"attend against reference ({case})"
+                compare(fast.out, slow.out, VALUE, where, likely, lambda rounding=rounding: rounding().out)
+                slack = lambda rounding=rounding: rounding().grads["inputs"]
+                compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), "", slack)
 
 
 def _likely(subject: Subject, case: Case) -> str:

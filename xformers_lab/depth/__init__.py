@@ -3,7 +3,7 @@
 A depth builds its layers with `make_block(index, rngs)`, or with `length=` those that it gives shorter sequences than
 the model's, and runs them. A block is called as
 `block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
-mechanism passes to the same mechanism in the layer above, aux is a dict of scalars. For decoding it gives its
+mechanism passes to the same mechanism in the layer above, aux is an `Aux` (aux_results.py). For decoding it gives its
 `init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token; where it has it,
 `block.step_several(x, cache, context, at)` takes several. It says whether it is
 `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its placement,
@@ -11,11 +11,9 @@ mechanism passes to the same mechanism in the layer above, aux is a dict of scal
 `feed` (`step_attend` and `step_feed` in decoding), which give what
 `attention_norm.after(x, y, rows)` and `ffn_norm.after` take; or leaves one out, `block.only("ffn")`.
 
-What a token cost is the scalar "computation" of aux: the layers that a real token passed through, on average. A block
+What a token cost is the scalar "computation" of aux: the layers that a valid token passed through, on average. A block
 that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it. Where tokens differ in
-it, aux also holds "tokens/computation", (B, T) float32: the layers of each token, NaN where one is padding (`by_token`
-of _stack.py gives both). Any other figure may have a "tokens/<name>" beside it. `xlab eval` tells them by position;
-training leaves them out.
+it, aux also holds a figure of each token under that name (`by_token` gives both), as it may of any other scalar.
 """
 
 import dataclasses
@@ -25,6 +23,7 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -64,20 +63,16 @@ class Depth(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def __call__(self, x, context: Context, *, key=None):
-        """(B, T, D) -> (B, T, D), aux.
-
-        Beside scalars aux may hold "logits/<name>": (weight, logits), more predictions of what the model is asked,
-        whose loss training adds with that weight (a number); and "tokens/<name>", (B, T), as above.
-        """
+        """(B, T, D) -> (B, T, D), aux."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in all layers of up to `length` tokens of B sequences."""
-        raise ValueError(f"depth={type(self).__name__.lower()} cannot decode token by token")
+        raise Refused(f"depth={type(self).__name__.lower()} cannot decode token by token")
 
     def step(self, x, cache, context: Context, *, at):
         """One token (B, D) at position `at` () -> (B, D) and the new cache."""
-        raise ValueError(f"depth={type(self).__name__.lower()} cannot decode token by token")
+        raise Refused(f"depth={type(self).__name__.lower()} cannot decode token by token")
 
     def step_several(self, x, cache, context: Context, *, at):
         """T tokens (B, T, D), the first at position `at` () -> (B, T, D) and the new cache: `step` of each in turn, or

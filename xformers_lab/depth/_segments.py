@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context
+from xformers_lab.errors import Refused
 from xformers_lab.memory import Remembered
 from xformers_lab.size import Size
 
@@ -71,16 +72,16 @@ class Segments:
 
     @classmethod
     def of(cls, size: Size, segment: int | None) -> "Segments":
-        """Of so many tokens, by default of the root of the length; raises ValueError."""
+        """Of so many tokens, by default of the root of the length; raises Refused."""
         k = max(1, math.isqrt(size.length)) if segment is None else segment
         if not 1 <= k <= size.length:
-            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+            raise Refused(f"segment={segment} must be from 1 to seq_len={size.length}")
         return cls(k, -(-size.length // k))
 
     def apart(self, x, context: Context):
-        """(B, T, D) -> (B G, k, D), and the context of its rows; raises ValueError where layers look at a source."""
+        """(B, T, D) -> (B G, k, D), and the context of its rows; raises Refused where layers look at a source."""
         if context.source is not None:
-            raise ValueError(
+            raise Refused(
                 "this depth reads segments apart, with no place for cross-attention: use depth=fixed or model=decoder"
             )
         real = context.real

@@ -8,24 +8,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
-
-# XLA:CPU runs the unrolled layers of a shallow stack faster than a loop over them (see benchmarks/).
-UNROLLED_ON_CPU = 8
-# The attributes under which a depth lists stacks of whole layers: what is in them has a leading axis of layers.
-STACKS = ("periods", "rest")
-# What the names of figures of each token, (B, T), begin with in aux.
-TOKENS = "tokens/"
+from xformers_lab.aux_results import Aux, computation
+from xformers_lab.plan import Plan
 
 
 def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):
-    """One module whose variables have a leading axis of len(indices); block i is made with its own random stream."""
+    """One module whose variables have a leading axis of len(indices); block i is made with its own random stream.
+
+    Each variable keeps in its metadata how many of its leading axes count layers; `layer_axes` reads it.
+    """
 
     @nnx.split_rngs(splits=len(indices))
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
     def make(rngs):
         return make_block(indices[0], rngs)
 
-    return make(rngs)
+    stacked = make(rngs)
+    for _, variable in nnx.iter_graph(stacked):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata(layer_axes=layer_axes(variable) + 1)
+    return stacked
+
+
+def layer_axes(variable: nnx.Variable) -> int:
+    """How many leading axes of a variable count layers: 0 outside of a stack, 1 inside."""
+    return variable.get_metadata().get("layer_axes", 0)
 
 
 def initial_carries(blocks: list, B: int, T: int, S: int) -> dict:
@@ -104,46 +111,25 @@ def in_turn(block, x, cache, context, at):
     return one_by_one(one, (x, context.tokens), cache, at)
 
 
-def unroll(length: int, places: int) -> int:
-    """How many of `length` periods of so many layers a scan runs between two looks at its counter."""
-    return length if jax.default_backend() == "cpu" and length * places <= UNROLLED_ON_CPU else 1
+def shared(aux: Aux, times: int) -> Aux:
+    """What layers give whose rows are so many times fewer than the tokens: what they cost is shared by as many."""
+    return aux | computation(aux.scalars["computation"] / times)
 
 
-def add_aux(a: dict, b: dict) -> dict:
-    """Auxiliary scalars of two parts of a model, added by name; one that tells no figure of each token gave all of them
-    its scalar."""
-    value = lambda part, name: part.get(name, part.get(name.removeprefix(TOKENS), 0.0))
-    return {name: value(a, name) + value(b, name) for name in a | b}
-
-
-def by_token(name: str, values, real) -> dict:
-    """A figure (B, T) of each token, and its mean over the real ones, as aux holds them."""
-    values = values.astype(jnp.float32)
-    told = values if real is None else jnp.where(real, values, jnp.nan)
-    return {name: mean_of(values, real), TOKENS + name: told}
-
-
-def mean_of(values, real):
-    """Over real tokens; all where `real` is None."""
-    if real is None:
-        return values.mean()
-    return jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
-
-
-def run_stack(blocks: list, x, carries, context, *, key):
+def run_stack(blocks: list, x, carries, context, *, key, plan: Plan):
     """`run_watched`, without the states between -> x, carries, summed aux."""
-    x, carries, aux, _ = run_watched(blocks, x, carries, context, key=key, watch=lambda x: None)
+    x, carries, aux, _ = run_watched(blocks, x, carries, context, key=key, plan=plan, watch=lambda x: None)
     return x, carries, aux
 
 
-def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x) -> tuple[Any, Any, dict, Any]:
+def run_watched(blocks: list, x, carries, context, *, key, plan: Plan, watch=lambda x: x) -> tuple[Any, Any, Aux, Any]:
     """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
 
     Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux with the
     "computation" that the blocks say or else 1 for each, and `watch(x)` of the state above every period, stacked.
     """
     if not blocks:
-        return x, carries, {}, None
+        return x, carries, Aux(), None
     split = [nnx.split(block, nnx.Param, ...) for block in blocks]
     graphs = [graph for graph, _, _ in split]
     length = jax.tree.leaves(split[0][1])[0].shape[0]
@@ -152,17 +138,17 @@ def run_watched(blocks: list, x, carries, context, *, key, watch=lambda x: x) ->
     def period(state, layer):
         x, carries = state
         variables, keys = layer
-        total, changed = {}, []
+        total, changed = Aux(), []
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
             block = nnx.merge(graph, params, rest)
             x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
-            total = add_aux(total, {"computation": jnp.ones(())} | aux)
+            total = total + (computation(1) | aux)
             changed.append(nnx.split(block, nnx.Param, ...)[2])
         return (x, carries), (total, changed, watch(x))
 
     variables = [(params, rest) for _, params, rest in split]
     (x, carries), (aux, changed, watched) = jax.lax.scan(
-        period, (x, carries), (variables, keys), unroll=unroll(length, len(blocks))
+        period, (x, carries), (variables, keys), unroll=plan.unroll(length, len(blocks))
     )
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux, by_token
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
-from xformers_lab.depth._stack import by_token
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -31,7 +32,7 @@ class Conditional(Fixed):
     no token of the batch asks for, and runs a feed-forward layer on the tokens that ask for it, gathered to the
     smallest of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence asks, but for keys and
     values. Attention that hands something to the layer above is always run. "computation" is the mean number of layers
-    that a token got, a sub-layer counting as half of one, "tokens/computation" that of each.
+    that a token got, a sub-layer counting as half of one, and of each token its own.
 
     Options:
         budget: share of sub-layers that a token should get
@@ -57,16 +58,14 @@ class Conditional(Fixed):
         rngs: nnx.Rngs,
     ):
         if not 0 <= budget <= 1:
-            raise ValueError(f"budget is a share of the sub-layers, from 0 to 1, got {budget}")
+            raise Refused(f"budget is a share of the sub-layers, from 0 to 1, got {budget}")
         if weight < 0 or noise < 0:
-            raise ValueError(f"weight and noise must be at least 0, got {weight} and {noise}")
+            raise Refused(f"weight and noise must be at least 0, got {weight} and {noise}")
 
         def gated(index: int, rngs: nnx.Rngs):
             block = make_block(index, rngs)
             if unit == "sample" and block.causal:
-                raise ValueError(
-                    "unit=sample decides by the mean of a sequence, which a decoder may not see; use token"
-                )
+                raise Refused("unit=sample decides by the mean of a sequence, which a decoder may not see; use token")
             share = 1.0 if block.ffn is None else 0.5
             gate = lambda: Gate(size, unit=unit, estimator=estimator, noise=noise, share=share, rngs=rngs)
             block.attention = GatedAttention(block.attention, gate())
@@ -81,7 +80,8 @@ class Conditional(Fixed):
         x, aux = super().__call__(x, context, key=key)
         if key is None:
             return x, aux
-        return x, aux | {"loss/budget": self.weight * jnp.abs(aux["computation"] / self.layers - self.budget)}
+        share = aux.scalars["computation"] / self.layers
+        return x, aux | Aux(losses={"budget": self.weight * jnp.abs(share - self.budget)})
 
 
 class Gate(nnx.Module):
@@ -114,7 +114,7 @@ class Gate(nnx.Module):
             return soft
         return soft + lax.stop_gradient((soft > 0.5) - soft)
 
-    def spent(self, gate, real) -> dict:
+    def spent(self, gate, real) -> Aux:
         """The share of a layer that each token gets."""
         return by_token("computation", self.share * gate, real)
 

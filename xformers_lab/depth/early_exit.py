@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux, by_token, computation
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
-from xformers_lab.depth._stack import build_stack, by_token, initial_carries, run_watched
+from xformers_lab.depth._stack import build_stack, initial_carries, run_watched
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -37,7 +39,7 @@ class EarlyExit(Fixed):
     samples that holds the others. Among tokens, the state of one that left goes on unchanged: layers above make their
     keys and values of it (CALM), so they run until all tokens left, and in decoding do no more than that for a token
     that left. With mechanisms joined by `+` there is an exit above each round of them. "computation" is the mean number
-    of layers below the exit, "tokens/computation" that of each token, "exit/<l>" the share of answers that came from
+    of layers below the exit, and of each token its own, "exit/<l>" the share of answers that came from
     there; see `expected_saving`.
 
     Options:
@@ -62,14 +64,14 @@ class EarlyExit(Fixed):
         rngs: nnx.Rngs,
     ):
         if size.layers % period or size.layers == period:
-            raise ValueError(
+            raise Refused(
                 f"exits lie between rounds of the {period} mechanism(s), but layers={size.layers} are not two or more "
                 "whole rounds"
             )
         if threshold is not None and threshold < 0:
-            raise ValueError(f"threshold must be at least 0, got {threshold}")
+            raise Refused(f"threshold must be at least 0, got {threshold}")
         if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+            raise Refused(f"patience must be at least 1, got {patience}")
         super().__init__(size, make_block=make_block, period=period, rngs=rngs)
         self.period, self.rounds = period, size.layers // period
         start = {"use_bias": False, "kernel_init": nnx.initializers.zeros, "dtype": size.dtype}
@@ -81,14 +83,14 @@ class EarlyExit(Fixed):
 
     def __call__(self, x, context: Context, *, key=None):
         if context.predict is None:
-            raise ValueError("depth=early_exit needs a model that tells how it predicts, see Context.predict")
+            raise Refused("depth=early_exit needs a model that tells how it predicts, see Context.predict")
         return self._evaluate(x, context) if key is None else self._train(x, context, key)
 
     def _train(self, x, context: Context, key):
         assert context.predict is not None
         predict = context.predict
         carries = initial_carries(list(self.periods), x.shape[0], x.shape[1], x.shape[1])
-        x, _, aux, states = run_watched(list(self.periods), x, carries, context, key=key)
+        x, _, aux, states = run_watched(list(self.periods), x, carries, context, key=key, plan=self.plan)
         graph, exits = nnx.split(self.exits)
 
         def head(state, own):
@@ -103,7 +105,7 @@ class EarlyExit(Fixed):
                 found = 1.0, pure(state, own, *map(lax.stop_gradient, held))
             else:
                 found = (number + 1) / self.rounds, head(state, own)
-            aux[f"logits/exit{(number + 1) * self.period}"] = found
+            aux |= Aux(predictions={f"exit{(number + 1) * self.period}": found})
         return x, aux
 
     # ---- leaving -----------------------------------------------------------------------------------------------
@@ -194,12 +196,12 @@ class EarlyExit(Fixed):
         (_, _, state), _ = lax.scan(round_of, start, (jnp.arange(self.rounds), stacked, exits))
         total = jnp.maximum(counted.sum(), 1)
         share = lambda number: (counted & (state["rounds"] == number)).sum() / total
-        told = {f"exit/{number * self.period}": share(number) for number in range(1, self.rounds + 1)}
+        shares = {f"exit/{number * self.period}": share(number) for number in range(1, self.rounds + 1)}
         layers = state["rounds"] * self.period
         # A sequence leaves with all of its tokens, and counts once however long it is.
         each = layers if len(asked) == 2 else jnp.broadcast_to(layers[:, None], (B, T))
-        spent = {"computation": jnp.where(counted, layers, 0).sum() / total}
-        return state["out"], told | by_token("computation", each, context.real) | spent
+        spent = computation(jnp.where(counted, layers, 0).sum() / total)
+        return state["out"], Aux(scalars=shares) | by_token("computation", each, context.real) | spent
 
     def step(self, x, cache, context: Context, *, at):
         assert context.predict is not None

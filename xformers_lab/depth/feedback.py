@@ -11,6 +11,7 @@ from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import first
 from xformers_lab.depth.transparent import Transparent
+from xformers_lab.errors import Refused
 from xformers_lab.memory import why_not
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
@@ -56,19 +57,19 @@ class Feedback(Depth):
         rngs: nnx.Rngs,
     ):
         if not 1 <= segment < size.length:
-            raise ValueError(
+            raise Refused(
                 f"segment={segment} must be from 1 to {size.length - 1}, less than seq_len: a segment looks at the "
                 "memory of those before it"
             )
         if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}: depth=fixed has no memory")
+            raise Refused(f"window must be at least 1, got {window}: depth=fixed has no memory")
         self.segment, self.own, self.size = segment, segment > 1 if own is None else own, size
         self.window = (-(-size.length // segment) - 1) * segment if window is None else window
 
         def make(index: int, rngs: nnx.Rngs):
             block = make_block(index, rngs, length=self.window + segment)
             if reason := refusal(block):
-                raise ValueError(reason)
+                raise Refused(reason)
             return block
 
         def keyless(index: int, rngs: nnx.Rngs):

@@ -3,7 +3,6 @@ from flax import nnx
 
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._stack import (
-    add_aux,
     build_stack,
     init_caches,
     initial_carries,
@@ -11,6 +10,7 @@ from xformers_lab.depth._stack import (
     several_stack,
     step_stack,
 )
+from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 
@@ -23,6 +23,7 @@ class Fixed(Depth):
         whole = size.layers // period * period
         places = lambda first, last: [list(range(first + place, last, period)) for place in range(period)]
         self.periods = nnx.List(build_stack(make_block, at, rngs) for at in places(0, whole) if at)
+        self.plan = plan_of(size)
         # What is left of a last, shorter period.
         self.rest = nnx.List(build_stack(make_block, at, rngs) for at in places(whole, size.layers) if at)
 
@@ -34,9 +35,9 @@ class Fixed(Depth):
     def run(self, x, carries, context, *, key=None):
         """All layers on x, whatever their blocks take as it and as context -> x, the last layer's carries, aux."""
         first, second = (None, None) if key is None else jax.random.split(key)
-        x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first)
-        x, carries, more = run_stack(list(self.rest), x, carries, context, key=second)
-        return x, carries, add_aux(aux, more)
+        x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first, plan=self.plan)
+        x, carries, more = run_stack(list(self.rest), x, carries, context, key=second, plan=self.plan)
+        return x, carries, aux + more
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         return initial_carries([*self.periods, *self.rest], B, T, S)

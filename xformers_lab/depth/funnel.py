@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import stated
+from xformers_lab.aux_results import Aux, computation
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import mean_of, runs
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
@@ -56,12 +57,12 @@ class Funnel(Depth):
         decoder = (max(1, size.layers // 4) if of_tokens else 0) if decoder is None else decoder
         deep = size.layers - decoder
         if blocks < 2 or decoder < 0 or deep < blocks:
-            raise ValueError(
+            raise Refused(
                 f"layers={size.layers} are no funnel of blocks={blocks}, decoder={decoder}: there must be 2 blocks or "
                 "more, each with a layer"
             )
         if size.length <= 2 ** (blocks - 1):
-            raise ValueError(
+            raise Refused(
                 f"blocks={blocks} leave one state of seq_len={size.length}: it must be above {2 ** (blocks - 1)}"
             )
         self.pool, self.of_tokens = pool, of_tokens or decoder > 0
@@ -82,27 +83,27 @@ class Funnel(Depth):
         self.decoder = part(deep, decoder, size.length) if decoder else None
 
     def __call__(self, x, context: Context, *, key=None):
-        T, aux, states = x.shape[1], {}, []
+        T, aux, states = x.shape[1], Aux(), []
         keys = iter([None] * 2 * len(self.parts) if key is None else jax.random.split(key, 2 * len(self.parts)))
         here = context
         for number, part in enumerate(self.parts):
             if number:
                 x, here, more = self.pooling[number - 1](x, here, key=next(keys))
-                aux = add_aux(aux, shared(more, 2**number))
+                aux = aux + shared(more, 2**number)
             if part is not None:
                 x, more = part(x, here, key=next(keys))
-                aux = add_aux(aux, shared(more, 2**number))
+                aux = aux + shared(more, 2**number)
             states.append(x)
         x = jnp.repeat(x, 2 ** (len(self.parts) - 1), 1)[:, :T]
         if self.of_tokens:
             x = states[0] + x
         if self.decoder is not None:
             x, more = self.decoder(x, context, key=next(keys))
-            aux = add_aux(aux, more)
+            aux = aux + more
         return x, aux
 
     def init_cache(self, B: int, length: int):
-        raise ValueError("depth=funnel pools what comes later, too, so it cannot decode token by token")
+        raise Refused("depth=funnel pools what comes later, too, so it cannot decode token by token")
 
 
 class Pooling(nnx.Module):
@@ -110,12 +111,12 @@ class Pooling(nnx.Module):
 
     def __init__(self, block, pool: str):
         if block.causal:
-            raise ValueError(
+            raise Refused(
                 "a pooled query sees both of its tokens, so this is for an encoder: use depth=hourglass, which is "
                 "causal, or model=encoder"
             )
-        if reason := stated(type(block.attention), "Not cross"):
-            raise ValueError(f"attention={block.name} cannot look from pooled queries at what is not pooled: {reason}")
+        if reason := block.attention.refusals().get("cross"):
+            raise Refused(f"attention={block.name} cannot look from pooled queries at what is not pooled: {reason}")
         self.block, self.pool = block, pool
 
     def __call__(self, x, context: Context, *, key=None):
@@ -135,10 +136,5 @@ class Pooling(nnx.Module):
         x = block.attention_norm.after(p, y[:, ::2], rows)
         if block.ffn is not None:
             y, more = block.feed(x, short, keys=keys[2:])
-            x, aux = block.ffn_norm.after(x, y, rows), add_aux(aux, more)
-        return x, short, {"computation": jnp.ones(())} | aux
-
-
-def shared(aux: dict, times: int) -> dict:
-    """What layers say whose rows are so many times fewer."""
-    return aux | {"computation": aux["computation"] / times}
+            x, aux = block.ffn_norm.after(x, y, rows), aux + more
+        return x, short, computation(1) | aux

@@ -7,8 +7,9 @@ from jax import lax
 
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Segments
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -44,7 +45,7 @@ class Hierarchical(Depth):
     ):
         low = size.layers // 2 if low is None else low
         if not 1 <= low < size.layers:
-            raise ValueError(f"low={low} of layers={size.layers}: there must be a layer below and one above")
+            raise Refused(f"low={low} of layers={size.layers}: there must be a layer below and one above")
         self.segments = Segments.of(size, segment)
         lengths = self.segments.size, self.segments.count
 
@@ -66,8 +67,7 @@ class Hierarchical(Depth):
         means = (whole.sum(2, dtype=jnp.float32) / count).astype(x.dtype)
         G = means.shape[1]
         y, _, more = self.high.run(means, self.high.initial_carries(B, G, G), among, key=second)
-        more["computation"] = more["computation"] / k
-        return self.segments.told(rows, y, T, self.causal), add_aux(aux, more)
+        return self.segments.told(rows, y, T, self.causal), aux + shared(more, k)
 
     def init_cache(self, B: int, length: int):
         """Of the low layers for one segment, of the high ones for all; what the segment adds up to so far, and what the

@@ -8,8 +8,9 @@ from jax import lax
 
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import mean_of, runs
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -52,12 +53,12 @@ class Hourglass(Depth):
         outer = max(1, size.layers // 4) if outer is None else outer
         middle = size.layers - 2 * outer
         if outer < 1 or middle < 1:
-            raise ValueError(
+            raise Refused(
                 f"layers={size.layers} are no hourglass: {outer} before, {outer} after and {middle} in the middle, "
                 "each at least 1; use at least 3 layers"
             )
         if factor < 2:
-            raise ValueError(f"factor must be at least 2, got {factor}; use depth=fixed")
+            raise Refused(f"factor must be at least 2, got {factor}; use depth=fixed")
 
         def part(first: int, count: int, length: int | None = None):
             make = lambda index, rngs: make_block(first + index, rngs, length=length)
@@ -86,10 +87,9 @@ class Hourglass(Depth):
         short = dataclasses.replace(context, real=real, tokens=None)
         y, G = self.pooled(held, there), held.shape[1]
         y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
-        more["computation"] = more["computation"] / self.factor
         x = x + self.spread(y).reshape(B, G * self.factor, -1)[:, :T]
         x, _, most = last.run(x, last.initial_carries(B, T, T), context, key=keys[2])
-        return x, add_aux(add_aux(aux, more), most)
+        return x, aux + shared(more, self.factor) + most
 
     def pooled(self, held, there):
         """(..., k, D) and what is real of it (..., k) -> (..., D)."""

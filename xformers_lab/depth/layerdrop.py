@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.aux_results import computation
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -16,7 +18,7 @@ class Layerdrop(Fixed):
 
     def __init__(self, size: Size, *, rate: float = 0.2, make_block, period: int, rngs: nnx.Rngs):
         if not 0 <= rate < 1:
-            raise ValueError(f"rate is a probability below 1, got {rate}")
+            raise Refused(f"rate is a probability below 1, got {rate}")
         droppable = lambda index, rngs: Droppable(make_block(index, rngs), rate)
         super().__init__(size, make_block=droppable, period=period, rngs=rngs)
 
@@ -33,8 +35,8 @@ class Droppable(nnx.Module):
             return y, above, aux
         kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.rate)
         keep = lambda new, old: jnp.where(kept, new, old)
-        aux = {name: jnp.where(kept, value, 0) for name, value in aux.items()}
-        return keep(y, x), jax.tree.map(keep, above, carries), aux | {"computation": kept.astype(jnp.float32)}
+        aux = jax.tree.map(lambda value: jnp.where(kept, value, 0), aux)
+        return keep(y, x), jax.tree.map(keep, above, carries), aux | computation(kept)
 
     def initial_carries(self, B: int, T: int, S: int):
         return self.block.initial_carries(B, T, S)

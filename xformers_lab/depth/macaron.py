@@ -1,7 +1,7 @@
 import jax
 from flax import nnx
 
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.aux_results import computation
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.ffn import Ffn
 from xformers_lab.size import Size
@@ -36,8 +36,7 @@ class Sandwiched(nnx.Module):
         x, carries, aux = self.first(x, carries, context, key=first)
         x, carries, more = self.block(x, carries, context, key=second)
         # The two feed-forward layers count as one.
-        aux.pop("computation")
-        return x, carries, add_aux(aux, more)
+        return x, carries, (aux | computation(0)) + (computation(1) | more)
 
     def initial_carries(self, B: int, T: int, S: int):
         return self.block.initial_carries(B, T, S)

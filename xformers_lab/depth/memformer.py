@@ -8,8 +8,8 @@ from jax import lax
 from xformers_lab.attention.full import Full
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Carried, at_once, in_turn
-from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
@@ -64,11 +64,11 @@ class Memformer(Depth):
     ):
         segment = max(1, size.length // 4) if segment is None else segment
         if not 1 <= segment <= size.length:
-            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+            raise Refused(f"segment={segment} must be from 1 to seq_len={size.length}")
         if slots < 1:
-            raise ValueError(f"slots must be at least 1, got {slots}: without them segments know nothing of another")
+            raise Refused(f"slots must be at least 1, got {slots}: without them segments know nothing of another")
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+            raise Refused(f"temperature must be above 0, got {temperature}")
         self.segment = segment
         make = lambda index, rngs: Reader(size, slots, make_block(index, rngs, length=segment), rngs=rngs)
         self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
@@ -138,7 +138,7 @@ class Reader(nnx.Module):
         x = self._told(self.block.attention_norm.after(x, y, rows), memory, rows)
         if self.block.ffn is not None:
             y, more = self.block.feed(x, context, keys=keys[2:])
-            x, aux = self.block.ffn_norm.after(x, y, rows), add_aux(aux, more)
+            x, aux = self.block.ffn_norm.after(x, y, rows), aux + more
         return x, carries, aux
 
     def initial_carries(self, B: int, T: int, S: int):

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux, by_token, mean_of
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
-from xformers_lab.depth._stack import by_token, mean_of
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
 from xformers_lab.size import Size
@@ -38,7 +39,7 @@ class MixtureOfDepths(Fixed):
 
     A mechanism that hands something from layer to layer is refused, for layers do not see the same tokens; so is a
     position that adds scores, which are the same for all samples. "computation" is the mean number of layers that a
-    token was processed by, "tokens/computation" that of each.
+    token was processed by, and of each token its own.
 
     Options:
         capacity: share of a sequence's tokens that a routed layer processes
@@ -62,11 +63,11 @@ class MixtureOfDepths(Fixed):
         rngs: nnx.Rngs,
     ):
         if not 0 < capacity <= 1:
-            raise ValueError(f"capacity is a share of the tokens, above 0 and at most 1, got {capacity}")
+            raise Refused(f"capacity is a share of the tokens, above 0 and at most 1, got {capacity}")
         if not 1 <= every <= size.layers:
-            raise ValueError(f"every={every} must be from 1 to layers={size.layers}, else no layer is routed")
+            raise Refused(f"every={every} must be from 1 to layers={size.layers}, else no layer is routed")
         if predictor < 0:
-            raise ValueError(f"predictor is the weight of a loss, at least 0, got {predictor}")
+            raise Refused(f"predictor is the weight of a loss, at least 0, got {predictor}")
 
         def routed(index: int, rngs: nnx.Rngs):
             block = make_block(index, rngs)
@@ -82,7 +83,7 @@ class Routed(nnx.Module):
 
     def __init__(self, size: Size, block, *, capacity: float, weight: str, predictor: float, rngs: nnx.Rngs):
         if jax.eval_shape(lambda: block.initial_carries(1, size.length, size.length)):
-            raise ValueError(
+            raise Refused(
                 f"{block.name} hands something to the layer above, but with depth=mixture_of_depths each layer sees "
                 "other tokens; use another attention"
             )
@@ -106,7 +107,7 @@ class Routed(nnx.Module):
         if self.block.causal:
             foretold = self.foretell(lax.stop_gradient(x))
             wrong = jax.nn.softplus(jnp.where(inside, -foretold, foretold))
-            aux["loss/predictor"] = self.predictor_weight * mean_of(wrong, context.real)
+            aux |= Aux(losses={"predictor": self.predictor_weight * mean_of(wrong, context.real)})
         return y, carries, aux
 
     def foretell(self, x):
@@ -192,7 +193,7 @@ class _Taken(Position):
 
     def __init__(self, position: Position, at):
         if getattr(position, "kept", None) is not None or position.bias() is not None:
-            raise ValueError(
+            raise Refused(
                 f"position={type(position).__name__.lower()} adds scores by the place in a sequence, but "
                 "depth=mixture_of_depths takes tokens from other places of each; use position=rope, learned, "
                 "sinusoidal or none"

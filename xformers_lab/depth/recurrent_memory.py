@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import computation
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -50,9 +52,9 @@ class RecurrentMemory(Depth):
     ):
         segment = max(1, size.length // 4) if segment is None else segment
         if not 1 <= segment <= size.length:
-            raise ValueError(f"segment={segment} must be from 1 to seq_len={size.length}")
+            raise Refused(f"segment={segment} must be from 1 to seq_len={size.length}")
         if tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}: without them segments know nothing of another")
+            raise Refused(f"tokens must be at least 1, got {tokens}: without them segments know nothing of another")
         # Whether memory is written by tokens of its own shows when a block is there: rows for both are enough.
         rows = segment + 2 * tokens
         make = lambda index, rngs: make_block(index, rngs, length=rows)
@@ -94,8 +96,8 @@ class RecurrentMemory(Depth):
         if self.carried is not None:
             self.carried.write(last)
         aux = jax.tree.map(lambda values: values.mean(0), aux)
-        aux["computation"] = aux["computation"] * (L + M * (2 if self.causal else 1)) / L
-        return at_once(y, T), aux
+        spent = aux.scalars["computation"] * (L + M * (2 if self.causal else 1)) / L
+        return at_once(y, T), aux | computation(spent)
 
     def init_cache(self, B: int, length: int):
         """Of the layers, for the rows of one segment, and the memory that the segment began with (1, B, tokens, D)."""

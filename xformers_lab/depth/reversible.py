@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux, computation
 from xformers_lab.backward import values
 from xformers_lab.depth import Context
-from xformers_lab.depth._stack import add_aux, unroll
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
+from xformers_lab.plan import Plan
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
@@ -48,7 +50,7 @@ class Reversible(Fixed):
         super().__init__(size, make_block=streams, period=period, rngs=rngs)
         self.backward = backward
         if backward == "recompute" and values(self):
-            raise ValueError(
+            raise Refused(
                 "a normaliser here keeps statistics of gradients, which backward=recompute does not hand on; use "
                 "backward=store or another normaliser"
             )
@@ -59,9 +61,9 @@ class Reversible(Fixed):
             (x1, x2), _, aux = self.run((wide, wide), {}, context, key=key)
         else:
             first, second = (None, None) if key is None else jax.random.split(key)
-            streams, aux = recomputed(list(self.periods), (wide, wide), context, key=first)
-            (x1, x2), more = recomputed(list(self.rest), streams, context, key=second)
-            aux = add_aux(aux, more)
+            streams, aux = recomputed(list(self.periods), (wide, wide), context, key=first, plan=self.plan)
+            (x1, x2), more = recomputed(list(self.rest), streams, context, key=second, plan=self.plan)
+            aux = aux + more
         return ((x1 + x2) / 2).astype(x.dtype), aux
 
     def step(self, x, cache, context: Context, *, at):
@@ -75,15 +77,15 @@ class TwoStreams(nnx.Module):
 
     def __init__(self, size: Size, block):
         if block.ffn is None:
-            raise ValueError("two streams take turns between attention and feed-forward layers; ffn=none has none")
+            raise Refused("two streams take turns between attention and feed-forward layers; ffn=none has none")
         for norm in (block.attention_norm, block.ffn_norm):
             if not norm.adds():
-                raise ValueError(
+                raise Refused(
                     f"norm={type(norm).__name__.lower()} normalises the sum of a layer and its input, which cannot be "
                     "taken back; use norm=pre, sandwich or rezero"
                 )
         if jax.eval_shape(lambda: block.initial_carries(1, size.length, size.length)):
-            raise ValueError(
+            raise Refused(
                 f"attention={block.name} hands something to the layer above, which a reversible stack would have to "
                 "keep; use another attention"
             )
@@ -106,7 +108,7 @@ class TwoStreams(nnx.Module):
         y, aux = self.attend(x2, context, keys)
         y1 = x1 + y
         y, more = self.feed(y1, context, keys)
-        return (y1, x2 + y), carries, add_aux(aux, more)
+        return (y1, x2 + y), carries, aux + more
 
     def initial_carries(self, B: int, T: int, S: int):
         return {}
@@ -122,17 +124,17 @@ class TwoStreams(nnx.Module):
         return (y1, x2 + self.block.ffn_norm.branch(y, Rows()).astype(jnp.float32)), cache, carries
 
 
-def recomputed(blocks: list, streams, context: Context, *, key):
+def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
     """`run_stack` on stacked modules of TwoStreams, whose gradient keeps the last streams alone -> streams, aux."""
     if not blocks:
-        return streams, {}
+        return streams, Aux()
     split = [nnx.split(block, nnx.Param, ...) for block in blocks]
     graphs = [graph for graph, _, _ in split]
     params, rest = [params for _, params, _ in split], [rest for _, _, rest in split]
     position_graph, of_position, fixed_position = nnx.split(context.position, nnx.Param, ...)
     length = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, (length, len(blocks)))
-    again = unroll(length, len(blocks))
+    again = plan.unroll(length, len(blocks))
 
     def built(of_position, given):
         position = nnx.merge(position_graph, of_position, given["position"])
@@ -142,11 +144,11 @@ def recomputed(blocks: list, streams, context: Context, *, key):
     def run(params, of_position, given, streams):
         def period(streams, layer):
             params, rest, keys = layer
-            where, total, changed = built(of_position, given), {}, []
+            where, total, changed = built(of_position, given), Aux(), []
             for place, graph in enumerate(graphs):
                 block = nnx.merge(graph, params[place], rest[place])
                 streams, _, aux = block(streams, {}, where, key=None if keys is None else keys[place])
-                total = add_aux(total, {"computation": jnp.ones(())} | aux)
+                total = total + (computation(1) | aux)
                 changed.append(nnx.split(block, nnx.Param, ...)[2])
             return streams, (total, changed)
 
@@ -171,7 +173,7 @@ def recomputed(blocks: list, streams, context: Context, *, key):
             """What a sub-layer adds for x, and the gradients of parameters, position and x."""
             call = lambda params, of_position, x: branch(name, place, params, of_position, rest, x, keys)
             (y, aux), back = jax.vjp(call, params, of_position, x)
-            of_params, more, of_x = back((grad, {name: of_aux[name] for name in aux}))
+            of_params, more, of_x = back((grad, of_aux.among(aux)))
             return y, of_params, jax.tree.map(jnp.add, to_position, more), of_x
 
         def period(state, layer):

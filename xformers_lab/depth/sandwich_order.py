@@ -3,9 +3,10 @@ import dataclasses
 import jax
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._stack import add_aux
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -26,7 +27,7 @@ class SandwichOrder(Depth):
     def __init__(self, size: Size, *, k: int | None = None, make_block, period: int, rngs: nnx.Rngs):
         k = size.layers * 3 // 8 if k is None else k
         if not 0 <= k <= size.layers:
-            raise ValueError(f"k={k} must be from 0 to layers={size.layers}")
+            raise Refused(f"k={k} must be from 0 to layers={size.layers}")
 
         def part(count: int, make, period: int = period):
             return Fixed(dataclasses.replace(size, layers=count), make_block=make, period=period, rngs=rngs)
@@ -40,10 +41,10 @@ class SandwichOrder(Depth):
 
     def __call__(self, x, context: Context, *, key=None):
         keys = [None] * len(self.parts) if key is None else list(jax.random.split(key, len(self.parts)))
-        carries, aux = self._carries(x.shape[0], x.shape[1], x.shape[1]), {}
+        carries, aux = self._carries(x.shape[0], x.shape[1], x.shape[1]), Aux()
         for part, key in zip(self.parts, keys, strict=True):
             x, carries, more = part.run(x, carries, context, key=key)
-            aux = add_aux(aux, more)
+            aux = aux + more
         return x, aux
 
     def _carries(self, B: int, T: int, S: int) -> dict:

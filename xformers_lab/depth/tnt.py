@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import computation
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Segments
-from xformers_lab.depth._stack import add_aux
+from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -68,7 +70,7 @@ class Nested(nnx.Module):
 
     def __init__(self, size: Size, inner, outer, segment: int, *, rngs: nnx.Rngs):
         if jax.eval_shape(lambda: inner.initial_carries(1, size.length, size.length)):
-            raise ValueError(
+            raise Refused(
                 f"attention={inner.name} hands something to the layer above, which here sees tokens and segments in "
                 "turn; use another attention"
             )
@@ -80,9 +82,7 @@ class Nested(nnx.Module):
         first, second = (None, None) if key is None else jax.random.split(key)
         y, _, aux = self.inner(y, {}, inside, key=first)
         z, _, more = self.outer(z + self.join(vectors(y)), {}, among, key=second)
-        spent = lambda aux: {"computation": jnp.ones(())} | aux
-        more = spent(more)
-        return (y, z), carries, add_aux(spent(aux), more | {"computation": more["computation"] / self.segment})
+        return (y, z), carries, (computation(1) | aux) + shared(computation(1) | more, self.segment)
 
     def initial_carries(self, B: int, T: int, S: int):
         return {}

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux, by_token, computation, mean_of
 from xformers_lab.depth import Context, Depth
-from xformers_lab.depth._stack import add_aux, by_token, mean_of
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
 from xformers_lab.size import Size
@@ -20,8 +21,8 @@ class Universal(Depth):
     (Graves, 2016, arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while
     their sum stays below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The
     loss gets ponder times the mean of steps plus remainder. "steps" reports the mean steps of a position,
-    "tokens/steps" (B, T) those of each, which `xlab eval` prints along the sequence. All steps are computed for every
-    position, so halting saves nothing in time here: "computation" and "tokens/computation" count what was needed.
+    its figures of tokens those of each, which `xlab eval` prints along the sequence. All steps are computed for every
+    position, so halting saves nothing in time here: "computation" counts what was needed, of each token, too.
     Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step.
 
     Options:
@@ -44,11 +45,9 @@ class Universal(Depth):
         rngs: nnx.Rngs,
     ):
         if size.layers % period:
-            raise ValueError(
-                f"layers={size.layers} is not divisible by the {period} mechanisms that share their weights"
-            )
+            raise Refused(f"layers={size.layers} is not divisible by the {period} mechanisms that share their weights")
         if not 0 < slack < 1 or ponder < 0:
-            raise ValueError(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
+            raise Refused(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
         self.adds_waves = code
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
@@ -65,11 +64,11 @@ class Universal(Depth):
         def apply(state, given):
             x, carries, rest, halting = state
             number, keys = given
-            y, total, changed = self._marked(x, number, context.position, jnp.arange(x.shape[1])), {}, []
+            y, total, changed = self._marked(x, number, context.position, jnp.arange(x.shape[1])), Aux(), []
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
                 y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
-                total = add_aux(total, {"computation": jnp.ones(())} | aux)
+                total = total + (computation(1) | aux)
                 changed.append(nnx.split(block, nnx.Param, ...)[2])
             if halting is not None:
                 y, halting = self._halted(x, y, number, halting)
@@ -85,7 +84,7 @@ class Universal(Depth):
             return y, aux
         steps, real = halting["steps"], context.real
         spent = by_token("steps", steps, real) | by_token("computation", steps * len(self.blocks), real)
-        spent |= {"loss/ponder": self.ponder * mean_of(steps + halting["left"], real)}
+        spent |= Aux(losses={"ponder": self.ponder * mean_of(steps + halting["left"], real)})
         return halting["out"].astype(x.dtype), aux | spent
 
     def _marked(self, x, number, position: Position, at):

@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.rows import Rows, apply
 from xformers_lab.size import Size
 
@@ -43,7 +44,7 @@ class Ffn(nnx.Module):
     down: Any
 
     def __call__(self, x, *, real=None, key=None):
-        """(B, T, D) -> (B, T, D) and a dict of auxiliary scalars; those named "loss/..." are added to the loss."""
+        """(B, T, D) -> (B, T, D) and an `Aux`."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def last(self, hidden, *, real=None, key=None):
@@ -63,7 +64,7 @@ class Ffn(nnx.Module):
 
 
 def hidden_size(size: Size, ratio: float) -> int:
-    """Width of the hidden layer, ratio * D rounded to whole channels; raises ValueError on a ratio of nothing."""
+    """Width of the hidden layer, ratio * D rounded to whole channels; raises Refused on a ratio of nothing."""
     if ratio * size.dim < 1:
-        raise ValueError(f"ratio={ratio} of dim={size.dim} leaves no hidden channel")
+        raise Refused(f"ratio={ratio} of dim={size.dim} leaves no hidden channel")
     return round(ratio * size.dim)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -25,7 +27,7 @@ class AllAttention(Ffn):
     def __init__(self, size: Size, *, vectors: int | None = None, rngs: nnx.Rngs):
         vectors = 4 * size.dim if vectors is None else vectors
         if vectors < 1:
-            raise ValueError(f"vectors must be at least 1, got {vectors}; ffn=none has no such layer")
+            raise Refused(f"vectors must be at least 1, got {vectors}; ffn=none has no such layer")
         linear = functools.partial(Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
         self.query, self.down = linear(size.dim, size.heads * size.head), linear(size.heads * size.head, size.dim)
         draw = lambda: jax.random.normal(rngs.params(), (size.heads, vectors, size.head))
@@ -39,4 +41,4 @@ class AllAttention(Ffn):
         keys, values = self.keys[...].astype(x.dtype), self.values[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.einsum("btnh,nmh->bntm", q, keys, preferred_element_type=jnp.float32))
         y = jnp.einsum("bntm,nmh->btnh", p.astype(x.dtype), values)
-        return self.last(y.reshape(*x.shape[:2], -1), real=real, key=key), {}
+        return self.last(y.reshape(*x.shape[:2], -1), real=real, key=key), Aux()

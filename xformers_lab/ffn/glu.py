@@ -2,6 +2,7 @@ import functools
 
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -26,4 +27,4 @@ class Glu(Ffn):
 
     def __call__(self, x, *, real=None, key=None):
         hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-        return self.last(hidden, real=real, key=key), {}
+        return self.last(hidden, real=real, key=key), Aux()

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
 from xformers_lab.size import Size
@@ -37,7 +39,7 @@ class Hash(Ffn):
         rngs: nnx.Rngs,
     ):
         if experts < 1:
-            raise ValueError(f"experts must be at least 1, got {experts}")
+            raise Refused(f"experts must be at least 1, got {experts}")
         hidden = hidden_size(size, ratio)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
         self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)))
@@ -53,7 +55,8 @@ class Hash(Ffn):
         ones = jnp.ones(expert.shape, jnp.float32)
         y = run_experts(x, place, expert, ones, up, down, ACTIVATIONS[self.activation])
         sent = jnp.zeros(self.experts).at[expert].add(1, mode="drop")
-        return y, {"busiest_expert": self.experts * sent.max() / jnp.maximum(sent.sum(), 1)}
+        busiest = self.experts * sent.max() / jnp.maximum(sent.sum(), 1)
+        return y, Aux(scalars={"busiest_expert": busiest})
 
     def expert(self, tokens):
         """int32 tokens -> the number of their expert."""

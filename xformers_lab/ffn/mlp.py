@@ -2,6 +2,7 @@ import functools
 
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -22,4 +23,4 @@ class Mlp(Ffn):
         self.activation = activation
 
     def __call__(self, x, *, real=None, key=None):
-        return self.last(ACTIVATIONS[self.activation](self.up(x)), real=real, key=key), {}
+        return self.last(ACTIVATIONS[self.activation](self.up(x)), real=real, key=key), Aux()

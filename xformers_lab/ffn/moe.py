@@ -6,7 +6,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
 from xformers_lab.linear import Linear
@@ -50,13 +52,13 @@ class Moe(Ffn):
         rngs: nnx.Rngs,
     ):
         if not 1 <= top <= experts:
-            raise ValueError(f"top={top} must be from 1 to experts={experts}")
+            raise Refused(f"top={top} must be from 1 to experts={experts}")
         if choice == "expert" and top > 1:
-            raise ValueError(f"top={top} is of choice=token; experts that choose take capacity={top} equal shares")
+            raise Refused(f"top={top} is of choice=token; experts that choose take capacity={top} equal shares")
         if capacity is not None and capacity <= 0:
-            raise ValueError(f"capacity must be above 0, got {capacity}")
+            raise Refused(f"capacity must be above 0, got {capacity}")
         if balance < 0 or z < 0:
-            raise ValueError(f"balance and z are weights of losses, at least 0: got {balance} and {z}")
+            raise Refused(f"balance and z are weights of losses, at least 0: got {balance} and {z}")
         hidden = hidden_size(size, ratio)
         self.router = Linear(size.dim, experts, use_bias=False, rngs=rngs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
@@ -87,12 +89,9 @@ class Moe(Ffn):
         mean = jnp.where(real[..., None], p, 0).sum(1) / count
         squared = jnp.where(real, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(real.sum(), 1)
         share = sent / count / self.top
-        aux = {
-            "loss/balance": self.balance * self.experts * (share * mean).sum(-1).mean(),
-            "loss/router_z": self.z * squared,
-            "busiest_expert": self.experts * share.max(-1).mean(),
-        }
-        return y, aux
+        balance = self.balance * self.experts * (share * mean).sum(-1).mean()
+        losses = {"balance": balance, "router_z": self.z * squared}
+        return y, Aux(losses=losses, scalars={"busiest_expert": self.experts * share.max(-1).mean()})
 
     # Both ways to choose give place, expert and weight (B, m) as run_experts takes them, how many tokens chose, or were
     # chosen by, each expert (B, E), and how many of the m an expert may have kept.

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.damping import damp
+from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
@@ -26,9 +28,9 @@ class ProductKey(Ffn):
 
     def __init__(self, size: Size, *, side: int = 64, top: int = 16, reads: int = 4, key: int = 64, rngs: nnx.Rngs):
         if side < 1 or reads < 1 or not 1 <= top <= side:
-            raise ValueError(f"top must be from 1 to side and reads at least 1: top={top}, side={side}, reads={reads}")
+            raise Refused(f"top must be from 1 to side and reads at least 1: top={top}, side={side}, reads={reads}")
         if key < 2 or key % 2:
-            raise ValueError(f"key must be even and at least 2, its halves score apart, got {key}")
+            raise Refused(f"key must be even and at least 2, its halves score apart, got {key}")
         self.side, self.top, self.reads = side, top, reads
         self.query = Linear(size.dim, reads * key, dtype=size.dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(key, rngs=rngs)
@@ -50,4 +52,4 @@ class ProductKey(Ffn):
         slot = jnp.take_along_axis(i, at // self.top, -1) * self.side + jnp.take_along_axis(j, at % self.top, -1)
         weight = jax.nn.softmax(score).astype(x.dtype)
         read = lambda slot, weight: weight.reshape(-1) @ self.values[slot.reshape(-1)].astype(x.dtype)
-        return jax.vmap(read)(slot, weight).reshape(B, T, D), {}
+        return jax.vmap(read)(slot, weight).reshape(B, T, D), Aux()

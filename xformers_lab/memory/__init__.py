@@ -23,6 +23,8 @@ import jax
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
@@ -55,13 +57,13 @@ class Memory(nnx.Module):
         """Remember the layer's input x (B, T, D) of a segment, real (B, T) bool or None where nothing is padded."""
         raise NotImplementedError(f"{type(self).__name__} must define write(x, real)")
 
-    def loss(self, x, real, look: Callable) -> dict:
-        """Auxiliary scalars of a segment that is about to be written; those named "loss/..." are added to the loss.
+    def loss(self, x, real, look: Callable) -> Aux:
+        """Auxiliary results of a segment that is about to be written.
 
         look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S)
         bool, (B, T, N, H). No gradient passes it to x or to the layer's parameters.
         """
-        return {}
+        return Aux()
 
 
 def looking(attention, norm, x) -> Callable:
@@ -82,17 +84,17 @@ def looking(attention, norm, x) -> Callable:
 
 
 def check(position: Position, layers: bool, segments: bool) -> None:
-    """Raises ValueError where a model cannot have a memory. layers: whether its depth gives every layer variables of
+    """Raises Refused where a model cannot have a memory. layers: whether its depth gives every layer variables of
     its own; segments: whether its task gives texts in segments that follow one another."""
     if not segments:
-        raise ValueError(UNRELATED)
+        raise Refused(UNRELATED)
     if not layers:
-        raise ValueError(
+        raise Refused(
             "each layer has one memory, of whole segments, but this depth uses layers again or on a part of them; use "
             "depth=fixed"
         )
     if type(position).embed is not Position.embed:
-        raise ValueError(
+        raise Refused(
             "this position marks the embeddings themselves, and begins anew in every segment, so that what is "
             "remembered would seem to stand where the segment does; use position=xl, rope, alibi, t5, shaw or none"
         )
@@ -100,11 +102,11 @@ def check(position: Position, layers: bool, segments: bool) -> None:
 
 def why_not(attention, learns: bool = False) -> str | None:
     """Why a layer's attention cannot look at a memory, or at one that learns; None where it can."""
-    from xformers_lab.attention import Attention, stated
+    from xformers_lab.attention import Attention
 
     mechanism = type(attention)
     name = mechanism.__name__.lower()
-    if reason := stated(mechanism, "Not cross") or stated(mechanism, "One way"):
+    if reason := mechanism.refuses.get("cross") or mechanism.refuses.get("bidirectional"):
         return f"attention={name} takes no keys but the segment's own: {reason}"
     if attention.carries():
         return f"attention={name} hands something to the layer above, which is made for the segment's own keys"

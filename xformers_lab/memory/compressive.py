@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.xl import Xl
@@ -22,7 +24,7 @@ class Compressive(Xl):
     ...; o_rate] + b in every layer, trained by what the layer's attention gets of the compressed states in place of
     those they were made of (algorithm 2 of the paper):
 
-        loss/compression = |look(h, o) - look(h, conv(o))|^2,    look(h, s) = softmax(q(h) k(s)^T / sqrt(H)) v(s)
+        compression loss = |look(h, o) - look(h, conv(o))|^2,    look(h, s) = softmax(q(h) k(s)^T / sqrt(H)) v(s)
 
     the mean over real queries and channels of the heads, for every layer, whatever its mechanism, without positions.
     h, o and the layer's parameters are constants in it, so that it trains W and b alone; and nothing else does, for no
@@ -49,9 +51,9 @@ class Compressive(Xl):
         super().__init__(size, length=length, rngs=rngs)
         self.recent, self.old = self.length, size.length if compressed is None else compressed
         if self.old < 1:
-            raise ValueError(f"compressed must be at least 1, got {compressed}; memory=xl compresses nothing")
+            raise Refused(f"compressed must be at least 1, got {compressed}; memory=xl compresses nothing")
         if rate < 1 or size.length % rate:
-            raise ValueError(f"rate={rate} must divide seq_len={size.length}, the states that leave at a time")
+            raise Refused(f"rate={rate} must divide seq_len={size.length}, the states that leave at a time")
         self.length, self.rate, self.pool = self.recent + self.old, rate, pool
         self.learns = pool == "conv"
         if self.learns:
@@ -77,7 +79,7 @@ class Compressive(Xl):
     def _leaving(self, states, known, T: int):
         """What a segment of T pushes out of the memory of single states."""
         if T % self.rate:
-            raise ValueError(f"a segment of {T} tokens cannot be compressed {self.rate} at a time")
+            raise Refused(f"a segment of {T} tokens cannot be compressed {self.rate} at a time")
         return states[:, self.old : self.old + T], known[:, self.old : self.old + T]
 
     def compressed(self, states, known):
@@ -94,11 +96,11 @@ class Compressive(Xl):
 
     def loss(self, x, real, look):
         if not self.learns:
-            return {}
+            return Aux()
         states, known = self._leaving(*self._all(lax.stop_gradient(x), real), x.shape[1])
         found, wanted = look(*self.compressed(states, known)), look(states, known)
         apart = jnp.square(found.astype(jnp.float32) - wanted.astype(jnp.float32)).mean((2, 3))
         # Queries that are real, of sequences of which something leaves.
         asked = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if real is None else real)
         total = jnp.where(asked, apart, 0).sum()
-        return {"loss/compression": total / jnp.maximum(asked.sum(), 1)}
+        return Aux(losses={"compression": total / jnp.maximum(asked.sum(), 1)})

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.errors import Refused
 from xformers_lab.memory import Memory, Remembered
 from xformers_lab.size import Size
 
@@ -24,7 +25,7 @@ class Xl(Memory):
 
     def __init__(self, size: Size, *, length: int | None = None, rngs: nnx.Rngs):
         if length is not None and length < 1:
-            raise ValueError(f"length must be at least 1, got {length}; memory=none remembers nothing")
+            raise Refused(f"length must be at least 1, got {length}; memory=none remembers nothing")
         self.length = size.length if length is None else length
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
         self.real = Remembered(jnp.zeros((1, self.length), bool))

@@ -9,8 +9,9 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.config import LEAVES, Config, get
-from xformers_lab.errors import BrokenChoice, UsageError, in_words, outside
+from xformers_lab.errors import BrokenChoice, Refused, UsageError, in_words, outside
 from xformers_lab.memory import Remembered
+from xformers_lab.plan import Plan
 from xformers_lab.size import Size
 from xformers_lab.tasks import SPLITS, Setting, Task
 
@@ -33,26 +34,23 @@ class Model(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def __call__(self, inputs, *, real=None, key=None):
-        """Tokens (B, T) int32 and real (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and aux.
+        """Tokens (B, T) int32 and real (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and an `Aux`.
 
-        key turns on dropout and whatever else is random in training. aux: dict of scalars; names that start with
-        "loss/" are added to the loss. Names that start with "logits/" hold (weight, logits): further predictions of
-        the same targets, whose loss is added with that weight. Names that start with "tokens/" hold a figure of each
-        token, (B, T), NaN at padding, such as the layers it went through (see depth/).
+        key turns on dropout and whatever else is random in training.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_cache(self, B: int, length: int):
-        """What decoding remembers of up to `length` tokens of B sequences; raises ValueError where it cannot decode."""
-        raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+        """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
+        raise Refused(f"model={type(self).__name__.lower()} cannot decode token by token")
 
     def read(self, cache, sources, real):
         """An empty cache given whole sources, (B, source) int32, real (B, source) bool; the target's first is next."""
-        raise ValueError(f"model={type(self).__name__.lower()} reads no source apart")
+        raise Refused(f"model={type(self).__name__.lower()} reads no source apart")
 
     def step(self, cache, tokens):
         """One more token of every sequence, (B,) int32 -> logits (B, outputs) of what follows it, and the new cache."""
-        raise ValueError(f"model={type(self).__name__.lower()} cannot decode token by token")
+        raise Refused(f"model={type(self).__name__.lower()} cannot decode token by token")
 
     def step_several(self, cache, tokens):
         """T more tokens of every sequence, (B, T) int32 -> logits (B, outputs) of what follows the last, the cache."""
@@ -74,9 +72,12 @@ def build_task(config: Config) -> Task:
     return spec.build("task", config.task, setting, where=f"task={config.task} seq_len={config.seq_len}")
 
 
-def build_model(config: Config, task: Task) -> Model:
-    """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError."""
-    kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image)
+def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
+    """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError.
+
+    plan: how it runs, else the platform's.
+    """
+    kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image, plan=plan)
     return spec.build("model", kind, size, config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
 
 
@@ -96,7 +97,8 @@ def kind_of(config: Config, task: Task) -> str:
 def check_config(config: Config) -> Task:
     """Everything about a config that can be wrong, found before anything compiles; raises UsageError. -> its task.
 
-    Whatever a choice from outside the package raises becomes BrokenChoice; the package's own may raise only ValueError.
+    Whatever a choice from outside the package raises becomes BrokenChoice; the package's own may raise only ValueError,
+    and either refuses by raising Refused.
     """
     if config.train.batch % config.train.accumulate:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
@@ -125,7 +127,8 @@ def _own_errors(config: Config):
         raise
     except Exception as error:
         own = _outsiders(config)
-        if isinstance(error, (ValueError, OverflowError)) and not (own and outside(error)):
+        mine = isinstance(error, (ValueError, OverflowError)) and not (own and outside(error))
+        if mine or isinstance(error, Refused):
             raise UsageError(str(error)) from None
         if own:
             raise BrokenChoice(f"{', '.join(own)}: {in_words(error)}") from error

@@ -8,8 +8,10 @@ from flax import nnx
 
 from xformers_lab import memory, spec
 from xformers_lab.attention import Attention
+from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
-from xformers_lab.depth._stack import add_aux, in_turn
+from xformers_lab.depth._stack import in_turn
+from xformers_lab.errors import Refused
 from xformers_lab.model import _segments
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
@@ -29,7 +31,7 @@ class Block(nnx.Module):
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
-            raise ValueError(f"memory={config.model.memory} cannot be read: {reason}")
+            raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
         self.attention_norm.start(self.attention)
         self.ffn = build("ffn", config.model.ffn)
@@ -37,7 +39,7 @@ class Block(nnx.Module):
             self.ffn_norm = build("norm", config.model.norm)
             self.ffn_norm.start(self.ffn)
             if causal and (reason := self.ffn.not_causal()):
-                raise ValueError(f"ffn={config.model.ffn} cannot be causal: {reason}")
+                raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads, self.kept, self.share = size.dim, size.length, size.heads, kept, 1.0
 
@@ -48,23 +50,23 @@ class Block(nnx.Module):
         return {self.name: self.attention.initial_carry(B, T, S)}
 
     def __call__(self, x, carries, context, *, key=None):
-        """(B, T, D) and {mechanism: carry} -> the same, and a dict of auxiliary scalars."""
+        """(B, T, D) and {mechanism: carry} -> the same, and auxiliary results."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        aux, rows = {}, Rows(context.real, key is not None)
+        aux, rows = Aux(), Rows(context.real, key is not None)
         if self.attention is not None:
             y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
             x = self.attention_norm.after(x, y, rows)
         if self.ffn is not None:
             y, more = self.feed(x, context, keys=keys[2:])
             x = self.ffn_norm.after(x, y, rows)
-            aux = add_aux(aux, more)
-        return x, carries, aux if self.share == 1 else {"computation": jnp.full((), self.share)} | aux
+            aux = aux + more
+        return x, carries, aux if self.share == 1 else computation(self.share) | aux
 
     def only(self, kept: str):
         """The block with one sub-layer alone, kept = "attention" or "ffn"; it counts as half a layer."""
         other = {"attention": "ffn", "ffn": "attention"}[kept]
         if getattr(self, kept) is None:
-            raise ValueError(f"this depth orders attention and feed-forward layers, but there is no {kept} here")
+            raise Refused(f"this depth orders attention and feed-forward layers, but there is no {kept} here")
         if getattr(self, other) is not None:
             setattr(self, other, None)
             delattr(self, f"{other}_norm")
@@ -90,7 +92,7 @@ class Block(nnx.Module):
         else:
             source, real, told = self._source(x, context.real, train)
             y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
-            aux = add_aux(aux, told)
+            aux = aux + told
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
@@ -179,7 +181,7 @@ class Block(nnx.Module):
         if not self.ffn.takes_tokens():
             return {}
         if context.tokens is None:
-            raise ValueError(
+            raise Refused(
                 f"ffn={type(self.ffn).__name__.lower()} looks at the tokens, but here are layers whose rows are none; "
                 "use depth=fixed or another ffn"
             )

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
 from xformers_lab.config import Model as Axes
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import drop
@@ -48,11 +50,11 @@ class Recurrent(Model):
             x = drop(cell(x, real), self.dropout, key)
         # Padding leaves a state as it was, so the last one is that of the last real position.
         x = x[:, -1] if self.target == "sequence" else x
-        return self.head(x).astype(jnp.float32), {}
+        return self.head(x).astype(jnp.float32), Aux()
 
     def init_cache(self, B: int, length: int):
         if self.target == "sequence":
-            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+            raise Refused("this model gives one answer per sequence, not one per token: there is nothing to decode")
         return stacked([cell.init_state(B) for cell in self.cells])
 
     def step(self, cache, tokens):
@@ -74,7 +76,7 @@ def stacked(states: list):
 
 
 def refuse_unused(name: str, config: Config) -> None:
-    """Raises ValueError where a config asks a baseline for what only a transformer has."""
+    """Raises Refused where a config asks a baseline for what only a transformer has."""
     for axis in UNUSED:
         if (asked := getattr(config.model, axis)) != getattr(Axes(), axis):
-            raise ValueError(f"{name} has no {axis}: leave out {axis}={asked}")
+            raise Refused(f"{name} has no {axis}: leave out {axis}={asked}")

@@ -10,6 +10,7 @@ from flax import nnx
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
@@ -46,11 +47,11 @@ class Transformer(Model):
         rngs: nnx.Rngs,
     ):
         if tied and (task.target == "sequence" or task.outputs != task.vocab):
-            raise ValueError("tied=true: what this task asks for are no tokens of its inputs; leave the head untied")
+            raise Refused("tied=true: what this task asks for are no tokens of its inputs; leave the head untied")
         if pool is not None and task.target != "sequence":
-            raise ValueError(f"pool={pool}: this task asks for an answer at every position; leave the pool out")
+            raise Refused(f"pool={pool}: this task asks for an answer at every position; leave the pool out")
         if pool == "first" and self.causal:
-            raise ValueError("pool=first: here the first position sees itself alone; use pool=last or mean")
+            raise Refused("pool=first: here the first position sees itself alone; use pool=last or mean")
         self.pooling = self.pools if pool is None else pool
         choice = config.model
         mechanisms = spec.split(choice.attention, "+")
@@ -64,8 +65,8 @@ class Transformer(Model):
             layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
             try:
                 memory.check(self.position, layers, task.segments)
-            except ValueError as reason:
-                raise ValueError(f"memory={choice.memory}: {reason}") from None
+            except Refused as reason:
+                raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             given = {"config": config, "causal": self.causal, "kept": self.position.kept}
@@ -77,7 +78,7 @@ class Transformer(Model):
         remembers = bool(nnx.state(self.stack, memory.Remembered))
         self.endless = remembers and type(self.position).embed is Position.embed
         if remembers and not task.segments:
-            raise ValueError(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
+            raise Refused(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
@@ -124,9 +125,9 @@ class Transformer(Model):
 
     def init_cache(self, B: int, length: int):
         if not self.causal:
-            raise ValueError("an encoder sees both sides, so it cannot decode token by token; use model=decoder")
+            raise Refused("an encoder sees both sides, so it cannot decode token by token; use model=decoder")
         if self.target == "sequence":
-            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+            raise Refused("this model gives one answer per sequence, not one per token: there is nothing to decode")
         # What the position looks back at of embeddings, as if of one layer: samples are the second axis of every leaf.
         before = jnp.zeros((1, B, self.position.before, self.size.dim), self.size.dtype)
         return {"at": jnp.zeros((), jnp.int32), "before": before, "layers": self.stack.init_cache(B, length)}

@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import drop
@@ -30,7 +32,7 @@ class Bag(Model):
         x = drop(self.embedding(inputs), self.dropout, keys[0])
         x = jnp.where(real[..., None], x, 0).astype(jnp.float32)
         mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(real, 1), 1)[..., None]
-        return self._answer(mean[:, -1] if self.target == "sequence" else mean, keys[1:]), {}
+        return self._answer(mean[:, -1] if self.target == "sequence" else mean, keys[1:]), Aux()
 
     def _answer(self, mean, keys):
         x = mean.astype(self.embedding.dtype or jnp.float32)
@@ -40,7 +42,7 @@ class Bag(Model):
 
     def init_cache(self, B: int, length: int):
         if self.target == "sequence":
-            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+            raise Refused("this model gives one answer per sequence, not one per token: there is nothing to decode")
         return {"sum": jnp.zeros((1, B, self.dim)), "seen": jnp.zeros(())}
 
     def step(self, cache, tokens):

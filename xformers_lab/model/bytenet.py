@@ -3,7 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import drop
@@ -25,7 +27,7 @@ class Bytenet(Model):
 
     def __init__(self, size: Size, *, kernel: int = 3, farthest: int = 16, config: Config, task: Task, rngs: nnx.Rngs):
         if kernel < 2 or farthest < 1:
-            raise ValueError(f"kernel must be at least 2 and farthest at least 1, got {kernel} and {farthest}")
+            raise Refused(f"kernel must be at least 2 and farthest at least 1, got {kernel} and {farthest}")
         refuse_unused("bytenet", config)
         self.target, self.dropout = task.target, config.model.dropout
         self.embedding = nnx.Embed(
@@ -45,12 +47,12 @@ class Bytenet(Model):
         if self.target == "sequence":
             last = inputs.shape[1] - 1 if real is None else inputs.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
             x = jnp.take_along_axis(x, jnp.broadcast_to(last, len(x))[:, None, None], 1)[:, 0]
-        return self.head(x).astype(jnp.float32), {}
+        return self.head(x).astype(jnp.float32), Aux()
 
     def init_cache(self, B: int, length: int):
         """How many tokens came, and of every block the newest inputs of its taps."""
         if self.target == "sequence":
-            raise ValueError("this model gives one answer per sequence, not one per token: there is nothing to decode")
+            raise Refused("this model gives one answer per sequence, not one per token: there is nothing to decode")
         return {"at": jnp.zeros((), jnp.int32), "rings": [block.init_ring(B) for block in self.blocks]}
 
     def step(self, cache, tokens):

@@ -6,10 +6,11 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab import spec
-from xformers_lab.attention import Attention, stated
+from xformers_lab.attention import Attention
+from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
-from xformers_lab.depth._stack import TOKENS, add_aux
+from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import Sourced
@@ -42,14 +43,14 @@ class EncoderDecoder(Sourced, Transformer):
     ):
         source = task.source_length
         if task.target == "sequence" or not 0 < source < size.length:
-            raise ValueError("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
+            raise Refused("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
         if config.model.memory != "none":
-            raise ValueError(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
+            raise Refused(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
         mechanism = spec.entry("attention", spec.parse(cross).name, f"cross={cross}")
-        if reason := stated(mechanism, "Not cross") or stated(mechanism, "One way"):
-            raise ValueError(f"cross={cross} cannot look at a source: {reason}; use cross=full")
+        if reason := mechanism.refuses.get("cross") or mechanism.refuses.get("bidirectional"):
+            raise Refused(f"cross={cross} cannot look at a source: {reason}; use cross=full")
         if mechanism.carries():
-            raise ValueError(
+            raise Refused(
                 f"cross={cross} hands something to the layer above, which sees another source: use cross=full"
             )
         self.source, self.blank, self.cross, self.outputs = source, task.blank, cross, task.outputs
@@ -94,7 +95,7 @@ class EncoderDecoder(Sourced, Transformer):
 
     def init_cache(self, B: int, length: int):
         if length <= self.source:
-            raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
+            raise Refused(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
         states = jnp.zeros((1, B, self.source, self.size.dim), self.size.dtype)
         return {**self.unread(B), "states": states, "target": super().init_cache(B, length - self.source)}
 
@@ -125,11 +126,12 @@ class EncoderDecoder(Sourced, Transformer):
         return logits, cache | {"at": at + 1}
 
 
-def _of_both(source: dict, target: dict) -> dict:
-    """Scalars of both stacks added up; what is told of each token side by side, as the tokens stand."""
-    apart = {name for name in source.keys() & target.keys() if name.startswith(TOKENS)}
-    scalars = ({name: side[name] for name in side if not name.startswith(TOKENS)} for side in (source, target))
-    return add_aux(*scalars) | {name: jnp.concatenate([source[name], target[name]], 1) for name in apart}
+def _of_both(source: Aux, target: Aux) -> Aux:
+    """Results of both stacks added up; figures of each token side by side, as the tokens stand."""
+    both = source.tokens.keys() & target.tokens.keys()
+    beside = {name: jnp.concatenate([source.tokens[name], target.tokens[name]], 1) for name in both}
+    without = lambda side: dataclasses.replace(side, tokens={})
+    return dataclasses.replace(without(source) + without(target), tokens=beside)
 
 
 class CrossBlock(Block):
@@ -144,19 +146,19 @@ class CrossBlock(Block):
 
     def __call__(self, x, carries, context, *, key=None):
         if context.source is None:
-            raise ValueError(APART)
+            raise Refused(APART)
         keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
-        aux = {"computation": jnp.full((), self.share)} if self.share != 1 else {}
+        aux = computation(self.share) if self.share != 1 else Aux()
         rows = Rows(context.real, key is not None)
         if self.attention is not None:
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
             x, aux = self.attention_norm.after(x, y, rows), aux | more
             given = {"real": context.source_real, "causal": False, "key": keys[2]}
             y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **given)
-            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), add_aux(aux, more)
+            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), aux + more
         if self.ffn is not None:
             y, more = self.feed(x, context, keys=keys[4:])
-            x, aux = self.ffn_norm.after(x, y, rows), add_aux(aux, more)
+            x, aux = self.ffn_norm.after(x, y, rows), aux + more
         return x, carries, aux
 
     def only(self, kept: str):
@@ -166,7 +168,7 @@ class CrossBlock(Block):
         return super().only(kept)
 
     def attend(self, x, carries, context, *, source=None, keys=(None, None)):
-        raise ValueError(APART)
+        raise Refused(APART)
 
     def init_cache(self, B: int, length: int):
         """Keys and values of the source are projected once, but for a mechanism with projections of its own."""

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model import gru, lstm
 from xformers_lab.model._block import drop
@@ -61,7 +63,7 @@ class Seq2seq(Sourced, Recurrent):
         rngs: nnx.Rngs,
     ):
         if task.target == "sequence" or not 0 < task.source_length < size.length:
-            raise ValueError("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
+            raise Refused("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
         self.source, self.blank, self.outputs = task.source_length, task.blank, task.outputs
         self.kind, self.dtype, self.feeds = cell, size.dtype, look == "additive"
         super().__init__(size, config=config, task=task, rngs=rngs)
@@ -126,11 +128,11 @@ class Seq2seq(Sourced, Recurrent):
                 top = cell.run(top, real_rest, state)[0]
             top = drop(top, self.dropout, key)
         logits = self.predict(x, top, seen, real_source, c)
-        return jnp.concatenate([jnp.zeros((len(x), self.source, self.outputs)), logits], 1), {}
+        return jnp.concatenate([jnp.zeros((len(x), self.source, self.outputs)), logits], 1), Aux()
 
     def init_cache(self, B: int, length: int):
         if length <= self.source:
-            raise ValueError(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
+            raise Refused(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
         rows = jnp.zeros((1, B, self.source, self.width), self.dtype)
         seen = None if self.look is None else (rows, rows)
         return {**self.unread(B), "seen": seen, "cells": super().init_cache(B, length)}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.config import Config
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.model.encoder import Encoder
 from xformers_lab.size import Size
@@ -40,11 +41,11 @@ class Vit(Encoder):
         rngs: nnx.Rngs,
     ):
         if task.image is None or task.target != "sequence":
-            raise ValueError("it reads images, and this task has none: use task=pixels, or model=encoder")
+            raise Refused("it reads images, and this task has none: use task=pixels, or model=encoder")
         rows, columns = task.image
         if patch < 1 or rows % patch or columns % patch:
             fitting = ", ".join(str(side) for side in range(1, rows + 1) if rows % side == 0 == columns % side)
-            raise ValueError(f"patch={patch} does not divide images of {rows}x{columns} pixels: use {fitting}")
+            raise Refused(f"patch={patch} does not divide images of {rows}x{columns} pixels: use {fitting}")
         self.patch, self.token = patch, pool == "token"
         plane, ahead = (rows // patch, columns // patch), int(self.token)
         own = dataclasses.replace(size, length=math.prod(plane) + ahead, plane=plane, ahead=ahead)

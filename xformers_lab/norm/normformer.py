@@ -5,6 +5,7 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention
+from xformers_lab.errors import Refused
 from xformers_lab.norm import Norm
 from xformers_lab.rows import Rows, apply, asks
 from xformers_lab.size import Size
@@ -34,7 +35,7 @@ class Normformer(Norm):
         width = self.size.heads * self.size.head
         if not isinstance(last, nnx.Linear) or (attends and last.in_features != width):
             kind = type(layer).__name__.lower()
-            raise ValueError(f"norm=normformer has no place in {kind}: it has no linear layer `{name}` at its end")
+            raise Refused(f"norm=normformer has no place in {kind}: it has no linear layer `{name}` at its end")
         if attends:
             self.outer = self._built(self.size.dim)
             setattr(layer, name, Scaled(last, self.size.heads))
@@ -74,5 +75,5 @@ class Normalised(nnx.Module):
 
     def __call__(self, x, rows: Rows | None = None):
         if rows is None and asks(self.norm):
-            raise ValueError("the feed-forward layer must run `down` as self.last(hidden, real=real, key=key)")
+            raise Refused("the feed-forward layer must run `down` as self.last(hidden, real=real, key=key)")
         return self.linear(apply(self.norm, x, rows or Rows()))

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -56,7 +57,7 @@ class Position(nnx.Module):
         key positions and gives scores to add. Blockwise mechanisms call it per block: a T x S array is never built."""
         if self.kept is not None:
             name = type(self).__name__.lower()
-            raise ValueError(
+            raise Refused(
                 f"position={name} compares queries with keys of every head, and this attention makes none of its "
                 "heads' size: use another attention, or position=alibi, t5 or rope"
             )

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -21,7 +22,7 @@ class Conv(Position):
 
     def __init__(self, size: Size, *, width: int = 3, causal: bool, rngs: nnx.Rngs):
         if width < 2 or (not causal and width % 2 == 0):
-            raise ValueError(
+            raise Refused(
                 f"width must be at least 2, and odd where both sides are seen, got {width}: use {max(3, width + 1)}"
             )
         super().__init__(size, rngs=rngs)

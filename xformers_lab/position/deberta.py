@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
 from xformers_lab.position._rows import row
@@ -42,9 +43,9 @@ class Deberta(Position):
         rngs: nnx.Rngs,
     ):
         if reach < 1:
-            raise ValueError(f"reach must be at least 1, got {reach}")
+            raise Refused(f"reach must be at least 1, got {reach}")
         if buckets is not None and not (buckets >= 4 and buckets % 2 == 0 and buckets // 2 < reach - 1):
-            raise ValueError(
+            raise Refused(
                 f"buckets must be even and at least 4, half of them below reach - 1 = {reach - 1}, got {buckets}"
             )
         super().__init__(size, rngs=rngs)

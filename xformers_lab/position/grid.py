@@ -4,6 +4,7 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -25,7 +26,7 @@ class Grid(Position):
         if width is None:
             width = dataclasses.replace(size, length=length, ahead=0).on_plane()[1]
         if not 1 <= width <= length:
-            raise ValueError(f"width must be from 1 to the length of {length}, got {width}")
+            raise Refused(f"width must be from 1 to the length of {length}, got {width}")
         draw = lambda count: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size.dim)))
         self.width, self.rows, self.columns = width, draw(math.ceil(length / width)), draw(width)
 

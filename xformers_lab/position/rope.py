@@ -3,6 +3,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -29,11 +30,11 @@ class Rope(Position):
         rngs: nnx.Rngs,
     ):
         if base <= 1:
-            raise ValueError(f"base must be above 1, got {base}")
+            raise Refused(f"base must be above 1, got {base}")
         if scale <= 0:
-            raise ValueError(f"scale must be above 0, got {scale}")
+            raise Refused(f"scale must be above 0, got {scale}")
         if size.head % 2:
-            raise ValueError(f"rotary positions pair channels, and a head of {size.head} (dim / heads) is odd")
+            raise Refused(f"rotary positions pair channels, and a head of {size.head} (dim / heads) is odd")
         super().__init__(size, rngs=rngs)
         self.base, self.pairs, self.scale = base, pairs, scale
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.position._rows import row
 from xformers_lab.size import Size
@@ -24,7 +25,7 @@ class Shaw(Position):
 
     def __init__(self, size: Size, *, reach: int = 16, rngs: nnx.Rngs):
         if reach < 1:
-            raise ValueError(f"reach must be at least 1, got {reach}")
+            raise Refused(f"reach must be at least 1, got {reach}")
         super().__init__(size, rngs=rngs)
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (2 * reach + 1, size.head)))
 

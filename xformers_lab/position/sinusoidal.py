@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -19,7 +20,7 @@ class Sinusoidal(Position):
 
     def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
         if base <= 1:
-            raise ValueError(f"base must be above 1, got {base}")
+            raise Refused(f"base must be above 1, got {base}")
         super().__init__(size, rngs=rngs)
         self.base = base
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.size import Size
 
@@ -36,11 +37,9 @@ class T5(Position):
         sides = sides or ("past" if causal else "both")
         one_side = buckets // (2 if sides == "both" else 1)
         if one_side < 2 or buckets % 2:
-            raise ValueError(f"buckets must be even and at least {4 if sides == 'both' else 2}, got {buckets}")
+            raise Refused(f"buckets must be even and at least {4 if sides == 'both' else 2}, got {buckets}")
         if farthest <= one_side // 2:
-            raise ValueError(
-                f"farthest={farthest} must be above {one_side // 2}, the distances with buckets of their own"
-            )
+            raise Refused(f"farthest={farthest} must be above {one_side // 2}, the distances with buckets of their own")
         super().__init__(size, rngs=rngs)
         self.farthest, self.sides = farthest, sides
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, buckets)))

@@ -4,6 +4,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.position import Position
 from xformers_lab.position._rows import products, row
@@ -36,7 +37,7 @@ class Tupe(Position):
     def rotate(self, x, at):
         """As they are, where all positions have a vector."""
         if len(at) > self.size.length:
-            raise ValueError(f"position=tupe knows {self.size.length} positions, and there are {len(at)} tokens")
+            raise Refused(f"position=tupe knows {self.size.length} positions, and there are {len(at)} tokens")
         return x
 
     def bias(self):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.position import Position
 from xformers_lab.position._rows import products, row
 from xformers_lab.size import Size
@@ -28,9 +29,9 @@ class Xl(Position):
 
     def __init__(self, size: Size, *, base: float = 10_000.0, channels: int | None = None, rngs: nnx.Rngs):
         if base <= 1:
-            raise ValueError(f"base must be above 1, got {base}")
+            raise Refused(f"base must be above 1, got {base}")
         if channels is not None and (channels < 2 or channels % 2):
-            raise ValueError(f"channels come as sine and cosine, so they are even and at least 2, got {channels}")
+            raise Refused(f"channels come as sine and cosine, so they are even and at least 2, got {channels}")
         super().__init__(size, rngs=rngs)
         C = size.head + size.head % 2 if channels is None else channels
         self.waves = tuple(base ** (-2 * i / C) for i in range(C // 2))

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
+from xformers_lab.supervise.interrupt import handling
 from xformers_lab.supervise.limits import Clock
-from xformers_lab.train.interrupt import handling
 
 # The worker imports from where the driver does. `-m` would put the working folder first, where a user's own copy.py
 # would hide Python's.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError
-from xformers_lab.train.records import sync
+from xformers_lab.files import sync
 
 SCHEMA = 1
 KEPT = 2

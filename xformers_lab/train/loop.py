@@ -21,13 +21,14 @@ from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab.config import Config
-from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.errors import RunFailed, UsageError, ran_out_of_memory
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
+from xformers_lab.record import SETTLED, Record
+from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, feed, optimizer, records
-from xformers_lab.train.interrupt import Interrupted, listening
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
 
@@ -106,9 +107,19 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     count = job.config.train.eval_batches if batches is None else batches
     loss, metric, told = _score(job, state, split, count, lambda: 0, lambda what: None)
-    found = {"split": split, "batches": count, "step": step, "loss": loss, "metric": metric, **_told(told)}
-    found |= {"by_position": _named(told, "tokens/")}
-    return records.finite({"id": configs.identity(job.config), "run_dir": str(run_dir), **found, **_declared(job.task)})
+    record = Record(
+        id=configs.identity(job.config),
+        run_dir=str(run_dir),
+        split=split,
+        batches=count,
+        step=step,
+        loss=loss,
+        metric=metric,
+        **_told(told),
+        by_position=told["tokens"],
+        **_declared(job.task),
+    )
+    return records.finite(record.to_dict())
 
 
 def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
@@ -151,7 +162,8 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     """All that a run needs but its state; raises UsageError where its layout over the devices cannot be."""
     layout, task = layout_of(config), build_task(config)
     layout = sharing(layout, config, task)
-    graph, *_, memory = shapes(config, task)
+    parts = shapes(config, task)
+    graph, *_, memory = parts
     segments = bool(jax.tree.leaves(memory))
     if segments and config.train.layout == "pmap":
         raise UsageError(
@@ -163,7 +175,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         run_dir,
         task,
         graph,
-        optimizer.build(config.train),
+        optimizer.build(config.train, optimizer.decays(merge(*parts))),
         layout,
         compile_eval_step(task, graph, layout),
         about,
@@ -195,7 +207,7 @@ def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop, do
             records.write_json(run_dir / "env.json", records.environment())
             return _train(job, state, step, asked, progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not ran_out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
@@ -270,10 +282,10 @@ def _train(
 def _score(
     job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int], doing: Callable[[str], None]
 ):
-    """The mean loss in nats, the metric, and by its name the mean of whatever else evaluation sums up, over the first
-    `count` batches of a split; raises _Stopped."""
+    """The mean loss in nats, the metric, and the means of all that `make_eval_step` sums up, over the first `count`
+    batches of a split; raises _Stopped."""
     doing(f"preparing the {split} split")
-    totals: dict[str, np.ndarray] = {}
+    totals = None
     pending = None
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
@@ -284,30 +296,27 @@ def _score(
                 job.scored.append(True)
             state = dataclasses.replace(state, memory=memory)
             if pending is not None:
-                _add(totals, pending)
+                totals = _added(totals, pending)
             pending = sums
             if asked():
                 raise _Stopped
-    _add(totals, pending)
+    totals = _added(totals, pending)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = {name: (total / weight).tolist() for name, (total, weight) in totals.items()}
+        means = jax.tree.map(lambda pair: (pair[0] / pair[1]).tolist(), totals)
     return means["loss"], float(job.task.finish(means["metric"])), means
 
 
-def _add(totals: dict[str, np.ndarray], sums) -> None:
-    for name, pair in jax.device_get(sums).items():
-        totals[name] = totals.get(name, 0) + np.array(pair, float)
+def _added(totals, sums):
+    """The sums so far, and those of one more batch: an array of a total and its weight for each (total, weight)."""
+    pairs = jax.tree.map(
+        lambda pair: np.array(pair, float), jax.device_get(sums), is_leaf=lambda node: type(node) is tuple
+    )
+    return pairs if totals is None else jax.tree.map(np.add, totals, pairs)
 
 
 def _told(means: dict) -> dict:
     """What a model says of itself, for a record: the layers that a token passed through, and all it reports."""
-    aux = _named(means, "aux/")
-    return {"computation": aux.get("computation"), "aux": aux}
-
-
-def _named(means: dict, prefix: str) -> dict:
-    """Those whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): mean for name, mean in means.items() if name.startswith(prefix)}
+    return {"computation": means["scalars"].get("computation"), "aux": means["scalars"]}
 
 
 class _Log:
@@ -359,31 +368,29 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
     seconds = [line["seconds"] for line in log.lines if line.get("seconds")]
     median = statistics.median(seconds) if seconds else None
     validated = [line for line in log.lines if "validation_loss" in line]
-    record = {
-        "id": configs.identity(config),
-        "run_dir": str(job.run_dir),
-        "kind": "compare",
-        "loss": None,
-        "metric": None,
-        **outcome,
+    record = Record(
+        id=configs.identity(config),
+        run_dir=str(job.run_dir),
+        kind="compare",
+        **({"loss": None, "metric": None} | outcome),
         **_declared(job.task),
-        "tokens_per_second": config.train.batch * config.seq_len / median if median else None,
-        "seconds_min": min(seconds, default=None),
-        "seconds_median": median,
-        "compile_seconds": compiled.compile_seconds,
-        "flops": compiled.flops,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "temp_bytes": compiled.temp_bytes,
+        tokens_per_second=config.train.batch * config.seq_len / median if median else None,
+        seconds_min=min(seconds, default=None),
+        seconds_median=median,
+        compile_seconds=compiled.compile_seconds,
+        flops=compiled.flops,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
-        "steps": int(state.step),
-        "skipped": int(state.skipped),
-        "curve": _curve(log.lines),
-        "validation": [[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
-        "data": job.task.describe(),
-        "devices": job.layout.mesh.size,
-        "machine": speed.machine(),
-        "config": configs.to_dict(config),
-    }
+        steps=int(state.step),
+        skipped=int(state.skipped),
+        curve=_curve(log.lines),
+        validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
+        data=job.task.describe(),
+        devices=job.layout.mesh.size,
+        machine=speed.machine(),
+        config=configs.to_dict(config),
+    ).to_dict()
     records.write_json(job.run_dir / "result.json", record)
     return records.finite(record)
 
@@ -413,7 +420,7 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task]) -> dict | None:
     """The record of a run that came to its end, a non-finite loss too; raises UsageError where it is of other data than
     those of task() now."""
     record = records.read_json(run_dir / "result.json") or {}
-    if record.get("status") not in ("ok", Diverged.status):
+    if record.get("status") not in SETTLED:
         return None
     was, now = record.get("data"), records.finite(json.loads(json.dumps(task().describe(), default=str)))
     if isinstance(was, dict) and was != now:

@@ -3,21 +3,33 @@
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from xformers_lab.config import Train
-from xformers_lab.depth._stack import STACKS
+from xformers_lab.config import Config, Train
+from xformers_lab.depth._stack import layer_axes
+from xformers_lab.model import Model
+from xformers_lab.tasks import Task
+from xformers_lab.train.state import merge, shapes
 
 
-def build(train: Train) -> optax.GradientTransformation:
+def of(config: Config, task: Task) -> optax.GradientTransformation:
+    """The update rule of a config's model; nothing of the model is computed."""
+    return build(config.train, decays(merge(*shapes(config, task))))
+
+
+def build(train: Train, decaying) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) or plain SGD, behind clipping by the global norm.
 
-    Weight decay is decoupled, scaled by the learning rate, and only touches matrices (see `decays`).
+    Weight decay is decoupled and scaled by the learning rate.
+
+    Args:
+        decaying: which parameters decay, as `decays` gives it.
     """
     rate = learning_rate(train)
     if train.optimizer == "adamw":
-        rule = optax.adamw(rate, weight_decay=train.weight_decay, mask=decays)
+        rule = optax.adamw(rate, weight_decay=train.weight_decay, mask=decaying)
     else:
-        rule = optax.chain(optax.add_decayed_weights(train.weight_decay, mask=decays), optax.sgd(rate))
+        rule = optax.chain(optax.add_decayed_weights(train.weight_decay, mask=decaying), optax.sgd(rate))
     return optax.chain(optax.clip_by_global_norm(train.clip), rule) if train.clip else rule
 
 
@@ -35,16 +47,13 @@ def learning_rate(train: Train) -> optax.Schedule:
     return rate
 
 
-def decays(params):
-    """Which parameters decay: those of two axes or more in their own layer. Kernels, embeddings and position tables do;
-    biases and the scales of norms do not.
+def decays(model: Model):
+    """Which parameters of a model decay, a bool for each: those of two axes or more in their own layer. Kernels,
+    embeddings and position tables do; biases and the scales of norms do not.
 
-    What stands in a stack of layers, wherever in the model, has one more leading axis, which does not count: a stacked
-    bias is (L, D).
+    An axis that counts the layers of a stack is none of a layer's own: a stacked bias is (L, D), and does not decay.
     """
-
-    def stacked(path) -> bool:
-        return any(getattr(part, "key", None) in STACKS for part in path)
-
-    axes = lambda path, leaf: jnp.ndim(leaf) - stacked(path)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: axes(path, leaf) >= 2, params)
+    own_axes = lambda variable: variable.ndim - layer_axes(variable)
+    variables = nnx.state(model, nnx.Param)
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    return nnx.to_pure_dict(jax.tree.map(lambda leaf: own_axes(leaf) >= 2, variables, is_leaf=is_variable))

@@ -19,7 +19,7 @@ from typing import Any
 import filelock
 import jax
 
-from xformers_lab import __version__
+from xformers_lab import __version__, files, hardware
 from xformers_lab.errors import RunFailed, UsageError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets")
@@ -37,31 +37,15 @@ VARIABLES = (
 )
 
 
-def sync(path: pathlib.Path) -> None:
-    """Have the disk hold a file or a folder's entries before anything relies on them."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: pathlib.Path, value) -> None:
-    """Replace a JSON file in one go: a reader sees the old or the new one, whole. NaN and infinities become null."""
-    replace_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    """Replace a JSON file in one go. NaN and infinities become null. Raises RunFailed where it cannot be written."""
+    _replace(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def _replace(path: pathlib.Path, text: str) -> None:
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
+        files.replace_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from error
 
 
@@ -109,7 +93,7 @@ def read(run_dir: pathlib.Path) -> list[dict]:
 def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
     """Keep the lines up to `step`, each step once -> these lines."""
     kept = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
-    replace_text(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
@@ -142,12 +126,13 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
 def environment() -> dict:
     """What a result may depend on besides its config: versions, devices, allow-listed variables."""
     devices = jax.devices()
+    packages = {name: version for name in PACKAGES if (version := _version(name))}
     return {
         "python": platform.python_version(),
-        "packages": {"xformers_lab": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
+        "packages": {"xformers_lab": __version__, **packages},
         "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": hardware.processor(),
+        "cores": hardware.cores(),
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
@@ -160,11 +145,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

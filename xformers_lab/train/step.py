@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from xformers_lab import backward
+from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, begun, merge, split
@@ -28,9 +29,10 @@ def make_train_step(
 
     batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
     weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
-    divided once. Auxiliary terms are the mean of the parts', each weighted as its targets are; those named "loss/..."
-    are added to the loss, and so is the weighted loss of further predictions, "logits/...". A step whose loss or
-    gradient is not finite changes nothing but `step` and `skipped`; texts that begin with it have begun all the same.
+    divided once. Auxiliary losses and scalars are the mean of the parts', each weighted as its targets are; metrics
+    hold them as `Aux.metrics` names them, and the weighted loss of each further prediction as one of the losses. A step
+    whose loss or gradient is not finite changes nothing but `step` and `skipped`; texts that begin with it have begun
+    all the same.
     """
 
     def objective(params, told, extra, memory, batch: Batch, key):
@@ -38,12 +40,12 @@ def make_train_step(
         nnx.update(model, told)
         logits, aux = model(batch.inputs, real=batch.real, key=key)
         loss, weight = task.loss(logits, batch)
-        aux, more, _ = _apart(aux)
-        aux = {name: value * weight for name, value in aux.items()}
-        aux |= {f"loss/{name}": share * task.loss(logits, batch)[0] for name, (share, logits) in more.items()}
-        total = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
+        sums = jax.tree.map(lambda value: value * weight, Aux(losses=aux.losses, scalars=aux.scalars))
+        predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
+        sums |= Aux(losses=predicted)
+        total = loss + sum(sums.losses.values())
         seeded = total + backward.seed(told, backward.values(model))
-        return seeded, (split(model)[2:], {"loss": total, "weight": weight, **aux})
+        return seeded, (split(model)[2:], {"loss": total, "weight": weight, **sums.metrics()})
 
     def part(params, extra, memory, batch: Batch, key):
         told = backward.values(merge(graph, params, extra, memory))
@@ -108,30 +110,21 @@ def agree(extra, axis: str):
 
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], tuple]:
-    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)} with the same of each auxiliary
-    scalar that is no loss, "aux/<name>", and for each position (T,) of what is told of each token, "tokens/<name>";
-    and the state's memory after the batch. Without randomness or other change."""
+    """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, under "scalars" the same of each
+    auxiliary scalar, under "tokens" of each figure of tokens for each position, (T,); and the state's memory after the
+    batch. Without randomness or other change."""
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
         logits, aux = model(batch.inputs, real=batch.real)
-        sums = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
+        sums: dict[str, Any] = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
         weight = sums["loss"][1]
-        scalars, _, tokens = _apart(aux)
-        told = {name: value for name, value in scalars.items() if not name.startswith("loss/")}
-        sums |= {f"aux/{name}": (value * weight, weight) for name, value in told.items()}
-        known = {name: ~jnp.isnan(values) for name, values in tokens.items()}
-        sums |= {name: (jnp.where(known[name], tokens[name], 0).sum(0), known[name].sum(0)) for name in tokens}
+        sums["scalars"] = {name: (value * weight, weight) for name, value in aux.scalars.items()}
+        valid = {name: ~jnp.isnan(values) for name, values in aux.tokens.items()}
+        sums["tokens"] = {
+            name: (jnp.where(valid[name], values, 0).sum(0), valid[name].sum(0)) for name, values in aux.tokens.items()
+        }
         sums = sums if axis is None else jax.lax.psum(sums, axis)
         return sums, split(model)[3]
 
     return eval_step
-
-
-def _apart(aux: dict) -> tuple[dict, dict, dict]:
-    """The scalars of a model's aux, its further predictions {name: (weight, logits)}, and what it tells of each token
-    {"tokens/<name>": (B, T)}."""
-    tokens = {name: values for name, values in aux.items() if name.startswith("tokens/")}
-    more = {name.removeprefix("logits/"): value for name, value in aux.items() if name.startswith("logits/")}
-    scalars = {name: value for name, value in aux.items() if not name.startswith(("tokens/", "logits/"))}
-    return scalars, more, tokens

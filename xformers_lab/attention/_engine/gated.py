@@ -20,6 +20,7 @@ nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -143,9 +144,10 @@ def _halves(x, s: int):
 
 def _corners(x, s: int):
     """(M, C, C) -> (M C / 2s, s, s): rows of the second half of every 2s positions, columns of the first."""
-    C = x.shape[1]
-    at = range(0, C, 2 * s)
-    return jnp.stack([x[:, start + s : start + 2 * s, start : start + s] for start in at], 1).reshape(-1, s, s)
+    M, C, _ = x.shape
+    first = np.arange(0, C // s, 2)
+    pairs = x.reshape(M, C // s, s, C // s, s)[:, first + 1, :, first]  # (C / 2s, M, s, s)
+    return jnp.swapaxes(pairs, 0, 1).reshape(-1, s, s)
 
 
 def _lower(diagonal, corner):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention import _heads
 from xformers_lab.attention._engine.dense import MASKED
+from xformers_lab.plan import Plan
 
 # Queries at once: enough for wide products, few enough that a block of scores stays in cache.
 ROWS, CAUSAL_ROWS = 512, 256
@@ -63,10 +63,10 @@ def masked_softmax(s, seen):
     return p / jnp.where(total > 0, total, 1)
 
 
-def over_samples(one, q, k, v, real):
-    """Run `one(q, k, v, real)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one on CPU, where that
-    keeps the scores of a block in cache, unless they are few."""
-    if jax.default_backend() == "cpu" and q.shape[2] * k.shape[2] >= _heads.LOOP_FROM:
+def over_samples(one, q, k, v, real, *, plan: Plan):
+    """Run `one(q, k, v, real)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one where the plan
+    says so, which keeps the scores of a block in cache."""
+    if plan.loops(q.shape[2], k.shape[2]):
         return lax.map(lambda each: one(*each), (q, k, v, real))
     return jax.vmap(one)(q, k, v, real)
 

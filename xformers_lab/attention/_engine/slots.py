@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._heads import over_heads
+from xformers_lab.plan import Plan
 
 # Queries at once: rows of as many scores as there are slots stay in the cache of a CPU.
 ROWS = 512
@@ -17,11 +18,12 @@ def over_all(q, k, v, real=None):
     return block_sparse(q, k, v, pattern=All(), real=real, blocks=(-(-T // -(-T // ROWS)), S))
 
 
-def attended(q, k, v, real=None, *, method: str = "attend"):
+def attended(q, k, v, real=None, *, plan: Plan, method: str = "attend"):
     """(B, T, N, H), (B, S, K, H) and real (B, S) or None -> (B, T, N, H)."""
     if method == "reference":
         return _by_definition(q, k, v, real)
-    return over_heads(lambda q, k, v, _, real, __: (over_all(q, k, v, real), None), q, k, v, None, real, None)[0]
+    one = lambda q, k, v, _, real, __: (over_all(q, k, v, real), None)
+    return over_heads(one, q, k, v, None, real, None, plan=plan)[0]
 
 
 def _by_definition(q, k, v, real):

@@ -23,12 +23,12 @@ def computation(subject: Inside) -> None:
 
 def matrices_decay(subject: Inside) -> None:
     """Weight decay takes kernels for matrices, and biases and scales, however layers are stacked, for vectors."""
-    for name, decays in checkpoint.named_leaves(optimizer.decays(subject.model.params)).items():
+    for name, decays in checkpoint.named_leaves(optimizer.decays(subject.model.built(subject.model.variables))).items():
         last = name.rpartition(".")[2]
         if decays != (last == "kernel") and last in ("kernel", "bias", "scale"):
             raise Broken(
-                f"{name} {'would' if decays else 'would not'} decay: an axis of layers belongs to stacks that are "
-                "called periods or rest, as depth/fixed.py has them (see train/optimizer.py)"
+                f"{name} {'would' if decays else 'would not'} decay: stack layers with `build_stack` of "
+                "depth/_stack.py, which marks the axis of layers (see train/optimizer.py)"
             )
 
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
 
@@ -16,7 +17,7 @@ class Adanorm(nnx.Module):
 
     def __init__(self, size: Size, *, c: float = 1.0, k: float = 0.1, rngs: nnx.Rngs):
         if c <= 0 or k < 0:
-            raise ValueError(f"c must be above 0 and k at least 0, got c={c} and k={k}")
+            raise Refused(f"c must be above 0 and k at least 0, got c={c} and k={k}")
         self.c, self.k = c, k
 
     def __call__(self, x):

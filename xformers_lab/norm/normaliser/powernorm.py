@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.backward import Backward
+from xformers_lab.errors import Refused
 from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
@@ -39,11 +40,9 @@ class Powernorm(nnx.Module):
 
     def __init__(self, size: Size, *, decay: float = 0.9, warmup: int = 100, rngs: nnx.Rngs):
         if not 0 <= decay < 1:
-            raise ValueError(
-                f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}"
-            )
+            raise Refused(f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}")
         if warmup < 0:
-            raise ValueError(f"warmup is a number of training passes, at least 0, got {warmup}")
+            raise Refused(f"warmup is a number of training passes, at least 0, got {warmup}")
         self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
         self.square, self.nu = nnx.Variable(jnp.ones(size.dim)), Backward(jnp.zeros(size.dim))
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))

@@ -1,0 +1,26 @@
+"""The sentences that refuse what a mechanism declares it cannot do, or has no place for in its signature."""
+
+from typing import Any
+
+
+def why_not(mechanism: Any, what: str) -> str:
+    """Why a mechanism, or a class of them, cannot be causal or takes no bias, with the reason that its `refuses` has.
+
+    Args:
+        mechanism: An `Attention`, or a subclass of it.
+        what: "causal" or "bias".
+    """
+    kind = mechanism if isinstance(mechanism, type) else type(mechanism)
+    name = kind.__name__.lower()
+    if what == "bias":
+        reason = kind.refuses.get("bias", "it has no scores to bias")
+        rope = "" if kind is not mechanism and not mechanism.turns() else "rope, "
+        return f"{name} takes no bias: {reason}; use position={rope}learned, sinusoidal or none"
+    reason = kind.refuses.get("causal", "its attend takes no `causal`")
+    return f"{name} cannot be causal: {reason}; use model=encoder or another attention"
+
+
+def why_not_one_way(mechanism: type) -> str:
+    """Why a recurrence is refused where both sides are seen."""
+    name = mechanism.__name__.lower()
+    return f"{name} reads from left to right alone, so it serves no encoder: use model=decoder or another attention"

@@ -1,0 +1,42 @@
+"""What a platform decides about how a model runs. What it computes is the same under every plan."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How heads, samples and layers are run.
+
+    Args:
+        loop_from: from so many scores (T S) on, heads run one after the other, and so do samples where mechanisms know
+            one at a time; below it they run as a batch. None: always as a batch.
+        unrolled: a stack of at most so many layers is written out in the program; a deeper one is a loop.
+    """
+
+    loop_from: int | None = None
+    unrolled: int = 0
+
+    @classmethod
+    def of(cls, platform: str) -> "Plan":
+        """The plan of a platform, as `jax.default_backend()` names it."""
+        if platform != "cpu":
+            return cls()
+        # A loop over heads keeps every product two-dimensional and its scores in cache; below so many scores per head
+        # its own cost is larger than what it saves. Layers of a shallow stack that are written out run faster than a
+        # loop over them (see benchmarks/).
+        return cls(loop_from=256 * 256, unrolled=8)
+
+    def loops(self, T: int, S: int) -> bool:
+        """Whether heads or samples with T queries and S keys run one after the other."""
+        return self.loop_from is not None and self.loop_from <= T * S
+
+    def unroll(self, length: int, places: int) -> int:
+        """How many of `length` periods of so many layers a scan runs between two looks at its counter."""
+        return length if length * places <= self.unrolled else 1
+
+
+def plan_of(size) -> Plan:
+    """The plan that a Size asks for, else that of the platform the program runs on."""
+    import jax  # here, since sizes and plans are read by commands that need no device
+
+    return Plan.of(jax.default_backend()) if size.plan is None else size.plan
