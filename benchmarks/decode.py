@@ -13,7 +13,7 @@ import sys
 from _duel import save
 
 from xformers_lab import config
-from xformers_lab.measure import bench
+from xformers_lab.bench import cells as bench
 
 WORDS = (
     "attention=full,linear,local:window=64",

@@ -58,7 +58,7 @@ def classifier(steps: int, rounds: int, folder: str) -> list[dict]:
     calls, scores, told = {}, {}, {}
     for threshold in THRESHOLDS:
         graph, variables = at_threshold(model, threshold)
-        run = jax.jit(lambda v, b, graph=graph: nnx.merge(graph, v)(b.inputs, real=b.real))
+        run = jax.jit(lambda v, b, graph=graph: nnx.merge(graph, v)(b.inputs, valid=b.valid))
         calls[threshold] = functools.partial(run, variables, batch)
         logits, aux = calls[threshold]()
         told[threshold] = aux

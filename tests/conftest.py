@@ -9,12 +9,15 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".cache"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+# Compiled programs are shared by all checkouts of a user: most of the suite's time is the compiler's.
+USER_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(USER_CACHE / "xformers_lab" / "tests"))
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")  # the laboratory's own cache: tests write verdicts there
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A test runs a program a few times on a few numbers, so that most of its time would be the compiler's: the cheapest
-# machine code, here and in the processes that tests start. What XLA makes of a program before that stays the same.
+# machine code, here and in the processes that tests start. It is not what users run, for XLA fuses and vectorises less:
+# tests/default_flags runs every choice without these flags.
 CHEAP = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 CHEAP += ["--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process

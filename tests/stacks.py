@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.check.subject import quick_jit
 from xformers_lab.config import Config, edit
 from xformers_lab.model import build_model, build_task
 
@@ -27,7 +26,7 @@ def layer(stacked, number: int):
 def halves(block, context):
     """The two sub-layers of a block of pre-normalisation, as functions of the residual stream."""
     attend = lambda x: block.attention(
-        block.attention_norm.norm(x), real=context.real, causal=block.causal, position=context.position
+        block.attention_norm.norm(x), valid=context.valid, causal=block.causal, position=context.position
     )[0]
     return attend, lambda x: block.ffn(block.ffn_norm.norm(x))[0]
 
@@ -35,5 +34,5 @@ def halves(block, context):
 def gradients(model, loss):
     """What `loss(model)` is and its gradient by every parameter."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    value, grads = quick_jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
+    value, grads = jax.jit(jax.value_and_grad(lambda params: loss(nnx.merge(graph, params, rest))))(params)
     return value, nnx.to_pure_dict(grads)

@@ -70,9 +70,9 @@ def _with(words: str, more: str) -> str:
 
 def _checked(name: str) -> float | None:
     """The largest difference between a mechanism and its reference, relative to the largest output, as last checked."""
-    from xformers_lab.check import remembered
+    from xformers_lab.check import cache
 
-    verdict = remembered.known(name)
+    verdict = cache.known(name)
     return verdict["error"] if verdict else None
 
 

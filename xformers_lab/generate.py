@@ -265,10 +265,10 @@ def _cache(model: Model, B: int, length: int, sources: Sequence[Sequence[int]]):
     try:
         cache = model.init_cache(B, model.source + length)
         if sources:
-            tokens, real = np.zeros((2, B, model.source), np.int32)
+            tokens, valid = np.zeros((2, B, model.source), np.int32)
             for row, source in enumerate(sources):
-                tokens[row, : len(source)], real[row, : len(source)] = source, 1
-            cache = model.read(cache, tokens, real > 0)
+                tokens[row, : len(source)], valid[row, : len(source)] = source, 1
+            cache = model.read(cache, tokens, valid > 0)
         jax.eval_shape(model.step, cache, jnp.zeros(B, jnp.int32))
     except ValueError as refusal:
         raise UsageError(str(refusal)) from None

@@ -2,8 +2,8 @@
 
 A mechanism is one file with one class, a subclass of `Attention`, that says what one head of one sequence does:
 
-    attend(q, k, v, *, real, causal, bias=None)      (T, H) (S, H) (S, H) -> (T, H), the fast form
-    reference(q, k, v, *, real, causal, bias=None)   the same by definition, O(T S), obviously right
+    attend(q, k, v, *, valid, causal, bias=None)      (T, H) (S, H) (S, H) -> (T, H), the fast form
+    reference(q, k, v, *, valid, causal, bias=None)   the same by definition, O(T S), obviously right
     cost(T, S)                                       declared matmul FLOPs, memory and state, checked against counts
 
 The signature of `attend` is the declaration. One that cannot be causal has no `causal`; one that has no scores to bias
@@ -14,8 +14,8 @@ shares something with the same mechanism in the layer below takes `carry` and re
 step sizes). The lab adds heads, batch, grouped key/value heads, projections and devices, and refuses what a signature
 cannot do.
 
-Causal is aligned at the end: query t stands at position S - T + t. real (S,) bool marks keys that are no padding (a
-mechanism that writes `real=None` gets None where nothing is padded); a query that may see no key gets zeros. bias,
+Causal is aligned at the end: query t stands at position S - T + t. valid (S,) bool marks keys that are no padding (a
+mechanism that writes `valid=None` gets None where nothing is padded); a query that may see no key gets zeros. bias,
 where given, is called with broadcasting query and key positions, (T', 1) and (1, S').
 
 A mechanism that is not per head, or adds auxiliary scalars, overrides `mix` on (B, T, N, H); one without these
@@ -27,8 +27,8 @@ Decoding works by itself wherever a mechanism only depends on distances: keys an
 called with one query. `init_state` and `step` say it better for one head, `init_cache` and `mix_step` for a layer. What
 is tied to places in the row of keys says in `begin` how it decodes behind places that are empty.
 
-Before it first runs a placement may ask it to make its values smaller, `damp(share)`: one whose values pass other first
-weights than those of the layers `value` and `out` says which.
+Before it first runs a placement may ask it to make its values smaller, `scale_init(share)`. The default scales the
+weights of the layers `value` and `out`; a mechanism whose values pass through other weights overrides it.
 
 Class attributes say what it is: `kind`, one of KINDS; `exact`, with `accuracy` where there is more to say; what it
 costs, a `complexity`. What it cannot do stands in `refuses`, with the reason as a clause:
@@ -50,7 +50,7 @@ from typing import Any
 
 from xformers_lab.attention._declared import KINDS, REFUSALS, Complexity
 from xformers_lab.attention._decoding import Decoding, one_by_one, why_not_decode
-from xformers_lab.attention._forward import GIVEN, Behind
+from xformers_lab.attention._forward import GIVEN, ShiftedBias
 from xformers_lab.attention._refusals import why_not, why_not_one_way
 
 __all__ = [
@@ -58,9 +58,9 @@ __all__ = [
     "KINDS",
     "REFUSALS",
     "Attention",
-    "Behind",
     "Complexity",
     "Cost",
+    "ShiftedBias",
     "one_by_one",
     "why_not",
     "why_not_decode",

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.attention._forward import Behind, Forward
+from xformers_lab.attention._forward import Forward, ShiftedBias
 from xformers_lab.attention._refusals import why_not
 from xformers_lab.attention._samples import step_apart
 from xformers_lab.errors import Refused
@@ -124,7 +124,7 @@ class Decoding(Forward):
         cache = self._pushed(cache, k[:, None], v[:, None], x)
         if carry is None and self.carries():
             carry = self.initial_carry(q.shape[0], 1, cache["k"].shape[1])
-        given = {"real": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
+        given = {"valid": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
         out, carry, _ = self.mix(q[:, None], cache["k"], cache["v"], causal=True, carry=carry, **given)
         return out[:, 0], cache, carry
 
@@ -152,7 +152,7 @@ class Decoding(Forward):
             one = lambda cache, new, _: self.mix_step(cache, *new[:3], x=new[3], bias=bias)[:2]
             return one_by_one(one, (q, k, v, x), cache, 0)
         cache = self._pushed(cache, k, v, x)
-        given = {"real": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
+        given = {"valid": self._known(cache), "bias": self._late(bias, cache), "x": cache.get("x"), "x_q": x}
         return self.mix(q, cache["k"], cache["v"], causal=True, **given)[0], cache
 
     def _keeps_all(self) -> bool:
@@ -177,7 +177,7 @@ class Decoding(Forward):
         """A bias of rows that hold the newest last, whatever its position."""
         if bias is None:
             return None
-        return Behind(bias, jnp.full(self.size.heads, cache["k"].shape[1] - cache["seen"]))
+        return ShiftedBias(bias, jnp.full(self.size.heads, cache["k"].shape[1] - cache["seen"]))
 
     def _steps(self, cache, q, k, v, x, bias):
         """`step` of every head of every sample."""

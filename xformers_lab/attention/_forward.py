@@ -11,23 +11,23 @@ from flax import nnx
 
 from xformers_lab.attention._declared import Declared
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._refusals import why_not
 from xformers_lab.attention._samples import apart
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
 
 # What the lab can hand to `attend`; every other parameter must be named by `per_head`.
-GIVEN = ("real", "causal", "bias", "carry", "x", "key")
+GIVEN = ("valid", "causal", "bias", "carry", "x", "key")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Behind:
+class ShiftedBias:
     """A bias where `rows` more stand in front of the first position (fewer than 0: so many positions are missing)."""
 
     bias: Any
@@ -48,26 +48,28 @@ class Forward(Declared):
         )
         self.out = Linear(size.heads * size.head, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs)
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """Multiplies by `share` the first weights that values pass, `value` and `out`, and none of scores."""
-        damp(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
+        scale_init(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
 
-    def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
+    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
         """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, an `Aux`.
 
-        real (B, S) bool or None where nothing is padded. position gives `rotate(x, at)` and `share`, and `bias()` or
+        valid (B, S) bool or None where nothing is padded. position gives `rotate(x, at)` and `share`, and `bias()` or
         what makes a bias of every sample (see position/__init__.py), with which samples are run apart.
         """
         source = x if memory is None else memory
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head)
-        given = {"real": real, "causal": causal, "position": position, "carry": carry, "key": key}
-        return self.look_at(x, heads(self.key(source)), heads(self.value(source)), source, **given)
+        given = {"valid": valid, "causal": causal, "position": position, "carry": carry, "key": key}
+        return self.attend_projected(x, heads(self.key(source)), heads(self.value(source)), source, **given)
 
-    def look_at(self, x, k, v, source, *, real=None, causal=False, position=None, carry=None, key=None, at: Any = None):
+    def attend_projected(
+        self, x, k, v, source, *, valid=None, causal=False, position=None, carry=None, key=None, at: Any = None
+    ):
         """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D).
 
         at (): the position of x's first row, where the rows that a mechanism sees are a part of the text; none: S - T.
-        Keys before position 0 are not real.
+        Keys before position 0 are not valid.
         """
         q = self.query(x).reshape(*x.shape[:2], -1, self.size.head)
         bias, T, S, mix = None, q.shape[1], k.shape[1], self.mix
@@ -78,17 +80,17 @@ class Forward(Declared):
             if position.kept is None:
                 bias = position.bias()
                 if bias is not None and at is not None:
-                    bias = Behind(bias, jnp.full(self.size.heads, -before))
+                    bias = ShiftedBias(bias, jnp.full(self.size.heads, -before))
             else:
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 mix = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        given = {"real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = mix(q, k, v, x=source, x_q=x, **given)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         """All heads of a batch: q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), the carry, an `Aux`.
 
@@ -103,8 +105,8 @@ class Forward(Declared):
             raise Refused(why_not(self, "bias"))
         if "carry" in takes and carry is None:
             carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1])
-        if real is None and not self.optional(method, "real"):
-            real = jnp.ones(k.shape[:2], bool)
+        if valid is None and not self.optional(method, "valid"):
+            valid = jnp.ones(k.shape[:2], bool)
         keys = None if key is None or "key" not in takes else jax.random.split(key, q.shape[2])
         fixed = {"causal": causal} if "causal" in takes else {}
         function = getattr(self, method)
@@ -116,7 +118,7 @@ class Forward(Declared):
             out = function(q, k, v, **fixed, **{name: value for name, value in given.items() if name in takes})
             return out if "carry" in takes else (out, None)
 
-        of_sample = {"real": real} | ({"x": x} if "x" in takes else {})
+        of_sample = {"valid": valid} | ({"x": x} if "x" in takes else {})
         of_head = {"bias": bias, "key": keys} | self.per_head()
         of_pair = carry if "carry" in takes else None, tokens
         narrow = method == "attend" and self.narrow(q.shape[1], k.shape[1], causal)
@@ -189,8 +191,8 @@ class Forward(Declared):
     def init_carry(self, T: int, S: int):
         raise NotImplementedError(f"{type(self).__name__} takes a carry: define init_carry(T, S) for one head")
 
-    def attend(self, q, k, v, *, real):
+    def attend(self, q, k, v, *, valid):
         raise NotImplementedError(f"{type(self).__name__} must define attend (or override mix or __call__)")
 
-    def reference(self, q, k, v, *, real):
+    def reference(self, q, k, v, *, valid):
         raise NotImplementedError(f"{type(self).__name__} must define reference")

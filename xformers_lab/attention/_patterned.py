@@ -15,9 +15,9 @@ from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import dense, softmax
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
-from xformers_lab.attention._heads import over_heads
 from xformers_lab.aux_results import Aux
 from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
@@ -67,16 +67,16 @@ class Patterned(Attention):
         return _even(T, most), _even(S, most)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        if method == "attend" and fused.fits(q, k, real, bias) and (kernel := self.fused(causal)):
+        if method == "attend" and fused.fits(q, k, valid, bias) and (kernel := self.fused(causal)):
             return kernel(q, k, v), carry, Aux()
         if isinstance(self.pattern, tuple):
-            return self._own_patterns(q, k, v, real, causal, bias, method), carry, Aux()
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+            return self._own_patterns(q, k, v, valid, causal, bias, method), carry, Aux()
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
-    def _own_patterns(self, q, k, v, real, causal: bool, bias, method: str):
+    def _own_patterns(self, q, k, v, valid, causal: bool, bias, method: str):
         """(B, T, N, H): heads of one pattern at a time."""
         heads, times, found = range(q.shape[2]), q.shape[2] // k.shape[2], []
         blocks = self.blocks(q.shape[1], k.shape[1], causal)
@@ -87,12 +87,12 @@ class Patterned(Attention):
                 run = functools.partial(block_sparse, pattern=pattern, blocks=blocks)
 
             def one(q, k, v, _, of_sample, of_head, run=run):
-                return run(q, k, v, real=of_sample, bias=of_head), None
+                return run(q, k, v, valid=of_sample, bias=of_head), None
 
             keys, values = (x[:, :, chosen // times] for x in (k, v))
             of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], bias)
             plan = plan_of(self.size)
-            found.append(over_heads(one, q[:, :, chosen], keys, values, None, real, of_head, plan=plan)[0])
+            found.append(over_heads(one, q[:, :, chosen], keys, values, None, valid, of_head, plan=plan)[0])
         return jnp.concatenate(found, 2)
 
     def fused(self, causal: bool) -> Callable | None:
@@ -103,12 +103,12 @@ class Patterned(Attention):
         parts = layout(self.seen(causal), T, S, *self.blocks(T, S, causal))
         return all(group.batched for part in parts for group in part.groups)
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
         blocks = self.blocks(q.shape[0], k.shape[0], causal)
-        return block_sparse(q, k, v, pattern=self.seen(causal), real=real, bias=bias, blocks=blocks)
+        return block_sparse(q, k, v, pattern=self.seen(causal), valid=valid, bias=bias, blocks=blocks)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None):
-        return dense(q, k, v, pattern=self.seen(causal), real=real, bias=bias)
+    def reference(self, q, k, v, *, valid=None, causal, bias=None):
+        return dense(q, k, v, pattern=self.seen(causal), valid=valid, bias=bias)
 
     def cost(self, T: int, S: int) -> Cost:
         pairs = live_pairs(self.seen(False), T, S, *self.blocks(T, S, causal=False))
@@ -142,7 +142,7 @@ class Patterned(Attention):
         slot = self._slot(at, cache)
         keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", k), ("v", v)))
         positions, there = self._held(at, cache)
-        out = self.look(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
+        out = self.attend_cached(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
         return out, cache | {"k": keys, "v": values, "seen": at + 1}, carry
 
     def mix_steps(self, cache, q, k, v, *, x=None, bias=None):
@@ -156,7 +156,7 @@ class Patterned(Attention):
         keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in (("k", k), ("v", v)))
 
         def one(q, at):
-            return self.look(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
+            return self.attend_cached(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
 
         out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(q, new)
         # Of several that share a slot the newest stays.
@@ -185,7 +185,7 @@ class Patterned(Attention):
         """(N, R): what each head's pattern lets a query at position `at` () see."""
         return jnp.stack([self.seen(True, head)(at, positions) for head in range(self.size.heads)])
 
-    def look(self, q, keys, values, at, positions, seen, bias):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias):
         """(B, N, H): one query of each head, standing `at`, on rows (B, R, K, H) of `positions` (R,) that are `seen`
         (N, R)."""
 

@@ -31,13 +31,13 @@ class Projected(Full):
         found = jax.eval_shape(lambda x: self.project(x, x, _as_it_is, _as_it_is), x)
         return tuple(y.shape[2:] for y in found)
 
-    def __call__(self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None):
+    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
         source = x if memory is None else memory
         S = source.shape[1]
         at = jnp.arange(x.shape[1]) + S - x.shape[1]
         q, k, v = self.project(x, source, _turn(position, at), _turn(position, jnp.arange(S)))
         q = _share(position) * q
-        given = {"real": real, "causal": causal, "bias": _bias(position), "carry": carry, "key": key}
+        given = {"valid": valid, "causal": causal, "bias": _bias(position), "carry": carry, "key": key}
         out, carry, aux = self.mix(q, k, v, x=source, x_q=x, **given)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 

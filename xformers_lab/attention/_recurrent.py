@@ -24,15 +24,15 @@ class Recurrent(Attention):
 
     refuses: ClassVar = {"bidirectional": "it reads from left to right, so it serves no encoder and no cross-attention"}
 
-    def forward(self, q, keys: dict, real, causal: bool):
+    def forward(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)
-        return jax.checkpoint(lambda q, keys: aligned(self.scanned, q, keys, real))(q, keys)
+        return jax.checkpoint(lambda q, keys: aligned(self.scanned, q, keys, valid))(q, keys)
 
-    def by_definition(self, q, keys: dict, real, causal: bool):
+    def by_definition(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)
         state = self.init_state(len(keys["k"]))
         wide = {name: x.astype(jnp.float32) for name, x in keys.items()}
-        return one_by_one(self.update, state, q.astype(jnp.float32), wide, real)
+        return one_by_one(self.update, state, q.astype(jnp.float32), wide, valid)
 
     def one_way(self, causal: bool) -> None:
         if not causal:

@@ -9,7 +9,7 @@ from xformers_lab.plan import plan_of
 
 
 def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):
-    """`mix` with a bias whose leaves have leading axes B and N; given: x, x_q and real, each of every sample.
+    """`mix` with a bias whose leaves have leading axes B and N; given: x, x_q and valid, each of every sample.
 
     Auxiliary scalars, and variables that a training step moves, are means over samples.
     """

@@ -10,8 +10,8 @@ from xformers_lab.attention._engine.dense import dense, softmax
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
 from xformers_lab.attention._patterned import Patterned, near_block
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -39,18 +39,18 @@ class GlobalTokens(Patterned):
         if self.pieces:
             self.among_global, self.to_global = nnx.Dict(pair()), nnx.Dict(pair())
 
-    def damp(self, share: float) -> None:
-        super().damp(share)
+    def scale_init(self, share: float) -> None:
+        super().scale_init(share)
         more = [self.of_global] if self.own else []
         more += [self.among_global, self.to_global] if self.pieces else []
-        damp(share, *(pair["v"] for pair in more))
+        scale_init(share, *(pair["v"] for pair in more))
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         block = near_block(self.reach, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         """Only the queries that stand at global positions, at least one row, are projected once more."""
         if self.own:
@@ -58,7 +58,7 @@ class GlobalTokens(Patterned):
             asking = x if x_q is None else x_q
             assert asking is not None
             x_q = asking[:, -q.shape[1] :][:, first : first + max(count, 1)]
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
     def _asking(self, T: int, S: int) -> tuple[int, int]:
@@ -85,12 +85,12 @@ class GlobalTokens(Patterned):
         y = y.reshape(*y.shape[:-1], -1, self.size.head).astype(x.dtype)
         return jnp.repeat(y, self.size.heads // y.shape[-2], -2)
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, of_query, of_key):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, of_query, of_key):
         if not self.own:
-            return super().attend(q, k, v, real=real, causal=causal, bias=bias)
+            return super().attend(q, k, v, valid=valid, causal=causal, bias=bias)
         T, S = q.shape[0], k.shape[0]
         k, v = self._side(k, v, of_key)
-        given = {"pattern": self._near(causal), "real": real, "bias": bias, "blocks": self.blocks(T, S, causal)}
+        given = {"pattern": self._near(causal), "valid": valid, "bias": bias, "blocks": self.blocks(T, S, causal)}
         out = jnp.asarray(block_sparse(q, k, v, **given))
         first, count = self._asking(T, S)
         if count == 0:
@@ -102,14 +102,14 @@ class GlobalTokens(Patterned):
         s = jnp.dot(asked, of_key["k"][:last].T, **exact)
         s = s if bias is None else s + bias(at, keys)
         seen = jnp.logical_or(keys <= at, not causal)
-        seen = seen if real is None else seen & real[None, :last]
+        seen = seen if valid is None else seen & valid[None, :last]
         return jnp.concatenate([out[:first], softmax(s, seen, of_key["v"][:last]), out[first + count :]])
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, of_query, of_key):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, of_query, of_key):
         if not self.own:
-            return super().reference(q, k, v, real=real, causal=causal, bias=bias)
+            return super().reference(q, k, v, valid=valid, causal=causal, bias=bias)
         T, S, rows = q.shape[0], k.shape[0], of_query["q"].shape[0]
-        given, at = {"real": real, "bias": bias}, jnp.arange(S - T, S)[:, None]
+        given, at = {"valid": valid, "bias": bias}, jnp.arange(S - T, S)[:, None]
         out = dense(q, *self._side(k, v, of_key), pattern=self._near(causal), **given)
         asked = jnp.zeros_like(q).at[max(0, T - S) + jnp.arange(rows)].set(of_query["q"])
         of_global = dense(asked, of_key["k"], of_key["v"], pattern=Causal() if causal else All(), **given)
@@ -167,6 +167,6 @@ class GlobalTokens(Patterned):
         out, ring, carry = super().mix_step(ring, q, k, v, bias=bias, carry=carry)
         there = (positions <= at) & (positions >= cache["empty"])
         seen = jnp.broadcast_to(there, (q.shape[1], rows))
-        asked = self.look(heads(self.global_query), of_global["k"], of_global["v"], at, positions, seen, bias)
+        asked = self.attend_cached(heads(self.global_query), of_global["k"], of_global["v"], at, positions, seen, bias)
         kept = {f"global_{name}": rows for name, rows in of_global.items()}
         return jnp.where(first, asked, out), ring | kept, carry

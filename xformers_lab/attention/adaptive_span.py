@@ -66,9 +66,9 @@ class AdaptiveSpan(Local):
         return {"z": self.window * jax.nn.sigmoid(self.part[...])}
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = super().mix(q, k, v, **given, method=method)
         span = self.per_head()["z"].mean()
         return out, carry, aux | Aux(losses={"span": self.penalty * span}, scalars={"span": span})
@@ -76,15 +76,15 @@ class AdaptiveSpan(Local):
     def fused(self, causal: bool):
         return None
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, z):
-        return super().attend(q, k, v, real=real, causal=causal, bias=Ramp(z, bias, self.ramp))
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, z):
+        return super().attend(q, k, v, valid=valid, causal=causal, bias=Ramp(z, bias, self.ramp))
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, z):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, z):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = (jnp.abs(at - keys) <= self.window) & ((keys <= at) | (not causal))
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
-        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if real is None else seen & real)
+        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         p = p * jnp.clip((self.ramp + z - jnp.abs(at - keys)) / self.ramp, 0, 1)
         total = p.sum(1, keepdims=True)
         return jnp.dot(p / jnp.where(total > 0, total, 1), v).astype(v.dtype)

@@ -8,8 +8,8 @@ from flax import nnx
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.size import Size
 
 
@@ -45,35 +45,35 @@ class AllAttention(Patterned):
         draw = lambda: jax.random.normal(rngs.params(), (size.key_heads, self.vectors, size.head))
         self.keys, self.values = nnx.Param(draw()), nnx.Param(draw())
 
-    def damp(self, share: float) -> None:
-        super().damp(share)
-        damp(share, self.values)
+    def scale_init(self, share: float) -> None:
+        super().scale_init(share)
+        scale_init(share, self.values)
 
     def per_head(self):
         times = self.size.heads // self.size.key_heads
         return {name: jnp.repeat(getattr(self, name)[...], times, 0) for name in ("keys", "values")}
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, keys, values):
-        return self._joined(super().attend, q, k, v, real, causal, bias, keys, values)
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, keys, values):
+        return self._joined(super().attend, q, k, v, valid, causal, bias, keys, values)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, keys, values):
-        return self._joined(super().reference, q, k, v, real, causal, bias, keys, values)
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, keys, values):
+        return self._joined(super().reference, q, k, v, valid, causal, bias, keys, values)
 
-    def _joined(self, attend, q, k, v, real, causal: bool, bias, keys, values):
+    def _joined(self, attend, q, k, v, valid, causal: bool, bias, keys, values):
         """Persistent vectors stand before all keys, where every causal query sees them."""
         T, S = q.shape[0], k.shape[0]
-        wide = None if real is None else jnp.concatenate([jnp.ones(self.vectors, bool), real])
+        wide = None if valid is None else jnp.concatenate([jnp.ones(self.vectors, bool), valid])
         join = lambda first, then: jnp.concatenate([first.astype(then.dtype), then])
         bias = None if bias is None else Nowhere(bias, jnp.float32(self.vectors))
-        out = attend(q, join(keys, k), join(values, v), real=wide, causal=causal, bias=bias)
-        real = jnp.ones(S, bool) if real is None else real
+        out = attend(q, join(keys, k), join(values, v), valid=wide, causal=causal, bias=bias)
+        valid = jnp.ones(S, bool) if valid is None else valid
         if causal:
-            sees = (jnp.cumsum(real)[jnp.clip(jnp.arange(T) + S - T, 0)] > 0) & (jnp.arange(T) + S - T >= 0)
+            sees = (jnp.cumsum(valid)[jnp.clip(jnp.arange(T) + S - T, 0)] > 0) & (jnp.arange(T) + S - T >= 0)
         else:
-            sees = jnp.broadcast_to(real.any(), (T,))
+            sees = jnp.broadcast_to(valid.any(), (T,))
         return jnp.where(sees[:, None], out, 0).astype(v.dtype)
 
-    def look(self, q, keys, values, at, positions, seen, bias):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias):
         rows = lambda name, then: jnp.broadcast_to(
             jnp.swapaxes(getattr(self, name)[...], 0, 1).astype(then.dtype)[None],
             (len(then), self.vectors, *then.shape[2:]),
@@ -85,7 +85,7 @@ class AllAttention(Patterned):
         seen = jnp.concatenate([jnp.ones((len(seen), self.vectors), bool), seen], 1)
         if bias is not None:
             bias = Nowhere(bias, jnp.full(q.shape[1], self.vectors, jnp.float32))
-        return super().look(q, keys, values, at + self.vectors, positions, seen, bias)
+        return super().attend_cached(q, keys, values, at + self.vectors, positions, seen, bias)
 
     def cost(self, T: int, S: int) -> Cost:
         own = super().cost(T, S + self.vectors)

@@ -7,8 +7,8 @@ from flax import nnx
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -22,7 +22,7 @@ class Average(Attention):
     g_t = FFN(mean_(s <= t) x_s), (i_t, f_t) = sigmoid(W [x_t; g_t]), out_t = i_t * x_t + f_t * g_t. Every position so
     far weighs the same; a feed-forward network and gates do the rest. Not causally, the mean is that of all positions.
 
-    The mean counts real positions only; a query that sees none gives zeros.
+    The mean counts valid positions only; a query that sees none gives zeros.
     Deviations from the paper: none; it has neither heads nor projections, so heads and kv_heads change nothing.
 
     Options:
@@ -49,20 +49,20 @@ class Average(Attention):
         self.widen, self.grow, self.shrink = widen, linear(D, widen * D), linear(widen * D, D)
         self.gates = linear(2 * D, 2 * D)
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """Its values are its input; what makes something of their mean is a feed-forward network."""
-        damp(share, self.grow, self.shrink)
+        scale_init(share, self.grow, self.shrink)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
             raise Refused(why_not(self, "bias"))
         assert x is not None
         (B, T), S = q.shape[:2], x.shape[1]
         x_q = x[:, -T:] if x_q is None else x_q
-        there = jnp.ones((B, S), jnp.float32) if real is None else real.astype(jnp.float32)
-        x = x if real is None else jnp.where(real[:, :, None], x, 0)
+        there = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
+        x = x if valid is None else jnp.where(valid[:, :, None], x, 0)
         total, count = (_by_definition if method == "reference" else _sums)(x, there, T, causal)
         out = self._gated(x_q, (total / jnp.maximum(count, 1)[..., None]).astype(x.dtype))
         return jnp.where(count[..., None] > 0, out, 0).astype(v.dtype).reshape(q.shape), carry, Aux()

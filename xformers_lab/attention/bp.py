@@ -81,15 +81,15 @@ def _live(nodes: int, at, index, level, *, left: bool = True, right: bool = Fals
     return seen
 
 
-def _pyramid(k, v, real, levels: int):
+def _pyramid(k, v, valid, levels: int):
     """For each level the means of keys and values (spans, 2 H), and which spans hold a position that is no padding
     (None: all do)."""
     S = k.shape[0]
-    sums, counts = jnp.concatenate([k, v], 1).astype(jnp.float32), jnp.ones(S) if real is None else real
+    sums, counts = jnp.concatenate([k, v], 1).astype(jnp.float32), jnp.ones(S) if valid is None else valid
     sums, counts, found = jnp.where(counts[:, None] > 0, sums, 0), counts.astype(jnp.float32), []
     for _ in range(levels):
         means = sums / jnp.maximum(counts, 1)[:, None]
-        found.append((means.astype(k.dtype), None if real is None else counts > 0))
+        found.append((means.astype(k.dtype), None if valid is None else counts > 0))
         halves = lambda x: jnp.pad(x, [(0, len(x) % 2)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, 2, *x.shape[1:])
         sums, counts = halves(sums).sum(1), halves(counts).sum(1)
     return found
@@ -164,14 +164,14 @@ class Bp(Attention):
 
         return seen
 
-    def attend(self, q, k, v, *, real=None, causal):
-        return jax.checkpoint(functools.partial(self._blocks, causal=causal))(q, k, v, real)
+    def attend(self, q, k, v, *, valid=None, causal):
+        return jax.checkpoint(functools.partial(self._blocks, causal=causal))(q, k, v, valid)
 
-    def _blocks(self, q, k, v, real, *, causal: bool):
+    def _blocks(self, q, k, v, valid, *, causal: bool):
         T, S, H = q.shape[0], k.shape[0], q.shape[1]
         block, windows = _windows(self.nodes, T, S, causal)
         at = (jnp.arange(T + -T % block) + S - T).reshape(-1, block, 1)
-        levels = _pyramid(k, v, real, 1 + max(window.level for window in windows))
+        levels = _pyramid(k, v, valid, 1 + max(window.level for window in windows))
         slabs, seen = [], []
         for window in windows:
             spans, filled = levels[window.level]
@@ -187,10 +187,10 @@ class Bp(Attention):
         s = jnp.einsum("bqh,bkh->bqk", scaled, slab[..., :H], preferred_element_type=jnp.float32)
         return jax.vmap(softmax)(s, seen, slab[..., H:]).reshape(-1, v.shape[1])[:T]
 
-    def reference(self, q, k, v, *, real=None, causal):
+    def reference(self, q, k, v, *, valid=None, causal):
         T, S = q.shape[0], k.shape[0]
         members, edges = _graph(self.nodes, T, S, causal)
-        members = jnp.asarray(members) if real is None else members & real[None]
+        members = jnp.asarray(members) if valid is None else members & valid[None]
         share = members / jnp.maximum(members.sum(1, keepdims=True), 1)
         keys, values = share @ k, share @ v
         return softmax(q * q.shape[1] ** -0.5 @ keys.T, edges & members.any(1)[None], values).astype(v.dtype)

@@ -72,67 +72,67 @@ class Clustered(Attention):
     def per_head(self):
         return {"planes": self.planes[...]}
 
-    def attend(self, q, k, v, *, real=None, planes):
+    def attend(self, q, k, v, *, valid=None, planes):
         if q.shape[0] != k.shape[0]:
             raise Refused(
                 f"clustered takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "a part of the queries would form other clusters"
             )
-        member = _clusters(_signs(q, planes), real, min(self.clusters, len(q)), self.iterations)
+        member = _clusters(_signs(q, planes), valid, min(self.clusters, len(q)), self.iterations)
         keep = jax.checkpoint_policies.save_only_these_names("top")
-        return jax.checkpoint(self._attend, policy=keep)(q, k, v, real, member)
+        return jax.checkpoint(self._attend, policy=keep)(q, k, v, valid, member)
 
-    def _attend(self, q, k, v, real, member):
+    def _attend(self, q, k, v, valid, member):
         """member (C, T) bool: which queries a cluster holds."""
         C = len(member)
-        counted = (member if real is None else member & real).astype(jnp.float32)
+        counted = (member if valid is None else member & valid).astype(jnp.float32)
         # Means in float32, so that half precision finds the same keys.
         mean = weighted(counted, q.astype(jnp.float32)) / jnp.maximum(counted.sum(1, keepdims=True), 1)
         s = products(mean * q.shape[1] ** -0.5, k.astype(jnp.float32))
-        p = weights(s, True if real is None else real)
+        p = weights(s, True if valid is None else valid)
         if not self.improved:
             return jnp.dot(weighted(p, v).T.astype(v.dtype), member.astype(v.dtype), **EXACT).T.astype(v.dtype)
-        score = s if real is None else jnp.where(real, s, -jnp.inf)
+        score = s if valid is None else jnp.where(valid, s, -jnp.inf)
         top = checkpoint_name(lax.top_k(lax.stop_gradient(score), min(self.improved, len(k)))[1], "top")
         chosen = jnp.zeros(p.shape, bool).at[np.arange(C)[:, None], top].set(True, unique_indices=True)
         rest, total = weighted(jnp.where(chosen, 0, p), v), jnp.where(chosen, p, 0).sum(1)
-        return self._recomputed(q, k, v, real, member, top, rest, total).astype(v.dtype)
+        return self._recomputed(q, k, v, valid, member, top, rest, total).astype(v.dtype)
 
-    def _recomputed(self, q, k, v, real, member, top, rest, total):
+    def _recomputed(self, q, k, v, valid, member, top, rest, total):
         """Queries in the order of their clusters, in blocks of one cluster each, against their cluster's top keys."""
         block, H = _block(len(q), len(member)), q.shape[1]
         owner, index, place = _layout(member, block)
         blocks = _moved(q, index, place).reshape(-1, block, H)
         near = jnp.concatenate([k, v], 1)[top][owner]  # (blocks, top, 2 H)
         s = jnp.einsum("gbh,gmh->gbm", blocks * H**-0.5, near[..., :H], **EXACT)
-        seen = jnp.ones(top.shape, bool) if real is None else real[top]
+        seen = jnp.ones(top.shape, bool) if valid is None else valid[top]
         p = masked_softmax(s, seen[owner][:, None]) * total[owner][:, None, None]
         out = jnp.einsum("gbm,gmh->gbh", p.astype(v.dtype), near[..., H:], **EXACT) + rest[owner][:, None]
         return _moved(out.reshape(-1, H), place, index)
 
-    def reference(self, q, k, v, *, real=None, planes):
+    def reference(self, q, k, v, *, valid=None, planes):
         T, H = q.shape
         if len(k) != T:
             raise Refused("clustered takes as many queries as keys")
-        real, C, bits = jnp.ones(T, bool) if real is None else real, min(self.clusters, T), _signs(q, planes) > 0
-        number = jnp.cumsum(real)
+        valid, C, bits = jnp.ones(T, bool) if valid is None else valid, min(self.clusters, T), _signs(q, planes) > 0
+        number = jnp.cumsum(valid)
         wanted = np.arange(C) * jnp.maximum(number[-1], 1) // C + 1
         centres = bits[jnp.minimum((number < wanted[:, None]).sum(1), T - 1)]
         distance = lambda centres: (bits[:, None] != centres).sum(-1)
         for _ in range(self.iterations):
-            member = (distance(centres).argmin(1)[:, None] == np.arange(C)) & real[:, None]  # (T, C)
+            member = (distance(centres).argmin(1)[:, None] == np.arange(C)) & valid[:, None]  # (T, C)
             ones = (member[..., None] & bits[:, None]).sum(0)
             majority = 2 * ones >= member.sum(0)[:, None]
             centres = jnp.where(member.any(0)[:, None], majority, centres)
         cluster = distance(centres).argmin(1)
-        same = (cluster[:, None] == cluster) & real  # (queries, members)
+        same = (cluster[:, None] == cluster) & valid  # (queries, members)
         mean = same @ q / jnp.maximum(same.sum(1, keepdims=True), 1)
         shared, own = mean @ k.T / H**0.5, q @ k.T / H**0.5
-        weights = masked_softmax(shared, real)
+        weights = masked_softmax(shared, valid)
         if self.improved:
-            order = jnp.argsort(-jnp.where(real, lax.stop_gradient(shared), -jnp.inf), 1, stable=True)
+            order = jnp.argsort(-jnp.where(valid, lax.stop_gradient(shared), -jnp.inf), 1, stable=True)
             rank = jnp.argsort(order, 1)
-            top = (rank < self.improved) & real
+            top = (rank < self.improved) & valid
             total = jnp.where(top, weights, 0).sum(1, keepdims=True)
             weights = jnp.where(top, total * masked_softmax(own, top), weights)
         return (weights @ v).astype(v.dtype)
@@ -156,14 +156,14 @@ def _signs(q, planes):
     return jnp.where(jnp.dot(q, planes[:-1], precision=lax.Precision.HIGHEST) + planes[-1] > 0, 1.0, -1.0)
 
 
-def _clusters(signs, real, C: int, iterations: int):
+def _clusters(signs, valid, C: int, iterations: int):
     """k-means: (T, bits) -> (C, T) bool, which queries are nearest to which centre.
 
     The dot product of two rows of signs is the number of bits less twice their Hamming distance. Stretched by C and
     lowered by the centre's number, it is largest at one centre of each query, the first of the nearest.
     """
     T = len(signs)
-    there = jnp.ones(T, bool) if real is None else real
+    there = jnp.ones(T, bool) if valid is None else valid
     spread = jnp.arange(C) * jnp.maximum(there.sum(), 1) // C + 1
     centres = signs[jnp.minimum(jnp.searchsorted(jnp.cumsum(there), spread), T - 1)]
     rows = jnp.concatenate([signs, jnp.ones((T, 1))], 1)

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.rows import masked_softmax
-from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._projected import Projected
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
@@ -55,23 +55,23 @@ class Collaborative(Projected):
         return turn_q(q), turn_k(self.key(source)[:, :, None]), v.reshape(*v.shape[:2], -1, self.size.head)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         function = getattr(self, method)
 
         def one(q, v, _, carry, of_sample, bias):
-            k, real = of_sample
-            return function(q, k, v, real=real, causal=causal, bias=bias), None
+            k, valid = of_sample
+            return function(q, k, v, valid=valid, causal=causal, bias=bias), None
 
         plan = plan_of(self.size)
-        return over_heads(one, q, v, v, None, (k[:, :, 0], real), bias, plan=plan)[0], carry, Aux()
+        return over_heads(one, q, v, v, None, (k[:, :, 0], valid), bias, plan=plan)[0], carry, Aux()
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
         seen = (keys <= at) | (not causal)
-        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if real is None else seen & real)
+        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         return jnp.dot(p, v).astype(v.dtype)
 
     @staticmethod

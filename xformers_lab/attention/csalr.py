@@ -45,32 +45,32 @@ class Csalr(Attention):
         super().__init__(size, rngs=rngs)
         self.landmarks = landmarks
 
-    def attend(self, q, k, v, *, real=None):
+    def attend(self, q, k, v, *, valid=None):
         if len(q) != len(k):
             raise Refused(
                 f"csalr takes as many queries as keys, got {len(q)} and {len(k)}: "
                 "its landmarks are runs of the same sequence; use linformer or another attention"
             )
-        return jax.checkpoint(self._attend)(q, k, v, real)
+        return jax.checkpoint(self._attend)(q, k, v, valid)
 
-    def _attend(self, q, k, v, real):
-        member = segments(real, len(q), min(self.landmarks, len(q)))
-        there = None if real is None else member.any(1)
+    def _attend(self, q, k, v, valid):
+        member = segments(valid, len(q), min(self.landmarks, len(q)))
+        there = None if valid is None else member.any(1)
         q_mean, k_mean = means(q, member).astype(q.dtype), means(k, member).astype(q.dtype)
         middle = probabilities(q_mean, k_mean, there) + IDENTITY * jnp.eye(len(member))
-        right = jnp.dot(probabilities(q_mean, k, real).astype(v.dtype), v, **EXACT)
+        right = jnp.dot(probabilities(q_mean, k, valid).astype(v.dtype), v, **EXACT)
         if there is not None:
             right = jnp.where(there[:, None], right, 0)
         left = probabilities(q, k_mean, there) + IDENTITY * member.T
         return jnp.dot(left, dominant_inverse(middle) @ right).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None):
+    def reference(self, q, k, v, *, valid=None):
         T = len(q)
         if len(k) != T:
             raise Refused("csalr takes as many queries as keys")
-        real = jnp.ones(T, bool) if real is None else real
-        m, number = min(self.landmarks, T), jnp.cumsum(real) - 1
-        of_run = [real & (number * m // jnp.maximum(real.sum(), 1) == run) for run in range(m)]
+        valid = jnp.ones(T, bool) if valid is None else valid
+        m, number = min(self.landmarks, T), jnp.cumsum(valid) - 1
+        of_run = [valid & (number * m // jnp.maximum(valid.sum(), 1) == run) for run in range(m)]
         mean = lambda x, run: jnp.where(run[:, None], x, 0).sum(0) / jnp.maximum(run.sum(), 1)
         q_mean, k_mean = (jnp.stack([mean(x, run) for run in of_run]) for x in (q, k))
         of_run = jnp.stack(of_run)
@@ -82,7 +82,7 @@ class Csalr(Attention):
 
         a = softmax(q_mean, k_mean, there) * there[:, None] + IDENTITY * jnp.eye(m)
         coefficients = (softmax(q, k_mean, there) + IDENTITY * of_run.T) @ jnp.linalg.inv(a)
-        return (coefficients @ (softmax(q_mean, k, real) * there[:, None] @ v)).astype(v.dtype)
+        return (coefficients @ (softmax(q_mean, k, valid) * there[:, None] @ v)).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H, m = self.size.head, min(self.landmarks, S)

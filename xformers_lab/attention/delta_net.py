@@ -48,13 +48,13 @@ class DeltaNet(Recurrent):
     def from_queries(self, x):
         return {"gate": None if self.gate is None else self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, real=None, causal, beta, gate):
+    def attend(self, q, k, v, *, valid=None, causal, beta, gate):
         keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
-        return gated(self.forward(direction(q), keys, real, causal), gate, v.dtype)
+        return gated(self.forward(direction(q), keys, valid, causal), gate, v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, beta, gate):
+    def reference(self, q, k, v, *, valid=None, causal, beta, gate):
         keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
-        return gated(self.by_definition(direction(q), keys, real, causal), gate, v.dtype)
+        return gated(self.by_definition(direction(q), keys, valid, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, beta):
         return delta_rule(q, k, v, beta, chunk=self.chunk)[0]

@@ -55,20 +55,20 @@ class Differential(Full):
     def fused(self, causal: bool):
         return None
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, balance, gain):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
         # Values in float32: the difference of two rounded outputs would keep few of their bits.
-        given = {"real": real, "causal": causal, "bias": bias}
+        given = {"valid": valid, "causal": causal, "bias": bias}
         wide = v.astype(jnp.float32)
         first, second = (
             super(Differential, self).attend(q, k, wide, **given) for q, k in zip(_halves(q), _halves(k), strict=True)
         )
         return self._normalised(first - balance * second, gain).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, balance, gain):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
         T, S, H = q.shape[0], k.shape[0], q.shape[1]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = (keys <= at) | (not causal)
-        seen = seen if real is None else seen & real
+        seen = seen if valid is None else seen & valid
         score = 0 if bias is None else bias(at, keys)
         weights = jnp.zeros((T, S))
         for half, part in enumerate((1.0, -balance)):

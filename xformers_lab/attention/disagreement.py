@@ -53,39 +53,39 @@ class Disagreement(Full):
         self.on, self.weight = on, weight
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = super().mix(q, k, v, **given, method=method)
         agreement = self._by_pairs if method == "reference" else self._by_means
-        found = agreement(q, k, v, out, real, causal, bias)
+        found = agreement(q, k, v, out, valid, causal, bias)
         return out, carry, aux | Aux(losses={"disagreement": self.weight * found}, scalars={"agreement": found})
 
-    def _by_means(self, q, k, v, out, real, causal: bool, bias):
+    def _by_means(self, q, k, v, out, valid, causal: bool, bias):
         """The mean over pairs of heads of u_i . u_j is the square of the mean u."""
         if self.on == "positions":
             at_once = max(16, ROWS // q.shape[2])
             heads = lambda y: jnp.swapaxes(jnp.repeat(y, q.shape[2] // y.shape[2], 2), 1, 2)
 
-            def one(q, k, _, real):
-                return readings(q, k, _shared, bias, real=real, causal=causal, at_once=at_once)
+            def one(q, k, _, valid):
+                return readings(q, k, _shared, bias, valid=valid, causal=causal, at_once=at_once)
 
-            shared = over_samples(one, heads(q), heads(k), None, real, plan=plan_of(self.size))
-            return _mean(shared, _asked(q, k, real))
-        u, counted = (out, _asked(q, k, real)) if self.on == "outputs" else (v, _of_keys(k, real))
+            shared = over_samples(one, heads(q), heads(k), None, valid, plan=plan_of(self.size))
+            return _mean(shared, _asked(q, k, valid))
+        u, counted = (out, _asked(q, k, valid)) if self.on == "outputs" else (v, _of_keys(k, valid))
         return _mean((_directions(u, counted).mean(2) ** 2).sum(-1), counted)
 
-    def _by_pairs(self, q, k, v, out, real, causal: bool, bias):
+    def _by_pairs(self, q, k, v, out, valid, causal: bool, bias):
         """The same by definition."""
         if self.on == "positions":
-            u = self._weights(q, k, real, causal, bias)
-            counted = _asked(q, k, real)
+            u = self._weights(q, k, valid, causal, bias)
+            counted = _asked(q, k, valid)
         else:
-            u, counted = (out, _asked(q, k, real)) if self.on == "outputs" else (v, _of_keys(k, real))
+            u, counted = (out, _asked(q, k, valid)) if self.on == "outputs" else (v, _of_keys(k, valid))
             u = _directions(u, counted)
         return _mean(jnp.einsum("btnh,btmh->btnm", u, u).mean((2, 3)), counted)
 
-    def _weights(self, q, k, real, causal: bool, bias):
+    def _weights(self, q, k, valid, causal: bool, bias):
         """(B, T, N, S)."""
         k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
         T, S = q.shape[1], k.shape[1]
@@ -93,7 +93,7 @@ class Disagreement(Full):
         s = jnp.einsum("btnh,bsnh->btns", q, k, preferred_element_type=jnp.float32) / q.shape[3] ** 0.5
         if bias is not None:
             s += jnp.swapaxes(jax.vmap(lambda bias: bias(at, keys))(bias), 0, 1)
-        seen = ((keys <= at) | (not causal))[None] & _of_keys(k, real)[:, None]
+        seen = ((keys <= at) | (not causal))[None] & _of_keys(k, valid)[:, None]
         return masked_softmax(s, seen[:, :, None])
 
     @staticmethod
@@ -121,13 +121,13 @@ def _directions(u, counted):
     return u * jax.lax.rsqrt((u**2).sum(-1, keepdims=True) + EPSILON)
 
 
-def _of_keys(k, real):
-    return jnp.ones(k.shape[:2], bool) if real is None else real
+def _of_keys(k, valid):
+    return jnp.ones(k.shape[:2], bool) if valid is None else valid
 
 
-def _asked(q, k, real):
+def _asked(q, k, valid):
     """(B, T): the queries that are no padding, as far as is known; queries of their own source count all."""
-    return _of_keys(k if q.shape[1] == k.shape[1] else q, real if q.shape[1] == k.shape[1] else None)
+    return _of_keys(k if q.shape[1] == k.shape[1] else q, valid if q.shape[1] == k.shape[1] else None)
 
 
 def _mean(x, counted):

@@ -41,7 +41,7 @@ class Fnet(Attention):
         self.size = size
 
     def __call__(
-        self, x, memory=None, *, real=None, causal=False, position=None, carry=None, key=None, method="attend"
+        self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, method="attend"
     ):
         if causal:
             raise Refused(why_not(type(self), "causal"))
@@ -52,7 +52,7 @@ class Fnet(Attention):
             if position.bias() is not None:
                 raise Refused(why_not(self, "bias"))
         wide = x.astype(jnp.float32)
-        wide = wide if real is None else jnp.where(real[:, :, None], wide, 0)
+        wide = wide if valid is None else jnp.where(valid[:, :, None], wide, 0)
         return (_transformed(wide) if method == "attend" else _by_definition(wide)).astype(x.dtype), carry, Aux()
 
     def turns(self) -> bool:

@@ -41,13 +41,13 @@ class GatedDeltaNet(DeltaNet):
         fade = jax.nn.softplus(self.forget(x).astype(jnp.float32))
         return super().from_keys(x) | {"decay": -jnp.exp(self.rate[...]) * fade}
 
-    def attend(self, q, k, v, *, real=None, causal, beta, decay, gate):
+    def attend(self, q, k, v, *, valid=None, causal, beta, decay, gate):
         keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
-        return gated(self.forward(direction(q), keys, real, causal), gate, v.dtype)
+        return gated(self.forward(direction(q), keys, valid, causal), gate, v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, beta, decay, gate):
+    def reference(self, q, k, v, *, valid=None, causal, beta, decay, gate):
         keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
-        return gated(self.by_definition(direction(q), keys, real, causal), gate, v.dtype)
+        return gated(self.by_definition(direction(q), keys, valid, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, beta, decay):
         return delta_rule(q, k, v, beta, decay, chunk=self.chunk)[0]

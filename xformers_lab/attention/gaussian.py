@@ -25,7 +25,7 @@ class Around:
 
     centre: jax.Array  # (T,)
     tightness: jax.Array  # (T,) 1 / (2 sigma^2)
-    number: jax.Array  # (S,) of real keys, counted from one
+    number: jax.Array  # (S,) of valid keys, counted from one
     other: Any
     first: int = dataclasses.field(metadata={"static": True})
 
@@ -56,7 +56,7 @@ class Gaussian(Patterned):
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H) - (s - P_t)^2 / (2 sigma_t^2)) v_s, sigma_t = D_t / 2, where each query
     predicts the centre P_t = I sigmoid(u . tanh(W q_t)) and the window D_t = I sigmoid(z_t) among I keys.
 
-    Deviations from the paper: I counts the real keys, causally those up to the query, and s is a key's number among
+    Deviations from the paper: I counts the valid keys, causally those up to the query, and s is a key's number among
         them, from one; kind=layer causally takes the mean of the keys so far; every head has a prior of its own,
         predicted from its queries as they are after a rotation by position; D is at least one position.
 
@@ -112,21 +112,22 @@ class Gaussian(Patterned):
         names = [name for name in ("shape", "hidden", "centre", "window_hidden", "window") if hasattr(self, name)]
         return {"prior": {name: getattr(self, name)[...] for name in names}}
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, prior):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, prior):
         T, S = q.shape[0], k.shape[0]
         if self.form == "distance":
             steepness, height = jax.nn.softplus(prior["shape"])
             added = Distance(steepness, height, bias)
         else:
-            centre, tightness, number = self._predicted(q, k, real, causal, prior)
+            centre, tightness, number = self._predicted(q, k, valid, causal, prior)
             added = Around(centre, tightness, number, bias, S - T)
-        return block_sparse(q, k, v, pattern=self.seen(causal), real=real, bias=added, blocks=self.blocks(T, S, causal))
+        blocks = self.blocks(T, S, causal)
+        return block_sparse(q, k, v, pattern=self.seen(causal), valid=valid, bias=added, blocks=blocks)
 
-    def _predicted(self, q, k, real, causal: bool, prior):
+    def _predicted(self, q, k, valid, causal: bool, prior):
         """Centres (T,) and tightness (T,) of queries, numbers (S,) of keys."""
         T, S = q.shape[0], k.shape[0]
-        real = jnp.ones(S, bool) if real is None else real
-        number = jnp.cumsum(real.astype(jnp.float32))
+        valid = jnp.ones(S, bool) if valid is None else valid
+        number = jnp.cumsum(valid.astype(jnp.float32))
         at = jnp.maximum(jnp.arange(T) + S - T, 0) if causal else jnp.full(T, S - 1)
         count = jnp.maximum(number[at], 1)
         hidden = _hidden(q, prior["hidden"])
@@ -135,26 +136,26 @@ class Gaussian(Patterned):
         elif self.form == "query":
             window = count * jax.nn.sigmoid(hidden @ prior["window"])
         else:
-            keys = jnp.where(real[:, None], k, 0).astype(jnp.float32)
+            keys = jnp.where(valid[:, None], k, 0).astype(jnp.float32)
             mean = (jnp.cumsum(keys, 0)[at] if causal else keys.sum(0)) / (count[:, None] if causal else count[0])
             window = count * jax.nn.sigmoid(_hidden(mean, prior["window_hidden"]) @ prior["window"])
         return count * jax.nn.sigmoid(hidden @ prior["centre"]), 2 / jnp.maximum(window, 1) ** 2, number
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, prior):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, prior):
         T, S = q.shape[0], k.shape[0]
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
-        seen = real[None] & ((s <= t) if causal else (s >= 0))
+        seen = valid[None] & ((s <= t) if causal else (s >= 0))
         if self.form == "distance":
             w, b = jnp.logaddexp(prior["shape"], 0) * jnp.array([1.0, -1.0])
             added = -jnp.abs(w * (t - s) ** 2 + b)
         else:
-            number = ((s <= s.T) & real[None]).sum(1)
+            number = ((s <= s.T) & valid[None]).sum(1)
             I = jnp.maximum(jnp.broadcast_to(seen, (T, S)).sum(1), 1)
             hidden = jnp.tanh(q.astype(jnp.float32) @ prior["hidden"])
             P = I / (1 + jnp.exp(-(hidden @ prior["centre"])))
             if self.form == "layer":
-                mean = jnp.broadcast_to(seen, (T, S)) @ jnp.where(real[:, None], k.astype(jnp.float32), 0) / I[:, None]
+                mean = jnp.broadcast_to(seen, (T, S)) @ jnp.where(valid[:, None], k.astype(jnp.float32), 0) / I[:, None]
                 hidden = jnp.tanh(mean @ prior["window_hidden"])
             D = self.width if self.form == "fixed" else I / (1 + jnp.exp(-(hidden @ prior["window"])))
             sigma = jnp.broadcast_to(jnp.maximum(D, 1) / 2, (T,))

@@ -45,13 +45,13 @@ class Gla(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, real=None, causal, decay, gate):
+    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
         keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
-        return gated(self.forward(q, keys, real, causal), gate, v.dtype)
+        return gated(self.forward(q, keys, valid, causal), gate, v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, decay, gate):
+    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
         keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
-        return gated(self.by_definition(q, keys, real, causal), gate, v.dtype)
+        return gated(self.by_definition(q, keys, valid, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, decay):
         return channel_decay(q, k, v, decay, chunk=self.chunk)[0]

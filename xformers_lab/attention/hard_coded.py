@@ -66,11 +66,11 @@ class HardCoded(Attention):
         reach = min(self.reach, max(T, S))
         return reach, max(CHUNK, reach)
 
-    def attend(self, q, k, v, *, real=None, causal, offset):
+    def attend(self, q, k, v, *, valid=None, causal, offset):
         T, S, H = q.shape[0], k.shape[0], v.shape[1]
         R, C = self._blocks(T, S)
         M = -(-T // C)
-        v = v if real is None else jnp.where(real[:, None], v, 0)
+        v = v if valid is None else jnp.where(valid[:, None], v, 0)
         # Chunks of keys, one before the first query's and one after the last query's.
         first = S - T - C
         v = v[max(first, 0) :]
@@ -83,13 +83,13 @@ class HardCoded(Attention):
         out = jnp.dot(weights, slab, preferred_element_type=jnp.float32)
         return out.astype(v.dtype).reshape(C, M, H).swapaxes(0, 1).reshape(M * C, H)[:T]
 
-    def reference(self, q, k, v, *, real=None, causal, offset):
+    def reference(self, q, k, v, *, valid=None, causal, offset):
         T, S = q.shape[0], k.shape[0]
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         centre = t + (jnp.where(offset > 0, 0, offset) if causal else offset)
         p = jnp.exp(-0.5 * ((s - centre) / self.std) ** 2) / (self.std * math.sqrt(2 * math.pi))
         seen = s <= t if causal else s >= 0
-        return (jnp.where(seen if real is None else seen & real[None], p, 0) @ v).astype(v.dtype)
+        return (jnp.where(seen if valid is None else seen & valid[None], p, 0) @ v).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H, (R, C) = self.size.head, self._blocks(T, S)

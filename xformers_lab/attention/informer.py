@@ -49,50 +49,53 @@ class Informer(Attention):
     def _count(self, length: int) -> int:
         return min(length, self.factor * max(1, math.ceil(math.log(length))))
 
-    def attend(self, q, k, v, *, real=None, bias=None, key=None):
+    def attend(self, q, k, v, *, valid=None, bias=None, key=None):
         if q.shape[0] != k.shape[0]:
             raise Refused(
                 f"informer takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "it chooses among the queries, so that a part of them would be answered in another way"
             )
-        return jax.checkpoint(self._attend)(q, k, v, real, bias, key)
+        return jax.checkpoint(self._attend)(q, k, v, valid, bias, key)
 
-    def _attend(self, q, k, v, real, bias, key):
+    def _attend(self, q, k, v, valid, bias, key):
         T, scale = q.shape[0], q.shape[1] ** -0.5
         at = jnp.arange(T)
-        sample = self._sample(real, T, key)
+        sample = self._sample(valid, T, key)
         # Scaled last, so that the choice does not depend on how a half precision rounds.
         s = jnp.dot(lax.stop_gradient(q), lax.stop_gradient(k)[sample].T, preferred_element_type=jnp.float32) * scale
-        measure = _measure(s if bias is None else s + bias(at[:, None], sample[None]), real)
+        measure = _measure(s if bias is None else s + bias(at[:, None], sample[None]), valid)
         top = lax.top_k(lax.stop_gradient(measure), self._count(T))[1]
         s = products(q[top] * scale, k)
         s = s if bias is None else s + bias(top[:, None], at[None])
-        exact = weighted(weights(s, True if real is None else real), v)
-        mean = v.mean(0, dtype=jnp.float32) if real is None else jnp.where(real[:, None], v, 0).sum(0) / _number(real)
+        exact = weighted(weights(s, True if valid is None else valid), v)
+        if valid is None:
+            mean = v.mean(0, dtype=jnp.float32)
+        else:
+            mean = jnp.where(valid[:, None], v, 0).sum(0) / _number(valid)
         mean, exact = mean.astype(v.dtype), exact.astype(v.dtype)
         return jnp.broadcast_to(mean, v.shape).at[top].set(exact, unique_indices=True)
 
-    def _sample(self, real, T: int, key):
-        """Positions of the sampled keys: one of each equal share of those that are real."""
+    def _sample(self, valid, T: int, key):
+        """Positions of the sampled keys: one of each equal share of those that are valid."""
         count = self._count(T)
         chance = np.random.default_rng(self.seed).random(count) if key is None else jax.random.uniform(key, (count,))
         place = (np.arange(count) + chance) / count
-        if real is None:
+        if valid is None:
             return jnp.minimum(place * T, T - 1).astype(jnp.int32)
-        rank = jnp.floor(place * real.sum()).astype(jnp.int32)
-        return jnp.minimum(jnp.searchsorted(jnp.cumsum(real), rank + 1), T - 1)
+        rank = jnp.floor(place * valid.sum()).astype(jnp.int32)
+        return jnp.minimum(jnp.searchsorted(jnp.cumsum(valid), rank + 1), T - 1)
 
-    def reference(self, q, k, v, *, real=None, bias=None, key=None):
+    def reference(self, q, k, v, *, valid=None, bias=None, key=None):
         T = q.shape[0]
         if k.shape[0] != T:
             raise Refused("informer takes as many queries as keys")
-        s, sample = scores(q, k, bias), self._sample(real, T, key)
+        s, sample = scores(q, k, bias), self._sample(valid, T, key)
         measure = lax.stop_gradient(s[:, sample].max(1) - s[:, sample].mean(1))
-        real = jnp.ones(T, bool) if real is None else real
-        measure, at = jnp.where(real, measure, -jnp.inf), jnp.arange(T)
+        valid = jnp.ones(T, bool) if valid is None else valid
+        measure, at = jnp.where(valid, measure, -jnp.inf), jnp.arange(T)
         ahead = (measure > measure[:, None]) | ((measure == measure[:, None]) & (at < at[:, None]))
         chosen = ahead.sum(1) < self._count(T)
-        p = jnp.where(chosen[:, None], masked_softmax(s, real), masked_softmax(jnp.zeros((T, T)), real))
+        p = jnp.where(chosen[:, None], masked_softmax(s, valid), masked_softmax(jnp.zeros((T, T)), valid))
         return (p @ v).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
@@ -104,11 +107,11 @@ class Informer(Attention):
         return {"factor": length}
 
 
-def _measure(s, real):
+def _measure(s, valid):
     """How far from uniform the weights of each query are: (T, samples) -> (T,); padded queries are last."""
     measure = s.max(1) - s.mean(1)
-    return measure if real is None else jnp.where(real, measure, -jnp.inf)
+    return measure if valid is None else jnp.where(valid, measure, -jnp.inf)
 
 
-def _number(real):
-    return jnp.maximum(real.sum(), 1)
+def _number(valid):
+    return jnp.maximum(valid.sum(), 1)

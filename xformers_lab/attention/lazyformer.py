@@ -7,7 +7,7 @@ from jax import lax
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.plan import plan_of
@@ -53,10 +53,10 @@ class Lazyformer(Attention):
         return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         shared, below = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
-        fresh = functools.partial(super().mix, real=real, causal=causal, bias=bias, method=method)
+        fresh = functools.partial(super().mix, valid=valid, causal=causal, bias=bias, method=method)
 
         def taken_over(q, k, v, shared):
             apply = _plainly if method == "reference" else functools.partial(_by_blocks, causal=causal)
@@ -69,20 +69,20 @@ class Lazyformer(Attention):
         out, shared = lax.cond(below % self.share == 0, computed, taken_over, q, k, v, shared)
         return out, (shared, below + 1), Aux()
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, carry):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):
         S = k.shape[0]
 
         def block(q, at, keys):
             s = maps.biased(maps.products(q * q.shape[-1] ** -0.5, k[:keys]), bias, at)
-            p = maps.weights(s, maps.seen_from(at, keys, real, causal)).astype(carry.dtype)
+            p = maps.weights(s, maps.seen_from(at, keys, valid, causal)).astype(carry.dtype)
             return maps.weighted(p, v[:keys]).astype(v.dtype), maps.widened(p, S)
 
         return maps.by_blocks(block, q, S, causal)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, carry):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
-        seen = seen if real is None else seen & real[None]
+        seen = seen if valid is None else seen & valid[None]
         out, p = maps.by_definition(scores(q, k, bias), seen, v)
         return out, p.astype(carry.dtype)
 

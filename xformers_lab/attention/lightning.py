@@ -39,11 +39,11 @@ class Lightning(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, real=None, causal, decay, gate):
-        return _finished(self.forward(jax.nn.silu(q), _keys(k, v, decay), real, causal), gate, v.dtype)
+    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
+        return _finished(self.forward(jax.nn.silu(q), _keys(k, v, decay), valid, causal), gate, v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, decay, gate):
-        return _finished(self.by_definition(jax.nn.silu(q), _keys(k, v, decay), real, causal), gate, v.dtype)
+    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
+        return _finished(self.by_definition(jax.nn.silu(q), _keys(k, v, decay), valid, causal), gate, v.dtype)
 
     def scanned(self, q, k, v, decay):
         return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]

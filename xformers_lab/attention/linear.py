@@ -94,18 +94,18 @@ class Linear(Attention):
     def per_head(self):
         return {"maps": None if self.maps is None else self.maps[...]}
 
-    def attend(self, q, k, v, *, real=None, causal, maps=None):
-        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, real, maps, causal)
+    def attend(self, q, k, v, *, valid=None, causal, maps=None):
+        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, valid, maps, causal)
 
-    def _attend(self, q, k, v, real, own, causal):
+    def _attend(self, q, k, v, valid, own, causal):
         T, S = q.shape[0], k.shape[0]
         length = max(self.size.length, S)
         # A query further than that in front of the last key counts as if it stood there: its cosine is not negative.
         q, _ = self._map(q, jnp.maximum(jnp.arange(T) + S - T, S - length), length, own, 0)
         k, log = self._map(k, jnp.arange(S), length, own, 1)
-        given = {"real": real, "causal": causal, "chunk": self.chunk, "log": log}
+        given = {"valid": valid, "causal": causal, "chunk": self.chunk, "log": log}
         if self.features == "softmax":
-            q = q / _seen_sums(k if real is None else jnp.where(real[:, None], k, 0), T, causal)
+            q = q / _seen_sums(k if valid is None else jnp.where(valid[:, None], k, 0), T, causal)
             return sums(q, k, v, **given)[0].astype(v.dtype)
         out, total = sums(q, k, v, **given)
         return _divided(out, total, log).astype(v.dtype)
@@ -130,10 +130,10 @@ class Linear(Attention):
         x = x.astype(jnp.float32)
         return (jnp.exp(jnp.clip(x, -CLIP, CLIP)) if which else jax.nn.softmax(x, -1)), None
 
-    def reference(self, q, k, v, *, real=None, causal, maps=None):
+    def reference(self, q, k, v, *, valid=None, causal, maps=None):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
-        seen = (keys <= at) | (not causal) if real is None else ((keys <= at) | (not causal)) & real
+        seen = (keys <= at) | (not causal) if valid is None else ((keys <= at) | (not causal)) & valid
         if self.features == "softmax":
             weights = jnp.exp(jnp.clip(k, -CLIP, CLIP)) * seen[..., None]  # (T, S, H)
             total = weights.sum(1, keepdims=True)

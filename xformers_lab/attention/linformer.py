@@ -58,9 +58,9 @@ class Linformer(Attention):
     def per_head(self):
         return {"project": self.project[...] if self.share == "none" else None}
 
-    def attend(self, q, k, v, *, real=None, project=None):
+    def attend(self, q, k, v, *, valid=None, project=None):
         E, F = self._projections(project, k.shape[0])
-        k, v = (x if real is None else jnp.where(real[:, None], x, 0) for x in (k, v))
+        k, v = (x if valid is None else jnp.where(valid[:, None], x, 0) for x in (k, v))
         # In float32: XLA:CPU has no product of half precision for the gradient of a P that all samples share.
         keys, values = (weighted(P, x.astype(jnp.float32)).astype(x.dtype) for P, x in ((E, k), (F, v)))
         return over_all(q, keys, values)
@@ -75,9 +75,9 @@ class Linformer(Attention):
         both = (self.project[...] if own is None else own)[..., :S]
         return both[0], both[-1]
 
-    def reference(self, q, k, v, *, real=None, project=None):
+    def reference(self, q, k, v, *, valid=None, project=None):
         E, F = self._projections(project, k.shape[0])
-        there = jnp.ones(len(k)) if real is None else real
+        there = jnp.ones(len(k)) if valid is None else valid
         terms = lambda P, x: jnp.where(there[:, None] > 0, P[..., None] * x, 0).sum(1)
         keys, values = terms(E, k), terms(F, v)
         return (jax.nn.softmax(q @ keys.T / self.size.head**0.5, -1) @ values).astype(v.dtype)

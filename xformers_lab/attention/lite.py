@@ -47,7 +47,7 @@ class Lite(Full):
         self.taps = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size.heads - self.attending, width)))
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         many, T = self.attending, q.shape[1]
         group = jnp.arange(q.shape[2]) // (q.shape[2] // k.shape[2])
@@ -59,9 +59,9 @@ class Lite(Full):
             else (jnp.take(y, group[:many], 2) for y in (k, v))
         )
         bias = jax.tree.map(lambda leaf: leaf[:many], bias)
-        given = {"real": real, "causal": causal, "bias": bias, "key": key}
+        given = {"valid": valid, "causal": causal, "bias": bias, "key": key}
         far, _, _ = super().mix(q[:, :, :many], k, v, **given, method=method)
-        near = near if real is None else jnp.where(real[..., None, None], near, 0)
+        near = near if valid is None else jnp.where(valid[..., None, None], near, 0)
         before = self.width - 1 if causal else self.width // 2
         taps = jax.nn.softmax(self.taps[...])
         convolve = _by_definition if method == "reference" else _shifted

@@ -62,16 +62,16 @@ class LowRankBand(Attention):
         near = min(128, max(16, -(-self.window // 8) * 8))
         return (min(256, _eights(T)), min(512, _eights(S))), (min(near, _eights(T)), min(near, _eights(S)))
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, low_q, low_k):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         (far, near), (wide, narrow) = self.parts(causal), self.blocks(len(q), len(k))
-        given = {"real": real, "bias": bias}
+        given = {"valid": valid, "bias": bias}
         out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, blocks=wide, **given))
         return out + jnp.asarray(block_sparse(q, k, v, pattern=near, blocks=narrow, **given))
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, low_q, low_k):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         far, near = self.parts(causal)
-        far = dense(low_q, low_k, v, pattern=far, real=real, bias=bias)
-        return far + dense(q, k, v, pattern=near, real=real, bias=bias)
+        far = dense(low_q, low_k, v, pattern=far, valid=valid, bias=bias)
+        return far + dense(q, k, v, pattern=near, valid=valid, bias=bias)
 
     def cost(self, T: int, S: int) -> Cost:
         H, D = self.size.head, self.size.dim

@@ -6,9 +6,9 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.attention._engine.slots import attended
-from xformers_lab.attention._heads import over_heads
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
@@ -67,7 +67,7 @@ class Luna(Attention):
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (B, *leaf.shape)), self.init_carry(T, S))
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if bias is not None:
             raise Refused(why_not(type(self), "bias"))
@@ -76,12 +76,12 @@ class Luna(Attention):
         if causal:
             function = jax.checkpoint(self._causal) if method == "attend" else self._causal_by_definition
             keys, values = self._unpacking(v)
-            one = lambda q, k, _, own, real, __: (function(q, k, own[0], own[1], own[2], real), None)
+            one = lambda q, k, _, own, valid, __: (function(q, k, own[0], own[1], own[2], valid), None)
             own = [jnp.swapaxes(y, 1, 2) for y in (asked, self._repeated(keys), self._repeated(values))]
-            out = over_heads(one, q, k, v, own, real, None, plan=plan_of(self.size))[0]
+            out = over_heads(one, q, k, v, own, valid, None, plan=plan_of(self.size))[0]
         else:
             how = {"method": method, "plan": plan_of(self.size)}
-            packed = attended(asked, k, v, real, **how)
+            packed = attended(asked, k, v, valid, **how)
             out, P = attended(q, *self._unpacking(packed), **how), P + packed.reshape(P.shape)
         new = {"packed": P, "layers": carry["layers"] + 1}
         return out.astype(v.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), Aux()
@@ -104,19 +104,19 @@ class Luna(Attention):
         """(..., K or N, H) -> (..., N, H)."""
         return jnp.repeat(y, self.size.heads // y.shape[-2], -2)
 
-    def _causal(self, q, k, asked, keys, values, real):
+    def _causal(self, q, k, asked, keys, values, valid):
         """One head: asked (packed, H) are the packing queries, keys and values (S, H) those to unpack."""
         T, H = q.shape
-        seen = jnp.ones(len(k), bool) if real is None else real
+        seen = jnp.ones(len(k), bool) if valid is None else valid
         a, scale = _weights(k, asked, seen).astype(q.dtype), (H**-0.5 / _seen_so_far(seen, T))[:, None]
         keys, values = (jnp.where(seen[:, None], x, 0) for x in (keys, values))
         c = jax.nn.softmax(linear_recurrence(q, keys, a, chunk=self.chunk)[0] * scale, -1).astype(q.dtype)
         out = linear_recurrence(c, a, values, chunk=self.chunk)[0] * scale * H**0.5
         return out.astype(values.dtype)
 
-    def _causal_by_definition(self, q, k, asked, keys, values, real):
+    def _causal_by_definition(self, q, k, asked, keys, values, valid):
         T, S, H = len(q), len(k), self.size.head
-        seen = jnp.tri(T, S, S - T) * (1 if real is None else real)
+        seen = jnp.tri(T, S, S - T) * (1 if valid is None else valid)
         mean = seen / jnp.maximum(seen.sum(1, keepdims=True), 1)
         a = jax.nn.elu(k @ asked.T / H**0.5) + 1
         c = jax.nn.softmax((q @ keys.T / H**0.5 * mean) @ a, -1)
@@ -154,7 +154,7 @@ def _weights(k, asked, seen):
 
 
 def _seen_so_far(seen, T: int):
-    """(T,): how many real positions come up to that of each of T queries at the end, at least 1."""
+    """(T,): how many valid positions come up to that of each of T queries at the end, at least 1."""
     S = len(seen)
     total = jnp.cumsum(seen)[np.clip(np.arange(S - T, S), 0, None)]
     return jnp.maximum(total, 1)

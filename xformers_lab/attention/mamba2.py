@@ -66,9 +66,9 @@ class Mamba2(Recurrent):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out, carry, aux = super().mix(q, k, v, **given, method=method)
         return self._normalised(out).astype(v.dtype), carry, aux
 
@@ -82,17 +82,17 @@ class Mamba2(Recurrent):
         of_group = of_group * jax.lax.rsqrt(jnp.square(of_group).mean(-1, keepdims=True) + EPSILON)
         return of_group.reshape(out.shape) * self.scale[...]
 
-    def attend(self, q, k, v, *, real=None, causal, rate, skip, interval, gate):
-        return self._gated(self.forward, q, k, v, real, causal, rate, skip, interval, gate)
+    def attend(self, q, k, v, *, valid=None, causal, rate, skip, interval, gate):
+        return self._gated(self.forward, q, k, v, valid, causal, rate, skip, interval, gate)
 
-    def reference(self, q, k, v, *, real=None, causal, rate, skip, interval, gate):
-        return self._gated(self.by_definition, q, k, v, real, causal, rate, skip, interval, gate)
+    def reference(self, q, k, v, *, valid=None, causal, rate, skip, interval, gate):
+        return self._gated(self.by_definition, q, k, v, valid, causal, rate, skip, interval, gate)
 
-    def _gated(self, run, q, k, v, real, causal, rate, skip, interval, gate):
+    def _gated(self, run, q, k, v, valid, causal, rate, skip, interval, gate):
         """One head before it is normalised, which takes all heads of a group."""
         q, k, v = (jax.nn.silu(x) for x in (q, k, v))
         keys = {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
-        out = run(q, keys, real, causal) + skip * _at_queries(q, v, real)
+        out = run(q, keys, valid, causal) + skip * _at_queries(q, v, valid)
         return out * jax.nn.silu(gate.astype(jnp.float32))
 
     def scanned(self, q, k, v, decay):
@@ -112,8 +112,8 @@ class Mamba2(Recurrent):
         return Cost(flops=4 * S * H * (H + C), memory=S * max(C, H, H * H / C), state=H * H)
 
 
-def _at_queries(q, v, real):
+def _at_queries(q, v, valid):
     """The values at the queries' own positions (T, H), zeros where they are padding or before the first."""
     T, S = len(q), len(v)
-    v = v if real is None else jnp.where(real[:, None], v, 0)
+    v = v if valid is None else jnp.where(valid[:, None], v, 0)
     return v[S - T :] if T <= S else jnp.pad(v, ((T - S, 0), (0, 0)))

@@ -63,20 +63,20 @@ class Mca(Attention):
     def per_head(self):
         return {"taps": None if self.taps is None else self.taps[...]}
 
-    def attend(self, q, k, v, *, real=None, causal, taps=None):
+    def attend(self, q, k, v, *, valid=None, causal, taps=None):
         lead = self._lead(causal)
-        there = None if real is None else windows(real, self.kernel, self.stride)
-        keys, values = (self._compressed(x, which, real, there, taps) for which, x in enumerate((k, v)))
+        there = None if valid is None else windows(valid, self.kernel, self.stride)
+        keys, values = (self._compressed(x, which, valid, there, taps) for which, x in enumerate((k, v)))
         there = None if there is None else there.any(1)
         if lead:
             keys, values = jnp.concatenate([k[:1], keys]), jnp.concatenate([v[:1], values])
-            there = None if real is None or there is None else jnp.concatenate([real[:1], there])
+            there = None if valid is None or there is None else jnp.concatenate([valid[:1], there])
         blocks = self._blocks(len(q), len(keys), causal)
-        return block_sparse(q, keys, values, pattern=self._seen(len(k), causal), real=there, blocks=blocks)
+        return block_sparse(q, keys, values, pattern=self._seen(len(k), causal), valid=there, blocks=blocks)
 
-    def _compressed(self, x, which: int, real, there, taps):
+    def _compressed(self, x, which: int, valid, there, taps):
         """(S, H) -> (slots, H)."""
-        x = x if real is None else jnp.where(real[:, None], x, 0)
+        x = x if valid is None else jnp.where(valid[:, None], x, 0)
         x = windows(x, self.kernel, self.stride)
         return self._slots(x, which, self.kernel if there is None else there.sum(1)[:, None], taps)
 
@@ -100,21 +100,21 @@ class Mca(Attention):
         most = -(-slots // EIGHTHS) if causal and slots * self.stride >= LONG else slots
         return even(T, 256 if causal else 512), even(slots, most)
 
-    def reference(self, q, k, v, *, real=None, causal, taps=None):
+    def reference(self, q, k, v, *, valid=None, causal, taps=None):
         T, S = q.shape[0], k.shape[0]
-        real = jnp.ones(S, bool) if real is None else real
-        k, v = (jnp.where(real[:, None], x, 0) for x in (k, v))
+        valid = jnp.ones(S, bool) if valid is None else valid
+        k, v = (jnp.where(valid[:, None], x, 0) for x in (k, v))
         slots = count(S, self.kernel, self.stride)
         member = np.arange(slots)[:, None] * self.stride + np.arange(self.kernel)  # (slots, kernel)
         last, member = member[:, -1], np.minimum(member, S)
-        there = jnp.pad(real, (0, 1))[member]
+        there = jnp.pad(valid, (0, 1))[member]
         x = jnp.pad(jnp.stack([k, v]), ((0, 0), (0, 1), (0, 0)))[:, member]  # (2, slots, kernel, H)
         mean = x.sum(2) / jnp.maximum(there.sum(1), 1)[:, None]
         x = mean if taps is None else jnp.einsum("xmci,xcij->xmj", x, taps)
         there = there.any(1)
         if causal and self.kernel > 1:
             x = jnp.concatenate([jnp.stack([k[:1], v[:1]]), x], 1)
-            there, last = jnp.concatenate([real[:1], there]), np.append(0, last)
+            there, last = jnp.concatenate([valid[:1], there]), np.append(0, last)
         at = np.arange(S - T, S)[:, None]
         seen = jnp.asarray(last <= at) & there if causal else jnp.broadcast_to(there, (T, slots))
         return softmax(q @ x[0].T * self.size.head**-0.5, seen, x[1]).astype(v.dtype)

@@ -63,9 +63,9 @@ class Mla(Projected):
         self.down, self.norm = linear(D, self.latent + self.rotary), norm(self.latent)
         self.up = linear(self.latent, N * 2 * H)
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """Of the matrix that expands the latent, the columns of values alone."""
-        super().damp(share)
+        super().scale_init(share)
         keys, values = self._expanding(self.up.kernel.dtype)
         self.up.kernel[...] = jnp.concatenate([keys, share * values], -1).reshape(self.up.kernel.shape)
 
@@ -80,12 +80,12 @@ class Mla(Projected):
         return q, turn_k(down[..., self.latent :]), self.norm(down[..., : self.latent])
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        given = {"real": real, "causal": causal, "bias": bias, "carry": carry}
+        given = {"valid": valid, "causal": causal, "bias": bias, "carry": carry}
         k, v = k[:, :, :1], v[:, :, :1]
         if method == "reference":
-            return self._by_definition(q, k[:, :, 0], v[:, :, 0], real, causal, bias), carry, Aux()
+            return self._by_definition(q, k[:, :, 0], v[:, :, 0], valid, causal, bias), carry, Aux()
         if self._absorbs(q.shape[1], k.shape[1]):
             return self._absorbed(q, k, v, given), carry, Aux()
         (B, S), N, H = v.shape[:2], self.size.heads, self.size.head
@@ -104,13 +104,13 @@ class Mla(Projected):
         out, _, _ = super().mix(jnp.concatenate([inside, q[..., H:]], -1) * scale, keys, v, **given)
         return jnp.einsum("btnc,cnh->btnh", out, to_value)
 
-    def _by_definition(self, q, k, v, real, causal: bool, bias):
+    def _by_definition(self, q, k, v, valid, causal: bool, bias):
         """Every head's keys and values, and all its scores."""
         (_, T, N, _), S, H = q.shape, k.shape[1], self.size.head
         to_key, to_value = self._expanding(v.dtype)
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = jnp.broadcast_to((keys <= at) | (not causal), (len(q), T, S))
-        seen = seen if real is None else seen & real[:, None]
+        seen = seen if valid is None else seen & valid[:, None]
         out = []
         for n in range(N):
             s = jnp.einsum("bth,bsh->bts", q[:, :, n, :H], v @ to_key[:, n])

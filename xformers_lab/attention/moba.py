@@ -43,27 +43,27 @@ class Moba(Attention):
         super().__init__(size, rngs=rngs)
         self.block, self.chosen = block, chosen
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
         (T, H), S = q.shape, len(k)
         B, choices, C = self._geometry(S)
         at = jnp.arange(T) + S - T
-        real = in_blocks(jnp.ones(S, bool) if real is None else real, B, False)
+        valid = in_blocks(jnp.ones(S, bool) if valid is None else valid, B, False)
         keys, values = in_blocks(k, B), in_blocks(v, B)
-        means = _means(lax.stop_gradient(keys), real)
+        means = _means(lax.stop_gradient(keys), valid)
         given = lax.stop_gradient(q).astype(jnp.float32), jnp.maximum(at, 0) // B
-        choose = lambda given: _choose(given[0], given[1], means, real.any(1), choices, causal)
+        choose = lambda given: _choose(given[0], given[1], means, valid.any(1), choices, causal)
         chosen = lax.map(choose, given, batch_size=ROWS)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
         def added(of_block):
-            q_at, block, real = of_block
+            q_at, block, valid = of_block
             k_at = (block[:, None] * B + jnp.arange(B))[:, None]
-            hidden = hiding(real[:, None] & (k_at <= q_at) if causal else real[:, None])
+            hidden = hiding(valid[:, None] & (k_at <= q_at) if causal else valid[:, None])
             return hidden if bias is None else hidden + bias(q_at, k_at)
 
         sent = groups.sent(q * H**-0.5, choices), groups.sent(at, choices)[..., None]
         block = groups.block
-        out, lse = batched(sent[0], keys[block], values[block], added, (sent[1], block, real[block]))
+        out, lse = batched(sent[0], keys[block], values[block], added, (sent[1], block, valid[block]))
         out, lse = groups.returned(out, choices), groups.returned(lse, choices, EMPTY)
         return merged(out, lse, 1).astype(v.dtype)
 
@@ -72,20 +72,20 @@ class Moba(Attention):
         B = min(self.block, S)
         return B, min(self.chosen, -(-S // B)), max(8, B // 2)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         block, own = keys // self.block, jnp.maximum(at, 0) // self.block
         number = jnp.arange(-(-S // self.block))
-        member = (number[:, None] == block) & real
+        member = (number[:, None] == block) & valid
         mean = member @ k.astype(jnp.float32) / jnp.maximum(member.sum(1, keepdims=True), 1)
         gate = q.astype(jnp.float32) @ mean.T
         gate = jnp.where((number < own if causal else number != own) & member.any(1), gate, -jnp.inf)
         first, second = gate[:, None], gate[:, :, None]
         ahead = (first > second) | ((first == second) & (number < number[:, None]))
         chosen = ((ahead.sum(2) < self.chosen - 1) & (gate > -jnp.inf)) | (number == own)
-        seen = jnp.take_along_axis(chosen, jnp.broadcast_to(block, (T, S)), 1) & real
+        seen = jnp.take_along_axis(chosen, jnp.broadcast_to(block, (T, S)), 1) & valid
         return softmax(scores(q, k, bias), seen & (keys <= at) if causal else seen, v)
 
     def cost(self, T: int, S: int) -> Cost:
@@ -124,10 +124,10 @@ class Moba(Attention):
         return out, {"k": keys, "v": values, "sums": sums, "seen": at + 1}
 
 
-def _means(keys, real):
-    """(blocks, B, H) and (blocks, B) -> (blocks, H) in float32, over real positions."""
-    total = jnp.where(real[..., None], keys, 0).sum(1, dtype=jnp.float32)
-    return total / jnp.maximum(real.sum(1), 1)[:, None]
+def _means(keys, valid):
+    """(blocks, B, H) and (blocks, B) -> (blocks, H) in float32, over valid positions."""
+    total = jnp.where(valid[..., None], keys, 0).sum(1, dtype=jnp.float32)
+    return total / jnp.maximum(valid.sum(1), 1)[:, None]
 
 
 def _choose(q, own, means, there, choices: int, causal: bool):

@@ -11,11 +11,11 @@ from xformers_lab.attention._engine import gathered
 from xformers_lab.attention._engine.batch import hiding
 from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
 from xformers_lab.attention._engine.gathered import batched, grouped, in_blocks, scores_at_once
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._engine.windows import count, windows
-from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention._patterned import near_block
 from xformers_lab.attention._projected import Projected
 from xformers_lab.aux_results import Aux
@@ -112,17 +112,17 @@ class Nsa(Projected):
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         """What `attend` and `reference` compute for one head is the window; the other branches see a group of heads."""
         H, T = self.size.head, q.shape[1]
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "method": method}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "method": method}
         near, _, _ = super().mix(q[..., H:], k[..., 2 * H :], v[..., 2 * H :], **given)
-        far = self._far(q, k[..., : 2 * H], v[..., : 2 * H], real, causal, bias, method)
+        far = self._far(q, k[..., : 2 * H], v[..., : 2 * H], valid, causal, bias, method)
         gates = jnp.swapaxes(self._of_tokens(x, x_q, T)["gates"], 1, 2)
         return _gated(gates, [*jnp.moveaxis(far, 3, 0), near]).astype(v.dtype), carry, Aux()
 
-    def _far(self, q, k, v, real, causal: bool, bias, method: str):
+    def _far(self, q, k, v, valid, causal: bool, bias, method: str):
         """(B, T, N, 2H) and (B, S, K, 2H) -> (B, T, N, 2, H), the compressed and the selected branch.
 
         Groups choose alike, so a group is what is mapped. Its g query heads are those of one of the model's key heads,
@@ -134,27 +134,27 @@ class Nsa(Projected):
         k, v = (y.reshape(*y.shape[:2], K, -1, 2, H) for y in (k, v))
         bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), bias)
 
-        def group(q, k, v, _, real, bias):
+        def group(q, k, v, _, valid, bias):
             G = k.shape[1]
             bias = jax.tree.map(lambda leaf: leaf.reshape(G, -1, *leaf.shape[1:]), bias)
             q = q.reshape(T, G, -1, 2, H).transpose(3, 1, 0, 2, 4)  # (2, G, T, g, H)
             k, v = (y.transpose(2, 1, 0, 3) for y in (k, v))  # (2, G, S, H)
-            real = jnp.ones(k.shape[2], bool) if real is None else real
-            far = jnp.stack(one(q, k, v, real, causal, bias))
+            valid = jnp.ones(k.shape[2], bool) if valid is None else valid
+            far = jnp.stack(one(q, k, v, valid, causal, bias))
             return far.transpose(2, 1, 3, 0, 4).reshape(T, -1, 2, H), None
 
-        return over_heads(group, packed, k, v, None, real, bias, plan=plan_of(self.size))[0].reshape(B, T, N, 2, H)
+        return over_heads(group, packed, k, v, None, valid, bias, plan=plan_of(self.size))[0].reshape(B, T, N, 2, H)
 
-    def _group(self, q, k, v, real, causal: bool, bias):
+    def _group(self, q, k, v, valid, causal: bool, bias):
         """(2, G, T, g, H) and (2, G, S, H) -> two of (G, T, g, H)."""
-        keys, values = (jax.vmap(lambda x, i=i: self._compressed(x, real, i))(y[0]) for i, y in enumerate((k, v)))
-        compressed, chosen = self._first(q[0], keys, values, real, causal)
-        second = lambda q, k, v, bias: self._second(q, k, v, chosen, real, causal, bias)
+        keys, values = (jax.vmap(lambda x, i=i: self._compressed(x, valid, i))(y[0]) for i, y in enumerate((k, v)))
+        compressed, chosen = self._first(q[0], keys, values, valid, causal)
+        second = lambda q, k, v, bias: self._second(q, k, v, chosen, valid, causal, bias)
         return compressed, jax.vmap(second)(q[1], k[1], v[1], bias)
 
-    def _compressed(self, x, real, which: int):
+    def _compressed(self, x, valid, which: int):
         """(S, H) -> (slots, H)."""
-        there = windows(real, self.width, self.stride)
+        there = windows(valid, self.width, self.stride)
         return self._phi(windows(x, self.width, self.stride), there, which)
 
     def _phi(self, x, there, which: int):
@@ -163,13 +163,13 @@ class Nsa(Projected):
         x = jnp.where(there[..., None], x.astype(jnp.float32) + place, 0).reshape(len(x), -1)
         return weighted(jax.nn.gelu(weighted(x, hidden)), squeezed)
 
-    def _first(self, q, compressed, values, real, causal: bool):
+    def _first(self, q, compressed, values, valid, causal: bool):
         """The compressed branch (G, T, g, H), and the runs (T, choices) that each query chooses."""
-        (G, _, g, H), S, slots = q.shape, len(real), compressed.shape[1]
+        (G, _, g, H), S, slots = q.shape, len(valid), compressed.shape[1]
         ends = jnp.arange(slots) * self.stride + self.width - 1
         something_real = (
-            windows(real, self.width, self.stride).any(1),
-            in_blocks(real, self._geometry(S)[0], False).any(1),
+            windows(valid, self.width, self.stride).any(1),
+            in_blocks(valid, self._geometry(S)[0], False).any(1),
         )
 
         def row(q, at, keys):
@@ -214,42 +214,42 @@ class Nsa(Projected):
         both = np.minimum(begin + self.width, start[:, None] + run) - np.maximum(begin, start[:, None])
         return slot, (np.maximum(both, 0) / self.width).astype(np.float32)
 
-    def _second(self, q, k, v, chosen, real, causal: bool, bias):
+    def _second(self, q, k, v, chosen, valid, causal: bool, bias):
         """The selected branch of heads with the same keys: (T, g, H), (S, H) and runs (T, choices) -> (T, g, H)."""
         (T, g, H), S = q.shape, len(k)
         run, choices, C = self._geometry(S)
-        keys, values, real = in_blocks(k, run), in_blocks(v, run), in_blocks(real, run, False)
+        keys, values, valid = in_blocks(k, run), in_blocks(v, run), in_blocks(valid, run, False)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
         def added(of_block):
-            q_at, block, real = of_block
+            q_at, block, valid = of_block
             k_at = (block[:, None] * run + jnp.arange(run))[:, None]
-            hidden = hiding(real[:, None] & (k_at <= q_at) if causal else real[:, None])[:, :, None]
+            hidden = hiding(valid[:, None] & (k_at <= q_at) if causal else valid[:, None])[:, :, None]
             if bias is not None:
                 hidden = hidden + jnp.moveaxis(jax.vmap(lambda bias: bias(q_at, k_at))(bias), 0, 2)
             return jnp.broadcast_to(hidden, (len(block), C, g, run)).reshape(len(block), -1, run)
 
         at = groups.sent(jnp.arange(T) + S - T, choices)[..., None]
         sent, block = groups.sent(q * H**-0.5, choices).reshape(len(groups.block), -1, H), groups.block
-        out, lse = batched(sent, keys[block], values[block], added, (at, block, real[block]))
+        out, lse = batched(sent, keys[block], values[block], added, (at, block, valid[block]))
         back = lambda x, fill: groups.returned(x.reshape(-1, C, g, *x.shape[2:]), choices, fill)
         # As `merged`, with a product in place of its sum, which XLA:CPU makes a program of that crashes for two runs.
         # Choices last: XLA:CPU miscompiles sums of products over a middle axis of so many (see _engine/gated.py).
         weights = jax.nn.softmax(jnp.swapaxes(back(lse, EMPTY), 1, 2), -1)
         return jnp.einsum("tgc,tcgh->tgh", weights, back(out, 0))
 
-    def _group_by_definition(self, q, k, v, real, causal: bool, bias):
+    def _group_by_definition(self, q, k, v, valid, causal: bool, bias):
         (_, G, T, _, H), S, slots = q.shape, k.shape[2], count(k.shape[2], self.width, self.stride)
         at, runs = jnp.arange(S - T, S)[:, None], -(-S // self.select)
         member = np.arange(slots)[:, None] * self.stride + np.arange(self.width)
-        there = jnp.pad(real, (0, slots * self.stride + self.width))[member]
+        there = jnp.pad(valid, (0, slots * self.stride + self.width))[member]
 
         def phi(x, i):
             x = jnp.pad(x, ((0, slots * self.stride + self.width), (0, 0)))[member] + self.place[...][i]
             hidden = jnp.einsum("cph,phd->cd", x * there[..., None], self.hidden[...][i].reshape(-1, H, H))
             return jax.nn.gelu(hidden) @ self.squeezed[...][i]
 
-        k, v = (jnp.where(real[:, None], x, 0) for x in (k, v))
+        k, v = (jnp.where(valid[:, None], x, 0) for x in (k, v))
         seen = there.any(1) & (member[:, -1] <= at) if causal else jnp.broadcast_to(there.any(1), (T, slots))
         p = [masked_softmax(scores(q[0, i, :, j], phi(k[0, i], 0)), seen) for i in range(G) for j in range(q.shape[3])]
         first = [p @ phi(v[0, i // q.shape[3]], 1) for i, p in enumerate(p)]
@@ -258,12 +258,12 @@ class Nsa(Projected):
         always = [(number == own - 1, 10), (number == 0, 20), (number == own, 30)]
         for which, more in always:
             importance = jnp.where(which, len(p) * more, importance)
-        found = jnp.pad(real, (0, -S % self.select)).reshape(runs, -1).any(1)
+        found = jnp.pad(valid, (0, -S % self.select)).reshape(runs, -1).any(1)
         importance = jnp.where(found & (number <= own) if causal else found, importance, -1)
         one, other = importance[:, :, None], importance[:, None]
         ahead = (other > one) | ((other == one) & (number < number[:, None]))
         chosen = (ahead.sum(2) < self.chosen) & (importance >= 0)
-        seen = jnp.repeat(chosen, self.select, 1)[:, :S] & real
+        seen = jnp.repeat(chosen, self.select, 1)[:, :S] & valid
         seen = seen & (jnp.arange(S) <= at) if causal else seen
         of = lambda i, j: jax.tree.map(lambda leaf: leaf[i, j], bias)
         heads = [(i, j) for i in range(G) for j in range(q.shape[3])]

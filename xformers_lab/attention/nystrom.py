@@ -59,36 +59,36 @@ class Nystrom(Attention):
     def per_head(self):
         return {"taps": None if self.taps is None else self.taps[...]}
 
-    def attend(self, q, k, v, *, real=None, taps=None):
+    def attend(self, q, k, v, *, valid=None, taps=None):
         if q.shape[0] != k.shape[0]:
             raise Refused(
                 f"nystrom takes as many queries as keys, got {q.shape[0]} and {k.shape[0]}: "
                 "its landmarks are runs of the same sequence; use linformer or another attention"
             )
-        return jax.checkpoint(self._attend)(q, k, v, real, taps)
+        return jax.checkpoint(self._attend)(q, k, v, valid, taps)
 
-    def _attend(self, q, k, v, real, taps):
-        member = segments(real, len(q), min(self.landmarks, len(q)))
-        there = None if real is None else member.any(1)
+    def _attend(self, q, k, v, valid, taps):
+        member = segments(valid, len(q), min(self.landmarks, len(q)))
+        there = None if valid is None else member.any(1)
         q_mean, k_mean = means(q, member).astype(q.dtype), means(k, member).astype(q.dtype)
         middle = probabilities(q_mean, k_mean, there)
         if there is not None:
             middle = jnp.where(there[:, None], middle, jnp.eye(len(middle)))
-        right = jnp.dot(probabilities(q_mean, k, real).astype(v.dtype), v, **EXACT)
+        right = jnp.dot(probabilities(q_mean, k, valid).astype(v.dtype), v, **EXACT)
         if there is not None:
             right = jnp.where(there[:, None], right, 0)
         out = jnp.dot(probabilities(q, k_mean, there), inverse(middle, self.iterations) @ right)
         if taps is not None:
-            out += _convolved(v if real is None else jnp.where(real[:, None], v, 0), taps)
+            out += _convolved(v if valid is None else jnp.where(valid[:, None], v, 0), taps)
         return out.astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, taps=None):
+    def reference(self, q, k, v, *, valid=None, taps=None):
         T = len(q)
         if len(k) != T:
             raise Refused("nystrom takes as many queries as keys")
-        real = jnp.ones(T, bool) if real is None else real
-        m, number = min(self.landmarks, T), jnp.cumsum(real) - 1
-        of_run = [real & (number * m // jnp.maximum(real.sum(), 1) == run) for run in range(m)]
+        valid = jnp.ones(T, bool) if valid is None else valid
+        m, number = min(self.landmarks, T), jnp.cumsum(valid) - 1
+        of_run = [valid & (number * m // jnp.maximum(valid.sum(), 1) == run) for run in range(m)]
         mean = lambda x, run: jnp.where(run[:, None], x, 0).sum(0) / jnp.maximum(run.sum(), 1)
         q_mean, k_mean = (jnp.stack([mean(x, run) for run in of_run]) for x in (q, k))
         there = jnp.stack(of_run).any(1)
@@ -102,9 +102,9 @@ class Nystrom(Attention):
         for _ in range(self.iterations):
             # The polynomial nested: powers of a z would lose what is small.
             z = z @ (13 * jnp.eye(m) - a @ z @ (15 * jnp.eye(m) - a @ z @ (7 * jnp.eye(m) - a @ z))) / 4
-        out = softmax(q, k_mean, there) @ (z @ (softmax(q_mean, k, real) * there[:, None] @ v))
+        out = softmax(q, k_mean, there) @ (z @ (softmax(q_mean, k, valid) * there[:, None] @ v))
         if taps is not None:
-            padded = jnp.pad(jnp.where(real[:, None], v, 0), ((self.kernel // 2,) * 2, (0, 0)))
+            padded = jnp.pad(jnp.where(valid[:, None], v, 0), ((self.kernel // 2,) * 2, (0, 0)))
             out += sum(taps[tap] * padded[tap : tap + T] for tap in range(self.kernel))
         return out.astype(v.dtype)
 
@@ -119,7 +119,7 @@ class Nystrom(Attention):
         return {"landmarks": length, "iterations": 20, "kernel": 0}
 
     # In float32 the inverse of a matrix of softmax scores is good for four digits on rows that are its own, as those of
-    # real queries are in the limit, and for two on others, the rows of padding.
+    # valid queries are in the limit, and for two on others, the rows of padding.
     limit_error = 0.02
 
 

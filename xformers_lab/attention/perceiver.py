@@ -8,8 +8,8 @@ from jax import lax
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
@@ -59,12 +59,12 @@ class Perceiver(Attention):
             Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
         )
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """What queries look at are values of their own, of states behind a norm."""
-        damp(share, self.latent_value, self.out)
+        scale_init(share, self.latent_value, self.out)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
             raise Refused(why_not(type(self), "causal"))
@@ -72,14 +72,14 @@ class Perceiver(Attention):
             raise Refused(why_not(type(self), "bias"))
         B, shape = q.shape[0], self.latents.shape
         L = jnp.broadcast_to(self.latents[...].astype(k.dtype), (B, *shape))
-        L = self.look(L, k, v, real, method=method)
+        L = self.look(L, k, v, valid, method=method)
         if self.talk is not None:
             graph, variables = nnx.split(self.talk)
             step = lambda L, _: (nnx.merge(graph, variables)(L, method=method), None)
             L = lax.scan(jax.checkpoint(step), L, length=self.steps)[0]
         L = self.norm(L)
         heads = lambda y: y.reshape(B, shape[0], -1, self.size.head).astype(k.dtype)
-        there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, shape[0]))
+        there = None if valid is None else jnp.broadcast_to(valid.any(1, keepdims=True), (B, shape[0]))
         how = {"method": method, "plan": plan_of(self.size)}
         out = attended(q, heads(self.latent_key(L)), heads(self.latent_value(L)), there, **how)
         return out.astype(v.dtype), carry, Aux()
@@ -101,11 +101,11 @@ class _Part(nnx.Module):
         self.grow, self.shrink = (Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
         self.norm, self.mlp_norm = (nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
 
-    def __call__(self, L, k=None, v=None, real=None, *, method: str):
+    def __call__(self, L, k=None, v=None, valid=None, *, method: str):
         y = self.norm(L)
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head).astype(L.dtype)
         if k is None and self.key is not None and self.value is not None:
             k, v = heads(self.key(y)), heads(self.value(y))
-        found = attended(heads(self.query(y)), k, v, real, method=method, plan=plan_of(self.size))
+        found = attended(heads(self.query(y)), k, v, valid, method=method, plan=plan_of(self.size))
         L = L + self.out(found.reshape(L.shape)).astype(L.dtype)
         return L + self.shrink(jax.nn.gelu(self.grow(self.mlp_norm(L)))).astype(L.dtype)

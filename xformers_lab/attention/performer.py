@@ -95,12 +95,12 @@ class Performer(Attention):
     def per_head(self):
         return {"projection": self.projection[...]}
 
-    def attend(self, q, k, v, *, real=None, causal, projection, key=None):
-        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, real, self._rows(projection, key), causal)
+    def attend(self, q, k, v, *, valid=None, causal, projection, key=None):
+        return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, valid, self._rows(projection, key), causal)
 
-    def _attend(self, q, k, v, real, W, causal):
+    def _attend(self, q, k, v, valid, W, causal):
         (q, _), (k, log) = self._map(q, W, key=False), self._map(k, W, key=True)
-        given = {"real": real, "causal": causal, "chunk": self.chunk}
+        given = {"valid": valid, "causal": causal, "chunk": self.chunk}
         out, total = sums(q, k, v, log=log, **given)
         if self.epsilon:
             # Added to every feature of every key alike, it weighs all keys by the sum of the query's features.
@@ -126,11 +126,11 @@ class Performer(Attention):
         phi = phi * jnp.exp(-half)
         return (phi, log) if key else (phi + self.epsilon, log)
 
-    def reference(self, q, k, v, *, real=None, causal, projection, key=None):
+    def reference(self, q, k, v, *, valid=None, causal, projection, key=None):
         T, S = q.shape[0], k.shape[0]
         W = self._rows(projection, key)
         seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
-        seen = seen if real is None else seen & real
+        seen = seen if valid is None else seen & valid
         q, k = (x * self.size.head**-0.25 for x in (q, k))
         if self.kernel == "relu":
             weights = (jax.nn.relu(q @ W.T) + FLOOR) @ (jax.nn.relu(k @ W.T) + FLOOR).T * seen

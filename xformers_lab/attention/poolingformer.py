@@ -9,10 +9,10 @@ from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.chunks import largest_array
 from xformers_lab.attention._engine.dense import MASKED, softmax
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.rows import masked_softmax
 from xformers_lab.attention._engine.windows import Windows, count, windows
-from xformers_lab.attention._heads import over_heads
 from xformers_lab.attention.local import Local
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
@@ -83,34 +83,34 @@ class Poolingformer(Local):
         self.weigh = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5) if learned else None
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         T, S = q.shape[1], k.shape[1]
         if T != S:
             raise Refused(f"poolingformer pools the outputs of its first level: {T} queries need {T} keys, got {S}")
-        y, carry, aux = super().mix(q, k, v, real=real, causal=causal, bias=bias, carry=carry, method=method)
+        y, carry, aux = super().mix(q, k, v, valid=valid, causal=causal, bias=bias, carry=carry, method=method)
         if not self.reach:
             return y, carry, aux
         second = self._second_level if method == "attend" else self._by_definition
         q, k, v = self._projected(y)
-        return (y + second(q, k, v, real, causal)).astype(y.dtype), carry, aux
+        return (y + second(q, k, v, valid, causal)).astype(y.dtype), carry, aux
 
     def _projected(self, y):
         """Queries, keys and values of the second level from the first's outputs (B, T, N, H)."""
         flat = y.reshape(*y.shape[:2], -1)
         return [linear(flat).reshape(*y.shape[:2], -1, self.size.head).astype(y.dtype) for linear in self.second]
 
-    def _second_level(self, q, k, v, real, causal: bool):
+    def _second_level(self, q, k, v, valid, causal: bool):
         S, slots = k.shape[1], count(k.shape[1], self.kernel, self.stride)
-        there = jnp.ones((1, S), bool) if real is None else real
+        there = jnp.ones((1, S), bool) if valid is None else valid
         there = jax.vmap(self._windows)(there)  # (B or 1, slots, kernel)
         keys, values = (jax.checkpoint(self._pools, static_argnums=2)(x, there, i) for i, x in enumerate((k, v)))
         pattern, blocks = self._seen(S, causal), self._second_blocks(S, slots)
 
-        def one(q, k, v, _, real, __):
-            return block_sparse(q, k, v, pattern=pattern, real=real, blocks=blocks), None
+        def one(q, k, v, _, valid, __):
+            return block_sparse(q, k, v, pattern=pattern, valid=valid, blocks=blocks), None
 
-        some = None if real is None else there.any(2)
+        some = None if valid is None else there.any(2)
         return over_heads(one, q, keys, values, None, some, None, plan=plan_of(self.size))[0]
 
     def _windows(self, x):
@@ -143,11 +143,11 @@ class Poolingformer(Local):
         pools = max(1, min(slots, 128 // self.stride))
         return min(S, pools * self.stride), pools
 
-    def _by_definition(self, q, k, v, real, causal: bool):
+    def _by_definition(self, q, k, v, valid, causal: bool):
         (B, S), slots = k.shape[:2], count(k.shape[1], self.kernel, self.stride)
         member = np.arange(slots)[:, None] * self.stride + np.arange(self.kernel)  # (slots, kernel)
         exists = jnp.asarray(member < S)
-        there = exists & (jnp.ones((B, S), bool) if real is None else real)[:, np.minimum(member, S - 1)]
+        there = exists & (jnp.ones((B, S), bool) if valid is None else valid)[:, np.minimum(member, S - 1)]
         keys, values = (self._pooled(x[:, np.minimum(member, S - 1)], there, i) for i, x in enumerate((k, v)))
         apart = member - np.arange(S)[:, None, None]  # (T, slots, kernel)
         near = (apart <= 0) & (apart >= -self.reach) if causal else (abs(apart) <= self.reach) | (member >= S)

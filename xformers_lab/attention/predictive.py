@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Behind, Complexity, Cost
+from xformers_lab.attention import Attention, Complexity, Cost, ShiftedBias
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores, softmax
-from xformers_lab.attention._heads import over_heads
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.plan import plan_of
@@ -64,47 +64,47 @@ class Predictive(Attention):
         return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         (B, T), S = q.shape[:2], k.shape[1]
         if T != S:
             raise Refused(f"predictive reads the scores of neighbouring queries: {T} queries need {T} keys, got {S}")
         below, layers = self.initial_carry(B, T, S) if carry is None else carry
-        real = jnp.ones((B, S), bool) if real is None else real
+        valid = jnp.ones((B, S), bool) if valid is None else valid
         plan = plan_of(self.size)
         if method == "reference":
-            new = self._by_definition(q, k, real, causal, below, layers)
+            new = self._by_definition(q, k, valid, causal, below, layers)
         else:
-            valid = real[:, None, None] & real[:, None, :, None]
-            valid = valid & jnp.tri(T, dtype=bool) if causal else valid
-            evolved = jax.checkpoint(lambda s, below: self._evolved(self._blend(s, below), valid, causal))
+            readable = valid[:, None, None] & valid[:, None, :, None]
+            readable = readable & jnp.tri(T, dtype=bool) if causal else readable
+            evolved = jax.checkpoint(lambda s, below: self._evolved(self._blend(s, below), readable, causal))
             dots = functools.partial(_dot_products, causal=causal)
             s = over_heads(dots, q, k, v, None, None, None, plan=plan)[1]
             new = lax.cond(layers == 0, lambda s, below: s, evolved, s, below)
 
-        def attended(q, k, v, s, real, bias):
+        def attended(q, k, v, s, valid, bias):
             def block(s, at, keys):
-                p = maps.weights(maps.biased(s[:, :keys], bias, at), maps.seen_from(at, keys, real, causal))
+                p = maps.weights(maps.biased(s[:, :keys], bias, at), maps.seen_from(at, keys, valid, causal))
                 return maps.weighted(p, v[:keys]).astype(v.dtype)
 
             return maps.by_blocks(block, s, S, causal), None
 
-        def defined(q, k, v, s, real, bias):
-            seen = (jnp.tri(T, dtype=bool) if causal else jnp.ones((T, T), bool)) & real[None]
+        def defined(q, k, v, s, valid, bias):
+            seen = (jnp.tri(T, dtype=bool) if causal else jnp.ones((T, T), bool)) & valid[None]
             s = s if bias is None else s + bias(jnp.arange(T)[:, None], jnp.arange(S)[None])
             return maps.by_definition(s, seen, v)[0], None
 
-        out = over_heads(attended if method == "attend" else defined, q, k, v, new, real, bias, plan=plan)[0]
+        out = over_heads(attended if method == "attend" else defined, q, k, v, new, valid, bias, plan=plan)[0]
         return out, (new, layers + 1), Aux()
 
     def _blend(self, s, below):
         return self.residual * below + (1 - self.residual) * s
 
-    def _evolved(self, blend, valid, causal: bool):
-        """A of I (B, N, T, S) where valid (B, 1, T, S) marks what the convolution may read."""
+    def _evolved(self, blend, readable, causal: bool):
+        """A of I (B, N, T, S) where readable (B, 1, T, S) marks what the convolution may read."""
         r = self.around
         kernel = self.kernel[: r + 1] if causal else self.kernel[...]
-        return self._add_convolution(blend, jnp.where(valid, blend, 0), kernel, (r, 0 if causal else r))
+        return self._add_convolution(blend, jnp.where(readable, blend, 0), kernel, (r, 0 if causal else r))
 
     def _add_convolution(self, blend, read, kernel, rows: tuple[int, int]):
         columns = (self.around, self.around)
@@ -113,14 +113,14 @@ class Predictive(Attention):
         found = jax.nn.relu(found + self.level[:, None, None])
         return self.convolved * found + (1 - self.convolved) * blend
 
-    def _by_definition(self, q, k, real, causal: bool, below, layers):
+    def _by_definition(self, q, k, valid, causal: bool, below, layers):
         """A (B, N, T, S), tap by tap."""
         T, r = q.shape[1], self.around
         k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
         s = jax.vmap(jax.vmap(scores))(jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2))
         blend = self.residual * below + (1 - self.residual) * s
         t, u = jnp.arange(T)[:, None], jnp.arange(T)[None]
-        there = real[:, None, :, None] & real[:, None, None] & ((u <= t) | (not causal))
+        there = valid[:, None, :, None] & valid[:, None, None] & ((u <= t) | (not causal))
         read = jnp.pad(jnp.where(there, blend, 0), ((0, 0), (0, 0), (r, r), (r, r)))
         found = self.level[:, None, None]
         for down in range(r + 1 if causal else 2 * r + 1):
@@ -148,22 +148,22 @@ class Predictive(Attention):
         k, v = (jnp.concatenate([cache[name][:, 1:], new[:, None]], 1) for name, new in (("k", k), ("v", v)))
         (B, S), N, seen = k.shape[:2], q.shape[1], cache["seen"] + 1
         below, layers = self.initial_carry(B, 1, S) if carry is None else carry
-        real = jnp.arange(S) >= S - seen
+        valid = jnp.arange(S) >= S - seen
         dots, plan = functools.partial(_dot_products, causal=True), plan_of(self.size)
         s = over_heads(dots, q[:, None], k, v, None, None, None, plan=plan)[1]
         blend = self._blend(s, below)
         # Positions have moved on by one since the rows of earlier queries were kept.
         kept = jnp.pad(cache["rows"][..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-        read = jnp.concatenate([kept, jnp.where(real, blend, 0)], 2)
+        read = jnp.concatenate([kept, jnp.where(valid, blend, 0)], 2)
         evolved = self._add_convolution(blend, read, self.kernel[: self.around + 1], (0, 0))
         new = jnp.where(layers == 0, s, evolved)
 
         if bias is not None:  # the newest row stands last, whatever its position
-            bias = Behind(bias, jnp.full(N, S - seen))
+            bias = ShiftedBias(bias, jnp.full(N, S - seen))
 
         def one(q, k, v, s, of_sample, bias):
             s = s if bias is None else s + bias(jnp.full((1, 1), S - 1), jnp.arange(S)[None])
-            return softmax(s, real, v), None
+            return softmax(s, valid, v), None
 
         out = over_heads(one, q[:, None], k, v, new, None, bias, plan=plan)[0]
         cache = {"k": k, "v": v, "seen": seen, "rows": read[:, :, 1:]}

@@ -27,12 +27,12 @@ class Realformer(Attention):
     def init_carry(self, T: int, S: int):
         return jnp.zeros((T, S), jnp.float32)
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, carry):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):
         S = k.shape[0]
 
         def block(given, at, keys):
             q, below = given
-            seen = maps.seen_from(at, keys, real, causal)
+            seen = maps.seen_from(at, keys, valid, causal)
             # What no query may see is handed on as zero: it is never used, and padding may hold anything.
             s = jnp.where(seen, maps.products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)
             out = maps.weighted(maps.weights(maps.biased(s, bias, at), seen), v[:keys])
@@ -40,10 +40,10 @@ class Realformer(Attention):
 
         return maps.by_blocks(block, (q, carry), S, causal)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, carry):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
-        seen = seen if real is None else seen & real[None]
+        seen = seen if valid is None else seen & valid[None]
         carry = jnp.where(seen, scores(q, k) + carry, 0)
         return maps.by_definition(carry + (scores(q, k, bias) - scores(q, k)), seen, v)[0], carry
 

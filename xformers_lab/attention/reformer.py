@@ -101,21 +101,21 @@ class Reformer(Attention):
                 f"reformer:across={self.across} cannot be causal: {reason}; use across=bucket or model=encoder"
             )
 
-    def attend(self, q, k, v, *, real=None, causal, rotations, bias=None):
+    def attend(self, q, k, v, *, valid=None, causal, rotations, bias=None):
         if len(q) != len(k):
             raise Refused(f"reformer has one projection for queries and keys, so {len(q)} of {len(k)} cannot ask")
         self._check(causal)
         T, C, R = len(q), min(self.chunk, len(q)), self.rounds
         buckets = self._buckets(q, rotations)
-        buckets = buckets if real is None else jnp.where(real, buckets, self._number())
+        buckets = buckets if valid is None else jnp.where(valid, buckets, self._number())
         order = jax.vmap(lambda bucket: order_by(bucket, self._number() + 1))(buckets)
         place = jax.vmap(lambda order: jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T)))(order)
         # i sees j where code i - code j is 0 to `width`: the code holds the bucket and the place in the order.
         # Across buckets it holds the chunk alone, and chunks are a ring of those that are no padding.
         width = C if causal else 1
         codes = place + (C + 1) * buckets if causal else place // C + 2 * buckets * (self.across == "bucket")
-        last = None if self.across == "bucket" else (T - 1 if real is None else jnp.maximum(real.sum() - 1, 0)) // C
-        codes = codes if real is None else jnp.where(real, codes, NOWHERE)
+        last = None if self.across == "bucket" else (T - 1 if valid is None else jnp.maximum(valid.sum() - 1, 0)) // C
+        codes = codes if valid is None else jnp.where(valid, codes, NOWHERE)
         codes = jnp.stack([jnp.roll(codes, -r, 0).T for r in range(R)])  # (R, T, R), the round's own code first
         blocks = jax.vmap(lambda order: in_blocks(order, C, T))(order)  # (R, n, C)
 
@@ -156,14 +156,14 @@ class Reformer(Attention):
         back = lambda x: jax.vmap(lambda x, place: x[place])(x.reshape(R, -1, *x.shape[2:]), place)
         return merged(back(out), back(lse), 0).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, rotations, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, rotations, bias=None):
         T, at = len(q), jnp.arange(len(q))
         if len(k) != T:
             raise Refused("reformer takes as many queries as keys")
         self._check(causal)
-        real = jnp.ones(T, bool) if real is None else real
+        valid = jnp.ones(T, bool) if valid is None else valid
         seen = jnp.zeros((T, T), bool)
-        for bucket in jnp.where(real, self._buckets(q, rotations), self._number()):
+        for bucket in jnp.where(valid, self._buckets(q, rotations), self._number()):
             first = (bucket[:, None] > bucket) | ((bucket[:, None] == bucket) & (at[:, None] > at))
             place = first.sum(1)  # in the order by bucket and position
             same, chunk = bucket[:, None] == bucket, place // self.chunk
@@ -172,12 +172,12 @@ class Reformer(Attention):
             else:
                 near = (chunk == chunk[:, None]) | (chunk + 1 == chunk[:, None])
             if self.across == "chunk":
-                ring = jnp.maximum(-(-real.sum() // self.chunk), 1)
+                ring = jnp.maximum(-(-valid.sum() // self.chunk), 1)
                 same, near = True, (chunk[:, None] - chunk) % ring <= 1
-            seen |= same & near & real & real[:, None]
+            seen |= same & near & valid & valid[:, None]
         own = jnp.eye(T, dtype=bool)
         seen &= ~own
-        seen |= own & ~seen.any(1, keepdims=True) & real
+        seen |= own & ~seen.any(1, keepdims=True) & valid
         s = jnp.dot(q, _unit(q).T, preferred_element_type=jnp.float32)
         return softmax(s if bias is None else s + bias(at[:, None], at[None]), seen, v)
 

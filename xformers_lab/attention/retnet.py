@@ -42,11 +42,11 @@ class Retnet(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, real=None, causal, decay, gate):
-        return gated(self.forward(q, self._keys(q, k, v, decay), real, causal), gate, v.dtype)
+    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
+        return gated(self.forward(q, self._keys(q, k, v, decay), valid, causal), gate, v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, decay, gate):
-        return gated(self.by_definition(q, self._keys(q, k, v, decay), real, causal), gate, v.dtype)
+    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
+        return gated(self.by_definition(q, self._keys(q, k, v, decay), valid, causal), gate, v.dtype)
 
     def _keys(self, q, k, v, decay):
         return {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": jnp.full(len(k), decay)}

@@ -79,21 +79,21 @@ class Rfa(Attention):
             return {"decay": None}
         return {"decay": jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32))}
 
-    def attend(self, q, k, v, *, real=None, causal, projection, spread, decay=None, key=None):
+    def attend(self, q, k, v, *, valid=None, causal, projection, spread, decay=None, key=None):
         W = self._rows(projection, key) * spread
-        return jax.checkpoint(self._attend, static_argnums=6)(q, k, v, W, real, decay, causal)
+        return jax.checkpoint(self._attend, static_argnums=6)(q, k, v, W, valid, decay, causal)
 
-    def _attend(self, q, k, v, W, real, decay, causal):
+    def _attend(self, q, k, v, W, valid, decay, causal):
         q, k, wide = self._map(q, W), self._map(k, W), v.astype(jnp.float32)
         if decay is None:
-            out, total = sums(q, k, wide, real=real, causal=causal, chunk=self.chunk)
-            weight = _seen(jnp.ones(len(k)), len(q), real, causal)
+            out, total = sums(q, k, wide, valid=valid, causal=causal, chunk=self.chunk)
+            weight = _seen(jnp.ones(len(k)), len(q), valid, causal)
         else:
             self._one_way(causal)
             keys = {"k": k, "v": jnp.pad(wide, ((0, 0), (0, 1)), constant_values=1), "decay": decay}
-            both = aligned(self._faded, q, keys, real)
+            both = aligned(self._faded, q, keys, valid)
             out, total = both[:, :-1], both[:, -1]
-            weight = -jnp.expm1(_seen(decay, len(q), real, causal))
+            weight = -jnp.expm1(_seen(decay, len(q), valid, causal))
         return self._divided(out, total, weight).astype(v.dtype)
 
     def _faded(self, q, k, v, decay):
@@ -114,15 +114,15 @@ class Rfa(Attention):
     def _divided(self, out, total, weight):
         return divided(out, total if self.kernel == "arccos" else jnp.maximum(total, FLOOR * weight))
 
-    def reference(self, q, k, v, *, real=None, causal, projection, spread, decay=None, key=None):
+    def reference(self, q, k, v, *, valid=None, causal, projection, spread, decay=None, key=None):
         T, S = len(q), len(k)
         W = self._rows(projection, key) * spread
         seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
-        seen = seen if real is None else seen & real
+        seen = seen if valid is None else seen & valid
         share = seen.astype(jnp.float32)  # what is left of each key, and what was taken of it
         if decay is not None:
             self._one_way(causal)
-            decay = decay if real is None else jnp.where(real, decay, 0)
+            decay = decay if valid is None else jnp.where(valid, decay, 0)
             fall = jnp.cumsum(decay)
             now = fall[jnp.maximum(jnp.arange(T) + S - T, 0)][:, None]
             share = jnp.exp(jnp.where(seen, now - fall, -jnp.inf)) * (1 - jnp.exp(decay))
@@ -156,9 +156,9 @@ class Rfa(Attention):
         return self._divided(both[None, :-1], both[None, -1], state["weight"])[0].astype(v.dtype), state
 
 
-def _seen(x, T: int, real, causal: bool):
-    """(T,) sums of x (S,) over the real keys that each query sees."""
-    x = x if real is None else jnp.where(real, x, 0)
+def _seen(x, T: int, valid, causal: bool):
+    """(T,) sums of x (S,) over the valid keys that each query sees."""
+    x = x if valid is None else jnp.where(valid, x, 0)
     if not causal:
         return jnp.broadcast_to(x.sum(), (T,))
     total, S = jnp.cumsum(x), len(x)

@@ -73,21 +73,21 @@ class Routing(Attention):
         return {"centroids": lax.stop_gradient(self.centroids[...])}
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         out = super().mix(q, k, v, **given, method=method)
         if key is not None:
-            self.centroids[...] = self._moved(q, k, real)
+            self.centroids[...] = self._moved(q, k, valid)
         return out
 
-    def _moved(self, q, k, real):
+    def _moved(self, q, k, valid):
         """The centroids after a training step on queries (B, T, N, H) and keys (B, S, K, H)."""
-        real = jnp.ones(k.shape[:2], bool) if real is None else real
-        asked = real if q.shape[1] == k.shape[1] else jnp.ones(q.shape[:2], bool)
+        valid = jnp.ones(k.shape[:2], bool) if valid is None else valid
+        asked = valid if q.shape[1] == k.shape[1] else jnp.ones(q.shape[:2], bool)
         k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
         rows = lambda x: lax.stop_gradient(x).swapaxes(1, 2).swapaxes(0, 1).reshape(x.shape[2], -1, x.shape[3])
-        rows, there = jnp.concatenate([rows(q), rows(k)], 1), jnp.concatenate([asked.reshape(-1), real.reshape(-1)])
+        rows, there = jnp.concatenate([rows(q), rows(k)], 1), jnp.concatenate([asked.reshape(-1), valid.reshape(-1)])
 
         def head(given):
             rows, centroids = given
@@ -106,11 +106,11 @@ class Routing(Attention):
 
         return lax.map(head, (rows, self.centroids[...]))
 
-    def attend(self, q, k, v, *, real=None, causal, centroids, bias=None):
+    def attend(self, q, k, v, *, valid=None, causal, centroids, bias=None):
         S = len(k)
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         route = self._newest if causal else self._best
-        (keys, values, k_code, k_at), chosen, q_code = route(q, k, v, real, centroids)
+        (keys, values, k_code, k_at), chosen, q_code = route(q, k, v, valid, centroids)
         at = jnp.arange(len(q)) + S - len(q)
         groups = grouped(chosen, len(keys), self._size(S))
         block, width = groups.block, min(self.window, S)
@@ -130,27 +130,27 @@ class Routing(Attention):
         """Queries in a group."""
         return max(8, min(self.window, S) // 2)
 
-    def _best(self, q, k, v, real, centroids):
+    def _best(self, q, k, v, valid, centroids):
         """Blocks of the best keys of every cluster; which block a query asks, and its code."""
         S, W = len(k), min(self.window, len(k))
         unit = _unit(lax.stop_gradient(k))
 
         def members(centroid):
-            near, at = lax.top_k(jnp.where(real, unit @ centroid, -jnp.inf), W)
+            near, at = lax.top_k(jnp.where(valid, unit @ centroid, -jnp.inf), W)
             return at, jnp.where(near > -jnp.inf, 0, NOWHERE)
 
         k_at, code = lax.map(members, _unit(centroids), batch_size=max(1, ROWS * self.clusters // S))
         chosen = _nearest(q, centroids)
         return (k[k_at], v[k_at], code, k_at), chosen, jnp.zeros_like(chosen)
 
-    def _newest(self, q, k, v, real, centroids):
+    def _newest(self, q, k, v, valid, centroids):
         """The same causally. Keys are sorted by cluster and position and cut into blocks, of which a query asks the one
         that ends its window, together with the one before. A code is a place in this order, with gaps between clusters
         that no window reaches over."""
         T, S, W = len(q), len(k), min(self.window, len(k))
-        asked, cluster = _nearest(q, centroids), jnp.where(real, _nearest(k, centroids), self.clusters)
+        asked, cluster = _nearest(q, centroids), jnp.where(valid, _nearest(k, centroids), self.clusters)
         order = order_by(cluster, self.clusters + 1)
-        code = jnp.where(real[order], cluster[order] * W + jnp.arange(S), NOWHERE)
+        code = jnp.where(valid[order], cluster[order] * W + jnp.arange(S), NOWHERE)
         # The newest key of its cluster that a query may see, or where there is none, one of a cluster before.
         last = asked * S + jnp.maximum(jnp.arange(T) + S - T, -1)
         place = jnp.searchsorted((cluster * S)[order] + order, last, side="right") - 1
@@ -163,19 +163,19 @@ class Routing(Attention):
 
         return (pairs(k[order]), pairs(v[order]), pairs(code, NOWHERE), pairs(order)), chosen, place + asked * W
 
-    def reference(self, q, k, v, *, real=None, causal, centroids, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, centroids, bias=None):
         T, S = len(q), len(k)
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)
         near_q, near_k = (_unit(x) @ _unit(centroids).T for x in (q, k))  # (T, clusters), (S, clusters)
         cluster = near_q.argmax(1)
         if causal:
-            same = (near_k.argmax(1) == cluster[:, None]) & (keys <= at) & real
+            same = (near_k.argmax(1) == cluster[:, None]) & (keys <= at) & valid
             seen = same & (jnp.cumsum(same[:, ::-1], 1)[:, ::-1] <= self.window)
         else:
-            near = jnp.where(real, near_k[:, :, None].T, -jnp.inf)[0]  # (clusters, S)
+            near = jnp.where(valid, near_k[:, :, None].T, -jnp.inf)[0]  # (clusters, S)
             best = jnp.argsort(jnp.argsort(-near, 1, stable=True), 1) < self.window
-            seen = best[cluster] & real
+            seen = best[cluster] & valid
         return softmax(scores(q, k, bias), seen, v)
 
     def cost(self, T: int, S: int) -> Cost:

@@ -55,7 +55,7 @@ class Rwkv(Recurrent):
         share = (self.share_k[...], self.share_v[...]) if self.shift == "one" else None
         return {"decay": jnp.exp(self.decay[...]), "bonus": self.bonus[...], "share": share}
 
-    def attend(self, q, k, v, *, real=None, causal, decay, bonus, share):
+    def attend(self, q, k, v, *, valid=None, causal, decay, bonus, share):
         self.one_way(causal)
 
         def forward(wide, decay, bonus, share):
@@ -65,7 +65,7 @@ class Rwkv(Recurrent):
                 k, v = _shifted(k, v, share)
                 return jax.nn.sigmoid(q) * self._means(k, v, there, decay, bonus)
 
-            return aligned(run, q, {"k": k, "v": v, "there": jnp.ones(len(k))}, real)
+            return aligned(run, q, {"k": k, "v": v, "there": jnp.ones(len(k))}, valid)
 
         wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
         return jax.checkpoint(forward)(wide, decay, bonus, share).astype(v.dtype)
@@ -94,17 +94,17 @@ class Rwkv(Recurrent):
         seen = _merged(before, tuple(x.swapaxes(0, 1) for x in inside))
         return _mean(_merged(seen, _one(k + bonus, v, there))).reshape(-1, k.shape[-1])[:S]
 
-    def reference(self, q, k, v, *, real=None, causal, decay, bonus, share):
+    def reference(self, q, k, v, *, valid=None, causal, decay, bonus, share):
         self.one_way(causal)
         T, S = len(q), len(k)
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        k, v = _shifted(*(jnp.where(real[:, None], x, 0) for x in (k, v)), share)
+        k, v = _shifted(*(jnp.where(valid[:, None], x, 0) for x in (k, v)), share)
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
-        number = jnp.cumsum(real)
-        apart = number[jnp.maximum(at - 1, 0)] - number  # real keys behind s and before t
+        number = jnp.cumsum(valid)
+        apart = number[jnp.maximum(at - 1, 0)] - number  # valid keys behind s and before t
         logs = jnp.where((keys == at)[..., None], k + bonus, k - decay * apart[..., None])  # (T, S, H)
-        seen = ((keys <= at) & real)[..., None]
+        seen = ((keys <= at) & valid)[..., None]
         logs = jnp.where(seen, logs, NOTHING)
         weights = jnp.exp(logs - logs.max(1, keepdims=True)) * seen
         total = weights.sum(1)

@@ -7,8 +7,8 @@ from flax import nnx
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.plan import plan_of
 from xformers_lab.size import Size
@@ -48,12 +48,12 @@ class Set(Attention):
             Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
         )
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """What queries look at are values of their own, of states behind a norm."""
-        damp(share, self.point_value, self.out)
+        scale_init(share, self.point_value, self.out)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
             raise Refused(why_not(type(self), "causal"))
@@ -63,9 +63,9 @@ class Set(Attention):
         points = jnp.broadcast_to(self.points[...].astype(k.dtype), (B, m, D))
         heads = lambda y: y.reshape(B, m, -1, self.size.head).astype(k.dtype)
         how = {"method": method, "plan": plan_of(self.size)}
-        y = self.norm(points + attended(heads(points), k, v, real, **how).reshape(B, m, D))
+        y = self.norm(points + attended(heads(points), k, v, valid, **how).reshape(B, m, D))
         h = self.inner_norm(y + jax.nn.relu(self.inner(y)))
-        there = None if real is None else jnp.broadcast_to(real.any(1, keepdims=True), (B, m))
+        there = None if valid is None else jnp.broadcast_to(valid.any(1, keepdims=True), (B, m))
         out = attended(q, heads(self.point_key(h)), heads(self.point_value(h)), there, **how)
         return out.astype(v.dtype), carry, Aux()
 

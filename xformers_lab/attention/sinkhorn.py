@@ -69,21 +69,21 @@ class Sinkhorn(Attention):
     def per_head(self):
         return {"first": self.first[...], "second": self.second[...]}
 
-    def attend(self, q, k, v, *, real=None, causal, x, first, second, key=None):
-        return jax.checkpoint(self._attend, static_argnums=8)(q, k, v, real, x, first, second, key, causal)
+    def attend(self, q, k, v, *, valid=None, causal, x, first, second, key=None):
+        return jax.checkpoint(self._attend, static_argnums=8)(q, k, v, valid, x, first, second, key, causal)
 
-    def _attend(self, q, k, v, real, x, first, second, key, causal):
+    def _attend(self, q, k, v, valid, x, first, second, key, causal):
         (T, H), S, B = q.shape, len(k), self.block
-        real = in_blocks(jnp.ones(S, bool) if real is None else real, B, False)
-        keys, values, x = (jnp.where(real[..., None], in_blocks(x, B), 0) for x in (k, v, x))
-        logits = self._logits(self._means(x, real, causal), first, second, len(keys), key)
-        some = real.any(1)
+        valid = in_blocks(jnp.ones(S, bool) if valid is None else valid, B, False)
+        keys, values, x = (jnp.where(valid[..., None], in_blocks(x, B), 0) for x in (k, v, x))
+        logits = self._logits(self._means(x, valid, causal), first, second, len(keys), key)
+        some = valid.any(1)
         able = some[:, None] & some
         able = jnp.tril(able, -1) if causal else able
         order = self._balanced(logits, able, causal)
         sort = lambda x: jnp.dot(order.astype(x.dtype), x.reshape(len(x), -1), preferred_element_type=jnp.float32)
         both = lambda x: jnp.concatenate([sort(x).reshape(x.shape).astype(x.dtype), x], 1)
-        there = jnp.dot(able.astype(jnp.float32), real.astype(jnp.float32)) > 0
+        there = jnp.dot(able.astype(jnp.float32), valid.astype(jnp.float32)) > 0
         # Queries in the blocks of the keys; those before the first key are given block 0.
         low = (S - T) // B
         front = S - T - low * B
@@ -92,22 +92,22 @@ class Sinkhorn(Attention):
         block = jnp.maximum(jnp.arange(low, len(keys)), 0)
 
         def added(of_block):
-            at, block, there, real = of_block
+            at, block, there, valid = of_block
             k_at = (block[:, None] * B + jnp.arange(B))[:, None]
-            own = real[:, None] & (k_at <= at) if causal else jnp.broadcast_to(real[:, None], (*at.shape[:2], B))
+            own = valid[:, None] & (k_at <= at) if causal else jnp.broadcast_to(valid[:, None], (*at.shape[:2], B))
             sorted_keys = jnp.broadcast_to(there[:, None] & (at >= 0) if causal else there[:, None], own.shape)
             return hiding(jnp.concatenate([sorted_keys, own], 2))
 
-        of_block = at, block, there[block], real[block]
+        of_block = at, block, there[block], valid[block]
         out, _ = batched(asked, both(keys)[block], both(values)[block], added, of_block)
         return out.reshape(-1, H)[front : front + T].astype(v.dtype)
 
-    def _means(self, x, real, causal: bool):
+    def _means(self, x, valid, causal: bool):
         """(blocks, B, D) with zeros for padding -> (blocks, D) in float32."""
-        total, number = x.sum(1, dtype=jnp.float32), real.sum(1)
+        total, number = x.sum(1, dtype=jnp.float32), valid.sum(1)
         if causal:
             before = lambda x: jnp.cumsum(jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]), 0)
-            total, number = before(total) + x[:, 0], before(number) + real[:, 0]
+            total, number = before(total) + x[:, 0], before(number) + valid[:, 0]
         return total / jnp.maximum(number, 1)[:, None]
 
     def _logits(self, means, first, second, blocks: int, key=None):
@@ -133,15 +133,15 @@ class Sinkhorn(Attention):
 
         return jnp.where(able, jnp.exp(lax.scan(normalise, kept(logits), length=self.iterations)[0]), 0)
 
-    def reference(self, q, k, v, *, real=None, causal, x, first, second, key=None):
+    def reference(self, q, k, v, *, valid=None, causal, x, first, second, key=None):
         (T, H), S, B = q.shape, len(k), self.block
-        real = jnp.ones(S, bool) if real is None else real
+        valid = jnp.ones(S, bool) if valid is None else valid
         at, position = jnp.arange(T)[:, None] + S - T, jnp.arange(S)
         block = jnp.arange(-(-S // B))[:, None]
-        member = (position // B == block) & real
-        pooled = (position <= block * B) & real if causal else member
+        member = (position // B == block) & valid
+        pooled = (position <= block * B) & valid if causal else member
         pooled = pooled / jnp.maximum(pooled.sum(1, keepdims=True), 1)
-        logits = self._logits(pooled @ jnp.where(real[:, None], x, 0), first, second, len(block), key)
+        logits = self._logits(pooled @ jnp.where(valid[:, None], x, 0), first, second, len(block), key)
         some = member.any(1)
         able = some[:, None] & some & ((block > block.T) | (not causal))
         weight = jnp.where(able, jnp.exp(logits - lax.stop_gradient(logits.max())), 0)
@@ -151,13 +151,13 @@ class Sinkhorn(Attention):
             weight = divided(weight, weight.sum(1, keepdims=True))
         # Place o of sorted block i mixes the positions j B + o.
         place = jnp.arange(len(block) * B)
-        source = (place[:, None] % B == position % B) & real
+        source = (place[:, None] % B == position % B) & valid
         mixes = jnp.where(source, weight[place // B][:, position // B], 0)
         there = (source & able[place // B][:, position // B]).any(1)
         own = jnp.maximum(at, 0) // B
         seen_sorted = (place // B == own) & there & ((at >= 0) | (not causal))
-        seen_own = (position // B == own) & real & ((position <= at) | (not causal))
-        keys, values = (jnp.concatenate([mixes @ jnp.where(real[:, None], y, 0), y]) for y in (k, v))
+        seen_own = (position // B == own) & valid & ((position <= at) | (not causal))
+        keys, values = (jnp.concatenate([mixes @ jnp.where(valid[:, None], y, 0), y]) for y in (k, v))
         s = jnp.dot(q, keys.T, preferred_element_type=jnp.float32) * H**-0.5
         return softmax(s, jnp.concatenate([seen_sorted, seen_own], 1), values).astype(v.dtype)
 

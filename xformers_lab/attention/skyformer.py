@@ -65,39 +65,39 @@ class Skyformer(Attention):
     def per_head(self):
         return {"drawn": self.landmarks_at[...]}
 
-    def attend(self, q, k, v, *, real=None, drawn, key=None):
+    def attend(self, q, k, v, *, valid=None, drawn, key=None):
         if len(q) != len(k):
             raise Refused(
                 f"skyformer takes as many queries as keys, got {len(q)} and {len(k)}: "
                 "its landmarks are drawn from both; use performer or another attention"
             )
-        return jax.checkpoint(self._attend)(q, k, v, real, self._positions(real, len(q), drawn, key))
+        return jax.checkpoint(self._attend)(q, k, v, valid, self._positions(valid, len(q), drawn, key))
 
-    def _positions(self, real, T: int, drawn, key):
+    def _positions(self, valid, T: int, drawn, key):
         if self.redraw == "step" and key is not None:
             drawn = self._draw(key)
-        if real is None:
+        if valid is None:
             return jnp.floor(drawn * T).astype(int)
-        number = jnp.floor(drawn * real.sum()).astype(int)  # which of the real positions
-        return jnp.minimum(jnp.searchsorted(jnp.cumsum(real), number + 1), T - 1)
+        number = jnp.floor(drawn * valid.sum()).astype(int)  # which of the valid positions
+        return jnp.minimum(jnp.searchsorted(jnp.cumsum(valid), number + 1), T - 1)
 
-    def _attend(self, q, k, v, real, at):
+    def _attend(self, q, k, v, valid, at):
         q, k = (x.astype(jnp.float32) * x.shape[1] ** -0.25 for x in (q, k))
         half = len(at) // 2
         z = jnp.concatenate([q[at[:half]], k[at[half:]]])
         middle = _gaussian(z, z) + self.ridge * jnp.eye(len(z))
         scale = middle.sum(1) ** -0.5
         right = _gaussian(z, k)
-        right = right if real is None else jnp.where(real, right, 0)
+        right = right if valid is None else jnp.where(valid, right, 0)
         right = scale[:, None] * jnp.dot(right.astype(v.dtype), v, **EXACT)
         inner = scale[:, None] * (inverse(middle * scale * scale[:, None], self.iterations) @ right)
         return jnp.dot(_gaussian(q, z), inner).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, drawn, key=None):
+    def reference(self, q, k, v, *, valid=None, drawn, key=None):
         T, H = q.shape
         if len(k) != T:
             raise Refused("skyformer takes as many queries as keys")
-        at = self._positions(real, T, drawn, key)
+        at = self._positions(valid, T, drawn, key)
         both, rows = jnp.concatenate([q, k]), jnp.where(jnp.arange(len(at)) < len(at) // 2, at, at + T)
         # The columns of the completed matrix (2T, 2T) that were drawn.
         columns = jnp.exp(-jnp.square(both[:, None] - both[rows]).sum(-1) / (2 * H**0.5))
@@ -109,7 +109,7 @@ class Skyformer(Attention):
             x, eye = a @ inverse, jnp.eye(len(a))
             inverse = inverse @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
         corner = columns[:T] @ root @ inverse @ root @ columns[T:].T
-        return ((corner if real is None else jnp.where(real, corner, 0)) @ v).astype(v.dtype)
+        return ((corner if valid is None else jnp.where(valid, corner, 0)) @ v).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H, m = self.size.head, min(self.landmarks, 2 * S)

@@ -36,16 +36,16 @@ class Softcap(Attention):
         super().__init__(size, rngs=rngs)
         self.cap = cap
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None):
-        return rows(q, k, v, functools.partial(_weights, self.cap), bias, real=real, causal=causal)
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
+        return rows(q, k, v, functools.partial(_weights, self.cap), bias, valid=valid, causal=causal)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
         s = self.cap * jnp.tanh(s / self.cap)
         seen = (keys <= at) | (not causal)
-        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if real is None else seen & real)
+        p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         return jnp.dot(p, v).astype(v.dtype)
 
     @staticmethod

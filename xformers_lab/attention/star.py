@@ -44,21 +44,21 @@ class Star(Attention):
         self.relay_norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if causal:
             raise Refused(why_not(type(self), "causal"))
         assert x is not None
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
-        real = jnp.ones(k.shape[:2], bool) if real is None else real
+        valid = jnp.ones(k.shape[:2], bool) if valid is None else valid
         first = (carry["layers"] == 0)[:, None]
-        relay = jnp.where(first, _mean(x, real), self._relay(carry["relay"].astype(x.dtype), x, real))
+        relay = jnp.where(first, _mean(x, valid), self._relay(carry["relay"].astype(x.dtype), x, valid))
         embedding = jnp.where(first[..., None], x, carry["embedding"].astype(x.dtype))
         # As many heads as the keys that came: a caller may have repeated them.
         heads = lambda y: jnp.repeat(y := y.reshape(*y.shape[:-1], -1, self.size.head), k.shape[2] // y.shape[-2], -2)
         satellites = jax.checkpoint(_ring) if method == "attend" else _graph
         of_embedding, of_relay = ([heads(self.key(node)), heads(self.value(node))] for node in (embedding, relay))
-        out = satellites(q, k, v, of_embedding, of_relay, real, bias)
+        out = satellites(q, k, v, of_embedding, of_relay, valid, bias)
         new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
         return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), Aux()
 
@@ -66,14 +66,14 @@ class Star(Attention):
         """The ring alone: the relay and the embeddings of the first layer are no positions of the sequence."""
         return lambda q, k: _neighbours(q, k, self.size.length)
 
-    def _relay(self, relay, x, real):
+    def _relay(self, relay, x, valid):
         """(B, D): the relay after one look at itself and at x (B, S, D)."""
         B, N, H = x.shape[0], self.size.heads, self.size.head
         nodes = jnp.concatenate([relay[:, None], x], 1)
         q = self.relay_query(relay).reshape(B, N, H) * H**-0.5
         k, v = (linear(nodes).reshape(B, -1, N, H) for linear in (self.relay_key, self.relay_value))
         s = jnp.einsum("bnh,bsnh->bns", q, k, preferred_element_type=jnp.float32)
-        seen = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)[:, None]
+        seen = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)[:, None]
         p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
         out = jnp.einsum("bns,bsnh->bnh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return self.relay_norm(jax.nn.relu(self.relay_out(out.reshape(B, -1).astype(x.dtype))))
@@ -91,16 +91,17 @@ class Star(Attention):
         return Cost(flops=8 * S * D * H + 4 * S * H, memory=max(T, S) * H, state=0)
 
 
-def _mean(x, real):
+def _mean(x, valid):
     """(B, S, D) -> (B, D), over what is no padding."""
-    total = jnp.where(real[..., None], x, 0).sum(1, dtype=jnp.float32)
-    return (total / jnp.maximum(real.sum(1), 1)[:, None]).astype(x.dtype)
+    total = jnp.where(valid[..., None], x, 0).sum(1, dtype=jnp.float32)
+    return (total / jnp.maximum(valid.sum(1), 1)[:, None]).astype(x.dtype)
 
 
-def _ring(q, k, v, of_embedding, of_relay, real, bias):
+def _ring(q, k, v, of_embedding, of_relay, valid, bias):
     """Satellites by shifted views of the keys, which are all products of single rows.
 
-    q (B, T, N, H); keys and values of the ring and of the embeddings (B, S, K, H), of the relay (B, K, H); real (B, S).
+    q (B, T, N, H); keys and values of the ring and of the embeddings (B, S, K, H), of the relay (B, K, H);
+    valid (B, S).
     """
     (B, T, N, H), S, K = q.shape, k.shape[1], k.shape[2]
     before = max(T - S, 0) + 1
@@ -115,8 +116,8 @@ def _ring(q, k, v, of_embedding, of_relay, real, bias):
     everywhere = lambda relay: jnp.broadcast_to(relay[:, None], (B, T, K, H))
     nodes = lambda x, own, relay: [*(near(x, offset) for offset in offsets), near(own, 0), everywhere(relay)]
     keys, values = (nodes(x, own, relay) for x, own, relay in zip((k, v), of_embedding, of_relay, strict=True))
-    seen = [near(real, offset) for offset in (*offsets, 0)]
-    seen = jnp.stack([*seen, jnp.broadcast_to(real.any(1, keepdims=True), (B, T))], -1)
+    seen = [near(valid, offset) for offset in (*offsets, 0)]
+    seen = jnp.stack([*seen, jnp.broadcast_to(valid.any(1, keepdims=True), (B, T))], -1)
     q = (q.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H)
     s = jnp.stack([(q * key[:, :, :, None].astype(jnp.float32)).sum(-1) for key in keys], -1).reshape(B, T, N, -1)
     if bias is not None:
@@ -135,20 +136,20 @@ def _neighbours(at, keys, S: int):
     return (keys == at) | (keys == (at + 1) % S) | (keys == (at - 1) % S)
 
 
-def _graph(q, k, v, of_embedding, of_relay, real, bias):
+def _graph(q, k, v, of_embedding, of_relay, valid, bias):
     """The same by definition: one softmax over all positions, all embeddings and the relay, with the star's edges."""
     T, S, times = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     at, keys = jnp.arange(S - T, S)[:, None] % S, jnp.arange(S)[None]
     edges = jnp.concatenate([_neighbours(at, keys, S), keys == at, jnp.ones((T, 1), bool)], 1)
     nodes = zip((k, v), of_embedding, of_relay, strict=True)
     k, v = (jnp.repeat(jnp.concatenate([x, own, relay[:, None]], 1), times, 2) for x, own, relay in nodes)
-    real = jnp.concatenate([real, real, real.any(1, keepdims=True)], 1)
+    valid = jnp.concatenate([valid, valid, valid.any(1, keepdims=True)], 1)
 
-    def head(q, k, v, real, bias):
+    def head(q, k, v, valid, bias):
         s = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
         if bias is not None:
             s = s.at[:, :S].add(bias(jnp.arange(S - T, S)[:, None], keys))
-        return softmax(s, edges & real[None], v)
+        return softmax(s, edges & valid[None], v)
 
     of_sample = jax.vmap(head, in_axes=(1, 1, 1, None, 0), out_axes=1)
-    return jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None))(q, k, v, real, bias)
+    return jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None))(q, k, v, valid, bias)

@@ -78,14 +78,14 @@ class Streaming(Patterned):
         return lambda q, k: seen(q + moved, k + moved)
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         """A learned logit is the score of one more key, of zeros, in front of all: every position moves by one."""
         if self.logit is not None:
             front = lambda y, value=0: jnp.pad(y, [(0, 0), (1, 0)] + [(0, 0)] * (y.ndim - 2), constant_values=value)
-            k, v, real = front(k), front(v), None if real is None else front(real, True)
+            k, v, valid = front(k), front(v), None if valid is None else front(valid, True)
             bias = _Sunk(self.logit[...], bias)
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
     @staticmethod

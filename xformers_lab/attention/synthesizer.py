@@ -27,7 +27,7 @@ class Synthesizer(Patterned):
     a table of B itself, the same for every input (random).
 
     With kind=random and kind=fixed, one softmax serves the whole batch and padding is left out of its sums, which is
-    exact while no padded score is 80 above every real one of its query.
+    exact while no padded score is 80 above every valid one of its query.
     Deviations from the paper: W1 and W2 have no biases; position=rope turns W1 x. The length is fixed when the model is
         built; shorter inputs use the first rows and columns, queries before the first key the first row.
 
@@ -85,20 +85,20 @@ class Synthesizer(Patterned):
         return {"own": {name: getattr(self, name)[...] for name in names}}
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         if method == "attend" and self.form in TABLES:
-            return self._shared(q.shape[1], v, real, causal, bias), carry, Aux()
-        given = {"x": x, "x_q": x_q, "real": real, "causal": causal, "bias": bias, "carry": carry, "key": key}
+            return self._shared(q.shape[1], v, valid, causal, bias), carry, Aux()
+        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
         return super().mix(q, k, v, **given, method=method)
 
-    def _shared(self, T: int, v, real, causal: bool, bias):
+    def _shared(self, T: int, v, valid, causal: bool, bias):
         """A table's softmax, once for all samples: (B, T, N, H)."""
         (B, S, K, H), N = v.shape, self.size.heads
         self._check(S)
-        v = v if real is None else jnp.where(real[:, :, None, None], v, 0)
+        v = v if valid is None else jnp.where(valid[:, :, None, None], v, 0)
         wide = jnp.repeat(v, N // K, 2).transpose(2, 1, 0, 3).reshape(N, S, B * H)
-        there = jnp.ones((S, B), v.dtype) if real is None else real.T.astype(v.dtype)
+        there = jnp.ones((S, B), v.dtype) if valid is None else valid.T.astype(v.dtype)
 
         def head(given):
             table, wide, bias = given
@@ -119,14 +119,14 @@ class Synthesizer(Patterned):
         if self.size.length < S:
             raise Refused(f"synthesizer is built for {self.size.length} positions, got {S}: build it for more")
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None, own):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, own):
         T, S = q.shape[0], v.shape[0]
         self._check(S)
         if self.form == "factorised_dense":
 
             def block(q, at, keys):
                 s = maps.biased(self._row(q, at[:, 0], own, keys), bias, at)
-                return maps.weighted(maps.weights(s, maps.seen_from(at, keys, real, causal)), v[:keys]).astype(v.dtype)
+                return maps.weighted(maps.weights(s, maps.seen_from(at, keys, valid, causal)), v[:keys]).astype(v.dtype)
 
             return maps.by_blocks(block, q, S, causal)
         # The rows of W2, or one factor of the table, take the place of keys.
@@ -136,7 +136,7 @@ class Synthesizer(Patterned):
             q, k = _last_rows(own["left"][None], T, S)[0], own["right"][:S]
         q = (q * q.shape[-1] ** 0.5).astype(k.dtype)
         blocks = self.blocks(T, S, causal)
-        return block_sparse(q, k, v, pattern=self.seen(causal), real=real, bias=bias, blocks=blocks)
+        return block_sparse(q, k, v, pattern=self.seen(causal), valid=valid, bias=bias, blocks=blocks)
 
     def _row(self, q, at, own, S: int):
         """Scores (C, S) of some queries at positions `at`."""
@@ -151,7 +151,7 @@ class Synthesizer(Patterned):
             return times(own["left"][at], own["right"][:S])
         return own["table"][at, :S]
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None, own):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None, own):
         T, S = q.shape[0], v.shape[0]
         self._check(S)
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
@@ -167,7 +167,7 @@ class Synthesizer(Patterned):
             found = own["table"][jnp.maximum(t, 0), s]
         found = found if bias is None else found + bias(t, s)
         seen = s <= t if causal else s >= 0 * t
-        return maps.by_definition(found, seen if real is None else seen & real[None], v)[0]
+        return maps.by_definition(found, seen if valid is None else seen & valid[None], v)[0]
 
     def cost(self, T: int, S: int) -> Cost:
         H, state = self.size.head, S * self.size.head + 1

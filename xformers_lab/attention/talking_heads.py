@@ -44,14 +44,14 @@ class TalkingHeads(Attention):
         self.before, self.after = nnx.Param(near()), nnx.Param(near())
 
     def mix(
-        self, q, k, v, *, x=None, x_q=None, real=None, causal=False, bias=None, carry=None, key=None, method="attend"
+        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
     ):
         k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
         q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
         leaves = {"before": self.before[...], "after": self.after[...], "bias": bias}
         function = _reference if method == "reference" else functools.partial(_attend, self.at_once)
-        one = lambda q, k, v, real: function(q, k, v, leaves, real=real, causal=causal)
-        out = over_samples(one, q, k, v, real, plan=plan_of(self.size))
+        one = lambda q, k, v, valid: function(q, k, v, leaves, valid=valid, causal=causal)
+        out = over_samples(one, q, k, v, valid, plan=plan_of(self.size))
         return jnp.swapaxes(out, 1, 2), carry, Aux()
 
     @property
@@ -68,8 +68,8 @@ class TalkingHeads(Attention):
         return Cost(flops=4 * T * S * (H + N), memory=largest(T, S, H, self.at_once), state=2 * S * H)
 
 
-def _attend(at_once: int, q, k, v, leaves, *, real, causal: bool):
-    return rows(q, k, v, _weights, leaves, real=real, causal=causal, at_once=at_once)
+def _attend(at_once: int, q, k, v, leaves, *, valid, causal: bool):
+    return rows(q, k, v, _weights, leaves, valid=valid, causal=causal, at_once=at_once)
 
 
 def _weights(s, seen, positions, leaves):
@@ -81,7 +81,7 @@ def _weights(s, seen, positions, leaves):
     return mixed(leaves["after"], masked_softmax(s, seen))
 
 
-def _reference(q, k, v, leaves, *, real, causal: bool):
+def _reference(q, k, v, leaves, *, valid, causal: bool):
     T, S = q.shape[1], k.shape[1]
     at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
     s = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32) / q.shape[2] ** 0.5
@@ -89,6 +89,6 @@ def _reference(q, k, v, leaves, *, real, causal: bool):
     if leaves["bias"] is not None:
         s += jax.vmap(lambda bias: bias(at, keys))(leaves["bias"])
     seen = (keys <= at) | (not causal)
-    p = masked_softmax(s, seen if real is None else seen & real)
+    p = masked_softmax(s, seen if valid is None else seen & valid)
     p = jnp.einsum("lm,lts->mts", leaves["after"], p)
     return jnp.einsum("mts,msh->mth", p, v).astype(v.dtype)

@@ -40,21 +40,21 @@ class Topk(Attention):
         super().__init__(size, rngs=rngs)
         self.keys = keys
 
-    def attend(self, q, k, v, *, real=None, causal, bias=None):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
         def row(q, at, keys: int):
             # Scaled last, so that the choice does not depend on how a half precision rounds.
             s = biased(products(q, k[:keys]) * q.shape[1] ** -0.5, bias, at)
-            seen = seen_from(at, keys, real, causal)
+            seen = seen_from(at, keys, valid, causal)
             # A minimum, not the last column, for which XLA:CPU sorts whole rows.
             highest = lax.top_k(lax.stop_gradient(jnp.where(seen, s, MASKED)), min(self.keys, keys))[0]
             return weighted(weights(s, seen & _reaches(s, highest.min(1, keepdims=True))), v[:keys])
 
         return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
-        seen = seen if real is None else seen & real
+        seen = seen if valid is None else seen & valid
         s = scores(q, k, bias)
         least = jnp.sort(jnp.where(seen, s, MASKED), 1)[:, -min(self.keys, S)]
         return softmax(s, seen & _reaches(s, least[:, None]), v)

@@ -44,7 +44,7 @@ class Yoso(Attention):
         super().__init__(size, rngs=rngs)
         self.bits = bits
 
-    def attend(self, q, k, v, *, real=None, causal):
+    def attend(self, q, k, v, *, valid=None, causal):
         T, S = len(q), len(k)
         q, k = _unit(q), _unit(k)
         block = min(BLOCK, T)
@@ -55,19 +55,19 @@ class Yoso(Attention):
             q, at = of_block
             weights = _collide(jnp.dot(q, k.T, preferred_element_type=jnp.float32), self.bits)
             seen = jnp.arange(S) <= at[:, None] if causal else jnp.ones((1, 1), bool)
-            weights = jnp.where(seen if real is None else seen & real, weights, 0)
+            weights = jnp.where(seen if valid is None else seen & valid, weights, 0)
             return jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
         pad = lambda x: jnp.pad(x, ((0, count * block - T), (0, 0))).reshape(count, block, -1)
         out = lax.map(rows, (pad(q), jnp.arange(count * block).reshape(count, block) + S - T))
         return _unit(out.reshape(count * block, -1)[:T]).astype(v.dtype)
 
-    def reference(self, q, k, v, *, real=None, causal):
+    def reference(self, q, k, v, *, valid=None, causal):
         T, S = len(q), len(k)
         unit = lambda x: x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-24)
         weights = _collide(unit(q) @ unit(k).T, self.bits)
         seen = jnp.tril(jnp.ones((T, S)), S - T) if causal else jnp.ones((T, S))
-        return unit(weights * (seen if real is None else seen * real) @ v).astype(v.dtype)
+        return unit(weights * (seen if valid is None else seen * valid) @ v).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head

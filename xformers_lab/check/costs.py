@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, why_not_decode
-from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of, quick_jit
+from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
@@ -43,7 +43,7 @@ def decoding(subject: Subject) -> None:
         return jnp.concatenate([out, jnp.swapaxes(later, 0, 1)], 1)
 
     with jax.default_matmul_precision("highest"):
-        out = np.asarray(quick_jit(run)(tokens, inputs.get("bias")))
+        out = np.asarray(jax.jit(run)(tokens, inputs.get("bias")))
     advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
     expected, out = whole * known, out * known
     rows = np.abs(out - expected).max((0, 2, 3))
@@ -119,7 +119,7 @@ def _whole_pass(subject: Subject) -> tuple[Case, dict, np.ndarray, np.ndarray]:
     if subject.per_head and kind.mix is Attention.mix and "key" not in kind.takes():
         case = subject.square(True)
         inputs = {name: x if name == "bias" else x[:2] for name, x in subject.inputs(case).items()}
-        known = np.asarray(subject.real(case))[:2, :, None, None]
+        known = np.asarray(subject.valid(case))[:2, :, None, None]
         return dataclasses.replace(case, padded=False, batch=2), inputs, subject.result(case).out[:2], known
     case = Case(EVEN, EVEN, True, padded=False, batch=2, biased=subject.takes_bias)
     inputs = subject.inputs(case)

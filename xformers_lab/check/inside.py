@@ -45,14 +45,14 @@ def no_future(subject: Inside) -> None:
 
 
 def no_padding(subject: Inside) -> None:
-    """What padding holds, however large, changes no answer about what is real; and everything stays finite."""
+    """What padding holds, however large, changes no answer about what is valid; and everything stays finite."""
     for model in subject.models:
-        before = model.forward(model.tokens, model.real)
-        after = model.forward(np.where(model.real, model.tokens, GARBAGE), model.real)
-        rows = model.real if model.task.target == "token" else model.real.any(1)
+        before = model.forward(model.tokens, model.valid)
+        after = model.forward(np.where(model.valid, model.tokens, GARBAGE), model.valid)
+        rows = model.valid if model.task.target == "token" else model.valid.any(1)
         if not np.isfinite(after).all():
             raise Broken(f"with padding, here a sample of nothing else, answers are not finite ({model.words})")
-        _unchanged(after, before, rows, f"padding holds other tokens ({model.words}): leave out what is not `real`")
+        _unchanged(after, before, rows, f"padding holds other tokens ({model.words}): leave out what is not `valid`")
 
 
 def samples_apart(subject: Inside) -> None:
@@ -83,7 +83,7 @@ def jit_equals_eager(subject: Inside) -> None:
     model = subject.model
     with exact():
         out = np.asarray(model.plain(model.variables, jnp.asarray(model.tokens), None)[0])
-    advice = "Look at what is computed by Python or numpy, and at what real=None leaves out."
+    advice = "Look at what is computed by Python or numpy, and at what valid=None leaves out."
     compare(out, model.forward(model.tokens), ANOTHER_WAY, "as it is against compiled", advice)
 
 
@@ -103,7 +103,7 @@ def trains(subject: Inside) -> None:
         raise Broken(f"no gradient ever reaches {', '.join(still)} ({model.words})")
     others = checkpoint.named_leaves(model.trained(1, GARBAGE)[0][0])
     for name, leaf in checkpoint.named_leaves(grads[0]).items():
-        where, advice = f"the gradient of {name} when padding holds other tokens", "Losses are of what is `real`."
+        where, advice = f"the gradient of {name} when padding holds other tokens", "Losses are of what is `valid`."
         compare(np.asarray(others[name]), np.asarray(leaf), HALF, where, advice)
 
 
@@ -114,10 +114,10 @@ def half_precision(subject: Inside) -> None:
 
     def run(tokens):
         built: Any = build_model(config, model.task)
-        real = tokens > 0
-        x = built.position.embed(built.embedding(tokens), jnp.arange(tokens.shape[1]), real=real)
-        y = built.stack(x, Context(built.position, real, built.predict, tokens=tokens))[0]
-        return x, y, built(tokens, real=real)[0]
+        valid = tokens > 0
+        x = built.position.embed(built.embedding(tokens), jnp.arange(tokens.shape[1]), valid=valid)
+        y = built.stack(x, Context(built.position, valid, built.predict, tokens=tokens))[0]
+        return x, y, built(tokens, valid=valid)[0]
 
     found = jax.eval_shape(run, jax.ShapeDtypeStruct(model.tokens.shape, jnp.int32))
     wanted = {"embeddings": jnp.bfloat16, "layers": jnp.bfloat16, "logits": jnp.float32}

@@ -45,26 +45,26 @@ def no_padding(subject: Subject) -> None:
     """The derivative to padded keys and values is exactly zero, and what they hold, however large, changes nothing."""
     for causal in subject.modes:
         case = subject.square(causal)
-        real = np.asarray(subject.real(case))
-        rows = np.ones(real.shape, bool)
+        valid = np.asarray(subject.valid(case))
+        rows = np.ones(valid.shape, bool)
         inputs, cotangent = subject.inputs(case), None
         if subject.own_input:  # a padded position's own output may depend on itself
-            kept = real.reshape(real.shape + (1,) * (1 if subject.whole else 2))
-            rows, cotangent = real, np.asarray(subject.cotangent(case, inputs)) * kept
+            kept = valid.reshape(valid.shape + (1,) * (1 if subject.whole else 2))
+            rows, cotangent = valid, np.asarray(subject.cotangent(case, inputs)) * kept
         grads = subject.apply(case, inputs, cotangent=cotangent).grads["inputs"]
         for name in [name for name in ("k", "v", "x") if name in grads]:
-            leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~real
+            leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~valid
             if leak.any():
                 sample, at = (int(index[0]) for index in np.nonzero(leak))
                 raise Broken(
                     f"the output depends on {name}[{at}] of sample {sample}, which is padding ({case}): derivative "
-                    f"{leak.max():.1e} instead of exactly 0. Mask scores by `real` before the softmax"
+                    f"{leak.max():.1e} instead of exactly 0. Mask scores by `valid` before the softmax"
                 )
         noise = np.random.default_rng(2)
         filled = dict(inputs)
         for name in [name for name in ("k", "v", "x") if name in inputs]:
             shape = inputs[name].shape
-            padded = ~real.reshape(real.shape + (1,) * (len(shape) - 2))
+            padded = ~valid.reshape(valid.shape + (1,) * (len(shape) - 2))
             garbage = GARBAGE * noise.standard_normal(shape).astype(np.float32)
             filled[name] = np.where(padded, garbage, inputs[name])
         before, after = subject.result(case).out, subject.apply(case, filled).out
@@ -75,7 +75,7 @@ def nothing_to_see(subject: Subject) -> None:
     """Where a query may see no key the output is zero, and values and gradients are finite."""
     for causal in subject.modes:
         case = subject.square(causal)
-        result, real = subject.result(case), np.asarray(subject.real(case))
+        result, valid = subject.result(case), np.asarray(subject.valid(case))
         found = {f"the gradient of {name}": grad for name, grad in result.grads["inputs"].items() if name != "bias"}
         for name, leaf in ({"the output": result.out} | found).items():
             if not np.isfinite(leaf[-1]).all():
@@ -85,9 +85,8 @@ def nothing_to_see(subject: Subject) -> None:
                 )
         if subject.whole:
             continue
-        blind = (
-            ~np.logical_or.accumulate(real, 1) if causal else np.broadcast_to(~real.any(1, keepdims=True), real.shape)
-        )
+        sees_none = ~valid.any(1, keepdims=True)
+        blind = ~np.logical_or.accumulate(valid, 1) if causal else np.broadcast_to(sees_none, valid.shape)
         size = np.abs(result.out).max((2, 3)) * blind
         if size.max() > 1e-6:
             sample, at = np.unravel_index(size.argmax(), size.shape)

@@ -4,7 +4,6 @@ Properties look at one interface, whether the mechanism is per head or overrides
 an output and its gradients, and what is attended to is held by the arrays named in `sources`.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -76,7 +75,8 @@ class Subject:
     """A mechanism at the kit's sizes. `make(size, small)` builds it, with its options shrunk where `small`.
 
     Its parameters are moved a little, as training does, unless `initial`: heads whose parameters start equal, or that
-    start as zeros, would hide that they are mistaken for one another or never used.
+    start as zeros, would hide that they are mistaken for one another or never used. jit: how its runs are compiled; the
+    kit compiles as users do.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class Subject:
         length: int = LENGTH,
         small: bool = True,
         initial: bool = False,
+        jit: Callable = jax.jit,
     ):
-        self.name, self.make, self.length, self.small = name, make, length, small
+        self.name, self.make, self.length, self.small, self.jit = name, make, length, small, jit
         self.mechanism = self.built(length)
         graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
         if not initial:
@@ -180,7 +181,7 @@ class Subject:
         return found
 
     @staticmethod
-    def real(case: Case):
+    def valid(case: Case):
         """(B, S) bool by sample: nothing padded, a padded end, random holes (the first key is one), all padding."""
         if not case.padded:
             return None
@@ -191,9 +192,9 @@ class Subject:
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def forward(self, own, inputs: dict, real, key, *, causal: bool, method: str, loop: bool = False):
+    def forward(self, own, inputs: dict, valid, key, *, causal: bool, method: str, loop: bool = False):
         """The output alone; raises Refused where the mechanism does."""
-        return self.call(self.layer(own, self.rest, loop), inputs, real, key, causal=causal, method=method)[0]
+        return self.call(self.layer(own, self.rest, loop), inputs, valid, key, causal=causal, method=method)[0]
 
     def layer(self, own, rest, loop: bool = False) -> Attention:
         """The mechanism with these variables, whatever traces the call: copies, so that it may write to its own.
@@ -202,9 +203,9 @@ class Subject:
         """
         return nnx.merge(self.looped if loop else self.graph, own, jax.tree.map(lambda leaf: leaf, rest))
 
-    def call(self, layer, inputs: dict, real, key, *, causal: bool, method: str = "attend"):
+    def call(self, layer, inputs: dict, valid, key, *, causal: bool, method: str = "attend"):
         """The output and the auxiliary results."""
-        rest = {"real": real, "causal": causal, "key": key}
+        rest = {"valid": valid, "causal": causal, "key": key}
         if self.whole:
             with_method = {"method": method} if method != "attend" else {}
             sources = (inputs["q"], inputs["x"]) if "q" in inputs else (inputs["x"],)
@@ -225,7 +226,7 @@ class Subject:
     def _refusal(self, case: Case) -> str | None:
         forward = functools.partial(self.forward, causal=case.causal, method="attend")
         try:
-            jax.eval_shape(forward, self.own, self.inputs(case), self.real(case), jax.random.key(0))
+            jax.eval_shape(forward, self.own, self.inputs(case), self.valid(case), jax.random.key(0))
         except Refused as error:
             return str(error)
         except Exception:  # a mistake, not a refusal: the property that makes this call will show it
@@ -237,7 +238,7 @@ class Subject:
         case: Case,
         inputs: dict,
         *,
-        real=None,
+        valid=None,
         cotangent=None,
         method: str = "attend",
         loop: bool = False,
@@ -248,8 +249,8 @@ class Subject:
 
         Without gradients the half of the program that finds them is not compiled, unless a call of these shapes has
         compiled it already."""
-        real = self.real(case) if real is None else real
-        given = (inputs, real, jax.random.key(1) if training else None)
+        valid = self.valid(case) if valid is None else valid
+        given = (inputs, valid, jax.random.key(1) if training else None)
         leaves, tree = jax.tree.flatten(given)
         shapes = (case.causal, method, loop, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if gradients:
@@ -305,14 +306,14 @@ class Subject:
     def _run(self, causal: bool, method: str, loop: bool, gradients: bool):
         if (causal, method, loop, gradients) not in self._runs:
 
-            def forward(own, inputs, real, key):
-                return self.forward(own, inputs, real, key, causal=causal, method=method, loop=loop)
+            def forward(own, inputs, valid, key):
+                return self.forward(own, inputs, valid, key, causal=causal, method=method, loop=loop)
 
-            def both(own, inputs, real, key, cotangent):
-                out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, real, key), own, inputs)
+            def both(own, inputs, valid, key, cotangent):
+                out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, valid, key), own, inputs)
                 return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
 
-            self._runs[causal, method, loop, gradients] = quick_jit(both if gradients else forward)
+            self._runs[causal, method, loop, gradients] = self.jit(both if gradients else forward)
         return self._runs[causal, method, loop, gradients]
 
     # ---- cases ---------------------------------------------------------------------------------------------------
@@ -339,29 +340,6 @@ def moved(own):
         return jnp.asarray(start + 0.1 * (size or 1.0) * random.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree.map(one, own)
-
-
-def quick_jit(function, **options):
-    """jax.jit with the cheapest machine code on CPU: the kit runs a program a few times, so most of its time would be
-    the compiler's. What XLA makes of the program is the same."""
-    return jax.jit(function, **options, compiler_options=_quick() if jax.default_backend() == "cpu" else None)
-
-
-@functools.cache
-def _quick() -> dict[str, Any]:
-    """What makes compilation on CPU cheap, of the options that this XLA knows: they come and go."""
-    asked = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
-    known = {}
-    for name, value in asked.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
-            known[name] = value
-    return known
 
 
 def heads_of(mechanism: Attention) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xformers_lab.check.subject import moved, quick_jit
+from xformers_lab.check.subject import moved
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import Refused, UsageError
 from xformers_lab.model import build_model, check_built
@@ -32,12 +32,12 @@ class Tokens(Task):
     vocab, outputs, chance, kinds, segments = VOCAB, OUTPUTS, 1 / OUTPUTS, ("decoder", "encoder"), True
 
     def batch(self, split: Split, step: int) -> Batch:
-        real, random = padding(self.setting.seq_len), np.random.default_rng(step)
-        inputs, targets = random.integers(1, VOCAB, real.shape), random.integers(0, OUTPUTS, real.shape)
-        weights = real
+        valid, random = padding(self.setting.seq_len), np.random.default_rng(step)
+        inputs, targets = random.integers(1, VOCAB, valid.shape), random.integers(0, OUTPUTS, valid.shape)
+        weights = valid
         if self.target == "sequence":
-            targets, weights = targets[:, 0], real.any(1)
-        return Batch(inputs.astype(np.int32), targets.astype(np.int32), np.asarray(weights, np.float32), real)
+            targets, weights = targets[:, 0], valid.any(1)
+        return Batch(inputs.astype(np.int32), targets.astype(np.int32), np.asarray(weights, np.float32), valid)
 
 
 class Sequences(Tokens):
@@ -67,7 +67,7 @@ class Tiny:
         self.params["embedding"]["embedding"] = rows.at[GARBAGE].set(1e3 * rows[GARBAGE])
         self.memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, BATCH, 1), memory)
         self.tokens = task.batch("validation", 0).inputs
-        self.real = padding(config.seq_len)
+        self.valid = padding(config.seq_len)
 
     @property
     def causal(self) -> bool:
@@ -81,27 +81,27 @@ class Tiny:
     def variables(self) -> tuple:
         return self.params, self.extra, self.memory
 
-    def plain(self, variables, tokens, real):
+    def plain(self, variables, tokens, valid):
         model = self.built(variables)
-        return model(tokens, real=real)[0], *split(model)[2:]
+        return model(tokens, valid=valid)[0], *split(model)[2:]
 
     @functools.cached_property
     def _compiled(self) -> Callable:
-        return quick_jit(self.plain)
+        return jax.jit(self.plain)
 
-    def forward(self, tokens, real=None, memory=None) -> np.ndarray:
-        """Logits in evaluation; real (B, T), nothing is padded without it; memory: what was read before."""
-        return np.asarray(self._run(tokens, real, memory)[0])
+    def forward(self, tokens, valid=None, memory=None) -> np.ndarray:
+        """Logits in evaluation; valid (B, T), nothing is padded without it; memory: what was read before."""
+        return np.asarray(self._run(tokens, valid, memory)[0])
 
-    def after(self, tokens, real=None) -> tuple[Any, Any]:
+    def after(self, tokens, valid=None) -> tuple[Any, Any]:
         """Variables that are no parameters, and the memory, after a pass in evaluation."""
-        return self._run(tokens, real, None)[1:]
+        return self._run(tokens, valid, None)[1:]
 
-    def _run(self, tokens, real, memory):
-        real = np.ones(tokens.shape, bool) if real is None else real
+    def _run(self, tokens, valid, memory):
+        valid = np.ones(tokens.shape, bool) if valid is None else valid
         memory = self.memory if memory is None else memory
         with exact():
-            return self._compiled((self.params, self.extra, memory), tokens, real)
+            return self._compiled((self.params, self.extra, memory), tokens, valid)
 
     def decoded(self, at_once: int) -> np.ndarray:
         """Logits of the tokens from the last of `at_once` on, which are read together, the others one by one; raises
@@ -116,13 +116,13 @@ class Tiny:
 
         assert cache is not None
         with exact():
-            return np.asarray(quick_jit(run)(self.variables, self.tokens))
+            return np.asarray(jax.jit(run)(self.variables, self.tokens))
 
     @functools.cached_property
     def _step(self) -> Callable:
         config = edit(self.config, dtype="bfloat16")
         # Its optimizer only keeps the gradients.
-        return quick_jit(
+        return jax.jit(
             make_train_step(config, self.task, split(build_model(config, self.task, PLAN))[0], optax.trace(0.0))
         )
 
@@ -137,7 +137,7 @@ class Tiny:
         for number in range(steps):
             batch = self.task.batch("train", number)
             if filler is not None:
-                batch = dataclasses.replace(batch, inputs=np.where(self.real, batch.inputs, filler).astype(np.int32))
+                batch = dataclasses.replace(batch, inputs=np.where(self.valid, batch.inputs, filler).astype(np.int32))
             with exact():
                 state, metrics = self._step(state, batch)
             grads.append(state.opt.trace)

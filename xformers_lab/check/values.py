@@ -25,7 +25,6 @@ from xformers_lab.check.subject import (
     Subject,
     compare,
     compare_trees,
-    quick_jit,
 )
 
 # Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
@@ -57,7 +56,7 @@ def signature(subject: Subject) -> None:
     for method in ("attend", "reference"):
         function = getattr(kind, method)
         if function is getattr(Attention, method):
-            raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, real, ...)")
+            raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, valid, ...)")
         names = [name for name in inspect.signature(function).parameters if name != "self"]
         if names[:3] != ["q", "k", "v"]:
             raise Broken(f"{method} takes ({', '.join(names[:3])}, ...); its first arguments are q, k, v")
@@ -68,8 +67,8 @@ def signature(subject: Subject) -> None:
                     f'{method} takes "{name}", which nobody gives: the lab gives {known}; '
                     "per_head(), from_keys(x) and from_queries(x) can name more"
                 )
-        if "real" not in names:
-            raise Broken(f"{method} takes no `real`, so it cannot keep padding out")
+        if "valid" not in names:
+            raise Broken(f"{method} takes no `valid`, so it cannot keep padding out")
     fast, slow = (kind.takes(method) for method in ("attend", "reference"))
     if fast != slow:
         raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
@@ -266,42 +265,42 @@ def samples_apart(subject: Subject) -> None:
 def auxiliary(subject: Subject) -> None:
     """Auxiliary scalars: attend gives those that reference gives, finite with their gradients, and padding has none."""
     case = subject.square(subject.modes[0])
-    inputs, real, key = subject.inputs(case), subject.real(case), jax.random.key(1)
+    inputs, valid, key = subject.inputs(case), subject.valid(case), jax.random.key(1)
 
-    def scalars(own, inputs, real, method):
+    def scalars(own, inputs, valid, method):
         layer = subject.layer(own, subject.rest)
-        aux = subject.call(layer, inputs, real, key, causal=case.causal, method=method)[1]
+        aux = subject.call(layer, inputs, valid, key, causal=case.causal, method=method)[1]
         if not isinstance(aux, Aux):
             raise Broken(f"beside its output it returns a {type(aux).__name__}, not an Aux (see aux_results.py)")
         return aux.metrics()
 
-    def run(own, inputs, real, method):
-        found, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, real, method), own, inputs)
+    def run(own, inputs, valid, method):
+        found, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, valid, method), own, inputs)
         return found, dict(zip(("own", "inputs"), pull(jax.tree.map(jnp.ones_like, found)), strict=True))
 
-    shapes = jax.eval_shape(lambda own, inputs: scalars(own, inputs, real, "attend"), subject.own, inputs)
+    shapes = jax.eval_shape(lambda own, inputs: scalars(own, inputs, valid, "attend"), subject.own, inputs)
     if not shapes:
         raise NotApplicable("it gives no auxiliary scalars")
     if wrong := {name: leaf.shape for name, leaf in shapes.items() if leaf.shape}:
         raise Broken(f"auxiliary values are scalars; these have shapes: {wrong}")
-    compiled = quick_jit(run, static_argnames="method")
+    compiled = jax.jit(run, static_argnames="method")
     with jax.default_matmul_precision("highest"):
-        fast, grads = jax.tree.map(np.asarray, compiled(subject.own, inputs, real, method="attend"))
+        fast, grads = jax.tree.map(np.asarray, compiled(subject.own, inputs, valid, method="attend"))
     for path, leaf in jax.tree_util.tree_leaves_with_path({"value": fast, "gradient": grads}):
         if not np.isfinite(leaf).all():
             name = jax.tree_util.keystr(path, simple=True, separator=" ")
             raise Broken(f"an auxiliary scalar is not finite where a sample is all padding ({case}): {name}")
     for name in [name for name in ("q", "k", "v", "x") if name in inputs]:
-        leak = np.abs(grads["inputs"][name]).max(tuple(range(2, inputs[name].ndim))) * ~np.asarray(real)
+        leak = np.abs(grads["inputs"][name]).max(tuple(range(2, inputs[name].ndim))) * ~np.asarray(valid)
         if leak.any():
             raise Broken(
                 f"auxiliary scalars depend on {name} at positions that are padding ({case}): derivative "
-                f"{leak.max():.1e} instead of exactly 0. Take means over what `real` marks"
+                f"{leak.max():.1e} instead of exactly 0. Take means over what `valid` marks"
             )
     if "reference" not in _methods(subject):
         return
     with jax.default_matmul_precision("highest"):
-        slow, expected = jax.tree.map(np.asarray, compiled(subject.own, inputs, real, method="reference"))
+        slow, expected = jax.tree.map(np.asarray, compiled(subject.own, inputs, valid, method="reference"))
     if fast.keys() != slow.keys():
         raise Broken(f"attend gives the scalars {sorted(fast)}, reference {sorted(slow)}: they must be the same")
     advice = "An auxiliary loss trains the model like any other: both forms must give the same."
@@ -316,9 +315,9 @@ def jit_equals_eager(subject: Subject) -> None:
     case = Case(SHORT, SHORT, subject.modes[0])
     if reason := subject.refusal(case):
         raise NotApplicable(reason)
-    inputs, real, key = jax.tree.map(jnp.asarray, subject.inputs(case)), subject.real(case), jax.random.key(1)
+    inputs, valid, key = jax.tree.map(jnp.asarray, subject.inputs(case)), subject.valid(case), jax.random.key(1)
     with jax.default_matmul_precision("highest"):
-        eager = subject.forward(subject.own, inputs, real, key, causal=case.causal, method="attend")
+        eager = subject.forward(subject.own, inputs, valid, key, causal=case.causal, method="attend")
     advice = "Something depends on being traced: numpy on values, Python state, an `if` on an array."
     compiled = subject.apply(case, inputs, gradients=False).out
     compare(compiled, np.asarray(eager), VALUE, f"jit against eager ({case})", advice)
@@ -329,10 +328,10 @@ def no_retrace(subject: Subject) -> None:
     case, traces = subject.square(subject.modes[0]), []
 
     @jax.jit
-    def step(own, rest, inputs, real, key):
+    def step(own, rest, inputs, valid, key):
         traces.append(None)
         layer = subject.layer(own, rest)
-        out = subject.call(layer, inputs, real, key, causal=case.causal)
+        out = subject.call(layer, inputs, valid, key, causal=case.causal)
         after, own, rest = nnx.split(layer, nnx.Param, ...)
         if after != subject.graph:
             raise Broken(
@@ -343,7 +342,7 @@ def no_retrace(subject: Subject) -> None:
     own, rest = subject.own, subject.rest
     for seed in range(3):
         inputs, key = subject.inputs(case, seed), jax.random.key(seed)
-        _, own, rest = jax.eval_shape(step, own, rest, inputs, subject.real(case), key)
+        _, own, rest = jax.eval_shape(step, own, rest, inputs, subject.valid(case), key)
     if len(traces) > 1:
         advice = "a call changes the type or shape of its variables (an int that becomes a float, say)"
         raise Broken(f"{len(traces)} compilations in 3 steps with other values: {advice}")
@@ -394,11 +393,11 @@ def carried(subject: Subject) -> None:
         compare(fast[layer], slow[layer], 10 * VALUE, f"layer {layer + 1} of 3 ({case})", advice)
     for one, other in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
         compare(one, other, 10 * VALUE, f"the carry after 3 layers ({case})", advice)
-    real = np.asarray(subject.real(case))
-    wanted = np.cos(np.arange(fast[-1].size)).reshape(fast[-1].shape) * real[..., None, None]
+    valid = np.asarray(subject.valid(case))
+    wanted = np.cos(np.arange(fast[-1].size)).reshape(fast[-1].shape) * valid[..., None, None]
     grads = fast_grads(wanted)
     compare_trees(grads, slow_grads(wanted), 10 * GRADIENT, f"through the carry ({case})", advice)
-    _carries_nothing_of("padding", grads, ~real, case)
+    _carries_nothing_of("padding", grads, ~valid, case)
     for row in (1, case.T // 2) if case.causal else ():
         only = np.zeros_like(wanted)
         only[:, row] = 1
@@ -408,11 +407,12 @@ def carried(subject: Subject) -> None:
 def _through_layers(subject: Subject, case: Case, method: str):
     """Every output of three layers, (3, B, T, N, H), the carry behind them, and a function that gives the gradients of
     the inputs from that of the last output."""
-    mechanism, real = subject.mechanism, subject.real(case)
+    mechanism, valid = subject.mechanism, subject.valid(case)
     inputs = jax.tree.map(jnp.asarray, subject.inputs(case))
 
     def layers(inputs):
-        given = {"real": real, "causal": case.causal, "x": inputs.get("x"), "key": jax.random.key(0), "method": method}
+        given = {"valid": valid, "causal": case.causal, "x": inputs.get("x"), "method": method}
+        given["key"] = jax.random.key(0)
 
         def layer(state, turn):
             q, carry = state
@@ -423,9 +423,9 @@ def _through_layers(subject: Subject, case: Case, method: str):
         (_, carry), out = jax.lax.scan(layer, (inputs["q"], first), jnp.asarray([1.0, -0.7, 1.3]))
         return out, carry
 
-    backward = quick_jit(jax.grad(lambda inputs, wanted: (layers(inputs)[0][-1] * wanted).sum()))
+    backward = jax.jit(jax.grad(lambda inputs, wanted: (layers(inputs)[0][-1] * wanted).sum()))
     grads = lambda wanted: jax.tree.map(np.asarray, backward(inputs, jnp.asarray(wanted, jnp.float32)))
-    return *jax.tree.map(np.asarray, quick_jit(layers)(inputs)), grads
+    return *jax.tree.map(np.asarray, jax.jit(layers)(inputs)), grads
 
 
 def _carries_nothing_of(what: str, grads: dict, positions, case: Case) -> None:
@@ -465,7 +465,7 @@ def _likely(subject: Subject, case: Case) -> str:
         compare(subject.result(easier).out, subject.result(easier, "reference").out, VALUE, "", "")
     except Broken:
         return "It differs without padding and bias too: look at the mask, the scale, and what no block divides."
-    return "It agrees without padding and bias: look at `real` and `bias`."
+    return "It agrees without padding and bias: look at `valid` and `bias`."
 
 
 def _plain(own) -> dict:

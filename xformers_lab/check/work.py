@@ -16,9 +16,9 @@ def find(tell: Tell, word: str) -> list[tuple[str, str]]:
 def kit(tell: Tell, shelf: str, choice: str, deep: bool) -> dict:
     """The kit's report on a choice. One that ends the process leaves no older verdict to be believed."""
     tell.doing(f"checking {choice}")
-    from xformers_lab.check import remembered, run
+    from xformers_lab.check import cache, run
 
     if shelf == "attention":
-        remembered.forget(choice)
+        cache.forget(choice)
     report = run.check(choice, shelf, deep=deep, doing=lambda words: tell.doing(f"checking {words}")).to_dict()
-    return remembered.keep(choice, report) if shelf == "attention" else report
+    return cache.keep(choice, report) if shelf == "attention" else report

@@ -25,7 +25,7 @@ def _bench(chosen) -> int:
     chosen.passes = chosen.passes if words == chosen.words else "decode"
     cells, varied = configs.sweep(words)
     from xformers_lab import progress
-    from xformers_lab.measure import supervised
+    from xformers_lab.bench import supervised
     from xformers_lab.report import table
     from xformers_lab.supervise import process
 

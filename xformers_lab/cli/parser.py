@@ -4,11 +4,11 @@ import argparse
 
 from xformers_lab import __version__
 from xformers_lab import config as configs
-from xformers_lab.cli import looking, measuring, own, running
+from xformers_lab.cli import author, inspect, measuring, running
 from xformers_lab.errors import UsageError
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
-COMMANDS = [*looking.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *own.COMMANDS]
+COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *author.COMMANDS]
 GRAMMAR = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.

@@ -59,9 +59,9 @@ def train(tell: Tell, config: dict) -> dict:
 @functools.cache
 def _refusal(choice: str, tell: Tell) -> str | None:
     """Why the kit refuses a mechanism. The package's own are checked by its tests, and here only looked up."""
-    from xformers_lab.check import remembered
+    from xformers_lab.check import cache
 
     outside = spec.digest("attention", choice) is not None
-    if outside and remembered.known(choice) is None:
+    if outside and cache.known(choice) is None:
         tell.doing(f"checking {choice}", kit=choice)
-    return remembered.refusal(choice, anew=outside)
+    return cache.refusal(choice, anew=outside)

@@ -8,7 +8,7 @@ mechanism passes to the same mechanism in the layer above, aux is an `Aux` (aux_
 `block.step_several(x, cache, context, at)` takes several. It says whether it is
 `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its placement,
 `attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone, `attend` and
-`feed` (`step_attend` and `step_feed` in decoding), which give what
+`apply_ffn` (`step_attend` and `step_ffn` in decoding), which give what
 `attention_norm.after(x, y, rows)` and `ffn_norm.after` take; or leaves one out, `block.only("ffn")`.
 
 What a token cost is the scalar "computation" of aux: the layers that a valid token passed through, on average. A block
@@ -30,17 +30,17 @@ from xformers_lab.size import Size
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer sees alike: the positions, real (B, T) bool or None where nothing is padded, and what the model
-    makes predictions of hidden states with: `predict(x, real=real)`, (B, T, D) -> logits (B, T, outputs), or (B,
+    """What every layer sees alike: the positions, valid (B, T) bool or None where nothing is padded, and what the model
+    makes predictions of hidden states with: `predict(x, valid=valid)`, (B, T, D) -> logits (B, T, outputs), or (B,
     outputs) where a sequence gets one answer; in a step `predict(x)`, (B, D) -> (B, outputs). source (B, S, D) and
     source_real: what layers with cross-attention look at. tokens (B, T): what the sequences are made of, in a step
     (B,); None where a layer's rows are no tokens (a pooled sequence, say). among: where queries look at something else
     than their own layer's input x, `among(y)` of it normalised, (B, T, D), what they look at: the arguments of
-    attention's `look_at` by name, but for x; in a step `among(y, cache)` of y (B, D), which gives x (B, T, D), which
-    row of it is the token's, the same arguments, and the new cache."""
+    attention's `attend_projected` by name, but for x; in a step `among(y, cache)` of y (B, D), which gives x (B, T, D),
+    which row of it is the token's, the same arguments, and the new cache."""
 
     position: Position
-    real: Any = None
+    valid: Any = None
     predict: Callable | None = None
     source: Any = None
     source_real: Any = None

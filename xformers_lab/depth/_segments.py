@@ -26,21 +26,21 @@ def at_once(y, T: int):
     return jnp.swapaxes(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T]
 
 
-def runs(x, real, k: int, before: int = 0):
-    """(B, T, D) -> what each of G runs of k tokens holds (B, G, k, D), and which of that is real (B, G, k).
+def runs(x, valid, k: int, before: int = 0):
+    """(B, T, D) -> what each of G runs of k tokens holds (B, G, k, D), and which of that is valid (B, G, k).
 
-    before: so many places in front of the first token that are not real.
+    before: so many places in front of the first token that are not valid.
     """
     B, T, D = x.shape
     G = -(-T // k)
-    real = jnp.ones((B, T), bool) if real is None else real
+    valid = jnp.ones((B, T), bool) if valid is None else valid
     around = (before, max(0, G * k - T - before))
     x = jnp.pad(x, ((0, 0), around, (0, 0)))[:, : G * k].reshape(B, G, k, D)
-    return x, jnp.pad(real, ((0, 0), around))[:, : G * k].reshape(B, G, k)
+    return x, jnp.pad(valid, ((0, 0), around))[:, : G * k].reshape(B, G, k)
 
 
 def mean_of(runs, there):
-    """(..., k, D), of which `there` (..., k) is real -> (..., D), zeros where nothing is."""
+    """(..., k, D), of which `there` (..., k) is valid -> (..., D), zeros where nothing is."""
     total = jnp.where(there[..., None], runs, 0).sum(-2, dtype=jnp.float32)
     return (total / jnp.maximum(there.sum(-1, keepdims=True), 1)).astype(runs.dtype)
 
@@ -84,21 +84,21 @@ class Segments:
             raise Refused(
                 "this depth reads segments apart, with no place for cross-attention: use depth=fixed or model=decoder"
             )
-        real = context.real
-        if real is None and x.shape[1] % self.size:
-            real = jnp.ones(x.shape[:2], bool)
+        valid = context.valid
+        if valid is None and x.shape[1] % self.size:
+            valid = jnp.ones(x.shape[:2], bool)
         cut = lambda y: None if y is None else self._cut(y)
-        return self._cut(x), dataclasses.replace(context, real=cut(real), tokens=cut(context.tokens))
+        return self._cut(x), dataclasses.replace(context, valid=cut(valid), tokens=cut(context.tokens))
 
     def joined(self, rows, inside: Context, context: Context, B: int):
-        """What `apart` gave, by sequence: (B G, k, D) -> (B, G, k, D) with zeros where nothing is real, which is real
+        """What `apart` gave, by sequence: (B G, k, D) -> (B, G, k, D) with zeros where nothing is valid, which is valid
         (B, G, k) or None, and the context of one state per segment."""
         rows = rows.reshape(B, -1, *rows.shape[1:])
-        real = None if inside.real is None else inside.real.reshape(rows.shape[:3])
-        rows = rows if real is None else jnp.where(real[..., None], rows, 0)
-        # A segment that was filled up holds something real, or T would be shorter.
-        some = None if context.real is None or real is None else real.any(-1)
-        return rows, real, dataclasses.replace(context, real=some, tokens=None)
+        valid = None if inside.valid is None else inside.valid.reshape(rows.shape[:3])
+        rows = rows if valid is None else jnp.where(valid[..., None], rows, 0)
+        # A segment that was filled up holds something valid, or T would be shorter.
+        some = None if context.valid is None or valid is None else valid.any(-1)
+        return rows, valid, dataclasses.replace(context, valid=some, tokens=None)
 
     def told(self, rows, y, T: int, causal: bool):
         """Tokens (B G, k, D) plus what their segment is told (B, G, D), causally the one before -> (B, T, D)."""

@@ -26,7 +26,7 @@ class Conditional(Fixed):
     f(x) in place of f(x). In training g = sigmoid(G + noise z), z standard normal, so that only a large |G| is safe
     from the noise and gates become hard; with estimator=straight_through g is 1 where that is above 1/2, else 0, with
     the sigmoid's gradient. In evaluation g is 1 where G > 0, else 0. The loss gets weight |mean g - budget|, the mean
-    over sub-layers and real tokens of a batch. The noise has one size; the paper lets it grow over the run.
+    over sub-layers and valid tokens of a batch. The noise has one size; the paper lets it grow over the run.
 
     A token whose attention is skipped still has a key and a value that others see. Evaluation skips an attention that
     no token of the batch asks for, and runs a feed-forward layer on the tokens that ask for it, gathered to the
@@ -93,11 +93,11 @@ class Gate(nnx.Module):
         self.out = Linear(hidden, 1, bias_init=nnx.initializers.constant(START), rngs=rngs)
         self.unit, self.estimator, self.noise, self.share = unit, estimator, noise, share
 
-    def logit(self, x, real=None):
+    def logit(self, x, valid=None):
         """(..., T, D) -> (..., T): above 0 where open."""
         x = x.astype(jnp.float32)
         if self.unit == "sample":
-            weights = jnp.ones(x.shape[:2]) if real is None else real.astype(jnp.float32)
+            weights = jnp.ones(x.shape[:2]) if valid is None else valid.astype(jnp.float32)
             mean = (x * weights[..., None]).sum(1) / jnp.maximum(weights.sum(1), 1)[:, None]
             return jnp.broadcast_to(self.logit_of(mean)[:, None], x.shape[:2])
         return self.logit_of(x)
@@ -105,18 +105,18 @@ class Gate(nnx.Module):
     def logit_of(self, x):
         return self.out(jax.nn.relu(self.hidden(x)))[..., 0]
 
-    def training(self, x, real, key):
+    def training(self, x, valid, key):
         """The soft gate, or the hard one with the soft one's gradient, (B, T)."""
-        logit = self.logit(x, real)
+        logit = self.logit(x, valid)
         shape = (len(x), 1) if self.unit == "sample" else logit.shape
         soft = jax.nn.sigmoid(logit + self.noise * jax.random.normal(key, shape))
         if self.estimator == "noise":
             return soft
         return soft + lax.stop_gradient((soft > 0.5) - soft)
 
-    def spent(self, gate, real) -> Aux:
+    def spent(self, gate, valid) -> Aux:
         """The share of a layer that each token gets."""
-        return by_token("computation", self.share * gate, real)
+        return by_token("computation", self.share * gate, valid)
 
 
 class GatedAttention(nnx.Module):
@@ -134,20 +134,20 @@ class GatedAttention(nnx.Module):
     def init_cache(self, *sizes):
         return self.layer.init_cache(*sizes)
 
-    def __call__(self, x, memory=None, *, real=None, key=None, carry=None, **given):
+    def __call__(self, x, memory=None, *, valid=None, key=None, carry=None, **given):
         """`given`, whatever else a layer is called with, passes by."""
         if key is not None:
             first, second = jax.random.split(key)
-            gate = self.gate.training(x, real, first)
-            y, carry, aux = self.layer(x, memory, real=real, key=second, carry=carry, **given)
-            return _scaled(y, gate), carry, aux | self.gate.spent(gate, real)
-        gate = self.gate.logit(x, real) > 0
-        asked = gate if real is None else gate & real
+            gate = self.gate.training(x, valid, first)
+            y, carry, aux = self.layer(x, memory, valid=valid, key=second, carry=carry, **given)
+            return _scaled(y, gate), carry, aux | self.gate.spent(gate, valid)
+        gate = self.gate.logit(x, valid) > 0
+        asked = gate if valid is None else gate & valid
         graph, variables = nnx.split(self.layer)
-        call = lambda: nnx.merge(graph, variables)(x, memory, real=real, carry=carry, **given)
+        call = lambda: nnx.merge(graph, variables)(x, memory, valid=valid, carry=carry, **given)
         always = jnp.array(self.carries())
         y, carry, aux = lax.cond(always | asked.any(), call, lambda: _nothing(call))
-        return _scaled(y, asked), carry, aux | self.gate.spent(asked, real)
+        return _scaled(y, asked), carry, aux | self.gate.spent(asked, valid)
 
     def decode(self, x, cache, *, carry=None, **given):
         gate = self.gate.logit(x) > 0
@@ -172,20 +172,20 @@ class GatedFfn(Ffn):
     def takes_tokens(self) -> bool:
         return self.layer.takes_tokens()
 
-    def __call__(self, x, *, real=None, key=None, **given):
+    def __call__(self, x, *, valid=None, key=None, **given):
         if key is not None:
             first, second = jax.random.split(key)
-            gate = self.gate.training(x, real, first)
-            y, aux = self.layer(x, real=real, key=second, **given)
-            return _scaled(y, gate), aux | self.gate.spent(gate, real)
-        gate = self.gate.logit(x, real) > 0
-        asked = gate if real is None else gate & real
+            gate = self.gate.training(x, valid, first)
+            y, aux = self.layer(x, valid=valid, key=second, **given)
+            return _scaled(y, gate), aux | self.gate.spent(gate, valid)
+        gate = self.gate.logit(x, valid) > 0
+        asked = gate if valid is None else gate & valid
         T = x.shape[1]
         places = jnp.sort(jnp.where(asked, jnp.arange(T)[None], T), axis=1)
         graph, variables = nnx.split(self.layer)
 
         def run(size: int):
-            call = lambda inside, real, given: nnx.merge(graph, variables)(inside, real=real, **given)
+            call = lambda inside, valid, given: nnx.merge(graph, variables)(inside, valid=valid, **given)
             if not size:
                 return _nothing(lambda: call(x, asked, given))
             mine = places[:, :size]
@@ -197,7 +197,7 @@ class GatedFfn(Ffn):
 
         sizes = sorted({0, -(-T // 4), -(-T // 2), T})
         y, aux = over_first(asked.sum(1).max(), sizes, run)
-        return y, aux | self.gate.spent(asked, real)
+        return y, aux | self.gate.spent(asked, valid)
 
 
 def _scaled(y, gate):

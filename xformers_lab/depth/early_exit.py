@@ -94,7 +94,7 @@ class EarlyExit(Fixed):
         graph, exits = nnx.split(self.exits)
 
         def head(state, own):
-            return predict(state + nnx.merge(graph, own)(state), real=context.real)
+            return predict(state + nnx.merge(graph, own)(state), valid=context.valid)
 
         for number in range(self.rounds - 1):
             state, own = states[number], jax.tree.map(lambda leaf, number=number: leaf[number], exits)
@@ -154,10 +154,10 @@ class EarlyExit(Fixed):
         B, T, _ = x.shape
         assert context.predict is not None
         predict = context.predict
-        asked = jax.eval_shape(lambda x: predict(x, real=context.real), x).shape[:-1]
+        asked = jax.eval_shape(lambda x: predict(x, valid=context.valid), x).shape[:-1]
         inside = jnp.ones(asked, bool)
-        if len(asked) == 2 and context.real is not None:
-            inside = context.real
+        if len(asked) == 2 and context.valid is not None:
+            inside = context.valid
         counted = inside
         carries = initial_carries(list(self.periods), B, T, T)
         # What layers hand on has no known axis of samples, so it keeps the batch whole.
@@ -175,15 +175,15 @@ class EarlyExit(Fixed):
                 some = jnp.argsort(~inner["inside"], stable=True)[:size] if size < B else None
                 take = lambda leaf: leaf if some is None else leaf[some]
                 part, part_state = take(x), jax.tree.map(take, inner)
-                real = None if context.real is None else take(context.real)
+                valid = None if context.valid is None else take(context.valid)
                 tokens = None if context.tokens is None else take(context.tokens)
-                where = Context(context.position, real, predict, tokens=tokens)
+                where = Context(context.position, valid, predict, tokens=tokens)
                 frozen = ~part_state["inside"].reshape(*part_state["inside"].shape, *[1] * (3 - len(asked)))
                 for graph, variable in zip(graphs, variables, strict=True):
                     y, carries, _ = nnx.merge(graph, variable)(part, carries, where)
                     part = jnp.where(frozen, part, y)
                 exit_head = nnx.merge(exit_graph, own)
-                part_state = self._leave(part, part_state, number, exit_head, lambda x: predict(x, real=real))
+                part_state = self._leave(part, part_state, number, exit_head, lambda x: predict(x, valid=valid))
                 if some is None:
                     return part, carries, part_state
                 put = lambda whole, new: whole.at[some].set(new)
@@ -201,7 +201,7 @@ class EarlyExit(Fixed):
         # A sequence leaves with all of its tokens, and counts once however long it is.
         each = layers if len(asked) == 2 else jnp.broadcast_to(layers[:, None], (B, T))
         spent = computation(jnp.where(counted, layers, 0).sum() / total)
-        return state["out"], Aux(scalars=shares) | by_token("computation", each, context.real) | spent
+        return state["out"], Aux(scalars=shares) | by_token("computation", each, context.valid) | spent
 
     def step(self, x, cache, context: Context, *, at):
         assert context.predict is not None

@@ -12,8 +12,8 @@ from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import first
 from xformers_lab.depth.transparent import Transparent
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.memory import why_not
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -86,27 +86,27 @@ class Feedback(Depth):
         G = -(-T // k)
         outer = math.isqrt(G)
         inner = -(-G // outer)
-        real = jnp.ones((B, T), bool) if context.real is None else context.real
+        valid = jnp.ones((B, T), bool) if context.valid is None else context.valid
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
         norm = self._norm()
 
         def one(state, given):
             memory, rest = state
-            x, real, tokens, key, at = given
+            x, valid, tokens, key, at = given
             layers = nnx.merge(graph, params, rest)
 
             def among(y):
                 rows = self._projected(y)
-                return self._seen(memory, rows, real if self.own else jnp.zeros_like(real)) | {"at": at}
+                return self._seen(memory, rows, valid if self.own else jnp.zeros_like(valid)) | {"at": at}
 
-            here = dataclasses.replace(context, real=real, tokens=tokens, among=among)
+            here = dataclasses.replace(context, valid=valid, tokens=tokens, among=among)
             (y, mix, *_), _, aux = layers.run(layers.begin(x), {}, here, key=key)
-            memory = self._pushed(memory, norm.before(mix.astype(x.dtype), Rows(real)), real)
+            memory = self._pushed(memory, norm.before(mix.astype(x.dtype), LayerContext(valid)), valid)
             return (memory, nnx.split(layers, nnx.Param, ...)[2]), (y, aux)
 
         count = outer * inner
         keys = None if key is None else jax.random.split(key, count)
-        steps = [in_turn(y, k, count) for y in (x, real, context.tokens)] + [keys, k * jnp.arange(count)]
+        steps = [in_turn(y, k, count) for y in (x, valid, context.tokens)] + [keys, k * jnp.arange(count)]
         nested = jax.tree.map(lambda leaf: leaf.reshape(outer, inner, *leaf.shape[1:]), steps)
         several = jax.checkpoint(lambda state, steps: lax.scan(one, state, steps))
         (_, rest), told = lax.scan(several, (self._empty(B), rest), nested)
@@ -128,22 +128,22 @@ class Feedback(Depth):
         size = self.size
         rows = jnp.zeros((B, self.window, size.key_heads, size.head), size.dtype)
         states = jnp.zeros((B, self.window, size.dim), size.dtype)
-        return {"k": rows, "v": rows, "source": states, "real": jnp.zeros((B, self.window), bool)}
+        return {"k": rows, "v": rows, "source": states, "valid": jnp.zeros((B, self.window), bool)}
 
-    def _seen(self, memory: dict, rows: dict, real) -> dict:
-        """What queries of a segment look at: the memory, then the segment's own rows, where they are real (B, k)."""
-        return jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), memory, rows | {"real": real})
+    def _seen(self, memory: dict, rows: dict, valid) -> dict:
+        """What queries of a segment look at: the memory, then the segment's own rows, where they are valid (B, k)."""
+        return jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), memory, rows | {"valid": valid})
 
-    def _pushed(self, memory: dict, states, real) -> dict:
+    def _pushed(self, memory: dict, states, valid) -> dict:
         """The memory with a segment's normalised memories (B, k, D) as its newest."""
-        rows = self._seen(memory, self._projected(states), real)
+        rows = self._seen(memory, self._projected(states), valid)
         return jax.tree.map(lambda leaf: leaf[:, -self.window :], rows)
 
     def init_cache(self, B: int, length: int):
         """The memory, (1, B, window, ...), the memories of the segment so far (1, B, k, D), and for `own` the layers'
         rows of the segment."""
         memory = jax.tree.map(lambda leaf: leaf[None], self._empty(B))
-        rows = {name: leaf[0, :, :1].repeat(self.segment, 1) for name, leaf in memory.items() if name != "real"}
+        rows = {name: leaf[0, :, :1].repeat(self.segment, 1) for name, leaf in memory.items() if name != "valid"}
         own = rows if self.own else {}
 
         def caches(stacked):
@@ -173,7 +173,7 @@ class Feedback(Depth):
         pending = placed(cache["pending"][0], mix)
 
         def push():
-            states = self._norm().before(pending.astype(x.dtype), Rows())
+            states = self._norm().before(pending.astype(x.dtype), LayerContext())
             return self._pushed(memory, states, jnp.ones((len(x), k), bool))
 
         memory = lax.cond(place == k - 1, push, lambda: memory)

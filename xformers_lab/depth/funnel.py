@@ -11,7 +11,7 @@ from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.rows import Rows
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.size import Size
 
 
@@ -123,7 +123,7 @@ class Pooling(nnx.Module):
         """(B, S, D) and its context -> (B, S / 2 rounded up, D), the context there, aux."""
         B, S, _ = x.shape
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        two, there = runs(x, context.real, 2)
+        two, there = runs(x, context.valid, 2)
         if self.pool == "mean":
             p = mean_of(two, there)
         else:
@@ -131,10 +131,10 @@ class Pooling(nnx.Module):
             p = jnp.where(there.any(2)[..., None], most, 0)
         block, asked = self.block, jnp.repeat(p, 2, 1)[:, :S]
         y, _, aux = block.attend(asked, block.initial_carries(B, S, S), context, source=x, keys=keys[:2])
-        short = dataclasses.replace(context, real=None if context.real is None else there.any(2), tokens=None)
-        rows = Rows(short.real, key is not None)
+        short = dataclasses.replace(context, valid=None if context.valid is None else there.any(2), tokens=None)
+        rows = LayerContext(short.valid, key is not None)
         x = block.attention_norm.after(p, y[:, ::2], rows)
         if block.ffn is not None:
-            y, more = block.feed(x, short, keys=keys[2:])
+            y, more = block.apply_ffn(x, short, keys=keys[2:])
             x, aux = block.ffn_norm.after(x, y, rows), aux + more
         return x, short, computation(1) | aux

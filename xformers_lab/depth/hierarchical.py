@@ -19,7 +19,7 @@ class Hierarchical(Depth):
 
         h_g = low layers(x_g),    y = high layers(mean h_1, ..., mean h_G),    h_gt + y_g
 
-    x_g are the k = segment tokens of segment g, means are those of its real tokens. A decoder adds y_(g-1), for y_g
+    x_g are the k = segment tokens of segment g, means are those of its valid tokens. A decoder adds y_(g-1), for y_g
     knows all of its segment. A segment of padding alone is padding. Attention never sees more than k tokens, or T / k
     segments: at k near the root of T its work grows as T^1.5.
 
@@ -62,8 +62,8 @@ class Hierarchical(Depth):
         first, second = (None, None) if key is None else jax.random.split(key)
         rows, inside = self.segments.apart(x, context)
         rows, _, aux = self.low.run(rows, self.low.initial_carries(len(rows), k, k), inside, key=first)
-        whole, real, among = self.segments.joined(rows, inside, context, B)
-        count = k if real is None else jnp.maximum(real.sum(-1), 1)[..., None]
+        whole, valid, among = self.segments.joined(rows, inside, context, B)
+        count = k if valid is None else jnp.maximum(valid.sum(-1), 1)[..., None]
         means = (whole.sum(2, dtype=jnp.float32) / count).astype(x.dtype)
         G = means.shape[1]
         y, _, more = self.high.run(means, self.high.initial_carries(B, G, G), among, key=second)

@@ -81,10 +81,10 @@ class Hourglass(Depth):
         first, middle, last = self.parts
         x, _, aux = first.run(x, first.initial_carries(B, T, T), context, key=keys[0])
         # A decoder's runs end with the token that they are named after.
-        held, there = runs(x, context.real, self.factor, self.factor - 1 if self.causal else 0)
-        # With nothing padded each run holds something real: the last of its tokens, or the first.
-        real = None if context.real is None else there.any(-1)
-        short = dataclasses.replace(context, real=real, tokens=None)
+        held, there = runs(x, context.valid, self.factor, self.factor - 1 if self.causal else 0)
+        # With nothing padded each run holds something valid: the last of its tokens, or the first.
+        valid = None if context.valid is None else there.any(-1)
+        short = dataclasses.replace(context, valid=valid, tokens=None)
         y, G = self.pooled(held, there), held.shape[1]
         y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
         x = x + self.spread(y).reshape(B, G * self.factor, -1)[:, :T]
@@ -92,7 +92,7 @@ class Hourglass(Depth):
         return x, aux + shared(more, self.factor) + most
 
     def pooled(self, held, there):
-        """(..., k, D) and what is real of it (..., k) -> (..., D)."""
+        """(..., k, D) and what is valid of it (..., k) -> (..., D)."""
         if self.shorten == "mean":
             return mean_of(held, there)
         return self.down(jnp.where(there[..., None], held, 0).reshape(*held.shape[:-2], -1))

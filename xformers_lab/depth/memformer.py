@@ -10,8 +10,8 @@ from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.linear import Linear
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -77,22 +77,22 @@ class Memformer(Depth):
 
     def __call__(self, x, context: Context, *, key=None):
         (B, T, _), L = x.shape, self.segment
-        G, real = -(-T // L), context.real
-        if T % L and real is None:
-            real = jnp.ones((B, T), bool)
+        G, valid = -(-T // L), context.valid
+        if T % L and valid is None:
+            valid = jnp.ones((B, T), bool)
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         @jax.checkpoint
         def one(state, given):
             memory, rest = state
-            x, real, tokens, key = given
+            x, valid, tokens, key = given
             layers = nnx.merge(graph, params, rest)
-            here = dataclasses.replace(context, real=real, tokens=tokens)
+            here = dataclasses.replace(context, valid=valid, tokens=tokens)
             y, _, aux = layers.run(x, layers.initial_carries(B, L, L), (here, memory), key=key)
-            return (self.writer(memory, y, real), nnx.split(layers, nnx.Param, ...)[2]), (y, aux)
+            return (self.writer(memory, y, valid), nnx.split(layers, nnx.Param, ...)[2]), (y, aux)
 
         keys = None if key is None else jax.random.split(key, G)
-        steps = [in_turn(y, L, G) for y in (x, real, context.tokens)] + [keys]
+        steps = [in_turn(y, L, G) for y in (x, valid, context.tokens)] + [keys]
         first = self.writer.begin(B) if self.carried is None else self.carried.read(self.writer.begin(B))
         (last, rest), (y, aux) = lax.scan(one, (first, rest), steps)
         nnx.update(self.layers, rest)
@@ -134,10 +134,10 @@ class Reader(nnx.Module):
         context, memory = given
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         y, carries, aux = self.block.attend(x, carries, context, keys=keys[:2])
-        rows = Rows(context.real, key is not None)
+        rows = LayerContext(context.valid, key is not None)
         x = self._told(self.block.attention_norm.after(x, y, rows), memory, rows)
         if self.block.ffn is not None:
-            y, more = self.block.feed(x, context, keys=keys[2:])
+            y, more = self.block.apply_ffn(x, context, keys=keys[2:])
             x, aux = self.block.ffn_norm.after(x, y, rows), aux + more
         return x, carries, aux
 
@@ -150,12 +150,12 @@ class Reader(nnx.Module):
     def step(self, x, cache, carries, given, at):
         context, memory = given
         y, cache, carries = self.block.step_attend(x, cache, carries, context, at)
-        x = self._told(self.block.attention_norm.after(x, y, Rows())[:, None], memory, Rows())[:, 0]
+        x = self._told(self.block.attention_norm.after(x, y, LayerContext())[:, None], memory, LayerContext())[:, 0]
         if self.block.ffn is not None:
-            x = self.block.ffn_norm.after(x, self.block.step_feed(x, context), Rows())
+            x = self.block.ffn_norm.after(x, self.block.step_ffn(x, context), LayerContext())
         return x, cache, carries
 
-    def _told(self, x, memory, rows: Rows):
+    def _told(self, x, memory, rows: LayerContext):
         return self.norm.after(x, self.read(self.norm.before(x, rows), memory.astype(x.dtype))[0], rows)
 
 
@@ -173,19 +173,19 @@ class Writer(nnx.Module):
         start = self.table[...]
         return jnp.broadcast_to(unit(start), (B, *start.shape))
 
-    def __call__(self, memory, states, real):
+    def __call__(self, memory, states, valid):
         heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
         states = self.norm(states.astype(jnp.float32))
         q, k, own = heads(self.query(memory)), heads(self.key(states)), heads(self.key(memory))
         kept = (q * own).sum(-1)[..., None]  # (B, slots, N, 1)
         scores = jnp.einsum("bmnh,blnh->bmnl", q, k)
-        if real is not None:
-            scores = jnp.where(real[:, None, None], scores, -jnp.inf)
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
         scores = jnp.concatenate([kept, scores], -1) / (q.shape[-1] ** 0.5 * self.temperature)
         share = jax.nn.softmax(scores, -1)
         new = share[..., :1] * heads(memory) + jnp.einsum("bmnl,blnh->bmnh", share[..., 1:], heads(self.value(states)))
         new = unit(new.reshape(memory.shape) + self.table[...][None])
-        return new if real is None else jnp.where(real.any(1)[:, None, None], new, memory)
+        return new if valid is None else jnp.where(valid.any(1)[:, None, None], new, memory)
 
 
 def unit(y):

@@ -96,33 +96,33 @@ class Routed(nnx.Module):
         score = self.router(x.astype(jnp.float32))[..., 0]
         if key is None and self.block.causal:
             foretold = self.foretell(x)
-            chosen = foretold > 0 if context.real is None else (foretold > 0) & context.real
+            chosen = foretold > 0 if context.valid is None else (foretold > 0) & context.valid
             y, aux = self._evaluate(x, score, carries, context, chosen)
-            return y, carries, aux | by_token("computation", chosen, context.real)
-        places, full = self.top(score, context.real)
+            return y, carries, aux | by_token("computation", chosen, context.valid)
+        places, full = self.top(score, context.valid)
         y, aux = self.through(x, score, places, carries, context, key=key, full=full)
         inside = jnp.zeros(score.shape, bool)
         inside = jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(inside, places)
-        aux |= by_token("computation", inside, context.real)
+        aux |= by_token("computation", inside, context.valid)
         if self.block.causal:
             foretold = self.foretell(lax.stop_gradient(x))
             wrong = jax.nn.softplus(jnp.where(inside, -foretold, foretold))
-            aux |= Aux(losses={"predictor": self.predictor_weight * mean_of(wrong, context.real)})
+            aux |= Aux(losses={"predictor": self.predictor_weight * mean_of(wrong, context.valid)})
         return y, carries, aux
 
     def foretell(self, x):
         """(..., D) -> (...): above 0 where a token is expected to be among its sequence's best."""
         return self.guess_out(jax.nn.gelu(self.guess(x.astype(jnp.float32))))[..., 0]
 
-    def top(self, score, real):
+    def top(self, score, valid):
         """Places (B, k) of the best tokens of each sequence in rising order, T for those that a padded sequence leaves
         empty; and whether no place is empty."""
         T = score.shape[1]
-        if real is None:
+        if valid is None:
             return jnp.sort(lax.top_k(score, math.ceil(self.capacity * T))[1], axis=1), True
         k = math.ceil(self.capacity * T)
-        best = lax.top_k(jnp.where(real, score, -jnp.inf), k)[1]
-        many = jnp.ceil(self.capacity * real.sum(1, keepdims=True))
+        best = lax.top_k(jnp.where(valid, score, -jnp.inf), k)[1]
+        many = jnp.ceil(self.capacity * valid.sum(1, keepdims=True))
         return jnp.sort(jnp.where(jnp.arange(k)[None] < many, best, T), axis=1), False
 
     def through(self, x, score, places, carries, context: Context, *, key=None, full=False):

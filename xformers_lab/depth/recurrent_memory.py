@@ -67,31 +67,31 @@ class RecurrentMemory(Depth):
     def __call__(self, x, context: Context, *, key=None):
         B, T, D = x.shape
         M, L, G = self.tokens, self.segment, -(-T // self.segment)
-        real = context.real
-        if T % L and real is None:
-            real = jnp.ones((B, T), bool)
+        valid = context.valid
+        if T % L and valid is None:
+            valid = jnp.ones((B, T), bool)
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         def one(state, given):
             memory, rest = state
-            x, real, key = given
+            x, valid, key = given
             layers = nnx.merge(graph, params, rest)
             around = [memory, x, memory] if self.causal else [memory, x]
-            here = real
-            if real is not None:
+            here = valid
+            if valid is not None:
                 always = jnp.ones((B, M), bool)
-                here = jnp.concatenate([always, real, always][: len(around)], 1)
+                here = jnp.concatenate([always, valid, always][: len(around)], 1)
             rows = jnp.concatenate(around, 1)
-            where = dataclasses.replace(context, real=here, tokens=None)
+            where = dataclasses.replace(context, valid=here, tokens=None)
             y, _, aux = layers.run(rows, layers.initial_carries(B, *[rows.shape[1]] * 2), where, key=key)
             written = y[:, -M:] if self.causal else y[:, :M]
-            memory = written if real is None else jnp.where(real.any(1)[:, None, None], written, memory)
+            memory = written if valid is None else jnp.where(valid.any(1)[:, None, None], written, memory)
             return (memory, nnx.split(layers, nnx.Param, ...)[2]), (y[:, M : M + L], aux)
 
         first = jnp.broadcast_to(self.table[...].astype(x.dtype), (B, M, D))
         first = first if self.carried is None else self.carried.read(first)
         keys = None if key is None else jax.random.split(key, G)
-        (last, rest), (y, aux) = lax.scan(one, (first, rest), (in_turn(x, L, G), in_turn(real, L, G), keys))
+        (last, rest), (y, aux) = lax.scan(one, (first, rest), (in_turn(x, L, G), in_turn(valid, L, G), keys))
         nnx.update(self.layers, rest)
         if self.carried is not None:
             self.carried.write(last)

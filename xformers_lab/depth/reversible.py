@@ -10,8 +10,8 @@ from xformers_lab.backward import values
 from xformers_lab.depth import Context
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.plan import Plan
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -94,20 +94,20 @@ class TwoStreams(nnx.Module):
     def attend(self, x, context: Context, keys):
         """F of a stream (B, T, D), and aux."""
         y, _, aux = self.block.attend(x.astype(self.dtype), {}, context, keys=keys[:2])
-        rows = Rows(context.real, keys[0] is not None)
+        rows = LayerContext(context.valid, keys[0] is not None)
         return self.block.attention_norm.branch(y, rows).astype(jnp.float32), aux
 
-    def feed(self, x, context: Context, keys):
+    def apply_ffn(self, x, context: Context, keys):
         """G of a stream, and aux."""
-        y, aux = self.block.feed(x.astype(self.dtype), context, keys=keys[2:])
-        rows = Rows(context.real, keys[0] is not None)
+        y, aux = self.block.apply_ffn(x.astype(self.dtype), context, keys=keys[2:])
+        rows = LayerContext(context.valid, keys[0] is not None)
         return self.block.ffn_norm.branch(y, rows).astype(jnp.float32), aux
 
     def __call__(self, x, carries, context: Context, *, key=None):
         (x1, x2), keys = x, _four(key)
         y, aux = self.attend(x2, context, keys)
         y1 = x1 + y
-        y, more = self.feed(y1, context, keys)
+        y, more = self.apply_ffn(y1, context, keys)
         return (y1, x2 + y), carries, aux + more
 
     def initial_carries(self, B: int, T: int, S: int):
@@ -119,9 +119,9 @@ class TwoStreams(nnx.Module):
     def step(self, x, cache, carries, context, at):
         x1, x2 = x
         y, cache, carries = self.block.step_attend(x2.astype(self.dtype), cache, carries, context, at)
-        y1 = x1 + self.block.attention_norm.branch(y, Rows()).astype(jnp.float32)
-        y = self.block.step_feed(y1.astype(self.dtype), context)
-        return (y1, x2 + self.block.ffn_norm.branch(y, Rows()).astype(jnp.float32)), cache, carries
+        y1 = x1 + self.block.attention_norm.branch(y, LayerContext()).astype(jnp.float32)
+        y = self.block.step_ffn(y1.astype(self.dtype), context)
+        return (y1, x2 + self.block.ffn_norm.branch(y, LayerContext()).astype(jnp.float32)), cache, carries
 
 
 def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
@@ -138,7 +138,7 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
 
     def built(of_position, given):
         position = nnx.merge(position_graph, of_position, given["position"])
-        return Context(position, given["real"], tokens=given["tokens"])
+        return Context(position, given["valid"], tokens=given["tokens"])
 
     @jax.custom_vjp
     def run(params, of_position, given, streams):
@@ -183,7 +183,7 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
             for place in reversed(range(len(graphs))):
                 four = _four(None if keys is None else keys[place])
                 here = (place, params[place], rest[place])
-                y, fed, to_position, more = pulled("feed", *here, y1, four, d2, to_position)
+                y, fed, to_position, more = pulled("apply_ffn", *here, y1, four, d2, to_position)
                 y2, d1 = y2 - y, d1 + more
                 y, attended, to_position, more = pulled("attend", *here, y2, four, d1, to_position)
                 y1, d2 = y1 - y, d2 + more
@@ -196,7 +196,7 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
         return of_params, to_position, None, of_streams
 
     run.defvjp(forward, backward)
-    given = {"rest": rest, "position": fixed_position, "real": context.real, "keys": keys, "tokens": context.tokens}
+    given = {"rest": rest, "position": fixed_position, "valid": context.valid, "keys": keys, "tokens": context.tokens}
     streams, aux, changed = run(params, of_position, given, streams)
     for block, variables in zip(blocks, changed, strict=True):
         nnx.update(block, variables)

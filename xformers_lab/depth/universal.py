@@ -82,9 +82,9 @@ class Universal(Depth):
         aux = jax.tree.map(lambda values: jnp.sum(values, 0), aux)
         if halting is None:
             return y, aux
-        steps, real = halting["steps"], context.real
-        spent = by_token("steps", steps, real) | by_token("computation", steps * len(self.blocks), real)
-        spent |= Aux(losses={"ponder": self.ponder * mean_of(steps + halting["left"], real)})
+        steps, valid = halting["steps"], context.valid
+        spent = by_token("steps", steps, valid) | by_token("computation", steps * len(self.blocks), valid)
+        spent |= Aux(losses={"ponder": self.ponder * mean_of(steps + halting["left"], valid)})
         return halting["out"].astype(x.dtype), aux | spent
 
     def _marked(self, x, number, position: Position, at):

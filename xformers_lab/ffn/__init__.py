@@ -2,12 +2,12 @@
 function that returns None where the block has no such sub-layer.
 
 One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
-int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, real=real,
+int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, valid=valid,
 key=key)`: a placement may have put a normaliser in front of it. One of many networks keeps their matrices as `Bank`s,
 so that layout=experts can share them out over the devices, and lets `_experts.run_experts` run them there.
 
-A placement may also ask for smaller first weights, `damp(share)`. All matrices of a sub-layer become so; one that holds
-others, a router or queries and keys, says which of its own do.
+A placement may also ask for smaller first weights, `scale_init(share)`. All matrices of a sub-layer become so; one that
+holds others, a router or queries and keys, says which of its own do.
 """
 
 import functools
@@ -17,9 +17,9 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
-from xformers_lab.rows import Rows, apply
+from xformers_lab.initial_scale import scale_init
+from xformers_lab.layer_context import LayerContext, apply
 from xformers_lab.size import Size
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid", "identity"]
@@ -43,17 +43,17 @@ class Bank(nnx.Param):
 class Ffn(nnx.Module):
     down: Any
 
-    def __call__(self, x, *, real=None, key=None):
+    def __call__(self, x, *, valid=None, key=None):
         """(B, T, D) -> (B, T, D) and an `Aux`."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
-    def last(self, hidden, *, real=None, key=None):
+    def last(self, hidden, *, valid=None, key=None):
         """`down` on the hidden layer, of the rows that the sub-layer was called with."""
-        return apply(self.down, hidden, Rows(real, key is not None))
+        return apply(self.down, hidden, LayerContext(valid, key is not None))
 
-    def damp(self, share: float) -> None:
+    def scale_init(self, share: float) -> None:
         """Multiplies by `share` the first weights that the output grows with, and none that it is chosen by."""
-        damp(share, self)
+        scale_init(share, self)
 
     def takes_tokens(self) -> bool:
         return "tokens" in inspect.signature(type(self).__call__).parameters

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -33,12 +33,12 @@ class AllAttention(Ffn):
         draw = lambda: jax.random.normal(rngs.params(), (size.heads, vectors, size.head))
         self.keys, self.values, self.size = nnx.Param(draw()), nnx.Param(draw()), size
 
-    def damp(self, share: float) -> None:
-        damp(share, self.values, self.down)
+    def scale_init(self, share: float) -> None:
+        scale_init(share, self.values, self.down)
 
-    def __call__(self, x, *, real=None, key=None):
+    def __call__(self, x, *, valid=None, key=None):
         q = self.query(x).reshape(*x.shape[:2], self.size.heads, self.size.head) * self.size.head**-0.5
         keys, values = self.keys[...].astype(x.dtype), self.values[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.einsum("btnh,nmh->bntm", q, keys, preferred_element_type=jnp.float32))
         y = jnp.einsum("bntm,nmh->btnh", p.astype(x.dtype), values)
-        return self.last(y.reshape(*x.shape[:2], -1), real=real, key=key), Aux()
+        return self.last(y.reshape(*x.shape[:2], -1), valid=valid, key=key), Aux()

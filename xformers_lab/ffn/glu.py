@@ -25,6 +25,6 @@ class Glu(Ffn):
         self.gate, self.up, self.down = linear(size.dim, hidden), linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation
 
-    def __call__(self, x, *, real=None, key=None):
+    def __call__(self, x, *, valid=None, key=None):
         hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-        return self.last(hidden, real=real, key=key), Aux()
+        return self.last(hidden, valid=valid, key=key), Aux()

@@ -47,9 +47,9 @@ class Hash(Ffn):
         self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
         self.experts, self.activation = experts, activation
 
-    def __call__(self, x, *, tokens, real=None, key=None):
+    def __call__(self, x, *, tokens, valid=None, key=None):
         expert = self.expert(tokens)
-        expert = expert if real is None else jnp.where(real, expert, self.experts)
+        expert = expert if valid is None else jnp.where(valid, expert, self.experts)
         place = jnp.broadcast_to(jnp.arange(expert.shape[1]), expert.shape)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
         ones = jnp.ones(expert.shape, jnp.float32)

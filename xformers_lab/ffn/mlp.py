@@ -22,5 +22,5 @@ class Mlp(Ffn):
         self.up, self.down = linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation
 
-    def __call__(self, x, *, real=None, key=None):
-        return self.last(ACTIVATIONS[self.activation](self.up(x)), real=real, key=key), Aux()
+    def __call__(self, x, *, valid=None, key=None):
+        return self.last(ACTIVATIONS[self.activation](self.up(x)), valid=valid, key=key), Aux()

@@ -7,10 +7,10 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -21,7 +21,7 @@ class Moe(Ffn):
 
     y = sum over the chosen e of p_e f_e(x), p = softmax(W x); with top above 1 the chosen p are scaled to a sum of 1.
     Nothing is dropped unless a capacity says so: then each expert keeps the tokens with the largest p in their
-    sequence, whatever their order; an equal share is one of the real tokens, so that padding changes nothing. What is
+    sequence, whatever their order; an equal share is one of the valid tokens, so that padding changes nothing. What is
     computed grows with the tokens that experts keep, not with the experts. Auxiliary losses: balance,
     E sum_e (share of tokens)(mean p) per sequence; and z, the mean squared log-sum-exp of the router (Zoph et al.,
     2022, arXiv 2202.08906).
@@ -67,8 +67,8 @@ class Moe(Ffn):
         self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
         self.activation, self.balance, self.z = activation, balance, z
 
-    def damp(self, share: float) -> None:
-        damp(share, self.up, self.down)
+    def scale_init(self, share: float) -> None:
+        scale_init(share, self.up, self.down)
 
     def not_causal(self) -> str | None:
         if self.choice == "expert":
@@ -77,17 +77,17 @@ class Moe(Ffn):
             return "with a capacity, later tokens displace earlier ones; use capacity=none"
         return None
 
-    def __call__(self, x, *, real=None, key=None):
-        real = jnp.ones(x.shape[:2], bool) if real is None else real
+    def __call__(self, x, *, valid=None, key=None):
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         logits = self.router(x.astype(jnp.float32))
         p = jax.nn.softmax(logits)
         choose = self._by_expert if self.choice == "expert" else self._by_token
-        assigned, sent, most = choose(p, real)
+        assigned, sent, most = choose(p, valid)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
         y = run_experts(x, *assigned, up, down, ACTIVATIONS[self.activation], most)
-        count = jnp.maximum(real.sum(1), 1)[:, None]
-        mean = jnp.where(real[..., None], p, 0).sum(1) / count
-        squared = jnp.where(real, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(real.sum(), 1)
+        count = jnp.maximum(valid.sum(1), 1)[:, None]
+        mean = jnp.where(valid[..., None], p, 0).sum(1) / count
+        squared = jnp.where(valid, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(valid.sum(), 1)
         share = sent / count / self.top
         balance = self.balance * self.experts * (share * mean).sum(-1).mean()
         losses = {"balance": balance, "router_z": self.z * squared}
@@ -96,35 +96,35 @@ class Moe(Ffn):
     # Both ways to choose give place, expert and weight (B, m) as run_experts takes them, how many tokens chose, or were
     # chosen by, each expert (B, E), and how many of the m an expert may have kept.
 
-    def _by_token(self, p, real):
+    def _by_token(self, p, valid):
         (B, T, E), top = p.shape, self.top
         weight, expert = lax.top_k(p, top)
         if top > 1:
             weight = weight / weight.sum(-1, keepdims=True)
-        expert = jnp.where(real[..., None], expert, E)
+        expert = jnp.where(valid[..., None], expert, E)
         of_expert = jax.nn.one_hot(expert, E)
         chosen = of_expert.sum(2)
         if self.capacity is None:
             place = jnp.broadcast_to(jnp.repeat(jnp.arange(T), top), (B, T * top))
             return (place, expert.reshape(B, -1), weight.reshape(B, -1)), chosen.sum(1), T * top
-        place, kept = self._best(chosen * p, real)
+        place, kept = self._best(chosen * p, valid)
         assigned = self._assigned(place, kept, (of_expert * weight[..., None]).sum(2))
         return assigned, chosen.sum(1), min(T * top, assigned[0].shape[1])
 
-    def _by_expert(self, p, real):
-        place, kept = self._best(jnp.where(real[..., None], p, 0), real)
+    def _by_expert(self, p, valid):
+        place, kept = self._best(jnp.where(valid[..., None], p, 0), valid)
         assigned = self._assigned(place, kept, p)
         return assigned, kept.sum(-1), assigned[0].shape[1]
 
-    def _best(self, scores, real):
+    def _best(self, scores, valid):
         """The places (B, E, C) of the largest of scores (B, T, E) in each sequence, and which of them an expert keeps:
-        those above 0, as many as it takes of a sequence of so many real tokens."""
+        those above 0, as many as it takes of a sequence of so many valid tokens."""
         T = scores.shape[1]
         length = np.arange(T + 1)
         share = (self.capacity or 1.0) * self.top / self.experts
         takes = np.minimum(np.maximum(np.round(share * length), 1), length).astype(np.int32)
         best, place = lax.top_k(scores.swapaxes(1, 2), int(takes[T]))
-        room = jnp.asarray(takes)[real.sum(1)]
+        room = jnp.asarray(takes)[valid.sum(1)]
         return place, (best > 0) & (jnp.arange(takes[T]) < room[:, None, None])
 
     def _assigned(self, place, kept, weight):

@@ -4,9 +4,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.aux_results import Aux
-from xformers_lab.damping import damp
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
+from xformers_lab.initial_scale import scale_init
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size
 
@@ -38,10 +38,10 @@ class ProductKey(Ffn):
         self.keys = draw((key // 2) ** -0.5, 2, reads, side, key // 2)
         self.values = draw(size.dim**-0.5, side * side, size.dim)
 
-    def damp(self, share: float) -> None:
-        damp(share, self.values)
+    def scale_init(self, share: float) -> None:
+        scale_init(share, self.values)
 
-    def __call__(self, x, *, real=None, key=None):
+    def __call__(self, x, *, valid=None, key=None):
         B, T, D = x.shape
         q = self.query(x).reshape(B * T, self.reads, 2, -1).astype(jnp.float32)
         q = self.norm(q.reshape(B * T, self.reads, -1)).reshape(q.shape)

@@ -25,8 +25,8 @@ from jax import lax
 
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.position import Position
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 UNRELATED = "the task gives unrelated sequences, none of which goes on in the next batch; use task=lm"
@@ -47,17 +47,17 @@ class Memory(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
     def read(self, B: int) -> tuple[Any, Any]:
-        """What stands before the segment: hidden states (B, length, D), oldest first, and which are real (B, length).
+        """What stands before the segment: hidden states (B, length, D), oldest first, and which are valid (B, length).
 
         No gradient flows through it to what was written.
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(B)")
 
-    def write(self, x, real) -> None:
-        """Remember the layer's input x (B, T, D) of a segment, real (B, T) bool or None where nothing is padded."""
-        raise NotImplementedError(f"{type(self).__name__} must define write(x, real)")
+    def write(self, x, valid) -> None:
+        """Remember the layer's input x (B, T, D) of a segment, valid (B, T) bool or None where nothing is padded."""
+        raise NotImplementedError(f"{type(self).__name__} must define write(x, valid)")
 
-    def loss(self, x, real, look: Callable) -> Aux:
+    def loss(self, x, valid, look: Callable) -> Aux:
         """Auxiliary results of a segment that is about to be written.
 
         look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S)
@@ -76,8 +76,8 @@ def looking(attention, norm, x) -> Callable:
     def look(states, known):
         layer, before = frozen(attention), frozen(norm).before
         heads = lambda y: y.reshape(*y.shape[:2], -1, layer.size.head)
-        states = before(states, Rows(known))
-        q, k, v = layer.query(before(lax.stop_gradient(x), Rows())), layer.key(states), layer.value(states)
+        states = before(states, LayerContext(known))
+        q, k, v = layer.query(before(lax.stop_gradient(x), LayerContext())), layer.key(states), layer.value(states)
         return jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=known[:, None, None])
 
     return look

@@ -20,13 +20,13 @@ class Compressive(Xl):
         c'     = the last C rows of [c; pool(o)]  o: the T oldest rows of [m; h], pooled `rate` at a time
 
     Compressed states stand at the positions right before the memory, as if each were one token. The mean and the
-    maximum of the real states have no parameters. conv is a convolution whose kernel and stride are `rate`, W [o_1;
+    maximum of the valid states have no parameters. conv is a convolution whose kernel and stride are `rate`, W [o_1;
     ...; o_rate] + b in every layer, trained by what the layer's attention gets of the compressed states in place of
     those they were made of (algorithm 2 of the paper):
 
         compression loss = |look(h, o) - look(h, conv(o))|^2,    look(h, s) = softmax(q(h) k(s)^T / sqrt(H)) v(s)
 
-    the mean over real queries and channels of the heads, for every layer, whatever its mechanism, without positions.
+    the mean over valid queries and channels of the heads, for every layer, whatever its mechanism, without positions.
     h, o and the layer's parameters are constants in it, so that it trains W and b alone; and nothing else does, for no
     gradient flows into what is remembered. It costs attention on T + T / rate keys more. The paper's dilated
     convolutions and most used states are not here.
@@ -59,22 +59,22 @@ class Compressive(Xl):
         if self.learns:
             self.conv = Linear(rate * size.dim, size.dim, dtype=size.dtype, rngs=rngs)
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
-        self.real = Remembered(jnp.zeros((1, self.length), bool))
+        self.valid = Remembered(jnp.zeros((1, self.length), bool))
 
-    def write(self, x, real):
-        states, known = self._all(x, real)
+    def write(self, x, valid):
+        states, known = self._all(x, valid)
         pooled, counted = self.compressed(*self._leaving(states, known, x.shape[1]))
         join = lambda old, new, recent: jnp.concatenate(
             [jnp.concatenate([old[:, : self.old], new], 1)[:, -self.old :], recent[:, -self.recent :]], 1
         )
         self.states.set_value(lax.stop_gradient(join(states, pooled, states)))
-        self.real.set_value(join(known, counted, known))
+        self.valid.set_value(join(known, counted, known))
 
-    def _all(self, x, real):
-        """What is remembered and the segment, and which of both is real."""
+    def _all(self, x, valid):
+        """What is remembered and the segment, and which of both is valid."""
         states, known = self.read(len(x))
-        real = jnp.ones(x.shape[:2], bool) if real is None else real
-        return jnp.concatenate([states, x.astype(states.dtype)], 1), jnp.concatenate([known, real], 1)
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        return jnp.concatenate([states, x.astype(states.dtype)], 1), jnp.concatenate([known, valid], 1)
 
     def _leaving(self, states, known, T: int):
         """What a segment of T pushes out of the memory of single states."""
@@ -83,7 +83,7 @@ class Compressive(Xl):
         return states[:, self.old : self.old + T], known[:, self.old : self.old + T]
 
     def compressed(self, states, known):
-        """(B, T, D) and which of it is real (B, T) -> the same of the T / rate states that they become."""
+        """(B, T, D) and which of it is valid (B, T) -> the same of the T / rate states that they become."""
         B, _, D = states.shape
         states, known = states.reshape(B, -1, self.rate, D), known.reshape(B, -1, self.rate)
         some, inside = known.any(2), jnp.where(known[..., None], states, 0)
@@ -94,13 +94,13 @@ class Compressive(Xl):
         most = jnp.where(known[..., None], states, jnp.finfo(states.dtype).min).max(2)
         return jnp.where(some[..., None], most, 0), some
 
-    def loss(self, x, real, look):
+    def loss(self, x, valid, look):
         if not self.learns:
             return Aux()
-        states, known = self._leaving(*self._all(lax.stop_gradient(x), real), x.shape[1])
+        states, known = self._leaving(*self._all(lax.stop_gradient(x), valid), x.shape[1])
         found, wanted = look(*self.compressed(states, known)), look(states, known)
         apart = jnp.square(found.astype(jnp.float32) - wanted.astype(jnp.float32)).mean((2, 3))
-        # Queries that are real, of sequences of which something leaves.
-        asked = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if real is None else real)
+        # Queries that are valid, of sequences of which something leaves.
+        asked = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if valid is None else valid)
         total = jnp.where(asked, apart, 0).sum()
         return Aux(losses={"compression": total / jnp.maximum(asked.sum(), 1)})

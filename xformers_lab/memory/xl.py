@@ -28,18 +28,18 @@ class Xl(Memory):
             raise Refused(f"length must be at least 1, got {length}; memory=none remembers nothing")
         self.length = size.length if length is None else length
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
-        self.real = Remembered(jnp.zeros((1, self.length), bool))
+        self.valid = Remembered(jnp.zeros((1, self.length), bool))
 
     def read(self, B: int):
-        states, real = self.states[...], self.real[...]
+        states, valid = self.states[...], self.valid[...]
         return lax.stop_gradient(jnp.broadcast_to(states, (B, *states.shape[1:]))), jnp.broadcast_to(
-            real, (B, self.length)
+            valid, (B, self.length)
         )
 
-    def write(self, x, real):
+    def write(self, x, valid):
         states, known = self.read(len(x))
-        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         latest = lambda old, new: jnp.concatenate([old, new], 1)[:, -self.length :]
         # Variables of another shape: a memory that was built for one sequence now holds that of a batch.
         self.states.set_value(lax.stop_gradient(latest(states, x.astype(states.dtype))))
-        self.real.set_value(latest(known, real))
+        self.valid.set_value(latest(known, valid))

@@ -33,8 +33,8 @@ class Model(nnx.Module):
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
-    def __call__(self, inputs, *, real=None, key=None):
-        """Tokens (B, T) int32 and real (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and an `Aux`.
+    def __call__(self, inputs, *, valid=None, key=None):
+        """Tokens (B, T) int32 and valid (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and an `Aux`.
 
         key turns on dropout and whatever else is random in training.
         """
@@ -44,8 +44,8 @@ class Model(nnx.Module):
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
         raise Refused(f"model={type(self).__name__.lower()} cannot decode token by token")
 
-    def read(self, cache, sources, real):
-        """An empty cache given whole sources, (B, source) int32, real (B, source) bool; the target's first is next."""
+    def read(self, cache, sources, valid):
+        """An empty cache given whole sources, (B, source) int32, valid (B, source) bool; the target's first is next."""
         raise Refused(f"model={type(self).__name__.lower()} reads no source apart")
 
     def step(self, cache, tokens):
@@ -156,4 +156,4 @@ def _forward_once(config: Config, task: Task):
     """The logits of one sequence, and what the model remembers of it."""
     inputs, model = jax.numpy.zeros((1, config.seq_len), "int32"), build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
-    return model(inputs, real=inputs == 0)[0], remembered
+    return model(inputs, valid=inputs == 0)[0], remembered

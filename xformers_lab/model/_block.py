@@ -12,8 +12,8 @@ from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
 from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import _segments
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 
 
@@ -52,12 +52,12 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and auxiliary results."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        aux, rows = Aux(), Rows(context.real, key is not None)
+        aux, rows = Aux(), LayerContext(context.valid, key is not None)
         if self.attention is not None:
             y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
             x = self.attention_norm.after(x, y, rows)
         if self.ffn is not None:
-            y, more = self.feed(x, context, keys=keys[2:])
+            y, more = self.apply_ffn(x, context, keys=keys[2:])
             x = self.ffn_norm.after(x, y, rows)
             aux = aux + more
         return x, carries, aux if self.share == 1 else computation(self.share) | aux
@@ -78,39 +78,40 @@ class Block(nnx.Module):
     def attend(self, x, carries, context, *, source=None, keys=(None, None)):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
 
-        source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike; real is theirs.
+        source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike, and
+        their valid.
         """
         train = keys[0] is not None
-        before = lambda states: self.attention_norm.before(states, Rows(context.real, train))
+        before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
         given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
         if context.among is not None:
             y = before(x)
-            y, carry, aux = self.attention.look_at(y, **context.among(y), **given)
+            y, carry, aux = self.attention.attend_projected(y, **context.among(y), **given)
         elif self.memory is None:
             source = None if source is None else before(source)
-            y, carry, aux = self.attention(before(x), source, real=context.real, **given)
+            y, carry, aux = self.attention(before(x), source, valid=context.valid, **given)
         else:
-            source, real, told = self._source(x, context.real, train)
-            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, real=real, **given)
+            source, valid, told = self._source(x, context.valid, train)
+            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, valid=valid, **given)
             aux = aux + told
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
 
-    def feed(self, x, context, *, keys=(None, None)):
+    def apply_ffn(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
-        x = self.ffn_norm.before(x, Rows(context.real, keys[0] is not None))
-        y, aux = self.ffn(x, real=context.real, key=keys[0], **self._tokens(context))
+        x = self.ffn_norm.before(x, LayerContext(context.valid, keys[0] is not None))
+        y, aux = self.ffn(x, valid=context.valid, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
 
-    def _source(self, x, real, train: bool):
-        """What keys and values come from with a memory, the segment last, which of it is real, and the memory's aux."""
+    def _source(self, x, valid, train: bool):
+        """What keys and values come from with a memory, the segment last; which of it is valid; the memory's aux."""
         assert self.memory is not None
         old, known = self.memory.read(len(x))
-        told = self.memory.loss(x, real, memory.looking(self.attention, self.attention_norm, x))
-        self.memory.write(x, real)
-        real = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if real is None else real], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1), Rows(real, train)), real, told
+        told = self.memory.loss(x, valid, memory.looking(self.attention, self.attention_norm, x))
+        self.memory.write(x, valid)
+        valid = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if valid is None else valid], 1)
+        return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, told
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
@@ -136,9 +137,9 @@ class Block(nnx.Module):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
         if self.attention is not None:
             y, cache, carries = self.step_attend(x, cache, carries, context, at)
-            x = self.attention_norm.after(x, y, Rows())
+            x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
+            x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):
@@ -147,23 +148,23 @@ class Block(nnx.Module):
         if type(self).step is not Block.step or self.memory is not None or context.among is not None or not several:
             return in_turn(self, x, cache, context, at)
         if self.attention is not None:
-            y = self.attention_norm.before(x, Rows())
+            y = self.attention_norm.before(x, LayerContext())
             y, cache = self.attention.decode_several(y, cache, at=at, position=context.position)
-            x = self.attention_norm.after(x, y, Rows())
+            x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
             # Each token on its own, as in a step, whatever else a feed-forward layer makes of its neighbours.
-            one = lambda x, tokens: self.step_feed(x, dataclasses.replace(context, tokens=tokens))
+            one = lambda x, tokens: self.step_ffn(x, dataclasses.replace(context, tokens=tokens))
             y = jax.vmap(one, in_axes=(1, None if context.tokens is None else 1), out_axes=1)(x, context.tokens)
-            x = self.ffn_norm.after(x, y, Rows())
+            x = self.ffn_norm.after(x, y, LayerContext())
         return x, cache
 
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
-        y = self.attention_norm.before(x, Rows())
+        y = self.attention_norm.before(x, LayerContext())
         given = {"position": context.position, "carry": carries.get(self.name)}
         if context.among is not None:
             rows, row, found, cache = context.among(y, cache)
-            y, carry, _ = self.attention.look_at(rows, **found, causal=True, **given)
+            y, carry, _ = self.attention.attend_projected(rows, **found, causal=True, **given)
             y = jnp.take(y, row, 1)
         elif self.memory is not None:
             return *_segments.step(self, x, y, cache, context.position, at), carries
@@ -171,10 +172,10 @@ class Block(nnx.Module):
             y, cache, carry = self.attention.decode(y, cache, at=at, **given)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
-    def step_feed(self, x, context):
-        """`feed` for one token (B, D)."""
+    def step_ffn(self, x, context):
+        """`apply_ffn` for one token (B, D)."""
         tokens = {name: given[:, None] for name, given in self._tokens(context).items()}
-        return self.ffn(self.ffn_norm.before(x, Rows())[:, None], **tokens)[0][:, 0]
+        return self.ffn(self.ffn_norm.before(x, LayerContext())[:, None], **tokens)[0][:, 0]
 
     def _tokens(self, context) -> dict:
         """The tokens, where the feed-forward layer takes them."""

@@ -21,7 +21,7 @@ UNUSED = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads")
 
 
 class Recurrent(Model):
-    """A stack of cells; a sequence is pooled by the state after its last real position."""
+    """A stack of cells; a sequence is pooled by the state after its last valid position."""
 
     causal = True
 
@@ -35,20 +35,20 @@ class Recurrent(Model):
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def cell(self, size: Size, rngs: nnx.Rngs) -> Any:
-        """One layer: `cell(x (B, T, D), real) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`.
+        """One layer: `cell(x (B, T, D), valid) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`.
 
-        A cell that can also stand in an encoder or a decoder has `run(x, real, start=None) -> (B, T, D), last state`:
-        start is a state like that of `init_state`, which it is without one; a position that is not real changes none.
+        A cell that can also stand in an encoder or a decoder has `run(x, valid, start=None) -> (B, T, D), last state`:
+        start is a state like that of `init_state`, which it is without one; a position that is not valid changes none.
         `hidden(state)` is what of a state the step that made it gave out, (B, D).
         """
         raise NotImplementedError(f"{type(self).__name__} must define cell")
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * (len(self.cells) + 1) if key is None else list(jax.random.split(key, len(self.cells) + 1))
         x = drop(self.embedding(inputs), self.dropout, keys[0])
         for cell, key in zip(self.cells, keys[1:], strict=True):
-            x = drop(cell(x, real), self.dropout, key)
-        # Padding leaves a state as it was, so the last one is that of the last real position.
+            x = drop(cell(x, valid), self.dropout, key)
+        # Padding leaves a state as it was, so the last one is that of the last valid position.
         x = x[:, -1] if self.target == "sequence" else x
         return self.head(x).astype(jnp.float32), Aux()
 

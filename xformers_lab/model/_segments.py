@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.memory import Memory, Remembered
-from xformers_lab.rows import Rows
 
 
 def init_cache(block, B: int) -> dict:
@@ -44,7 +44,7 @@ def _next(block, cache: dict, position) -> dict:
     # All sequences are as long, and what a memory does not know yet is the oldest of it.
     empty = memory.length - known[0].sum(dtype=jnp.int32)
     own, first = block.begun(B, memory.length + block.length, empty)
-    rows = block.attention_norm.before(states, Rows(known))
+    rows = block.attention_norm.before(states, LayerContext(known))
 
     def one(own, given):
         row, index = given

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 from xformers_lab.model import Model
 
 
-class Sourced(Model):
+class EncoderInput(Model):
     """A model whose first `source` positions are read by an encoder; `blank`, where there is one, fills them up.
 
-    Its cache has `at`, how many tokens it was given, and of every source the tokens and which of them are real, `read`
-    and `real` (1, B, source).
+    Its cache has `at`, how many tokens it was given, and of every source the tokens and which of them are valid, `read`
+    and `valid` (1, B, source).
     """
 
     blank: int | None = None
 
-    def real_source(self, tokens, real=None):
-        """Which tokens of sources (B, S) are looked at, of those that are real; None where all are."""
+    def real_source(self, tokens, valid=None):
+        """Which tokens of sources (B, S) are looked at, of those that are valid; None where all are."""
         if self.blank is None:
-            return real
-        return self.filled(tokens) if real is None else self.filled(tokens) & real
+            return valid
+        return self.filled(tokens) if valid is None else self.filled(tokens) & valid
 
     def filled(self, tokens):
         """Which tokens are not blank."""
@@ -27,13 +27,13 @@ class Sourced(Model):
     def unread(self, B: int) -> dict:
         """The part of an empty cache that is about the source."""
         read = jnp.zeros((1, B, self.source), jnp.int32)
-        return {"at": jnp.zeros((), jnp.int32), "read": read, "real": jnp.ones(read.shape, bool)}
+        return {"at": jnp.zeros((), jnp.int32), "read": read, "valid": jnp.ones(read.shape, bool)}
 
     def take(self, cache, tokens):
         """The cache with one more token (B,) of every source."""
         put = lambda name, new: {name: cache[name].at[0, :, cache["at"]].set(new)}
-        return cache | put("read", tokens) | put("real", self.filled(tokens))
+        return cache | put("read", tokens) | put("valid", self.filled(tokens))
 
-    def read(self, cache, sources, real):
-        real = self.filled(sources) & real
-        return cache | {"at": jnp.full((), self.source), "read": sources[None], "real": real[None]}
+    def read(self, cache, sources, valid):
+        valid = self.filled(sources) & valid
+        return cache | {"at": jnp.full((), self.source), "read": sources[None], "valid": valid[None]}

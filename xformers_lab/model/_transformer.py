@@ -11,11 +11,11 @@ from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.position import Position
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
@@ -93,30 +93,30 @@ class Transformer(Model):
         """One layer of the stack."""
         return Block(size, attention, **given)
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
-        x = self.place(self.position, x, jnp.arange(x.shape[1]), real=real)
+        x = self.place(self.position, x, jnp.arange(x.shape[1]), valid=valid)
         x = drop(x, self.dropout, embed_key)
-        context = Context(self.position, real, self.predict, tokens=inputs if self.of_tokens else None)
+        context = Context(self.position, valid, self.predict, tokens=inputs if self.of_tokens else None)
         x, aux = self.stack(x, context, key=stack_key)
-        return self.predict(x, real=real, train=key is not None), aux
+        return self.predict(x, valid=valid, train=key is not None), aux
 
-    def place(self, position, x, at, *, real):
+    def place(self, position, x, at, *, valid):
         """Vectors of the input layer (B, T, D) with their positions at (T,), of unit size where waves are added."""
         if position.adds_waves:
-            return position.embed(x / self.inputs, at, real=real)
-        x = position.embed(x, at, real=real)
+            return position.embed(x / self.inputs, at, valid=valid)
+        x = position.embed(x, at, valid=valid)
         return x / self.inputs if self.stack.adds_waves else x
 
-    def predict(self, x, *, real=None, train: bool = False):
+    def predict(self, x, *, valid=None, train: bool = False):
         """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.
 
         train: whether statistics of these states are the model's own, for training to keep.
         """
-        x = x if self.final is None else self.final.final(x, Rows(real, train))
+        x = x if self.final is None else self.final.final(x, LayerContext(valid, train))
         if self.target == "sequence":
-            x = self.pool(x, real)
+            x = self.pool(x, valid)
         return (self.likeness(x) if self.head is None else self.head(x)).astype(jnp.float32)
 
     def likeness(self, x):
@@ -136,7 +136,7 @@ class Transformer(Model):
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
-        x = self.place(self.position, newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
+        x = self.place(self.position, newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         seen = {"source": source, "source_real": source_real, "tokens": tokens}
         context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
@@ -146,20 +146,20 @@ class Transformer(Model):
         (_, T), at, before = tokens.shape, cache["at"], self.position.before
         newest = jnp.concatenate([cache["before"][0], self.embedding(tokens)], 1)
         places = at + jnp.arange(-before, T)
-        x = self.place(self.position, newest, places, real=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
+        x = self.place(self.position, newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
         context = Context(self.position, predict=self.predict, tokens=tokens)
         x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
 
-    def pool(self, x, real):
-        """(B, T, D) -> (B, D) over real positions."""
+    def pool(self, x, valid):
+        """(B, T, D) -> (B, D) over valid positions."""
         if self.pooling == "mean":
-            if real is None:
+            if valid is None:
                 return x.mean(1)
-            weights = real[..., None].astype(x.dtype)
+            weights = valid[..., None].astype(x.dtype)
             return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
         first = self.pooling == "first"
-        if real is None:
+        if valid is None:
             return x[:, 0 if first else -1]
-        at = jnp.argmax(real, 1) if first else x.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
+        at = jnp.argmax(valid, 1) if first else x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1)
         return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]

@@ -26,12 +26,12 @@ class Bag(Model):
         self.layers = nnx.List(Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * (len(self.layers) + 1) if key is None else list(jax.random.split(key, len(self.layers) + 1))
-        real = jnp.ones(inputs.shape, bool) if real is None else real
+        valid = jnp.ones(inputs.shape, bool) if valid is None else valid
         x = drop(self.embedding(inputs), self.dropout, keys[0])
-        x = jnp.where(real[..., None], x, 0).astype(jnp.float32)
-        mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(real, 1), 1)[..., None]
+        x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)
+        mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(valid, 1), 1)[..., None]
         return self._answer(mean[:, -1] if self.target == "sequence" else mean, keys[1:]), Aux()
 
     def _answer(self, mean, keys):

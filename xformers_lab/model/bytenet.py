@@ -38,14 +38,14 @@ class Bytenet(Model):
         self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
         x = self.embedding(inputs)
         for block, key in zip(self.blocks, keys, strict=True):
-            x = x + drop(block(x, real), self.dropout, key)
+            x = x + drop(block(x, valid), self.dropout, key)
         x = self.norm(x)
         if self.target == "sequence":
-            last = inputs.shape[1] - 1 if real is None else inputs.shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
+            last = inputs.shape[1] - 1 if valid is None else inputs.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1)
             x = jnp.take_along_axis(x, jnp.broadcast_to(last, len(x))[:, None, None], 1)[:, 0]
         return self.head(x).astype(jnp.float32), Aux()
 
@@ -75,9 +75,9 @@ class ConvBlock(nnx.Module):
         self.up = Linear(half, size.dim, dtype=size.dtype, rngs=rngs)
         self.taps = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, half, half)))
 
-    def __call__(self, x, real):
+    def __call__(self, x, valid):
         x = self._before(x)
-        x = x if real is None else jnp.where(real[..., None], x, 0)
+        x = x if valid is None else jnp.where(valid[..., None], x, 0)
         x = lax.conv_general_dilated(
             x, self.taps[...].astype(x.dtype), (1,), [(self.reach, 0)],
             rhs_dilation=(self.dilation,), dimension_numbers=("NTC", "TIO", "NTC"),

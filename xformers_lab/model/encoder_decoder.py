@@ -11,18 +11,18 @@ from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
-from xformers_lab.model._source import Sourced
+from xformers_lab.model._source import EncoderInput
 from xformers_lab.model._transformer import Transformer
-from xformers_lab.rows import Rows
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
 APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"
 
 
-class EncoderDecoder(Sourced, Transformer):
+class EncoderDecoder(EncoderInput, Transformer):
     """The Transformer of Vaswani et al. (2017, arXiv 1706.03762): an encoder of a source, a decoder that looks at it.
 
     Of every sequence the first `task.source_length` positions are the source, which sees both sides; the rest is the
@@ -71,25 +71,25 @@ class EncoderDecoder(Sourced, Transformer):
     def block(self, size: Size, attention: str, **given) -> Block:
         return CrossBlock(size, attention, cross=self.cross, source=self.source, **given)
 
-    def encode(self, inputs, *, real=None, key=None):
+    def encode(self, inputs, *, valid=None, key=None):
         """Source tokens (B, S) -> their states (B, S, D), aux."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self.place(self.source_position, self.embedding(inputs), jnp.arange(inputs.shape[1]), real=real)
-        context = Context(self.source_position, real, tokens=inputs)
+        x = self.place(self.source_position, self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
+        context = Context(self.source_position, valid, tokens=inputs)
         x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
-        return x if self.source_final is None else self.source_final.final(x, Rows(real, key is not None)), aux
+        return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         side = lambda x, part: None if x is None else x[:, part]
         first, rest = slice(None, self.source), slice(self.source, None)
-        real_source = self.real_source(inputs[:, first], side(real, first))
-        states, aux = self.encode(inputs[:, first], real=real_source, key=keys[0])
-        x, real_rest = self.embedding(inputs[:, rest]), side(real, rest)
-        x = self.place(self.position, x, jnp.arange(x.shape[1]), real=real_rest)
+        real_source = self.real_source(inputs[:, first], side(valid, first))
+        states, aux = self.encode(inputs[:, first], valid=real_source, key=keys[0])
+        x, real_rest = self.embedding(inputs[:, rest]), side(valid, rest)
+        x = self.place(self.position, x, jnp.arange(x.shape[1]), valid=real_rest)
         context = Context(self.position, real_rest, self.predict, states, real_source, inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
-        logits = self.predict(x, real=real_rest, train=key is not None)
+        logits = self.predict(x, valid=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
         return logits, _of_both(aux, more)
 
@@ -110,16 +110,16 @@ class EncoderDecoder(Sourced, Transformer):
             return jnp.zeros((len(tokens), self.outputs)), self.take(cache, tokens)
 
         def writes(cache):
-            real = cache["real"][0]
+            valid = cache["valid"][0]
 
             def encode():
                 # Of copies, for layers may write to their variables, which is not kept here.
                 own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
-                return own.encode(cache["read"][0], real=real)[0][None].astype(self.size.dtype)
+                return own.encode(cache["read"][0], valid=valid)[0][None].astype(self.size.dtype)
 
             states = lax.cond(at == self.source, encode, lambda: cache["states"])
             step = super(EncoderDecoder, self).step
-            logits, target = step(cache["target"], tokens, source=states[0], source_real=real)
+            logits, target = step(cache["target"], tokens, source=states[0], source_real=valid)
             return logits, cache | {"states": states, "target": target}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
@@ -149,15 +149,15 @@ class CrossBlock(Block):
             raise Refused(APART)
         keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
         aux = computation(self.share) if self.share != 1 else Aux()
-        rows = Rows(context.real, key is not None)
+        rows = LayerContext(context.valid, key is not None)
         if self.attention is not None:
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
             x, aux = self.attention_norm.after(x, y, rows), aux | more
-            given = {"real": context.source_real, "causal": False, "key": keys[2]}
+            given = {"valid": context.source_real, "causal": False, "key": keys[2]}
             y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **given)
             x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), aux + more
         if self.ffn is not None:
-            y, more = self.feed(x, context, keys=keys[4:])
+            y, more = self.apply_ffn(x, context, keys=keys[4:])
             x, aux = self.ffn_norm.after(x, y, rows), aux + more
         return x, carries, aux
 
@@ -181,16 +181,16 @@ class CrossBlock(Block):
     def step(self, x, cache, carries, context, at):
         if self.attention is not None:
             y, own, carries = self.step_attend(x, cache["own"], carries, context, at)
-            x, cache = self.attention_norm.after(x, y, Rows()), cache | {"own": own}
-            y, cache = self._look(self.cross_norm.before(x, Rows())[:, None], cache, context, at)
-            x = self.cross_norm.after(x, y, Rows())
+            x, cache = self.attention_norm.after(x, y, LayerContext()), cache | {"own": own}
+            y, cache = self._look(self.cross_norm.before(x, LayerContext())[:, None], cache, context, at)
+            x = self.cross_norm.after(x, y, LayerContext())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_feed(x, context), Rows())
+            x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
         return x, cache, carries
 
     def _look(self, asked, cache, context, at):
         """Cross-attention of one token (B, 1, D) -> (B, D), and the cache, which the first token fills."""
-        cross, source, given = self.cross, context.source, {"real": context.source_real, "causal": False}
+        cross, source, given = self.cross, context.source, {"valid": context.source_real, "causal": False}
         if self.projects:
             return cross(asked, source, **given)[0][:, 0], cache
         heads = lambda y: y.reshape(*y.shape[:2], -1, cross.size.head)

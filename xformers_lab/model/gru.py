@@ -29,12 +29,12 @@ class Cell(nnx.Module):
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(3)], 1))
         self.bias = nnx.Param(jnp.zeros(D))
 
-    def __call__(self, x, real):
-        return self.run(x, real)[0]
+    def __call__(self, x, valid):
+        return self.run(x, valid)[0]
 
-    def run(self, x, real, start=None):
+    def run(self, x, valid, start=None):
         gates = jnp.swapaxes(self.input(x), 0, 1)
-        kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
+        kept = jnp.ones(gates.shape[:2], bool) if valid is None else jnp.swapaxes(valid, 0, 1)
 
         def one(h, given):
             gate, keep = given

@@ -30,12 +30,12 @@ class Cell(nnx.Module):
         draw = nnx.initializers.orthogonal()
         self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
 
-    def __call__(self, x, real):
-        return self.run(x, real)[0]
+    def __call__(self, x, valid):
+        return self.run(x, valid)[0]
 
-    def run(self, x, real, start=None):
+    def run(self, x, valid, start=None):
         gates = jnp.swapaxes(self.input(x), 0, 1)
-        kept = jnp.ones(gates.shape[:2], bool) if real is None else jnp.swapaxes(real, 0, 1)
+        kept = jnp.ones(gates.shape[:2], bool) if valid is None else jnp.swapaxes(valid, 0, 1)
         start = self.init_state(len(x)) if start is None else start
         h, c = _scan(gates, self.recurrent[...].astype(x.dtype), kept, start["h"], start["c"])
         return jnp.swapaxes(h, 0, 1), {"h": h[-1], "c": c}

@@ -12,7 +12,7 @@ from xformers_lab.linear import Linear
 from xformers_lab.model import gru, lstm
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import Recurrent, stacked
-from xformers_lab.model._source import Sourced
+from xformers_lab.model._source import EncoderInput
 from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
@@ -20,13 +20,13 @@ CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}
 HIDDEN = -1e30
 
 
-class Seq2seq(Sourced, Recurrent):
+class Seq2seq(EncoderInput, Recurrent):
     """Recurrent encoder-decoder (Sutskever, Vinyals and Le, 2014, arXiv 1409.3215), with attention if asked.
 
     Of every sequence the first `task.source_length` positions are the source, the rest the target. A stack of cells
     reads the source; a second one, whose layers start from the last states of the first, reads the target. Without
     attention those states, a vector of fixed size, are all that the decoder knows of the source. With it, it also sees
-    c_t = sum_j softmax_j(e_tj) h_j over the real positions of the source, h_j (B, S, D) the encoder's top states. With
+    c_t = sum_j softmax_j(e_tj) h_j over the valid positions of the source, h_j (B, S, D) the encoder's top states. With
     x_t the embedded target token read at t, and s_t the state of a cell,
 
         additive   e_tj = v . tanh(W s_(t-1) + U h_j + b),   s_t = cell(s_(t-1), [x_t; c_t]),
@@ -76,20 +76,20 @@ class Seq2seq(Sourced, Recurrent):
     def cell(self, size: Size, rngs: nnx.Rngs):
         return CELLS[self.kind](size, rngs)
 
-    def encode(self, inputs, *, real=None, key=None):
+    def encode(self, inputs, *, valid=None, key=None):
         """Source tokens (B, S) -> what the decoder starts from, a state per layer, and what it looks at."""
         keys = [None] * (len(self.encoder) + 1) if key is None else list(jax.random.split(key, len(self.encoder) + 1))
         x, states = drop(self.embedding(inputs), self.dropout, keys[0]), []
         for layer, key in zip(self.encoder, keys[1:], strict=True):
-            x, state = layer(x, real)
+            x, state = layer(x, valid)
             x = drop(x, self.dropout, key)
             states.append(state)
         return states, None if self.look is None else (self.look.keys(x), x)
 
-    def fed(self, x, state, seen, real_source, real):
+    def fed(self, x, state, seen, real_source, valid):
         """Embedded targets (B, T, D) through the lowest cell, which looks before each -> its outputs, and what it saw,
         both (B, T, D)."""
-        cell, given = self.cells[0], (x, jnp.ones(x.shape[:2], bool) if real is None else real)
+        cell, given = self.cells[0], (x, jnp.ones(x.shape[:2], bool) if valid is None else valid)
 
         def one(state, given):
             x, keep = given
@@ -100,25 +100,25 @@ class Seq2seq(Sourced, Recurrent):
         _, found = lax.scan(one, state, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), given))
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), found)
 
-    def glimpse(self, state, seen, real):
+    def glimpse(self, state, seen, valid):
         """What the lowest cell sees from a state: (B, D)."""
         assert self.look is not None
         keys, states = seen
-        return self.look(self.cells[0].hidden(state)[:, None], keys, states, real)[:, 0]
+        return self.look(self.cells[0].hidden(state)[:, None], keys, states, valid)[:, 0]
 
-    def predict(self, x, top, seen, real=None, c=None):
+    def predict(self, x, top, seen, valid=None, c=None):
         """Embedded targets and the decoder's top states (B, T, D), what `encode` gave to look at, and what was seen of
         it before the cells, if it was -> logits (B, T, outputs)."""
         if self.look is not None and self.join is not None:
             keys, states = seen
-            top = self.join(x, top, self.look(top, keys, states, real) if c is None else c)
+            top = self.join(x, top, self.look(top, keys, states, valid) if c is None else c)
         return self.head(top).astype(jnp.float32)
 
-    def __call__(self, inputs, *, real=None, key=None):
+    def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * (len(self.cells) + 2) if key is None else list(jax.random.split(key, len(self.cells) + 2))
-        real_source, real_rest = (None, None) if real is None else (real[:, : self.source], real[:, self.source :])
+        real_source, real_rest = (None, None) if valid is None else (valid[:, : self.source], valid[:, self.source :])
         real_source = self.real_source(inputs[:, : self.source], real_source)
-        states, seen = self.encode(inputs[:, : self.source], real=real_source, key=keys[0])
+        states, seen = self.encode(inputs[:, : self.source], valid=real_source, key=keys[0])
         x = top = drop(self.embedding(inputs[:, self.source :]), self.dropout, keys[1])
         c = None
         for at, (cell, state, key) in enumerate(zip(self.cells, states, keys[2:], strict=True)):
@@ -145,15 +145,15 @@ class Seq2seq(Sourced, Recurrent):
             return jnp.zeros((len(tokens), self.outputs)), self.take(cache, tokens)
 
         def encode():
-            states, seen = self.encode(cache["read"][0], real=cache["real"][0])
+            states, seen = self.encode(cache["read"][0], valid=cache["valid"][0])
             return stacked(states), jax.tree.map(lambda rows: rows[None], seen)
 
         def writes(cache):
             cells, seen = lax.cond(at == self.source, encode, lambda: (cache["cells"], cache["seen"]))
-            x, (rows, real) = self.embedding(tokens), jax.tree.map(lambda leaf: leaf[0], (seen, cache["real"]))
-            c = self.glimpse(jax.tree.map(lambda leaf: leaf[0], cells), rows, real) if self.feeds else None
+            x, (rows, valid) = self.embedding(tokens), jax.tree.map(lambda leaf: leaf[0], (seen, cache["valid"]))
+            c = self.glimpse(jax.tree.map(lambda leaf: leaf[0], cells), rows, valid) if self.feeds else None
             top, cells = self.advance(cells, x if c is None else jnp.concatenate([x, c], -1))
-            logits = self.predict(x[:, None], top[:, None], rows, real, None if c is None else c[:, None])[:, 0]
+            logits = self.predict(x[:, None], top[:, None], rows, valid, None if c is None else c[:, None])[:, 0]
             return logits, cache | {"seen": seen, "cells": cells}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
@@ -169,13 +169,13 @@ class Reader(nnx.Module):
         self.other = kind(size, rngs) if both else None
         self.join = Linear(2 * size.dim, size.dim, dtype=size.dtype, rngs=rngs) if both else None
 
-    def __call__(self, x, real):
+    def __call__(self, x, valid):
         """(B, S, D) -> (B, S, D) and the last state: that of the first position where it is read backward."""
         turn = (lambda y: y[:, ::-1]) if self.backward else (lambda y: y)
-        y, state = self.cell.run(turn(x), None if real is None else turn(real))
+        y, state = self.cell.run(turn(x), None if valid is None else turn(valid))
         if self.other is None or self.join is None:
             return turn(y), state
-        return self.join(jnp.concatenate([self.other(x, real), turn(y)], -1)), state
+        return self.join(jnp.concatenate([self.other(x, valid), turn(y)], -1)), state
 
 
 class Look(nnx.Module):
@@ -191,11 +191,11 @@ class Look(nnx.Module):
         """What of the source is the same for every position of the target."""
         return states if self.key is None else self.key(states)
 
-    def __call__(self, x, keys, states, real):
+    def __call__(self, x, keys, states, valid):
         """(B, T, D), (B, S, D) -> (B, T, D), means of the encoder's states."""
         scores = self.scores(x, keys)
-        if real is not None:
-            scores = jnp.where(real[:, None], scores, HIDDEN)
+        if valid is not None:
+            scores = jnp.where(valid[:, None], scores, HIDDEN)
         return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(x.dtype), states)
 
     def scores(self, x, keys):

@@ -19,7 +19,7 @@ class Vit(Encoder):
     x = [class token, W p_1 + b, ..., W p_n + b] for the n squares p of patch x patch grey levels, row by row, each
     level between 0 and 1; then positions, blocks, and a linear head on the class token (equations 1 to 4). All choices
     are built for these tokens, and told the plane of the patches. position=grid counts from behind the class token;
-    attention=axial and image_local:form=2d need pool=mean, where the tokens are patches alone. A patch is real where
+    attention=axial and image_local:form=2d need pool=mean, where the tokens are patches alone. A patch is valid where
     one of its pixels is.
 
     Options:
@@ -55,8 +55,8 @@ class Vit(Encoder):
         assert task.image is not None
         return Patches(size, task.image, patch=self.patch, token=self.token, levels=task.vocab, rngs=rngs)
 
-    def __call__(self, inputs, *, real=None, key=None):
-        return super().__call__(inputs, real=None if real is None else self.embedding.real(real), key=key)
+    def __call__(self, inputs, *, valid=None, key=None):
+        return super().__call__(inputs, valid=None if valid is None else self.embedding.valid(valid), key=key)
 
 
 class Patches(nnx.Module):
@@ -74,9 +74,9 @@ class Patches(nnx.Module):
         token = jnp.broadcast_to(self.token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         return jnp.concatenate([token, x], 1)
 
-    def real(self, real):
-        """Which tokens are real where pixels (B, rows * columns) are."""
-        patches = self.cut(real).any(-1)
+    def valid(self, valid):
+        """Which tokens are valid where pixels (B, rows * columns) are."""
+        patches = self.cut(valid).any(-1)
         return patches if self.token is None else jnp.pad(patches, ((0, 0), (1, 0)), constant_values=True)
 
     def cut(self, pixels):

@@ -2,9 +2,9 @@
 
 Around a sub-layer f the lab computes `after(x, f(before(x, rows)), rows)`; each sub-layer has its own placement, which
 may change the sub-layer before it first runs (`start(f)`). One that asks for smaller first weights says how much,
-`f.damp(share)`, and leaves to the sub-layer which those are (see ffn/__init__.py). A placement that defines
+`f.scale_init(share)`, and leaves to the sub-layer which those are (see ffn/__init__.py). A placement that defines
 `final(x, rows)` gets one more instance of itself for the end of the stack, which has no sub-layer and is not started.
-`rows` says which rows of x are real and whether this is training; a placement hands it on to its normalisers, a shelf
+`rows` says which rows of x are valid and whether this is training; a placement hands it on to its normalisers, a shelf
 of their own: `self.normalise(x, rows)`, or `apply(normaliser, x, rows)` of rows.py for one more. A `size` knows the
 depth of the stack, and that of the other side of an encoder-decoder.
 """
@@ -14,7 +14,7 @@ from typing import ClassVar
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.rows import Rows, apply
+from xformers_lab.layer_context import LayerContext, apply
 from xformers_lab.size import Size
 
 
@@ -33,19 +33,19 @@ class Norm(nnx.Module):
     def start(self, layer) -> None:
         """Change the sub-layer that it is placed around, or its first parameters, where the paper asks for it."""
 
-    def normalise(self, x, rows: Rows):
+    def normalise(self, x, rows: LayerContext):
         """The placement's normaliser on x."""
         return apply(self.norm, x, rows)
 
-    def before(self, x, rows: Rows):
+    def before(self, x, rows: LayerContext):
         """The input of the sub-layer, from the residual stream x (B, T, D), in decoding (B, D)."""
         return x
 
-    def branch(self, y, rows: Rows):
+    def branch(self, y, rows: LayerContext):
         """What is added to the residual stream where the sub-layer gave y."""
         return y
 
-    def after(self, x, y, rows: Rows):
+    def after(self, x, y, rows: LayerContext):
         """The residual stream after the sub-layer gave y. A placement that only adds to x defines `branch` instead."""
         return x + self.branch(y, rows)
 

@@ -10,7 +10,7 @@ class Deepnorm(Norm):
     A stack of L layers alone: a = (2 L)^(1/4), b = (8 L)^(-1/4). An encoder of N layers, and a decoder of M that looks
     at it: a = 0.81 (N^4 M)^(1/16), b = 0.87 (N^4 M)^(-1/16) in the encoder, a = (3 M)^(1/4), b = (12 M)^(-1/4) in the
     decoder. So the size of a model's update does not grow with depth. What is smaller are the feed-forward, value and
-    output projections, not those of queries and keys: each sub-layer knows its own, `damp`.
+    output projections, not those of queries and keys: each sub-layer knows its own, `scale_init`.
     Deviations from the paper: b multiplies the first weights of the lab, whose variance is 1 / inputs, where the paper
     draws Xavier's.
 
@@ -23,7 +23,7 @@ class Deepnorm(Norm):
         self.alpha, self.beta = constants(size)
 
     def start(self, layer):
-        layer.damp(self.beta)
+        layer.scale_init(self.beta)
 
     def after(self, x, y, rows):
         return self.normalise(self.alpha * x + y, rows)

@@ -6,8 +6,8 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.errors import Refused
+from xformers_lab.layer_context import LayerContext, apply, asks
 from xformers_lab.norm import Norm
-from xformers_lab.rows import Rows, apply, asks
 from xformers_lab.size import Size
 
 
@@ -73,7 +73,7 @@ class Normalised(nnx.Module):
     def __init__(self, linear: nnx.Linear, norm: nnx.Module):
         self.linear, self.norm = linear, norm
 
-    def __call__(self, x, rows: Rows | None = None):
+    def __call__(self, x, rows: LayerContext | None = None):
         if rows is None and asks(self.norm):
-            raise Refused("the feed-forward layer must run `down` as self.last(hidden, real=real, key=key)")
-        return self.linear(apply(self.norm, x, rows or Rows()))
+            raise Refused("the feed-forward layer must run `down` as self.last(hidden, valid=valid, key=key)")
+        return self.linear(apply(self.norm, x, rows or LayerContext()))

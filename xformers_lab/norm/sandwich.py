@@ -1,8 +1,8 @@
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.layer_context import apply
 from xformers_lab.norm import Norm
-from xformers_lab.rows import apply
 from xformers_lab.size import Size
 
 

@@ -2,7 +2,7 @@
 
 A position defines what it needs; what it does not define is the identity (or nothing):
 
-    embed(x, at, real=None)                     adds to the embeddings
+    embed(x, at, valid=None)                     adds to the embeddings
     rotate(x, at)                               turns queries and keys
     bias()                                      gives scores to add, from positions alone
     of_queries, of_keys, compare, and `kept`    give scores to add that depend on what the tokens are
@@ -39,8 +39,8 @@ class Position(nnx.Module):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
 
-    def embed(self, x, at, *, real=None):
-        """Token embeddings (B, T, D) at positions at (T,), real (B, T) bool or None where nothing is padded -> (B, T,
+    def embed(self, x, at, *, valid=None):
+        """Token embeddings (B, T, D) at positions at (T,), valid (B, T) bool or None where nothing is padded -> (B, T,
         D)."""
         return x
 

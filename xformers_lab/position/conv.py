@@ -30,8 +30,8 @@ class Conv(Position):
         self.after = width - 1 - self.before
         self.weights = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width, size.dim)))
 
-    def embed(self, x, at, *, real=None):
-        T, there = x.shape[1], x if real is None else jnp.where(real[..., None], x, 0)
+    def embed(self, x, at, *, valid=None):
+        T, there = x.shape[1], x if valid is None else jnp.where(valid[..., None], x, 0)
         wide = jnp.pad(there, [(0, 0), (self.before, self.after), (0, 0)])
         weights = self.weights[:, None, None].astype(x.dtype)
         return x + sum(wide[:, j : j + T] * weights[j] for j in range(len(weights)))

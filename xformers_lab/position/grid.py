@@ -30,7 +30,7 @@ class Grid(Position):
         draw = lambda count: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size.dim)))
         self.width, self.rows, self.columns = width, draw(math.ceil(length / width)), draw(width)
 
-    def embed(self, x, at, *, real=None):
+    def embed(self, x, at, *, valid=None):
         place = at - self.size.ahead
         vectors = self.rows[place // self.width] + self.columns[place % self.width]
         return x + jnp.where(place[:, None] < 0, 0, vectors).astype(x.dtype)

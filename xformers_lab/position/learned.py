@@ -11,5 +11,5 @@ class Learned(Position):
         super().__init__(size, rngs=rngs)
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.length, size.dim)))
 
-    def embed(self, x, at, *, real=None):
+    def embed(self, x, at, *, valid=None):
         return x + self.table[at].astype(x.dtype)

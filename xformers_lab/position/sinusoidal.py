@@ -24,7 +24,7 @@ class Sinusoidal(Position):
         super().__init__(size, rngs=rngs)
         self.base = base
 
-    def embed(self, x, at, *, real=None):
+    def embed(self, x, at, *, valid=None):
         D = self.size.dim
         angle = at[:, None] * self.base ** (-jnp.arange(0, D, 2) / D)
         waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(len(at), -1)[:, :D]

@@ -47,14 +47,14 @@ class Batch:
     """One batch, as numpy on the host and as jax arrays on devices.
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
-    shaped like targets, 0 where nothing is asked; real (B, T) bool, False at padding, or None where a task never pads;
+    shaped like targets, 0 where nothing is asked; valid (B, T) bool, False at padding, or None where a task never pads;
     fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
     """
 
     inputs: np.ndarray | jax.Array
     targets: np.ndarray | jax.Array
     weights: np.ndarray | jax.Array
-    real: np.ndarray | jax.Array | None = None
+    valid: np.ndarray | jax.Array | None = None
     fresh: np.ndarray | jax.Array | None = None
 
 

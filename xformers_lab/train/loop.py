@@ -28,7 +28,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Split, Task
-from xformers_lab.train import checkpoint, feed, optimizer, records
+from xformers_lab.train import checkpoint, optimizer, prefetch, records
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
 
@@ -155,7 +155,7 @@ class _Job:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
 
     def place(self, split: Split) -> Callable:
-        return lambda step: self.layout.place_batch(feed.checked(self.task, split, step, self.segments))
+        return lambda step: self.layout.place_batch(prefetch.checked(self.task, split, step, self.segments))
 
 
 def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
@@ -221,7 +221,7 @@ def _train(
     peak = device_peak_bytes()
     doing("compiling", start)
     compiled = compile_train_step(
-        job.config, job.task, job.graph, job.tx, job.layout, state, feed.checked(job.task, "train", 0, job.segments)
+        job.config, job.task, job.graph, job.tx, job.layout, state, prefetch.checked(job.task, "train", 0, job.segments)
     )
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
@@ -243,7 +243,7 @@ def _train(
         if log.lines and due(train.eval_every, start) and "validation_loss" not in log.lines[-1]:
             log.replace_last(validate(log.lines[-1]))
         doing("training", start)
-        batches = feed.ahead(job.place("train"), range(start, train.steps))
+        batches = prefetch.ahead(job.place("train"), range(start, train.steps))
         pending = None  # the last step and its metrics, which the device may still be computing
         with contextlib.closing(batches):
             for step, batch in enumerate(batches, start + 1):
@@ -288,7 +288,7 @@ def _score(
     totals = None
     pending = None
     state = dataclasses.replace(state, memory=empty(state.memory))
-    with contextlib.closing(feed.ahead(job.place(split), range(count))) as batches:
+    with contextlib.closing(prefetch.ahead(job.place(split), range(count))) as batches:
         for batch in batches:
             doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
             sums, memory = job.score(state, batch)

@@ -38,13 +38,13 @@ def make_train_step(
     def objective(params, told, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
         nnx.update(model, told)
-        logits, aux = model(batch.inputs, real=batch.real, key=key)
+        logits, aux = model(batch.inputs, valid=batch.valid, key=key)
         loss, weight = task.loss(logits, batch)
         sums = jax.tree.map(lambda value: value * weight, Aux(losses=aux.losses, scalars=aux.scalars))
         predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
         sums |= Aux(losses=predicted)
         total = loss + sum(sums.losses.values())
-        seeded = total + backward.seed(told, backward.values(model))
+        seeded = total + backward.surrogate_loss(told, backward.values(model))
         return seeded, (split(model)[2:], {"loss": total, "weight": weight, **sums.metrics()})
 
     def part(params, extra, memory, batch: Batch, key):
@@ -116,13 +116,13 @@ def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> 
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
-        logits, aux = model(batch.inputs, real=batch.real)
+        logits, aux = model(batch.inputs, valid=batch.valid)
         sums: dict[str, Any] = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
         weight = sums["loss"][1]
         sums["scalars"] = {name: (value * weight, weight) for name, value in aux.scalars.items()}
-        valid = {name: ~jnp.isnan(values) for name, values in aux.tokens.items()}
+        known = {name: ~jnp.isnan(values) for name, values in aux.tokens.items()}
         sums["tokens"] = {
-            name: (jnp.where(valid[name], values, 0).sum(0), valid[name].sum(0)) for name, values in aux.tokens.items()
+            name: (jnp.where(known[name], values, 0).sum(0), known[name].sum(0)) for name, values in aux.tokens.items()
         }
         sums = sums if axis is None else jax.lax.psum(sums, axis)
         return sums, split(model)[3]

@@ -69,7 +69,7 @@ def _added_to_scores(view: View, group: Group, rows, positions):
     seen = []
     if group.live is not None:
         seen.append(jnp.repeat(jnp.asarray(group.live)[rows], view.block_k, axis=1)[:, None])
-    if not group.whole or view.real is not None:
+    if not group.whole or view.valid is not None:
         known = view.known_of(jnp.asarray(group.columns)[rows])
         seen += [] if known is None else [known[:, None]]
     if not group.whole:

@@ -23,28 +23,28 @@ from xformers_lab.attention._engine.totals import Totals
 from xformers_lab.attention._engine.view import View, neighbours
 
 
-def block_sparse(q, k, v, *, pattern: Pattern, real=None, bias=None, blocks: tuple[int, int]):
-    """Softmax attention over the keys that `pattern` allows and `real` marks; zeros where there is none.
+def block_sparse(q, k, v, *, pattern: Pattern, valid=None, bias=None, blocks: tuple[int, int]):
+    """Softmax attention over the keys that `pattern` allows and `valid` marks; zeros where there is none.
 
-    q (T, H), k and v (S, H), real (S,) bool or None; query t stands at position S - T + t. bias is a pytree that is
+    q (T, H), k and v (S, H), valid (S,) bool or None; query t stands at position S - T + t. bias is a pytree that is
     called with (T', 1) and (1, S') position arrays and gives scores to add, differentiable in its leaves. blocks is
     (queries, keys) per block. Returns (T, H) in v's type; scores and sums are float32.
     """
-    return _attend(q, k, v, real, bias, pattern, blocks)
+    return _attend(q, k, v, valid, bias, pattern, blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, real, bias, pattern, blocks):
-    return _forward(q, k, v, real, bias, pattern, blocks)[0]
+def _attend(q, k, v, valid, bias, pattern, blocks):
+    return _forward(q, k, v, valid, bias, pattern, blocks)[0]
 
 
-def _forward(q, k, v, real, bias, pattern, blocks):
+def _forward(q, k, v, valid, bias, pattern, blocks):
     T, S, H = q.shape[0], k.shape[0], v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
     parts = layout(pattern, T, S, *blocks)
     for part in parts:
-        view = View(part, scaled, k, v, real, bias, T, S, blocks)
+        view = View(part, scaled, k, v, valid, bias, T, S, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
@@ -60,11 +60,11 @@ def _forward(q, k, v, real, bias, pattern, blocks):
             lse = both
     assert total is not None and lse is not None
     total = total.astype(v.dtype)
-    return total, (q, k, v, real, bias, total, lse)
+    return total, (q, k, v, valid, bias, total, lse)
 
 
 def _backward(pattern, blocks, residuals, grad):
-    q, k, v, real, bias, out, lse = residuals
+    q, k, v, valid, bias, out, lse = residuals
     T, S = q.shape[0], k.shape[0]
     scale = q.shape[-1] ** -0.5
     scaled = (q * scale).astype(q.dtype)
@@ -73,7 +73,7 @@ def _backward(pattern, blocks, residuals, grad):
     dbias = jax.tree.map(jnp.zeros_like, bias)
     parts = layout(pattern, T, S, *blocks)
     for part in parts:
-        view = View(part, scaled, k, v, real, bias, T, S, blocks)
+        view = View(part, scaled, k, v, valid, bias, T, S, blocks)
         grads, deltas = view.block_queries(grad), view.block_queries(delta)
         # A query that pads a block has no weights, however large a bias is at its place.
         lses = view.block_queries(lse, fill=jnp.inf)

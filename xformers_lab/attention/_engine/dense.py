@@ -10,11 +10,11 @@ MASKED = -1e30
 EMPTY = MASKED / 2
 
 
-def dense(q, k, v, *, pattern: Pattern, real=None, bias=None):
+def dense(q, k, v, *, pattern: Pattern, valid=None, bias=None):
     """The same by definition: one (T, S) matrix of scores."""
     T, S = q.shape[0], k.shape[0]
     at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
-    seen = pattern(at, keys) if real is None else pattern(at, keys) & real[None]
+    seen = pattern(at, keys) if valid is None else pattern(at, keys) & valid[None]
     return softmax(scores(q, k, bias), seen, v)
 
 

@@ -84,15 +84,15 @@ def exponential(e):
 # ---- sums --------------------------------------------------------------------------------------------------------
 
 
-def sums(q, k, v, *, real, causal: bool, chunk: int, log=None):
-    """sum_s w_ts v_s and sum_s w_ts in float32, over all real keys or those up to the query's position S - T + t.
+def sums(q, k, v, *, valid, causal: bool, chunk: int, log=None):
+    """sum_s w_ts v_s and sum_s w_ts in float32, over all valid keys or those up to the query's position S - T + t.
 
     w_ts = q_t . k_s, or where `log` (S,) is given q_t . k_s exp(log_s - c_t) with c_t the largest log that t sees.
     """
-    if real is not None:
-        k = jnp.where(real[:, None], k, 0)
+    if valid is not None:
+        k = jnp.where(valid[:, None], k, 0)
     if log is not None:
-        log = log if real is None else jnp.where(real, log, NOTHING)
+        log = log if valid is None else jnp.where(valid, log, NOTHING)
         if causal:
             return scaled_recurrence(q, k, v, log, chunk=chunk)
         k = k * jnp.exp(log - log.max())[:, None]

@@ -183,21 +183,21 @@ def product(equation: str, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def aligned(run, q, keys: dict, real):
+def aligned(run, q, keys: dict, valid):
     """run(q, **keys) over all positions, with queries at the end of them: q (T, F), keys of (S, ...) -> (T, H).
 
     Keys that are padding become zeros, in every array: they write nothing, and a decay of 0 forgets nothing. Earlier
     positions than the first query only write; queries before the first key get zeros.
     """
     T, S = len(q), len(next(iter(keys.values())))
-    if real is not None:
-        keys = {name: jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in keys.items()}
+    if valid is not None:
+        keys = {name: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in keys.items()}
     if T > S:
         return jnp.pad(aligned(run, q[T - S :], keys, None), ((T - S, 0), (0, 0)))
     return run(jnp.pad(q, ((S - T, 0), (0, 0))), **keys)[S - T :]
 
 
-def one_by_one(update, state, q, keys: dict, real):
+def one_by_one(update, state, q, keys: dict, valid):
     """The same by definition: out, state = update(state, q_t, **keys_t) position after position."""
 
     def run(q, **keys):
@@ -207,4 +207,4 @@ def one_by_one(update, state, q, keys: dict, real):
 
         return lax.scan(one, state, (q, keys))[1]
 
-    return aligned(run, q, keys, real)
+    return aligned(run, q, keys, valid)

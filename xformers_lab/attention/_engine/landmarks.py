@@ -7,16 +7,16 @@ from jax import lax
 EXACT = {"preferred_element_type": jnp.float32}
 
 
-def segments(real, T: int, count: int):
-    """(count, T) bool: which of the positions that are real belong to which of `count` runs of nearly equal size.
+def segments(valid, T: int, count: int):
+    """(count, T) bool: which of the positions that are valid belong to which of `count` runs of nearly equal size.
 
-    Where there are fewer real positions than runs, some runs are empty.
+    Where there are fewer valid positions than runs, some runs are empty.
     """
-    if real is None:
+    if valid is None:
         run = jnp.arange(T) * count // T
         return run == jnp.arange(count)[:, None]
-    run = (jnp.cumsum(real) - 1) * count // jnp.maximum(real.sum(), 1)
-    return (run == jnp.arange(count)[:, None]) & real
+    run = (jnp.cumsum(valid) - 1) * count // jnp.maximum(valid.sum(), 1)
+    return (run == jnp.arange(count)[:, None]) & valid
 
 
 def means(x, member):

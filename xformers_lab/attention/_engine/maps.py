@@ -47,10 +47,10 @@ def _by_blocks(row, queries, first: int):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], found)
 
 
-def seen_from(at, keys: int, real, causal: bool):
+def seen_from(at, keys: int, valid, causal: bool):
     """(C, keys) bool: what queries at positions `at` (C, 1) may see of the first `keys` keys."""
     seen = jnp.arange(keys)[None] <= (at if causal else keys)
-    return seen if real is None else seen & real[None, :keys]
+    return seen if valid is None else seen & valid[None, :keys]
 
 
 def widened(x, S: int):

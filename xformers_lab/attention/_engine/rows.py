@@ -21,10 +21,10 @@ ROWS, CAUSAL_ROWS = 512, 256
 LONG, EIGHTHS = 1024, 8
 
 
-def rows(q, k, v, weigh, leaves, *, real=None, causal=False, at_once: int | None = None):
+def rows(q, k, v, weigh, leaves, *, valid=None, causal=False, at_once: int | None = None):
     """weigh(scores, seen, positions, leaves) @ v -> (..., T, H) in v's type.
 
-    q (..., T, H), k and v (..., S, H), real (S,) bool or None; query t stands at position S - T + t. `weigh` gets
+    q (..., T, H), k and v (..., S, H), valid (S,) bool or None; query t stands at position S - T + t. `weigh` gets
     float32 scores (..., C, S') of C queries, scaled by 1 / sqrt(H), seen (C, S') bool, positions ((C, 1), (1, S')), and
     `leaves`, a pytree that is differentiated; it gives float32 weights, zero where nothing is seen. at_once: queries
     per block, by default as many as one head should have.
@@ -32,23 +32,23 @@ def rows(q, k, v, weigh, leaves, *, real=None, causal=False, at_once: int | None
     T, S = q.shape[-2], k.shape[-2]
     at_once = at_once or (CAUSAL_ROWS if causal else ROWS)
     if not causal or min(T, S) < LONG:
-        return _rows(q, k, v, real, leaves, weigh, S - T, causal, at_once)
+        return _rows(q, k, v, valid, leaves, weigh, S - T, causal, at_once)
     size, parts = -(-T // EIGHTHS), []
     for first in range(0, T, size):
         # T > S: queries before the first key are given one, which is masked.
         last, keys = min(first + size, T), max(1, min(S, S - T + first + size))
-        part = q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], None if real is None else real[:keys]
+        part = q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], None if valid is None else valid[:keys]
         parts.append(_rows(*part, leaves, weigh, S - T + first, causal, at_once))
     return jnp.concatenate(parts, -2)
 
 
-def readings(q, k, read, leaves, *, real=None, causal=False, at_once: int = ROWS):
+def readings(q, k, read, leaves, *, valid=None, causal=False, at_once: int = ROWS):
     """read(scores, seen, positions, leaves) of one block of queries at a time, numbers (C,) -> (T,)."""
     T, S, scale = q.shape[-2], k.shape[-2], q.shape[-1] ** -0.5
 
     @jax.checkpoint
     def row(index, q, k, leaves):
-        seen, positions = _seen(S - T + index * q.shape[-2], q.shape[-2], S, real, causal)
+        seen, positions = _seen(S - T + index * q.shape[-2], q.shape[-2], S, valid, causal)
         return read(_product(q * scale, jnp.swapaxes(k, -1, -2)), seen, positions, leaves)
 
     blocks = _blocked(q, at_once)
@@ -63,12 +63,12 @@ def masked_softmax(s, seen):
     return p / jnp.where(total > 0, total, 1)
 
 
-def over_samples(one, q, k, v, real, *, plan: Plan):
-    """Run `one(q, k, v, real)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one where the plan
+def over_samples(one, q, k, v, valid, *, plan: Plan):
+    """Run `one(q, k, v, valid)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one where the plan
     says so, which keeps the scores of a block in cache."""
     if plan.loops(q.shape[2], k.shape[2]):
-        return lax.map(lambda each: one(*each), (q, k, v, real))
-    return jax.vmap(one)(q, k, v, real)
+        return lax.map(lambda each: one(*each), (q, k, v, valid))
+    return jax.vmap(one)(q, k, v, valid)
 
 
 def largest(T: int, S: int, H: int, at_once: int = ROWS) -> int:
@@ -82,33 +82,33 @@ def block(T: int, at_once: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _rows(q, k, v, real, leaves, weigh, first, causal, at_once):
-    return _forward(q, k, v, real, leaves, weigh, first, causal, at_once)[0]
+def _rows(q, k, v, valid, leaves, weigh, first, causal, at_once):
+    return _forward(q, k, v, valid, leaves, weigh, first, causal, at_once)[0]
 
 
-def _forward(q, k, v, real, leaves, weigh, first, causal, at_once):
+def _forward(q, k, v, valid, leaves, weigh, first, causal, at_once):
     T, scale = q.shape[-2], q.shape[-1] ** -0.5
     kT = jnp.swapaxes(k, -1, -2)
 
     def row(each):
         index, q = each
-        seen, positions = _seen(first + index * q.shape[-2], q.shape[-2], k.shape[-2], real, causal)
+        seen, positions = _seen(first + index * q.shape[-2], q.shape[-2], k.shape[-2], valid, causal)
         p = weigh(_product(q * scale, kT), seen, positions, leaves)
         return _product(p.astype(v.dtype), v).astype(v.dtype)
 
     blocks = _blocked(q, at_once)
     out = _unblocked(lax.map(row, (jnp.arange(len(blocks)), blocks)), T)
-    return out, (q, k, v, real, leaves)
+    return out, (q, k, v, valid, leaves)
 
 
 def _backward(weigh, first, causal, at_once, saved, grad):
-    q, k, v, real, leaves = saved
+    q, k, v, valid, leaves = saved
     T, scale = q.shape[-2], q.shape[-1] ** -0.5
     kT, vT = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
 
     def row(totals, each):
         index, q, g = each
-        seen, positions = _seen(first + index * q.shape[-2], q.shape[-2], k.shape[-2], real, causal)
+        seen, positions = _seen(first + index * q.shape[-2], q.shape[-2], k.shape[-2], valid, causal)
         s = _product(q * scale, kT)
         p, pull = jax.vjp(lambda s, leaves: weigh(s, seen, positions, leaves), s, leaves)
         ds, dleaves = pull(_product(g, vT))
@@ -133,11 +133,11 @@ def _product(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _seen(first, C: int, S: int, real, causal: bool):
+def _seen(first, C: int, S: int, valid, causal: bool):
     """What C queries from position `first` on see (C, S), and positions ((C, 1), (1, S))."""
     at, keys = (first + jnp.arange(C))[:, None], jnp.arange(S)[None]
     seen = keys <= at if causal else jnp.ones((C, S), bool)
-    return seen if real is None else seen & real, (at, keys)
+    return seen if valid is None else seen & valid, (at, keys)
 
 
 def _blocked(x, at_once: int):

@@ -13,7 +13,7 @@ from xformers_lab.attention._engine.order import PAD
 class View:
     """One part's arrays in blocks, in the part's order of positions."""
 
-    def __init__(self, part: Part, q, k, v, real, bias, T, S, blocks):
+    def __init__(self, part: Part, q, k, v, valid, bias, T, S, blocks):
         self.part, self.bias, self.T, self.S = part, bias, T, S
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = S - T, part.lead * self.block_k
@@ -23,9 +23,9 @@ class View:
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
         # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
-        self.real = None if real is None else self._keys_in_order(real) & (self.zero == 0)
+        self.valid = None if valid is None else self._keys_in_order(valid) & (self.zero == 0)
         there = part.keys != PAD
-        self.known = self.real if self.real is not None or there.all() else jnp.asarray(there) & (self.zero == 0)
+        self.known = self.valid if self.valid is not None or there.all() else jnp.asarray(there) & (self.zero == 0)
         self.query_at = None if part.natural_queries else jnp.asarray(part.queries).reshape(-1, self.block_q)
         self.key_at = None if part.natural_keys else jnp.asarray(part.keys).reshape(-1, self.block_k)
 
@@ -110,7 +110,7 @@ class View:
             s = s + self.bias(*positions)
         if not group.whole:
             s = jnp.where(self.part.pattern(*positions), s, MASKED)
-        known = self.real if group.whole else self.known
+        known = self.valid if group.whole else self.known
         if known is not None:
             s = jnp.where(self._at(known, cols)[None], s, MASKED)
         if group.live is not None:

@@ -16,7 +16,7 @@ def computation(subject: Inside) -> None:
     """It says how many layers a token passed."""
     told = subject.model.trained(1)[1][0]
     if "computation" not in told:
-        raise Broken('its aux lacks "computation", the layers that a real token passed through on average')
+        raise Broken('its aux lacks "computation", the layers that a valid token passed through on average')
     if not 0 < (spent := float(told["computation"])) < math.inf:
         raise Broken(f'"computation" is {spent:g}, and should be a number of layers')
 

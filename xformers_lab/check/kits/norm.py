@@ -8,7 +8,7 @@ from xformers_lab import spec
 from xformers_lab.check import inside
 from xformers_lab.check.subject import Broken
 from xformers_lab.check.tiny import Inside
-from xformers_lab.rows import Rows
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.size import Size
 
 
@@ -23,8 +23,8 @@ def silence(subject: Inside) -> None:
     placed.start(spec.build("ffn", "mlp", size))
 
     def around(x, y):
-        x = placed.after(placed.before(x, Rows()), y, Rows())
-        return (x if placed.final is None else placed.final(x, Rows())).sum()
+        x = placed.after(placed.before(x, LayerContext()), y, LayerContext())
+        return (x if placed.final is None else placed.final(x, LayerContext())).sum()
 
     zeros = jnp.zeros((2, 4, 8))
     value, grads = jax.value_and_grad(around, (0, 1))(zeros, zeros)

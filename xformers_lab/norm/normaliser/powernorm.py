@@ -7,20 +7,20 @@ from jax import lax
 
 from xformers_lab.backward import Backward
 from xformers_lab.errors import Refused
-from xformers_lab.rows import Rows
+from xformers_lab.layer_context import LayerContext
 from xformers_lab.size import Size
 
 EPSILON = 1e-5
 
 
 class Powernorm(nnx.Module):
-    """PowerNorm: each channel divided by its running root mean square over real rows (Shen et al., 2020, arXiv
+    """PowerNorm: each channel divided by its running root mean square over valid rows (Shen et al., 2020, arXiv
     2003.07845, algorithm 2).
 
         y = g z + b,    z = x / psi,    in training then    psi^2 <- psi^2 + (1 - decay) (mean x^2 - psi^2)
         dx = (dz - nu z) / psi,         in training then    nu <- nu + (1 - decay) (mean dz z - nu mean z^2)
 
-    per channel (D,), with the psi and nu of before the step; means are of the real rows of the whole batch, and dx has
+    per channel (D,), with the psi and nu of before the step; means are of the valid rows of the whole batch, and dx has
     no nu in padded rows. psi and nu are no parameters: the state keeps them and checkpoints save them. Evaluation and
     decoding divide by psi and move nothing, so that there a row does not depend on others. In the first `warmup`
     training passes psi is that of the batch itself, and dx the exact gradient, (dz - z mean dz z) / psi (the paper's
@@ -48,32 +48,32 @@ class Powernorm(nnx.Module):
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
         self.decay, self.warmup = decay, warmup
 
-    def __call__(self, x, rows: Rows):
+    def __call__(self, x, rows: LayerContext):
         if rows.train:
-            z = self._train(x, jnp.ones(x.shape[:-1], bool) if rows.real is None else rows.real)
+            z = self._train(x, jnp.ones(x.shape[:-1], bool) if rows.valid is None else rows.valid)
         else:
             z = x.astype(jnp.float32) * lax.rsqrt(self.square[...] + EPSILON)
         return (self.scale[...] * z + self.bias[...]).astype(x.dtype)
 
-    def _train(self, x, real):
+    def _train(self, x, valid):
         square, passes = self.square[...], self.passes[...]
-        found = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), real)
+        found = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), valid)
         warming = passes < self.warmup
         psi = jnp.sqrt(jnp.where(warming, found, square) + EPSILON)
-        z, self.nu[...] = divided(x, real, psi, warming, self.nu[...], self.decay)
+        z, self.nu[...] = divided(x, valid, psi, warming, self.nu[...], self.decay)
         rate = jnp.maximum(1 - self.decay, 1 / (passes + 1))
-        self.square[...] = square + jnp.where(real.any(), rate, 0) * (found - square)
+        self.square[...] = square + jnp.where(valid.any(), rate, 0) * (found - square)
         self.passes[...] = passes + 1
         return z
 
 
-def mean(values, real):
-    """(..., D) over the rows that are real (...) -> (D,); zeros where none is."""
-    return jnp.where(real[..., None], values, 0).sum(range(real.ndim)) / jnp.maximum(real.sum(), 1)
+def mean(values, valid):
+    """(..., D) over the rows that are valid (...) -> (D,); zeros where none is."""
+    return jnp.where(valid[..., None], values, 0).sum(range(valid.ndim)) / jnp.maximum(valid.sum(), 1)
 
 
 @jax.custom_vjp
-def divided(x, real, psi, warming, nu, decay) -> tuple[Any, Any]:
+def divided(x, valid, psi, warming, nu, decay) -> tuple[Any, Any]:
     """z = x / psi in float32, and nu, see `Backward`."""
     return x.astype(jnp.float32) / psi, nu
 
@@ -83,12 +83,12 @@ def _forward(*given):
 
 
 def _backward(given, grads):
-    x, real, psi, warming, nu, decay = given
+    x, valid, psi, warming, nu, decay = given
     dz, newest = grads
     z = x.astype(jnp.float32) / psi
-    along = mean(dz * z, real)
-    share = jnp.where(real[..., None], jnp.where(warming, along, nu) * z, 0)
-    newest = newest + (1 - decay) * (along - newest * mean(jnp.square(z), real))
+    along = mean(dz * z, valid)
+    share = jnp.where(valid[..., None], jnp.where(warming, along, nu) * z, 0)
+    newest = newest + (1 - decay) * (along - newest * mean(jnp.square(z), valid))
     return ((dz - share) / psi).astype(x.dtype), None, None, None, newest, None
 
 

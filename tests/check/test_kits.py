@@ -1,0 +1,205 @@
+"""Every choice passes the kit of its shelf, and each planted fault breaks the property that is about it."""
+
+import importlib
+
+import pytest
+from inline import inline  # noqa: F401
+
+from xformers_lab import spec
+from xformers_lab.check import inside, run
+from xformers_lab.check.kits import depth
+from xformers_lab.check.tiny import Inside
+from xformers_lab.cli import main
+from xformers_lab.errors import UsageError
+
+KITS = [shelf for shelf in run.kits() if shelf != "attention"]
+
+
+@pytest.mark.parametrize("shelf, name", [(shelf, name) for shelf in KITS for name in spec.names(shelf)])
+def test_shelf(shelf, name):
+    report = run.check(name, shelf)
+    assert report.passed, [f"{failure}: {failure.message}" for failure in report.failed]
+
+
+DEPTHS = [
+    name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
+    for number, name in enumerate(spec.names("depth"))
+]
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_mechanisms_in_turn_decode_in_every_depth(name):
+    """A last period that is not whole, where the depth allows that."""
+    words = {"depth": name, "attention": "linear+full", "position": "rope"}
+    hybrid = Inside("depth", name, words, layers=(3, 4))
+    if hybrid.model.causal:
+        inside.decoding(hybrid)
+
+
+@pytest.mark.parametrize("choice", [
+    "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "universal:act=true", "feedback:segment=5",
+    "mixture_of_depths:capacity=0.5", "hourglass:factor=3:shorten=linear:upsample=linear",
+])  # fmt: skip
+def test_options_that_make_another_program(choice):
+    report = run.examine(depth.subject(choice), [inside.no_future, inside.no_padding, inside.decoding])
+    assert report.passed and not report.skipped, report.failed
+
+
+HEAD = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from xformers_lab.ffn import Ffn
+from xformers_lab.norm import Norm
+from xformers_lab.position import Position
+from xformers_lab.aux_results import Aux
+from xformers_lab.depth.fixed import Fixed
+"""
+# The shelf and the property, and a class with a fault.
+FAULTS = {
+    "looks ahead": ("ffn", "no_future", """
+class Fault(Ffn):
+    def __init__(self, size, *, rngs):
+        self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
+    def __call__(self, x, *, valid=None, key=None):
+        return self.down(x.max(1, keepdims=True) + 0 * x), Aux()
+"""),
+    "sums padding": ("ffn", "no_padding", """
+class Fault(Ffn):
+    def __init__(self, size, *, rngs):
+        self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
+    def __call__(self, x, *, valid=None, key=None):
+        return self.down(jnp.cumsum(x, 1)), Aux()
+"""),
+    "tells samples of one another": ("norm", "samples_apart", """
+class Fault(Norm):
+    def before(self, x, rows):
+        return x - x.mean(0, keepdims=True)
+"""),
+    "moves in evaluation": ("norm", "evaluation_keeps_state", """
+class Fault(Norm):
+    def __init__(self, size, *, rngs):
+        self.seen = nnx.Variable(jnp.zeros(()))
+    def after(self, x, y, rows):
+        self.seen[...] += 1
+        return x + y
+"""),
+    "has a parameter that nothing uses": ("position", "trains", """
+class Fault(Position):
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.table = nnx.Param(jnp.ones((size.length, size.dim)))
+"""),
+    "counts from the first row it is given": ("position", "decoding", """
+class Fault(Position):
+    def embed(self, x, at, *, valid=None):
+        return x + (0.1 * jnp.arange(x.shape[1])[:, None] * jnp.arange(x.shape[2])).astype(x.dtype)
+"""),
+    "widens the type": ("position", "half_precision", """
+class Fault(Position):
+    def embed(self, x, at, *, valid=None):
+        return x + 0.1 * at[:, None].astype("float32")
+"""),
+    "counts rows where it should look at positions": ("position", "from_indices", """
+class Fault(Position):
+    def bias(self):
+        return Score(jnp.ones(self.size.heads))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Score:
+    slope: jax.Array
+    def __call__(self, q_at, k_at):
+        return -self.slope * jnp.abs(jnp.arange(q_at.shape[-2])[:, None] - k_at)
+"""),
+    "says nothing of an option": ("depth", "documented", """
+class Fault(Fixed):
+    '''A depth (Somebody, 2026).'''
+    def __init__(self, size, *, share: float = 0.5, make_block, period, rngs):
+        super().__init__(size, make_block=make_block, period=period, rngs=rngs)
+"""),
+    "says nothing of what it spent": ("depth", "computation", """
+class Fault(Fixed):
+    def __call__(self, x, context, *, key=None):
+        return super().__call__(x, context, key=key)[0], Aux()
+"""),
+    "stacks layers without a mark of their axis": ("depth", "matrices_decay", """
+class Fault(Fixed):
+    def __init__(self, size, *, make_block, period, rngs):
+        super().__init__(size, make_block=make_block, period=period, rngs=rngs)
+        make = nnx.split_rngs(splits=size.layers)(nnx.vmap(lambda rngs: make_block(0, rngs)))
+        self.periods, self.rest = nnx.List([make(rngs)]), nnx.List([])
+"""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_breaks_its_property(tmp_path, fault):
+    shelf, property, source = FAULTS[fault]
+    path = tmp_path / "fault.py"
+    path.write_text(HEAD + source)
+    kit = importlib.import_module(f"xformers_lab.check.kits.{shelf}")
+    (holds,) = [one for one in kit.PROPERTIES if one.__name__ == property]
+    report = run.examine(kit.subject(str(path)), [holds])
+    assert [failure.property for failure in report.failed] == [property] and "Error" not in report.failed[0].message
+
+
+def test_a_mistake_is_a_failure_and_a_refusal_too(tmp_path):
+    """With its reason or line; where one of two models refuses, the other is looked at."""
+    path = tmp_path / "crashes.py"
+    path.write_text(HEAD + "class Crashes(Ffn):\n    def __init__(self, size, *, rngs):\n        missing()\n")
+    report = run.check(str(path), "ffn")
+    assert not report.passed and "NameError: name 'missing'" in report.failed[0].message
+    both = Inside("position", "conv:width=4", {"position": "conv:width=4"}, both=True)
+    assert [model.causal for model in both.models] == [True] and "odd" in str(both.refusals["encoder"])
+    report = run.check("funnel:blocks=9", "depth")
+    assert not report.passed and "are no funnel" in report.failed[0].message
+
+
+@pytest.mark.parametrize("text, found", [
+    ("rezero", ("norm", "rezero")),
+    ("depth/fixed", ("depth", "fixed")),
+    ("position/xl:base=100", ("position", "xl:base=100")),
+    ("xformers_lab.depth.universal:act=true", ("depth", "xformers_lab.depth.universal:act=true")),
+])  # fmt: skip
+def test_a_choice_finds_its_shelf(text, found):
+    assert spec.home(text) == found
+
+
+def test_a_file_says_by_its_class_where_it_belongs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "norm").mkdir()
+    for name in ("mine.py", "norm/mine.py"):
+        (tmp_path / name).write_text(HEAD + "class Mine(Fixed):\n    pass\n")
+        assert spec.home(name) == ("depth", name)
+    assert spec.home("depth/mine.py") == ("depth", "mine.py")
+    (tmp_path / "plain.py").write_text("def plain(size):\n    pass\n")
+    with pytest.raises(UsageError, match=r"normaliser/plain\.py"):
+        spec.home("plain.py")
+
+
+@pytest.mark.parametrize("word, message", [
+    ("fixed", "write attention/fixed or depth/fixed"),
+    ("rezro", 'did you mean "rezero"'),
+    ("norm/rezro", 'did you mean "rezero"'),
+    ("model/lstm", 'shelf "model" has no kit; there are kits of attention, depth, ffn'),
+    ("nowhere/mine.py", "no file"),
+])  # fmt: skip
+def test_what_cannot_be_checked_is_one_clear_message(capsys, word, message):
+    assert main(["check", word]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_from_the_command_line(capsys, monkeypatch, inline):  # noqa: F811
+    """One choice, or a whole shelf by its name."""
+    asked = []
+
+    def check(name, shelf, *, deep, doing):
+        asked.append((shelf, name))
+        return run.Report(name, name != "dyt", [], [], 0.0)
+
+    monkeypatch.setattr(run, "check", check)
+    assert main(["check", "rezero", "--json"]) == 0
+    assert '"passed": true' in capsys.readouterr().out
+    assert main(["check", "normaliser"]) == 1
+    assert asked == [("norm", "rezero"), *(("normaliser", name) for name in spec.names("normaliser"))]

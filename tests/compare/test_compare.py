@@ -1,0 +1,233 @@
+"""The driver of a comparison and its worker: what a signal, a crash, a broken choice or a full disk leaves behind."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from xformers_lab import config as configs
+from xformers_lab.check import cache
+from xformers_lab.cli import main
+from xformers_lab.compare import cell, run
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import IntegrityError, UsageError
+from xformers_lab.model import check_config
+from xformers_lab.supervise import interrupt
+from xformers_lab.supervise.process import Worker
+from xformers_lab.supervise.worker import Tell
+from xformers_lab.tasks import lm
+from xformers_lab.train import loop
+
+TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
+WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "task"]
+PROMISED = {"status", "metric", "metric_name", "tokens_per_second", "seconds_min", "seconds_median", "compile_seconds"}
+PROMISED |= {"flops", "parameters", "temp_bytes", "reason", "attention", "seq_len", "seed", "task"}
+
+# Sends signals to the driver, the worker's parent: STRIKE holds when and which, "import 2", "train 15", "train 2 2".
+STRIKING = """
+import os, sys, time
+
+STRIKE = os.environ["STRIKE"].split() if "worker" in "".join(sys.argv) else [""]
+
+def strike():
+    for number in STRIKE[1:]:
+        os.kill(os.getppid(), int(number))
+        time.sleep(1.5 * (len(STRIKE) > 2))  # a second one that comes at once would be the same
+    if STRIKE[0] == "import" or len(STRIKE) > 2:
+        time.sleep(60)  # the process is ended before
+
+if STRIKE[0] == "import":
+    strike()
+
+from xformers_lab.tasks.copy import Copy as Whole
+
+class Copy(Whole):
+    def batch(self, split, step):
+        if STRIKE[0] == split and step == 4:
+            strike()
+        return super().batch(split, step)
+"""
+
+# Takes its process down while it is traced for training (a check has one sequence), or only says something there.
+DYING = """
+import os, sys
+from xformers_lab.ffn.mlp import Mlp
+
+class Dying(Mlp):
+    def __init__(self, size, *, way: str = "say", rngs):
+        super().__init__(size, rngs=rngs)
+        self.way = way
+
+    def __call__(self, x, *, valid=None, key=None):
+        if "worker" in "".join(sys.argv) and len(x) > 1:
+            if self.way == "say":
+                print("the first cell's words", file=sys.stderr, flush=True)
+            else:
+                os.kill(os.getpid(), 9) if self.way == "kill" else os._exit(7)
+        return super().__call__(x, valid=valid, key=key)
+"""
+
+OWN = """
+from xformers_lab.attention.full import Full
+
+class {name}(Full):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
+        return super().attend(q, k, v, valid=valid, causal=causal, bias=bias){end}
+"""
+
+
+def tiny(folder, **changes) -> Config:
+    return edit(Config(), **(TINY | {"runs": str(folder / "runs")} | changes))
+
+
+def checked(config: Config) -> dict:
+    return cell.check(Tell(io.StringIO()), configs.to_dict(config), True)
+
+
+@pytest.mark.parametrize(
+    "strike, code, reason",
+    [
+        ("import 2", 130, "not reached|stopped at once"),
+        ("train 15", 143, r"saved at step \d+ of 5000"),
+        ("train 2 2", 130, "stopped at once"),
+    ],
+)
+def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, reason):
+    (tmp_path / "copy.py").write_text(STRIKING)  # where Python's own is not to be hidden by it
+    words = ["task=./copy.py", "seed=0,1", *WORDS, "steps=5000", "runs=runs"]
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "xformers_lab", "compare", *words, "--json"],
+        env=os.environ | {"STRIKE": strike, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == code, ran.stderr
+    assert "Traceback" not in ran.stderr and "stopping" in ran.stderr
+    rows = json.loads(ran.stdout)
+    assert [row["status"] for row in rows] == ["interrupted", "interrupted"]
+    assert re.search(reason, rows[0]["reason"]) and "not reached" in rows[1]["reason"]
+    assert all(row.keys() >= PROMISED for row in rows)
+    assert list(tmp_path.glob("runs/*/*/result.json")) == []
+    saved = len(list(tmp_path.glob("runs/*/*/checkpoints/*/MANIFEST.json")))
+    assert saved == 1 if strike == "train 15" else saved <= 1  # the second signal may come after it was saved
+    assert (tmp_path / "runs" / "report.html").is_file()
+
+
+def test_signals_that_come_together_are_one_wish(monkeypatch):
+    """Ctrl-C under a wrapper that passes it on is no second Ctrl-C."""
+    with interrupt.listening() as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        monkeypatch.setattr(interrupt, "REPEATED", -1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_dead_worker_tells_its_own_reason_and_the_driver_touches_no_device(tmp_path):
+    """Not the words of the cell before it, nor those of an older attempt; and the next cell runs."""
+    (tmp_path / "dying.py").write_text(DYING)
+    cells = [tiny(tmp_path, ffn=f"{tmp_path}/dying.py:way={way}") for way in ("say", "exit", "kill")]
+    stale = configs.folder(cells[1])
+    stale.mkdir(parents=True)
+    (stale / "result.json").write_text('{"status": "failed", "reason": "older"}')
+    script = """
+import json, sys
+from jax._src import xla_bridge
+from xformers_lab import config as configs
+from xformers_lab.compare import run
+from xformers_lab.supervise.process import Worker
+cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
+with Worker() as worker:
+    ended = run.check_cells(cells, worker)
+    ignore = lambda *_: None
+    rows = run.compare(cells, [], worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
+print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
+"""
+    given = json.dumps([configs.to_dict(cell) for cell in cells])
+    ran = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, check=True)
+    nothing_found, touched, rows = json.loads(ran.stdout)
+    assert nothing_found and not touched
+    assert [row["status"] for row in rows] == ["ok", "failed", "oom"]
+    assert rows[1]["reason"] == "the process ended with exit code 7 while compiling after step 0 of 3"
+    assert rows[2]["reason"].startswith("the process was killed (signal 9) while compiling")
+    assert json.loads((stale / "result.json").read_text())["reason"] == rows[1]["reason"]
+    assert all(row.keys() >= PROMISED for row in rows[1:])
+
+
+def test_a_broken_or_failing_mechanism_is_a_row_and_the_others_go_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, end in (("Wrong", " + q[:3]"), ("Leaky", "")):
+        (tmp_path / f"{name.lower()}.py").write_text(OWN.format(name=name, end=end))
+    wrong, leaky = (str(tmp_path / f"{name}.py") for name in ("wrong", "leaky"))
+    cache.keep(leaky, {"passed": False, "failed": [{"property": "no_leak", "message": ""}]})
+    words = ["task=copy", *WORDS, f"runs={tmp_path}/runs", f"attention={wrong},{leaky},full"]
+    assert main(["compare", *words, "--json"]) == 5
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["status"] for row in rows] == ["failed", "refused", "ok"]
+    assert "wrong.py:6)" in rows[0]["reason"] and "Error" in rows[0]["reason"]
+    assert rows[1]["reason"].startswith("fails its check: no_leak") and rows[1]["tokens_per_second"] is None
+    with pytest.raises(UsageError, match=r"wrong\.py: \w+Error: .*wrong\.py:6\)"):
+        check_config(tiny(tmp_path, attention=wrong))
+
+
+def test_only_mechanisms_from_outside_are_checked_anew(tmp_path, monkeypatch):
+    (tmp_path / "leaky.py").write_text(OWN.format(name="Leaky", end=""))
+    asked = []
+    monkeypatch.setattr(cache, "known", lambda choice: None)
+    monkeypatch.setattr(cache, "verdict", lambda choice: asked.append(choice) or {"failed": []})
+    assert checked(tiny(tmp_path, attention=f"full+{tmp_path}/leaky.py"))["status"] == "ok"
+    assert asked == [f"{tmp_path}/leaky.py"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task": "lm", "memory": "xl", "position": "rope", "layout": "pmap"}, {"layout": "experts"}]
+)
+def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path, changes):
+    found = checked(tiny(tmp_path, **changes))
+    assert found["status"] == "impossible" and "layout=jit" in found["reason"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with Worker() as asked, pytest.raises(UsageError, match="choose another folder with runs="):
+        ignore = lambda *_: None
+        run.compare([tiny(tmp_path)], [], asked, ended={}, started=ignore, stepped=ignore, finished=ignore)
+    assert asked.process is None
+
+
+def test_a_result_of_other_data_is_not_taken_for_this_one(tmp_path, caplog):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"some words " * 300)
+    config = tiny(tmp_path, task=f"lm:path={text}")
+    folder = configs.folder(config)
+    record = loop.run(config)
+    assert loop.run(config) == record and f"{folder}: already finished" in caplog.text
+    assert checked(config)["status"] == "ok"
+    text.write_bytes(b"other words " * 300)
+    lm.corpus.cache_clear()
+    with pytest.raises(UsageError, match=r"train_bytes was 2970, is 3240.*delete that folder"):
+        loop.run(config)
+    assert checked(config)["status"] == "impossible"
+    # Neither with a checkpoint alone, nor with none that verifies, does train send to resume and resume to train.
+    (folder / "result.json").unlink()
+    with pytest.raises(UsageError, match=f"delete {folder}"):
+        loop.resume(folder)
+    (folder / "checkpoints" / "3" / "MANIFEST.json").unlink()
+    with pytest.raises(IntegrityError, match="delete that folder"):
+        loop.resume(folder)
+
+
+def test_a_split_too_short_for_a_memory_is_found_before_training(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"some words " * 100)
+    config = tiny(tmp_path, task=f"lm:path={tmp_path}/text.txt", memory="xl", position="rope", batch=8)
+    with pytest.raises(UsageError, match=r"the validation split .* too few for batch=8"):
+        check_config(config)

@@ -1,0 +1,246 @@
+"""Feed-forward sub-layers against their definitions."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
+from xformers_lab.ffn import ACTIVATIONS
+from xformers_lab.ffn.hash import mixed
+from xformers_lab.measure.flops import count_flops
+from xformers_lab.model import build_model, build_task, check_config
+
+
+def build(choice: str, dim: int = 16):
+    return spec.build("ffn", choice, length=16, dim=dim, heads=2)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def by_definition(moe, x, valid=None):
+    """Every expert on every token, weighted by the router's choice."""
+    p = jax.nn.softmax(x @ moe.router.kernel[...])
+    ranked = jnp.sort(p, -1, descending=True)[..., moe.top - 1 : moe.top]
+    weight = jnp.where(p >= ranked, p, 0)
+    weight = weight / weight.sum(-1, keepdims=True) if moe.top > 1 else weight
+    weight = weight if valid is None else weight * valid[..., None]
+    hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, moe.up[...]))
+    return jnp.einsum("btef,efd,bte->btd", hidden, moe.down[...], weight)
+
+
+@pytest.mark.parametrize("top", [1, 2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_moe_is_its_definition(top, padded):
+    moe, x = build(f"moe:experts=4:top={top}"), draw(3, 11, 16)
+    valid = jnp.asarray(np.random.default_rng(1).random((3, 11)) < 0.7) if padded else None
+    graph, params = nnx.split(moe)
+
+    def both(run):
+        loss = lambda params, x: (run(nnx.merge(graph, params), x) * draw(3, 11, 16, seed=2)).sum()
+        return run(moe, x), jax.grad(loss, (0, 1))(params, x)
+
+    with jax.default_matmul_precision("highest"):
+        fast = both(lambda moe, x: moe(x, valid=valid)[0])
+        slow = both(lambda moe, x: by_definition(moe, x, valid))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), fast, slow)
+
+
+@pytest.mark.parametrize("choice", ["moe:top=2", "moe:capacity=0.5", "moe:choice=expert"])
+def test_order_of_tokens_changes_nothing(choice):
+    moe, x = build(choice), draw(2, 24, 16)
+    order = np.random.default_rng(0).permutation(24)
+    np.testing.assert_allclose(moe(x[:, order])[0], moe(x)[0][:, order], atol=1e-5)
+    metrics = moe(x[:, order])[1].metrics()
+    for name, value in moe(x)[1].metrics().items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+def test_moe_computes_only_what_was_sent():
+    """Products grow with the choices per token, not with the experts."""
+    count = lambda choice: count_flops(
+        lambda x: build(choice, 32)(x)[0], jax.ShapeDtypeStruct((1, 1024, 32), jnp.float32)
+    )
+    one = 2 * 2 * 1024 * 32 * 128
+    assert one <= count("moe:experts=4") < 1.4 * one
+    assert count("moe:experts=4:top=2") < 2.4 * one
+    assert count("moe:experts=16") < 2.1 * one
+    assert one <= count("moe:choice=expert") < 1.6 * one
+    assert one <= count("moe:experts=16:choice=expert") < 2.1 * one
+    assert count("moe:experts=4:choice=expert:capacity=2") < 2.4 * one
+    assert count("moe:experts=4:capacity=0.5") < 0.9 * one
+    assert count("moe:experts=4:capacity=3") < 1.4 * one  # no token is sent more often than it chose
+
+
+def test_capacity_keeps_the_most_certain():
+    moe, x = build("moe:experts=2:capacity=0.5"), draw(1, 12, 16)
+    p = np.asarray(jax.nn.softmax(x @ moe.router.kernel[...]))[0]
+    kept = np.abs(moe(x)[0][0]).max(-1) > 0
+    for expert in range(2):
+        mine = np.nonzero(p.argmax(-1) == expert)[0]
+        best = mine[np.argsort(-p[mine, expert])][:3]  # 0.5 * 12 / 2
+        assert set(np.nonzero(kept)[0]) & set(mine) == set(best)
+
+
+def test_experts_choose_equally_many():
+    moe, x = build("moe:experts=4:choice=expert"), draw(1, 16, 16)
+    p = jax.nn.softmax(x @ moe.router.kernel[...])
+    chosen = np.stack([np.isin(np.arange(16), np.argsort(-p[0, :, e])[:4]) for e in range(4)], -1)
+    hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, moe.up[...]))
+    expected = jnp.einsum("btef,efd,bte->btd", hidden, moe.down[...], p * chosen[None])
+    np.testing.assert_allclose(moe(x)[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("choice", ["choice=expert", "capacity=0.5:top=2"])
+def test_padding_changes_nothing(choice):
+    """An expert's room is a share of the valid tokens: six of them are kept or dropped alike behind padding."""
+    moe, x = build(f"moe:experts=4:{choice}"), draw(2, 24, 16)
+    run = jax.jit(lambda x, valid: moe(x, valid=valid))
+    padded, aux = run(x, jnp.arange(24)[None] < jnp.full((2, 1), 6))
+    alone, expected = run(x[:, :6], jnp.ones((2, 6), bool))
+    np.testing.assert_allclose(padded[:, :6], alone, atol=1e-6)
+    assert not padded[:, 6:].any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), aux, expected)
+
+
+def test_router_losses_are_switch_transformers(shared):
+    path = shared / "golden" / "switch_router_losses.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} here")
+    found = np.load(path)
+    moe = build("moe:experts=4:balance=1:z=1", 4)
+    moe.router.kernel[...] = jnp.eye(4)
+    aux = moe(jnp.asarray(found["logits"]))[1]
+    np.testing.assert_allclose(aux.losses["router_z"], found["z_loss"], rtol=1e-4)
+    np.testing.assert_allclose(aux.losses["balance"], found["aux_loss"], rtol=1e-4)
+
+
+def test_product_key_finds_the_best_of_all_slots():
+    memory, x = build("product_key:side=6:top=3:reads=2:key=8"), draw(2, 5, 16)
+    q = memory.norm((memory.query(x)).reshape(10, 2, 8)).reshape(10, 2, 2, 4)
+    a, b = (jnp.einsum("nrd,rkd->nrk", q[:, :, half], memory.keys[half]) for half in range(2))
+    scores = (a[..., :, None] + b[..., None, :]).reshape(10, 2, 36)
+    top, slot = jax.lax.top_k(scores, 3)
+    expected = jnp.einsum("nrk,nrkd->nd", jax.nn.softmax(top), memory.values[slot]).reshape(2, 5, 16)
+    np.testing.assert_allclose(memory(x)[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_hash_sends_every_occurrence_of_a_token_to_one_expert(padded):
+    layer, x = build("hash:experts=3"), draw(2, 20, 16)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 20)), jnp.int32)
+    valid = jnp.asarray(np.random.default_rng(2).random((2, 20)) < 0.7) if padded else None
+    expert = np.asarray(layer.expert(jnp.arange(50)))
+    assert set(expert) == {0, 1, 2}
+    expected = np.zeros((2, 20, 16), np.float32)
+    for b, t in np.ndindex(2, 20):
+        if valid is None or valid[b, t]:
+            e = expert[tokens[b, t]]
+            expected[b, t] = jax.nn.gelu(x[b, t] @ layer.up[e]) @ layer.down[e]
+    y, aux = layer(x, tokens=tokens, valid=valid)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    there = np.ones((2, 20), bool) if valid is None else np.asarray(valid)
+    sent = np.bincount(expert[np.asarray(tokens)[there]], minlength=3)
+    np.testing.assert_allclose(aux.scalars["busiest_expert"], 3 * sent.max() / there.sum(), rtol=1e-6)
+
+
+def test_hash_is_another_in_every_layer_and_spreads_tokens():
+    config = edit(Config(), task="copy", ffn="hash:experts=4", seq_len=16, dim=16, heads=2, layers=2)
+    model: Any = build_model(config, build_task(config))
+    (block,) = model.stack.periods
+    first, second = (np.asarray(mixed(jnp.arange(4000, dtype=jnp.uint32) ^ salt) % 4) for salt in block.ffn.salt[...])
+    assert 0.2 < (first == second).mean() < 0.3
+    assert np.bincount(first).min() > 900
+
+
+@pytest.mark.parametrize("depth", ["mixture_of_depths:every=1", "reversible", "early_exit", "macaron", "conditional"])
+def test_hash_finds_its_tokens_in_every_depth(depth):
+    """Step by step, where tokens come one at a time, the model says what it says of all of them."""
+    size = {"seq_len": 9, "dim": 16, "heads": 2, "layers": 2}
+    config = edit(Config(), task="copy", ffn="hash:experts=3", depth=depth, **size)
+    model = build_model(config, build_task(config))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 9)), jnp.int32)
+    graph, variables = nnx.split(model)
+    # Built where it runs, of copies, for layers may write to their variables.
+    built = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+    one = lambda cache, token: built().step(cache, token)[::-1]
+    steps = jax.jit(lambda tokens: jax.lax.scan(one, model.init_cache(2, 9), tokens.T)[1])(tokens)
+    whole = jax.jit(lambda tokens: built()(tokens)[0])(tokens)
+    np.testing.assert_allclose(steps.swapaxes(0, 1), whole, atol=2e-5)
+
+
+def test_hash_is_refused_where_rows_are_no_tokens():
+    size = {"seq_len": 16, "dim": 16, "heads": 2, "layers": 3}
+    config = edit(Config(), task="copy", ffn="hash", depth="hourglass", **size)
+    with pytest.raises(UsageError, match="ffn=hash looks at the tokens"):
+        check_config(config)
+
+
+def test_persistent_vectors_are_attended_to():
+    layer, x = build("all_attention:vectors=5"), draw(2, 4, 16)
+    expected = np.zeros((2, 4, 16), np.float32)
+    for head in range(2):
+        q = x @ layer.query.kernel[:, 8 * head : 8 * head + 8]
+        p = jax.nn.softmax(q @ layer.keys[head].T / 8**0.5)
+        expected += p @ layer.values[head] @ layer.down.kernel[8 * head : 8 * head + 8]
+    np.testing.assert_allclose(layer(x)[0], expected, atol=2e-5)
+
+
+def test_all_attention_is_full_attention_with_more_keys():
+    """Persistent vectors are keys and values like others: the same softmax where they come from tokens."""
+    joined = spec.build("attention", "all_attention:vectors=3", length=8, dim=16, heads=2)
+    q, k, v = (draw(2, 8, 2, 8, seed=seed) for seed in range(3))
+    joined.keys[...], joined.values[...] = (jnp.swapaxes(x[0, :3], 0, 1) for x in (k, v))
+    full = spec.build("attention", "full", length=8, dim=16, heads=2)
+    expected = full.mix(q[:1], k[:1], v[:1])[0]
+    np.testing.assert_allclose(joined.mix(q[:1], k[:1, 3:], v[:1, 3:])[0], expected, atol=2e-5)
+
+
+def test_a_bilinear_layer_is_the_product_of_two():
+    layer, x = spec.build("ffn", "glu:activation=identity", length=8, dim=16, heads=2), draw(2, 8, 16)
+    np.testing.assert_allclose(layer(2 * x)[0], 4 * layer(x)[0], rtol=1e-4, atol=1e-5)
+    expected = (x @ layer.gate.kernel[...]) * (x @ layer.up.kernel[...]) @ layer.down.kernel[...]
+    np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_squared_relu():
+    np.testing.assert_allclose(ACTIVATIONS["relu2"](jnp.array([-2.0, 0.0, 3.0])), [0, 0, 9])
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("moe:top=9", "top=9 must be from 1 to experts=8"),
+    ("moe:choice=expert:top=2", "capacity=2"),
+    ("moe:capacity=0", "capacity must be above 0"),
+    ("moe:balance=-1", "at least 0"),
+    ("product_key:top=65", "top=65"),
+    ("product_key:key=7", "key must be even"),
+    ("hash:experts=0", "experts must be at least 1"),
+    ("all_attention:vectors=0", "vectors must be at least 1"),
+])  # fmt: skip
+def test_bad_options(choice, message):
+    with pytest.raises(Exception, match=message):
+        build(choice)
+
+
+@pytest.mark.parametrize("choice", ["moe:choice=expert", "moe:capacity=1"])
+def test_what_looks_ahead_is_refused_in_a_decoder(choice):
+    config = edit(Config(), task="copy", ffn=choice, seq_len=16, dim=16, heads=2)
+    with pytest.raises(Exception, match="cannot be causal"):
+        build_model(config, build_task(config))
+
+
+def test_gelu_by_the_normal_distribution():
+    """x Phi(x) exactly, and by a tangent nearly."""
+    x = np.linspace(-4, 4, 81)
+    exact = [value * (1 + math.erf(value / 2**0.5)) / 2 for value in x]
+    np.testing.assert_allclose(ACTIVATIONS["gelu_exact"](jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
+    apart = np.abs(ACTIVATIONS["gelu"](jnp.asarray(x, jnp.float32)) - np.array(exact)).max()
+    assert 1e-4 < apart < 1e-3

@@ -1,0 +1,282 @@
+"""Whole models of other implementations, their weights put into models that are built of choices on the shelves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab.config import Config, edit
+from xformers_lab.model import build_model
+from xformers_lab.tasks import Setting, Task
+
+# The golden files do not name the number of heads; a head of 8 channels reproduces them, others do not.
+HEADS = 4
+
+
+class Words(Task):
+    """A task that only says how many symbols there are."""
+
+    kinds = ("decoder", "encoder")
+
+    def __init__(self, vocab: int, outputs: int):
+        super().__init__(Setting(32, 1))
+        self.vocab, self.outputs = vocab, outputs
+
+
+class Weights:
+    """The arrays of one golden file; `w(name)` one weight, `w(name with {})` that of every layer, stacked.
+
+    PyTorch's linear layers hold (out, in): `linear` gives (in, out) and the bias; `transposed=False` leaves them.
+    """
+
+    def __init__(self, path, layers: int | None):
+        if not path.is_file():
+            pytest.skip(f"no {path.name} here")
+        self.found, self.layers = np.load(path), layers
+
+    def __getitem__(self, name: str):
+        return self.found[name]
+
+    def __call__(self, name: str):
+        if "{}" not in name:
+            return jnp.asarray(self.found[f"w.{name}"])
+        return jnp.stack([self.found[f"w.{name.format(layer)}"] for layer in range(self.layers or 0)])
+
+    def has(self, name: str) -> bool:
+        return f"w.{name.format(0)}" in self.found.files
+
+    def linear(self, name: str, transposed: bool = True) -> tuple[Any, Any]:
+        kernel, bias = self(f"{name}.weight"), self(f"{name}.bias") if self.has(f"{name}.bias") else None
+        return jnp.swapaxes(kernel, -1, -2) if transposed else kernel, bias
+
+
+def put(module: Any, **arrays) -> None:
+    """Gives a module other parameters."""
+    for name, array in arrays.items():
+        if array is not None:
+            old = getattr(module, name)
+            assert old is None or old.shape == array.shape, f"{name}: {old.shape} here, {array.shape} there"
+            setattr(module, name, nnx.Param(array))
+
+
+def put_linear(module, found) -> None:
+    """(kernel, bias or None); the bias of the projections of attention is one that the lab's own do not have."""
+    put(module, kernel=found[0], bias=found[1])
+    module.use_bias = found[1] is not None
+
+
+def put_attention(attention, *projections) -> None:
+    """(kernel, bias or None) of query, key, value and output."""
+    for name, found in zip(("query", "key", "value", "out"), projections, strict=True):
+        put_linear(getattr(attention, name), found)
+
+
+def put_norm(norm, w: Weights, name: str, epsilon: float = 1e-6) -> None:
+    """Scale, shift where there is one, and the number that keeps the root above 0."""
+    put(norm, scale=w(f"{name}.weight"), **({"bias": w(f"{name}.bias")} if w.has(f"{name}.bias") else {}))
+    norm.epsilon = epsilon
+
+
+def build(vocab: int, outputs: int, task: type[Words] = Words, **chosen) -> Any:
+    config = edit(Config(), **({"seq_len": 32, "dim": 32, "heads": HEADS} | chosen))
+    return build_model(config, task(vocab, outputs))
+
+
+def run(model, inputs):
+    """Logits of one call, compiled cheaply."""
+    graph, variables = nnx.split(model)
+    return np.asarray(jax.jit(lambda variables, x: nnx.merge(graph, variables)(x)[0])(variables, jnp.asarray(inputs)))
+
+
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def assert_far(actual, expected):
+    """At least ten times as far as the comparison above allows."""
+    assert (np.abs(actual - expected) / (2e-5 + 1e-4 * np.abs(expected))).max() > 10
+
+
+# ---- GPT-2: pre-LN, learned positions, tied embeddings ---------------------------------------------------------------
+
+
+def gpt2(w: Weights, **changed):
+    chosen = {
+        "model": "decoder:tied=true",
+        "attention": "full",
+        "position": "learned",
+        "norm": "pre:normaliser=layernorm",
+        "ffn": "mlp:activation=gelu",
+        "layers": 2,
+    }
+    model = build(50, 50, **(chosen | changed))
+    block = model.stack.periods[0]
+    put(model.embedding, embedding=w("transformer.wte.weight"))
+    if "position" not in changed:
+        put(model.position, table=w("transformer.wpe.weight"))
+    kernel, bias = w.linear("transformer.h.{}.attn.c_attn", transposed=False)
+    three = zip(jnp.split(kernel, 3, -1), jnp.split(bias, 3, -1), strict=True)
+    put_attention(block.attention, *three, w.linear("transformer.h.{}.attn.c_proj", transposed=False))
+    put_linear(block.ffn.up, w.linear("transformer.h.{}.mlp.c_fc", transposed=False))
+    put_linear(block.ffn.down, w.linear("transformer.h.{}.mlp.c_proj", transposed=False))
+    put_norm(block.attention_norm.norm, w, "transformer.h.{}.ln_1", 1e-5)
+    put_norm(block.ffn_norm.norm, w, "transformer.h.{}.ln_2", 1e-5)
+    if model.final is not None:
+        put_norm(model.final.norm, w, "transformer.ln_f", 1e-5)
+    return run(model, w["ids"])
+
+
+def test_gpt2(shared):
+    w = Weights(shared / "golden" / "tiny_gpt2.npz", 2)
+    assert_same(gpt2(w), w["logits"])
+    for changed in (
+        {"norm": "post"},
+        {"position": "none"},
+        {"ffn": "mlp:activation=relu"},
+        {"model": "encoder:tied=true"},
+        {"heads": 8},
+    ):
+        assert_far(gpt2(w, **changed), w["logits"])
+
+
+# ---- Llama: RMSNorm, rotary positions, gated linear units, shared key/value heads ------------------------------------
+
+
+def llama(w: Weights, **changed):
+    chosen = {
+        "model": "decoder",
+        "attention": "full",
+        "position": "rope",
+        "norm": "pre:normaliser=rmsnorm",
+        "ffn": "glu:ratio=1.5:activation=silu",
+        "kv_heads": 2,
+        "layers": 2,
+    }
+    model = build(50, 50, **(chosen | changed))
+    block, layer = model.stack.periods[0], "model.layers.{}"
+    put(model.embedding, embedding=w("model.embed_tokens.weight"))
+    put(model.head, kernel=w("lm_head.weight").T, bias=jnp.zeros(50))
+    put_attention(block.attention, *(w.linear(f"{layer}.self_attn.{name}_proj") for name in "qkvo"))
+    for name in ("gate", "up", "down"):
+        put_linear(getattr(block.ffn, name), w.linear(f"{layer}.mlp.{name}_proj"))
+    put_norm(block.attention_norm.norm, w, f"{layer}.input_layernorm")
+    put_norm(block.ffn_norm.norm, w, f"{layer}.post_attention_layernorm")
+    if model.final is not None:
+        put_norm(model.final.norm, w, "model.norm")
+    return run(model, w["ids"])
+
+
+def test_llama(shared):
+    w = Weights(shared / "golden" / "tiny_llama.npz", 2)
+    assert_same(llama(w), w["logits"])
+    for changed in (
+        {"norm": "post:normaliser=rmsnorm"},
+        {"position": "none"},
+        {"position": "rope:pairs=interleaved"},
+        {"ffn": "glu:ratio=1.5:activation=gelu"},
+        {"model": "encoder"},
+    ):
+        assert_far(llama(w, **changed), w["logits"])
+
+
+# ---- ALBERT: one post-LN layer, applied four times -------------------------------------------------------------------
+
+
+class Factorised(nnx.Module):
+    """ALBERT's input layer: narrow embeddings of word, place and segment 0, normalised, then projected."""
+
+    def __init__(self, w: Weights):
+        names = ("word", "position", "token_type")
+        self.words, self.places, self.kinds = (w(f"embeddings.{name}_embeddings.weight") for name in names)
+        self.scale, self.shift = w("embeddings.LayerNorm.weight"), w("embeddings.LayerNorm.bias")
+        self.kernel, self.bias = w.linear("encoder.embedding_hidden_mapping_in")
+
+    def __call__(self, ids):
+        x = self.words[ids] + (self.places[: ids.shape[1]] + self.kinds[:1])[None]
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return (x * self.scale[None, None] + self.shift[None, None]) @ self.kernel + self.bias[None, None]
+
+
+def albert(w: Weights, **changed):
+    """Hidden states: the head is the identity."""
+    chosen = {
+        "model": "encoder",
+        "attention": "full",
+        "position": "none",
+        "norm": "post:normaliser=layernorm",
+        "ffn": "mlp:ratio=2:activation=gelu",
+        "depth": "universal:code=false",
+        "layers": 4,
+    }
+    model = build(50, 32, **(chosen | changed))
+    block, layer = model.stack.blocks[0], "encoder.albert_layer_groups.0.albert_layers.0"
+    model.embedding = Factorised(w)
+    put(model.head, kernel=jnp.eye(32), bias=jnp.zeros(32))
+    put_attention(
+        block.attention, *(w.linear(f"{layer}.attention.{name}") for name in ("query", "key", "value", "dense"))
+    )
+    put_linear(block.ffn.up, w.linear(f"{layer}.ffn"))
+    put_linear(block.ffn.down, w.linear(f"{layer}.ffn_output"))
+    put_norm(block.attention_norm.norm, w, f"{layer}.attention.LayerNorm", 1e-12)
+    put_norm(block.ffn_norm.norm, w, f"{layer}.full_layer_layer_norm", 1e-12)
+    return run(model, w["ids"])
+
+
+def test_albert(shared):
+    w = Weights(shared / "golden" / "tiny_albert_shared.npz", None)
+    assert_same(albert(w), w["hidden"])
+    for changed in ({"norm": "pre"}, {"depth": "universal"}, {"layers": 3}, {"heads": 8}):
+        assert_far(albert(w, **changed), w["hidden"])
+
+
+# ---- ViT: patches and a class token ----------------------------------------------------------------------------------
+
+
+class Squares(Words):
+    """Images of 12 x 12 grey levels, in five classes."""
+
+    target = "sequence"
+    kinds = ("encoder",)
+    image = (12, 12)
+
+
+def vit(w: Weights, pixels=None, **changed):
+    chosen = {
+        "model": "vit:patch=4",
+        "attention": "full",
+        "position": "learned",
+        "norm": "pre:normaliser=layernorm",
+        "ffn": "mlp:ratio=2:activation=gelu_exact",
+        "layers": 2,
+        "seq_len": 144,
+    }
+    model = build(256, 5, task=Squares, **(chosen | changed))
+    block, layer = model.stack.periods[0], "vit.layers.{}"
+    kernel, bias = w.linear("vit.embeddings.patch_embeddings.projection", transposed=False)
+    put_linear(model.embedding.project, (kernel.reshape(32, 16).T, bias))
+    if model.embedding.token is not None:
+        put(model.embedding, token=w("vit.embeddings.cls_token")[0, 0])
+        if "position" not in changed:
+            put(model.position, table=w("vit.embeddings.position_embeddings")[0])
+    put_linear(model.head, w.linear("classifier"))
+    put_attention(block.attention, *(w.linear(f"{layer}.attention.{name}_proj") for name in "qkvo"))
+    put_linear(block.ffn.up, w.linear(f"{layer}.mlp.fc1"))
+    put_linear(block.ffn.down, w.linear(f"{layer}.mlp.fc2"))
+    put_norm(block.attention_norm.norm, w, f"{layer}.layernorm_before", 1e-12)
+    put_norm(block.ffn_norm.norm, w, f"{layer}.layernorm_after", 1e-12)
+    if model.final is not None:
+        put_norm(model.final.norm, w, "vit.layernorm", 1e-12)
+    # The golden images are real numbers, the lab's are levels, which its first layer divides by the largest.
+    pixels = w["x"] if pixels is None else pixels
+    return run(model, 255 * pixels.reshape(len(pixels), -1))
+
+
+def test_vit(shared):
+    w = Weights(shared / "golden" / "tiny_vit.npz", 2)
+    assert_same(vit(w), w["logits"])
+    assert_far(vit(w, w["x"].swapaxes(2, 3)), w["logits"])
+    for changed in ({"norm": "post"}, {"position": "none"}, {"model": "vit:patch=4:pool=mean"}, {"heads": 8}):
+        assert_far(vit(w, **changed), w["logits"])

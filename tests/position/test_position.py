@@ -1,0 +1,385 @@
+"""Positions against other implementations, and what each of them promises."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops, largest_intermediate
+from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.plan import Plan
+from xformers_lab.position import deberta
+from xformers_lab.position.alibi import slopes
+from xformers_lab.position.t5 import bucket
+
+SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
+
+
+def build(choice: str, **size):
+    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "causal": True} | size
+    return spec.build("position", choice, **given)
+
+
+def read(shared, name: str):
+    path = shared / "golden" / f"{name}.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} here")
+    return np.load(path)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 16, 20])
+def test_alibi_is_bloom_and_mpt(shared, heads):
+    """BLOOM adds slope * s, MPT slope * (s - last): both differ from -slope * (t - s) by what a softmax forgets."""
+    found = read(shared, "alibi")
+    np.testing.assert_allclose(slopes(heads), found[f"slopes_{heads}"], rtol=1e-6)
+    bias = build("alibi", heads=heads, dim=4 * heads).bias()
+    last = jax.vmap(lambda head: head(jnp.array([[15]]), jnp.arange(16)[None]))(bias)[:, 0]
+    theirs = found[f"bloom_{heads}"]
+    np.testing.assert_allclose(last, theirs - theirs[:, -1:], atol=2e-5, rtol=1e-4)
+    if f"mpt_{heads}" in found and heads & (heads - 1) == 0:
+        np.testing.assert_allclose(last, found[f"mpt_{heads}"][:, 0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_rope_is_llama_and_gptj(shared, pairs):
+    found = read(shared, "rope")
+    rope = build(f"rope:pairs={pairs}", length=12, dim=64)
+    for name in [name for name in "qk" if f"{name}_{pairs}" in found]:
+        out = rope.rotate(jnp.asarray(np.swapaxes(found[name], 1, 2)), jnp.arange(12))
+        np.testing.assert_allclose(np.swapaxes(out, 1, 2), found[f"{name}_{pairs}"], atol=2e-5, rtol=1e-4)
+
+
+def test_rope_is_gemma(shared):
+    """Hand-written values at another base, positions 1 and 0; a scale of 2 at twice the position is the same."""
+    found = read(shared, "rope_gemma_fixture")["expected_full"]
+    for scale in (1, 2):
+        rope = build(f"rope:base=100:scale={scale}", dim=8, heads=2)
+        for sample, at in enumerate((scale, 0)):
+            out = rope.rotate(jnp.ones((1, 1, 2, 4)), jnp.array([at]))
+            np.testing.assert_allclose(out[0], found[sample], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_rope_scores_depend_on_the_distance_alone(pairs):
+    rope = build(f"rope:pairs={pairs}:scale=2")
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 4, 8)).astype(np.float32)
+    score = lambda t, s: (rope.rotate(q, jnp.array([t])) * rope.rotate(k, jnp.array([s]))).sum(-1)
+    np.testing.assert_allclose(score(9, 4), score(105, 100), atol=1e-4)
+    assert np.abs(score(9, 4) - score(9, 5)).max() > 1e-2
+
+
+def test_t5_buckets():
+    """Exact up to a quarter of the buckets a side, then wider, capped; the future apart from the past."""
+    back = np.arange(-200, 201)
+    both = np.asarray(bucket(back, 32, 128, True))
+    assert list(both[200:208]) == list(range(8)) and both[200 + 8] == 8
+    assert (np.diff(both[200:]) >= 0).all() and both[200 + 127] == 15 and both[-1] == 15
+    assert both[199] == 17 and both[0] == 31
+    past = np.asarray(bucket(back, 32, 128, False))
+    assert (past[:201] == 0).all() and list(past[200:216]) == list(range(16)) and past[-1] == 31
+
+
+@pytest.mark.parametrize("causal, choice", [(True, "t5"), (False, "t5"), (True, "t5:sides=both")])
+def test_every_t5_bucket_serves_a_model_that_uses_the_past_alone(causal, choice):
+    scores = build(choice, causal=causal, heads=1).bias()
+    scores = jax.tree.map(lambda leaf: jnp.arange(32), scores)
+    at = jnp.arange(160)
+    found = np.asarray(scores(at[:, None], at[None]))
+    used = len(np.unique(found[np.tril_indices(160)] if causal else found))
+    assert used == (16 if causal and "both" in choice else 32 if causal else 31)  # distance 0 has one side
+
+
+@pytest.mark.parametrize("attention", ["full", "mla", "collaborative"])
+def test_untied_positions_leave_content_its_share(attention):
+    """Where no two positions correlate, scores are those of content over sqrt(2 H), all of them, rotary parts too."""
+    position = build("tupe", causal=True)
+    position.table[...] = 0 * position.table[...]
+    layer, shared = (spec.build("attention", attention, length=16, dim=32, heads=4) for _ in range(2))
+    shared.query.kernel[...] = shared.query.kernel[...] * 2**-0.5
+    x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
+    found = layer(x, causal=True, position=position)[0]
+    np.testing.assert_allclose(found, shared(x, causal=True)[0], atol=1e-5)
+    assert np.abs(found - layer(x, causal=True)[0]).max() > 1e-3
+    cache = layer.init_cache(2, 16)
+    for t in range(3):
+        out, cache, _ = layer.decode(x[:, t], cache, at=jnp.int32(t), position=position)
+        np.testing.assert_allclose(out, found[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"position": "sinusoidal"}, {"position": "sinusoidal", "model": "encoder_decoder"},
+    {"position": "sinusoidal", "depth": "universal"}, {"position": "learned", "depth": "universal"},
+], ids=str)  # fmt: skip
+def test_tokens_are_as_large_as_the_waves_they_meet(changes):
+    config = edit(Config(), task="copy", seq_len=65, dim=64, **changes)
+    model: Any = build_model(config, build_task(config))
+    tokens = jnp.arange(32)[None] % 11
+    x, at = model.embedding(tokens), jnp.arange(32)
+    both, alone = (model.place(model.position, y, at, valid=None) for y in (x, 0 * x))
+    assert 0.9 < float(jnp.std(both - alone)) < 1.1
+    waves = 0.5**0.5 if changes["position"] == "sinusoidal" else 1
+    assert float(jnp.sqrt((alone**2).mean())) == pytest.approx(waves, rel=0.1)
+
+
+@pytest.mark.parametrize("choice", ["alibi", "t5"])
+@pytest.mark.parametrize("attention", ["full", "local:window=5", "strided:stride=3"])
+def test_bias_is_added_blockwise_as_by_definition(attention, choice):
+    """Per block in the engine, as a whole matrix in the reference, also with fewer queries than keys."""
+    bias = build(choice).bias()
+    mechanism = spec.build("attention", attention, length=16, dim=32, heads=4)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 16, 4, 8)).astype(np.float32)
+    for queries in (q, q[:, -5:]):
+        fast, slow = (
+            mechanism.mix(queries, k, v, causal=True, bias=bias, method=m)[0] for m in ("attend", "reference")
+        )
+        np.testing.assert_allclose(fast, slow, atol=2e-5)
+    assert np.abs(fast - mechanism.mix(q[:, -5:], k, v, causal=True)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("buckets, reach", [(16, 64), (256, 512)])
+def test_deberta_buckets(shared, buckets, reach):
+    found = read(shared, "deberta_log_bucket")
+    ours = deberta.bucket(jnp.asarray(found["rel"]), buckets, reach)
+    np.testing.assert_array_equal(ours, found[f"b_{buckets}_{reach}"])
+
+
+def loud(position):
+    """Its parameters as large as those of the products that they are added to."""
+    for _, variable in nnx.iter_graph(position):
+        if isinstance(variable, nnx.Param):
+            variable[...] = variable[...] / jnp.std(variable[...]) * variable.shape[0] ** (-0.5 * (variable.ndim == 3))
+    return position
+
+
+def loud_model(**chosen) -> tuple[Any, Any]:
+    config = edit(Config(), **chosen)
+    task = build_task(config)
+    model: Any = build_model(config, task)
+    loud(model.position)
+    return model, task
+
+
+def slow(layer, position, x, valid, window: int | None, causal: bool):
+    """One layer from every pair's vector, as the papers write it: arrays of (T, S, channels)."""
+    (B, T, _), N, H, name = x.shape, layer.size.heads, layer.size.head, type(position).__name__
+    q, k, v = (linear(x).reshape(B, T, -1, H) for linear in (layer.query, layer.key, layer.value))
+    k, v = (jnp.repeat(y, N // y.shape[2], 2) for y in (k, v))
+    apart = np.arange(T)[:, None] - np.arange(T)
+    heads = lambda y: y.reshape(*y.shape[:-1], N, H)
+    s, terms = jnp.einsum("btnh,bsnh->bnts", q, k), 1
+    if name == "Shaw":
+        reach = len(position.table) // 2
+        s += jnp.einsum("btnh,tsh->bnts", q, position.table[...][np.clip(-apart, -reach, reach) + reach])
+    elif name == "Xl":
+        angle = apart[..., None] * np.array(position.waves)[None, None]
+        R = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+        R = jnp.einsum("tsc,cnh->tsnh", R, position.projection[...])
+        s += jnp.einsum("nh,bsnh->bns", position.u[...], k)[:, :, None]
+        s += jnp.einsum("btnh,tsnh->bnts", q + position.v[...][None, None], R)
+    elif name == "Deberta":
+        R, near = position.side, (lambda y: y) if position.buckets is None else _nearly(position)
+        places = lambda y: np.clip(near(y) + R, 0, 2 * R - 1)
+        s += jnp.einsum("btnh,tsnh->bnts", q, heads(position.key(position.table[...]))[places(apart)])
+        s += jnp.einsum("bsnh,tsnh->bnts", k, heads(position.query(position.table[...]))[places(-apart)])
+        terms = 3
+    elif name == "Tupe":
+        mine, theirs = (heads(linear(position.table[:T])) for linear in (position.query, position.key))
+        s += jnp.einsum("tnh,snh->nts", mine, theirs)[None]
+        terms = 2
+    s = s / (terms * H) ** 0.5
+    if name == "Tupe":
+        s += position.relative.table[...][:, bucket(apart, 32, 128, False)][None]
+    seen = (apart >= 0) if causal else np.ones((T, T), bool)
+    seen = (seen if window is None else seen & (abs(apart) <= window))[None, None] & valid[:, None, None]
+    p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)
+    return layer.out(jnp.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1))
+
+
+def _nearly(position):
+    """DeBERTa's second version, distance by distance."""
+    near, last = position.buckets // 2, position.reach - 1
+
+    def one(x):
+        if abs(x) <= near:
+            return x
+        return np.sign(x) * (np.ceil(np.log(abs(x) / near) / np.log(last / near) * (near - 1)) + near)
+
+    return lambda y: np.vectorize(one, otypes=[int])(y)
+
+
+EVERY_PAIR = [(choice, attention, False) for choice in SCORED for attention in ("full", "local:window=5")]
+# Samples run in a loop, as long ones are on CPU.
+EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)]
+
+
+@pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
+def test_scores_are_those_of_every_pair(choice, attention, looped):
+    """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
+    size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
+    plan = Plan(loop_from=1 if looped else None)
+    position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size, plan=plan)
+    layer.block = 16 if attention == "full" else None
+    x, weight = np.random.default_rng(0).standard_normal((2, 3, 37, 32)).astype(np.float32)
+    valid = np.arange(37) < np.array([37, 30, 5])[:, None]
+    window, causal = (None, True) if attention == "full" else (5, False)
+    graphs, params = zip(*(nnx.split(module) for module in (position, layer)), strict=True)
+
+    def fast_form(position, layer, x):
+        return layer(x, valid=jnp.asarray(valid), causal=causal, position=position)[0]
+
+    def run(form):
+        def total(params, x):
+            out = form(*(nnx.merge(graph, each) for graph, each in zip(graphs, params, strict=True)), x)
+            return (out * weight * valid[..., None]).sum(), out
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x)
+
+    ((_, out), grads) = run(fast_form)
+    ((_, expected), slow_grads) = run(lambda position, layer, x: slow(layer, position, x, valid, window, causal))
+    np.testing.assert_allclose(out[valid], expected[valid], atol=3e-5)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(slow_grads), strict=True
+    ):
+        assert np.abs(theirs).max() > 1e-3, f"no gradient reaches {jax.tree_util.keystr(path)}"
+        np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta:reach=4", "tupe"])
+def test_nothing_of_every_pair_is_built(choice):
+    """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
+    found = []
+    for T in (256, 512, 1024):
+        size: dict[str, Any] = {"length": T, "dim": 16, "heads": 2}
+        graph, params = nnx.split((build(choice, **size), spec.build("attention", "local:window=16", **size)))
+
+        def total(params, x, graph=graph):
+            position, layer = nnx.merge(graph, params)
+            return layer(x, causal=True, position=position)[0].sum()
+
+        grad, x = jax.grad(total, (0, 1)), jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
+        found.append((largest_intermediate(grad, params, x), count_flops(grad, params, x)))
+    for one, two in itertools.pairwise(found):
+        assert two[0] <= 2.1 * one[0] and two[1] <= 2.1 * one[1]
+
+
+@pytest.mark.parametrize("choice", ["alibi", "t5", *SCORED])
+def test_moved_along_it_is_the_same(choice):
+    """What stands before the window changes nothing, so positions count from anywhere; not so for absolute ones."""
+    position = loud(build(choice, length=32))
+    layer = spec.build("attention", "local:window=4", length=32, dim=32, heads=4)
+    x, other = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
+    run = jax.jit(lambda x: layer(x, causal=True, position=position)[0])
+    alone, behind = run(x)[:, 4:], run(np.concatenate([other, x], 1))[:, 20:]
+    far = float(jnp.abs(alone - behind).max())
+    assert far > 1e-2 if choice.startswith("tupe") else far < 2e-5
+
+
+@pytest.mark.parametrize("attention", ["local:window=4", "softcap", "poolingformer:window=3:reach=8"])
+@pytest.mark.parametrize("choice", ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"])
+def test_token_by_token_it_is_the_same(choice, attention):
+    """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
+    chosen = {"task": "copy", "attention": attention, "position": choice, "seq_len": 14, "dim": 16, "heads": 2}
+    model, task = loud_model(**chosen, layers=2, batch=2)
+    tokens = jnp.asarray(task.batch("train", 0).inputs[:2])
+    graph, variables = nnx.split(model)
+
+    def steps(variables, tokens):
+        one = lambda cache, token: nnx.merge(graph, variables).step(cache, token)[::-1]
+        cache = nnx.merge(graph, variables).init_cache(2, 14)
+        return jax.lax.scan(one, cache, tokens.T)[1].swapaxes(0, 1)
+
+    with jax.default_matmul_precision("highest"):
+        whole = jax.jit(lambda v, tokens: nnx.merge(graph, v)(tokens)[0])(variables, tokens)
+        np.testing.assert_allclose(jax.jit(steps)(variables, tokens), whole, atol=1e-4 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("position, attention, message", [
+    ("shaw", "linear", "linear takes no bias"),
+    ("xl", "gla", "takes no bias"),
+    ("tupe", "fnet", "neither queries nor keys"),
+    ("alibi", "fnet", "takes no bias.* use position=learned"),
+    ("rope", "fnet", "neither queries nor keys.* use position=learned"),
+    ("rope", "average", "neither queries nor keys"),
+    ("rope", "hard_coded", "neither queries nor keys"),
+    ("shaw", "synthesizer:kind=random", "neither queries nor keys"),
+    ("deberta", "mla", "mla|compares queries with keys"),
+    ("conv:width=4", "full", "odd where both sides are seen"),
+])  # fmt: skip
+def test_what_has_no_scores_is_refused_before_anything_compiles(position, attention, message):
+    config = edit(Config(), task="listops", model="encoder", attention=attention, position=position, seq_len=16, dim=16)
+    with pytest.raises(UsageError, match=message):
+        check_config(config)
+
+
+def test_what_training_moves_is_a_mean_over_samples():
+    """Routing's centroids, which a training step moves, with a bias of every sample."""
+    size: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4}
+    layer, position = spec.build("attention", "routing:clusters=2:window=8", **size), build("shaw")
+    before, x = np.asarray(layer.centroids[...]), np.random.default_rng(0).standard_normal((2, 16, 32))
+    layer(x, position=position, causal=True)
+    np.testing.assert_array_equal(layer.centroids[...], before)
+    layer(x, position=position, causal=True, key=jax.random.key(0))
+    assert layer.centroids.shape == before.shape and 0 < np.abs(layer.centroids[...] - before).max() < 1
+
+
+@pytest.mark.parametrize("choice, width", [("grid", 4), ("grid:width=5", 5)])
+def test_grid(choice, width):
+    """Row by row, also where the last row is not full; the tables know one coordinate each."""
+    position = build(choice)
+    x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
+    out = position.embed(jnp.asarray(x), jnp.arange(16))
+    for t, (row, column) in enumerate(itertools.islice(itertools.product(range(4), range(width)), 16)):
+        expected = x[:, t] + position.rows[...][row][None] + position.columns[...][column][None]
+        np.testing.assert_allclose(out[:, t], expected, atol=1e-6)
+    assert (position.rows.shape[0], position.columns.shape[0]) == (4, width)
+    np.testing.assert_array_equal(position.embed(jnp.asarray(x[:, 7:9]), jnp.arange(7, 9)), out[:, 7:9])
+
+
+@pytest.mark.parametrize("causal, width", [(True, 3), (True, 4), (False, 3), (False, 5)])
+def test_convolution(causal, width):
+    """By definition; padding, whatever it holds, and causally what comes later leave no trace."""
+    position = build(f"conv:width={width}", causal=causal)
+    w = np.asarray(position.weights[...])
+    x, other = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
+    valid = np.arange(16) < np.array([16, 11])[:, None]
+    out = np.asarray(position.embed(jnp.asarray(x), jnp.arange(16), valid=jnp.asarray(valid)))
+    first = 1 - width if causal else -(width // 2)
+    for b, t in np.argwhere(valid):
+        near = [(j, t + first + j) for j in range(width) if 0 <= t + first + j < 16 and valid[b, t + first + j]]
+        np.testing.assert_allclose(out[b, t], x[b, t] + sum(w[j] * x[b, s] for j, s in near), atol=1e-5)
+    garbage = jnp.where(valid[..., None], x, other)
+    np.testing.assert_array_equal(position.embed(garbage, jnp.arange(16), valid=jnp.asarray(valid))[valid], out[valid])
+    if causal:
+        later = position.embed(jnp.asarray(x).at[:, 9:].set(other[:, 9:]), jnp.arange(16), valid=jnp.asarray(valid))
+        np.testing.assert_array_equal(later[:, :9], out[:, :9])
+
+
+def test_untied_positions_are_as_many_as_it_was_built_for():
+    with pytest.raises(ValueError, match="knows 16 positions"):
+        spec.build("attention", "full", length=16, dim=32, heads=4)(jnp.ones((1, 17, 32)), position=build("tupe"))
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("t5:buckets=2:sides=both", "buckets must be even and at least 4"),
+    ("t5:farthest=4", "must be above 16"),
+    ("rope:scale=0", "scale must be above 0"),
+    ("shaw:reach=0", "reach must be at least 1"),
+    ("xl:base=1", "base must be above 1"),
+    ("xl:channels=3", "channels come as sine and cosine"),
+    ("deberta:reach=0", "reach must be at least 1"),
+    ("deberta:buckets=7", "buckets must be even"),
+    ("deberta:reach=4:buckets=6", "half of them below reach - 1 = 3"),
+    ("conv:width=1", "width must be at least 2"),
+    ("grid:width=17", "width must be from 1 to the length of 16"),
+])  # fmt: skip
+def test_bad_options(choice, message):
+    with pytest.raises(Exception, match=message):
+        build(choice)

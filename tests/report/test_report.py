@@ -1,0 +1,241 @@
+"""The report: numbers right, every cell kept, names harmless, and what must be told beside them."""
+
+import io
+import math
+import re
+
+import pytest
+from report_rows import ATTENTIONS, HOSTILE, KEYS, bench, cell, failed, printed, sample, written
+from rich.console import Console
+
+from xformers_lab.report import findings, html, human, intervals, notes, pages, rows
+
+# ---- numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (human.count, 950, "950"),
+        (human.count, 1234, "1.2k"),
+        (human.count, 999.7, "1k"),
+        (human.count, 34_000_000, "34M"),
+        (human.size, 512, "512 B"),
+        (human.size, 3.4 * 2**20, "3.4 MiB"),
+        (human.size, 2**30, "1 GiB"),
+        (human.duration, 0.012, "12 ms"),
+        (human.duration, 3.4e-4, "340 µs"),
+        (human.duration, 0.9999, "1 s"),
+        (human.duration, 200, "3 min 20 s"),
+        (human.score, 0.98765, "0.988"),
+        (human.score, 123.4, "123"),
+        (human.score, math.nan, human.NONE),
+        (human.size, None, human.NONE),
+        (human.count, math.inf, human.NONE),
+    ],
+)
+def test_numbers_are_written_for_people(form, value, text):
+    assert form(value) == text
+
+
+def test_plain_text_cannot_steer_a_terminal():
+    assert human.plain("a\x1b[31m\n b\u202e\x07") == "a\ufffd[31m b\ufffd\ufffd"
+
+
+def test_quantiles_are_those_of_student():
+    special = pytest.importorskip("scipy.special")
+    for freedom in (1, 2, 5, 10, 11, 15, 30, 100, 1000):
+        assert intervals.quantile(freedom) == pytest.approx(special.stdtrit(freedom, 0.975), rel=1e-4)
+
+
+def test_mean_and_interval_against_worked_values():
+    # Mean 3, deviation sqrt(2.5), 4 degrees of freedom: 2.776445 * sqrt(2.5 / 5).
+    found = intervals.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found == (3.0, pytest.approx(1.963243, abs=1e-6), 5)
+    assert intervals.estimate([0.7]) == (0.7, None, 1)
+
+
+def test_differences_are_paired_by_seed():
+    first, second = {0: 0.5, 1: 0.7, 2: 0.9}, {2: 0.8, 1: 0.61, 0: 0.4}
+    # The seeds spread far more than the variants differ, and still the difference (0.10, 0.09, 0.10) is plain.
+    assert intervals.differ(first, second) is True
+    assert intervals.differ(first, {0: 0.6, 1: 0.6, 2: 0.9}) is False
+    assert intervals.differ(first, {0: 0.1, 7: 0.2}) is None
+
+
+# ---- grouping and findings --------------------------------------------------------------------------------------
+
+
+def test_series_are_named_by_what_varies():
+    row = cell("local:window=16") | {"norm": "post", "dim": 64}
+    assert rows.series(row, ["attention", "norm", "task", "seq_len", "seed"]) == "local:window=16 · post"
+    assert rows.series(row, ["dim", "lr"]) == "dim=64 · lr=0.003"
+    assert rows.series(row, ["seq_len"]) == "local:window=16"
+    recurrent = cell() | {"config": {"model": {"model": "lstm", "attention": "full"}}}
+    assert rows.series(recurrent, []) == "lstm · full"
+
+
+def test_memory_is_the_peak_where_a_device_tells_it():
+    assert rows.measure(cell(), "memory") == int(3.4 * 2**20)
+    assert rows.measure(cell(peak_bytes=7), "memory") == 7
+    assert rows.measure(failed("oom", "x"), "memory") is None
+
+
+def test_findings_tell_the_best_and_the_fastest_at_the_longest_length():
+    mqar, lm = (" ".join(findings.sentences(group)) for group in rows.groups(sample(), KEYS))
+    assert "At 256 tokens: full has the best accuracy, 0.950 (chance 0.125)." in mqar
+    assert "Fastest to train is axial, 500k tok/s, 20.0 times as fast as full (25k tok/s)." in mqar
+    assert "One seed: differences are not tested." in mqar
+    assert "full has the best bits/byte, 2.200" in lm
+    assert "Without a result at this length: axial (failed)." in lm
+
+
+def test_findings_with_seeds_say_what_cannot_be_told_apart():
+    scores = {"a": (0.90, 0.92, 0.94), "b": (0.93, 0.90, 0.91), "c": (0.30, 0.32, 0.34), "d": (0.12, 0.13, 0.125)}
+    found = [cell(name, seed=seed, metric=value) for name, many in scores.items() for seed, value in enumerate(many)]
+    (group,) = rows.groups(found, ["attention", "seed"])
+    said = " ".join(findings.sentences(group))
+    assert "a has the best accuracy, 0.920 ± 0.050" in said
+    assert "Not distinguishable from a (paired 95 % interval): b." in said
+    assert "No better than chance: d." in said
+    assert "One seed" not in said
+    # What cannot be told apart is marked alike, though its mean is lower.
+    lines = printed(found, ["attention", "seed"]).splitlines()
+    assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
+    assert any("paired 95 % interval" in line for line in lines)
+
+
+def test_no_winner_is_named_where_nothing_beats_chance():
+    found = [cell(name, metric=value) for name, value in (("a", 0.10), ("b", 0.12))]
+    said = findings.sentences(rows.groups(found, ["attention"])[0])
+    assert said[0] == "At 64 tokens: no variant does better than chance: the best accuracy is 0.120 (chance 0.125)."
+
+
+# ---- the table in the terminal ----------------------------------------------------------------------------------
+
+
+def test_table_keeps_every_cell_and_says_why_some_failed():
+    text = printed(sample(), KEYS)
+    assert len(re.findall(r"^ +(?:64|128|256) ", text, re.M)) == 30
+    for words in (
+        "out of memory: 3.1 GiB asked",
+        "not a number: loss not finite at step 41",
+        "failed: 8 x 8 is not 60",
+    ):
+        assert words in text
+    assert "chance 0.125" in text and "chance 8.000" in text
+
+
+def test_table_marks_the_best_by_the_direction_of_the_metric():
+    text = printed(sample(), KEYS)
+    marked = [line for line in text.splitlines() if re.search(r"\d \*", line)]
+    best = [line.split()[1] for line in marked if re.search(r"^ +\d+ +\S+ +[\d.]+ \*", line)]
+    # At 128 tokens of mqar, full ran out of memory, so the next is the best there.
+    assert best == ["full", "local:window=16", "full", "full", "full", "full"]
+    fastest = [line.split()[1] for line in text.splitlines() if re.search(r"\dk \*", line)]
+    assert fastest == ["axial"] * 5 + ["linear"]
+
+
+def test_what_is_the_same_in_all_lines_is_printed_once():
+    text = printed(sample(), KEYS)
+    assert text.count("132k") == 2
+    assert "parameters 132k" in text
+
+
+def test_markup_and_escapes_in_names_do_nothing():
+    found = sample(HOSTILE)
+    text = printed(found, KEYS, terminal=True, width=200)
+    assert "[bold]x[/bold]" in text and "=1+1" in text
+    assert "\x1b[31mred" not in text and "\u202e" not in text
+
+
+@pytest.mark.parametrize("width", [44, 66, 120])
+def test_narrow_terminals_lose_columns_not_lines(width):
+    text = printed(sample(), KEYS, width=width, terminal=True)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("strided") >= 6 and "1.000" not in text and "0.950 *" in text
+    assert ("too narrow for: " in text) == (width < 120)
+
+
+def test_output_to_a_file_is_plain_and_uncut():
+    text = printed(sample(("x" * 150, *ATTENTIONS[1:])), KEYS, width=40)
+    assert "x" * 150 in text and "\x1b" not in text and "─" not in text and "too narrow" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_seeds_are_averaged_in_the_table():
+    found = [cell(seed=seed, metric=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
+    text = printed([*found, failed("nan", "loss", seed=3), cell("linear")], ["attention", "seed"])
+    assert "0.900 ± 0.248" in text and "seed 3" in text
+
+
+def test_bench_rows_show_time_and_growth():
+    found = [bench("full", n, n * n * 1e-8, 2.0) for n in (256, 512)] + [bench("linear", 512, 1e-4, 1.0)]
+    text = printed([row | {"config": cell()["config"]} for row in found], ["attention", "seq_len"])
+    assert text.splitlines()[0] == "forward" and "2.6 ms" in text and "N^2.00" in text and "100 µs *" in text
+
+
+# ---- what must be known before numbers are compared -------------------------------------------------------------
+
+
+HERE, THERE = {"processor": "A", "jax": "1"}, {"processor": "B", "jax": "1"}
+
+
+def test_cells_of_different_machines_are_told_apart(tmp_path):
+    found = [cell(name, machine=HERE) for name in ("full", "linear")]
+    assert notes.of(found) == [] and notes.machines(found) == [(HERE, 2)]
+    mixed = [*found, cell("axial", machine=THERE), cell("lite"), failed("oom", "x", attention="fnet")]
+    (told,) = notes.of(mixed)
+    assert told.endswith("do not compare: processor A (2 cells); processor B (1 cell); not recorded (1 cell).")
+    assert told in " ".join(printed(mixed, ["attention"]).split())
+    page = written(tmp_path / "r.html", mixed, ["attention"])
+    assert told in page and "Machine of 2 cells" in page and "<dt>processor</dt><dd>B</dd>" in page
+
+
+def test_a_bench_tells_what_it_timed_otherwise():
+    one = bench("full", 64, 1e-3, 2.0)
+    others = [one | {"attention": "fnet", "timed": "call", "causal": False, "checked": True}]
+    assert notes.of([one | {"timed": "mix", "causal": True, "checked": True}, *others]) == [
+        "Timed as a whole layer with its projections, which the others are without: fnet.",
+        "Not causal, while the others are: fnet.",
+    ]
+    assert notes.of([one | {"timed": "mix", "causal": False, "checked": True}]) == []
+    assert "without the conformance check" in notes.of([one | {"checked": False}])[0]
+    assert notes.of([one | {"checked": False, "status": "failed"}]) == []
+    assert (
+        "YNNPACK" in notes.of([one | {"temp_bytes": 0}])[0]
+        and notes.of([one | {"temp_bytes": 0, "peak_bytes": 9}]) == []
+    )
+
+
+def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
+    trained = html._measures([cell(computation=2.5)])
+    assert "training step" in trained["tokens/s"] and "whole model" in trained["parameters"]
+    assert "layers/token" in trained and "state" not in trained
+    decoded = bench("full", 64, 1e-3, 1.0) | {"pass": "decode", "tokens_per_second": 9.0, "state_bytes": 2**20}
+    said = html._measures([decoded | {"parameters": 3}])
+    assert "one of each sequence" in said["tokens/s"] and "projections" in said["parameters"]
+    assert not any("training" in words for words in said.values())
+    page = written(tmp_path / "r.html", [decoded], ["attention"])
+    assert "What decoding keeps at 64 tokens" in page
+    assert "1 MiB" in page[page.index("<tbody>") :] and "best at its pass and length" in page
+    seeds = [cell(seed=seed) for seed in range(2)]
+    assert "by the mean over the seeds" in written(tmp_path / "s.html", seeds, ["attention", "seed"])
+
+
+def test_a_mechanism_alone_is_named_too(tmp_path):
+    found = [cell("local:window=16", seq_len=n) for n in (64, 128)]
+    assert "attention local:window=16" in printed(found, ["seq_len"])
+    page = written(tmp_path / "r.html", found, ["seq_len"])
+    assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
+
+
+def test_a_record_is_written_for_people():
+    page = io.StringIO()
+    pages.print_record(cell(), Console(file=page, width=40))
+    lines = dict(line.split(maxsplit=1) for line in page.getvalue().splitlines()[1:])
+    assert lines["seconds_median"] == "12 ms" and lines["temp_bytes"] == "3.4 MiB" and lines["parameters"] == "132,480"
+
+
+def test_no_rows_is_said():
+    assert printed([], []) == "There are no rows to show.\n"

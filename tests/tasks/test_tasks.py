@@ -1,0 +1,297 @@
+"""What every task owes the lab, over the whole shelf: purity, disjoint splits, ids in range, honest scores."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from xformers_lab import spec
+from xformers_lab.errors import UsageError
+from xformers_lab.tasks import SPLITS, Batch, Setting
+from xformers_lab.tasks.listops import decode, evaluate
+
+TASKS = spec.names("task")
+WORDS = ("good", "fair", "poor")
+# Tasks whose examples are so few at this length that a leak between splits would show at once.
+CROWDED = {
+    "copy": ("copy:symbols=4", 11),
+    "listops": ("listops:min_length=4:max_args=3", 6),
+    "mqar": ("mqar:pairs=2:vocab=14", 8),
+    "needle": ("needle:symbols=8:noise=8", 5),
+}
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory) -> pathlib.Path:
+    """A table of documents, each saying its own class; every third is there twice."""
+    rows = [{"text": f"{number}: {WORDS[number % 3]}", "label": WORDS[number % 3]} for number in range(300)]
+    path = tmp_path_factory.mktemp("documents") / "reviews.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + rows[::3]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> pathlib.Path:
+    """Noisy images of 4 x 8 pixels in four classes, each with a row of its own lit."""
+    label = np.arange(400) % 4
+    image = np.random.default_rng(0).integers(0, 100, (400, 4, 8))
+    image[np.arange(400), label] += 155
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(path, image=image, label=label)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory) -> pathlib.Path:
+    """Numbers and their words."""
+    folder = tmp_path_factory.mktemp("sentences")
+    (folder / "train.de").write_text("".join(f"{number}\n" for number in range(400)))
+    (folder / "train.en").write_text("".join(f"{WORDS[number % 3]} {number % 7}\n" for number in range(400)))
+    return folder
+
+
+@pytest.fixture
+def choice(documents, images, sentences):
+    """The spelling of a task by its name: what it needs is added."""
+    paths = {"text": documents, "pixels": images, "translate": sentences}
+    return lambda name: f"{name}:path={paths[name]}" if name in paths else name
+
+
+def build(text: str, length: int = 32, batch: int = 16, seed: int = 0):
+    return spec.build("task", text, Setting(length, batch, seed))
+
+
+def digest(batch: Batch) -> str:
+    arrays = (batch.inputs, batch.targets, batch.weights, batch.valid)
+    parts = [b"" if array is None else np.ascontiguousarray(array).tobytes() for array in arrays]
+    return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+
+def scored(task, logits: np.ndarray, batch: Batch) -> float:
+    right, weight = task.metric(jnp.asarray(logits), batch)
+    return task.finish(float(right) / float(weight))
+
+
+def certain(answers: np.ndarray, outputs: int) -> np.ndarray:
+    """Logits of a model that is sure of its answers."""
+    return 50.0 * np.eye(outputs, dtype=np.float32)[answers]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_is_what_the_contract_says(name, choice):
+    task = build(choice(name))
+    assert task.target in ("token", "sequence")
+    assert task.kinds and set(task.kinds) <= {"encoder", "decoder", "encoder_decoder"}
+    for split in SPLITS:
+        batch = task.batch(split, 3)
+        assert batch.inputs.shape == (16, 32)
+        assert batch.targets.shape == batch.weights.shape == ((16, 32) if task.target == "token" else (16,))
+        assert (batch.inputs.dtype, batch.targets.dtype, batch.weights.dtype) == (np.int32, np.int32, np.float32)
+        assert batch.inputs.min() >= 0 and batch.inputs.max() < task.vocab
+        assert batch.targets.min() >= 0 and batch.targets.max() < task.outputs
+        assert set(np.unique(batch.weights)) <= {0.0, 1.0} and batch.weights.sum() >= 16
+        if batch.valid is not None:
+            assert batch.valid.dtype == bool and batch.valid.any(axis=1).all()
+            assert (np.diff(batch.valid.astype(int), axis=1) <= 0).all(), "padding stands at the end"
+            assert (batch.inputs[~batch.valid] == 0).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_batches_depend_on_seed_split_and_step_alone(name, choice):
+    first, again, other = build(choice(name)), build(choice(name)), build(choice(name), seed=1)
+    again.batch("test", 9)
+    seen = {digest(first.batch(split, step)) for split in SPLITS for step in (0, 1)}
+    assert len(seen) == 6
+    assert seen == {digest(again.batch(split, step)) for step in (1, 0) for split in reversed(SPLITS)}
+    assert not seen & {digest(other.batch(split, step)) for split in SPLITS for step in (0, 1)}
+
+
+def test_batches_are_the_same_in_a_process_with_other_hashes(choice):
+    program = (
+        "from test_tasks import build, digest; import sys\n"
+        "for text in sys.argv[1:]: print(digest(build(text).batch('validation', 2)))"
+    )
+    texts = [choice(name) for name in TASKS]
+    here = [digest(build(text).batch("validation", 2)) for text in texts]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tasks")))
+    environment = os.environ | {"PYTHONHASHSEED": "4321", "PYTHONPATH": path}
+    command = [sys.executable, "-c", program, *texts]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == here
+
+
+@pytest.mark.parametrize("name", sorted(CROWDED))
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2)])
+def test_generated_splits_share_no_example(name, seeds):
+    text, length = CROWDED[name]
+    found = {}
+    for split, seed in zip(SPLITS, seeds, strict=True):
+        task = build(text, length, 256, seed)
+        rows = np.concatenate([task.batch(split, step).inputs for step in range(8)])
+        found[split] = {row.tobytes() for row in rows}
+        assert len(found[split]) < len(rows), "examples are few enough to come twice"
+    assert not found["train"] & found["test"]
+    assert not found["train"] & found["validation"]
+    assert not found["validation"] & found["test"]
+
+
+@pytest.mark.parametrize("length", [8, 33, 64])
+def test_the_split_of_an_expression_does_not_depend_on_seq_len(length):
+    from xformers_lab.tasks import _splits
+
+    rows = build("listops:min_length=4", length).batch("test", 0).inputs
+    assert (_splits.of_rows(np.pad(rows, ((0, 0), (0, 50)))) == SPLITS.index("test")).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_guessing_scores_chance(name, choice):
+    task = build(choice(name), batch=64)
+    if task.higher_is_better and name not in GUESSES:
+        pytest.skip(f"no guesser for {name} here")
+    rng = np.random.default_rng(0)
+    scores = []
+    for step in range(20):
+        batch = task.batch("train", step)
+        if not task.higher_is_better:
+            scores.append(scored(task, np.zeros((*batch.targets.shape, task.outputs)), batch))
+            continue
+        scores.append(scored(task, certain(GUESSES[name](task, batch, rng), task.outputs), batch))
+    assert np.mean(scores) == pytest.approx(task.chance, abs=1e-4 if not task.higher_is_better else 0.025)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "lm"])
+@pytest.mark.parametrize("length", [32, 47])
+def test_an_oracle_that_reads_the_inputs_scores_one(name, length, choice):
+    if name not in ORACLES:
+        pytest.skip(f"no oracle for {name} here")
+    task = build(choice(name), length)
+    for split in SPLITS:
+        batch = task.batch(split, 1)
+        answers = np.zeros_like(batch.targets)
+        for row, ids in enumerate(batch.inputs):
+            answers[row] = ORACLES[name](task, ids)
+        assert scored(task, certain(answers, task.outputs), batch) == 1.0
+        loss, weight = task.loss(jnp.asarray(certain(answers, task.outputs)), batch)
+        assert float(loss) == pytest.approx(0, abs=1e-4) and float(weight) == batch.weights.sum()
+
+
+def solve_copy(task, ids):
+    """Before the second separator anything; after it the symbol that stood half + 1 places before the next."""
+    answers = np.zeros_like(ids)
+    for t in range(task.half + 1, len(ids)):
+        answers[t] = ids[t - task.half]
+    return answers
+
+
+def solve_mqar(task, ids):
+    values = dict(zip(ids[0 : 2 * task.pairs : 2], ids[1 : 2 * task.pairs : 2], strict=True))
+    return [values.get(token, 0) for token in ids]
+
+
+def solve_needle(task, ids):
+    (needle,) = [token for token in ids if 1 <= token <= task.symbols]
+    return np.full_like(ids, needle)
+
+
+ORACLES = {
+    "copy": solve_copy,
+    "listops": lambda task, ids: evaluate(decode(ids)),
+    "mqar": solve_mqar,
+    "needle": solve_needle,
+    "text": lambda task, ids: task.corpus.classes.index(bytes((ids[ids > 0] - 1).tolist()).split()[-1].decode()),
+}
+
+
+def guess_value(task, batch, rng):
+    """One of the values of the row's own pairs, for every question."""
+    values = batch.inputs[:, 1 : 2 * task.pairs : 2]
+    return np.take_along_axis(values, rng.integers(0, task.pairs, batch.targets.shape), 1)
+
+
+GUESSES = {
+    "copy": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
+    "listops": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
+    "mqar": guess_value,
+    "needle": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
+    "text": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "pixels": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_what_it_is(name, choice):
+    task = build(choice(name))
+    described = json.loads(json.dumps(task.describe()))
+    assert described["source"]
+    text = type(task).__doc__ or ""
+    assert "Metric:" in text and "Chance:" in text
+    for option in spec.options(type(task)).values():
+        assert option.help, f"{name}:{option.name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "says"),
+    [
+        ("mqar:pairs=9", 32, "use pairs=8"),
+        ("mqar:pairs=0", 32, "pairs=1"),
+        ("mqar:pairs=8:vocab=17", 64, "vocab=18"),
+        ("mqar:power=0", 64, "power"),
+        ("mqar:pairs=1:vocab=8", 64, "larger vocab"),
+        ("mqar:pair=4", 64, 'did you mean "pairs"'),
+        ("mqar:pairs=four", 64, "whole number"),
+        ("mqar:random_non_queries=maybe", 64, "true or false"),
+        ("copy", 2, "seq_len=3"),
+        ("copy", 6, "longer seq_len"),
+        ("copy:symbols=1", 64, "symbols=2"),
+        ("needle", 1, "seq_len=1"),
+        ("needle", 2, "longer seq_len"),
+        ("needle:symbols=1", 64, "symbols=2"),
+        ("needle:noise=0", 64, "noise=1"),
+        ("needle:distance=64", 64, "1 to 63"),
+        ("needle:distance=0", 64, "1 to 63"),
+        ("listops", 4, "seq_len=5"),
+        ("listops:min_length=65", 64, "1 to 64"),
+        ("listops:max_depth=1", 64, "max_depth=2"),
+        ("listops:max_args=1", 64, "max_args=2"),
+        ("listops:min_length=60:max_depth=2:max_args=3", 64, "smaller min_length"),
+        ("listops:max_depth=2:max_args=2:min_length=4", 64, "larger max_args"),
+        ("lm:path=a:hub=b", 64, "give one"),
+        ("lm:config=a", 64, "hub=..."),
+        ("lm:column=a", 64, "path=..."),
+        ("lm:path=/nowhere/at/all.txt", 64, "does not exist"),
+        ("lm:hub=nobody/nothing", 64, "not available offline"),
+        ("lm", 10**9, "smaller seq_len"),
+        ("text:path=a:hub=b", 64, "give one"),
+        ("text:path=a:config=b", 64, "hub=..."),
+        ("text:header=false", 64, "path=..."),
+        ("text:path=nowhere.csv", 64, "does not exist"),
+        ("text:hub=stanfordnlp/imdb", 64, "path=..."),
+        ("text", 64, "stanfordnlp/imdb is not available offline"),
+        ("pixels", 64, "path=..."),
+        ("pixels:path=nowhere", 64, "does not exist"),
+        ("translate", 64, "path=..."),
+        ("translate:path=a:hub=b", 64, "path=..."),
+        ("translate:path=a:source=en", 64, "nothing to translate"),
+        ("translate:path=nowhere", 64, "does not exist"),
+    ],
+)
+def test_impossible_options_are_one_clear_message(text, length, says):
+    with pytest.raises(UsageError) as caught:
+        build(text, length)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["copy:symbols=5000", "needle:noise=5000"])
+def test_many_symbols_in_a_long_sequence(text):
+    """The number of such sequences is beyond what a float holds."""
+    assert build(text, 256).batch("test", 0).inputs.shape[1] == 256

@@ -1,0 +1,319 @@
+"""What attention mechanisms cost: time, FLOPs and memory of one layer's mixing, over lengths.
+
+Timed is the mechanism itself, `mix` on projected heads, q (B, T, N, H) and k, v (B, T, K, H): no projections, no
+position, no padding. A mechanism that is not per head and overrides `__call__` is timed on (B, T, D) with all that it
+does; the row says which, `timed`: "mix" or "call", of a prefill "mix_steps" or "decode_several", of one more token
+"mix_step" or "decode". With forward+backward come the gradients of every input and of the mechanism's own parameters.
+B, N, K, D and the type come from the config; it is causal where the mechanism can be and `model` is auto or causal (a
+decoder), and the row says so.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from xformers_lab import spec
+from xformers_lab.attention import Attention, why_not_decode
+from xformers_lab.bench import rows
+from xformers_lab.bench.rows import PASSES, Cell
+from xformers_lab.config import Config
+from xformers_lab.errors import UsageError
+from xformers_lab.generate import CHUNK
+from xformers_lab.measure import speed
+from xformers_lab.measure.flops import count_flops, largest_intermediate
+from xformers_lab.measure.memory import available_bytes, compiled_memory
+from xformers_lab.model import size_of
+from xformers_lab.size import Size
+
+Doing = Callable[[str, Cell], None]
+# The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.
+PROJECTIONS = ("query", "key", "value", "out")
+
+
+def bench(
+    configs: Sequence[Config],
+    *,
+    rounds: int = 5,
+    passes: Sequence[str] = PASSES[:2],
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
+
+    The pass "prefill" reads a context of seq_len into an empty cache, in the parts that generation reads a prompt in;
+    "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T
+    (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
+    the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
+    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None. checked says whether
+    the mechanism's conformance was asked for, machine what measured.
+
+    A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
+    cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
+    the rows measured so far come back, the rest as "interrupted". progress is told in words what is being done. Raises
+    UsageError, before anything is compiled, at a config that cannot be.
+    """
+    cells, machine, last = rows.blank(configs, passes, check), speed.machine(), None
+    for cell in cells:
+        cell.row["machine"] = machine
+    for start in range(0, len(cells), len(passes)):
+        look(cells[start : start + len(passes)])
+
+    def doing(words: str, cell: Cell) -> None:
+        nonlocal last
+        if progress is not None and words != last:
+            progress(words)
+        last = words
+
+    reports: dict[str, str | None] = {}
+    try:
+        for length in sorted({cell.config.seq_len for cell in cells}):
+            ready = [cell for cell in cells if cell.config.seq_len == length]
+            for cell in ready:
+                if check and cell.open and (reason := _refused(cell, reports, doing)):
+                    cell.end("refused", reason)
+            measure([cell for cell in ready if cell.open], rounds, doing)
+    except KeyboardInterrupt:
+        rows.interrupted(cells)
+    rows.exponents(cells)
+    return [cell.row for cell in cells]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """One pass of one mechanism: `run(own, *shapes)`, pure; own are the mechanism's parameters, shapes the rest's.
+
+    keeps: whether the first of shapes is a cache, which a call uses up and whose successor is its second result: as in
+    generation, what is kept is written in place and never copied.
+    """
+
+    run: Callable
+    own: dict
+    shapes: tuple
+    parameters: int
+    timed: str
+    causal: bool
+    keeps: bool = False
+
+
+def subject(config: Config, direction: str) -> Subject:
+    """What is timed for a config: run(own, inputs), and with a backward pass run(own, inputs, gradient of the output).
+
+    Raises UsageError where the config cannot be.
+    """
+    size, batch = size_of(config), config.train.batch
+    model, choice = config.model.model, config.model.attention
+    layer = spec.build("attention", choice, size, where=f"attention={choice} seq_len={config.seq_len}")
+    whole = type(layer).__call__ is not Attention.__call__
+    own_mix = type(layer).mix is not Attention.mix
+    declares = layer.takes("__call__" if whole else "mix" if own_mix else "attend")
+    can = "causal" in declares and "causal" not in layer.refusals()
+    causal = can and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    fixed = {} if whole else {name: params[name] for name in PROJECTIONS if name in params}
+    own = {name: leaf for name, leaf in params.items() if name not in fixed}
+    shape = lambda *axes: jax.ShapeDtypeStruct((batch, size.length, *axes), size.dtype)
+    inputs = {"x": shape(size.dim)} if whole else {"q": shape(size.heads, size.head)}
+    if not whole:
+        inputs |= dict.fromkeys("kv", shape(size.key_heads, size.head))
+
+    def build(own):
+        # Copies, so that a mechanism may write to its variables under whatever traces the call.
+        return nnx.merge(graph, fixed | own, jax.tree.map(lambda leaf: leaf, rest))
+
+    def forward(own, inputs):
+        layer = build(own)
+        if whole:
+            return layer(inputs["x"], **({"causal": True} if causal else {}))[0]
+        return layer.mix(**inputs, causal=causal, key=jax.random.key(0))[0]
+
+    def forward_backward(own, inputs, grad):
+        out, pull = jax.vjp(forward, own, inputs)
+        return out, pull(grad)
+
+    try:
+        jax.eval_shape(forward, own, inputs)
+    except Exception:  # it cannot do without the block's input; whatever else is wrong shows again
+        inputs = {"x": shape(size.dim)} | inputs
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    timed = "call" if whole else "mix"
+    if direction == "decode":
+        cache = _cache(layer, choice, batch, size)
+        token = {name: jax.ShapeDtypeStruct((batch, *leaf.shape[2:]), leaf.dtype) for name, leaf in inputs.items()}
+
+        def decode(own, cache, token):
+            layer = build(own)
+            if whole:
+                return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
+            return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
+
+        return Subject(decode, own, (cache, token), count, "decode" if whole else "mix_step", True, keeps=True)
+    if direction == "prefill":
+        _cache(layer, choice, batch, size)
+        prefill = lambda own, inputs: _prefill(build(own), inputs, whole)
+        return Subject(prefill, own, (inputs,), count, "decode_several" if whole else "mix_steps", True)
+    if direction == "forward":
+        return Subject(forward, own, (inputs,), count, timed, causal)
+    return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
+
+
+def _prefill(layer: Attention, inputs: dict, whole: bool):
+    """The outputs and the cache behind a context, inputs (B, T, ...), read CHUNK tokens at a time."""
+    some = next(iter(inputs.values()))
+    B, T, *_ = some.shape
+
+    def part(cache, given):
+        at, given = given
+        if whole:
+            out, cache = layer.decode_several(given["x"], cache, at=at)
+        else:
+            out, cache = layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))
+        return cache, out
+
+    parts, left = divmod(T, CHUNK)
+    in_parts = lambda x: jnp.swapaxes(x[:, : T - left].reshape(B, parts, CHUNK, *x.shape[2:]), 0, 1)
+    given = CHUNK * jnp.arange(parts), jax.tree.map(in_parts, inputs)
+    cache, out = lax.scan(part, layer.init_cache(B, T, some.dtype), given)
+    if not left:
+        return out, cache
+    cache, last = part(cache, (jnp.asarray(T - left), jax.tree.map(lambda x: x[:, T - left :], inputs)))
+    return out, last, cache
+
+
+def _cache(layer: Attention, choice: str, batch: int, size: Size):
+    """Shapes of what decoding keeps of a whole context; raises UsageError where the mechanism cannot decode."""
+    if reason := why_not_decode(type(layer)):
+        raise UsageError(f"attention={choice}: {reason}")
+    return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
+
+
+def look(cells: Sequence[Cell]) -> None:
+    """End the cells of one config where its mechanism cannot be built; raises UsageError where the config cannot be."""
+    try:
+        for direction in {"forward", *(cell.direction for cell in cells)}:
+            jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).own)
+    except UsageError:
+        raise
+    except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
+        for cell in cells:
+            cell.fail(error)
+
+
+def _refused(cell: Cell, reports: dict[str, str | None], doing: Doing) -> str | None:
+    """Why a mechanism's conformance check refuses it, None where it passes; each mechanism is checked once."""
+    from xformers_lab.check import cache
+
+    choice = cell.config.model.attention
+    if choice not in reports:
+        doing(f"checking {choice}", cell)
+        reports[choice] = cache.refusal(choice)
+    return reports[choice]
+
+
+def measure(
+    cells: Sequence[Cell], rounds: int, doing: Doing, ended: Callable[[Cell], None] = lambda cell: None
+) -> None:
+    """Fill the rows of cells of one length: each compiled in turn, then all timed in interleaved rounds.
+
+    doing(words, cell) is told what is being done before each compilation and timed call, ended(cell) which cells have
+    their row before the rounds.
+    """
+    compiled = {}
+    for cell in cells:
+        doing(f"compiling {cell.title}", cell)
+        try:
+            ready = _compile(cell)
+        except Exception as error:
+            cell.fail(error)
+        else:
+            if ready is not None:
+                compiled[cell] = ready
+        if not cell.open:
+            ended(cell)
+    if not compiled:
+        return
+    arrays: dict = {}
+    calls = {cell: _call(run, found, arrays) for cell, (run, found) in compiled.items()}
+
+    def begun(at: int | None, cell: Cell) -> None:
+        stage = "first calls" if at is None else f"round {at + 1} of {rounds}"
+        doing(f"timing {len(calls)} cells at {cell.config.seq_len} tokens, {stage}", cell)
+
+    for cell, timing in speed.interleaved(calls, rounds=rounds, begun=begun).items():
+        if isinstance(timing, Exception):
+            cell.fail(timing)
+            continue
+        tokens = cell.config.train.batch * (1 if cell.direction == "decode" else cell.config.seq_len)
+        cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_median)
+
+
+def _compile(cell: Cell):
+    """The compiled pass and its subject, or None where it cannot fit; the row gets all that needs no run."""
+    found = subject(cell.config, cell.direction)
+    cell.row.update(parameters=found.parameters, timed=found.timed, causal=found.causal)
+    if cell.direction == "decode":
+        cell.row["state_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found.shapes[0]))
+    with contextlib.suppress(ValueError):  # a loop of unknown length, an opaque kernel: there is no figure
+        cell.row["flops"] = count_flops(found.run, found.own, *found.shapes)
+    too_much = _too_much(_least_bytes(found))
+    if too_much is None:
+        compiled, seconds = speed.compile_timed(found.run, found.own, *found.shapes, donate=(1,) if found.keeps else ())
+        memory = compiled_memory(compiled)
+        figures = {name: memory[name] for name in ("temp_bytes", "peak_bytes") if name in memory}
+        cell.row.update(figures, compile_seconds=seconds)
+        too_much = _too_much(sum(memory[f"{name}_bytes"] for name in ("temp", "argument", "output")))
+        if too_much is None:
+            return compiled, found
+    cell.end("oom", too_much)
+    return None
+
+
+def _least_bytes(found: Subject) -> int:
+    """Bytes without which a pass cannot run, known before it is compiled: arguments, and outputs or the largest array
+    between, which XLA:CPU's own figures leave out where YNNPACK runs it."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    given = found.own, *found.shapes
+    item = jax.tree.leaves(found.shapes)[0].dtype.itemsize
+    largest = largest_intermediate(found.run, *given) * item if jax.default_backend() == "cpu" else 0
+    return size(given) + max(size(jax.eval_shape(found.run, *given)), largest)
+
+
+def _too_much(needed: int) -> str | None:
+    left = available_bytes()
+    if left is None or needed <= left:
+        return None
+    return f"needs at least {needed / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
+
+
+def _call(run: Callable, found: Subject, arrays: dict) -> Callable[[], object]:
+    """A call on random arrays, made at the first one. Cells of equal shapes share them; a cache is each one's own."""
+    if not found.keeps:
+        return lambda: run(found.own, *_drawn(found.shapes, arrays))
+    cache = None
+
+    def step() -> tuple:
+        nonlocal cache
+        cache = _drawn(found.shapes[0], {}) if cache is None else cache
+        out, cache, _ = run(found.own, cache, *_drawn(found.shapes[1:], arrays))
+        return out, cache
+
+    return step
+
+
+def _drawn(shapes, arrays: dict):
+    """Random arrays of these shapes, each the one of `arrays` with its path, shape and type where there is one."""
+
+    def array(path: tuple, shape: jax.ShapeDtypeStruct):
+        key = jax.tree_util.keystr(path), shape.shape, shape.dtype
+        if key not in arrays:
+            values = np.random.default_rng(len(arrays)).standard_normal(shape.shape, np.float32)
+            arrays[key] = jnp.asarray(values, shape.dtype)
+        return arrays[key]
+
+    return jax.tree_util.tree_map_with_path(array, shapes)

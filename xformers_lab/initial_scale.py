@@ -1,0 +1,12 @@
+"""First weights made smaller, as placements that keep a deep stack's updates small ask for it."""
+
+from flax import nnx
+
+
+def scale_init(share: float, *parts) -> None:
+    """Multiplies every matrix of these layers and parameters by `share`; biases and scales are left."""
+    for part in parts:
+        params = [part] if isinstance(part, nnx.Param) else [param for _, param in nnx.iter_graph(part)]
+        for param in params:
+            if isinstance(param, nnx.Param) and param[...].ndim >= 2:
+                param[...] = param[...] * share

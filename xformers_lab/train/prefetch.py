@@ -1,0 +1,45 @@
+"""Batches, prepared by one background thread one step ahead of the device."""
+
+import concurrent.futures
+from collections.abc import Callable, Generator, Iterable
+from typing import TypeVar
+
+import numpy as np
+
+from xformers_lab.errors import UsageError
+from xformers_lab.tasks import Batch, Split, Task
+
+T = TypeVar("T")
+
+
+def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Generator[T]:
+    """make(step) for each step in order, the next one under way while the last one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = None
+        for step in steps:
+            ready, coming = coming, pool.submit(make, step)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def checked(task: Task, split: Split, step: int, segments: bool = False) -> Batch:
+    """The batch of a step; raises UsageError where it breaks the task's own declaration, for a device would clamp an id
+    beyond its table without a word."""
+    batch = task.segment(split, step) if segments else task.batch(split, step)
+    setting, name = task.setting, type(task).__name__
+    per_sequence = (setting.batch,)
+    per_token = (setting.batch, setting.seq_len)
+    answers = per_token if task.target == "token" else per_sequence
+    shapes = {"inputs": per_token, "targets": answers, "weights": answers, "valid": per_token, "fresh": per_sequence}
+    for field, shape in shapes.items():
+        value = getattr(batch, field)
+        if value is not None and np.shape(value) != shape:
+            raise UsageError(f"task {name}: {field} of {split} batch {step} is {np.shape(value)}, not {shape}")
+    for field, limit, bound in (("inputs", task.vocab, "vocab"), ("targets", task.outputs, "outputs")):
+        low, high = int(np.min(getattr(batch, field))), int(np.max(getattr(batch, field)))
+        if low < 0 or high >= limit:
+            wrong = low if low < 0 else high
+            raise UsageError(f"task {name}: {field} of {split} batch {step} hold {wrong}, but {bound}={limit}")
+    return batch
