@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test check lint docs bench clean
+PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-rest test-all check lint docs bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
 	$(BIN)/xlab compare @experiments/demo.py --report report.html
 
-test: $(READY)  ## set up and run the tests
-	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(READY)  ## set up and run what is quick and decisive: every choice, every property, in minutes
+	$(PYTEST) -m "not full and not slow"
+
+test-rest: $(READY)  ## what `make test` leaves out: whole kits, default compiler flags, pairs of axes
+	$(PYTEST) -m "full and not slow"
+
+test-all: test test-rest  ## both
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,9 +1,12 @@
 """One environment for every test: CPU, no network, compilations kept between runs and shared by the workers."""
 
+import collections
 import importlib.metadata
+import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +28,17 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA 
 os.environ.setdefault("XLA_FLAGS", " ".join(CHEAP))
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Last, how many tests were skipped for want of what: a green run says what it did not look at."""
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+
+
 @pytest.fixture
 def shared() -> pathlib.Path:
     """The folder of real data and reference outputs beside the checkout; tests skip where it is missing."""
@@ -32,3 +46,17 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("no ../shared here")
     return folder
+
+
+@pytest.fixture
+def golden(shared):
+    """Reads one file of numbers that another implementation gave: {name: array}, and what it says of itself, "meta"."""
+
+    def read(name: str) -> dict:
+        path = shared / "golden" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"no ../shared/golden/{path.name} here")
+        arrays = np.load(path)
+        return {key: arrays[key] for key in arrays.files} | {"meta": json.loads(str(arrays["meta"]))}
+
+    return read

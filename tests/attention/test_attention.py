@@ -1,12 +1,12 @@
 """What the kit does not ask: other implementations' numbers, the algebra of patterns, what the engine computes."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 
 from xformers_lab import spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
@@ -29,24 +29,6 @@ from xformers_lab.attention._engine.pattern import (
 from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
 
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):

@@ -1,11 +1,10 @@
 """Mechanisms that improve multi-head attention: other implementations' numbers, and what the kit does not ask."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
@@ -13,24 +12,6 @@ from xformers_lab.attention._engine.rows import masked_softmax, readings, rows
 from xformers_lab.errors import UsageError
 
 HEADS, HEAD = 4, 8
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
 
 
 def build(choice: str, length: int = 16, kv_heads: int | None = None):

@@ -1,35 +1,16 @@
 """Kernels, random features and landmarks: other implementations' numbers, and what makes each algorithm itself."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 
 from xformers_lab import spec
 from xformers_lab.attention import nystrom
 from xformers_lab.attention._engine import features
 from xformers_lab.attention._engine.landmarks import inverse, means, probabilities, segments
 from xformers_lab.errors import UsageError
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
 
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):

@@ -1,36 +1,18 @@
 """Attention with a prior, and without attention: other implementations' numbers, and what the kit does not ask."""
 
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.check.subject import Case, Subject
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops, largest_intermediate
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):

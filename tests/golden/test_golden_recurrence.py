@@ -1,11 +1,10 @@
 """Recurrences that fade or are corrected: other implementations' numbers, and what makes each algorithm itself."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
@@ -15,28 +14,10 @@ from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import UsageError
 
 
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
-
-
 @pytest.fixture(autouse=True)
 def exact():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
 
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):

@@ -1,12 +1,11 @@
 """Position-based sparse mechanisms: other implementations' numbers, the geometry of each paper, options that are
 refused."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_close
 
 from xformers_lab import catalogue, spec
 from xformers_lab.attention._engine import drawing
@@ -18,24 +17,6 @@ from xformers_lab.attention.bp import _graph
 from xformers_lab.attention.fixed import Summary
 from xformers_lab.attention.image_local import Line, Plane
 from xformers_lab.errors import UsageError
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave."""
-
-    def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        found = np.load(path)
-        return {key: found[key] for key in found.files} | {"meta": json.loads(str(found["meta"]))}
-
-    return read
 
 
 def build(choice: str, length: int, dim: int = 8, heads: int = 1, kv_heads: int | None = None):
