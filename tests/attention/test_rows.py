@@ -12,8 +12,9 @@ from xformers_lab import spec
 from xformers_lab.attention._engine import batch, heads
 from xformers_lab.attention._engine import layout as layouts
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.dense import EMPTY, MASKED, dense
+from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Band, Global, Random
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.plan import Plan

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity
-from xformers_lab.attention._engine.dense import MASKED
-from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.attention.local import Local
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.dense import softmax
+from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 

@@ -6,6 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
@@ -77,7 +78,7 @@ class Csalr(Attention):
         there = of_run.any(1)
 
         def softmax(q, k, seen):
-            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, -1e30), -1)
+            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, MASKED), -1)
             return jnp.where(seen, p, 0)
 
         a = softmax(q_mean, k_mean, there) * there[:, None] + IDENTITY * jnp.eye(m)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size

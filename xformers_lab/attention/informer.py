@@ -10,7 +10,7 @@ from jax import lax
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import products, weighted, weights
-from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 

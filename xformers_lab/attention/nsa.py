@@ -9,12 +9,12 @@ from jax import lax
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine import gathered
 from xformers_lab.attention._engine.batch import hiding
-from xformers_lab.attention._engine.dense import EMPTY, scores, softmax
+from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.gathered import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band
-from xformers_lab.attention._engine.rows import masked_softmax
+from xformers_lab.attention._engine.softmax import EMPTY, masked_softmax, softmax
 from xformers_lab.attention._engine.windows import count, windows
 from xformers_lab.attention._patterned import near_block
 from xformers_lab.attention._projected import Projected

@@ -6,6 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
@@ -94,7 +95,7 @@ class Nystrom(Attention):
         there = jnp.stack(of_run).any(1)
 
         def softmax(q, k, seen):
-            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, -1e30), -1)
+            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, MASKED), -1)
             return jnp.where(seen, p, 0)
 
         a = softmax(q_mean, k_mean, there) * there[:, None] + jnp.diag(1.0 - there)

@@ -15,6 +15,7 @@ from xformers_lab.attention._engine.features import (
     orthogonal,
     sums,
 )
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 
@@ -138,12 +139,12 @@ class Performer(Attention):
             top = lambda e, axis: jax.lax.stop_gradient(e.max(axis, keepdims=True))
             of_q, of_k = (x @ W.T - jnp.square(x).sum(-1, keepdims=True) / 2 for x in (q, k))
             phi_q = jnp.exp(of_q - top(q @ W.T, -1)) + self.epsilon
-            largest = top(jnp.where(seen, (k @ W.T).max(-1), -1e30), -1)  # (T, 1), of what each query sees
-            phi_k = jnp.exp(jnp.where(seen[..., None], of_k[None] - largest[..., None], -1e30)) + self.epsilon
+            largest = top(jnp.where(seen, (k @ W.T).max(-1), MASKED), -1)  # (T, 1), of what each query sees
+            phi_k = jnp.exp(jnp.where(seen[..., None], of_k[None] - largest[..., None], MASKED)) + self.epsilon
             weights = jnp.einsum("tf,tsf->ts", phi_q, phi_k) * seen
         else:
             logs = jax.nn.logsumexp((q @ W.T)[:, None] + (k @ W.T)[None], -1) - jnp.square(k).sum(-1) / 2
-            logs = jnp.where(seen, logs, -1e30)
+            logs = jnp.where(seen, logs, MASKED)
             weights = jnp.exp(logs - jax.lax.stop_gradient(logs.max(-1, keepdims=True))) * seen
         return (weights @ v / jnp.where(seen.any(-1), weights.sum(-1), 1)[:, None]).astype(v.dtype)
 

@@ -8,8 +8,9 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost, ShiftedBias
 from xformers_lab.attention._engine import maps
-from xformers_lab.attention._engine.dense import scores, softmax
+from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
+from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.plan import plan_of

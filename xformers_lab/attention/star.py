@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
-from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear

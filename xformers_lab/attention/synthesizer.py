@@ -10,8 +10,8 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.dense import EMPTY, MASKED, softmax
 from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused

@@ -3,8 +3,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.dense import MASKED, scores, softmax
+from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
+from xformers_lab.attention._engine.softmax import MASKED, softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size
 

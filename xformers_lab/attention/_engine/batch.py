@@ -8,7 +8,7 @@ so the backward computes them anew where nothing else needs them.
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.attention._engine.dense import EMPTY, MASKED
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 
 # From so many queries on, in all rows together, XLA:CPU runs the forward as one kernel.
 FUSED = 4096

@@ -17,8 +17,8 @@ from jax import lax
 
 from xformers_lab.attention._engine import batched_rows, looped_rows
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.dense import EMPTY
 from xformers_lab.attention._engine.layout import Group, layout
+from xformers_lab.attention._engine.softmax import EMPTY
 from xformers_lab.attention._engine.totals import Totals
 from xformers_lab.attention._engine.view import View, neighbours
 

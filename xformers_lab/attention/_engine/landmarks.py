@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.attention._engine.softmax import masked_softmax
+
 EXACT = {"preferred_element_type": jnp.float32}
 
 
@@ -30,10 +32,7 @@ def probabilities(q, k, seen=None):
     s = jnp.dot(q, k.T, **EXACT) * q.shape[-1] ** -0.5
     if seen is None:
         return jax.nn.softmax(s, -1)
-    s = jnp.where(seen, s, -1e30)
-    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total > 0, total, 1)
+    return masked_softmax(s, seen)
 
 
 def largest(x):

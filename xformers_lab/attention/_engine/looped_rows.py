@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 
 from xformers_lab.attention._engine.chunks import rows_at_once, scan_chunks
-from xformers_lab.attention._engine.dense import EMPTY
 from xformers_lab.attention._engine.layout import Group
+from xformers_lab.attention._engine.softmax import EMPTY
 from xformers_lab.attention._engine.totals import Totals
 from xformers_lab.attention._engine.view import View
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.dense import EMPTY, MASKED
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 
 # Queries per block: rows of some thousand scores then stay in the cache of a CPU.
 BLOCK = 128

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.dense import MASKED
 from xformers_lab.plan import Plan
 
 # Queries at once: enough for wide products, few enough that a block of scores stays in cache.
@@ -53,14 +52,6 @@ def readings(q, k, read, leaves, *, valid=None, causal=False, at_once: int = ROW
 
     blocks = _blocked(q, at_once)
     return lax.map(lambda each: row(*each, k, leaves), (jnp.arange(len(blocks)), blocks)).reshape(-1)[:T]
-
-
-def masked_softmax(s, seen):
-    """softmax over the seen keys in float32; a row that sees none gives zeros."""
-    s = jnp.where(seen, s, MASKED)
-    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total > 0, total, 1)
 
 
 def over_samples(one, q, k, v, valid, *, plan: Plan):

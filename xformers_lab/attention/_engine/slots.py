@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.plan import Plan
 
 # Queries at once: rows of as many scores as there are slots stay in the cache of a CPU.
@@ -31,5 +32,5 @@ def _by_definition(q, k, v, valid):
     s = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[3] ** 0.5
     if valid is None:
         return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s, -1), v)
-    p = jax.nn.softmax(jnp.where(valid[:, None, None], s, -1e30), -1) * valid[:, None, None]
+    p = jax.nn.softmax(jnp.where(valid[:, None, None], s, MASKED), -1) * valid[:, None, None]
     return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype)

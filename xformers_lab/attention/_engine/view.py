@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine.dense import MASKED
 from xformers_lab.attention._engine.layout import Group, Part
 from xformers_lab.attention._engine.order import PAD
+from xformers_lab.attention._engine.softmax import MASKED
 
 
 class View:
