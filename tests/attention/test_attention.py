@@ -10,8 +10,9 @@ from agreement import assert_close
 
 from xformers_lab import spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
-from xformers_lab.attention._engine.layout import layout, live_pairs
+from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.attention._engine.pattern import (
     All,
     Band,
@@ -26,7 +27,6 @@ from xformers_lab.attention._engine.pattern import (
     Residue,
     Tree,
 )
-from xformers_lab.attention._engine.recurrence import linear_recurrence
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
 

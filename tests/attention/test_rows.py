@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine import batch, heads
-from xformers_lab.attention._engine import layout as layouts
-from xformers_lab.attention._engine.block_sparse import block_sparse
+from xformers_lab.attention._engine import heads
+from xformers_lab.attention._engine.block_sparse import batch, block_sparse
+from xformers_lab.attention._engine.block_sparse import layout as layouts
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Band, Global, Random
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED

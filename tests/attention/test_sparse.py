@@ -8,7 +8,7 @@ import pytest
 
 from xformers_lab import cli, spec
 from xformers_lab.attention._engine import drawing
-from xformers_lab.attention._engine.layout import layout
+from xformers_lab.attention._engine.block_sparse.layout import layout
 from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Random, Residue
 from xformers_lab.attention.sparse import WORDS, parsed
 from xformers_lab.size import Size

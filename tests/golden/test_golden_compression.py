@@ -8,7 +8,7 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.layout import layout
+from xformers_lab.attention._engine.block_sparse.layout import layout
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention.clustered import _block, _clusters, _layout
 from xformers_lab.errors import UsageError

@@ -8,7 +8,7 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.rows import readings, rows
+from xformers_lab.attention._engine.query_blocks import readings, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import UsageError
 

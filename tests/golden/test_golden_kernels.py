@@ -8,8 +8,8 @@ from agreement import assert_close
 
 from xformers_lab import spec
 from xformers_lab.attention import nystrom
-from xformers_lab.attention._engine import features
 from xformers_lab.attention._engine.landmarks import inverse, means, probabilities, segments
+from xformers_lab.attention._engine.linear import features
 from xformers_lab.errors import UsageError
 
 

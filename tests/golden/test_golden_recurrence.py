@@ -8,8 +8,8 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.gated import aligned, channel_decay, delta_rule, one_by_one, scalar_decay
-from xformers_lab.attention._engine.recurrence import linear_recurrence
+from xformers_lab.attention._engine.linear.gated import aligned, channel_decay, delta_rule, one_by_one, scalar_decay
+from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import UsageError
 

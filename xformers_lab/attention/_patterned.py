@@ -13,10 +13,10 @@ from flax import nnx
 from xformers_lab.attention import Attention, Cost
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.block_sparse.chunks import largest_array
+from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.layout import layout, live_pairs
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.aux_results import Aux

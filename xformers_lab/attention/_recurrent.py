@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, why_not_one_way
-from xformers_lab.attention._engine.gated import aligned, one_by_one
+from xformers_lab.attention._engine.linear.gated import aligned, one_by_one
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear
 from xformers_lab.size import Size

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention._projected import Projected
 from xformers_lab.aux_results import Aux

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity
-from xformers_lab.attention._engine.gated import delta_rule
+from xformers_lab.attention._engine.linear.gated import delta_rule
 from xformers_lab.attention._recurrent import gated, interval_bias
 from xformers_lab.attention.delta_net import DeltaNet, direction
 from xformers_lab.linear import Linear

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._engine.gated import channel_decay, power_of_two
+from xformers_lab.attention._engine.linear.gated import channel_decay, power_of_two
 from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear

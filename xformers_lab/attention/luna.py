@@ -7,7 +7,7 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.recurrence import linear_recurrence
+from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._engine.gated import scalar_decay
+from xformers_lab.attention._engine.linear.gated import scalar_decay
 from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of, interval_bias
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear

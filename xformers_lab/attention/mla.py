@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._engine.layout import live_pairs
+from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention._projected import Projected
 from xformers_lab.aux_results import Aux

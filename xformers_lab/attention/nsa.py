@@ -7,10 +7,10 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._engine import gathered
-from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine import by_content
+from xformers_lab.attention._engine.block_sparse.batch import hiding
+from xformers_lab.attention._engine.by_content import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.gathered import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band
@@ -234,7 +234,7 @@ class Nsa(Projected):
         out, lse = batched(sent, keys[block], values[block], added, (at, block, valid[block]))
         back = lambda x, fill: groups.returned(x.reshape(-1, C, g, *x.shape[2:]), choices, fill)
         # As `merged`, with a product in place of its sum, which XLA:CPU makes a program of that crashes for two runs.
-        # Choices last: XLA:CPU miscompiles sums of products over a middle axis of so many (see _engine/gated.py).
+        # Choices last: XLA:CPU miscompiles such sums over a middle axis of many (see _engine/linear/gated.py).
         weights = jax.nn.softmax(jnp.swapaxes(back(lse, EMPTY), 1, 2), -1)
         return jnp.einsum("tgc,tcgh->tgh", weights, back(out, 0))
 
@@ -273,7 +273,7 @@ class Nsa(Projected):
     def cost(self, T: int, S: int) -> Cost:
         near, H, slots = super().cost(T, S), self.size.head, count(S, self.width, self.stride)
         g, (run, choices, C) = self.size.heads // self.size.key_heads, self._geometry(S)
-        n = gathered.count(T * choices, -(-S // run), C)
+        n = by_content.count(T * choices, -(-S // run), C)
         phi = 4 * slots * (self.width + 1) * H * H / g
         sizes = slots * self.width * H, T * choices * H, n * max(C, run) * H, scores_at_once(n, C, run)
         row = min(T, BLOCK) * max(slots, self._shares(S)[0].size)

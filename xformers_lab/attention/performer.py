@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.features import (
+from xformers_lab.attention._engine.linear.features import (
     EXACT,
     divided,
     empty_state,

@@ -7,9 +7,9 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.chunks import largest_array
+from xformers_lab.attention._engine.block_sparse.chunks import largest_array
+from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.layout import live_pairs
 from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention.local import Local

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not_one_way
-from xformers_lab.attention._engine.features import EXACT, divided, sums
-from xformers_lab.attention._engine.gated import aligned, scalar_decay
+from xformers_lab.attention._engine.linear.features import EXACT, divided, sums
+from xformers_lab.attention._engine.linear.gated import aligned, scalar_decay
 from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import Refused
 from xformers_lab.linear import Linear

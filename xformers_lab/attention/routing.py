@@ -4,9 +4,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.batch import hiding
+from xformers_lab.attention._engine.block_sparse.batch import hiding
+from xformers_lab.attention._engine.by_content import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.gathered import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size

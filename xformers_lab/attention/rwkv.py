@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._engine.gated import aligned, blocks
+from xformers_lab.attention._engine.linear.gated import aligned, blocks
 from xformers_lab.attention._recurrent import Recurrent
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size

@@ -7,8 +7,8 @@ from jax import lax
 from jax.nn import logsumexp
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.batch import hiding
-from xformers_lab.attention._engine.gathered import batched, in_blocks, scores_at_once
+from xformers_lab.attention._engine.block_sparse.batch import hiding
+from xformers_lab.attention._engine.by_content import batched, in_blocks, scores_at_once
 from xformers_lab.attention._engine.softmax import MASKED, softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size

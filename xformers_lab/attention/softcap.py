@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.rows import largest, rows
+from xformers_lab.attention._engine.query_blocks import largest, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.size import Size

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
-from xformers_lab.attention._engine.rows import ROWS, largest, over_samples, rows
+from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused

@@ -78,7 +78,7 @@ def _key(choice: str) -> str:
 def _sources(name: str) -> str:
     """A hash of what the lab runs a mechanism with, and of the mechanisms whose code it uses."""
     shelf = _PACKAGE / "attention"
-    files = {*_PACKAGE.glob("*.py"), *shelf.glob("_*.py"), *shelf.glob("_engine/*.py"), *_PACKAGE.glob("check/*.py")}
+    files = {*_PACKAGE.glob("*.py"), *shelf.glob("_*.py"), *shelf.glob("_engine/**/*.py"), *_PACKAGE.glob("check/*.py")}
     used = [shelf / f"{name}.py"]
     while used:
         file = used.pop()

@@ -1,1 +1,13 @@
-"""The two engines behind the shelf: block-sparse softmax over a pattern, and the chunked linear recurrence."""
+"""What attention mechanisms run on. Nothing here knows of a mechanism.
+
+softmax.py         the masked softmax, and the value of a masked score
+dense.py           softmax attention by definition, for references
+pattern.py         which keys a query may see, by position; algebra.py combines patterns, order.py reorders positions
+block_sparse/      softmax attention over a pattern, touching only its live blocks
+query_blocks.py    all keys, one block of queries at a time, for weights that are no plain softmax; maps.py keeps them
+by_content.py      queries grouped by the block of keys that they chose
+windows.py slots.py landmarks.py    keys pooled, a few learned slots, low rank through landmarks
+linear/            feature maps and chunked recurrences
+heads.py           how heads and samples are mapped, in a batch or in a loop
+fused.py           fused kernels of accelerators
+"""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.batch import FUSED
+from xformers_lab.attention._engine.block_sparse.batch import FUSED
 from xformers_lab.plan import Plan
 
 

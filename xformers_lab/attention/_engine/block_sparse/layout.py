@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
-from xformers_lab.attention._engine.batch import FUSED
+from xformers_lab.attention._engine.block_sparse.batch import FUSED
 from xformers_lab.attention._engine.order import PAD, runs
 
 # A row is padded to a multiple of an eighth of the widest row, so that a layout compiles to at most eight loops.

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine import batch
-from xformers_lab.attention._engine.chunks import ACCELERATOR_SCORES, CPU_SCORES
+from xformers_lab.attention._engine.block_sparse import batch
+from xformers_lab.attention._engine.block_sparse.chunks import ACCELERATOR_SCORES, CPU_SCORES
 
 # Queries whose choice is made at once.
 ROWS = 512

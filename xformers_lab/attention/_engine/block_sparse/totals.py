@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from xformers_lab.attention._engine.view import View
+from xformers_lab.attention._engine.block_sparse.view import View
 
 
 class Totals:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine.layout import Group, Part
+from xformers_lab.attention._engine.block_sparse.layout import Group, Part
 from xformers_lab.attention._engine.order import PAD
 from xformers_lab.attention._engine.softmax import MASKED
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine.recurrence import linear_recurrence
+from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 
 EXACT = {"preferred_element_type": jnp.float32}
 # The logarithm of a key that is not there; finite, so that the difference of two is 0.

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.layout import Group, layout
+from xformers_lab.attention._engine.block_sparse.layout import Group, layout
 
 # Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
 # fills an accelerator.

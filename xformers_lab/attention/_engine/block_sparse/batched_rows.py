@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine import batch
-from xformers_lab.attention._engine.chunks import rows_at_once, scan_chunks
-from xformers_lab.attention._engine.layout import Group
-from xformers_lab.attention._engine.totals import Totals
-from xformers_lab.attention._engine.view import View
+from xformers_lab.attention._engine.block_sparse import batch
+from xformers_lab.attention._engine.block_sparse.chunks import rows_at_once, scan_chunks
+from xformers_lab.attention._engine.block_sparse.layout import Group
+from xformers_lab.attention._engine.block_sparse.totals import Totals
+from xformers_lab.attention._engine.block_sparse.view import View
 
 
 def forward(view: View, group: Group):

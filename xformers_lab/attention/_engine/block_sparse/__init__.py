@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine import batched_rows, looped_rows
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.layout import Group, layout
+from xformers_lab.attention._engine.block_sparse import batched_rows, looped_rows
+from xformers_lab.attention._engine.block_sparse.layout import Group, layout
+from xformers_lab.attention._engine.block_sparse.totals import Totals
+from xformers_lab.attention._engine.block_sparse.view import View, neighbours
 from xformers_lab.attention._engine.softmax import EMPTY
-from xformers_lab.attention._engine.totals import Totals
-from xformers_lab.attention._engine.view import View, neighbours
 
 
 def block_sparse(q, k, v, *, pattern: Pattern, valid=None, bias=None, blocks: tuple[int, int]):

@@ -1,0 +1,1 @@
+"""The linear family: feature maps, and chunked recurrences without decay (`recurrence`) or with it (`gated`)."""
