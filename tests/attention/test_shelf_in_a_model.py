@@ -14,6 +14,8 @@ from xformers_lab.train import optimizer, prefetch
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 NAMES = spec.names("attention")
 
 

@@ -20,6 +20,16 @@ from xformers_lab.model import check_config
 
 
 @pytest.mark.parametrize("name", spec.names("attention"))
+def test_shelf_at_one_shape(name):
+    """Value, gradients, no leak of the future or of padding, decoding: what decides, in seconds."""
+    resolved = spec.resolve("attention", name)
+    subject = Subject(name, lambda size, small: run._fitted(name, resolved, size, small), brief=True)
+    decisive = [values.equals_reference, values.same_gradients, masks.no_future, masks.no_padding, costs.decoding]
+    assert examine(subject, decisive).failed == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", spec.names("attention"))
 def test_shelf(name):
     report = check(name)
     assert report.passed, report.failed
@@ -74,6 +84,7 @@ PROOFS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", [*OTHER_FORMS, *(pytest.param(form, marks=pytest.mark.slow) for form in MORE_FORMS)])
 def test_other_forms(choice):
     resolved = spec.resolve("attention", choice)

@@ -23,6 +23,8 @@ from xformers_lab.attention.multiscale import Multiscale
 from xformers_lab.check.masks import no_padding
 from xformers_lab.check.run import PROPERTIES, examine
 
+pytestmark = pytest.mark.full
+
 NAMED = {holds.__name__: holds for holds in PROPERTIES}
 FAULTS = declarations.FAULTS | values.FAULTS | gradients.FAULTS | running.FAULTS | masks.FAULTS | costs.FAULTS
 OPTIONS = values.OPTIONS | masks.OPTIONS | costs.OPTIONS

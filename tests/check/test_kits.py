@@ -15,7 +15,18 @@ from xformers_lab.errors import UsageError
 KITS = [shelf for shelf in run.kits() if shelf != "attention"]
 
 
-@pytest.mark.parametrize("shelf, name", [(shelf, name) for shelf in KITS for name in spec.names(shelf)])
+CHOICES = [(shelf, name) for shelf in KITS for name in spec.names(shelf)]
+
+
+@pytest.mark.parametrize("shelf, name", CHOICES)
+def test_shelf_in_brief(shelf, name):
+    """No leak of the future or of padding, decoding: what decides, in seconds."""
+    subject = importlib.import_module(f"xformers_lab.check.kits.{shelf}").subject(name)
+    assert run.examine(subject, [inside.no_future, inside.no_padding, inside.decoding]).failed == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shelf, name", CHOICES)
 def test_shelf(shelf, name):
     report = run.check(name, shelf)
     assert report.passed, [f"{failure}: {failure.message}" for failure in report.failed]
@@ -27,6 +38,7 @@ DEPTHS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", DEPTHS)
 def test_mechanisms_in_turn_decode_in_every_depth(name):
     """A last period that is not whole, where the depth allows that."""

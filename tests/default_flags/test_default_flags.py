@@ -10,6 +10,8 @@ import pytest
 from default_flags import process
 from xformers_lab import spec
 
+pytestmark = pytest.mark.full
+
 PLANTED = pathlib.Path(__file__).parent / "planted"
 CHOICES = [(shelf, name) for shelf in spec.SHELVES if shelf != "task" for name in spec.names(shelf)]
 

@@ -56,6 +56,7 @@ def run(line: str, folder: pathlib.Path) -> None:
     assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, fences(page)))], ids=lambda page: page.stem)
 def test_blocks_run_as_written(page, tmp_path):
     for fence in fences(page):

@@ -19,6 +19,8 @@ from xformers_lab.train import optimizer, prefetch
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "model")
 SIZE = {"seq_len": 24, "dim": 16, "heads": 2, "layers": 4, "batch": 2, "steps": 2, "warmup": 0}
 # How far one token at a time may be from all at once, in logits of size 1.

@@ -136,6 +136,7 @@ def test_the_limit_is_no_part_of_what_a_run_is():
 # ---- compare -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["hang", "held"])
 def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, way):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way={way}:after=300,full", "stall=3", "--no-check"]
@@ -163,6 +164,7 @@ def test_a_crash_in_native_code_is_a_row(capsys, bad, tmp_path):
     assert f"signal 11 (SIGSEGV) while training after step {later['step']} of 200" in later["reason"]
 
 
+@pytest.mark.full
 def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys, bad, tmp_path, monkeypatch):
     asked = []
     ask = Worker.ask
@@ -180,6 +182,7 @@ def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys
 # ---- train ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_run_that_hangs_fails_in_one_line_and_says_how_to_go_on(capsys, bad, tmp_path):
     words = [*TINY, f"runs={tmp_path}", f"attention={bad}:after=300", "save_every=10", "stall=3"]
     assert main(["train", *words, "--json"]) == 3
@@ -200,12 +203,14 @@ def test_a_run_that_hangs_fails_in_one_line_and_says_how_to_go_on(capsys, bad, t
     assert "no checkpoint verifies" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_run_that_crashes_fails_in_one_line(capsys, bad, tmp_path):
     assert main(["train", *TINY, f"runs={tmp_path}", f"attention={bad}:way=trace"]) == 3
     said = capsys.readouterr().err.splitlines()
     assert said == ["xlab train: the process ended with signal 11 (SIGSEGV) while preparing the data and the config"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["hang", "held"])
 def test_the_second_signal_ends_a_command_that_hangs(bad, tmp_path, way):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way={way}:after=300"]
@@ -220,6 +225,7 @@ def test_the_second_signal_ends_a_command_that_hangs(bad, tmp_path, way):
         assert running.stderr is not None and "xlab train: interrupted: stopped at once" in running.stderr.read()
 
 
+@pytest.mark.full
 def test_the_second_signal_ends_a_program_of_ones_own_that_hangs(bad, tmp_path):
     """Which trains in its main thread, where no handler runs while native code hangs."""
     script = "from xformers_lab import config; from xformers_lab.train import loop; import sys; "
@@ -234,6 +240,7 @@ def test_the_second_signal_ends_a_program_of_ones_own_that_hangs(bad, tmp_path):
         assert running.wait(5) == 128 + signal.SIGTERM
 
 
+@pytest.mark.full
 def test_the_first_signal_ends_what_does_not_stop_within_its_limit(bad, tmp_path):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:after=300", "stall=6"]
     with subprocess.Popen([sys.executable, "-m", "xformers_lab", "train", *words], stderr=subprocess.PIPE) as running:
@@ -246,6 +253,7 @@ def test_the_first_signal_ends_what_does_not_stop_within_its_limit(bad, tmp_path
 # ---- bench ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_bench_goes_on_without_the_cells_that_hang_or_crash(capsys, bad):
     mechanisms = f"{bad}:way=hang:after=5,{bad}:way=crash:after=5,{bad}:way=trace,linear"
     words = [f"attention={mechanisms}", "seq_len=8,16", "dim=16", "heads=1", "batch=1", "stall=3", "--no-check"]
@@ -263,6 +271,7 @@ def test_a_bench_goes_on_without_the_cells_that_hang_or_crash(capsys, bad):
 # ---- check ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_check_that_crashes_or_does_not_end_is_a_verdict_and_the_others_go_on(capsys, bad, tmp_path):
     choice = f"{bad}:way=crash"
     cache.keep(choice, {"passed": True, "failed": []})
@@ -289,6 +298,7 @@ def test_a_limit_is_a_number_of_seconds(capsys, limit):
 # ---- the worker ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_commands_touch_no_device(tmp_path):
     """An accelerator may admit one process, which is the worker."""
     script = """
@@ -304,6 +314,7 @@ for command in (["train", *words], ["resume", "last", "--runs", sys.argv[1]], ["
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.full
 def test_what_a_run_writes_to_stderr_is_the_users_and_stdout_the_records(capsys, tmp_path):
     (tmp_path / "loud.py").write_text(
         "import sys\nfrom xformers_lab.ffn.mlp import Mlp\n\n\nclass Loud(Mlp):\n"
