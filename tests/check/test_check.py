@@ -128,6 +128,7 @@ SEARCH = {
 
 @settings(max_examples=12, derandomize=True, **SEARCH)
 @given(name=draw.sampled_from(spec.names("attention")), **SHAPES)
+@pytest.mark.full
 def test_shelf_at_a_few_drawn_shapes(name, T, S, causal, seed):
     agrees(name, T, S, causal, seed)
 

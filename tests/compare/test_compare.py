@@ -97,6 +97,7 @@ def checked(config: Config) -> dict:
         ("train 2 2", 130, "stopped at once"),
     ],
 )
+@pytest.mark.full
 def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, reason):
     (tmp_path / "copy.py").write_text(STRIKING)  # where Python's own is not to be hidden by it
     words = ["task=./copy.py", "seed=0,1", *WORDS, "steps=5000", "runs=runs"]
@@ -132,6 +133,7 @@ def test_signals_that_come_together_are_one_wish(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.full
 def test_a_dead_worker_tells_its_own_reason_and_the_driver_touches_no_device(tmp_path):
     """Not the words of the cell before it, nor those of an older attempt; and the next cell runs."""
     (tmp_path / "dying.py").write_text(DYING)

@@ -39,6 +39,7 @@ def by_definition(moe, x, valid=None):
 
 @pytest.mark.parametrize("top", [1, 2, 4])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.full
 def test_moe_is_its_definition(top, padded):
     moe, x = build(f"moe:experts=4:top={top}"), draw(3, 11, 16)
     valid = jnp.asarray(np.random.default_rng(1).random((3, 11)) < 0.7) if padded else None

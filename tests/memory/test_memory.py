@@ -362,6 +362,7 @@ def test_rows_of_the_text_go_on_from_step_to_step(text, split_):
     assert np.array_equal(again.inputs, build_task(tiny(text, seq_len=8)).segment(split_, each + 1).inputs)
 
 
+@pytest.mark.full
 def test_interrupted_and_resumed_with_a_memory(text, tmp_path):
     words = {"layers": 2, "steps": 8, "save_every": 3, "eval_every": 4, "dropout": 0.1}
     straight, broken = (tiny(text, **words, runs=str(tmp_path / name)) for name in ("straight", "broken"))
@@ -381,6 +382,7 @@ def test_interrupted_and_resumed_with_a_memory(text, tmp_path):
     assert scored["loss"] == record["validation"][-1][1]  # an empty memory of its own, whatever training had read
 
 
+@pytest.mark.full
 def test_trains_from_the_command_line(text, tmp_path):
     config = tiny(text, position="xl", steps=3, runs=str(tmp_path))
     ran = train(config, "")

@@ -84,6 +84,7 @@ def test_a_classifier_ignores_padding_behind_a_sequence(kind):
     np.testing.assert_allclose(model(tokens[1:, :20])[0], logits[1:], atol=1e-5)
 
 
+@pytest.mark.full
 def test_trains_from_the_command_line(capsys, tmp_path):
     words = [f"runs={tmp_path}", "task=copy", "dim=16", "batch=4", "steps=3", "eval_batches=1", "seq_len=16"]
     assert main(["compare", *words, "model=auto,lstm,gru,bag,bytenet", "dtype=float32,bfloat16", "--json"]) == 0

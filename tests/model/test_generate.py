@@ -209,6 +209,7 @@ def test_text_grows_by_whole_letters(capsys):
     assert capsys.readouterr().out == "ané!"
 
 
+@pytest.mark.full
 def test_command(capsys, tmp_path):
     tiny = [f"runs={tmp_path}", "dim=16", "batch=4", "steps=3", "eval_batches=1", "seq_len=16", "layers=1"]
     assert main(["train", "task=lm", *tiny]) == 0

@@ -112,6 +112,7 @@ def test_blanks_are_not_looked_at(folder, model):
     np.testing.assert_allclose(filled, alone, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_sentence_is_translated_from_the_command_line(folder, tmp_path, capsys):
     """The model learns ten translations by heart, and its answer ends by itself."""
     known, held = ([(f"{de} {n}", f"{en} {n}") for n in range(10)] for de, en in (("Hund", "dog"), ("Katze", "cat")))

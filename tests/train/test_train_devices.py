@@ -103,6 +103,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.full
 def test_eight_devices_equal_one(case, tmp_path, monkeypatch):
     changes, layouts = CASES[case]
     (tmp_path / "uneven.py").write_text(TASK)
