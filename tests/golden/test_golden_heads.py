@@ -293,7 +293,7 @@ def test_agreement_is_one_for_equal_heads_and_falls_for_others(on):
         assert_close(aux.scalars["agreement"], (p**2).sum(-1).mean())
     else:
         np.testing.assert_allclose(aux.scalars["agreement"], 1, atol=1e-4)
-        assert 1 / HEADS / 2 < apart["agreement"] < 0.75
+        assert 1 / HEADS / 2 < apart.scalars["agreement"] < 0.75
 
 
 def test_wrong_options_are_refused_with_the_reason():

@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.block_sparse import batched_rows, looped_rows
-from xformers_lab.attention._engine.block_sparse.layout import Group, layout
+from xformers_lab.attention._engine.block_sparse import batched_rows, layout, looped_rows
+from xformers_lab.attention._engine.block_sparse.layout import Group
 from xformers_lab.attention._engine.block_sparse.totals import Totals
 from xformers_lab.attention._engine.block_sparse.view import View, neighbours
 from xformers_lab.attention._engine.softmax import EMPTY
@@ -42,7 +42,7 @@ def _forward(q, k, v, valid, bias, pattern, blocks):
     T, S, H = q.shape[0], k.shape[0], v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
-    parts = layout(pattern, T, S, *blocks)
+    parts = layout.layout(pattern, T, S, *blocks)
     for part in parts:
         view = View(part, scaled, k, v, valid, bias, T, S, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
@@ -71,7 +71,7 @@ def _backward(pattern, blocks, residuals, grad):
     delta = (out.astype(jnp.float32) * grad).sum(-1)
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dbias = jax.tree.map(jnp.zeros_like, bias)
-    parts = layout(pattern, T, S, *blocks)
+    parts = layout.layout(pattern, T, S, *blocks)
     for part in parts:
         view = View(part, scaled, k, v, valid, bias, T, S, blocks)
         grads, deltas = view.block_queries(grad), view.block_queries(delta)
