@@ -2,6 +2,7 @@
 
 import collections
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -60,3 +61,16 @@ def golden(shared):
         return {key: arrays[key] for key in arrays.files} | {"meta": json.loads(str(arrays["meta"]))}
 
     return read
+
+
+@pytest.fixture
+def inline(monkeypatch) -> None:
+    """Commands do in this process what they ask a worker's to do: tests can then replace and listen to it."""
+    # Here, since importing the package before XLA_FLAGS is set would be too early.
+    from xformers_lab.supervise.process import Worker
+    from xformers_lab.supervise.worker import Tell, perform
+
+    def ask(self, what, heard=None, *, stall=None, limit=None, **arguments):
+        return perform(what, Tell(io.StringIO()), **arguments)
+
+    monkeypatch.setattr(Worker, "ask", ask)

@@ -3,7 +3,6 @@
 import importlib
 
 import pytest
-from inline import inline  # noqa: F401
 
 from xformers_lab import spec
 from xformers_lab.check import inside, run
@@ -202,7 +201,7 @@ def test_what_cannot_be_checked_is_one_clear_message(capsys, word, message):
     assert message in capsys.readouterr().err
 
 
-def test_check_from_the_command_line(capsys, monkeypatch, inline):  # noqa: F811
+def test_check_from_the_command_line(capsys, monkeypatch, inline):
     """One choice, or a whole shelf by its name."""
     asked = []
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from inline import inline  # noqa: F401
 
 from xformers_lab import config as configs
 from xformers_lab import spec

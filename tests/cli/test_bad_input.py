@@ -8,7 +8,6 @@ import typing
 
 import jax
 import pytest
-from inline import inline  # noqa: F401
 
 from xformers_lab import config as configs
 from xformers_lab import spec
