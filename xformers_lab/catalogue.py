@@ -164,7 +164,7 @@ def resolved(config: configs.Config) -> list[dict]:
 
 
 def markdown() -> str:
-    """Every shelf as a Markdown table: the catalogue of README."""
+    """Every shelf as a Markdown table: what docs/catalogue.md holds."""
     head = ("attention", "kind", "time", "nature", "causal", "cross", "decode", "options", "what it is")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in shelf("attention"):

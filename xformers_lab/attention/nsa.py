@@ -233,8 +233,8 @@ class Nsa(Projected):
         sent, block = groups.sent(q * H**-0.5, choices).reshape(len(groups.block), -1, H), groups.block
         out, lse = batched(sent, keys[block], values[block], added, (at, block, valid[block]))
         back = lambda x, fill: groups.returned(x.reshape(-1, C, g, *x.shape[2:]), choices, fill)
-        # As `merged`, with a product in place of its sum, which XLA:CPU makes a program of that crashes for two runs.
-        # Choices last: XLA:CPU miscompiles such sums over a middle axis of many (see _engine/linear/gated.py).
+        # As `merged`, by a product and with choices last: sums of products over a middle axis of so many are wrong on
+        # some processors (see _engine/linear/gated.py).
         weights = jax.nn.softmax(jnp.swapaxes(back(lse, EMPTY), 1, 2), -1)
         return jnp.einsum("tgc,tcgh->tgh", weights, back(out, 0))
 
