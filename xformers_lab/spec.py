@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xformers_lab.errors import UsageError, nearest
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Where each axis of a model keeps its choices; a new choice is a file there, never an edit here.

@@ -8,7 +8,7 @@ import pytest
 
 from xformers_lab import catalogue, spec
 from xformers_lab.attention import Attention, Complexity
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Refuses nearly everything, no causality, one way, keys alone; options that decide; nothing.
 SOME = ("fnet", "csalr", "gla", "linformer", "full", "axial", "star")

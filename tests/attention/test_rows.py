@@ -17,7 +17,7 @@ from xformers_lab.attention._engine.pattern import Band, Global, Random
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 
 
 def drawn(seed: int, *shapes):

@@ -11,7 +11,7 @@ from xformers_lab.attention._engine import drawing
 from xformers_lab.attention._engine.block_sparse.layout import layout
 from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Random, Residue
 from xformers_lab.attention.sparse import WORDS, parsed
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 Q, K = np.arange(24)[:, None], np.arange(24)[None]
 SEEN = {

@@ -64,7 +64,7 @@ from flax import nnx
 from xformers_lab.ffn import Ffn
 from xformers_lab.norm import Norm
 from xformers_lab.position import Position
-from xformers_lab.aux_results import Aux
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.depth.fixed import Fixed
 """
 # The shelf and the property, and a class with a fault.

@@ -14,7 +14,7 @@ from xformers_lab import spec
 from xformers_lab.cli import main
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 pytestmark = pytest.mark.usefixtures("inline")  # a process each would take minutes
 COMPILED = []

@@ -12,7 +12,7 @@ from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.config import Config, edit, identity, sweep
 from xformers_lab.errors import UsageError
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Setting
 
 

@@ -12,7 +12,7 @@ from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.check import values
 from xformers_lab.check.subject import Case, NotApplicable, Result, Subject, compare, compare_trees
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 from .cheap import quick_jit
 from .results import repeats, sound

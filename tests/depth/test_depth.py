@@ -15,10 +15,10 @@ from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.depth.early_exit import expected_saving
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.train import loop
 
 

@@ -9,8 +9,8 @@ from conftest import ROOT
 # From the ground up. A name is a file or folder of the package; those of one line do not import one another. A folder
 # within a folder is a layer of its own where it is named here.
 LAYERS = [
-    "errors plan files hardware record",
-    "size layer_context aux_results linear initial_scale backward",
+    "errors files hardware record",
+    "nn",
     "spec",
     "attention._engine",
     "attention position ffn tasks",

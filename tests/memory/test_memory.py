@@ -20,7 +20,7 @@ from xformers_lab.generate import beam_search, generate
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.compressive import Compressive
 from xformers_lab.model import build_model, build_task, check_config
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 from xformers_lab.train import checkpoint, loop, optimizer
 from xformers_lab.train.state import begun, init, merge, split, structure
 from xformers_lab.train.step import make_train_step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xformers_lab.aux_results import Aux, by_token, computation
+from xformers_lab.nn.aux_results import Aux, by_token, computation
 
 LOGITS = jnp.ones((2, 3, 5))
 

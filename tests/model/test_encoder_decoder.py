@@ -13,9 +13,9 @@ from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
 from xformers_lab.generate import apart, beam_search, generate
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.train import checkpoint, optimizer, prefetch
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step

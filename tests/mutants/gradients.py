@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.aux_results import Aux
+from xformers_lab.nn.aux_results import Aux
 
 from .right import Noted, Plain, Residual, Span, mask, positions, scaled_scores, softmax
 

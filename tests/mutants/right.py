@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Attention, Cost
-from xformers_lab.aux_results import Aux
 from xformers_lab.check.subject import Subject
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 
 
 class Plain(Attention):

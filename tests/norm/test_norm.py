@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xformers_lab import backward, spec
 from xformers_lab import config as configs
+from xformers_lab import spec
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.nn import backward
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.tasks import Setting, Task
 from xformers_lab.train import checkpoint, loop, optimizer
 from xformers_lab.train.state import init, merge, split, structure

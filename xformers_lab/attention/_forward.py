@@ -14,12 +14,12 @@ from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._refusals import why_not
 from xformers_lab.attention._samples import apart
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 # What the lab can hand to `attend`; every other parameter must be named by `per_head`.
 GIVEN = ("valid", "causal", "bias", "carry", "x", "key")

@@ -19,9 +19,9 @@ from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
 from xformers_lab.attention._engine.softmax import softmax
-from xformers_lab.aux_results import Aux
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 LONG = 1024
 

@@ -7,8 +7,8 @@ from flax import nnx
 from xformers_lab.attention import Attention
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention.full import Full
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Projected(Full):

@@ -9,8 +9,8 @@ from flax import nnx
 from xformers_lab.attention import Attention, why_not_one_way
 from xformers_lab.attention._engine.linear.gated import aligned, one_by_one
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 # Near-zero outputs are amplified no further than this allows.
 EPSILON = 1e-5

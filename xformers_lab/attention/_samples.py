@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.plan import plan_of
+from xformers_lab.nn.plan import plan_of
 
 
 def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):

@@ -12,9 +12,9 @@ from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class GlobalTokens(Patterned):

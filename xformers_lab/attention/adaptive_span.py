@@ -9,9 +9,9 @@ from flax import nnx
 from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.attention.local import Local
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 
 class AdaptiveSpan(Local):

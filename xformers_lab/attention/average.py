@@ -6,11 +6,11 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 # Positions whose running sums are one product with a triangle of ones.
 CHUNK = 64

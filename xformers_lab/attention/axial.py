@@ -8,7 +8,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import BlockLocal, Pattern, Residue
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Axial(Patterned):

@@ -11,7 +11,7 @@ from jax import lax
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Queries whose scores are computed together: they share most of the spans they see.
 BLOCK = 64

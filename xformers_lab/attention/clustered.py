@@ -11,7 +11,7 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 EXACT = {"preferred_element_type": jnp.float32}
 # Fewest queries of one cluster that are computed together.

@@ -7,11 +7,11 @@ from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention._projected import Projected
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class Collaborative(Projected):

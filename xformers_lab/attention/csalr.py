@@ -8,7 +8,7 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # The weight of the identity: above 1, the largest an eigenvalue of a softmax can be, so that A + I has an inverse.
 IDENTITY = 1.001

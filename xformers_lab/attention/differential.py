@@ -6,7 +6,7 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 EPSILON = 1e-5
 

@@ -11,7 +11,7 @@ from xformers_lab.attention._engine.order import PAD, Order
 from xformers_lab.attention._engine.pattern import BlockLocal
 from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 @dataclasses.dataclass(frozen=True)

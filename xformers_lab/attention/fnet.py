@@ -7,9 +7,9 @@ from flax import nnx
 
 from xformers_lab import hardware
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 # Numbers of float32 in the widest vector of a CPU.
 LANES = 16

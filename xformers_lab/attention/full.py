@@ -6,7 +6,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Full(Patterned):

@@ -6,8 +6,8 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.linear.gated import delta_rule
 from xformers_lab.attention._recurrent import gated, interval_bias
 from xformers_lab.attention.delta_net import DeltaNet, direction
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class GatedDeltaNet(DeltaNet):

@@ -12,7 +12,7 @@ from xformers_lab.attention._engine.maps import by_definition
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Where b of kind=distance starts, but for its sign.
 HEIGHT = 0.1

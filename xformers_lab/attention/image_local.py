@@ -10,7 +10,7 @@ from xformers_lab.attention._engine.algebra import Pattern, settled
 from xformers_lab.attention._engine.order import NATURAL, Runs, Tiles
 from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Default sizes of a run, and of each side of a tile.
 RUN, SIDE = 128, 8

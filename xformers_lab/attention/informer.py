@@ -12,7 +12,7 @@ from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Informer(Attention):

@@ -8,10 +8,10 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class Lazyformer(Attention):

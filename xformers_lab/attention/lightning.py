@@ -6,7 +6,7 @@ from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.linear.gated import scalar_decay
 from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Lightning(Recurrent):

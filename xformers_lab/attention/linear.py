@@ -18,7 +18,7 @@ from xformers_lab.attention._engine.linear.features import (
     turned,
 )
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 EPSILON = 1e-6
 # exp(k) of the softmax over positions: beyond this a key's channel counts as this.

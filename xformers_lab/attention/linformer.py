@@ -8,7 +8,7 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.slots import over_all
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Linformer(Attention):

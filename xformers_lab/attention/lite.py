@@ -4,9 +4,9 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention.full import Full
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 
 class Lite(Full):

@@ -7,7 +7,7 @@ from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import Band, Global
 from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Local(Patterned):

@@ -6,7 +6,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Band, Dilated
 from xformers_lab.attention._tokens import GlobalTokens
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Longformer(GlobalTokens):

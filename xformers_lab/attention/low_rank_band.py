@@ -8,8 +8,8 @@ from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import All, Band, Causal, Pattern
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class LowRankBand(Attention):

@@ -9,11 +9,11 @@ from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.attention._engine.slots import attended
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 EXACT = {"preferred_element_type": jnp.float32}
 

@@ -14,7 +14,7 @@ from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # From this many positions on, causal slots come in eighths: 9/16 of the pairs are computed.
 LONG, EIGHTHS = 1024, 8

@@ -6,10 +6,10 @@ from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention._projected import Projected
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Mla(Projected):

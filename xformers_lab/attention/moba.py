@@ -8,7 +8,7 @@ from xformers_lab.attention._engine.by_content import ROWS, batched, count, grou
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.softmax import EMPTY, softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Moba(Attention):

@@ -8,7 +8,7 @@ from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Multiscale(Patterned):

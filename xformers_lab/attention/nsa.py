@@ -18,11 +18,11 @@ from xformers_lab.attention._engine.softmax import EMPTY, masked_softmax, softma
 from xformers_lab.attention._engine.windows import count, windows
 from xformers_lab.attention._patterned import near_block
 from xformers_lab.attention._projected import Projected
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 # More than any sum of weights.
 ALWAYS = 1e6

@@ -8,7 +8,7 @@ from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Positions whose convolution is one product: a wider one wastes more zeros, a narrower one is slower.
 BLOCK = 64

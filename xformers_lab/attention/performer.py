@@ -17,7 +17,7 @@ from xformers_lab.attention._engine.linear.features import (
 )
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Added to every feature of the relu kernel, so that no query is without weights.
 FLOOR = 1e-3

@@ -14,9 +14,9 @@ from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softm
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention.local import Local
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class Poolingformer(Local):

@@ -7,7 +7,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Random(Patterned):

@@ -12,7 +12,7 @@ from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, merged, order_by, scores_at_once
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Taken from a token's score with itself, so that it counts where there is nothing else.
 ALONE = 1e5

@@ -9,8 +9,8 @@ from xformers_lab.attention._engine.linear.features import EXACT, divided, sums
 from xformers_lab.attention._engine.linear.gated import aligned, scalar_decay
 from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 # The Gaussian kernel of unit vectors is at least exp(-2); a mean weight below this is an error of few features.
 FLOOR = 0.1

@@ -9,7 +9,7 @@ from xformers_lab.attention._engine.by_content import batched, count, grouped, i
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Rows compared with all centroids at once.
 ROWS = 4096

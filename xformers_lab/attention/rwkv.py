@@ -9,7 +9,7 @@ from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.linear.gated import aligned, blocks
 from xformers_lab.attention._recurrent import Recurrent
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # The logarithm of a weight that is not there; finite, so that the difference of two is 0.
 NOTHING = -1e30

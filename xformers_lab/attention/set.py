@@ -6,12 +6,12 @@ from flax import nnx
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.slots import attended
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class Set(Attention):

@@ -11,7 +11,7 @@ from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, scores_at_once
 from xformers_lab.attention._engine.softmax import MASKED, softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Sinkhorn(Attention):

@@ -7,7 +7,7 @@ from flax import nnx
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Skyformer(Attention):

@@ -10,7 +10,7 @@ from xformers_lab.attention._engine import pattern as shapes
 from xformers_lab.attention._engine.pattern import Pattern
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused, nearest
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # What may stand in a pattern: its words and, of each, the fewest and the most whole numbers it takes.
 WORDS = {

@@ -10,10 +10,10 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Star(Attention):

@@ -9,7 +9,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Band, Global
 from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._engine.pattern import Band, Residue
 from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Strided(Patterned):

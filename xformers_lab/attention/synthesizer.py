@@ -13,9 +13,9 @@ from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
 from xformers_lab.attention._patterned import Patterned
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 TABLES = ("random", "fixed")
 

@@ -7,10 +7,10 @@ from flax import nnx
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class TalkingHeads(Attention):

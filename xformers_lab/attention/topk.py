@@ -7,7 +7,7 @@ from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
 from xformers_lab.attention._engine.softmax import MASKED, softmax
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Topk(Attention):

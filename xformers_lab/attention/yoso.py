@@ -8,7 +8,7 @@ from jax import lax
 
 from xformers_lab.attention import Attention, Complexity, Cost
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 # Queries whose weights are computed together.
 BLOCK = 256

@@ -29,7 +29,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.measure.memory import available_bytes, compiled_memory
 from xformers_lab.model import size_of
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 Doing = Callable[[str, Cell], None]
 # The layer's parts around `mix`: no part of what is timed, so no part of what is differentiated.

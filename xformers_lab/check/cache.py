@@ -78,7 +78,8 @@ def _key(choice: str) -> str:
 def _sources(name: str) -> str:
     """A hash of what the lab runs a mechanism with, and of the mechanisms whose code it uses."""
     shelf = _PACKAGE / "attention"
-    files = {*_PACKAGE.glob("*.py"), *shelf.glob("_*.py"), *shelf.glob("_engine/**/*.py"), *_PACKAGE.glob("check/*.py")}
+    folders = ("*.py", "nn/*.py", "check/*.py", "attention/_*/**/*.py")
+    files = {file for pattern in folders for file in _PACKAGE.glob(pattern)} | {shelf / "__init__.py"}
     used = [shelf / f"{name}.py"]
     while used:
         file = used.pop()

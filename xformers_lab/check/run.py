@@ -14,7 +14,7 @@ from xformers_lab.attention import Attention
 from xformers_lab.check import costs, masks, values
 from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
 from xformers_lab.errors import UsageError, in_words, outside
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
 Doing = Callable[[str], None]

@@ -17,8 +17,8 @@ from flax import nnx
 from xformers_lab.attention import Attention
 from xformers_lab.attention._projected import Projected
 from xformers_lab.errors import Refused
-from xformers_lab.plan import Plan
-from xformers_lab.size import Size
+from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.size import Size
 
 # A prime, so that no window, chunk, block or grid divides it; T below S and above it; a length with many divisors.
 LENGTH, SHORT, EVEN = 67, 11, 60

@@ -15,7 +15,7 @@ from xformers_lab.check.subject import moved
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import Refused, UsageError
 from xformers_lab.model import build_model, check_built
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 from xformers_lab.tasks import Batch, Setting, Split, Task
 from xformers_lab.train.state import TrainState, merge, split
 from xformers_lab.train.step import make_train_step

@@ -13,7 +13,6 @@ from flax import nnx
 
 from xformers_lab.attention import GIVEN, KINDS, REFUSALS, Attention
 from xformers_lab.attention.full import Full
-from xformers_lab.aux_results import Aux
 from xformers_lab.check.subject import (
     KEY_HEADS,
     LENGTH,
@@ -26,6 +25,7 @@ from xformers_lab.check.subject import (
     compare,
     compare_trees,
 )
+from xformers_lab.nn.aux_results import Aux
 
 # Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
 VALUE, GRADIENT = 2e-5, 5e-5

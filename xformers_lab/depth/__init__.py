@@ -24,8 +24,8 @@ from flax import nnx
 
 from xformers_lab.attention import one_by_one
 from xformers_lab.errors import Refused
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax import lax
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.memory import Remembered
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 def in_turn(y, size: int, count: int):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
-from xformers_lab.aux_results import Aux, computation
-from xformers_lab.plan import Plan
+from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.plan import Plan
 
 
 def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux, by_token
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, by_token
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 # A gate starts at the logit +2: nearly open, so that every sub-layer first learns what it is for.
 START = 2.0

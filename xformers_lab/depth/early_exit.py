@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux, by_token, computation
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth._stack import build_stack, initial_carries, run_watched
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, by_token, computation
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 THRESHOLDS = {"entropy": 0.3, "confidence": 0.9, "patience": 0.0}
 

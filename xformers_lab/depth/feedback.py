@@ -12,9 +12,9 @@ from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import first
 from xformers_lab.depth.transparent import Transparent
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.memory import why_not
-from xformers_lab.size import Size
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 
 
 class Feedback(Depth):

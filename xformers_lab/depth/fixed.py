@@ -10,8 +10,8 @@ from xformers_lab.depth._stack import (
     several_stack,
     step_stack,
 )
-from xformers_lab.plan import plan_of
-from xformers_lab.size import Size
+from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.size import Size
 
 
 class Fixed(Depth):

@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.aux_results import Aux, computation
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 
 
 class Funnel(Depth):

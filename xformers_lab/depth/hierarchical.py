@@ -10,7 +10,7 @@ from xformers_lab.depth._segments import Segments
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Hierarchical(Depth):

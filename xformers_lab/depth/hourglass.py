@@ -11,8 +11,8 @@ from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Hourglass(Depth):

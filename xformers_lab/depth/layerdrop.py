@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.aux_results import computation
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.size import Size
 
 
 class Layerdrop(Fixed):

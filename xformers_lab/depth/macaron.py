@@ -1,10 +1,10 @@
 import jax
 from flax import nnx
 
-from xformers_lab.aux_results import computation
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.ffn import Ffn
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.size import Size
 
 
 class Macaron(Fixed):

@@ -10,9 +10,9 @@ from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Memformer(Depth):

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux, by_token, mean_of
 from xformers_lab.depth import Context
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
+from xformers_lab.nn.aux_results import Aux, by_token, mean_of
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 # Evaluation lets as many tokens through as its predictor says. Where no sequence has more than this multiple of the
 # trained share, no more are computed.

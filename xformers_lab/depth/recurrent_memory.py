@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import computation
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.size import Size
 
 
 class RecurrentMemory(Depth):

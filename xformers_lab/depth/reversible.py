@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux, computation
-from xformers_lab.backward import values
 from xformers_lab.depth import Context
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.plan import Plan
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.backward import values
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.size import Size
 
 
 class Reversible(Fixed):

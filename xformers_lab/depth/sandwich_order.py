@@ -3,11 +3,11 @@ import dataclasses
 import jax
 from flax import nnx
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.depth import Context, Depth
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 
 class SandwichOrder(Depth):

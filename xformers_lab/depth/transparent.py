@@ -4,7 +4,7 @@ from flax import nnx
 
 from xformers_lab.depth import Context
 from xformers_lab.depth.fixed import Fixed
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Transparent(Fixed):

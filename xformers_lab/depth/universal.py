@@ -3,12 +3,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux, by_token, computation, mean_of
 from xformers_lab.depth import Context, Depth
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
+from xformers_lab.nn.aux_results import Aux, by_token, computation, mean_of
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 
 class Universal(Depth):

@@ -18,9 +18,9 @@ import jax
 from flax import nnx
 
 from xformers_lab.errors import Refused
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.layer_context import LayerContext, apply
-from xformers_lab.size import Size
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.layer_context import LayerContext, apply
+from xformers_lab.nn.size import Size
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid", "identity"]
 ACTIVATIONS = {

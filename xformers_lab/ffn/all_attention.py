@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class AllAttention(Ffn):

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.size import Size
 
 
 class Salt(nnx.Variable):

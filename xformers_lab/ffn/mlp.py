@@ -2,10 +2,10 @@ import functools
 
 from flax import nnx
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Mlp(Ffn):

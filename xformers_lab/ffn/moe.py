@@ -6,13 +6,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
-from xformers_lab.initial_scale import scale_init
-from xformers_lab.linear import Linear
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Moe(Ffn):

@@ -23,11 +23,11 @@ import jax
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 UNRELATED = "the task gives unrelated sequences, none of which goes on in the next batch; use task=lm"
 

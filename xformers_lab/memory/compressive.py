@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.xl import Xl
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Compressive(Xl):

@@ -1,4 +1,4 @@
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 def none(size: Size) -> None:

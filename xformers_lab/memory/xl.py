@@ -4,7 +4,7 @@ from jax import lax
 
 from xformers_lab.errors import Refused
 from xformers_lab.memory import Memory, Remembered
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Xl(Memory):

@@ -11,8 +11,8 @@ from xformers_lab import spec
 from xformers_lab.config import LEAVES, Config, get
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, in_words, outside
 from xformers_lab.memory import Remembered
-from xformers_lab.plan import Plan
-from xformers_lab.size import Size
+from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import SPLITS, Setting, Task
 
 

@@ -8,13 +8,13 @@ from flax import nnx
 
 from xformers_lab import memory, spec
 from xformers_lab.attention import Attention
-from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
 from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import _segments
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 
 
 class Block(nnx.Module):

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
 from xformers_lab.config import Model as Axes
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import drop
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 # What only a transformer has: a baseline that was asked for one of these would ignore it.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.memory import Memory, Remembered
+from xformers_lab.nn.layer_context import LayerContext
 
 
 def init_cache(block, B: int) -> dict:

@@ -11,12 +11,12 @@ from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.linear import Linear
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 from xformers_lab.tasks import Task
 
 # How large the embeddings of tokens are at the start: their standard deviation.

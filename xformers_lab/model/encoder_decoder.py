@@ -7,16 +7,16 @@ from jax import lax
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention
-from xformers_lab.aux_results import Aux, computation
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import EncoderInput
 from xformers_lab.model._transformer import Transformer
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.linear import Linear
 from xformers_lab.model._recurrent import Recurrent
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 
 
 class Lstm(Recurrent):

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
 from xformers_lab.model import gru, lstm
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import Recurrent, stacked
 from xformers_lab.model._source import EncoderInput
-from xformers_lab.size import Size
+from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}

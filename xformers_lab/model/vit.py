@@ -7,9 +7,9 @@ from flax import nnx
 
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
 from xformers_lab.model.encoder import Encoder
-from xformers_lab.size import Size
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 

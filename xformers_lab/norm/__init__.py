@@ -14,8 +14,8 @@ from typing import ClassVar
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.layer_context import LayerContext, apply
-from xformers_lab.size import Size
+from xformers_lab.nn.layer_context import LayerContext, apply
+from xformers_lab.nn.size import Size
 
 
 class Norm(nnx.Module):

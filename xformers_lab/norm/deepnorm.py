@@ -1,7 +1,7 @@
 from flax import nnx
 
+from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
-from xformers_lab.size import Size
 
 
 class Deepnorm(Norm):

@@ -6,9 +6,9 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext, apply, asks
+from xformers_lab.nn.layer_context import LayerContext, apply, asks
+from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
-from xformers_lab.size import Size
 
 
 class Normformer(Norm):

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
-from xformers_lab.size import Size
 
 
 class Rezero(Norm):

@@ -1,9 +1,9 @@
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.layer_context import apply
+from xformers_lab.nn.layer_context import apply
+from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
-from xformers_lab.size import Size
 
 
 class Sandwich(Norm):

@@ -20,7 +20,7 @@ from typing import ClassVar
 from flax import nnx
 
 from xformers_lab.errors import Refused
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Position(nnx.Module):

@@ -1,7 +1,7 @@
 from flax import nnx
 
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 
 def none(size: Size, *, rngs: nnx.Rngs) -> Position:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.errors import Refused
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 
 class Rope(Position):

@@ -5,11 +5,11 @@ import jax
 from flax import nnx
 
 from xformers_lab.errors import Refused
-from xformers_lab.linear import Linear
+from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 from xformers_lab.position._rows import products, row
 from xformers_lab.position.t5 import T5
-from xformers_lab.size import Size
 
 
 class Tupe(Position):

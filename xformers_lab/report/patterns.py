@@ -6,8 +6,8 @@ from xformers_lab import catalogue, spec
 from xformers_lab import config as configs
 from xformers_lab.attention._engine import drawing
 from xformers_lab.errors import LabError
+from xformers_lab.nn.size import Size
 from xformers_lab.report import human
-from xformers_lab.size import Size
 
 # Pictures on one page; each has some kilobytes.
 MOST = 24

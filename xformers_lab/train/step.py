@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from xformers_lab import backward
-from xformers_lab.aux_results import Aux
 from xformers_lab.config import Config
+from xformers_lab.nn import backward
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, begun, merge, split
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xformers_lab.attention._engine.block_sparse.batch import FUSED
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 
 
 def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: bool = False):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 
 # Queries at once: enough for wide products, few enough that a block of scores stays in cache.
 ROWS, CAUSAL_ROWS = 512, 256

@@ -7,7 +7,7 @@ from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.softmax import MASKED
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 
 # Queries at once: rows of as many scores as there are slots stay in the cache of a CPU.
 ROWS = 512

@@ -8,8 +8,8 @@ from xformers_lab import spec
 from xformers_lab.check import inside
 from xformers_lab.check.subject import Broken
 from xformers_lab.check.tiny import Inside
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.size import Size
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 
 
 def subject(choice: str) -> Inside:

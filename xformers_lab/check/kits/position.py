@@ -10,8 +10,8 @@ from xformers_lab.check import inside
 from xformers_lab.check.inside import HALF, SAME
 from xformers_lab.check.subject import Broken, NotApplicable, compare, moved
 from xformers_lab.check.tiny import Inside
+from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
-from xformers_lab.size import Size
 
 SIZE = Size(12, dim=8, heads=2)
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.backward import Backward
 from xformers_lab.errors import Refused
-from xformers_lab.layer_context import LayerContext
-from xformers_lab.size import Size
+from xformers_lab.nn.backward import Backward
+from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.size import Size
 
 EPSILON = 1e-5
 

@@ -1,6 +1,6 @@
 from flax import nnx
 
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 def rmsnorm(size: Size, *, rngs: nnx.Rngs):

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.size import Size
+from xformers_lab.nn.size import Size
 
 
 class Scalenorm(nnx.Module):

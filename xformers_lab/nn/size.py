@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from xformers_lab.errors import Refused
-from xformers_lab.plan import Plan
+from xformers_lab.nn.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

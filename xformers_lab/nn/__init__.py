@@ -1,0 +1,1 @@
+"""The small modules that every shelf uses: sizes, linear layers, what a layer knows of its rows and gives besides."""
