@@ -45,27 +45,27 @@ def time_first(x):
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_full_is_torch_multi_head_attention(golden, method):
-    found = golden("dense_mha")
-    x, N = found["x"], found["meta"]["heads"]
-    weights, biases = found["w.in_proj_weight"].reshape(3, 32, 32), found["w.in_proj_bias"].reshape(3, 32)
+    peer = golden("dense_mha")
+    x, N = peer["x"], peer["meta"]["heads"]
+    weights, biases = peer["w.in_proj_weight"].reshape(3, 32, 32), peer["w.in_proj_bias"].reshape(3, 32)
     q, k, v = ((x @ w.T + b).reshape(2, 12, N, -1) for w, b in zip(weights, biases, strict=True))
     full = build("full", 12, 32, N)
 
-    def out(**given):
-        mixed = full.mix(q, k, v, method=method, **given)[0].reshape(2, 12, 32)
-        return mixed @ found["w.out_proj.weight"].T + found["w.out_proj.bias"]
+    def out(**options):
+        mixed = full.mix(q, k, v, method=method, **options)[0].reshape(2, 12, 32)
+        return mixed @ peer["w.out_proj.weight"].T + peer["w.out_proj.bias"]
 
-    assert_close(out(), found["y"])
-    assert_close(out(causal=True), found["y_causal"])
-    assert_close(out(valid=jnp.asarray(~found["kpm"])), found["y_padded"])
+    assert_close(out(), peer["y"])
+    assert_close(out(causal=True), peer["y_causal"])
+    assert_close(out(valid=jnp.asarray(~peer["kpm"])), peer["y_padded"])
 
 
 def test_grouped_heads_are_torch_enable_gqa(golden):
-    found = golden("sdpa_gqa")
-    q, q_causal, k, v = (time_first(found[name]) for name in ("q", "q_causal", "k", "v"))
+    peer = golden("sdpa_gqa")
+    q, q_causal, k, v = (time_first(peer[name]) for name in ("q", "q_causal", "k", "v"))
     full = build("full", 14, 128, 8, 2)
-    assert_close(time_first(full.mix(q, k, v)[0]), found["y"])
-    assert_close(time_first(full.mix(q_causal, k, v, causal=True)[0]), found["y_causal"])
+    assert_close(time_first(full.mix(q, k, v)[0]), peer["y"])
+    assert_close(time_first(full.mix(q_causal, k, v, causal=True)[0]), peer["y_causal"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +81,25 @@ class Buckets(Pattern):
 @pytest.mark.parametrize("run", [block_sparse, dense])
 @pytest.mark.parametrize("name", ["local_attention_bidir", "local_attention_causal"])
 def test_engine_runs_the_pattern_of_the_local_attention_package(golden, name, run):
-    found = golden(name)
-    near = Buckets(found["meta"]["window_size"])
-    pattern = near & Causal() if found["meta"]["causal"] else near
-    given = {"blocks": (8, 8)} if run is block_sparse else {}
-    q, k, v = (found[x].reshape(8, 24, 16) for x in "qkv")
-    out = jax.vmap(lambda q, k, v: run(q, k, v, pattern=pattern, **given))(q, k, v)
-    assert_close(out, found["y"].reshape(8, 24, 16))
+    peer = golden(name)
+    near = Buckets(peer["meta"]["window_size"])
+    pattern = near & Causal() if peer["meta"]["causal"] else near
+    options = {"blocks": (8, 8)} if run is block_sparse else {}
+    q, k, v = (peer[x].reshape(8, 24, 16) for x in "qkv")
+    out = jax.vmap(lambda q, k, v: run(q, k, v, pattern=pattern, **options))(q, k, v)
+    assert_close(out, peer["y"].reshape(8, 24, 16))
 
 
 def test_local_with_a_bias_is_longt5(golden):
     """LongT5's radius 3: |t - s| < block_len; with the learned bias given as scores to add."""
-    found = golden("longt5_local")
-    meta, x = found["meta"], found["x"]
-    q, k, v = ((x @ found[f"w.{name}.weight"].T).reshape(2, 24, 4, 8) for name in "qkv")
-    table = jnp.asarray(found["w.relative_attention_bias.weight"].T)  # (N, 32)
+    peer = golden("longt5_local")
+    meta, x = peer["meta"], peer["x"]
+    q, k, v = ((x @ peer[f"w.{name}.weight"].T).reshape(2, 24, 4, 8) for name in "qkv")
+    table = jnp.asarray(peer["w.relative_attention_bias.weight"].T)  # (N, 32)
     local = build(f"local:window={meta['local_radius']}", 24, 32, 4)
     # T5 does not scale its scores; the lab divides by sqrt(H).
-    out = local.mix(q * 8**0.5, k, v, bias=T5(table))[0].reshape(2, 24, 32) @ found["w.o.weight"].T
-    assert_close(out, found["y"])
+    out = local.mix(q * 8**0.5, k, v, bias=T5(table))[0].reshape(2, 24, 32) @ peer["w.o.weight"].T
+    assert_close(out, peer["y"])
 
 
 @jax.tree_util.register_pytree_node_class
@@ -122,43 +122,43 @@ class T5:
 
 
 def test_linear_recurrence_is_fla(golden):
-    found = golden("linear_attn_naive")
-    q, k, v = (np.swapaxes(found[name], 1, 2).reshape(8, 18, -1) for name in "qkv")
+    peer = golden("linear_attn_naive")
+    q, k, v = (np.swapaxes(peer[name], 1, 2).reshape(8, 18, -1) for name in "qkv")
     q = q * q.shape[-1] ** -0.5
     out, total = jax.vmap(lambda q, k, v: linear_recurrence(q, k, v, chunk=5))(q, k, v)
     back = lambda x: np.swapaxes(np.asarray(x).reshape(2, 4, 18, -1), 1, 2)
-    assert_close(back(out), found["y"])
-    assert_close(back(out / total[..., None]), found["y_norm"])
+    assert_close(back(out), peer["y"])
+    assert_close(back(out / total[..., None]), peer["y_norm"])
 
 
 def test_rope_is_llama(golden):
-    found = golden("rope")
+    peer = golden("rope")
     rope = spec.build("position", "rope", length=12, dim=64, heads=4)
     for name in ("q", "k"):
-        out = rope.rotate(jnp.asarray(time_first(found[name])), jnp.arange(12))
-        assert_close(time_first(out), found[f"{name}_half"])
+        out = rope.rotate(jnp.asarray(time_first(peer[name])), jnp.arange(12))
+        assert_close(time_first(out), peer[f"{name}_half"])
 
 
 def test_rope_is_gemma(golden):
-    found = golden("rope_gemma_fixture")
+    peer = golden("rope_gemma_fixture")
     rope = spec.build("position", "rope:base=100", length=2, dim=4, heads=1)
     rows = [rope.rotate(jnp.ones((1, 1, 1, 4)), jnp.array([at]))[0] for at in (1, 0)]
     # Its shape is (B, L, N, H) with one position per sample, broadcast over N.
-    assert_close(jnp.stack(rows), found["expected_full"][:, :1, :1])
+    assert_close(jnp.stack(rows), peer["expected_full"][:, :1, :1])
 
 
 def test_axial_rows_and_columns_are_the_axial_attention_package(golden):
     """Its two axes, each with its own projections, are `axis=column` and `axis=row` of ours, summed."""
-    found = golden("axial_attention_sum")
-    x, N = found["x"], found["meta"]["heads"]
+    peer = golden("axial_attention_sum")
+    x, N = peer["x"], peer["meta"]["heads"]
     flat, total = x.reshape(2, 30, 16), np.zeros((2, 30, 16))
     for number, axis in enumerate(("column", "row")):
-        weight = lambda name, number=number: found[f"w.axial_attentions.{number}.fn.{name}"]
+        weight = lambda name, number=number: peer[f"w.axial_attentions.{number}.fn.{name}"]
         q, kv = flat @ weight("to_q.weight").T, flat @ weight("to_kv.weight").T
         q, k, v = (y.reshape(2, 30, N, -1) for y in (q, *np.split(kv, 2, -1)))
         out = build(f"axial:shape=5x6:axis={axis}", 30, 16, N).mix(q, k, v)[0].reshape(2, 30, 16)
         total = total + out @ weight("to_out.weight").T + weight("to_out.bias")
-    assert_close(total.reshape(x.shape), found["y"])
+    assert_close(total.reshape(x.shape), peer["y"])
 
 
 # ---- patterns ----------------------------------------------------------------------------------------------------
@@ -213,18 +213,18 @@ def test_extents_never_lie_about_a_rectangle(name):
         high = low + random.integers(0, 12, 2)
         seen = np.asarray(pattern(np.arange(low[0], high[0] + 1)[:, None], np.arange(low[1], high[1] + 1)[None]))
         seen = np.broadcast_to(seen, high - low + 1)
-        said = int(pattern.extent(*(np.asarray(x) for x in (low[0], high[0], low[1], high[1]))))
-        assert said == 1 or (said == 2 and seen.all()) or (said == 0 and not seen.any())
+        extent = int(pattern.extent(*(np.asarray(x) for x in (low[0], high[0], low[1], high[1]))))
+        assert extent == 1 or (extent == 2 and seen.all()) or (extent == 0 and not seen.any())
 
 
 @pytest.mark.parametrize("T, S", SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layout_covers_every_live_pair_once(name, T, S):
     """Live pairs of all parts' blocks, by the predicate where a block is mixed, add up to the dense mask."""
-    np.testing.assert_array_equal(counted(PATTERNS[name], T, S, 4, 8), pair_mask(PATTERNS[name], T, S))
+    np.testing.assert_array_equal(pair_counts(PATTERNS[name], T, S, 4, 8), pair_mask(PATTERNS[name], T, S))
 
 
-def counted(pattern, T, S, block_q, block_k):
+def pair_counts(pattern, T, S, block_q, block_k):
     """How often each pair is counted: in live blocks, by the predicate where a block is mixed."""
     count = np.zeros((T, S), int)
     for part in layout(pattern, T, S, block_q, block_k):
@@ -266,13 +266,13 @@ def test_engine_is_dense_in_value_and_gradients(name, T, S):
     random = np.random.default_rng(T)
     q, k, v = (jnp.asarray(random.standard_normal((n, 4)), jnp.float32) for n in (T, S, S))
     bias = Wave(jnp.float32(0.7), jnp.float32(-1.3))
-    given = {"pattern": PATTERNS[name], "valid": jnp.asarray(random.random(S) < 0.7)}
+    options = {"pattern": PATTERNS[name], "valid": jnp.asarray(random.random(S) < 0.7)}
     grad = jnp.asarray(random.standard_normal((T, 4)), jnp.float32)
 
     @jax.jit
     def both(q, k, v, bias):
-        fast, pull = jax.vjp(lambda *x: block_sparse(*x[:3], bias=x[3], blocks=(8, 8), **given), q, k, v, bias)
-        slow, reference_pull = jax.vjp(lambda *x: dense(*x[:3], bias=x[3], **given), q, k, v, bias)
+        fast, pull = jax.vjp(lambda *x: block_sparse(*x[:3], bias=x[3], blocks=(8, 8), **options), q, k, v, bias)
+        slow, reference_pull = jax.vjp(lambda *x: dense(*x[:3], bias=x[3], **options), q, k, v, bias)
         return (fast, pull(grad)), (slow, reference_pull(grad))
 
     with jax.default_matmul_precision("highest"):

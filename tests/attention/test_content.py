@@ -20,9 +20,9 @@ def arrays(seed: int = 0, length: int = T):
     return [random.standard_normal((1, length, N, H)).astype(np.float32) for _ in range(3)]
 
 
-def mixed(layer, q, k, v, **given):
+def mixed(layer, q, k, v, **options):
     """Outputs (T, N, H) of the fast form."""
-    return np.asarray(jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v))[0]
+    return np.asarray(jax.jit(lambda q, k, v: layer.mix(q, k, v, **options)[0])(q, k, v))[0]
 
 
 def attend(q, keys, values, scale: float = H**-0.5):
@@ -33,10 +33,10 @@ def attend(q, keys, values, scale: float = H**-0.5):
     return weights @ np.asarray(values) / weights.sum()
 
 
-def assert_each(found, expected):
+def assert_each(out, expected):
     """expected(t, n) is what query t of head n gives."""
-    wanted = np.array([[expected(t, n) for n in range(found.shape[1])] for t in range(found.shape[0])])
-    np.testing.assert_allclose(found, wanted, atol=3e-5, rtol=1e-4)
+    expected_out = np.array([[expected(t, n) for n in range(out.shape[1])] for t in range(out.shape[0])])
+    np.testing.assert_allclose(out, expected_out, atol=3e-5, rtol=1e-4)
 
 
 def unit(x):
@@ -61,10 +61,10 @@ def test_moba_is_its_own_block_and_the_best_means(causal):
     blocks = [range(start, min(start + 4, T)) for start in range(0, T, 4)]
 
     def expected(t, n):
-        own = t // 4
-        others = [b for b in range(len(blocks)) if (b < own if causal else b != own)]
+        current = t // 4
+        others = [b for b in range(len(blocks)) if (b < current if causal else b != current)]
         best = sorted(others, key=lambda b: -q[0, t, n] @ k[0, blocks[b], n].mean(0))[:2]
-        seen = [s for b in [own, *best] for s in blocks[b] if s <= t or not causal]
+        seen = [s for b in [current, *best] for s in blocks[b] if s <= t or not causal]
         return attend(q[0, t, n], k[0, seen, n], v[0, seen, n])
 
     assert_each(mixed(build("moba:block=4:chosen=3"), q, k, v, causal=causal), expected)
@@ -83,10 +83,11 @@ def test_sinkhorn_sorts_blocks_by_balanced_weights():
         for _ in range(turns):
             order /= order.sum(0, keepdims=True)
             order /= order.sum(1, keepdims=True)
-        own = t // block
+        current = t // block
         in_blocks = lambda y: y[0, :, n].reshape(-1, block, H)
         keys, values = (
-            np.concatenate([np.einsum("j,jbh->bh", order[own], in_blocks(y)), in_blocks(y)[own]]) for y in (k, v)
+            np.concatenate([np.einsum("j,jbh->bh", order[current], in_blocks(y)), in_blocks(y)[current]])
+            for y in (k, v)
         )
         return attend(q[0, t, n], keys, values)
 
@@ -127,8 +128,8 @@ def test_training_moves_routing_centroids_to_an_average_of_their_members():
         nearest = (rows @ unit(before[n]).T).argmax(1)
         for c in range(3):
             mine = rows[nearest == c]
-            wanted = 0.75 * before[n, c] + 0.25 * mine.mean(0) if len(mine) else before[n, c]
-            np.testing.assert_allclose(after[n, c], wanted, atol=1e-5)
+            expected = 0.75 * before[n, c] + 0.25 * mine.mean(0) if len(mine) else before[n, c]
+            np.testing.assert_allclose(after[n, c], expected, atol=1e-5)
 
 
 def lsh(q, rotations):

@@ -38,7 +38,7 @@ def by_steps(model, tokens):
             logits, cache = model.step_several(cache, tokens)
             return cache, jnp.full((5, *logits.shape), jnp.nan).at[-1].set(logits)
 
-        part = lambda cache, given: jax.lax.cond(given[0] % 2 == 0, at_once, in_turn, cache, given[1])
+        part = lambda cache, pair: jax.lax.cond(pair[0] % 2 == 0, at_once, in_turn, cache, pair[1])
         parts = (jnp.arange(T // 5), tokens.reshape(B, -1, 5).swapaxes(0, 1))
         return jax.lax.scan(part, model.init_cache(B, T), parts)[1].reshape(T, B, -1).swapaxes(0, 1)
 
@@ -48,12 +48,12 @@ def by_steps(model, tokens):
 def agree(model, tokens):
     with jax.default_matmul_precision("highest"):
         graph, variables = nnx.split(model)
-        whole, found = (
+        whole, stepped = (
             jax.jit(lambda v, tokens: nnx.merge(graph, v)(tokens)[0])(variables, tokens),
             by_steps(model, tokens),
         )
-        told = np.arange(tokens.shape[1]) % 10 >= 4
-        np.testing.assert_allclose(found[:, told], whole[:, told], atol=1e-4 * float(jnp.abs(whole).max()))
+        known = np.arange(tokens.shape[1]) % 10 >= 4
+        np.testing.assert_allclose(stepped[:, known], whole[:, known], atol=1e-4 * float(jnp.abs(whole).max()))
     assert float(jnp.abs(whole[:, 1:] - whole[:, :-1]).max()) > 1e-3  # positions do differ
 
 

@@ -15,11 +15,11 @@ from xformers_lab.attention._engine import fused
 @pytest.fixture
 def as_if_on_gpu(monkeypatch):
     calls = []
-    valid = jax.nn.dot_product_attention
+    original = jax.nn.dot_product_attention
 
-    def record(*arrays, **given):
-        calls.append(given)
-        return valid(*arrays, **{**given, "implementation": "xla"})
+    def record(*arrays, **options):
+        calls.append(options)
+        return original(*arrays, **{**options, "implementation": "xla"})
 
     monkeypatch.setattr(fused, "_nvidia", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)

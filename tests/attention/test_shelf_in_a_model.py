@@ -37,25 +37,25 @@ def small(name: str) -> str:
 
 def config(attention: str, **changes) -> Config:
     first = attention.partition("+")[0].partition(":")[0]
-    found = edit(Config(), task="copy" if causal(first) else "listops", attention=attention)
+    base = edit(Config(), task="copy" if causal(first) else "listops", attention=attention)
     small = {"seq_len": 24, "dim": 32, "heads": 4, "kv_heads": 2, "layers": 2, "batch": 4, "steps": 4, "warmup": 0}
-    return edit(found, **(small | changes))
+    return edit(base, **(small | changes))
 
 
-def _real(batch):
+def _valid(batch):
     return None if batch.valid is None else jnp.asarray(batch.valid)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains(name):
     """Two steps through scanned layers with grouped heads: finite, and every parameter of the mechanism learns."""
-    still = untouched(config(small(name)))
+    still = without_gradient(config(small(name)))
     if still and causal(name):  # a first position that sees itself alone, say, learns nothing from its scores
-        still &= untouched(config(small(name), task="listops"))
+        still &= without_gradient(config(small(name), task="listops"))
     assert not still, f"no gradient ever reaches {still}"
 
 
-def untouched(chosen) -> set[str]:
+def without_gradient(chosen) -> set[str]:
     """Parameters of the mechanism that two steps give no gradient."""
     task = build_task(chosen)
     tx = optimizer.of(chosen, task)
@@ -82,7 +82,7 @@ def test_half_precision(name):
     task = build_task(chosen)
     batch = prefetch.checked(task, "train", 0)
     logits, aux = jax.eval_shape(
-        lambda: build_model(chosen, task)(jnp.asarray(batch.inputs), valid=_real(batch), key=jax.random.key(0))
+        lambda: build_model(chosen, task)(jnp.asarray(batch.inputs), valid=_valid(batch), key=jax.random.key(0))
     )
     assert logits.dtype == jnp.float32
     assert all(value.shape == () for value in aux.metrics().values())
@@ -96,7 +96,7 @@ def test_alternates_with_another(name):
     model = nnx.eval_shape(lambda: build_model(chosen, task))
     batch = prefetch.checked(task, "train", 0)
     graph, variables = nnx.split(model)
-    logits, _ = jax.eval_shape(lambda v: nnx.merge(graph, v)(jnp.asarray(batch.inputs), valid=_real(batch)), variables)
+    logits, _ = jax.eval_shape(lambda v: nnx.merge(graph, v)(jnp.asarray(batch.inputs), valid=_valid(batch)), variables)
     assert logits.shape[:2] == (4, 24)
 
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xformers_lab import cli, spec
-from xformers_lab.attention._engine import drawing
+from xformers_lab import cli, drawing, spec
 from xformers_lab.attention._engine.block_sparse.layout import layout
 from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Random, Residue
 from xformers_lab.attention.sparse import WORDS, parsed
@@ -31,8 +30,8 @@ SEEN = {
 
 @pytest.mark.parametrize("text", SEEN)
 def test_words_mean_what_they_say(text):
-    found = np.broadcast_to(parsed(text, 24)(Q, K), (24, 24))
-    np.testing.assert_array_equal(found, np.broadcast_to(SEEN[text], (24, 24)))
+    seen = np.broadcast_to(parsed(text, 24)(Q, K), (24, 24))
+    np.testing.assert_array_equal(seen, np.broadcast_to(SEEN[text], (24, 24)))
 
 
 def test_random_draws_as_many_runs_as_asked():
@@ -85,8 +84,8 @@ def test_is_the_mechanism_it_spells():
         ("sparse:pattern=dilated(3,4)", "dilated:window=3:dilation=4"),
     ]
     for (mine, other), causal in itertools.product(pairs, (True, False)):
-        found, wanted = (spec.build("attention", text, size).mix(q, k, v, causal=causal)[0] for text in (mine, other))
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        out, expected = (spec.build("attention", text, size).mix(q, k, v, causal=causal)[0] for text in (mine, other))
+        np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +104,12 @@ def test_is_the_mechanism_it_spells():
 def test_numbers_beyond_any_length_count_as_the_length(large, same):
     """As predicates, which run in int32, and as the layouts they are run by."""
     q, k, v = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 24, 1, 8)), jnp.float32) for i in range(3))
-    found, wanted = (spec.build("attention", f"sparse:pattern={text}", length=24, dim=8) for text in (large, same))
+    of_large, of_same = (spec.build("attention", f"sparse:pattern={text}", length=24, dim=8) for text in (large, same))
     at = jnp.arange(24)
     for causal in (True, False):
         seen = lambda layer, causal=causal: layer.seen(causal)(at[:, None], at[None])
-        np.testing.assert_array_equal(seen(found), seen(wanted))
-    np.testing.assert_allclose(found.mix(q, k, v)[0], wanted.mix(q, k, v)[0], atol=1e-6)
+        np.testing.assert_array_equal(seen(of_large), seen(of_same))
+    np.testing.assert_allclose(of_large.mix(q, k, v)[0], of_same.mix(q, k, v)[0], atol=1e-6)
 
 
 def test_a_pattern_in_a_sweep_keeps_its_commas(capsys):

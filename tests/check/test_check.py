@@ -108,8 +108,8 @@ def agrees(name: str, T: int, S: int, causal: bool, seed: int) -> None:
     case = Case(T, S, causal, biased=one.takes_bias, batch=2)
     assume(not one.refusal(case))
     valid, key = jnp.asarray(np.random.default_rng(seed).random((2, S)) < 0.7), jax.random.key(1)
-    both = jax.jit(lambda own, inputs, valid: [
-        one.forward(own, inputs, valid, key, causal=causal, method=method) for method in ("attend", "reference")
+    both = jax.jit(lambda params, inputs, valid: [
+        one.forward(params, inputs, valid, key, causal=causal, method=method) for method in ("attend", "reference")
     ])  # fmt: skip
     with jax.default_matmul_precision("highest"):
         fast, slow = both(one.own, one.inputs(case, seed), valid)

@@ -203,14 +203,14 @@ def test_what_cannot_be_checked_is_one_clear_message(capsys, word, message):
 
 def test_check_from_the_command_line(capsys, monkeypatch, inline):
     """One choice, or a whole shelf by its name."""
-    asked = []
+    checked = []
 
     def check(name, shelf, *, deep, doing):
-        asked.append((shelf, name))
+        checked.append((shelf, name))
         return run.Report(name, name != "dyt", [], [], 0.0)
 
     monkeypatch.setattr(run, "check", check)
     assert main(["check", "rezero", "--json"]) == 0
     assert '"passed": true' in capsys.readouterr().out
     assert main(["check", "normaliser"]) == 1
-    assert asked == [("norm", "rezero"), *(("normaliser", name) for name in spec.names("normaliser"))]
+    assert checked == [("norm", "rezero"), *(("normaliser", name) for name in spec.names("normaliser"))]

@@ -9,10 +9,11 @@ from conftest import ROOT
 # From the ground up. A name is a file or folder of the package; those of one line do not import one another. A folder
 # within a folder is a layer of its own where it is named here.
 LAYERS = [
-    "errors files hardware record",
+    "errors files hardware record drawing",
     "nn",
     "spec",
     "attention._engine",
+    "attention._base",
     "attention position ffn tasks",
     "norm memory",
     "depth",
@@ -28,7 +29,7 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-SHELVES = {"attention", "attention._engine", "position", "norm", "ffn", "depth", "memory", "tasks"}
+SHELVES = {"attention", "attention._base", "attention._engine", "position", "norm", "ffn", "depth", "memory", "tasks"}
 ABOVE_SHELVES = {"config", "model", "train"}
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
@@ -63,20 +64,20 @@ def imported(file: pathlib.Path, package: str, known: dict[str, pathlib.Path]) -
 
 def upward(package: pathlib.Path) -> dict[tuple[str, str], str]:
     """Imports of a layer that is not below the module's own: (module, layer imported) -> the place."""
-    known, found = modules(package), {}
+    known, places = modules(package), {}
     for module, file in known.items():
         for line, name in imported(file, package.name, known) if module else ():
             mine, other = layer(module), layer(name)
             for each in (mine, other):
                 assert each in LEVELS, f"{each} has no place in LAYERS of {pathlib.Path(__file__).name}"
             if mine != other and LEVELS[other] >= LEVELS[mine]:
-                found[module, other] = f"{file}:{line}"
-    return found
+                places[module, other] = f"{file}:{line}"
+    return places
 
 
 def test_imports_go_down():
-    found = upward(ROOT / "xformers_lab")
-    upward_imports = [f"{place} imports {other}" for (_, other), place in found.items()]
+    places = upward(ROOT / "xformers_lab")
+    upward_imports = [f"{place} imports {other}" for (_, other), place in places.items()]
     assert not upward_imports, "imports go down alone: " + ", ".join(upward_imports)
 
 

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Cost, KeepsKeys, OneHead, Patterned
 from xformers_lab.attention._engine.pattern import BlockLocal
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.attention.adaptive_span import AdaptiveSpan
 from xformers_lab.attention.axial import Axial
 from xformers_lab.attention.linear import Linear
@@ -40,7 +39,7 @@ class CostOffByTen(Plain):
 class StateUndeclared(Local):
     """Declares a ring of the window (Local, 2020), and keeps every key."""
 
-    init_cache = Attention.init_cache
+    init_cache = OneHead.init_cache
 
 
 class StaleState(Linear):
@@ -62,16 +61,17 @@ class RingTooShort(Local):
 class StaleInput(Gated):
     __doc__ = Gated.__doc__
 
-    def mix_step(self, cache, q, k, v, **given):
-        out, new, carry = super().mix_step(cache, q, k, v, **given)
+    def decode_heads(self, cache, call):
+        out, new, carry = super().decode_heads(cache, call)
         return out, new | {"x": jnp.roll(new["x"], 1, 1)}, carry
 
 
 class StepWithoutTheGate(Gated):
     __doc__ = Gated.__doc__
 
-    def mix_step(self, cache, q, k, v, *, x=None, **given):
-        return super().mix_step(cache, q, k, v, x=None if x is None else 0 * x, **given)
+    def decode_heads(self, cache, call):
+        assert call.x is not None
+        return super().decode_heads(cache, call.replace(x=jnp.zeros_like(call.x)))
 
 
 class DecaysTwiceInAStep(Decayed):
@@ -92,11 +92,10 @@ class StateDecaysInTheWrongType(Decayed):
 class DecodesTheWholeBand(AdaptiveSpan):
     __doc__ = AdaptiveSpan.__doc__
 
-    def mix_step(self, cache, q, k, v, **given):
-        return Local.mix_step(self, cache, q, k, v, **given)
+    attend_cached = Local.attend_cached
 
 
-class RunsDecodedByDistance(Patterned):
+class RunsDecodedByDistance(KeepsKeys, Patterned):
     """Runs of five positions, decoded as if the newest key were the last of its run (Qiu et al., 2019)."""
 
     kind = "sparse by position"
@@ -104,15 +103,9 @@ class RunsDecodedByDistance(Patterned):
     def __init__(self, size, *, rngs):
         super().__init__(size, BlockLocal(5), rngs=rngs)
 
-    init_cache = Attention.init_cache
-    mix_step = Attention.mix_step
 
-
-class GridDecodedByDistance(Axial):
+class GridDecodedByDistance(KeepsKeys, Axial):
     __doc__ = Axial.__doc__
-
-    init_cache = Attention.init_cache
-    mix_step = Attention.mix_step
 
 
 class StoresEveryRow(Linear):
@@ -127,8 +120,8 @@ class StoresEveryRow(Linear):
 class DecodesWithoutTheRotaryKey(Mla):
     __doc__ = Mla.__doc__
 
-    def mix_step(self, cache, q, k, v, **given):
-        return super().mix_step(cache, q, 0 * k, v, **given)
+    def decode_heads(self, cache, call):
+        return super().decode_heads(cache, call.replace(k=0 * call.k))
 
 
 FAULTS = {

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from xformers_lab.attention import Attention
+from xformers_lab.attention import OneHead
 from xformers_lab.errors import Refused
 
 from .right import BothSides, Plain, Span, mask, scaled_scores, softmax
@@ -107,7 +107,7 @@ class OneParameterForAllHeads(Span):
         return {"span": self.span[:1]}
 
 
-class NoDefinition(Attention):
+class NoDefinition(OneHead):
     """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
 
     kind = "full"

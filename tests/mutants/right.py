@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention import Attention, Cost, MultiHead, OneHead, Stepwise
 from xformers_lab.check.subject import Subject
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 
 
-class Plain(Attention):
+class Plain(OneHead):
     """Softmax attention (Vaswani et al., 2017, arXiv 1706.03762)."""
 
     kind = "full"
@@ -83,8 +83,8 @@ class BothSides(Plain):
         return Cost(flops=2 * S * self.size.head, memory=max(T, S) * self.size.head, state=0)
 
 
-class TalkingHeads(Attention):
-    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): it overrides `mix`."""
+class TalkingHeads(MultiHead):
+    """Scores are mixed over heads before the softmax (Shazeer et al., 2020, arXiv 2003.02436): all heads at once."""
 
     kind = "multi-head"
 
@@ -92,18 +92,19 @@ class TalkingHeads(Attention):
         super().__init__(size, rngs=rngs)
         self.talk = nnx.Param(jnp.eye(size.heads) + 0.1 * rngs.params.normal((size.heads, size.heads)))
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if bias is not None:
+    def attend_heads(self, call):
+        if call.bias is not None:
             raise Refused("talking heads take no bias")
-        k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
+        q, k, v = call.q, *(jnp.repeat(y, call.q.shape[2] // y.shape[2], 2) for y in (call.k, call.v))
         s = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        s = jnp.einsum("bnts,nm->bmts", s, self.talk[...])
-        seen = mask(q[0, :, 0], k[0, :, 0], jnp.ones(k.shape[1], bool), causal)
-        seen = seen[None, None] & (True if valid is None else valid[:, None, None])
+        if call.method == "attend":
+            s = jnp.einsum("bnts,nm->bmts", s, self.talk[...])
+        else:
+            s = sum(s[:, n, None] * self.talk[n][None, :, None, None] for n in range(s.shape[1]))
+        seen = mask(q[0, :, 0], k[0, :, 0], jnp.ones(k.shape[1], bool), call.causal)
+        seen = seen[None, None] & (True if call.valid is None else call.valid[:, None, None])
         p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1) * seen
-        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), carry, Aux()
+        return jnp.einsum("bnts,bsnh->btnh", p, v).astype(v.dtype), call.carry, Aux()
 
     cost = Plain.cost
 
@@ -135,7 +136,7 @@ class Gated(Plain):
         return Cost(flops=4 * T * S * H, memory=T * S, state=2 * S * H + x)
 
 
-class Decayed(Attention):
+class Decayed(Stepwise):
     """Retention, a recurrence with a fixed decay (Sun et al., 2023, arXiv 2307.08621)."""
 
     kind = "linearised"
@@ -180,12 +181,10 @@ class Noted(Plain):
 
     kind = "full"
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out, carry, _ = super().mix(q, k, v, **given, method=method)
-        return out, carry, self.notes(v, jnp.ones(v.shape[:2], bool) if valid is None else valid, method)
+    def attend_heads(self, call):
+        out, carry, _ = super().attend_heads(call)
+        valid = jnp.ones(call.v.shape[:2], bool) if call.valid is None else call.valid
+        return out, carry, self.notes(call.v, valid, call.method)
 
     def notes(self, v, valid, method):
         size = jnp.where(valid, (v**2).mean((2, 3)), 0).sum() / jnp.maximum(valid.sum(), 1)

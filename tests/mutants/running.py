@@ -45,9 +45,9 @@ class ForgetsItsType(Plain):
 class DependsOnTracing(Plain):
     __doc__ = Plain.__doc__
 
-    def mix(self, q, k, v, **given):
-        out, carry, aux = super().mix(q, k, v, **given)
-        return out * (1 if isinstance(q, Tracer) else 2), carry, aux
+    def attend_heads(self, call):
+        out, carry, aux = super().attend_heads(call)
+        return out * (1 if isinstance(call.q, Tracer) else 2), carry, aux
 
 
 class CountsItsCalls(Plain):
@@ -57,9 +57,9 @@ class CountsItsCalls(Plain):
         super().__init__(size, rngs=rngs)
         self.calls = 0
 
-    def mix(self, q, k, v, **given):
+    def attend_heads(self, call):
         self.calls += 1
-        return super().mix(q, k, v, **given)
+        return super().attend_heads(call)
 
 
 class VariableChangesType(Plain):
@@ -69,10 +69,10 @@ class VariableChangesType(Plain):
         super().__init__(size, rngs=rngs)
         self.mean = nnx.Variable(jnp.zeros((), jnp.bfloat16))
 
-    def mix(self, q, k, v, **given):
+    def attend_heads(self, call):
         self.mean[...] = self.mean[...]
-        self.mean.set_value(self.mean[...] * 0.9 + q.mean())
-        return super().mix(q, k, v, **given)
+        self.mean.set_value(self.mean[...] * 0.9 + call.q.mean())
+        return super().attend_heads(call)
 
 
 class RandomKeysOfEveryCall(Plain):

@@ -66,9 +66,9 @@ class BiasShifted(Plain):
 class GroupsInTheWrongOrder(TalkingHeads):
     __doc__ = TalkingHeads.__doc__
 
-    def mix(self, q, k, v, **given):
-        k, v = (jnp.tile(y, (1, 1, q.shape[2] // y.shape[2], 1)) for y in (k, v))
-        return super().mix(q, k, v, **given)
+    def attend_heads(self, call):
+        k, v = (jnp.tile(y, (1, 1, call.q.shape[2] // y.shape[2], 1)) for y in (call.k, call.v))
+        return super().attend_heads(call.replace(k=k, v=v))
 
 
 class KnowsItsNeighbours(Plain):
@@ -82,9 +82,10 @@ class KnowsItsNeighbours(Plain):
 class GateFromTheStart(Gated):
     __doc__ = Gated.__doc__
 
-    def mix(self, q, k, v, *, x=None, x_q=None, **given):
-        assert x is not None
-        return super().mix(q, k, v, x=x, x_q=x[:, : q.shape[1]] if x_q is None else x_q, **given)
+    def attend_heads(self, call):
+        assert call.x is not None
+        x_q = call.x[:, : call.q.shape[1]] if call.x_q is None else call.x_q
+        return super().attend_heads(call.replace(x_q=x_q))
 
 
 class RecurrenceForgetsPadding(Decayed):
@@ -101,25 +102,25 @@ class DecayTooEarly(Decayed):
         return self.decay * (state + jnp.outer(k, v))
 
 
-def _heads_turned(mix, q, k, v, method, given):
+def _heads_turned(attend_heads, call):
     """A fast form that meets its heads in the opposite order."""
-    turn = (lambda x: x[:, :, ::-1]) if method == "attend" else (lambda x: x)
-    out, carry, aux = mix(turn(q), turn(k), turn(v), method=method, **given)
+    turn = (lambda x: x[:, :, ::-1]) if call.method == "attend" else (lambda x: x)
+    out, carry, aux = attend_heads(call.replace(q=turn(call.q), k=turn(call.k), v=turn(call.v)))
     return turn(out), carry, aux
 
 
 class ScalesInTheWrongOrder(Multiscale):
     __doc__ = Multiscale.__doc__
 
-    def mix(self, q, k, v, *, method="attend", **given):
-        return _heads_turned(super().mix, q, k, v, method, given)
+    def attend_heads(self, call):
+        return _heads_turned(super().attend_heads, call)
 
 
 class SpansOfOtherHeads(AdaptiveSpan):
     """Parameters that start equal for all heads hide it, until they have learned (AdaptiveSpan, 2019)."""
 
-    def mix(self, q, k, v, *, method="attend", **given):
-        return _heads_turned(super().mix, q, k, v, method, given | {"bias": None})
+    def attend_heads(self, call):
+        return _heads_turned(super().attend_heads, call.replace(bias=None))
 
 
 class RandomKeysByLength(Plain):
@@ -176,8 +177,8 @@ class ScaleOfTheLogarithm(Plain):
 class CentredOverTheBatch(TalkingHeads):
     __doc__ = TalkingHeads.__doc__
 
-    def mix(self, q, k, v, **given):
-        return super().mix(q, k - 0.1 * k.mean(0, keepdims=True), v, **given)
+    def attend_heads(self, call):
+        return super().attend_heads(call.replace(k=call.k - 0.1 * call.k.mean(0, keepdims=True)))
 
 
 class TallStartsAtTheStart(Plain):
@@ -192,8 +193,8 @@ class TallStartsAtTheStart(Plain):
 class DropsTheRotaryKey(Mla):
     __doc__ = Mla.__doc__
 
-    def mix(self, q, k, v, *, method="attend", **given):
-        return super().mix(q, 0 * k if method == "attend" else k, v, method=method, **given)
+    def attend_heads(self, call):
+        return super().attend_heads(call.replace(k=0 * call.k) if call.method == "attend" else call)
 
 
 class HalvesOfAnotherOrder(Differential):
@@ -218,8 +219,8 @@ class NormaliserCountsPadding(Linear):
 class NoMethod(TalkingHeads):
     __doc__ = TalkingHeads.__doc__
 
-    def mix(self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None):
-        return super().mix(q, k, v, valid=valid, causal=causal, bias=bias, carry=carry)
+    def attend_heads(self, call):
+        return super().attend_heads(call.replace(method="attend"))
 
 
 FAULTS = {

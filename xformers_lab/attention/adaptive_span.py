@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity
+from xformers_lab.attention import Call, Complexity
 from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.attention.local import Local
 from xformers_lab.errors import Refused
@@ -64,11 +64,8 @@ class AdaptiveSpan(Local):
     def per_head(self):
         return {"z": self.window * jax.nn.sigmoid(self.part[...])}
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out, carry, aux = super().mix(q, k, v, **given, method=method)
+    def attend_heads(self, call: Call):
+        out, carry, aux = super().attend_heads(call)
         span = self.per_head()["z"].mean()
         return out, carry, aux | Aux(losses={"span": self.penalty * span}, scalars={"span": span})
 
@@ -92,9 +89,9 @@ class AdaptiveSpan(Local):
     def limit(length: int):
         return {"span": 2 * length}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias):
         ramp = Ramp(self.per_head()["z"], bias, self.ramp)
-        return super().mix_step(cache, q, k, v, x=x, bias=ramp, carry=carry)
+        return super().attend_cached(q, keys, values, at, positions, seen, ramp)
 
 
 @jax.tree_util.register_dataclass

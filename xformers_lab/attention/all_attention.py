@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.pattern import All
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.size import Size

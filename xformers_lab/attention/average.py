@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -16,7 +16,7 @@ from xformers_lab.nn.size import Size
 CHUNK = 64
 
 
-class Average(Attention):
+class Average(MultiHead):
     """Average attention network (Zhang, Xiong and Su, 2018, arXiv 1805.00631).
 
     g_t = FFN(mean_(s <= t) x_s), (i_t, f_t) = sigmoid(W [x_t; g_t]), out_t = i_t * x_t + f_t * g_t. Every position so
@@ -49,23 +49,24 @@ class Average(Attention):
         self.widen, self.grow, self.shrink = widen, linear(D, widen * D), linear(widen * D, D)
         self.gates = linear(2 * D, 2 * D)
 
+    keeps_keys = False
+
     def scale_init(self, share: float) -> None:
         """Its values are its input; what makes something of their mean is a feed-forward network."""
         scale_init(share, self.grow, self.shrink)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if bias is not None:
+    def attend_heads(self, call: Call):
+        if call.bias is not None:
             raise Refused(why_not(self, "bias"))
+        x, x_q, valid = call.x, call.queries_input, call.valid
         assert x is not None
-        (B, T), S = q.shape[:2], x.shape[1]
-        x_q = x[:, -T:] if x_q is None else x_q
-        there = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
+        (B, T), S = call.q.shape[:2], x.shape[1]
+        counted = jnp.ones((B, S), jnp.float32) if valid is None else valid.astype(jnp.float32)
         x = x if valid is None else jnp.where(valid[:, :, None], x, 0)
-        total, count = (_by_definition if method == "reference" else _sums)(x, there, T, causal)
+        total, count = (_by_definition if call.method == "reference" else _sums)(x, counted, T, call.causal)
         out = self._gated(x_q, (total / jnp.maximum(count, 1)[..., None]).astype(x.dtype))
-        return jnp.where(count[..., None] > 0, out, 0).astype(v.dtype).reshape(q.shape), carry, Aux()
+        out = jnp.where(count[..., None] > 0, out, 0).astype(call.v.dtype)
+        return out.reshape(call.q.shape), call.carry, Aux()
 
     def _gated(self, x, mean):
         g = self.shrink(jax.nn.relu(self.grow(mean)))
@@ -79,13 +80,14 @@ class Average(Attention):
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         return {"sum": jnp.zeros((B, self.size.dim), jnp.float32), "seen": jnp.zeros((), jnp.int32)}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
-        if bias is not None:
+    def decode_heads(self, cache, call: Call):
+        if call.bias is not None:
             raise Refused(why_not(self, "bias"))
+        x = call.x
         assert x is not None
         cache = {"sum": cache["sum"] + x, "seen": cache["seen"] + 1}
         out = self._gated(x, (cache["sum"] / cache["seen"]).astype(x.dtype))
-        return out.astype(v.dtype).reshape(q.shape), cache, carry
+        return out.astype(call.v.dtype).reshape(call.q.shape), cache, call.carry
 
 
 class Same(nnx.Module):
@@ -93,12 +95,12 @@ class Same(nnx.Module):
         return x
 
 
-def _sums(x, there, T: int, causal: bool):
+def _sums(x, counted, T: int, causal: bool):
     """Sums (B, T, D) of x (B, S, D) over what each of T queries sees, and how many that are (B, T)."""
     B, S, D = x.shape
     if not causal:
         total = jnp.broadcast_to(x.sum(1, dtype=jnp.float32, keepdims=True), (B, T, D))
-        return total, jnp.broadcast_to(there.sum(1, keepdims=True), (B, T))
+        return total, jnp.broadcast_to(counted.sum(1, keepdims=True), (B, T))
     C = min(CHUNK, S)
     pad = -S % C
     chunks = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, D)
@@ -106,10 +108,10 @@ def _sums(x, there, T: int, causal: bool):
     ends = inside[:, :, -1]
     total = (inside + (jnp.cumsum(ends, 1) - ends)[:, :, None]).reshape(B, -1, D)[:, :S]
     late = lambda y: jnp.pad(y, [(0, 0), (max(T - S, 0), 0)] + [(0, 0)] * (y.ndim - 2))[:, -T:]
-    return late(total), late(jnp.cumsum(there, 1))
+    return late(total), late(jnp.cumsum(counted, 1))
 
 
-def _by_definition(x, there, T: int, causal: bool):
+def _by_definition(x, counted, T: int, causal: bool):
     S = x.shape[1]
     seen = jnp.tri(T, S, S - T) if causal else jnp.ones((T, S))
-    return jnp.einsum("ts,bsd->btd", seen, x.astype(jnp.float32)), jnp.einsum("ts,bs->bt", seen, there)
+    return jnp.einsum("ts,bsd->btd", seen, x.astype(jnp.float32)), jnp.einsum("ts,bs->bt", seen, counted)

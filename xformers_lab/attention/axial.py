@@ -5,8 +5,8 @@ import operator
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.pattern import BlockLocal, Pattern, Residue
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -4,8 +4,8 @@ from typing import Literal
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned, run_block
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
-from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.softmax import softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -31,7 +31,7 @@ class _Window:
 @functools.lru_cache(maxsize=256)
 def _windows(nodes: int, T: int, S: int, causal: bool) -> tuple[int, tuple[_Window, ...]]:
     """Queries per block, and the windows of every level that has spans to see."""
-    block, found = min(BLOCK, T), []
+    block, parts = min(BLOCK, T), []
     first = np.arange(S - T, S, block)
     last = np.minimum(first + block, S) - 1
     for level in range(S.bit_length() + 1):
@@ -39,12 +39,12 @@ def _windows(nodes: int, T: int, S: int, causal: bool) -> tuple[int, tuple[_Wind
         whole = _window(level, S, low, last + 1 if causal else high, left=True, right=not causal)
         left, right = _window(level, S, low, before, left=True), _window(level, S, after, high, right=True)
         if level == 0:
-            found.append(whole)
+            parts.append(whole)
         elif causal:
-            found.append(left)
+            parts.append(left)
         else:
-            found += [whole] if whole.width <= left.width + right.width else [left, right]
-    return block, tuple(window for window in found if window.width > 0)
+            parts += [whole] if whole.width <= left.width + right.width else [left, right]
+    return block, tuple(window for window in parts if window.width > 0)
 
 
 def _window(level: int, S: int, low, high, *, left: bool = False, right: bool = False) -> _Window:
@@ -86,13 +86,13 @@ def _pyramid(k, v, valid, levels: int):
     (None: all do)."""
     S = k.shape[0]
     sums, counts = jnp.concatenate([k, v], 1).astype(jnp.float32), jnp.ones(S) if valid is None else valid
-    sums, counts, found = jnp.where(counts[:, None] > 0, sums, 0), counts.astype(jnp.float32), []
+    sums, counts, spans = jnp.where(counts[:, None] > 0, sums, 0), counts.astype(jnp.float32), []
     for _ in range(levels):
         means = sums / jnp.maximum(counts, 1)[:, None]
-        found.append((means.astype(k.dtype), None if valid is None else counts > 0))
+        spans.append((means.astype(k.dtype), None if valid is None else counts > 0))
         halves = lambda x: jnp.pad(x, [(0, len(x) % 2)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, 2, *x.shape[1:])
         sums, counts = halves(sums).sum(1), halves(counts).sum(1)
-    return found
+    return spans
 
 
 def _graph(nodes: int, T: int, S: int, causal: bool):
@@ -117,11 +117,11 @@ def _graph(nodes: int, T: int, S: int, causal: bool):
                     pointer += way
                 half = pointer if pointer % 2 == (way > 0) else None
                 pointer >>= 1
-        edges[t, [found for found in reached if found is not None]] = True
+        edges[t, [node for node in reached if node is not None]] = True
     return members, edges
 
 
-class Bp(Attention):
+class Bp(Stepwise):
     """BP-Transformer: spans of a binary partition, coarser with distance (Ye et al., 2019, arXiv 1911.04070).
 
     out_t = sum_u softmax_u(q_t . k_u / sqrt(H)) v_u over the token itself and spans u that tile all other positions:
@@ -156,11 +156,11 @@ class Bp(Attention):
         """A span that a query sees, at its last position, on either side."""
 
         def seen(q, k):
-            found = k == q
+            seen = k == q
             for level in range(self.size.length.bit_length() + 1):
                 ends = ((k + 1) % (1 << level) == 0) | (k == self.size.length - 1)
-                found |= ends & _live(self.nodes, q, k >> level, level, right=not causal)
-            return found
+                seen |= ends & _live(self.nodes, q, k >> level, level, right=not causal)
+            return seen
 
         return seen
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
@@ -18,7 +18,7 @@ EXACT = {"preferred_element_type": jnp.float32}
 BLOCK = 16
 
 
-class Clustered(Attention):
+class Clustered(OneHead):
     """Clustered attention, and improved clustered attention (Vyas et al., 2020, arXiv 2007.04825).
 
     out_t = A_c v with A_c = softmax(q_c k^T / sqrt(H)) of the mean query q_c of t's cluster c. Improved: on the keys
@@ -139,11 +139,11 @@ class Clustered(Attention):
 
     def cost(self, T: int, S: int) -> Cost:
         H, C, K = self.size.head, min(self.clusters, T), min(self.improved, S)
-        found = 2 * T * H * self.bits + (4 * self.iterations + 2) * T * C * (self.bits + 1)
+        search = 2 * T * H * self.bits + (4 * self.iterations + 2) * T * C * (self.bits + 1)
         block, blocks = _block(T, C), _count(T, C, _block(T, C))
         own = 4 * blocks * block * K * H if K else 2 * T * C * H
         memory = max(T * max(C, 2 * H), blocks * max(block * max(K, H), K * 2 * H))
-        return Cost(flops=found + 2 * T * C * H + 4 * C * S * H + own, memory=memory, state=0)
+        return Cost(flops=search + 2 * T * C * H + 4 * C * S * H + own, memory=memory, state=0)
 
     @staticmethod
     def limit(length: int):
@@ -219,5 +219,5 @@ def _moved(x, index, back):
 
 _moved.defvjp(
     lambda x, index, back: (_moved(x, index, back), (index, back)),
-    lambda given, grad: (_moved(grad, *reversed(given)), None, None),
+    lambda residuals, grad: (_moved(grad, *reversed(residuals)), None, None),
 )

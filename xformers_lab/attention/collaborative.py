@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost
+from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.softmax import masked_softmax
-from xformers_lab.attention._projected import Projected
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -54,17 +54,16 @@ class Collaborative(Projected):
         v = self.value(source)
         return turn_q(q), turn_k(self.key(source)[:, :, None]), v.reshape(*v.shape[:2], -1, self.size.head)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        function = getattr(self, method)
+    def attend_heads(self, call: Call):
+        function = getattr(self, call.method)
 
         def one(q, v, _, carry, of_sample, bias):
             k, valid = of_sample
-            return function(q, k, v, valid=valid, causal=causal, bias=bias), None
+            return function(q, k, v, valid=valid, causal=call.causal, bias=bias), None
 
-        plan = plan_of(self.size)
-        return over_heads(one, q, v, v, None, (k[:, :, 0], valid), bias, plan=plan)[0], carry, Aux()
+        of_sample, plan = (call.k[:, :, 0], call.valid), plan_of(self.size)
+        out, _ = over_heads(one, call.q, call.v, call.v, None, of_sample, call.bias, plan=plan)
+        return out, call.carry, Aux()
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
@@ -14,7 +14,7 @@ from xformers_lab.nn.size import Size
 IDENTITY = 1.001
 
 
-class Csalr(Attention):
+class Csalr(OneHead):
     """CSALR, compressed self-attention with low-rank approximation (Chen et al., IJCAI 2020).
 
     out = (F + E) (A + I)^-1 B v, F = softmax(q k'^T / sqrt(H)), A = softmax(q' k'^T / sqrt(H)),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.recurrent import Recurrent, gate_of, gated, unit
 from xformers_lab.attention._engine.linear.gated import delta_rule
-from xformers_lab.attention._recurrent import Recurrent, gate_of, gated, unit
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, KeepsKeys
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
@@ -11,7 +11,7 @@ from xformers_lab.nn.size import Size
 EPSILON = 1e-5
 
 
-class Differential(Full):
+class Differential(KeepsKeys, Full):
     """Differential attention (Ye et al., 2024, arXiv 2410.05258).
 
     out_t = (1 - lambda_init) RMSNorm(sum_s (p1_ts - lambda p2_ts) v_s), p1 and p2 the softmaxes of the two halves of a
@@ -57,10 +57,10 @@ class Differential(Full):
 
     def attend(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
         # Values in float32: the difference of two rounded outputs would keep few of their bits.
-        given = {"valid": valid, "causal": causal, "bias": bias}
+        options = {"valid": valid, "causal": causal, "bias": bias}
         wide = v.astype(jnp.float32)
         first, second = (
-            super(Differential, self).attend(q, k, wide, **given) for q, k in zip(_halves(q), _halves(k), strict=True)
+            super(Differential, self).attend(q, k, wide, **options) for q, k in zip(_halves(q), _halves(k), strict=True)
         )
         return self._normalised(first - balance * second, gain).astype(v.dtype)
 
@@ -84,8 +84,6 @@ class Differential(Full):
     def cost(self, T: int, S: int) -> Cost:
         one = super().cost(T, S)
         return Cost(flops=1.5 * one.flops, memory=one.memory, state=one.state)
-
-    init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
 
 def _halves(x):

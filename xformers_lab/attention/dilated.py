@@ -1,8 +1,8 @@
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine.pattern import Dilated as Pattern
-from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost
 from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, readings
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention.full import Full
@@ -53,17 +53,15 @@ class Disagreement(Full):
         super().__init__(size, rngs=rngs)
         self.on, self.weight = on, weight
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out, carry, aux = super().mix(q, k, v, **given, method=method)
-        agreement = self._by_pairs if method == "reference" else self._by_means
-        found = agreement(q, k, v, out, valid, causal, bias)
-        return out, carry, aux | Aux(losses={"disagreement": self.weight * found}, scalars={"agreement": found})
+    def attend_heads(self, call: Call):
+        out, carry, aux = super().attend_heads(call)
+        of_pairs = self._by_pairs if call.method == "reference" else self._by_means
+        agreement = of_pairs(call, out)
+        return out, carry, aux | Aux(losses={"disagreement": self.weight * agreement}, scalars={"agreement": agreement})
 
-    def _by_means(self, q, k, v, out, valid, causal: bool, bias):
+    def _by_means(self, call: Call, out):
         """The mean over pairs of heads of u_i . u_j is the square of the mean u."""
+        q, k, v, valid, causal, bias = call.q, call.k, call.v, call.valid, call.causal, call.bias
         if self.on == "positions":
             at_once = max(16, ROWS // q.shape[2])
             heads = lambda y: jnp.swapaxes(jnp.repeat(y, q.shape[2] // y.shape[2], 2), 1, 2)
@@ -76,18 +74,20 @@ class Disagreement(Full):
         u, counted = (out, _asked(q, k, valid)) if self.on == "outputs" else (v, _of_keys(k, valid))
         return _mean((_directions(u, counted).mean(2) ** 2).sum(-1), counted)
 
-    def _by_pairs(self, q, k, v, out, valid, causal: bool, bias):
+    def _by_pairs(self, call: Call, out):
         """The same by definition."""
+        q, k, v, valid = call.q, call.k, call.v, call.valid
         if self.on == "positions":
-            u = self._weights(q, k, valid, causal, bias)
+            u = self._weights(call)
             counted = _asked(q, k, valid)
         else:
             u, counted = (out, _asked(q, k, valid)) if self.on == "outputs" else (v, _of_keys(k, valid))
             u = _directions(u, counted)
         return _mean(jnp.einsum("btnh,btmh->btnm", u, u).mean((2, 3)), counted)
 
-    def _weights(self, q, k, valid, causal: bool, bias):
+    def _weights(self, call: Call):
         """(B, T, N, S)."""
+        q, k, valid, causal, bias = call.q, call.k, call.valid, call.causal, call.bias
         k = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
         T, S = q.shape[1], k.shape[1]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]

@@ -6,10 +6,10 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned, run_block
 from xformers_lab.attention._engine.algebra import WHOLE, Pattern, settled
 from xformers_lab.attention._engine.order import PAD, Order
 from xformers_lab.attention._engine.pattern import BlockLocal
-from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -24,9 +24,11 @@ class Places(Order):
     high: int
 
     def keys(self, stop, block):
-        found = np.arange(stop, dtype=np.int32)
-        found = found[(found % self.run >= self.low) & (found % self.run < self.high)]
-        return np.pad(found, (0, max(block, -(-len(found) // block) * block) - len(found)), constant_values=PAD)
+        positions = np.arange(stop, dtype=np.int32)
+        positions = positions[(positions % self.run >= self.low) & (positions % self.run < self.high)]
+        return np.pad(
+            positions, (0, max(block, -(-len(positions) // block) * block) - len(positions)), constant_values=PAD
+        )
 
     def find(self, q, first, last, stop, block):
         return self._before(first) // block, (self._before(last + 1) - 1) // block
@@ -60,8 +62,8 @@ class Summary(Pattern):
         return settled(possible & (q_low == q_low), certain & (q_low == q_low))
 
     def state(self, q, k):
-        found = super().state(q, k)
-        return found * 0 + WHOLE if k.order == self.order else found
+        state = super().state(q, k)
+        return state * 0 + WHOLE if k.order == self.order else state
 
 
 class Fixed(Patterned):

@@ -3,9 +3,9 @@ import functools
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import All
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.nn.size import Size
 
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.recurrent import gated, interval_bias
 from xformers_lab.attention._engine.linear.gated import delta_rule
-from xformers_lab.attention._recurrent import gated, interval_bias
 from xformers_lab.attention.delta_net import DeltaNet, direction
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity
+from xformers_lab.attention import Complexity, KeepsKeys
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import by_definition
 from xformers_lab.attention._engine.pattern import All
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -49,7 +49,7 @@ class Distance:
         return added if self.other is None else added + self.other(q_at, k_at)
 
 
-class Gaussian(Patterned):
+class Gaussian(KeepsKeys, Patterned):
     """Attention with a learned Gaussian prior on positions (Yang et al., 2018, arXiv 1810.10182; kind=distance: Guo et
     al., 2019, AAAI 33, doi 10.1609/aaai.v33i01.33016489).
 
@@ -76,8 +76,6 @@ class Gaussian(Patterned):
         decoding="every key and value",
         memory_note=", scores are never stored",
     )
-
-    init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
     def __init__(
         self,

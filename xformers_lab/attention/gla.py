@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.recurrent import Recurrent, gate_of, gated
 from xformers_lab.attention._engine.linear.gated import channel_decay, power_of_two
-from xformers_lab.attention._recurrent import Recurrent, gate_of, gated
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size

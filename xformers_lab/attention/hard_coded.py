@@ -4,7 +4,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -15,7 +15,7 @@ SIGMAS = 6
 CHUNK = 32
 
 
-class HardCoded(Attention):
+class HardCoded(Stepwise):
     """Hard-coded Gaussian attention (You et al., 2020, arXiv 2005.00742).
 
     out_t = sum_s N(s; t + offset, std^2) v_s with the density N of a Gaussian around a fixed neighbour of the query,

@@ -6,9 +6,9 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned, run_block
 from xformers_lab.attention._engine.algebra import Pattern, settled
 from xformers_lab.attention._engine.order import NATURAL, Runs, Tiles
-from xformers_lab.attention._patterned import Patterned, run_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -132,11 +132,11 @@ class ImageLocal(Patterned):
         if block is None:
             block = tuple(min((RUN, SIDE)[axes - 1], -(-length // 4)) for length in shape)
         memory = block if memory is None else memory
-        for name, given, least in (("block", block, 1), ("memory", memory, 0)):
-            if len(given) != axes or min(given) < least:
+        for name, sizes, least in (("block", block, 1), ("memory", memory, 0)):
+            if len(sizes) != axes or min(sizes) < least:
                 example = "8x8" if axes == 2 else "128"
                 wanted = f"{name} of form={form} wants sizes of at least {least} like {example}"
-                raise Refused(f"{wanted}, got {_times(given)}")
+                raise Refused(f"{wanted}, got {_times(sizes)}")
         pattern = Line(*block, *memory) if axes == 1 else Plane(shape[1], *block, *memory)
         super().__init__(size, pattern, rngs=rngs)
         self.shape, self.tile, self.memory = shape, block, memory

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import products, weighted, weights
 from xformers_lab.attention._engine.softmax import masked_softmax
@@ -15,7 +15,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Informer(Attention):
+class Informer(OneHead):
     """ProbSparse attention of Informer (Zhou et al., 2021, arXiv 2012.07436, algorithm 1).
 
     The u = factor ceil(ln T) queries whose scores with a sample of as many keys have the largest maximum less mean are

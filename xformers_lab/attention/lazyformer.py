@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, OneHead
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
@@ -14,7 +14,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 
-class Lazyformer(Attention):
+class Lazyformer(OneHead):
     """LazyFormer, attention with lazy update (Ying et al., 2021, arXiv 2102.12702).
 
     out = P v with P = softmax(q k^T / sqrt(H)) in the first of every `share` layers, and the P of the layer below in
@@ -52,21 +52,20 @@ class Lazyformer(Attention):
         """P of every head, and how many layers there are below."""
         return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        shared, below = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
-        fresh = functools.partial(super().mix, valid=valid, causal=causal, bias=bias, method=method)
+    def attend_heads(self, call: Call):
+        (B, T), S, carry = call.q.shape[:2], call.k.shape[1], call.carry
+        shared, below = self.initial_carry(B, T, S) if carry is None else carry
+        attend_heads = super().attend_heads
 
         def taken_over(q, k, v, shared):
-            apply = _plainly if method == "reference" else functools.partial(_by_blocks, causal=causal)
+            apply = _plainly if call.method == "reference" else functools.partial(_by_blocks, causal=call.causal)
             one = lambda q, k, v, shared, of_sample, of_head: (apply(shared, v), shared)
             return over_heads(one, q, k, v, shared, None, None, plan=plan_of(self.size))
 
         def computed(q, k, v, shared):
-            return fresh(q, k, v, carry=shared)[:2]
+            return attend_heads(call.replace(q=q, k=k, v=v, carry=shared))[:2]
 
-        out, shared = lax.cond(below % self.share == 0, computed, taken_over, q, k, v, shared)
+        out, shared = lax.cond(below % self.share == 0, computed, taken_over, call.q, call.k, call.v, shared)
         return out, (shared, below + 1), Aux()
 
     def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.recurrent import EPSILON, Recurrent, gate_of
 from xformers_lab.attention._engine.linear.gated import scalar_decay
-from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.linear.features import (
     EXACT,
     divided,
@@ -25,7 +25,7 @@ EPSILON = 1e-6
 CLIP = 40.0
 
 
-class Linear(Attention):
+class Linear(Stepwise):
     """Linear attention with a choice of feature maps (Katharopoulos et al., 2020, arXiv 2006.16236, equations 4 to 9).
 
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), the sums over all keys, causally over s <= t.
@@ -103,11 +103,11 @@ class Linear(Attention):
         # A query further than that in front of the last key counts as if it stood there: its cosine is not negative.
         q, _ = self._map(q, jnp.maximum(jnp.arange(T) + S - T, S - length), length, own, 0)
         k, log = self._map(k, jnp.arange(S), length, own, 1)
-        given = {"valid": valid, "causal": causal, "chunk": self.chunk, "log": log}
+        options = {"valid": valid, "causal": causal, "chunk": self.chunk, "log": log}
         if self.features == "softmax":
             q = q / _seen_sums(k if valid is None else jnp.where(valid[:, None], k, 0), T, causal)
-            return sums(q, k, v, **given)[0].astype(v.dtype)
-        out, total = sums(q, k, v, **given)
+            return sums(q, k, v, **options)[0].astype(v.dtype)
+        out, total = sums(q, k, v, **options)
         return _divided(out, total, log).astype(v.dtype)
 
     def _map(self, x, at, length, own, which: int):

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.slots import over_all
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Linformer(Attention):
+class Linformer(OneHead):
     """Linformer (Wang et al., 2020, arXiv 2006.04768, equation 7).
 
     out = softmax(q (E k)^T / sqrt(H)) F v: learned E and F project the keys and the values of all positions to `rank`

@@ -2,14 +2,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, KeepsKeys
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 
 
-class Lite(Full):
+# Keys newest last: a convolution counts from there.
+class Lite(KeepsKeys, Full):
     """Long-short range attention of the Lite Transformer (Wu et al., 2020, arXiv 2004.11886, section 4).
 
     Some heads attend, out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s, for what is far; the others convolve their
@@ -46,10 +47,8 @@ class Lite(Full):
         self.attending = max(1, min(size.heads - 1, round(share * size.heads)))
         self.taps = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size.heads - self.attending, width)))
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        many, T = self.attending, q.shape[1]
+    def attend_heads(self, call: Call):
+        many, (q, k, v, valid) = self.attending, (call.q, call.k, call.v, call.valid)
         group = jnp.arange(q.shape[2]) // (q.shape[2] // k.shape[2])
         near = jnp.take(v, group[many:], 2)
         # Grouped key/value heads are repeated where the heads that attend are no whole number of groups.
@@ -58,17 +57,14 @@ class Lite(Full):
             if self._whole()
             else (jnp.take(y, group[:many], 2) for y in (k, v))
         )
-        bias = jax.tree.map(lambda leaf: leaf[:many], bias)
-        given = {"valid": valid, "causal": causal, "bias": bias, "key": key}
-        far, _, _ = super().mix(q[:, :, :many], k, v, **given, method=method)
+        bias = jax.tree.map(lambda leaf: leaf[:many], call.bias)
+        far, _, _ = super().attend_heads(call.replace(q=q[:, :, :many], k=k, v=v, bias=bias))
         near = near if valid is None else jnp.where(valid[..., None, None], near, 0)
-        before = self.width - 1 if causal else self.width // 2
+        before = self.width - 1 if call.causal else self.width // 2
         taps = jax.nn.softmax(self.taps[...])
-        convolve = _by_definition if method == "reference" else _shifted
-        return jnp.concatenate([far, convolve(near, taps, before, T).astype(v.dtype)], 2), carry, Aux()
-
-    # Newest last, as `mix` reads them: a convolution counts from there.
-    init_cache, mix_step = Attention.init_cache, Attention.mix_step
+        convolve = _by_definition if call.method == "reference" else _shifted
+        near = convolve(near, taps, before, q.shape[1]).astype(v.dtype)
+        return jnp.concatenate([far, near], 2), call.carry, Aux()
 
     def _whole(self) -> bool:
         return self.attending * self.size.key_heads % self.size.heads == 0

@@ -3,9 +3,9 @@ import functools
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import Band, Global
-from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

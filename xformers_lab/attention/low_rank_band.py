@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
@@ -12,7 +12,7 @@ from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
 
-class LowRankBand(Attention):
+class LowRankBand(OneHead):
     """Low-rank and locality constrained attention (Guo et al., 2019, doi 10.1109/TASLP.2019.2944078).
 
     out_t = sum_s softmax_s(u_t . w_s / sqrt(rank)) v_s + sum_(|t - s| <= window) softmax_s(q_t . k_s / sqrt(H)) v_s.
@@ -64,9 +64,9 @@ class LowRankBand(Attention):
 
     def attend(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         (far, near), (wide, narrow) = self.parts(causal), self.blocks(len(q), len(k))
-        given = {"valid": valid, "bias": bias}
-        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, blocks=wide, **given))
-        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, blocks=narrow, **given))
+        options = {"valid": valid, "bias": bias}
+        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, blocks=wide, **options))
+        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, blocks=narrow, **options))
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         far, near = self.parts(causal)

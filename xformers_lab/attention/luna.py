@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.attention._engine.slots import attended
@@ -18,7 +18,7 @@ from xformers_lab.nn.size import Size
 EXACT = {"preferred_element_type": jnp.float32}
 
 
-class Luna(Attention):
+class Luna(MultiHead):
     """Luna, linear unified nested attention (Ma et al., 2021, arXiv 2106.01540).
 
     Y = attention(P, k, v) packs the sequence, out = attention(q, K Y, V Y) unpacks it, and the layer above takes P + Y:
@@ -59,6 +59,12 @@ class Luna(Attention):
         self.pack_query = linear(size.dim)
         self.unpack_key, self.unpack_value = (linear(size.key_heads * size.head) for _ in range(2))
 
+    keeps_keys = False
+
+    @classmethod
+    def carries(cls) -> bool:
+        return True
+
     def init_carry(self, T: int, S: int):
         """Of one sequence: P, set by the first layer, and how many layers have run."""
         return {"packed": jnp.zeros(self.points.shape, self.size.dtype), "layers": jnp.int32(0)}
@@ -66,14 +72,13 @@ class Luna(Attention):
     def initial_carry(self, B: int, T: int, S: int):
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (B, *leaf.shape)), self.init_carry(T, S))
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if bias is not None:
+    def attend_heads(self, call: Call):
+        if call.bias is not None:
             raise Refused(why_not(type(self), "bias"))
+        q, k, v, valid, method, carry = call.q, call.k, call.v, call.valid, call.method, call.carry
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
         P, asked = self._asked(carry, k.dtype)
-        if causal:
+        if call.causal:
             function = jax.checkpoint(self._causal) if method == "attend" else self._causal_by_definition
             keys, values = self._unpacking(v)
             one = lambda q, k, _, own, valid, __: (function(q, k, own[0], own[1], own[2], valid), None)
@@ -131,13 +136,14 @@ class Luna(Attention):
         state = jnp.zeros((2, B, self.size.heads, self.size.head, self.points.shape[0]), jnp.float32)
         return {"sums": state, "seen": jnp.zeros((), jnp.int32)}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    def decode_heads(self, cache, call: Call):
         """The sums over all tokens so far of K v_s a_s^T and V v_s a_s^T, one H x packed matrix each for every head."""
-        if bias is not None:
+        if call.bias is not None:
             raise Refused(why_not(type(self), "bias"))
-        carry = self.initial_carry(len(q), 1, 1) if carry is None else carry
-        P, asked = self._asked(carry, k.dtype)
-        k, *new = map(self._repeated, (k, *self._unpacking(v)))
+        q, v = call.q, call.v
+        carry = self.initial_carry(len(q), 1, 1) if call.carry is None else call.carry
+        P, asked = self._asked(carry, v.dtype)
+        k, *new = map(self._repeated, (call.k, *self._unpacking(v)))
         a = jax.nn.elu(jnp.einsum("bnh,bpnh->bnp", k, asked, **EXACT) * self.size.head**-0.5) + 1
         sums, seen = cache["sums"] + jnp.stack(new)[..., None] * a[:, :, None], cache["seen"] + 1
         keys, values = sums / seen

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost
+from xformers_lab.attention._base.recurrent import EPSILON, Recurrent, gate_of, interval_bias
 from xformers_lab.attention._engine.linear.gated import scalar_decay
-from xformers_lab.attention._recurrent import EPSILON, Recurrent, gate_of, interval_bias
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -65,16 +65,13 @@ class Mamba2(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out, carry, aux = super().mix(q, k, v, **given, method=method)
-        return self._normalised(out).astype(v.dtype), carry, aux
+    def attend_heads(self, call: Call):
+        out, carry, aux = super().attend_heads(call)
+        return self._normalised(out).astype(call.v.dtype), carry, aux
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
-        out, cache, carry = super().mix_step(cache, q, k, v, x=x, bias=bias, carry=carry)
-        return self._normalised(out).astype(v.dtype), cache, carry
+    def decode_heads(self, cache, call: Call):
+        out, cache, carry = super().decode_heads(cache, call)
+        return self._normalised(out).astype(call.v.dtype), cache, carry
 
     def _normalised(self, out):
         """(..., N, H) at unit root mean square over all channels of a group, times learned weights."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
@@ -20,7 +20,7 @@ from xformers_lab.nn.size import Size
 LONG, EIGHTHS = 1024, 8
 
 
-class Mca(Attention):
+class Mca(Stepwise):
     """Memory-compressed attention (Liu et al., 2018, arXiv 1801.10198).
 
     out = softmax(q K^T / sqrt(H)) V, K and V convolutions of k and v over windows of `kernel` positions, one every

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost
+from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.softmax import masked_softmax
-from xformers_lab.attention._projected import Projected
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -79,33 +79,32 @@ class Mla(Projected):
         down = self.down(source)[:, :, None]
         return q, turn_k(down[..., self.latent :]), self.norm(down[..., : self.latent])
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"valid": valid, "causal": causal, "bias": bias, "carry": carry}
-        k, v = k[:, :, :1], v[:, :, :1]
-        if method == "reference":
-            return self._by_definition(q, k[:, :, 0], v[:, :, 0], valid, causal, bias), carry, Aux()
+    def attend_heads(self, call: Call):
+        q, k, v = call.q, call.k[:, :, :1], call.v[:, :, :1]
+        if call.method == "reference":
+            return self._by_definition(call), call.carry, Aux()
         if self._absorbs(q.shape[1], k.shape[1]):
-            return self._absorbed(q, k, v, given), carry, Aux()
+            return self._absorbed(call.replace(k=k, v=v)), call.carry, Aux()
         (B, S), N, H = v.shape[:2], self.size.heads, self.size.head
         up = self.up.kernel[...].astype(v.dtype)
         expanded = (v.reshape(B * S, -1) @ up).reshape(B, S, N, 2 * H)
         keys = jnp.concatenate([expanded[..., :H], jnp.broadcast_to(k, (B, S, N, k.shape[3]))], -1)
-        return super().mix(q, keys, expanded[..., H:], **given)
+        return super().attend_heads(call.replace(k=keys, v=expanded[..., H:]))
 
-    def _absorbed(self, q, k, v, given):
+    def _absorbed(self, call: Call):
         """One key head, the latent and the rotary key, for all queries, which are brought into the latent's space."""
-        H = self.size.head
+        q, k, v, H = call.q, call.k, call.v, self.size.head
         to_key, to_value = self._expanding(q.dtype)
         inside = jnp.einsum("btnh,cnh->btnc", q[..., :H], to_key)
         keys = jnp.concatenate([v, k], -1)
         scale = (keys.shape[3] / q.shape[3]) ** 0.5
-        out, _, _ = super().mix(jnp.concatenate([inside, q[..., H:]], -1) * scale, keys, v, **given)
+        wide = jnp.concatenate([inside, q[..., H:]], -1) * scale
+        out, _, _ = super().attend_heads(call.replace(q=wide, k=keys))
         return jnp.einsum("btnc,cnh->btnh", out, to_value)
 
-    def _by_definition(self, q, k, v, valid, causal: bool, bias):
+    def _by_definition(self, call: Call):
         """Every head's keys and values, and all its scores."""
+        q, k, v, valid, causal, bias = call.q, call.k[:, :, 0], call.v[:, :, 0], call.valid, call.causal, call.bias
         (_, T, N, _), S, H = q.shape, k.shape[1], self.size.head
         to_key, to_value = self._expanding(v.dtype)
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]

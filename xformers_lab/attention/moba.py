@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import ROWS, batched, count, grouped, in_blocks, merged, scores_at_once
 from xformers_lab.attention._engine.dense import scores
@@ -11,7 +11,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Moba(Attention):
+class Moba(Stepwise):
     """Mixture of block attention, MoBA (Lu et al., 2025, arXiv 2502.13189, section 2.2).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of the query's own block and of those `chosen` - 1
@@ -51,9 +51,9 @@ class Moba(Attention):
         valid = in_blocks(jnp.ones(S, bool) if valid is None else valid, B, False)
         keys, values = in_blocks(k, B), in_blocks(v, B)
         means = _means(lax.stop_gradient(keys), valid)
-        given = lax.stop_gradient(q).astype(jnp.float32), jnp.maximum(at, 0) // B
-        choose = lambda given: _choose(given[0], given[1], means, valid.any(1), choices, causal)
-        chosen = lax.map(choose, given, batch_size=ROWS)
+        rows = lax.stop_gradient(q).astype(jnp.float32), jnp.maximum(at, 0) // B
+        choose = lambda rows: _choose(rows[0], rows[1], means, valid.any(1), choices, causal)
+        chosen = lax.map(choose, rows, batch_size=ROWS)
         groups = grouped(chosen.reshape(-1), len(keys), C)
 
         def added(of_block):

@@ -3,10 +3,10 @@ import math
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.pattern import Band
-from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -6,7 +6,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost
+from xformers_lab.attention._base.patterned import near_block
+from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine import by_content
 from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, grouped, in_blocks, scores_at_once
@@ -16,8 +18,6 @@ from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weig
 from xformers_lab.attention._engine.pattern import Band
 from xformers_lab.attention._engine.softmax import EMPTY, masked_softmax, softmax
 from xformers_lab.attention._engine.windows import count, windows
-from xformers_lab.attention._patterned import near_block
-from xformers_lab.attention._projected import Projected
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -111,28 +111,26 @@ class Nsa(Projected):
         block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
+    def attend_heads(self, call: Call):
         """What `attend` and `reference` compute for one head is the window; the other branches see a group of heads."""
-        H, T = self.size.head, q.shape[1]
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "method": method}
-        near, _, _ = super().mix(q[..., H:], k[..., 2 * H :], v[..., 2 * H :], **given)
-        far = self._far(q, k[..., : 2 * H], v[..., : 2 * H], valid, causal, bias, method)
-        gates = jnp.swapaxes(self._of_tokens(x, x_q, T)["gates"], 1, 2)
-        return _gated(gates, [*jnp.moveaxis(far, 3, 0), near]).astype(v.dtype), carry, Aux()
+        q, k, v, H = call.q, call.k, call.v, self.size.head
+        near, _, _ = super().attend_heads(call.replace(q=q[..., H:], k=k[..., 2 * H :], v=v[..., 2 * H :]))
+        far = self._far(call.replace(k=k[..., : 2 * H], v=v[..., : 2 * H]))
+        gates = self.from_queries(call.queries_input)["gates"]
+        return _gated(gates, [*jnp.moveaxis(far, 3, 0), near]).astype(v.dtype), call.carry, Aux()
 
-    def _far(self, q, k, v, valid, causal: bool, bias, method: str):
+    def _far(self, call: Call):
         """(B, T, N, 2H) and (B, S, K, 2H) -> (B, T, N, 2, H), the compressed and the selected branch.
 
         Groups choose alike, so a group is what is mapped. Its g query heads are those of one of the model's key heads,
         even where the keys that are given have been repeated, G for each group.
         """
+        q, k, v, causal = call.q, call.k, call.v, call.causal
         (B, T, N, _), K, H = q.shape, self.size.key_heads, self.size.head
-        one = self._group if method == "attend" else self._group_by_definition
+        one = self._group if call.method == "attend" else self._group_by_definition
         packed = q.reshape(B, T, K, -1)
         k, v = (y.reshape(*y.shape[:2], K, -1, 2, H) for y in (k, v))
-        bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), bias)
+        bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), call.bias)
 
         def group(q, k, v, _, valid, bias):
             G = k.shape[1]
@@ -143,7 +141,8 @@ class Nsa(Projected):
             far = jnp.stack(one(q, k, v, valid, causal, bias))
             return far.transpose(2, 1, 3, 0, 4).reshape(T, -1, 2, H), None
 
-        return over_heads(group, packed, k, v, None, valid, bias, plan=plan_of(self.size))[0].reshape(B, T, N, 2, H)
+        out, _ = over_heads(group, packed, k, v, None, call.valid, bias, plan=plan_of(self.size))
+        return out.reshape(B, T, N, 2, H)
 
     def _group(self, q, k, v, valid, causal: bool, bias):
         """(2, G, T, g, H) and (2, G, S, H) -> two of (G, T, g, H)."""
@@ -258,8 +257,8 @@ class Nsa(Projected):
         always = [(number == own - 1, 10), (number == 0, 20), (number == own, 30)]
         for which, more in always:
             importance = jnp.where(which, len(p) * more, importance)
-        found = jnp.pad(valid, (0, -S % self.select)).reshape(runs, -1).any(1)
-        importance = jnp.where(found & (number <= own) if causal else found, importance, -1)
+        filled = jnp.pad(valid, (0, -S % self.select)).reshape(runs, -1).any(1)
+        importance = jnp.where(filled & (number <= own) if causal else filled, importance, -1)
         one, other = importance[:, :, None], importance[:, None]
         ahead = (other > one) | ((other == one) & (number < number[:, None]))
         chosen = (ahead.sum(2) < self.chosen) & (importance >= 0)
@@ -287,6 +286,7 @@ class Nsa(Projected):
         """Positions of whole runs."""
         return -(-length // self.select) * self.select
 
+    keeps_keys = False
     on_places = "its blocks go"
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
@@ -296,15 +296,15 @@ class Nsa(Projected):
         rows = {name: jnp.zeros((B, self.size.key_heads, 2, n, self.size.head), dtype) for name, n in sizes.items()}
         return {"rows": rows, "seen": jnp.zeros((), jnp.int32)}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
-        (B, N, _), K, H = q.shape, self.size.key_heads, self.size.head
-        gates = self._of_tokens(None if x is None else x[:, None], None, 1)["gates"][:, :, 0]
-        q, gates = q.reshape(B, K, -1, 2, H), gates.reshape(B, K, -1, 3)
-        new = jnp.stack([k, v], 2).reshape(B, K, 2, 3, H)
-        bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), bias)
+    def decode_heads(self, cache, call: Call):
+        (B, N, _), K, H = call.q.shape, self.size.key_heads, self.size.head
+        gates = self.from_queries(call.as_row().queries_input)["gates"][:, 0]
+        q, gates = call.q.reshape(B, K, -1, 2, H), gates.reshape(B, K, -1, 3)
+        new = jnp.stack([call.k, call.v], 2).reshape(B, K, 2, 3, H)
+        bias = jax.tree.map(lambda leaf: leaf.reshape(K, -1, *leaf.shape[1:]), call.bias)
         step = lambda rows, q, new, gates, bias: self._step(rows, q, new, gates, bias, cache["seen"])
         out, rows = jax.vmap(jax.vmap(step), (0, 0, 0, 0, None))(cache["rows"], q, new, gates, bias)
-        return out.reshape(B, N, H).astype(v.dtype), {"rows": rows, "seen": cache["seen"] + 1}, carry
+        return out.reshape(B, N, H).astype(call.v.dtype), {"rows": rows, "seen": cache["seen"] + 1}, call.carry
 
     def _step(self, rows, q, new, gates, bias, at):
         """One group: q (g, 2, H), keys and values new (2, 3, H), gates (g, 3) -> (g, H), and the new rows."""

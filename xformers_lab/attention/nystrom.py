@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
@@ -14,7 +14,7 @@ from xformers_lab.nn.size import Size
 BLOCK = 64
 
 
-class Nystrom(Attention):
+class Nystrom(OneHead):
     """Nystromformer (Xiong et al., 2021, arXiv 2102.03902).
 
     out = F A^+ B v + conv(v), F = softmax(q k'^T / sqrt(H)), A = softmax(q' k'^T / sqrt(H)),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -15,7 +15,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 
-class Perceiver(Attention):
+class Perceiver(MultiHead):
     """Perceiver (Jaegle et al., 2021, arXiv 2103.03206), read out by positions as in Perceiver IO (arXiv 2107.14795).
 
     L <- L + attention(L, k, v); `steps` times L <- L + attention(L, L, L); out = attention(q, K L, V L), an MLP after
@@ -63,13 +63,12 @@ class Perceiver(Attention):
         """What queries look at are values of their own, of states behind a norm."""
         scale_init(share, self.latent_value, self.out)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if causal:
+    def attend_heads(self, call: Call):
+        if call.causal:
             raise Refused(why_not(type(self), "causal"))
-        if bias is not None:
+        if call.bias is not None:
             raise Refused(why_not(type(self), "bias"))
+        q, k, v, valid, method = call.q, call.k, call.v, call.valid, call.method
         B, shape = q.shape[0], self.latents.shape
         L = jnp.broadcast_to(self.latents[...].astype(k.dtype), (B, *shape))
         L = self.look(L, k, v, valid, method=method)
@@ -82,7 +81,7 @@ class Perceiver(Attention):
         there = None if valid is None else jnp.broadcast_to(valid.any(1, keepdims=True), (B, shape[0]))
         how = {"method": method, "plan": plan_of(self.size)}
         out = attended(q, heads(self.latent_key(L)), heads(self.latent_value(L)), there, **how)
-        return out.astype(v.dtype), carry, Aux()
+        return out.astype(v.dtype), call.carry, Aux()
 
     def cost(self, T: int, S: int) -> Cost:
         (m, D), H, N = self.latents.shape, self.size.head, self.size.heads
@@ -106,6 +105,6 @@ class _Part(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.size.head).astype(L.dtype)
         if k is None and self.key is not None and self.value is not None:
             k, v = heads(self.key(y)), heads(self.value(y))
-        found = attended(heads(self.query(y)), k, v, valid, method=method, plan=plan_of(self.size))
-        L = L + self.out(found.reshape(L.shape)).astype(L.dtype)
+        attention = attended(heads(self.query(y)), k, v, valid, method=method, plan=plan_of(self.size))
+        L = L + self.out(attention.reshape(L.shape)).astype(L.dtype)
         return L + self.shrink(jax.nn.gelu(self.grow(self.mlp_norm(L)))).astype(L.dtype)

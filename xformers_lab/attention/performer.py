@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.linear.features import (
     EXACT,
     divided,
@@ -23,7 +23,7 @@ from xformers_lab.nn.size import Size
 FLOOR = 1e-3
 
 
-class Performer(Attention):
+class Performer(Stepwise):
     """Performer, FAVOR+: softmax by positive orthogonal random features (Choromanski et al., 2020, arXiv 2009.14794).
 
     out_t = phi(q_t) sum_s phi(k_s) v_s^T / (phi(q_t) . sum_s phi(k_s)), phi(x) = exp(W x - |x|^2 / 2) of x / H^(1/4):
@@ -101,12 +101,12 @@ class Performer(Attention):
 
     def _attend(self, q, k, v, valid, W, causal):
         (q, _), (k, log) = self._map(q, W, key=False), self._map(k, W, key=True)
-        given = {"valid": valid, "causal": causal, "chunk": self.chunk}
-        out, total = sums(q, k, v, log=log, **given)
+        options = {"valid": valid, "causal": causal, "chunk": self.chunk}
+        out, total = sums(q, k, v, log=log, **options)
         if self.epsilon:
             # Added to every feature of every key alike, it weighs all keys by the sum of the query's features.
             even = self.epsilon * q.sum(-1, keepdims=True)
-            further = sums(even, jnp.ones((len(k), 1), q.dtype), v, **given)
+            further = sums(even, jnp.ones((len(k), 1), q.dtype), v, **options)
             out, total = out + further[0], total + further[1]
         return divided(out, total).astype(v.dtype)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
@@ -81,18 +81,16 @@ class Poolingformer(Local):
         shape, learned = (2, size.key_heads, size.head, kernel), reach and pool == "ldconv"
         self.weigh = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5) if learned else None
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        T, S = q.shape[1], k.shape[1]
+    def attend_heads(self, call: Call):
+        T, S = call.q.shape[1], call.k.shape[1]
         if T != S:
             raise Refused(f"poolingformer pools the outputs of its first level: {T} queries need {T} keys, got {S}")
-        y, carry, aux = super().mix(q, k, v, valid=valid, causal=causal, bias=bias, carry=carry, method=method)
+        y, carry, aux = super().attend_heads(call)
         if not self.reach:
             return y, carry, aux
-        second = self._second_level if method == "attend" else self._by_definition
+        second = self._second_level if call.method == "attend" else self._by_definition
         q, k, v = self._projected(y)
-        return (y + second(q, k, v, valid, causal)).astype(y.dtype), carry, aux
+        return (y + second(q, k, v, call.valid, call.causal)).astype(y.dtype), carry, aux
 
     def _projected(self, y):
         """Queries, keys and values of the second level from the first's outputs (B, T, N, H)."""
@@ -186,12 +184,14 @@ class Poolingformer(Local):
         rows = lambda number: jnp.zeros((2, B, number, self.size.key_heads, self.size.head), dtype)
         return cache | {"newest": rows(self.kernel), "pools": rows(self._ring(length))}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    decode_heads_several = MultiHead.decode_heads_several
+
+    def decode_heads(self, cache, call: Call):
         """The second level keeps the newest keys and values until a pool is full, and a ring of pools."""
         at = cache["seen"]
         second = {name: cache[name] for name in cache if name in ("newest", "pools")}
         first = {name: cache[name] for name in cache if name not in second}
-        y, first, carry = super().mix_step(first, q, k, v, x=x, bias=bias, carry=carry)
+        y, first, carry = super().decode_heads(first, call)
         if not self.reach:
             return y, first, carry
         q, *new = (x[:, 0] for x in self._projected(y[:, None]))
@@ -207,4 +207,4 @@ class Poolingformer(Local):
         group = lambda q, k, v: jax.vmap(lambda q: softmax(k @ q * self.size.head**-0.5, seen, v))(q)
         grouped = q.reshape(len(q), self.size.key_heads, -1, self.size.head)
         z = jax.vmap(jax.vmap(group, (0, 1, 1)))(grouped, *pools).reshape(y.shape)
-        return (y + z).astype(v.dtype), first | {"newest": newest, "pools": pools}, carry
+        return (y + z).astype(call.v.dtype), first | {"newest": newest, "pools": pools}, carry

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost, ShiftedBias
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, ShiftedBias
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
@@ -17,7 +17,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 
-class Predictive(Attention):
+class Predictive(MultiHead):
     """Predictive attention, later called evolving attention (Wang et al., 2021, arXiv 2102.12895).
 
     I_l = a A_(l-1) + (1 - a) q k^T / sqrt(H), A_l = b relu(conv(I_l)) + (1 - b) I_l, out = softmax(A_l) v. A
@@ -57,6 +57,12 @@ class Predictive(Attention):
         self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, size.heads, size.heads)))
         self.level = nnx.Param(jnp.zeros(size.heads))
 
+    keeps_keys = False
+
+    @classmethod
+    def carries(cls) -> bool:
+        return True
+
     def init_carry(self, T: int, S: int):
         return jnp.zeros((T, S), jnp.float32)
 
@@ -64,16 +70,15 @@ class Predictive(Attention):
         """The scores of every head, and how many layers there are below."""
         return super().initial_carry(B, T, S), jnp.zeros((), jnp.int32)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
+    def attend_heads(self, call: Call):
+        q, k, v, valid, causal, carry = call.q, call.k, call.v, call.valid, call.causal, call.carry
         (B, T), S = q.shape[:2], k.shape[1]
         if T != S:
             raise Refused(f"predictive reads the scores of neighbouring queries: {T} queries need {T} keys, got {S}")
         below, layers = self.initial_carry(B, T, S) if carry is None else carry
         valid = jnp.ones((B, S), bool) if valid is None else valid
         plan = plan_of(self.size)
-        if method == "reference":
+        if call.method == "reference":
             new = self._by_definition(q, k, valid, causal, below, layers)
         else:
             readable = valid[:, None, None] & valid[:, None, :, None]
@@ -95,7 +100,8 @@ class Predictive(Attention):
             s = s if bias is None else s + bias(jnp.arange(T)[:, None], jnp.arange(S)[None])
             return maps.by_definition(s, seen, v)[0], None
 
-        out = over_heads(attended if method == "attend" else defined, q, k, v, new, valid, bias, plan=plan)[0]
+        one = attended if call.method == "attend" else defined
+        out, _ = over_heads(one, q, k, v, new, valid, call.bias, plan=plan)
         return out, (new, layers + 1), Aux()
 
     def _blend(self, s, below):
@@ -110,9 +116,9 @@ class Predictive(Attention):
     def _add_convolution(self, blend, read, kernel, rows: tuple[int, int]):
         columns = (self.around, self.around)
         shape = ("NCHW", "HWIO", "NCHW")
-        found = lax.conv_general_dilated(read, kernel, (1, 1), (rows, columns), dimension_numbers=shape)
-        found = jax.nn.relu(found + self.level[:, None, None])
-        return self.convolved * found + (1 - self.convolved) * blend
+        convolved = lax.conv_general_dilated(read, kernel, (1, 1), (rows, columns), dimension_numbers=shape)
+        convolved = jax.nn.relu(convolved + self.level[:, None, None])
+        return self.convolved * convolved + (1 - self.convolved) * blend
 
     def _by_definition(self, q, k, valid, causal: bool, below, layers):
         """A (B, N, T, S), tap by tap."""
@@ -123,12 +129,12 @@ class Predictive(Attention):
         t, u = jnp.arange(T)[:, None], jnp.arange(T)[None]
         there = valid[:, None, :, None] & valid[:, None, None] & ((u <= t) | (not causal))
         read = jnp.pad(jnp.where(there, blend, 0), ((0, 0), (0, 0), (r, r), (r, r)))
-        found = self.level[:, None, None]
+        convolved = self.level[:, None, None]
         for down in range(r + 1 if causal else 2 * r + 1):
             for right in range(2 * r + 1):
                 tap = read[:, :, down : down + T, right : right + T]
-                found = found + jnp.einsum("bits,io->bots", tap, self.kernel[down, right])
-        evolved = self.convolved * jnp.maximum(found, 0) + (1 - self.convolved) * blend
+                convolved = convolved + jnp.einsum("bits,io->bots", tap, self.kernel[down, right])
+        evolved = self.convolved * jnp.maximum(convolved, 0) + (1 - self.convolved) * blend
         return jnp.where(layers == 0, s, evolved)
 
     def cost(self, T: int, S: int) -> Cost:
@@ -145,10 +151,11 @@ class Predictive(Attention):
         rows = jnp.zeros((B, self.size.heads, self.around, length), jnp.float32)
         return super().init_cache(B, length, dtype) | {"rows": rows}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
-        k, v = (jnp.concatenate([cache[name][:, 1:], new[:, None]], 1) for name, new in (("k", k), ("v", v)))
+    def decode_heads(self, cache, call: Call):
+        pairs, q, bias = (("k", call.k), ("v", call.v)), call.q, call.bias
+        k, v = (jnp.concatenate([cache[name][:, 1:], new[:, None]], 1) for name, new in pairs)
         (B, S), N, seen = k.shape[:2], q.shape[1], cache["seen"] + 1
-        below, layers = self.initial_carry(B, 1, S) if carry is None else carry
+        below, layers = self.initial_carry(B, 1, S) if call.carry is None else call.carry
         valid = jnp.arange(S) >= S - seen
         dots, plan = functools.partial(_dot_products, causal=True), plan_of(self.size)
         s = over_heads(dots, q[:, None], k, v, None, None, None, plan=plan)[1]

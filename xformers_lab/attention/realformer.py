@@ -1,11 +1,11 @@
 import jax.numpy as jnp
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 
 
-class Realformer(Attention):
+class Realformer(OneHead):
     """RealFormer, residual attention (He et al., 2020, arXiv 2012.11747).
 
     A_l = q k^T / sqrt(H) + A_(l-1), out = softmax(A_l) v: the scores of every layer are added to those of the layer
@@ -30,8 +30,8 @@ class Realformer(Attention):
     def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):
         S = k.shape[0]
 
-        def block(given, at, keys):
-            q, below = given
+        def block(rows, at, keys):
+            q, below = rows
             seen = maps.seen_from(at, keys, valid, causal)
             # What no query may see is handed on as zero: it is never used, and padding may hold anything.
             s = jnp.where(seen, maps.products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)

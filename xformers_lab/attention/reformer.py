@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, merged, order_by, scores_at_once
@@ -20,7 +20,7 @@ ALONE = 1e5
 NOWHERE = 1 << 29
 
 
-class Reformer(Attention):
+class Reformer(Stepwise):
     """LSH attention of the Reformer (Kitaev et al., 2020, arXiv 2001.04451, section 2).
 
     out_t = sum_s softmax_s(q_t . q_s / |q_s|) v_s over the other tokens that fall into the bucket of t in one of the

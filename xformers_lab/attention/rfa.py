@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not_one_way
+from xformers_lab.attention import Complexity, Cost, Stepwise, why_not_one_way
+from xformers_lab.attention._base.recurrent import unit
 from xformers_lab.attention._engine.linear.features import EXACT, divided, sums
 from xformers_lab.attention._engine.linear.gated import aligned, scalar_decay
-from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -16,7 +16,7 @@ from xformers_lab.nn.size import Size
 FLOOR = 0.1
 
 
-class Rfa(Attention):
+class Rfa(Stepwise):
     """Random feature attention (Peng et al., 2021, arXiv 2103.02143, sections 3.1 and 3.2).
 
     out_t = phi(q_t) S_t / (phi(q_t) . z_t) with S_t = sum_s phi(k_s) v_s^T, z_t = sum_s phi(k_s), for q and k of unit

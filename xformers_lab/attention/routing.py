@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.attention._engine.dense import scores
@@ -17,7 +17,7 @@ ROWS = 4096
 NOWHERE = 1 << 29
 
 
-class Routing(Attention):
+class Routing(Stepwise):
     """Routing attention by online k-means (Roy et al., 2020, arXiv 2003.05997, section 4 and algorithm 1).
 
     out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s over the keys of the cluster of t, that of the centroid mu with the
@@ -58,9 +58,9 @@ class Routing(Attention):
         decay: float = 0.999,
         rngs: nnx.Rngs,
     ):
-        for name, given in (("clusters", clusters), ("window", window)):
-            if given is not None and given < 1:
-                raise Refused(f"{name} must be at least 1, got {given}")
+        for name, value in (("clusters", clusters), ("window", window)):
+            if value is not None and value < 1:
+                raise Refused(f"{name} must be at least 1, got {value}")
         if clusters is None:
             clusters = round(size.length**0.5) if window is None else -(-size.length // window)
         window = -(-size.length // clusters) if window is None else window
@@ -73,13 +73,10 @@ class Routing(Attention):
     def per_head(self):
         return {"centroids": lax.stop_gradient(self.centroids[...])}
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        out = super().mix(q, k, v, **given, method=method)
-        if key is not None:
-            self.centroids[...] = self._moved(q, k, valid)
+    def attend_heads(self, call: Call):
+        out = super().attend_heads(call)
+        if call.key is not None:
+            self.centroids[...] = self._moved(call.q, call.k, call.valid)
         return out
 
     def _moved(self, q, k, valid):
@@ -90,11 +87,11 @@ class Routing(Attention):
         rows = lambda x: lax.stop_gradient(x).swapaxes(1, 2).swapaxes(0, 1).reshape(x.shape[2], -1, x.shape[3])
         rows, there = jnp.concatenate([rows(q), rows(k)], 1), jnp.concatenate([asked.reshape(-1), valid.reshape(-1)])
 
-        def head(given):
-            rows, centroids = given
+        def head(arrays):
+            rows, centroids = arrays
 
-            def add(totals, given):
-                x, there = given
+            def add(totals, of_head):
+                x, there = of_head
                 member = (_nearest(x, centroids)[:, None] == jnp.arange(self.clusters)) & there[:, None]
                 member = member.astype(jnp.float32)
                 return (totals[0] + member.T @ jnp.where(there[:, None], _unit(x), 0), totals[1] + member.sum(0)), None

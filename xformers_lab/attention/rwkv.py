@@ -6,8 +6,8 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.recurrent import Recurrent
 from xformers_lab.attention._engine.linear.gated import aligned, blocks
-from xformers_lab.attention._recurrent import Recurrent
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._engine.slots import attended
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -14,7 +14,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 
-class Set(Attention):
+class Set(MultiHead):
     """Induced set attention, ISAB of the Set Transformer (Lee et al., 2019, arXiv 1810.00825).
 
     h = norm(y + relu(W y)) with y = norm(I + attention(I, k, v)), out = attention(q, K h, V h): learned points I look
@@ -52,13 +52,12 @@ class Set(Attention):
         """What queries look at are values of their own, of states behind a norm."""
         scale_init(share, self.point_value, self.out)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if causal:
+    def attend_heads(self, call: Call):
+        if call.causal:
             raise Refused(why_not(type(self), "causal"))
-        if bias is not None:
+        if call.bias is not None:
             raise Refused(why_not(type(self), "bias"))
+        q, k, v, valid, method = call.q, call.k, call.v, call.valid, call.method
         B, (m, D) = q.shape[0], self.points.shape
         points = jnp.broadcast_to(self.points[...].astype(k.dtype), (B, m, D))
         heads = lambda y: y.reshape(B, m, -1, self.size.head).astype(k.dtype)
@@ -67,7 +66,7 @@ class Set(Attention):
         h = self.inner_norm(y + jax.nn.relu(self.inner(y)))
         there = None if valid is None else jnp.broadcast_to(valid.any(1, keepdims=True), (B, m))
         out = attended(q, heads(self.point_key(h)), heads(self.point_value(h)), there, **how)
-        return out.astype(v.dtype), carry, Aux()
+        return out.astype(v.dtype), call.carry, Aux()
 
     def cost(self, T: int, S: int) -> Cost:
         (m, D), H, N, K = self.points.shape, self.size.head, self.size.heads, self.size.key_heads

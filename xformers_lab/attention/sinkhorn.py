@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 from jax.nn import logsumexp
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, scores_at_once
 from xformers_lab.attention._engine.softmax import MASKED, softmax
@@ -14,7 +14,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Sinkhorn(Attention):
+class Sinkhorn(Stepwise):
     """Sparse Sinkhorn attention (Tay et al., 2020, arXiv 2002.11296, section 3).
 
     Queries of block i attend to the keys of block i and to those of sum_j R_ij block j, one block that a soft sorting
@@ -196,9 +196,9 @@ class Sinkhorn(Attention):
             row = kept(row - logsumexp(row))
         order = jnp.where(able, jnp.exp(row), 0)
         kv = state["kv"].at[:, own, at % B].set(jnp.stack([k, v]))
-        found = {"sorted": jnp.einsum("j,xjbh->xbh", order, kv).astype(kv.dtype), "columns": jnp.stack(columns)}
-        found = {name: jnp.where(at % B == 0, new, state[name]) for name, new in found.items()}
-        keys, values = jnp.concatenate([found["sorted"], kv[:, own]], 1)
+        block = {"sorted": jnp.einsum("j,xjbh->xbh", order, kv).astype(kv.dtype), "columns": jnp.stack(columns)}
+        block = {name: jnp.where(at % B == 0, new, state[name]) for name, new in block.items()}
+        keys, values = jnp.concatenate([block["sorted"], kv[:, own]], 1)
         seen = jnp.concatenate([jnp.broadcast_to(own > 0, B), jnp.arange(B) <= at % B])
         out = softmax(jnp.dot(keys, q * H**-0.5, preferred_element_type=jnp.float32), seen, values)
-        return out, found | {"kv": kv, "total": total, "seen": at + 1}
+        return out, block | {"kv": kv, "total": total, "seen": at + 1}

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Skyformer(Attention):
+class Skyformer(OneHead):
     """Skyformer: Gaussian kernel and a Nystrom method on its positive completion (Chen et al., 2021, arXiv 2111.00035).
 
     out = K(q, z) (K(z, z) + ridge I)^-1 K(z, k) v, which approximates K(q, k) v with the Gaussian kernel

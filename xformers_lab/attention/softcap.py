@@ -3,14 +3,14 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.query_blocks import largest, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Softcap(Attention):
+class Softcap(OneHead):
     """Soft-capped attention scores (Gemma Team, 2024, arXiv 2408.00118, section 2).
 
     out_t = sum_s softmax_s(cap tanh(q_t . k_s / (cap sqrt(H)))) v_s. No score leaves (-cap, cap), so that training

@@ -6,9 +6,9 @@ import operator
 from flax import nnx
 
 from xformers_lab.attention import Complexity
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine import pattern as shapes
 from xformers_lab.attention._engine.pattern import Pattern
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused, nearest
 from xformers_lab.nn.size import Size
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -16,7 +16,7 @@ from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
 
-class Star(Attention):
+class Star(MultiHead):
     """Star-Transformer (Guo et al., 2019, arXiv 1902.09113, section 3 and algorithm 1).
 
     A ring of satellites and one relay r: out_t = sum_c softmax_c(q_t . k_c / sqrt(H)) v_c over five nodes c: positions
@@ -43,11 +43,10 @@ class Star(Attention):
         )
         self.relay_norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if causal:
+    def attend_heads(self, call: Call):
+        if call.causal:
             raise Refused(why_not(type(self), "causal"))
+        q, k, v, x, valid, carry = call.q, call.k, call.v, call.x, call.valid, call.carry
         assert x is not None
         carry = self.initial_carry(q.shape[0], q.shape[1], k.shape[1]) if carry is None else carry
         valid = jnp.ones(k.shape[:2], bool) if valid is None else valid
@@ -56,9 +55,9 @@ class Star(Attention):
         embedding = jnp.where(first[..., None], x, carry["embedding"].astype(x.dtype))
         # As many heads as the keys that came: a caller may have repeated them.
         heads = lambda y: jnp.repeat(y := y.reshape(*y.shape[:-1], -1, self.size.head), k.shape[2] // y.shape[-2], -2)
-        satellites = jax.checkpoint(_ring) if method == "attend" else _graph
+        satellites = jax.checkpoint(_ring) if call.method == "attend" else _graph
         of_embedding, of_relay = ([heads(self.key(node)), heads(self.value(node))] for node in (embedding, relay))
-        out = satellites(q, k, v, of_embedding, of_relay, valid, bias)
+        out = satellites(q, k, v, of_embedding, of_relay, valid, call.bias)
         new = {"relay": relay, "embedding": embedding, "layers": carry["layers"] + 1}
         return out, jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), Aux()
 
@@ -77,6 +76,10 @@ class Star(Attention):
         p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
         out = jnp.einsum("bns,bsnh->bnh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return self.relay_norm(jax.nn.relu(self.relay_out(out.reshape(B, -1).astype(x.dtype))))
+
+    @classmethod
+    def carries(cls) -> bool:
+        return True
 
     def init_carry(self, T: int, S: int):
         """Of one sequence: the relay and the embeddings, set by the first layer, and how many layers have run."""

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity
+from xformers_lab.attention import Call, Complexity
+from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine.pattern import Band, Global
-from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -77,16 +77,14 @@ class Streaming(Patterned):
         seen, moved = self.seen(causal, head), self.kept - self.sinks
         return lambda q, k: seen(q + moved, k + moved)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
+    def attend_heads(self, call: Call):
         """A learned logit is the score of one more key, of zeros, in front of all: every position moves by one."""
         if self.logit is not None:
             front = lambda y, value=0: jnp.pad(y, [(0, 0), (1, 0)] + [(0, 0)] * (y.ndim - 2), constant_values=value)
-            k, v, valid = front(k), front(v), None if valid is None else front(valid, True)
-            bias = _Sunk(self.logit[...], bias)
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        return super().mix(q, k, v, **given, method=method)
+            valid = None if call.valid is None else front(call.valid, True)
+            bias = _Sunk(self.logit[...], call.bias)
+            call = call.replace(k=front(call.k), v=front(call.v), valid=valid, bias=bias)
+        return super().attend_heads(call)
 
     @staticmethod
     def limit(length: int):
@@ -98,6 +96,6 @@ class Streaming(Patterned):
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         return super().init_cache(B, length, dtype) | {"seen": jnp.int32(self.front)}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias):
         bias = bias if self.logit is None else _Sunk(self.logit[...], bias)
-        return super().mix_step(cache, q, k, v, bias=bias, carry=carry)
+        return super().attend_cached(q, keys, values, at, positions, seen, bias)

@@ -3,8 +3,8 @@ import math
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.pattern import Band, Residue
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, Stepwise
+from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
-from xformers_lab.attention._patterned import Patterned
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
@@ -20,7 +20,7 @@ from xformers_lab.nn.size import Size
 TABLES = ("random", "fixed")
 
 
-class Synthesizer(Patterned):
+class Synthesizer(Stepwise, Patterned):
     """Synthesizer (Tay et al., 2020, arXiv 2005.00743).
 
     out_t = sum_s softmax_s(B_ts) v_s, where B_ts is no product of a query and a key: B_t = W2 relu(W1 x_t) (dense), or
@@ -48,7 +48,6 @@ class Synthesizer(Patterned):
     )
 
     on_places = "its weights go"
-    init_cache, mix_step = Attention.init_cache, Attention.mix_step
 
     def __init__(
         self,
@@ -84,13 +83,10 @@ class Synthesizer(Patterned):
         names = [name for name in ("rows", "near", "far", "left", "right", "table") if hasattr(self, name)]
         return {"own": {name: getattr(self, name)[...] for name in names}}
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if method == "attend" and self.form in TABLES:
-            return self._shared(q.shape[1], v, valid, causal, bias), carry, Aux()
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        return super().mix(q, k, v, **given, method=method)
+    def attend_heads(self, call: Call):
+        if call.method == "attend" and self.form in TABLES:
+            return self._shared(call.q.shape[1], call.v, call.valid, call.causal, call.bias), call.carry, Aux()
+        return super().attend_heads(call)
 
     def _shared(self, T: int, v, valid, causal: bool, bias):
         """A table's softmax, once for all samples: (B, T, N, H)."""
@@ -100,8 +96,8 @@ class Synthesizer(Patterned):
         wide = jnp.repeat(v, N // K, 2).transpose(2, 1, 0, 3).reshape(N, S, B * H)
         there = jnp.ones((S, B), v.dtype) if valid is None else valid.T.astype(v.dtype)
 
-        def head(given):
-            table, wide, bias = given
+        def head(arrays):
+            table, wide, bias = arrays
             wide = jnp.concatenate([wide, there], 1)
 
             def block(s, at, keys):
@@ -157,17 +153,17 @@ class Synthesizer(Patterned):
         t, s = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         hidden = jnp.maximum(q, 0).astype(jnp.float32)
         if self.form == "dense":
-            found = jnp.einsum("th,sh->ts", hidden, own["rows"])[:, :S]
+            scores = jnp.einsum("th,sh->ts", hidden, own["rows"])[:, :S]
         elif self.form == "factorised_dense":
             near = jnp.einsum("th,ah->ta", hidden, own["near"])[:, s[0] % own["near"].shape[0]]
-            found = near * jnp.einsum("th,ah->ta", hidden, own["far"])[:, s[0] // own["near"].shape[0]]
+            scores = near * jnp.einsum("th,ah->ta", hidden, own["far"])[:, s[0] // own["near"].shape[0]]
         elif self.form == "factorised_random":
-            found = (own["left"] @ own["right"].T)[jnp.maximum(t, 0), s]
+            scores = (own["left"] @ own["right"].T)[jnp.maximum(t, 0), s]
         else:
-            found = own["table"][jnp.maximum(t, 0), s]
-        found = found if bias is None else found + bias(t, s)
+            scores = own["table"][jnp.maximum(t, 0), s]
+        scores = scores if bias is None else scores + bias(t, s)
         seen = s <= t if causal else s >= 0 * t
-        return maps.by_definition(found, seen if valid is None else seen & valid[None], v)[0]
+        return maps.by_definition(scores, seen if valid is None else seen & valid[None], v)[0]
 
     def cost(self, T: int, S: int) -> Cost:
         H, state = self.size.head, S * self.size.head + 1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Call, Complexity, Cost, MultiHead
 from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
@@ -13,7 +13,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 
-class TalkingHeads(Attention):
+class TalkingHeads(MultiHead):
     """Talking-heads attention (Shazeer et al., 2020, arXiv 2003.02436).
 
     out_m = sum_l A_lm softmax(sum_n B_nl q_n k_n^T / sqrt(H)) v_m: learned N x N matrices mix the scores of the heads
@@ -44,16 +44,14 @@ class TalkingHeads(Attention):
         near = lambda: jnp.eye(size.heads) + spread * jax.random.normal(rngs.params(), (size.heads,) * 2)
         self.before, self.after = nnx.Param(near()), nnx.Param(near())
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], 2) for y in (k, v))
-        q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
-        leaves = {"before": self.before[...], "after": self.after[...], "bias": bias}
-        function = _reference if method == "reference" else functools.partial(_attend, self.at_once)
-        one = lambda q, k, v, valid: function(q, k, v, leaves, valid=valid, causal=causal)
-        out = over_samples(one, q, k, v, valid, plan=plan_of(self.size))
-        return jnp.swapaxes(out, 1, 2), carry, Aux()
+    def attend_heads(self, call: Call):
+        k, v = (jnp.repeat(y, call.q.shape[2] // y.shape[2], 2) for y in (call.k, call.v))
+        q, k, v = (jnp.swapaxes(y, 1, 2) for y in (call.q, k, v))
+        leaves = {"before": self.before[...], "after": self.after[...], "bias": call.bias}
+        function = _reference if call.method == "reference" else functools.partial(_attend, self.at_once)
+        one = lambda q, k, v, valid: function(q, k, v, leaves, valid=valid, causal=call.causal)
+        out = over_samples(one, q, k, v, call.valid, plan=plan_of(self.size))
+        return jnp.swapaxes(out, 1, 2), call.carry, Aux()
 
     @property
     def at_once(self) -> int:

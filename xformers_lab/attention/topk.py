@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
 from xformers_lab.attention._engine.softmax import MASKED, softmax
@@ -10,7 +10,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 
-class Topk(Attention):
+class Topk(OneHead):
     """Explicit sparse attention to the highest scores (Zhao et al., 2019, arXiv 1912.11637; Gupta et al., 2021, arXiv
     2106.06899).
 

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -14,7 +14,7 @@ from xformers_lab.nn.size import Size
 BLOCK = 256
 
 
-class Yoso(Attention):
+class Yoso(OneHead):
     """YOSO-E, the expectation of attention by Bernoulli sampling with LSH (Zeng et al., 2021, arXiv 2111.09714).
 
     out_t = y_t / |y_t|, y_t = sum_s (1 - arccos(q_t . k_s / |q_t| |k_s|) / pi)^bits v_s: the probability that a query

@@ -1,11 +1,11 @@
 """What attention mechanisms cost: time, FLOPs and memory of one layer's mixing, over lengths.
 
 Timed is the mechanism itself, `mix` on projected heads, q (B, T, N, H) and k, v (B, T, K, H): no projections, no
-position, no padding. A mechanism that is not per head and overrides `__call__` is timed on (B, T, D) with all that it
-does; the row says which, `timed`: "mix" or "call", of a prefill "mix_steps" or "decode_several", of one more token
-"mix_step" or "decode". With forward+backward come the gradients of every input and of the mechanism's own parameters.
-B, N, K, D and the type come from the config; it is causal where the mechanism can be and `model` is auto or causal (a
-decoder), and the row says so.
+position, no padding. A mechanism with projections of its own is timed on (B, T, D) with all that it does; the row says
+which, `timed`: "mix" or "call", of a prefill "decode_heads_several" or "decode_several", of one more token
+"decode_heads" or "decode". With forward+backward come the gradients of every input and of the mechanism's own
+parameters. B, N, K, D and the type come from the config; it is causal where the mechanism can be and `model` is auto or
+causal (a decoder), and the row says so.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab import spec
-from xformers_lab.attention import Attention, why_not_decode
+from xformers_lab.attention import Call, MultiHead, why_not_decode
 from xformers_lab.bench import rows
 from xformers_lab.bench.rows import PASSES, Cell
 from xformers_lab.config import Config
@@ -47,15 +47,15 @@ def bench(
     """One row for each config and pass, in that order; cells run one at a time, those of one length interleaved.
 
     The pass "prefill" reads a context of seq_len into an empty cache, in the parts that generation reads a prompt in;
-    "decode" is one more token behind it, with state_bytes, what is kept of that context. tokens_per_second is B T
+    "decode" is one more token behind it, with state_bytes, the size of its cache. tokens_per_second is B T
     (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
     the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
     the lengths of an otherwise equal config, None with fewer than two. What has no figure is None. checked says whether
-    the mechanism's conformance was asked for, machine what measured.
+    the mechanism's conformance was to be checked, machine what measured.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
-    the rows measured so far come back, the rest as "interrupted". progress is told in words what is being done. Raises
+    the rows measured so far come back, the rest as "interrupted". progress(words) says what is being done. Raises
     UsageError, before anything is compiled, at a config that cannot be.
     """
     cells, machine, last = rows.blank(configs, passes, check), speed.machine(), None
@@ -86,14 +86,14 @@ def bench(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """One pass of one mechanism: `run(own, *shapes)`, pure; own are the mechanism's parameters, shapes the rest's.
+    """One pass of one mechanism: `run(params, *shapes)`, pure; shapes are those of its other arguments.
 
     keeps: whether the first of shapes is a cache, which a call uses up and whose successor is its second result: as in
-    generation, what is kept is written in place and never copied.
+    generation, a cache is written in place and never copied.
     """
 
     run: Callable
-    own: dict
+    params: dict
     shapes: tuple
     parameters: int
     timed: str
@@ -102,92 +102,90 @@ class Subject:
 
 
 def subject(config: Config, direction: str) -> Subject:
-    """What is timed for a config: run(own, inputs), and with a backward pass run(own, inputs, gradient of the output).
+    """What is timed for a config: run(params, inputs), and with a backward pass also the gradient of the output.
 
     Raises UsageError where the config cannot be.
     """
     size, batch = size_of(config), config.train.batch
     model, choice = config.model.model, config.model.attention
     layer = spec.build("attention", choice, size, where=f"attention={choice} seq_len={config.seq_len}")
-    whole = type(layer).__call__ is not Attention.__call__
-    own_mix = type(layer).mix is not Attention.mix
-    declares = layer.takes("__call__" if whole else "mix" if own_mix else "attend")
-    can = "causal" in declares and "causal" not in layer.refusals()
+    whole = not layer.projects
+    can = layer.accepts("causal") and "causal" not in layer.refusals()
     causal = can and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
-    params = nnx.to_pure_dict(params)
-    fixed = {} if whole else {name: params[name] for name in PROJECTIONS if name in params}
-    own = {name: leaf for name, leaf in params.items() if name not in fixed}
+    graph, variables, rest = nnx.split(layer, nnx.Param, ...)
+    every = nnx.to_pure_dict(variables)
+    fixed = {} if whole else {name: every[name] for name in PROJECTIONS if name in every}
+    params = {name: leaf for name, leaf in every.items() if name not in fixed}
     shape = lambda *axes: jax.ShapeDtypeStruct((batch, size.length, *axes), size.dtype)
     inputs = {"x": shape(size.dim)} if whole else {"q": shape(size.heads, size.head)}
     if not whole:
         inputs |= dict.fromkeys("kv", shape(size.key_heads, size.head))
 
-    def build(own):
+    def build(params):
         # Copies, so that a mechanism may write to its variables under whatever traces the call.
-        return nnx.merge(graph, fixed | own, jax.tree.map(lambda leaf: leaf, rest))
+        return nnx.merge(graph, fixed | params, jax.tree.map(lambda leaf: leaf, rest))
 
-    def forward(own, inputs):
-        layer = build(own)
+    def forward(params, inputs):
+        layer = build(params)
         if whole:
             return layer(inputs["x"], **({"causal": True} if causal else {}))[0]
         return layer.mix(**inputs, causal=causal, key=jax.random.key(0))[0]
 
-    def forward_backward(own, inputs, grad):
-        out, pull = jax.vjp(forward, own, inputs)
+    def forward_backward(params, inputs, grad):
+        out, pull = jax.vjp(forward, params, inputs)
         return out, pull(grad)
 
     try:
-        jax.eval_shape(forward, own, inputs)
+        jax.eval_shape(forward, params, inputs)
     except Exception:  # it cannot do without the block's input; whatever else is wrong shows again
         inputs = {"x": shape(size.dim)} | inputs
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(every))
     timed = "call" if whole else "mix"
     if direction == "decode":
         cache = _cache(layer, choice, batch, size)
         token = {name: jax.ShapeDtypeStruct((batch, *leaf.shape[2:]), leaf.dtype) for name, leaf in inputs.items()}
 
-        def decode(own, cache, token):
-            layer = build(own)
+        def decode(params, cache, token):
+            layer = build(params)
             if whole:
                 return layer.decode(token["x"], cache, at=jnp.asarray(size.length - 1))
-            return layer.mix_step(cache, token["q"], token["k"], token["v"], x=token.get("x"))
+            return layer.decode_heads(cache, Call(**token))
 
-        return Subject(decode, own, (cache, token), count, "decode" if whole else "mix_step", True, keeps=True)
+        return Subject(decode, params, (cache, token), count, "decode" if whole else "decode_heads", True, keeps=True)
     if direction == "prefill":
         _cache(layer, choice, batch, size)
-        prefill = lambda own, inputs: _prefill(build(own), inputs, whole)
-        return Subject(prefill, own, (inputs,), count, "decode_several" if whole else "mix_steps", True)
+        prefill = lambda params, inputs: _prefill(build(params), inputs, whole)
+        return Subject(prefill, params, (inputs,), count, "decode_several" if whole else "decode_heads_several", True)
     if direction == "forward":
-        return Subject(forward, own, (inputs,), count, timed, causal)
-    return Subject(forward_backward, own, (inputs, jax.eval_shape(forward, own, inputs)), count, timed, causal)
+        return Subject(forward, params, (inputs,), count, timed, causal)
+    return Subject(forward_backward, params, (inputs, jax.eval_shape(forward, params, inputs)), count, timed, causal)
 
 
-def _prefill(layer: Attention, inputs: dict, whole: bool):
+def _prefill(layer: MultiHead, inputs: dict, whole: bool):
     """The outputs and the cache behind a context, inputs (B, T, ...), read CHUNK tokens at a time."""
     some = next(iter(inputs.values()))
     B, T, *_ = some.shape
 
-    def part(cache, given):
-        at, given = given
+    def part(cache, chunk):
+        at, tokens = chunk
         if whole:
-            out, cache = layer.decode_several(given["x"], cache, at=at)
+            out, cache = layer.decode_several(tokens["x"], cache, at=at)
         else:
-            out, cache = layer.mix_steps(cache, given["q"], given["k"], given["v"], x=given.get("x"))
+            out, cache = layer.decode_heads_several(cache, Call(**tokens))
         return cache, out
 
     parts, left = divmod(T, CHUNK)
     in_parts = lambda x: jnp.swapaxes(x[:, : T - left].reshape(B, parts, CHUNK, *x.shape[2:]), 0, 1)
-    given = CHUNK * jnp.arange(parts), jax.tree.map(in_parts, inputs)
-    cache, out = lax.scan(part, layer.init_cache(B, T, some.dtype), given)
+    chunks = CHUNK * jnp.arange(parts), jax.tree.map(in_parts, inputs)
+    cache, out = lax.scan(part, layer.init_cache(B, T, some.dtype), chunks)
     if not left:
         return out, cache
     cache, last = part(cache, (jnp.asarray(T - left), jax.tree.map(lambda x: x[:, T - left :], inputs)))
     return out, last, cache
 
 
-def _cache(layer: Attention, choice: str, batch: int, size: Size):
-    """Shapes of what decoding keeps of a whole context; raises UsageError where the mechanism cannot decode."""
+def _cache(layer: MultiHead, choice: str, batch: int, size: Size):
+    """Shapes of the cache of a whole context; raises UsageError where the mechanism cannot decode."""
     if reason := why_not_decode(type(layer)):
         raise UsageError(f"attention={choice}: {reason}")
     return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
@@ -197,7 +195,7 @@ def look(cells: Sequence[Cell]) -> None:
     """End the cells of one config where its mechanism cannot be built; raises UsageError where the config cannot be."""
     try:
         for direction in {"forward", *(cell.direction for cell in cells)}:
-            jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).own)
+            jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).params)
     except UsageError:
         raise
     except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
@@ -221,7 +219,7 @@ def measure(
 ) -> None:
     """Fill the rows of cells of one length: each compiled in turn, then all timed in interleaved rounds.
 
-    doing(words, cell) is told what is being done before each compilation and timed call, ended(cell) which cells have
+    doing(words, cell) says what is being done before each compilation and timed call, ended(cell) which cells have
     their row before the rounds.
     """
     compiled = {}
@@ -239,7 +237,7 @@ def measure(
     if not compiled:
         return
     arrays: dict = {}
-    calls = {cell: _call(run, found, arrays) for cell, (run, found) in compiled.items()}
+    calls = {cell: _call(run, one, arrays) for cell, (run, one) in compiled.items()}
 
     def begun(at: int | None, cell: Cell) -> None:
         stage = "first calls" if at is None else f"round {at + 1} of {rounds}"
@@ -255,33 +253,33 @@ def measure(
 
 def _compile(cell: Cell):
     """The compiled pass and its subject, or None where it cannot fit; the row gets all that needs no run."""
-    found = subject(cell.config, cell.direction)
-    cell.row.update(parameters=found.parameters, timed=found.timed, causal=found.causal)
+    one = subject(cell.config, cell.direction)
+    cell.row.update(parameters=one.parameters, timed=one.timed, causal=one.causal)
     if cell.direction == "decode":
-        cell.row["state_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found.shapes[0]))
+        cell.row["state_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one.shapes[0]))
     with contextlib.suppress(ValueError):  # a loop of unknown length, an opaque kernel: there is no figure
-        cell.row["flops"] = count_flops(found.run, found.own, *found.shapes)
-    too_much = _too_much(_least_bytes(found))
+        cell.row["flops"] = count_flops(one.run, one.params, *one.shapes)
+    too_much = _too_much(_least_bytes(one))
     if too_much is None:
-        compiled, seconds = speed.compile_timed(found.run, found.own, *found.shapes, donate=(1,) if found.keeps else ())
+        compiled, seconds = speed.compile_timed(one.run, one.params, *one.shapes, donate=(1,) if one.keeps else ())
         memory = compiled_memory(compiled)
         figures = {name: memory[name] for name in ("temp_bytes", "peak_bytes") if name in memory}
         cell.row.update(figures, compile_seconds=seconds)
         too_much = _too_much(sum(memory[f"{name}_bytes"] for name in ("temp", "argument", "output")))
         if too_much is None:
-            return compiled, found
+            return compiled, one
     cell.end("oom", too_much)
     return None
 
 
-def _least_bytes(found: Subject) -> int:
+def _least_bytes(one: Subject) -> int:
     """Bytes without which a pass cannot run, known before it is compiled: arguments, and outputs or the largest array
     between, which XLA:CPU's own figures leave out where YNNPACK runs it."""
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    given = found.own, *found.shapes
-    item = jax.tree.leaves(found.shapes)[0].dtype.itemsize
-    largest = largest_intermediate(found.run, *given) * item if jax.default_backend() == "cpu" else 0
-    return size(given) + max(size(jax.eval_shape(found.run, *given)), largest)
+    arguments = one.params, *one.shapes
+    item = jax.tree.leaves(one.shapes)[0].dtype.itemsize
+    largest = largest_intermediate(one.run, *arguments) * item if jax.default_backend() == "cpu" else 0
+    return size(arguments) + max(size(jax.eval_shape(one.run, *arguments)), largest)
 
 
 def _too_much(needed: int) -> str | None:
@@ -291,16 +289,16 @@ def _too_much(needed: int) -> str | None:
     return f"needs at least {needed / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
 
 
-def _call(run: Callable, found: Subject, arrays: dict) -> Callable[[], object]:
-    """A call on random arrays, made at the first one. Cells of equal shapes share them; a cache is each one's own."""
-    if not found.keeps:
-        return lambda: run(found.own, *_drawn(found.shapes, arrays))
+def _call(run: Callable, one: Subject, arrays: dict) -> Callable[[], object]:
+    """A call on random arrays, made at the first one. Cells of equal shapes share them; each has a cache of its own."""
+    if not one.keeps:
+        return lambda: run(one.params, *_drawn(one.shapes, arrays))
     cache = None
 
     def step() -> tuple:
         nonlocal cache
-        cache = _drawn(found.shapes[0], {}) if cache is None else cache
-        out, cache, _ = run(found.own, cache, *_drawn(found.shapes[1:], arrays))
+        cache = _drawn(one.shapes[0], {}) if cache is None else cache
+        out, cache, _ = run(one.params, cache, *_drawn(one.shapes[1:], arrays))
         return out, cache
 
     return step

@@ -21,16 +21,20 @@ class Cell:
 
     @property
     def title(self) -> str:
+        """What progress calls it."""
         return f"{self.config.model.attention} at {self.config.seq_len} tokens, {self.direction}"
 
     @property
     def open(self) -> bool:
+        """Whether it has not ended."""
         return self.row["status"] is None
 
     def end(self, status: str, reason: str) -> None:
+        """End it without figures."""
         self.row.update(status=status, reason=reason)
 
     def fail(self, error: Exception) -> None:
+        """End it with what it raised."""
         text = f"{type(error).__name__}: {error}".strip()
         self.end("oom" if ran_out_of_memory(error) else "failed", text.splitlines()[0][:500])
 

@@ -71,19 +71,19 @@ def _measure(cells: Sequence[Cell], rounds: int, worker: Worker, progress: Calla
     """Measure cells of one length until all have ended, or one of them ended the worker."""
     last = None
 
-    def heard(said: dict) -> None:
+    def heard(message: dict) -> None:
         nonlocal last
-        if "ended" in said:
-            cells[said["ended"]].row.update(said["row"])
-        elif said["doing"] != last:
-            last = said["doing"]
+        if "ended" in message:
+            cells[message["ended"]].row.update(message["row"])
+        elif message["doing"] != last:
+            last = message["doing"]
             progress(last)
 
     pairs = [(to_dict(cell.config), cell.direction) for cell in cells]
     try:
         figures = worker.ask("bench.work.measure", heard, stall=cells[0].config.stall, cells=pairs, rounds=rounds)
     except Ended as ended:
-        at = ended.clock.said.get("cell")
+        at = ended.clock.message.get("cell")
         outcome = _outcome(ended)
         for cell in cells if at is None else [cells[at]]:
             cell.row.update(outcome)

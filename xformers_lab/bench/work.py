@@ -10,6 +10,7 @@ from xformers_lab.supervise.worker import Tell
 
 
 def machine(tell: Tell) -> dict[str, str]:
+    """What measures."""
     return speed.machine()
 
 
@@ -32,7 +33,7 @@ def check(tell: Tell, choice: str) -> str | None:
 
 
 def measure(tell: Tell, cells: list[tuple[dict, str]], rounds: int) -> list[dict]:
-    """The figures of cells (config, pass) of one length. A row that ends before the others is told at once."""
+    """The figures of cells (config, pass) of one length. A row that ends before the others goes out at once."""
     length = [Cell(configs.from_dict(config), direction, {"status": None}) for config, direction in cells]
 
     def doing(words: str, cell: Cell) -> None:

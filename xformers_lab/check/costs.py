@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, why_not_decode
+from xformers_lab.attention import Attention, Call, MultiHead, why_not_decode
 from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
@@ -21,8 +21,8 @@ STEP = 5e-5
 
 
 def decoding(subject: Subject) -> None:
-    """`init_cache`, `mix_steps` of the first tokens at once, and `mix_step` of the others, one by one, give the rows of
-    the causal pass."""
+    """`init_cache`, `decode_heads_several` of the first tokens at once, and `decode_heads` of the others, one by one,
+    give the rows of the causal pass."""
     mechanism = _decodes(subject)
     case, inputs, whole, known = _whole_pass(subject)
     tokens, first = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}, subject.length // 3
@@ -33,12 +33,11 @@ def decoding(subject: Subject) -> None:
         )
 
         def one(cache, new):
-            q, k, v = (new[name] for name in "qkv")
-            out, cache, _ = mechanism.mix_step(cache, q, k, v, x=new.get("x"), bias=bias)
+            out, cache, _ = mechanism.decode_heads(cache, Call(**new, bias=bias))
             return cache, out
 
-        cache, x = mechanism.init_cache(case.batch, subject.length), begun.get("x")
-        out, cache = mechanism.mix_steps(cache, begun["q"], begun["k"], begun["v"], x=x, bias=bias)
+        cache = mechanism.init_cache(case.batch, subject.length)
+        out, cache = mechanism.decode_heads_several(cache, Call(**begun, bias=bias))
         later = jax.lax.scan(one, cache, {name: jnp.swapaxes(rows, 0, 1) for name, rows in rest.items()})[1]
         return jnp.concatenate([out, jnp.swapaxes(later, 0, 1)], 1)
 
@@ -100,13 +99,13 @@ def memory(subject: Subject) -> None:
     _agree(subject, "memory", counted, declared, FACTOR, advice)
 
 
-def _decodes(subject: Subject) -> Attention:
+def _decodes(subject: Subject) -> MultiHead:
     if subject.whole:
         raise NotApplicable("it overrides __call__ and decodes, if at all, through the model")
     if reason := why_not_decode(type(subject.mechanism)):
         raise NotApplicable(reason)
     subject.causal_only()
-    return subject.mechanism
+    return subject.multi_head
 
 
 def _whole_pass(subject: Subject) -> tuple[Case, dict, np.ndarray, np.ndarray]:
@@ -115,8 +114,7 @@ def _whole_pass(subject: Subject) -> tuple[Case, dict, np.ndarray, np.ndarray]:
     What draws no random numbers is the same in training, so that the square case, compiled already, will do: its first
     sample has no padding, and its second has it at the end alone, in front of which nothing is padded.
     """
-    kind = type(subject.mechanism)
-    if subject.per_head and kind.mix is Attention.mix and "key" not in kind.takes():
+    if subject.per_head and not subject.mechanism.accepts("key"):
         case = subject.square(True)
         inputs = {name: x if name == "bias" else x[:2] for name, x in subject.inputs(case).items()}
         known = np.asarray(subject.valid(case))[:2, :, None, None]
@@ -130,8 +128,8 @@ def _whole_pass(subject: Subject) -> tuple[Case, dict, np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=1)
 def _layers(subject: Subject) -> list[tuple[int, Attention]]:
     """One head of the mechanism, with its options as given, for each length; abstract, for shapes are all it tells."""
-    given = subject.as_given
-    return [(T, nnx.eval_shape(lambda T=T: given.built(T, dim=16, heads=1, kv_heads=1))) for T in LENGTHS]
+    subject = subject.as_given
+    return [(T, nnx.eval_shape(lambda T=T: subject.built(T, dim=16, heads=1, kv_heads=1))) for T in LENGTHS]
 
 
 def _merged(layer: Attention) -> tuple[Callable, nnx.State]:
@@ -153,8 +151,8 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
     x = (shape,) if subject.takes_x else ()
 
     def forward(variables, q, k, v, *x):
-        given = {"x": x[0]} if x else {}
-        return merged(variables).mix(q, k, v, causal=causal, **given)[0]
+        inputs = {"x": x[0]} if x else {}
+        return merged(variables).mix(q, k, v, causal=causal, **inputs)[0]
 
     return forward, (variables, *heads, *x)
 
@@ -162,12 +160,12 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
 def _agree(subject: Subject, what: str, counted, declared, factor: float, advice: str) -> None:
     if not any(counted) and not any(declared):
         raise NotApplicable(f"it has no {what}, and declares none")
-    found, said = fit(LENGTHS, counted), fit(LENGTHS, declared)
+    measured, declares = fit(LENGTHS, counted), fit(LENGTHS, declared)
     table = ", ".join(
         f"T={T}: {c:.3g} counted, {d:.3g} declared" for T, c, d in zip(LENGTHS, counted, declared, strict=True)
     )
-    if abs(found - said) > EXPONENT:
-        raise Broken(f"{what} grows as T^{found:.2f}, declared is T^{said:.2f} ({table}). {advice}")
+    if abs(measured - declares) > EXPONENT:
+        raise Broken(f"{what} grows as T^{measured:.2f}, declared is T^{declares:.2f} ({table}). {advice}")
     ratio = max(max(c / d, d / c) for c, d in zip(counted, declared, strict=True))
     if ratio > factor:
         raise Broken(f"{what} is off by a factor of {ratio:.2f}, at most {factor:g} is allowed ({table}). {advice}")

@@ -25,10 +25,10 @@ HALF = 0.02
 
 def documented(subject: Inside) -> None:
     """The docstring begins with what it is, and has a line for every option."""
-    found = spec.entry(subject.shelf, spec.parse(subject.name).name)
-    if not (found.__doc__ or "").strip():
-        raise Broken(f'{found.__name__} has no docstring: write "Title (Authors, year, arXiv id)"')
-    if silent := [option.name for option in spec.options(found).values() if not option.help]:
+    choice = spec.entry(subject.shelf, spec.parse(subject.name).name)
+    if not (choice.__doc__ or "").strip():
+        raise Broken(f'{choice.__name__} has no docstring: write "Title (Authors, year, arXiv id)"')
+    if silent := [option.name for option in spec.options(choice).values() if not option.help]:
         raise Broken(f'the docstring\'s "Options:" list has no line for {", ".join(silent)}')
 
 
@@ -91,8 +91,8 @@ def trains(subject: Inside) -> None:
     """Three steps in bfloat16 are finite, leave shapes and types of all state as they are, and give every parameter a
     gradient; what padding holds changes none of them."""
     model = subject.model
-    grads, told, state = model.trained(3)
-    for number, metrics in enumerate(told):
+    grads, metrics_of_steps, state = model.trained(3)
+    for number, metrics in enumerate(metrics_of_steps):
         if not bool(metrics["ok"]) or not np.isfinite(metrics["loss"]):
             raise Broken(f"the loss or its gradient is not finite in step {number} ({model.words}, bfloat16)")
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -119,9 +119,9 @@ def half_precision(subject: Inside) -> None:
         y = built.stack(x, Context(built.position, valid, built.predict, tokens=tokens))[0]
         return x, y, built(tokens, valid=valid)[0]
 
-    found = jax.eval_shape(run, jax.ShapeDtypeStruct(model.tokens.shape, jnp.int32))
+    shapes = jax.eval_shape(run, jax.ShapeDtypeStruct(model.tokens.shape, jnp.int32))
     wanted = {"embeddings": jnp.bfloat16, "layers": jnp.bfloat16, "logits": jnp.float32}
-    for (what, dtype), one in zip(wanted.items(), found, strict=True):
+    for (what, dtype), one in zip(wanted.items(), shapes, strict=True):
         if one.dtype != dtype:
             raise Broken(f"{what} are {one.dtype} in bfloat16, not {jnp.dtype(dtype)}: cast to x.dtype what is given")
 

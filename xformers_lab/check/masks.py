@@ -76,8 +76,8 @@ def nothing_to_see(subject: Subject) -> None:
     for causal in subject.modes:
         case = subject.square(causal)
         result, valid = subject.result(case), np.asarray(subject.valid(case))
-        found = {f"the gradient of {name}": grad for name, grad in result.grads["inputs"].items() if name != "bias"}
-        for name, leaf in ({"the output": result.out} | found).items():
+        gradients = {f"the gradient of {name}": grad for name, grad in result.grads["inputs"].items() if name != "bias"}
+        for name, leaf in ({"the output": result.out} | gradients).items():
             if not np.isfinite(leaf[-1]).all():
                 raise Broken(
                     f"a sample that is all padding: {name} is not finite ({case}). A softmax over nothing is 0 / 0: "

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention
-from xformers_lab.attention._projected import Projected
+from xformers_lab.attention import Attention, MultiHead, OneHead, Projected
 from xformers_lab.errors import Refused
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.size import Size
@@ -96,9 +95,8 @@ class Subject:
         graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
         if not initial:
             self.mechanism = nnx.merge(graph, moved(own), rest)
-        kind = type(self.mechanism)
-        self.whole = kind.__call__ not in (Attention.__call__, Projected.__call__)
-        self.per_head = not self.whole and kind.attend is not Attention.attend
+        self.whole = not isinstance(self.mechanism, MultiHead)
+        self.per_head = isinstance(self.mechanism, OneHead)
         self.sources = ("x",) if self.whole else ("k", "v")
         self.graph, self.own, self.rest = nnx.split(self.mechanism, nnx.Param, ...)
         self._runs: dict = {}
@@ -114,33 +112,45 @@ class Subject:
     @functools.cached_property
     def modes(self) -> list[bool]:
         """The values of `causal` that the mechanism can do, causal first; what it refuses is in `refusals`."""
-        found = {causal: self.refusal(Case(self.length, self.length, causal)) for causal in (True, False)}
-        self.refusals = {causal: reason for causal, reason in found.items() if reason}
+        reasons = {causal: self.refusal(Case(self.length, self.length, causal)) for causal in (True, False)}
+        self.refusals = {causal: reason for causal, reason in reasons.items() if reason}
         if len(self.refusals) == 2:
             raise Broken(f"it refuses to run, causal or not: {self.refusals[True]}")
-        return [causal for causal, reason in found.items() if not reason]
+        return [causal for causal, reason in reasons.items() if not reason]
 
     @functools.cached_property
     def takes_bias(self) -> bool:
         return not self.whole and self.refusal(Case(self.length, self.length, self.modes[0], biased=True)) is None
 
+    @property
+    def multi_head(self) -> MultiHead:
+        assert isinstance(self.mechanism, MultiHead)
+        return self.mechanism
+
+    @property
+    def one_head(self) -> OneHead:
+        assert isinstance(self.mechanism, OneHead)
+        return self.mechanism
+
     def tokens(self) -> dict[str, Any]:
         """What `from_keys` and `from_queries` name, with shapes (B, S, N, ...)."""
-        x = jax.ShapeDtypeStruct((1, self.length, self.mechanism.size.dim), jnp.float32)
-        return jax.eval_shape(lambda x: self.mechanism.from_keys(x) | self.mechanism.from_queries(x), x)
+        mechanism = self.one_head
+        x = jax.ShapeDtypeStruct((1, self.length, mechanism.size.dim), jnp.float32)
+        return jax.eval_shape(lambda x: mechanism.from_keys(x) | mechanism.from_queries(x), x)
 
     @property
     def takes_x(self) -> bool:
         """Whether it may look at the block's input, besides q, k and v."""
-        kind = type(self.mechanism)
-        hooks = any(getattr(kind, name) is not getattr(Attention, name) for name in ("from_keys", "from_queries"))
-        return not self.per_head or "x" in kind.takes() or hooks
+        mechanism = self.mechanism
+        if not isinstance(mechanism, OneHead):
+            return True
+        return mechanism.reads_keys_input() or mechanism.reads_queries_input()
 
     @property
     def own_input(self) -> bool:
         """Whether a query may depend on the input at its own position otherwise than through q."""
-        kind = type(self.mechanism)
-        return not self.per_head or kind.from_queries is not Attention.from_queries
+        mechanism = self.mechanism
+        return not isinstance(mechanism, OneHead) or mechanism.reads_queries_input()
 
     @functools.cached_property
     def as_given(self) -> "Subject":
@@ -166,21 +176,21 @@ class Subject:
         draw = lambda *shape: random.standard_normal((case.batch, *shape)).astype(np.float32)
         shapes = heads_of(self.mechanism)
         # Keys first: cases that differ in T alone attend to the same.
-        found: dict[str, Any] = {name: draw(case.S, *shapes[name]) for name in ("k", "v")}
+        arrays: dict[str, Any] = {name: draw(case.S, *shapes[name]) for name in ("k", "v")}
         x = draw(case.S, size.dim)
         q = draw(max(case.S, case.T), *shapes["q"])[:, -case.T :]
         if self.whole:
-            found = {"x": x} if case.T == case.S else {"q": draw(case.T, size.dim), "x": x}
+            arrays = {"x": x} if case.T == case.S else {"q": draw(case.T, size.dim), "x": x}
         else:
-            found["q"] = q
+            arrays["q"] = q
             if self.takes_x:
-                found["x"] = x
+                arrays["x"] = x
                 if case.T > case.S:
-                    found["x_q"] = draw(case.T, size.dim)
+                    arrays["x_q"] = draw(case.T, size.dim)
         if case.biased:
             heads = np.arange(1.0, size.heads + 1, dtype=np.float32)
-            found["bias"] = Wave(jnp.asarray(heads / size.heads), jnp.asarray(1 - heads / 8))
-        return found
+            arrays["bias"] = Wave(jnp.asarray(heads / size.heads), jnp.asarray(1 - heads / 8))
+        return arrays
 
     @staticmethod
     def valid(case: Case):
@@ -252,8 +262,8 @@ class Subject:
         Without gradients the half of the program that finds them is not compiled, unless a call of these shapes has
         compiled it already."""
         valid = self.valid(case) if valid is None else valid
-        given = (inputs, valid, jax.random.key(1) if training else None)
-        leaves, tree = jax.tree.flatten(given)
+        call = (inputs, valid, jax.random.key(1) if training else None)
+        leaves, tree = jax.tree.flatten(call)
         shapes = (case.causal, method, loop, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if gradients:
             self._pulled.add(shapes)
@@ -262,20 +272,20 @@ class Subject:
         if cotangent is None:
             cotangent = self.cotangent(case, inputs)
         with jax.default_matmul_precision("highest"):
-            return Result(*run(self.own, *given, cotangent)) if gradients else Result(run(self.own, *given), {})
+            return Result(*run(self.own, *call, cotangent)) if gradients else Result(run(self.own, *call), {})
 
     def rounding(self, case: Case, inputs: dict | None = None, unit: float = 1e-7, method: str = "reference"):
         """How far rounding may move output and gradients, a Result: what a change of `unit` in all inputs does to a
         row, times 20. It is little, but for what divides by nearly nothing or chooses between nearly equal scores."""
         inputs = self.inputs(case) if inputs is None else inputs
-        found = self.apply(case, inputs, method=method)
-        most = jax.tree.map(np.zeros_like, (found.out, found.grads))
+        result = self.apply(case, inputs, method=method)
+        most = jax.tree.map(np.zeros_like, (result.out, result.grads))
         for seed in range(2):
             random = np.random.default_rng(seed)
             nudged = jax.tree.map(lambda x, random=random: x * (1 + unit * random.standard_normal(x.shape)), inputs)
             nudged = jax.tree.map(lambda new, x: jnp.asarray(new, x.dtype), nudged, inputs)
             other = self.apply(case, nudged, method=method)
-            gaps = jax.tree.map(lambda a, b: np.abs(a - b), (other.out, other.grads), (found.out, found.grads))
+            gaps = jax.tree.map(lambda a, b: np.abs(a - b), (other.out, other.grads), (result.out, result.grads))
             most = jax.tree.map(np.maximum, most, gaps)
         row = lambda x: 20 * (np.broadcast_to(x.max(-1, keepdims=True), x.shape) if x.ndim else x)
         return Result(*jax.tree.map(row, most))
@@ -298,12 +308,12 @@ class Subject:
 
     def error(self) -> float | None:
         """The largest difference between attend and reference so far, relative to the largest output of its case."""
-        found = []
+        errors = []
         for (case, method, loop), slow in self._results.items():
             fast = self._results.get((case, "attend", loop))
             if method == "reference" and fast is not None and fast.out.shape == slow.out.shape:
-                found.append(float(np.abs(fast.out - slow.out).max() / max(np.abs(slow.out).max(), 0.1)))
-        return max(found, default=None)
+                errors.append(float(np.abs(fast.out - slow.out).max() / max(np.abs(slow.out).max(), 0.1)))
+        return max(errors, default=None)
 
     def _run(self, causal: bool, method: str, loop: bool, gradients: bool):
         if (causal, method, loop, gradients) not in self._runs:
@@ -328,10 +338,10 @@ class Subject:
         first, last = self.modes[0], self.modes[-1]
         if self.brief:
             return [self.square(first)]
-        found = [self.square(causal) for causal in self.modes]
-        found.append(Case(EVEN, EVEN, first, padded=False))
+        cases = [self.square(causal) for causal in self.modes]
+        cases.append(Case(EVEN, EVEN, first, padded=False))
         tall = [Case(SHORT, LENGTH, first, biased=self.takes_bias), Case(LENGTH, SHORT, last, biased=self.takes_bias)]
-        return found + [case for case in tall if self.refusal(case) is None]
+        return cases + [case for case in tall if self.refusal(case) is None]
 
 
 def moved(own):

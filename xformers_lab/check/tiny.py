@@ -109,7 +109,10 @@ class Tiny:
         cache = jax.eval_shape(lambda: self.built(self.variables).init_cache(*self.tokens.shape))
 
         def run(variables, tokens):
-            one = lambda cache, token: self.built(variables).step(cache, token)[::-1]
+            def one(cache, token):
+                logits, cache = self.built(variables).step(cache, token)
+                return cache, logits
+
             model = self.built(variables)
             first, cache = model.step_several(model.init_cache(*tokens.shape), tokens[:, :at_once])
             return jnp.concatenate([first[None], jax.lax.scan(one, cache, tokens[:, at_once:].T)[1]]).swapaxes(0, 1)
@@ -133,7 +136,7 @@ class Tiny:
         opt = optax.TraceState(jax.tree.map(np.zeros_like, self.params))
         none: Any = np.zeros((), np.int32)
         state = TrainState(self.params, self.extra, self.memory, opt, none, none, none.astype(np.uint32))
-        grads, told = [], []
+        grads, history = [], []
         for number in range(steps):
             batch = self.task.batch("train", number)
             if filler is not None:
@@ -141,9 +144,9 @@ class Tiny:
             with exact():
                 state, metrics = self._step(state, batch)
             grads.append(state.opt.trace)
-            told.append(metrics)
+            history.append(metrics)
             state = dataclasses.replace(state, params=self.params)
-        return grads, told, state
+        return grads, history, state
 
 
 @contextlib.contextmanager
@@ -179,16 +182,16 @@ class Inside:
         """There is no reference to be off from."""
 
     def _tried(self, config: Config, task: type[Tokens], layers: tuple[int, ...]) -> list[Tiny]:
-        given = task(Setting(config.seq_len, BATCH))
+        built_task = task(Setting(config.seq_len, BATCH))
         for number in layers:
             here = edit(config, layers=number)
             try:
-                check_built(here, given)
+                check_built(here, built_task)
             except UsageError as reason:
                 cause = reason.__cause__ or reason.__context__
                 if isinstance(cause, ValueError) and not isinstance(cause, Refused):
                     raise cause from None
                 self.refusals[here.model.model] = reason
                 continue
-            return [Tiny(here, given)]
+            return [Tiny(here, built_task)]
         return []

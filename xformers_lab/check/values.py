@@ -5,13 +5,14 @@ import functools
 import inspect
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import GIVEN, KINDS, REFUSALS, Attention
+from xformers_lab.attention import KINDS, OFFERED, REFUSALS
 from xformers_lab.attention.full import Full
 from xformers_lab.check.subject import (
     KEY_HEADS,
@@ -48,32 +49,33 @@ def signature(subject: Subject) -> None:
     _refuses_what_it_says(subject)
     if not subject.per_head:
         return
-    own, tokens = subject.mechanism.per_head(), subject.tokens()
-    for name, leaf in ((name, leaf) for name, tree in own.items() for leaf in jax.tree.leaves(tree)):
+    mechanism = subject.one_head
+    arrays, tokens = mechanism.per_head(), subject.tokens()
+    for name, leaf in ((name, leaf) for name, tree in arrays.items() for leaf in jax.tree.leaves(tree)):
         if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != subject.mechanism.size.heads:
             heads = subject.mechanism.size.heads
             raise Broken(f'per_head()["{name}"] has shape {jnp.shape(leaf)}: its first axis must be the {heads} heads')
     for method in ("attend", "reference"):
         function = getattr(kind, method)
-        if function is getattr(Attention, method):
+        if getattr(function, "required", False):
             raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, valid, ...)")
         names = [name for name in inspect.signature(function).parameters if name != "self"]
         if names[:3] != ["q", "k", "v"]:
             raise Broken(f"{method} takes ({', '.join(names[:3])}, ...); its first arguments are q, k, v")
         for name in names[3:]:
-            if name not in GIVEN and name not in own | tokens:
-                known = ", ".join([*GIVEN, *own, *tokens])
+            if name not in OFFERED and name not in arrays | tokens:
+                known = ", ".join([*OFFERED, *arrays, *tokens])
                 raise Broken(
                     f'{method} takes "{name}", which nobody gives: the lab gives {known}; '
                     "per_head(), from_keys(x) and from_queries(x) can name more"
                 )
         if "valid" not in names:
             raise Broken(f"{method} takes no `valid`, so it cannot keep padding out")
-    fast, slow = (kind.takes(method) for method in ("attend", "reference"))
+    fast, slow = (mechanism.takes(method) for method in ("attend", "reference"))
     if fast != slow:
         raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
     if "carry" in fast:
-        subject.mechanism.init_carry(4, 4)
+        mechanism.init_carry(4, 4)
 
 
 def _refuses_what_it_says(subject: Subject) -> None:
@@ -107,19 +109,24 @@ def _refuses_what_it_says(subject: Subject) -> None:
 
 
 def _methods(subject: Subject) -> tuple[str, ...]:
-    """Which of attend and reference a call can ask for; a mix that hands on `**given` takes what it stands before."""
-    kind = type(subject.mechanism)
-    parameters = inspect.signature(kind.__call__ if subject.whole else kind.mix).parameters.values()
-    asked = any(parameter.name == "method" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return ("attend", "reference") if asked else ("attend",)
+    """Which of attend and reference a call can ask for."""
+    takes = not subject.whole or "method" in inspect.signature(type(subject.mechanism).__call__).parameters
+    return ("attend", "reference") if takes else ("attend",)
 
 
 def _has_reference(subject: Subject) -> None:
-    if "reference" in _methods(subject):
-        return
-    if subject.whole:
-        raise NotApplicable('it overrides __call__ without `method="attend"`, so there is no reference to compare with')
-    raise Broken('its mix takes no `method="attend"`: with method="reference" it gives the same by definition')
+    if "reference" not in _methods(subject):
+        raise NotApplicable('it has a layer of its own without `method="attend"`, so there is no reference')
+    if not subject.whole and not subject.per_head and _program(subject, "attend") == _program(subject, "reference"):
+        raise Broken(
+            'its attend_heads does the same whatever call.method is: with "reference" it gives the same by definition'
+        )
+
+
+def _program(subject: Subject, method: str) -> str:
+    case = subject.square(subject.modes[0])
+    run = functools.partial(subject.forward, causal=case.causal, method=method)
+    return str(jax.make_jaxpr(run)(subject.own, subject.inputs(case), subject.valid(case), jax.random.key(0)))
 
 
 def equals_reference(subject: Subject) -> None:
@@ -136,7 +143,8 @@ def full_in_the_limit(subject: Subject) -> None:
     options = type(subject.mechanism).limit(subject.length)
     if options is None:
         raise NotApplicable("it has no limit in which it is full attention, or declares none: limit(length)")
-    make = lambda size, small: type(subject.mechanism)(size, **options, rngs=nnx.Rngs(0))
+    build: Any = type(subject.mechanism)
+    make = lambda size, small: build(size, **options, rngs=nnx.Rngs(0))
     one = Subject(subject.name, make, length=subject.length, initial=True)
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     for causal in one.modes:
@@ -171,11 +179,11 @@ def same_gradients(subject: Subject) -> None:
 def several_blocks(subject: Subject) -> None:
     """The same with the options as they were asked for, at a length of several blocks."""
     _has_reference(subject)
-    given = subject.as_given
-    case = Case(LONG, LONG, given.modes[0], batch=2)
-    fast, slow = given.result(case), given.result(case, "reference")
-    where, slack = f"attend against reference ({case})", functools.cache(lambda: given.rounding(case))
-    compare(fast.out, slow.out, VALUE, where, functools.partial(_likely, given, case), lambda: slack().out)
+    long = subject.as_given
+    case = Case(LONG, LONG, long.modes[0], batch=2)
+    fast, slow = long.result(case), long.result(case, "reference")
+    where, slack = f"attend against reference ({case})", functools.cache(lambda: long.rounding(case))
+    compare(fast.out, slow.out, VALUE, where, functools.partial(_likely, long, case), lambda: slack().out)
     advice, of_inputs = "Look at where two blocks meet.", lambda: slack().grads["inputs"]
     compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice, of_inputs)
 
@@ -275,8 +283,8 @@ def auxiliary(subject: Subject) -> None:
         return aux.metrics()
 
     def run(own, inputs, valid, method):
-        found, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, valid, method), own, inputs)
-        return found, dict(zip(("own", "inputs"), pull(jax.tree.map(jnp.ones_like, found)), strict=True))
+        values, pull = jax.vjp(lambda own, inputs: scalars(own, inputs, valid, method), own, inputs)
+        return values, dict(zip(("own", "inputs"), pull(jax.tree.map(jnp.ones_like, values)), strict=True))
 
     shapes = jax.eval_shape(lambda own, inputs: scalars(own, inputs, valid, "attend"), subject.own, inputs)
     if not shapes:
@@ -354,10 +362,10 @@ def bfloat16(subject: Subject) -> None:
     inputs = subject.inputs(case)
     inputs |= {name: inputs[name] + 2 for name in inputs if name == "v"}  # off zero, so that sums grow
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
-    found = subject.apply(case, half)
-    if found.dtype != jnp.bfloat16:
+    result = subject.apply(case, half)
+    if result.dtype != jnp.bfloat16:
         raise Broken(
-            f"bfloat16 inputs give {found.dtype}: end with .astype(v.dtype), or a model in bfloat16 is not one"
+            f"bfloat16 inputs give {result.dtype}: end with .astype(v.dtype), or a model in bfloat16 is not one"
         )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     advice = "Keep scores, sums and normalisers in float32 (preferred_element_type=jnp.float32)."
@@ -367,7 +375,7 @@ def bfloat16(subject: Subject) -> None:
         f"bfloat16 against float32, later half ({case})",
         lambda: subject.rounding(case, wide, 1 / 4096, "attend"),
     )
-    compare(found.out[:, late], expected, HALF, where, advice, lambda: slack().out[:, late])
+    compare(result.out[:, late], expected, HALF, where, advice, lambda: slack().out[:, late])
     large = {name: x * 30 if name in ("q", "k", "x") else x for name, x in half.items()}
     result = subject.apply(case, large)
     for path, leaf in jax.tree_util.tree_leaves_with_path({"the output": result.out, "gradients": result.grads}):
@@ -407,16 +415,16 @@ def carried(subject: Subject) -> None:
 def _through_layers(subject: Subject, case: Case, method: str):
     """Every output of three layers, (3, B, T, N, H), the carry behind them, and a function that gives the gradients of
     the inputs from that of the last output."""
-    mechanism, valid = subject.mechanism, subject.valid(case)
+    mechanism, valid = subject.multi_head, subject.valid(case)
     inputs = jax.tree.map(jnp.asarray, subject.inputs(case))
 
     def layers(inputs):
-        given = {"valid": valid, "causal": case.causal, "x": inputs.get("x"), "method": method}
-        given["key"] = jax.random.key(0)
+        options = {"valid": valid, "causal": case.causal, "x": inputs.get("x"), "method": method}
+        options["key"] = jax.random.key(0)
 
         def layer(state, turn):
             q, carry = state
-            out, carry, _ = mechanism.mix(q, inputs["k"] * turn, inputs["v"], carry=carry, **given)
+            out, carry, _ = mechanism.mix(q, inputs["k"] * turn, inputs["v"], carry=carry, **options)
             return (q + out, carry), out
 
         first = mechanism.initial_carry(case.batch, case.T, case.S)

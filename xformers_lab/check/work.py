@@ -7,10 +7,10 @@ from xformers_lab.supervise.worker import Tell
 def find(tell: Tell, word: str) -> list[tuple[str, str]]:
     """The choices that a word of `xlab check` names, each with its shelf; raises UsageError where there is none."""
     tell.doing(f"importing {word}")
-    found = [(word, name) for name in spec.names(word)] if word in spec.SHELVES else [spec.home(word)]
-    for shelf, name in found:
+    choices = [(word, name) for name in spec.names(word)] if word in spec.SHELVES else [spec.home(word)]
+    for shelf, name in choices:
         spec.resolve(shelf, name)  # a misspelt name is found before the kit runs
-    return found
+    return choices
 
 
 def kit(tell: Tell, shelf: str, choice: str, deep: bool) -> dict:

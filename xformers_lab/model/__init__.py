@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
 from xformers_lab.config import LEAVES, Config, get
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, in_words, outside
 from xformers_lab.memory import Remembered
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import SPLITS, Setting, Task
@@ -33,28 +35,42 @@ class Model(nnx.Module):
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
-    def __call__(self, inputs, *, valid=None, key=None):
-        """Tokens (B, T) int32 and valid (B, T) bool or None -> logits, (B, T, outputs) or (B, outputs), and an `Aux`.
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B *T outputs"], Aux]:
+        """Logits of every token, or one row for every sequence, and auxiliary results.
 
-        key turns on dropout and whatever else is random in training.
+        Args:
+            inputs: Tokens.
+            valid: What is no padding; None where nothing is padded.
+            key: It turns on dropout and whatever else is random in training.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
         raise Refused(f"model={type(self).__name__.lower()} cannot decode token by token")
 
-    def read(self, cache, sources, valid):
+    def read(self, cache: Any, sources: Int[Array, "B source"], valid: Bool[Array, "B source"]) -> Any:
         """An empty cache given whole sources, (B, source) int32, valid (B, source) bool; the target's first is next."""
         raise Refused(f"model={type(self).__name__.lower()} reads no source apart")
 
-    def step(self, cache, tokens):
+    def step(self, cache: Any, tokens: Int[Array, " B"]) -> tuple[Float[Array, "B outputs"], Any]:
         """One more token of every sequence, (B,) int32 -> logits (B, outputs) of what follows it, and the new cache."""
         raise Refused(f"model={type(self).__name__.lower()} cannot decode token by token")
 
-    def step_several(self, cache, tokens):
+    def step_several(self, cache: Any, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B outputs"], Any]:
         """T more tokens of every sequence, (B, T) int32 -> logits (B, outputs) of what follows the last, the cache."""
-        cache, logits = jax.lax.scan(lambda cache, token: self.step(cache, token)[::-1], cache, tokens.T)
+
+        def one(cache, token):
+            logits, cache = self.step(cache, token)
+            return cache, logits
+
+        cache, logits = jax.lax.scan(one, cache, tokens.T)
         return logits[-1], cache
 
 

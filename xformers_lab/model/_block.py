@@ -83,17 +83,17 @@ class Block(nnx.Module):
         """
         train = keys[0] is not None
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
-        given = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
+        options = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
         if context.among is not None:
             y = before(x)
-            y, carry, aux = self.attention.attend_projected(y, **context.among(y), **given)
+            y, carry, aux = self.attention.attend_projected(y, **context.among(y), **options)
         elif self.memory is None:
             source = None if source is None else before(source)
-            y, carry, aux = self.attention(before(x), source, valid=context.valid, **given)
+            y, carry, aux = self.attention(before(x), source, valid=context.valid, **options)
         else:
-            source, valid, told = self._source(x, context.valid, train)
-            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, valid=valid, **given)
-            aux = aux + told
+            source, valid, memory_aux = self._source(x, context.valid, train)
+            y, carry, aux = self.attention(source[:, -x.shape[1] :], source, valid=valid, **options)
+            aux = aux + memory_aux
         if self.name in carries:
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
@@ -108,10 +108,10 @@ class Block(nnx.Module):
         """What keys and values come from with a memory, the segment last; which of it is valid; the memory's aux."""
         assert self.memory is not None
         old, known = self.memory.read(len(x))
-        told = self.memory.loss(x, valid, memory.looking(self.attention, self.attention_norm, x))
+        aux = self.memory.loss(x, valid, memory.looking(self.attention, self.attention_norm, x))
         self.memory.write(x, valid)
         valid = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if valid is None else valid], 1)
-        return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, told
+        return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, aux
 
     def init_cache(self, B: int, length: int):
         """What decoding remembers in this layer of up to `length` tokens of B sequences."""
@@ -145,7 +145,7 @@ class Block(nnx.Module):
     def step_several(self, x, cache, context, at):
         """`step` of T tokens (B, T, D), from position `at` () on, which carry nothing -> (B, T, D), the new cache."""
         several = self.attention is None or isinstance(self.attention, Attention)
-        if type(self).step is not Block.step or self.memory is not None or context.among is not None or not several:
+        if self.memory is not None or context.among is not None or not several:
             return in_turn(self, x, cache, context, at)
         if self.attention is not None:
             y = self.attention_norm.before(x, LayerContext())
@@ -161,20 +161,20 @@ class Block(nnx.Module):
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y = self.attention_norm.before(x, LayerContext())
-        given = {"position": context.position, "carry": carries.get(self.name)}
+        options = {"position": context.position, "carry": carries.get(self.name)}
         if context.among is not None:
-            rows, row, found, cache = context.among(y, cache)
-            y, carry, _ = self.attention.attend_projected(rows, **found, causal=True, **given)
+            rows, row, parts, cache = context.among(y, cache)
+            y, carry, _ = self.attention.attend_projected(rows, **parts, causal=True, **options)
             y = jnp.take(y, row, 1)
         elif self.memory is not None:
             return *_segments.step(self, x, y, cache, context.position, at), carries
         else:
-            y, cache, carry = self.attention.decode(y, cache, at=at, **given)
+            y, cache, carry = self.attention.decode(y, cache, at=at, **options)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries
 
     def step_ffn(self, x, context):
         """`apply_ffn` for one token (B, D)."""
-        tokens = {name: given[:, None] for name, given in self._tokens(context).items()}
+        tokens = {name: tokens[:, None] for name, tokens in self._tokens(context).items()}
         return self.ffn(self.ffn_norm.before(x, LayerContext())[:, None], **tokens)[0][:, 0]
 
     def _tokens(self, context) -> dict:

@@ -46,8 +46,8 @@ def _next(block, cache: dict, position) -> dict:
     own, first = block.begun(B, memory.length + block.length, empty)
     rows = block.attention_norm.before(states, LayerContext(known))
 
-    def one(own, given):
-        row, index = given
+    def one(own, state):
+        row, index = state
         at = first + index - empty
         read = lambda: block.attention.decode(row, own, at=at, position=position)[1]
         return lax.cond(index >= empty, read, lambda: own), None

@@ -16,7 +16,6 @@ from xformers_lab.model._block import Block, drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
-from xformers_lab.position import Position
 from xformers_lab.tasks import Task
 
 # How large the embeddings of tokens are at the start: their standard deviation.
@@ -69,14 +68,14 @@ class Transformer(Model):
                 raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
-            given = {"config": config, "causal": self.causal, "kept": self.position.kept}
+            options = {"config": config, "causal": self.causal, "kept": self.position.kept}
             own = dataclasses.replace(size, length=size.length if length is None else length)
-            return self.block(own, mechanisms[index % len(mechanisms)], **given, rngs=rngs)
+            return self.block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
-        given = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
-        self.stack = spec.build("depth", choice.depth, size, **given)
+        options = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
+        self.stack = spec.build("depth", choice.depth, size, **options)
         remembers = bool(nnx.state(self.stack, memory.Remembered))
-        self.endless = remembers and type(self.position).embed is Position.embed
+        self.endless = remembers and not self.position.embeds
         if remembers and not task.segments:
             raise Refused(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
@@ -89,9 +88,9 @@ class Transformer(Model):
             task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(EMBEDDED), rngs=rngs
         )
 
-    def block(self, size: Size, attention: str, **given) -> Block:
+    def block(self, size: Size, attention: str, **options) -> Block:
         """One layer of the stack."""
-        return Block(size, attention, **given)
+        return Block(size, attention, **options)
 
     def __call__(self, inputs, *, valid=None, key=None):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
@@ -132,7 +131,11 @@ class Transformer(Model):
         before = jnp.zeros((1, B, self.position.before, self.size.dim), self.size.dtype)
         return {"at": jnp.zeros((), jnp.int32), "before": before, "layers": self.stack.init_cache(B, length)}
 
-    def step(self, cache, tokens, *, source=None, source_real=None):
+    def step(self, cache, tokens):
+        return self.step_beside(cache, tokens)
+
+    def step_beside(self, cache, tokens, *, source=None, source_real=None):
+        """`step` beside an encoded source (B, S, D), of which source_real (B, S) is no padding, where there is one."""
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)

@@ -6,9 +6,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab import spec
-from xformers_lab.attention import Attention
 from xformers_lab.config import Config
 from xformers_lab.depth import Context
+from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
@@ -68,8 +68,8 @@ class EncoderDecoder(EncoderInput, Transformer):
         self.encoder = spec.build("depth", config.model.depth, read, **stacked)
         self.source_final = None if self.final is None else spec.build("norm", config.model.norm, read, rngs=rngs)
 
-    def block(self, size: Size, attention: str, **given) -> Block:
-        return CrossBlock(size, attention, cross=self.cross, source=self.source, **given)
+    def block(self, size: Size, attention: str, **options) -> Block:
+        return CrossBlock(size, attention, cross=self.cross, source=self.source, **options)
 
     def encode(self, inputs, *, valid=None, key=None):
         """Source tokens (B, S) -> their states (B, S, D), aux."""
@@ -118,8 +118,7 @@ class EncoderDecoder(EncoderInput, Transformer):
                 return own.encode(cache["read"][0], valid=valid)[0][None].astype(self.size.dtype)
 
             states = lax.cond(at == self.source, encode, lambda: cache["states"])
-            step = super(EncoderDecoder, self).step
-            logits, target = step(cache["target"], tokens, source=states[0], source_real=valid)
+            logits, target = self.step_beside(cache["target"], tokens, source=states[0], source_real=valid)
             return logits, cache | {"states": states, "target": target}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
@@ -137,12 +136,14 @@ def _of_both(source: Aux, target: Aux) -> Aux:
 class CrossBlock(Block):
     """A layer whose queries also look at an encoded source, between self-attention and feed-forward."""
 
-    def __init__(self, size: Size, attention: str, *, cross: str, source: int, config: Config, rngs: nnx.Rngs, **given):
-        super().__init__(size, attention, config=config, rngs=rngs, **given)
+    def __init__(
+        self, size: Size, attention: str, *, cross: str, source: int, config: Config, rngs: nnx.Rngs, **options
+    ):
+        super().__init__(size, attention, config=config, rngs=rngs, **options)
         self.cross = spec.build("attention", cross, dataclasses.replace(size, length=source), rngs=rngs)
         self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
         self.cross_norm.start(self.cross)
-        self.source, self.projects = source, type(self.cross).__call__ is not Attention.__call__
+        self.source, self.projects = source, self.cross.projects
 
     def __call__(self, x, carries, context, *, key=None):
         if context.source is None:
@@ -153,8 +154,8 @@ class CrossBlock(Block):
         if self.attention is not None:
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
             x, aux = self.attention_norm.after(x, y, rows), aux | more
-            given = {"valid": context.source_real, "causal": False, "key": keys[2]}
-            y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **given)
+            options = {"valid": context.source_real, "causal": False, "key": keys[2]}
+            y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **options)
             x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), aux + more
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[4:])
@@ -173,7 +174,7 @@ class CrossBlock(Block):
     def init_cache(self, B: int, length: int):
         """Keys and values of the source are projected once, but for a mechanism with projections of its own."""
         own = super().init_cache(B, length)
-        if self.projects or self.attention is None:
+        if self.attention is None or not self.projects:
             return {"own": own}
         rows = jnp.zeros((B, self.source, self.cross.size.key_heads, self.cross.size.head), self.dtype)
         return {"own": own, "k": rows, "v": rows}
@@ -188,13 +189,15 @@ class CrossBlock(Block):
             x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
         return x, cache, carries
 
+    def step_several(self, x, cache, context, at):
+        return in_turn(self, x, cache, context, at)
+
     def _look(self, asked, cache, context, at):
         """Cross-attention of one token (B, 1, D) -> (B, D), and the cache, which the first token fills."""
-        cross, source, given = self.cross, context.source, {"valid": context.source_real, "causal": False}
-        if self.projects:
-            return cross(asked, source, **given)[0][:, 0], cache
-        heads = lambda y: y.reshape(*y.shape[:2], -1, cross.size.head)
-        project = lambda: (heads(cross.key(source)), heads(cross.value(source)))
+        cross, source, options = self.cross, context.source, {"valid": context.source_real, "causal": False}
+        if not self.projects:
+            return cross(asked, source, **options)[0][:, 0], cache
+        project = lambda: (cross.heads_of(cross.key(source)), cross.heads_of(cross.value(source)))
         k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
-        out = cross.mix(heads(cross.query(asked)), k, v, x=source, x_q=asked, **given)[0]
+        out = cross.mix(cross.heads_of(cross.query(asked)), k, v, x=source, x_q=asked, **options)[0]
         return cross.out(out.reshape(len(asked), -1)), cache | {"k": k, "v": v}

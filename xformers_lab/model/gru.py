@@ -36,8 +36,8 @@ class Cell(nnx.Module):
         gates = jnp.swapaxes(self.input(x), 0, 1)
         kept = jnp.ones(gates.shape[:2], bool) if valid is None else jnp.swapaxes(valid, 0, 1)
 
-        def one(h, given):
-            gate, keep = given
+        def one(h, inputs):
+            gate, keep = inputs
             h = jnp.where(keep[:, None], self._advance(gate, h), h)
             return h, h
 

@@ -71,9 +71,9 @@ def _scan(gates, recurrent, kept, h, c) -> tuple[jax.Array, jax.Array]:
 
 def _forward(gates, recurrent, kept, first_h, first_c) -> tuple:
 
-    def one(state, given):
+    def one(state, inputs):
         h, c = state
-        gate, keep = given
+        gate, keep = inputs
         new_h, new_c, active = _advance(gate, h, c, recurrent)
         h, c = jnp.where(keep[:, None], new_h, h), jnp.where(keep[:, None], new_c, c)
         return (h, c), (h, c, active)
@@ -89,9 +89,9 @@ def _backward(saved, grad):
     before = jnp.concatenate([first_c[None], c[:-1]])
     turned = recurrent.T
 
-    def one(state, given):
+    def one(state, residuals):
         dh, dc = state
-        g_out, keep, c, c_before, (i, f, g, o) = given
+        g_out, keep, c, c_before, (i, f, g, o) = residuals
         keep = keep[:, None]
         dh = dh + g_out
         bent = jnp.tanh(c)
@@ -101,8 +101,8 @@ def _backward(saved, grad):
         earlier = jnp.dot(gates, turned, preferred_element_type=jnp.float32)
         return (jnp.where(keep, earlier, dh), jnp.where(keep, d * f, dc)), gates
 
-    given = grad.astype(jnp.float32), kept, c, before, active
-    (dh, dc), gates = lax.scan(one, (jnp.zeros((B, D), jnp.float32), last), given, reverse=True)
+    residuals = grad.astype(jnp.float32), kept, c, before, active
+    (dh, dc), gates = lax.scan(one, (jnp.zeros((B, D), jnp.float32), last), residuals, reverse=True)
     h_before = jnp.concatenate([first_h[None], h[:-1]]).reshape(T * B, D)
     total = jnp.dot(h_before.T, gates.reshape(T * B, -1), preferred_element_type=jnp.float32)
     return gates, total.astype(recurrent.dtype), None, dh.astype(h.dtype), dc

@@ -89,16 +89,16 @@ class Seq2seq(EncoderInput, Recurrent):
     def fed(self, x, state, seen, real_source, valid):
         """Embedded targets (B, T, D) through the lowest cell, which looks before each -> its outputs, and what it saw,
         both (B, T, D)."""
-        cell, given = self.cells[0], (x, jnp.ones(x.shape[:2], bool) if valid is None else valid)
+        cell, inputs = self.cells[0], (x, jnp.ones(x.shape[:2], bool) if valid is None else valid)
 
-        def one(state, given):
-            x, keep = given
+        def one(state, inputs):
+            x, keep = inputs
             c = self.glimpse(state, seen, real_source)
             new, s = cell.step(state, jnp.concatenate([x, c], -1))
             return jax.tree.map(lambda new, old: jnp.where(keep[:, None], new, old), new, state), (s, c)
 
-        _, found = lax.scan(one, state, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), given))
-        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), found)
+        _, states = lax.scan(one, state, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), inputs))
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states)
 
     def glimpse(self, state, seen, valid):
         """What the lowest cell sees from a state: (B, D)."""
@@ -182,9 +182,9 @@ class Look(nnx.Module):
     """Attention of the decoder's states to the encoder's."""
 
     def __init__(self, size: Size, *, additive: bool, rngs: nnx.Rngs):
-        D, given = size.dim, {"dtype": size.dtype, "rngs": rngs}
-        self.query = Linear(D, D, use_bias=False, **given) if additive else None
-        self.key = Linear(D, D, **given) if additive else None
+        D, options = size.dim, {"dtype": size.dtype, "rngs": rngs}
+        self.query = Linear(D, D, use_bias=False, **options) if additive else None
+        self.key = Linear(D, D, **options) if additive else None
         self.v = nnx.Param(nnx.initializers.normal(D**-0.5)(rngs.params(), (D,))) if additive else None
 
     def keys(self, states):

@@ -3,14 +3,16 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Cost
+from xformers_lab.attention._base.attention import Cost
+from xformers_lab.attention._base.call import Call
+from xformers_lab.attention._base.multi_head import MultiHead
+from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
 from xformers_lab.attention._engine.softmax import softmax
-from xformers_lab.attention._patterned import Patterned, near_block
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
@@ -50,17 +52,14 @@ class GlobalTokens(Patterned):
         block = near_block(self.reach, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
+    def of_tokens(self, call: Call):
         """Only the queries that stand at global positions, at least one row, are projected once more."""
         if self.own:
-            first, count = self._asking(q.shape[1], k.shape[1])
-            asking = x if x_q is None else x_q
-            assert asking is not None
-            x_q = asking[:, -q.shape[1] :][:, first : first + max(count, 1)]
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        return super().mix(q, k, v, **given, method=method)
+            first, count = self._asking(call.q.shape[1], call.k.shape[1])
+            x_q = call.queries_input
+            assert x_q is not None
+            call = call.replace(x_q=x_q[:, first : first + max(count, 1)])
+        return super().of_tokens(call)
 
     def _asking(self, T: int, S: int) -> tuple[int, int]:
         """Which queries stand at global positions: from the first, so many."""
@@ -74,12 +73,12 @@ class GlobalTokens(Patterned):
         """What global queries look at, k and v; what the others see of global positions, side_k and side_v."""
         if not self.own:
             return {"of_key": {}}
-        found, first = {name: linear(x) for name, linear in self.of_global.items()}, x[:, : self.tokens]
+        pairs, first = {name: linear(x) for name, linear in self.of_global.items()}, x[:, : self.tokens]
         if self.pieces:
             among = {name: linear(first) for name, linear in self.among_global.items()}
-            found = {name: jnp.concatenate([among[name], rows[:, self.tokens :]], 1) for name, rows in found.items()}
-            found |= {f"side_{name}": linear(first) for name, linear in self.to_global.items()}
-        return {"of_key": {name: self._heads(rows, x) for name, rows in found.items()}}
+            pairs = {name: jnp.concatenate([among[name], rows[:, self.tokens :]], 1) for name, rows in pairs.items()}
+            pairs |= {f"side_{name}": linear(first) for name, linear in self.to_global.items()}
+        return {"of_key": {name: self._heads(rows, x) for name, rows in pairs.items()}}
 
     def _heads(self, y, x):
         """(..., heads H) -> (..., N, H) in x's type, keys and values repeated for the query heads that share them."""
@@ -91,8 +90,8 @@ class GlobalTokens(Patterned):
             return super().attend(q, k, v, valid=valid, causal=causal, bias=bias)
         T, S = q.shape[0], k.shape[0]
         k, v = self._side(k, v, of_key)
-        given = {"pattern": self._near(causal), "valid": valid, "bias": bias, "blocks": self.blocks(T, S, causal)}
-        out = jnp.asarray(block_sparse(q, k, v, **given))
+        options = {"pattern": self._near(causal), "valid": valid, "bias": bias, "blocks": self.blocks(T, S, causal)}
+        out = jnp.asarray(block_sparse(q, k, v, **options))
         first, count = self._asking(T, S)
         if count == 0:
             return out
@@ -110,10 +109,10 @@ class GlobalTokens(Patterned):
         if not self.own:
             return super().reference(q, k, v, valid=valid, causal=causal, bias=bias)
         T, S, rows = q.shape[0], k.shape[0], of_query["q"].shape[0]
-        given, at = {"valid": valid, "bias": bias}, jnp.arange(S - T, S)[:, None]
-        out = dense(q, *self._side(k, v, of_key), pattern=self._near(causal), **given)
+        options, at = {"valid": valid, "bias": bias}, jnp.arange(S - T, S)[:, None]
+        out = dense(q, *self._side(k, v, of_key), pattern=self._near(causal), **options)
         asked = jnp.zeros_like(q).at[max(0, T - S) + jnp.arange(rows)].set(of_query["q"])
-        of_global = dense(asked, of_key["k"], of_key["v"], pattern=Causal() if causal else All(), **given)
+        of_global = dense(asked, of_key["k"], of_key["v"], pattern=Causal() if causal else All(), **options)
         return jnp.where((at >= 0) & (at < self.tokens), of_global, out)
 
     def _near(self, causal: bool) -> Pattern:
@@ -150,24 +149,31 @@ class GlobalTokens(Patterned):
         rows = jnp.zeros((B, min(self.tokens, length), self.size.key_heads, self.size.head), dtype)
         return cache | {"global_k": rows, "global_v": rows}
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    decode_heads_several = MultiHead.decode_heads_several
+
+    def decode_heads(self, cache, call: Call):
         """Keys and values for global queries are kept of the first positions alone: no global query comes later."""
         if not self.own:
-            return super().mix_step(cache, q, k, v, bias=bias, carry=carry)
+            return super().decode_heads(cache, call)
+        x = call.x
         assert x is not None
-        heads = lambda linear: linear(x).reshape(len(x), -1, self.size.head)
+        project = lambda linear: self.heads_of(linear(x))
         rows = cache["global_k"].shape[1]
         at, positions = cache["seen"], jnp.arange(rows)
         first, slot = at < rows, jnp.minimum(at, rows - 1)
         among = self.among_global if self.pieces else self.of_global
         if self.pieces:
-            k, v = (jnp.where(first, heads(self.to_global[name]), new) for name, new in (("k", k), ("v", v)))
-        keep = lambda name: jnp.where(first, heads(among[name]), cache[f"global_{name}"][:, slot])
+            pairs = {"k": call.k, "v": call.v}
+            call = call.replace(
+                **{name: jnp.where(first, project(self.to_global[name]), new) for name, new in pairs.items()}
+            )
+        keep = lambda name: jnp.where(first, project(among[name]), cache[f"global_{name}"][:, slot])
         of_global = {name: cache[f"global_{name}"].at[:, slot].set(keep(name)) for name in "kv"}
         ring = {name: rows for name, rows in cache.items() if not name.startswith("global_")}
-        out, ring, carry = super().mix_step(ring, q, k, v, bias=bias, carry=carry)
-        there = (positions <= at) & (positions >= cache["empty"])
-        seen = jnp.broadcast_to(there, (q.shape[1], rows))
-        asked = self.attend_cached(heads(self.global_query), of_global["k"], of_global["v"], at, positions, seen, bias)
+        out, ring, carry = super().decode_heads(ring, call)
+        filled = (positions <= at) & (positions >= cache["empty"])
+        seen = jnp.broadcast_to(filled, (call.q.shape[1], rows))
+        pair, query = (of_global["k"], of_global["v"]), project(self.global_query)
+        global_out = self.attend_cached(query, *pair, at, positions, seen, call.bias)
         kept = {f"global_{name}": rows for name, rows in of_global.items()}
-        return jnp.where(first, asked, out), ring | kept, carry
+        return jnp.where(first, global_out, out), ring | kept, carry

@@ -22,11 +22,11 @@ def lines(seen: np.ndarray) -> list[str]:
 
 def path(seen: np.ndarray) -> str:
     """The live pairs as data of an SVG path, one unit for a pair: neighbours of a row are one rectangle."""
-    found = []
+    rectangles = []
     for y, row in enumerate(seen):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
-        found += [f"M{x} {y}h{stop - x}v1h{x - stop}z" for x, stop in edges.reshape(-1, 2)]
-    return "".join(found)
+        rectangles += [f"M{x} {y}h{stop - x}v1h{x - stop}z" for x, stop in edges.reshape(-1, 2)]
+    return "".join(rectangles)
 
 
 def svg(seen: np.ndarray) -> str:

@@ -4,13 +4,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import Attention, Cost
+from xformers_lab.attention._base.attention import Cost
+from xformers_lab.attention._base.call import Call
+from xformers_lab.attention._base.one_head import OneHead
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
@@ -26,13 +29,14 @@ from xformers_lab.nn.size import Size
 LONG = 1024
 
 
-class Patterned(Attention):
+class Patterned(OneHead):
     """softmax(q k^T / sqrt(H) + bias) v over the keys that `pattern` allows, run by the block-sparse engine.
 
     A subclass sets `pattern` (without causality, which is added where asked), one for all heads or a tuple of one for
     each, and may set `block`, the size of the engine's blocks of queries and keys where its geometry suggests one.
     """
 
+    keeps_keys: ClassVar[bool] = False
     block: int | None = None
     # How many of the first positions decoding keeps for good, beside a ring of the newest.
     kept: int = 0
@@ -67,34 +71,33 @@ class Patterned(Attention):
         most = 256 if causal else 512
         return _even(T, most), _even(S, most)
 
-    def mix(
-        self, q, k, v, *, x=None, x_q=None, valid=None, causal=False, bias=None, carry=None, key=None, method="attend"
-    ):
-        if method == "attend" and fused.fits(q, k, valid, bias) and (kernel := self.fused(causal)):
-            return kernel(q, k, v), carry, Aux()
+    def attend_heads(self, call: Call):
+        plain = call.method == "attend" and fused.fits(call.q, call.k, call.valid, call.bias)
+        if plain and (kernel := self.fused(call.causal)):
+            return kernel(call.q, call.k, call.v), call.carry, Aux()
         if isinstance(self.pattern, tuple):
-            return self._own_patterns(q, k, v, valid, causal, bias, method), carry, Aux()
-        given = {"x": x, "x_q": x_q, "valid": valid, "causal": causal, "bias": bias, "carry": carry, "key": key}
-        return super().mix(q, k, v, **given, method=method)
+            return self._own_patterns(call), call.carry, Aux()
+        return super().attend_heads(call)
 
-    def _own_patterns(self, q, k, v, valid, causal: bool, bias, method: str):
+    def _own_patterns(self, call: Call):
         """(B, T, N, H): heads of one pattern at a time."""
-        heads, times, found = range(q.shape[2]), q.shape[2] // k.shape[2], []
-        blocks = self.blocks(q.shape[1], k.shape[1], causal)
-        for pattern, group in itertools.groupby(heads, lambda head: self.seen(causal, head)):
+        q, k, v, outputs = call.q, call.k, call.v, []
+        heads, times = range(q.shape[2]), q.shape[2] // k.shape[2]
+        blocks = self.blocks(q.shape[1], k.shape[1], call.causal)
+        for pattern, group in itertools.groupby(heads, lambda head: self.seen(call.causal, head)):
             chosen = np.array(list(group))
             run = functools.partial(dense, pattern=pattern)
-            if method == "attend":
+            if call.method == "attend":
                 run = functools.partial(block_sparse, pattern=pattern, blocks=blocks)
 
             def one(q, k, v, _, of_sample, of_head, run=run):
                 return run(q, k, v, valid=of_sample, bias=of_head), None
 
             keys, values = (x[:, :, chosen // times] for x in (k, v))
-            of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], bias)
+            of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], call.bias)
             plan = plan_of(self.size)
-            found.append(over_heads(one, q[:, :, chosen], keys, values, None, valid, of_head, plan=plan)[0])
-        return jnp.concatenate(found, 2)
+            outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, call.valid, of_head, plan=plan)[0])
+        return jnp.concatenate(outputs, 2)
 
     def fused(self, causal: bool) -> Callable | None:
         """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
@@ -136,34 +139,35 @@ class Patterned(Attention):
             return super().begin(cache, empty)
         return cache | {"seen": cache["seen"] + empty, "empty": empty}, empty
 
-    def mix_step(self, cache, q, k, v, *, x=None, bias=None, carry=None):
+    def decode_heads(self, cache, call: Call):
         """The first `kept` positions have a slot each, then comes a ring: slot s of R holds the newest position that is
         s modulo R, so that a pattern that is tied to absolute positions (a grid, say) decodes alike."""
         at = cache["seen"]
         slot = self._slot(at, cache)
-        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", k), ("v", v)))
-        positions, there = self._held(at, cache)
-        out = self.attend_cached(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
-        return out, cache | {"k": keys, "v": values, "seen": at + 1}, carry
+        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", call.k), ("v", call.v)))
+        positions, filled = self._held(at, cache)
+        seen = self._seen_by(at, positions) & filled
+        out = self.attend_cached(call.q, keys, values, at, positions, seen, call.bias)
+        return out, cache | {"k": keys, "v": values, "seen": at + 1}, call.carry
 
-    def mix_steps(self, cache, q, k, v, *, x=None, bias=None):
+    def decode_heads_several(self, cache, call: Call):
         """New queries look at what the slots hold and at new keys, which then go where they belong."""
-        if type(self).mix_step is not Patterned.mix_step:
-            return super().mix_steps(cache, q, k, v, x=x, bias=bias)
-        at, T, R = cache["seen"], q.shape[1], cache["k"].shape[1]
+        at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[1]
         new = at + jnp.arange(T)
-        positions, there = self._held(at - 1, cache)
-        positions, there = jnp.concatenate([positions, new]), jnp.concatenate([there, jnp.ones(T, bool)])
-        keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in (("k", k), ("v", v)))
+        positions, filled = self._held(at - 1, cache)
+        positions, filled = jnp.concatenate([positions, new]), jnp.concatenate([filled, jnp.ones(T, bool)])
+        pairs = (("k", call.k), ("v", call.v))
+        keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in pairs)
 
         def one(q, at):
-            return self.attend_cached(q, keys, values, at, positions, self._seen_by(at, positions) & there, bias)
+            seen = self._seen_by(at, positions) & filled
+            return self.attend_cached(q, keys, values, at, positions, seen, call.bias)
 
-        out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(q, new)
+        out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(call.q, new)
         # Of several that share a slot the newest stays.
         stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
         slot = jnp.where(stays, self._slot(new, cache), R)
-        keys, values = (cache[name].at[:, slot].set(rows, mode="drop") for name, rows in (("k", k), ("v", v)))
+        keys, values = (cache[name].at[:, slot].set(rows, mode="drop") for name, rows in pairs)
         return out, cache | {"k": keys, "v": values, "seen": at + T}
 
     def _ring_of(self, slots: int) -> int:
@@ -179,8 +183,8 @@ class Patterned(Attention):
         slots = jnp.arange(cache["k"].shape[1])
         first = slots < self.kept
         positions = jnp.where(first, slots, newest - (newest - slots) % self._ring_of(len(slots)))
-        there = (positions <= newest) & (first | (positions >= self.kept))
-        return positions, there & ((positions >= self.front + cache["empty"]) | (slots < self.front))
+        filled = (positions <= newest) & (first | (positions >= self.kept))
+        return positions, filled & ((positions >= self.front + cache["empty"]) | (slots < self.front))
 
     def _seen_by(self, at, positions):
         """(N, R): what each head's pattern lets a query at position `at` () see."""

@@ -5,50 +5,60 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.attention._base.call import Call
 from xformers_lab.nn.plan import plan_of
 
 
-def apart(mechanism, q, k, v, *, bias, key, causal, carry, **given):
-    """`mix` with a bias whose leaves have leading axes B and N; given: x, x_q and valid, each of every sample.
+def apart(mechanism, call: Call):
+    """`attend_heads` with a bias whose leaves have leading axes B and N.
 
     Auxiliary scalars, and variables that a training step moves, are means over samples.
     """
     graph, params, rest = nnx.split(mechanism, nnx.Param, ...)
-    carries = _Samples(lambda B: mechanism.initial_carry(B, q.shape[1], k.shape[1]) if mechanism.carries() else None)
-    mapped, shared = carries.split(carry)
+    (B, T), S = call.q.shape[:2], call.k.shape[1]
+    carries = _carries(mechanism, T, S)
+    mapped, shared = carries.split(call.carry)
 
     def one(sample):
-        q, k, v, bias, key, mapped, given = sample
+        arrays, bias, key, mapped = sample
         # Variables are made anew, so that they may change within this trace.
         layer = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
-        q, k, v, given = _alone((q, k, v, given))
-        below = None if carry is None else carries.alone(mapped, shared)
-        out, above, aux = layer.mix(q, k, v, bias=bias, key=key, causal=causal, carry=below, **given)
+        below = None if call.carry is None else carries.alone(mapped, shared)
+        out, above, aux = layer.attend_heads(call.replace(**_alone(arrays), bias=bias, key=key, carry=below))
         return out[0], carries.without(above), aux, nnx.split(layer, nnx.Param, ...)[2]
 
-    keys = None if key is None else jax.random.split(key, len(q))
-    samples = (q, k, v, bias, keys, mapped, given)
+    keys = None if call.key is None else jax.random.split(call.key, B)
+    samples = (_of_samples(call), call.bias, keys, mapped)
     # As with heads: one by one on CPU, where that keeps the scores in cache.
-    looped = plan_of(mechanism.size).loops(q.shape[1], k.shape[1])
+    looped = plan_of(mechanism.size).loops(T, S)
     out, above, aux, after = lax.map(one, samples) if looped else jax.vmap(one)(samples)
     nnx.update(mechanism, jax.tree.map(_mean, after))
     return out, carries.joined(above), jax.tree.map(_mean, aux)
 
 
-def step_apart(mechanism, cache, q, k, v, *, bias, x=None, carry=None):
-    """`mix_step` with a bias whose leaves have leading axes B and N."""
+def step_apart(mechanism, cache, call: Call):
+    """`decode_heads` with a bias whose leaves have leading axes B and N."""
     length = mechanism.size.length
-    caches = _Samples(lambda B: mechanism.init_cache(B, length))
-    carries = _Samples(lambda B: mechanism.initial_carry(B, 1, length) if mechanism.carries() else None)
-    (mapped, shared), (mapped_below, shared_below) = caches.split(cache), carries.split(carry)
+    caches, carries = _Samples(lambda B: mechanism.init_cache(B, length)), _carries(mechanism, 1, length)
+    (mapped, shared), (mapped_below, shared_below) = caches.split(cache), carries.split(call.carry)
 
-    def one(mapped, mapped_below, bias, given):
-        own, below = caches.alone(mapped, shared), None if carry is None else carries.alone(mapped_below, shared_below)
-        out, own, above = mechanism.mix_step(own, **_alone(given), bias=bias, carry=below)
-        return out[0], caches.without(own), carries.without(above)
+    def one(mapped, mapped_below, bias, arrays):
+        below = None if call.carry is None else carries.alone(mapped_below, shared_below)
+        of_sample = call.replace(**_alone(arrays), bias=bias, carry=below)
+        out, after, above = mechanism.decode_heads(caches.alone(mapped, shared), of_sample)
+        return out[0], caches.without(after), carries.without(above)
 
-    out, after, above = jax.vmap(one)(mapped, mapped_below, bias, {"q": q, "k": k, "v": v, "x": x})
+    out, after, above = jax.vmap(one)(mapped, mapped_below, call.bias, _of_samples(call))
     return out, caches.joined(after), carries.joined(above)
+
+
+def _of_samples(call: Call) -> dict:
+    """The arrays of a call that have an axis of samples."""
+    return {name: getattr(call, name) for name in ("q", "k", "v", "x", "x_q", "valid")}
+
+
+def _carries(mechanism, T: int, S: int) -> "_Samples":
+    return _Samples(lambda B: mechanism.initial_carry(B, T, S) if mechanism.carries() else None)
 
 
 class _Samples:
@@ -68,8 +78,8 @@ class _Samples:
 
     def alone(self, mapped, shared):
         """The tree of one sample, whose axis is kept, from its leaves without it."""
-        found = zip(mapped, shared, self.axes, strict=True)
-        leaves = [other if axis is None else jnp.expand_dims(leaf, axis) for leaf, other, axis in found]
+        triples = zip(mapped, shared, self.axes, strict=True)
+        leaves = [other if axis is None else jnp.expand_dims(leaf, axis) for leaf, other, axis in triples]
         return self.structure.unflatten(leaves)
 
     def without(self, tree):

@@ -24,3 +24,15 @@ def why_not_one_way(mechanism: type) -> str:
     """Why a recurrence is refused where both sides are seen."""
     name = mechanism.__name__.lower()
     return f"{name} reads from left to right alone, so it serves no encoder: use model=decoder or another attention"
+
+
+def why_not_decode(mechanism: Any) -> str | None:
+    """Why a class of mechanisms cannot decode token by token; None where it can."""
+    name = mechanism.__name__.lower()
+    if reason := mechanism.refuses.get("decoding"):
+        return f"{name} cannot decode: {reason}"
+    if not mechanism.decodes:
+        return f"{name} cannot decode: it has a layer of its own, and no decode(x, cache) for it"
+    if mechanism.keeps_keys and (reason := mechanism.refuses.get("cross")):
+        return f"{name} cannot decode: one query against many keys is refused, for {reason}"
+    return None if mechanism.accepts("causal") else why_not(mechanism, "causal")

@@ -1,12 +1,14 @@
 """Base of mechanisms that are a recurrence with a state per head: read from left to right, decoded at constant cost."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Attention, why_not_one_way
+from xformers_lab.attention._base.attention import required
+from xformers_lab.attention._base.one_head import Stepwise
+from xformers_lab.attention._base.refusals import why_not_one_way
 from xformers_lab.attention._engine.linear.gated import aligned, one_by_one
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
@@ -16,7 +18,7 @@ from xformers_lab.nn.size import Size
 EPSILON = 1e-5
 
 
-class Recurrent(Attention):
+class Recurrent(Stepwise):
     """A subclass defines `scanned(q, **keys)` over all positions at once, and `update(state, q, **keys)` for one.
 
     keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads.
@@ -41,11 +43,13 @@ class Recurrent(Attention):
     def init_state(self, length: int, dtype=jnp.float32):
         return jnp.zeros((self.size.head, self.size.head), jnp.float32)
 
-    def scanned(self, q, **keys):
-        raise NotImplementedError(f"{type(self).__name__} must define scanned")
+    @required
+    def scanned(self, q, *args: Any, **keys: Any) -> Any:
+        """Queries (T, H) and keys (S, ...) of all positions -> (T, H)."""
 
-    def update(self, state, q, **keys):
-        raise NotImplementedError(f"{type(self).__name__} must define update")
+    @required
+    def update(self, state, q, *args: Any, **keys: Any) -> Any:
+        """The state and those of one position -> its output (H,) and the next state."""
 
 
 def gate_of(size: Size, rngs: nnx.Rngs) -> Linear:

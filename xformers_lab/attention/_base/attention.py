@@ -1,0 +1,195 @@
+"""Attention of any kind: what a mechanism says of itself, and what the laboratory asks of every one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.attention._base.cache import one_by_one
+from xformers_lab.attention._base.refusals import why_not_decode
+from xformers_lab.errors import Refused
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.size import Size
+
+# The families of the survey (Lin et al., 2021, section 4) and what came since.
+Kind = Literal[
+    "full",
+    "sparse by position",
+    "sparse by content",
+    "linearised",
+    "memory compression",
+    "low rank",
+    "prior",
+    "multi-head",
+    "without attention",
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+Method = TypeVar("Method", bound=Callable)
+
+# What a mechanism may refuse, and how its page says so.
+REFUSALS = {
+    "causal": "Not causal",
+    "bidirectional": "One way",
+    "cross": "Not cross",
+    "bias": "No bias",
+    "decoding": "No decoding",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """What one head costs as length grows, in words that its page prints; `cost(T, S)` has the numbers.
+
+    time and memory are O(...), and the notes say more of them (", half of it where ..."); decoding is what it keeps.
+    """
+
+    time: str
+    memory: str
+    decoding: str = ""
+    time_note: str = ""
+    memory_note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one head declares for T queries and S keys.
+
+    Args:
+        flops: Matmul FLOPs of the forward pass.
+        memory: Elements of the largest intermediate array.
+        state: Elements of the state that decoding keeps.
+    """
+
+    flops: float
+    memory: float
+    state: float
+
+
+def required(method: Method) -> Method:
+    """Marks a method that a subclass must define, where it is asked for: a call without that says so."""
+
+    @functools.wraps(method)
+    def missing(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} must define {method.__name__}")
+
+    missing.__dict__["required"] = True
+    return cast(Method, missing)
+
+
+class Attention(nnx.Module):
+    """A layer that mixes positions, (B, T, D) -> (B, T, D). What it is and can do stands in attributes of the class,
+    which a subclass inherits like any other."""
+
+    kind: ClassVar[Kind | None] = None
+
+    # Whether it computes what its formula says; None: it does not say. `accuracy` goes on where the page says "Exact"
+    # or "Approximate": "on its pattern", or "; with a landmark for every position it is full attention".
+    exact: ClassVar[bool | None] = None
+    accuracy: ClassVar[str] = ""
+
+    complexity: ClassVar[Complexity | None] = None
+
+    # What it cannot do, a key of REFUSALS, and why, as a clause: {"causal": "its mean is over every position"}.
+    refuses: ClassVar[Mapping[str, str]] = {}
+
+    # Whether queries, keys and values come from its layers `query`, `key` and `value`, so that keys and values may be
+    # projected apart from queries, once, or be handed in.
+    projects: ClassVar[bool] = False
+
+    # Whether there is a form for one token more, with a cache.
+    decodes: ClassVar[bool] = False
+
+    # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
+    limit_error: ClassVar[float] = 0.0
+
+    size: Size
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if hasattr(cls, "attend") and not hasattr(cls, "attend_heads"):
+            raise TypeError(f"{cls.__name__} defines attend, for one head: its base class is OneHead, not Attention")
+
+    @required
+    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
+        """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, an `Aux`.
+
+        Args:
+            valid: (B, S) bool, or None where nothing is padded.
+            causal: Whether a position sees none after itself.
+            position: It gives `rotate(x, at)` and `share`, and `bias()` or what makes a bias of every sample.
+            carry: What the layer below handed on, where the mechanism hands something on.
+            key: A random key, in training alone.
+
+        Raises:
+            Refused: The mechanism cannot do what is asked.
+        """
+
+    def init_cache(self, B: int, length: int, dtype=jnp.float32) -> Any:
+        """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
+        raise Refused(why_not_decode(type(self)) or "")
+
+    def decode(self, x, cache, *, at, position=None, carry=None) -> Any:
+        """One more token, x (B, D) at position `at` () -> (B, D), the new cache, the carry; raises Refused where it
+        cannot decode."""
+        raise Refused(why_not_decode(type(self)) or "")
+
+    def decode_several(self, x, cache, *, at, position=None) -> Any:
+        """`decode` of T tokens, x (B, T, D) at positions from `at` () on -> (B, T, D) and the new cache; of mechanisms
+        that carry nothing."""
+        one = lambda cache, x, at: self.decode(x, cache, at=at, position=position)[:2]
+        return one_by_one(one, x, cache, at)
+
+    @required
+    def cost(self, T: int, S: int) -> Cost:
+        """What one head costs, forward and not causal."""
+        ...
+
+    def refusals(self) -> Mapping[str, str]:
+        """What a mechanism with these options refuses, and why: `refuses`, unless a subclass adds what options decide.
+
+        Returns:
+            Reasons by key of REFUSALS; what is not there it can do.
+        """
+        return type(self).refuses
+
+    @classmethod
+    def accepts(cls, what: str) -> bool:
+        """Whether it has a place for "causal", "bias", "carry" or "key" and does not refuse it."""
+        return what not in cls.refuses
+
+    @classmethod
+    def carries(cls) -> bool:
+        """Whether layers hand something on to the layer above."""
+        return False
+
+    def turns(self) -> bool:
+        """Whether there are queries or keys for a position to turn or compare."""
+        return False
+
+    def check_position(self, position) -> None:
+        """Raises Refused where a position would tell this mechanism nothing."""
+        if not self.turns() and (position.rotates() or position.kept is not None):
+            raise Refused(
+                f"{type(self).__name__.lower()} makes neither queries nor keys, which this position would turn or "
+                "compare; use position=learned, sinusoidal or none"
+            )
+
+    def scale_init(self, share: float) -> None:
+        """Multiplies by `share` the first weights that values pass, `value` and `out`, and none of scores. A placement
+        may ask for it before the mechanism first runs; one whose values pass other weights overrides it."""
+        scale_init(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
+
+    def drawn(self, causal: bool, head: int = 0) -> Callable | None:
+        """What `xlab show` draws of a head: a function of broadcasting integer arrays of query and key positions that
+        gives booleans, made of what runs; None where no fixed pattern says what a query sees."""
+        return None
+
+    @staticmethod
+    def limit(length: int) -> dict[str, Any] | None:
+        """Options with which the mechanism is full softmax attention at this length, within `limit_error`; None where
+        there are none. The conformance kit holds it to that."""
+        return None

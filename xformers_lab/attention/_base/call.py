@@ -1,0 +1,56 @@
+"""What all heads of a layer are run on, in one object."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+Method = Literal["attend", "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of all heads of a batch.
+
+    Of one token in decoding, q, k, v and x have no axis of positions: (B, N, H), (B, K, H), (B, K, H) and (B, D).
+
+    Args:
+        q: Queries, the last T of S positions.
+        k: Keys, each shared by N / K query heads.
+        v: Values.
+        x: The block's input that keys and values came from.
+        x_q: The block's input that queries came from; None: the last T of x.
+        valid: Keys that are no padding; None where nothing is padded.
+        causal: Whether a query sees no key after itself.
+        bias: Its leaves have a leading axis N; a head's slice is called with positions of queries and keys.
+        carry: What the same mechanism in the layer below handed on; None: this is the first layer.
+        key: A random key, in training alone.
+        method: What is run of one head: the fast form, or the definition.
+    """
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+    x: Float[Array, "B S D"] | None = None
+    x_q: Float[Array, "B T D"] | None = None
+    valid: Bool[Array, "B S"] | None = None
+    causal: bool = False
+    bias: PyTree | None = None
+    carry: PyTree | None = None
+    key: Key[Array, ""] | None = None
+    method: Method = "attend"
+
+    def replace(self, **changes: Any) -> "Call":
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def queries_input(self) -> Float[Array, "B T D"] | None:
+        """The block's input that queries came from, where there is one."""
+        if self.x_q is not None or self.x is None:
+            return self.x_q
+        return self.x[:, -self.q.shape[1] :]
+
+    def as_row(self) -> "Call":
+        """The call of one token with an axis of positions, T = 1."""
+        x = None if self.x is None else self.x[:, None]
+        return self.replace(q=self.q[:, None], k=self.k[:, None], v=self.v[:, None], x=x)
