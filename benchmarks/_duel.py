@@ -48,21 +48,21 @@ class Side:
 
 def duel(cases: dict[str, tuple[Side, str, dict]], rounds: int) -> dict[str, dict]:
     """Times {label: (side, name, options)}; -> {label: {min, median, max, first}} in seconds."""
-    found: dict[str, dict] = {}
+    records: dict[str, dict] = {}
     for label, (side, name, options) in cases.items():
         first = side.ask(open=label, name=name, options=options)["first"]
         once = side.ask(time=label, repeat=1)["seconds"]
-        found[label] = {"first": first, "repeat": max(1, round(SHORT / once)), "times": []}
+        records[label] = {"first": first, "repeat": max(1, round(SHORT / once)), "times": []}
     for round_ in range(rounds):
         order = list(cases)
         random.Random(round_).shuffle(order)
         for label in order:
-            answer = cases[label][0].ask(time=label, repeat=found[label]["repeat"])
-            found[label]["times"].append(answer["seconds"])
-    for record in found.values():
+            answer = cases[label][0].ask(time=label, repeat=records[label]["repeat"])
+            records[label]["times"].append(answer["seconds"])
+    for record in records.values():
         times = record.pop("times")
         record.update(min=min(times), median=statistics.median(times), max=max(times))
-    return found
+    return records
 
 
 def machine() -> dict:

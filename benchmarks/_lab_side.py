@@ -34,15 +34,15 @@ def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, d
 def layer(choice="full", T=4096, D=512, N=8, B=1, grad=False):
     """A mechanism with its projections on (B, T, D); backward to the input and every parameter."""
     mechanism = spec.build("attention", choice, length=T, dim=D, heads=N)
-    graph, own, rest = nnx.split(mechanism, nnx.Param, ...)
+    graph, params, rest = nnx.split(mechanism, nnx.Param, ...)
     x, cotangent = (jax.random.normal(key, (B, T, D)) for key in jax.random.split(jax.random.key(0)))
     # What is drawn in training is drawn here too.
     key = jax.random.key(1) if grad else None
     # A copy of what is not trained: a mechanism may write to it, and the two passes below are two traces.
-    forward = lambda own, x: nnx.merge(graph, own, jax.tree.map(lambda leaf: leaf, rest))(x, key=key)[0]
-    both = lambda own, x: jax.vjp(forward, own, x)[1](cotangent)
+    forward = lambda params, x: nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))(x, key=key)[0]
+    both = lambda params, x: jax.vjp(forward, params, x)[1](cotangent)
     run = jax.jit(both if grad else forward)
-    return lambda: jax.block_until_ready(run(own, x))
+    return lambda: jax.block_until_ready(run(params, x))
 
 
 def matmul(n=2048):
@@ -74,14 +74,14 @@ def recurrent(kind="lstm", layers=1, B=32, T=128, D=256, grad=False):
     """A stack of cells on (B, T, D), as the baselines run it; backward to the input and every parameter."""
     cell = {"lstm": lstm.Cell, "gru": gru.Cell}[kind]
     stack = nnx.List([cell(Size(T, D, 1), nnx.Rngs(layer)) for layer in range(layers)])
-    graph, own = nnx.split(stack)
+    graph, params = nnx.split(stack)
     x, cotangent = (jax.random.normal(key, (B, T, D)) for key in jax.random.split(jax.random.key(0)))
 
-    def forward(own, x):
-        for layer in nnx.merge(graph, own):
+    def forward(params, x):
+        for layer in nnx.merge(graph, params):
             x = layer(x, None)
         return x
 
-    both = lambda own, x: jax.vjp(forward, own, x)[1](cotangent)
+    both = lambda params, x: jax.vjp(forward, params, x)[1](cotangent)
     run = jax.jit(both if grad else forward)
-    return lambda: jax.block_until_ready(run(own, x))
+    return lambda: jax.block_until_ready(run(params, x))

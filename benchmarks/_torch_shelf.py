@@ -20,8 +20,8 @@ def _module(module, T, grad, B=1, D=512):
     x = torch.randn(B, T, D, requires_grad=grad)
 
     def out():
-        found = module(x)
-        return found[0] if isinstance(found, tuple) else found
+        output = module(x)
+        return output[0] if isinstance(output, tuple) else output
 
     if not grad:
 
@@ -31,10 +31,10 @@ def _module(module, T, grad, B=1, D=512):
 
         return run
     cotangent = torch.randn_like(out())
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
 
     def run():
-        torch.autograd.grad(out(), wanted, cotangent, allow_unused=True)
+        torch.autograd.grad(out(), inputs, cotangent, allow_unused=True)
 
     return run
 

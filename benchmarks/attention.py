@@ -34,11 +34,11 @@ def main() -> None:
         for grad in (False, True):
             cases[f"{name}|{grad}|peer"] = (torch, peer, {**peer_options, "grad": grad})
             cases[f"{name}|{grad}|lab"] = (lab, "attention", {"choice": choice, **options, "grad": grad})
-    found = duel(cases, chosen.rounds)
+    times = duel(cases, chosen.rounds)
     rows = []
     for name, (peer, _, choice, _, *targets) in DUELS.items():
         for grad, target in zip((False, True), targets, strict=True):
-            ours, theirs = found[f"{name}|{grad}|lab"], found[f"{name}|{grad}|peer"]
+            ours, theirs = times[f"{name}|{grad}|lab"], times[f"{name}|{grad}|peer"]
             rows.append(
                 row(name, "forward+backward" if grad else "forward", ours, theirs, target)
                 | {"peer": peer, "choice": choice}

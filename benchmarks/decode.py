@@ -32,13 +32,13 @@ def main() -> None:
     chosen = parser.parse_args()
     cells, _ = config.sweep(list(WORDS))
     tell = lambda text: print(text, file=sys.stderr, flush=True)
-    found = bench.bench(cells, rounds=chosen.rounds, passes=("forward", "decode"), progress=tell)
-    if bad := [row for row in found if row["status"] != "ok"]:
+    rows = bench.bench(cells, rounds=chosen.rounds, passes=("forward", "decode"), progress=tell)
+    if bad := [row for row in rows if row["status"] != "ok"]:
         raise SystemExit(f"{bad[0]['attention']} at {bad[0]['seq_len']}: {bad[0]['status']}: {bad[0]['reason']}")
     key = lambda row: (row["attention"], row["pass"])
-    least = {key(row): row["seconds_min"] for row in sorted(found, key=lambda row: -row["seq_len"])}
-    found.sort(key=lambda row: (row["pass"] == "decode", row["attention"], row["seq_len"]))
-    save("decode", [line(row, least[key(row)]) for row in found], chosen.rounds)
+    least = {key(row): row["seconds_min"] for row in sorted(rows, key=lambda row: -row["seq_len"])}
+    rows.sort(key=lambda row: (row["pass"] == "decode", row["attention"], row["seq_len"]))
+    save("decode", [line(row, least[key(row)]) for row in rows], chosen.rounds)
 
 
 def line(row: dict, shortest: float) -> dict:

@@ -13,6 +13,7 @@ benchmarks/results/.
 import argparse
 import functools
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,57 +45,59 @@ def at_threshold(model, threshold: float):
 
 def seconds_of(calls: dict, rounds: int) -> dict[float, float]:
     """Threshold -> the least time of its call; raises what a call raised."""
-    found = {}
+    seconds = {}
     for threshold, timing in speed.interleaved(calls, rounds=rounds).items():
         if isinstance(timing, Exception):
             raise timing
-        found[threshold] = timing.seconds_min
-    return found
+        seconds[threshold] = timing.seconds_min
+    return seconds
 
 
 def classifier(steps: int, rounds: int, folder: str) -> list[dict]:
     _, task, model = trained(steps, folder, task="listops", seq_len=128)
     batch = jax.tree.map(jnp.asarray, task.batch("test", 0))
-    calls, scores, told = {}, {}, {}
+    calls, scores, aux_results = {}, {}, {}
     for threshold in THRESHOLDS:
         graph, variables = at_threshold(model, threshold)
         run = jax.jit(lambda v, b, graph=graph: nnx.merge(graph, v)(b.inputs, valid=b.valid))
         calls[threshold] = functools.partial(run, variables, batch)
         logits, aux = calls[threshold]()
-        told[threshold] = aux
+        aux_results[threshold] = aux
         right, count = task.metric(logits, batch)
         scores[threshold] = float(right / count)
     shares = lambda aux: [float(aux.scalars[f"exit/{number}"]) for number in range(1, LAYERS + 1)]
     expected = {
         threshold: expected_saving([round(share * len(batch.inputs)) for share in shares(aux)])
-        for threshold, aux in told.items()
+        for threshold, aux in aux_results.items()
     }
-    return rows("classifier, a batch", scores, told, expected, seconds_of(calls, rounds), 1)
+    return rows("classifier, a batch", scores, aux_results, expected, seconds_of(calls, rounds), 1)
 
 
 def decoder(steps: int, rounds: int, folder: str) -> list[dict]:
     _, task, model = trained(steps, folder, task="copy", seq_len=64)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), task.batch("test", 0))
-    tokens, calls, scores, told = batch.inputs, {}, {}, {}
+    tokens, calls, scores, aux_results = batch.inputs, {}, {}, {}
     for threshold in THRESHOLDS:
         graph, variables = at_threshold(model, threshold)
 
         def run(variables, tokens, graph=graph):
-            model = nnx.merge(graph, variables)
+            model: Any = nnx.merge(graph, variables)
             step = lambda cache, token: model.step(cache, token)[::-1]
             return jax.lax.scan(step, model.init_cache(1, tokens.shape[1]), tokens.T)[1]
 
         whole = jax.jit(lambda v, t, graph=graph: nnx.merge(graph, v)(t))
-        logits, told[threshold] = whole(variables, tokens)
+        logits, aux_results[threshold] = whole(variables, tokens)
         right, count = task.metric(logits, batch)
         scores[threshold] = float(right / count)
         calls[threshold] = functools.partial(jax.jit(run), variables, tokens)
         np.testing.assert_allclose(calls[threshold]()[:, 0], logits[0], atol=1e-3)
-    expected = {threshold: 1 - float(aux.scalars["computation"]) / LAYERS for threshold, aux in told.items()}
-    return rows("language model, a decoded token", scores, told, expected, seconds_of(calls, rounds), tokens.size)
+    expected = {threshold: 1 - float(aux.scalars["computation"]) / LAYERS for threshold, aux in aux_results.items()}
+    return rows(
+        "language model, a decoded token", scores, aux_results, expected, seconds_of(calls, rounds), tokens.size
+    )
 
 
-def rows(case: str, scores: dict, told: dict, expected: dict, times: dict, calls: int) -> list[dict]:
+def rows(case: str, scores: dict, aux_results: dict, expected: dict, times: dict, calls: int) -> list[dict]:
     """One line for each threshold; times are of so many calls."""
     most = times[THRESHOLDS[-1]]
     return [
@@ -102,7 +105,7 @@ def rows(case: str, scores: dict, told: dict, expected: dict, times: dict, calls
             "case": case,
             "threshold": threshold,
             "accuracy": round(scores[threshold], 3),
-            "layers": round(float(told[threshold]["computation"]), 2),
+            "layers": round(float(aux_results[threshold]["computation"]), 2),
             "expected_saving": round(expected[threshold], 3),
             "saved": round(1 - times[threshold] / most, 3),
             "ms": round(1e3 * times[threshold] / calls, 3),
@@ -117,8 +120,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = [line for measure in (classifier, decoder) for line in measure(chosen.steps, chosen.rounds, folder)]
-    save("early_exit", found, chosen.rounds)
+        lines = [line for measure in (classifier, decoder) for line in measure(chosen.steps, chosen.rounds, folder)]
+    save("early_exit", lines, chosen.rounds)
 
 
 if __name__ == "__main__":

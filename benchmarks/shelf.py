@@ -61,19 +61,19 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable)
     chosen = parser.parse_args()
     lab, torch = Side("_lab_side"), Side("_torch_shelf", chosen.torch_python)
-    wanted = {name: duel for name, duel in DUELS.items() if chosen.only.lower() in name.lower()}
+    duels = {name: duel for name, duel in DUELS.items() if chosen.only.lower() in name.lower()}
     rows, name_of_file = [], "shelf" + (f"-{chosen.only}" if chosen.only else "")
     # Case by case, so that a machine's memory holds two at a time; the rounds of a case are interleaved.
-    for name, (peer, theirs, kind, ours, *targets) in wanted.items():
+    for name, (peer, theirs, kind, ours, *targets) in duels.items():
         for grad, target in zip((False, True), targets, strict=True):
             if grad and peer == "flex":
                 continue
-            found = duel(
+            times = duel(
                 {"peer": (torch, peer, {**theirs, "grad": grad}), "lab": (lab, kind, {**ours, "grad": grad})},
                 chosen.rounds,
             )
             rows.append(
-                row(name, "forward+backward" if grad else "forward", found["lab"], found["peer"], target)
+                row(name, "forward+backward" if grad else "forward", times["lab"], times["peer"], target)
                 | {"peer": peer, "choice": ours.get("choice", peer)}
             )
             print(rows[-1], file=sys.stderr, flush=True)
@@ -81,11 +81,11 @@ def main() -> None:
     for choice, T, least in SPEED_UPS if chosen.only in ("", "speed-up") else ():
         cases = {
             name: (lab, "attention", {"choice": of, "T": T, "causal": True})
-            for name, of in (("own", choice), ("full", "full"))
+            for name, of in (("mechanism", choice), ("full", "full"))
         }
-        found = duel(cases, chosen.rounds)
+        times = duel(cases, chosen.rounds)
         rows.append(
-            row(f"{choice} causal, N={T}", "forward", found["own"], found["full"], 1 / least)
+            row(f"{choice} causal, N={T}", "forward", times["mechanism"], times["full"], 1 / least)
             | {"peer": "our full", "choice": choice}
         )
         print(rows[-1], file=sys.stderr, flush=True)

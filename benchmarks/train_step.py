@@ -25,8 +25,8 @@ def main() -> None:
         "torch eager": (torch, "train_step", {}),
         "torch compiled": (torch, "train_step", {"compiled": True}),
     }
-    found = duel(cases, chosen.rounds)
-    rows = [row("train step", f"against {peer}", found["lab"], found[peer], TARGET) for peer in list(cases)[1:]]
+    times = duel(cases, chosen.rounds)
+    rows = [row("train step", f"against {peer}", times["lab"], times[peer], TARGET) for peer in list(cases)[1:]]
     save("train_step", rows, chosen.rounds)
     lab.close()
     torch.close()

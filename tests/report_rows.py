@@ -58,7 +58,7 @@ def failed(status: str, reason: str, **where) -> dict:
 
 def sample(names=ATTENTIONS, seeds=(0,), lengths=(64, 128, 256)) -> list[dict]:
     """Five variants, three lengths, two tasks; three cells have failed in three ways."""
-    found = []
+    cells = []
     for task in ("mqar", "lm"):
         for rank, name in enumerate(names):
             for seq_len in lengths:
@@ -71,12 +71,12 @@ def sample(names=ATTENTIONS, seeds=(0,), lengths=(64, 128, 256)) -> list[dict]:
                         "flops": 10**7 * seq_len,
                         "temp_bytes": 2**14 * seq_len,
                     }
-                    found.append(cell(name, task, seq_len, seed, metric, tokens_per_second=speed, **costs))
+                    cells.append(cell(name, task, seq_len, seed, metric, tokens_per_second=speed, **costs))
     endings = {1: ("oom", "3.1 GiB asked"), 6: ("nan", "loss not finite at step 41"), -1: ("failed", "8 x 8 is not 60")}
     for place, (status, reason) in endings.items():
-        where = {key: found[place][key] for key in ("attention", "task", "seq_len", "seed")}
-        found[place] = failed(status, reason, **where)
-    return found
+        where = {key: cells[place][key] for key in ("attention", "task", "seq_len", "seed")}
+        cells[place] = failed(status, reason, **where)
+    return cells
 
 
 def bench(attention: str, seq_len: int, seconds: float, exponent: float) -> dict:
@@ -90,12 +90,12 @@ def bench(attention: str, seq_len: int, seconds: float, exponent: float) -> dict
     return {"attention": attention, "seq_len": seq_len, "kind": "bench", "pass": "forward", "status": "ok", **taken}
 
 
-def printed(found, keys, width=100, terminal=False) -> str:
+def printed(cells, keys, width=100, terminal=False) -> str:
     page = io.StringIO()
-    table.print_rows(found, keys, Console(file=page, width=width, force_terminal=terminal, color_system=None))
+    table.print_rows(cells, keys, Console(file=page, width=width, force_terminal=terminal, color_system=None))
     return page.getvalue()
 
 
-def written(path: pathlib.Path, found, keys, title="Attention", command="xlab compare", **more) -> str:
-    html.write_report(found, keys, path, title=title, command=command, **more)
+def written(path: pathlib.Path, cells, keys, title="Attention", command="xlab compare", **more) -> str:
+    html.write_report(cells, keys, path, title=title, command=command, **more)
     return path.read_text(encoding="utf-8")

@@ -30,13 +30,13 @@ def refused(capsys, *arguments) -> str:
         code = main([str(a) for a in arguments])
     except SystemExit as error:  # argparse's own refusal
         code = error.code
-    said = capsys.readouterr()
-    assert code == 2, said.err
-    assert "Traceback" not in said.err + said.out
-    assert said.out == ""
-    assert 0 < len(said.err.strip().splitlines()) <= 15
+    output = capsys.readouterr()
+    assert code == 2, output.err
+    assert "Traceback" not in output.err + output.out
+    assert output.out == ""
+    assert 0 < len(output.err.strip().splitlines()) <= 15
     assert len(COMPILED) == before, "something compiled before the refusal"
-    return said.err
+    return output.err
 
 
 def typos(word: str) -> list[str]:
@@ -73,7 +73,7 @@ def test_misspelt_name(capsys, shelf, typo, name):
     assert f'did you mean "{name}"' in message
 
 
-@pytest.mark.parametrize("asked, found", [
+@pytest.mark.parametrize("word, hint", [
     ("memory=feedback", "depth has feedback: depth=feedback"),
     ("memory=memformer", "depth has memformer: depth=memformer"),
     ("depth=compressive", "memory has compressive: memory=compressive"),
@@ -82,10 +82,10 @@ def test_misspelt_name(capsys, shelf, typo, name):
     ("norm=rmsnorm", "normaliser has rmsnorm: norm=NAME:normaliser=rmsnorm"),
     ("depth=xl", "position has xl: position=xl; memory has xl: memory=xl"),
 ])  # fmt: skip
-def test_a_name_of_another_shelf(capsys, asked, found):
-    shelf, name = asked.split("=")
-    message = refused(capsys, "train", asked)
-    assert f"there is no {shelf} called {name}; {found}" in message
+def test_a_name_of_another_shelf(capsys, word, hint):
+    shelf, name = word.split("=")
+    message = refused(capsys, "train", word)
+    assert f"there is no {shelf} called {name}; {hint}" in message
 
 
 MISSPELT_OPTIONS = [
@@ -166,8 +166,8 @@ def test_impossible(capsys, tmp_path, case):
 
 def test_causal_on_a_mechanism_that_cannot(capsys, tmp_path):
     (tmp_path / "pooled.py").write_text(
-        '"""Mean of values."""\nfrom xformers_lab.attention import Attention\n\n\n'
-        'class Pooled(Attention):\n    refuses = {"causal": "the mean runs over every position"}\n\n'
+        '"""Mean of values."""\nfrom xformers_lab.attention import OneHead\n\n\n'
+        'class Pooled(OneHead):\n    refuses = {"causal": "the mean runs over every position"}\n\n'
         "    def attend(self, q, k, v, *, valid):\n        return v.mean(0)[None] + 0 * q\n"
     )
     message = refused(capsys, "train", "task=copy", f"attention={tmp_path}/pooled.py")
@@ -183,7 +183,7 @@ def test_mechanism_that_does_not_import(capsys, tmp_path, source, expected):
     assert not [name for name in sys.modules if name.endswith("_broken")]
 
 
-OWN = """
+MECHANISM = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 from xformers_lab.attention.full import Full
@@ -200,7 +200,7 @@ class Own(Full):
 @pytest.mark.parametrize("kind, expected", [("OrderedDict", "TYPE_CHECKING"), ("list[int]", "its type list[int]")])
 def test_option_of_a_type_that_none_can_have(capsys, tmp_path, kind, expected):
     path = tmp_path / "own.py"
-    path.write_text(OWN.format(kind=kind))
+    path.write_text(MECHANISM.format(kind=kind))
     assert expected in refused(capsys, "train", f"attention={path}:windows=3")
 
 

@@ -43,8 +43,8 @@ def test_list_says_what_signatures_say(capsys):
     assert rows["full"]["causal"] and rows["full"]["bias"]
     assert rows["linear"]["causal"] and not rows["linear"]["bias"]
     assert rows["local"]["options"] == "window=128:tokens=0"
-    told = ("kind", "time", "memory", "nature")
-    assert not [(name, word) for name, row in rows.items() for word in told if not row[word]]
+    columns = ("kind", "time", "memory", "nature")
+    assert not [(name, word) for name, row in rows.items() for word in columns if not row[word]]
 
 
 def test_show_draws_the_pattern_that_runs(capsys):
@@ -76,8 +76,8 @@ def test_a_catalogue_in_a_pipe_is_not_folded(capsys):
 
 
 def test_show_resolves_a_config(capsys):
-    found = run(capsys, "show", "attention=local+full", "lr=1e-2")
-    assert found["attention"] == "local:window=128:tokens=0+full" and found["lr"] == "0.01"
+    shown = run(capsys, "show", "attention=local+full", "lr=1e-2")
+    assert shown["attention"] == "local:window=128:tokens=0+full" and shown["lr"] == "0.01"
 
 
 def test_bench_rows(capsys):
@@ -97,8 +97,8 @@ def test_an_unchecked_bench_says_so_wherever_it_is_read(capsys, tmp_path):
     page = tmp_path / "b.html"
     words = ["attention=full", "seq_len=16", "dim=16", "batch=1", "--rounds", "1", "--pass", "forward", "--no-check"]
     assert main(["bench", *words, "--report", str(page)]) == 0
-    told = "without the conformance check"
-    assert told in capsys.readouterr().out and told in page.read_text()
+    note = "without the conformance check"
+    assert note in capsys.readouterr().out and note in page.read_text()
     assert f"xlab bench {' '.join(words)} --report" in page.read_text()
 
 
@@ -108,8 +108,8 @@ def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):
 
     @contextlib.contextmanager
     def interrupting(**how):
-        with tell(**how) as told:
-            yield lambda text: os.kill(os.getpid(), signal.SIGINT) if "timing 1 cells at 32" in text else told(text)
+        with tell(**how) as write:
+            yield lambda text: os.kill(os.getpid(), signal.SIGINT) if "timing 1 cells at 32" in text else write(text)
 
     monkeypatch.setattr(progress, "words", interrupting)
     words = ["attention=linear", "seq_len=16,32", "dim=16", "batch=1", "--no-check", "--pass", "forward"]
@@ -140,11 +140,11 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     for folder, stamp in kept.items():
         assert (pathlib.Path(folder, "result.json").stat().st_mtime_ns == stamp) == (folder != missing)
 
-    # Another machine draws: the page names the one that measured, and a cell that is from elsewhere is told.
+    # Another machine draws: the page names the one that measured, and says which cell is from elsewhere.
     monkeypatch.setattr(speed, "machine", lambda: {"processor": "the one that draws"})
-    found = run(capsys, "report", "--out", "again.html")
+    summary = run(capsys, "report", "--out", "again.html")
     page = pathlib.Path("again.html").read_text()
-    assert found["rows"] == 3 and "the one that draws" not in page and rows[0]["machine"]["processor"] in page
+    assert summary["rows"] == 3 and "the one that draws" not in page and rows[0]["machine"]["processor"] in page
     assert "different machines" not in page
     saved = json.loads(pathlib.Path("runs/compare.json").read_text())
     saved["rows"][0]["machine"]["processor"] = "Elsewhere 9000"

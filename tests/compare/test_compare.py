@@ -72,7 +72,7 @@ class Dying(Mlp):
         return super().__call__(x, valid=valid, key=key)
 """
 
-OWN = """
+MECHANISM = """
 from xformers_lab.attention.full import Full
 
 class {name}(Full):
@@ -124,10 +124,10 @@ def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, re
 
 def test_signals_that_come_together_are_one_wish(monkeypatch):
     """Ctrl-C under a wrapper that passes it on is no second Ctrl-C."""
-    with interrupt.listening() as asked:
+    with interrupt.listening() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        assert asked() == signal.SIGINT
+        assert stop() == signal.SIGINT
         monkeypatch.setattr(interrupt, "REPEATED", -1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -154,10 +154,10 @@ with Worker() as worker:
     rows = run.compare(cells, [], worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
 print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
 """
-    given = json.dumps([configs.to_dict(cell) for cell in cells])
-    ran = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, check=True)
-    nothing_found, touched, rows = json.loads(ran.stdout)
-    assert nothing_found and not touched
+    argument = json.dumps([configs.to_dict(cell) for cell in cells])
+    ran = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, check=True)
+    none_ended, touched, rows = json.loads(ran.stdout)
+    assert none_ended and not touched
     assert [row["status"] for row in rows] == ["ok", "failed", "oom"]
     assert rows[1]["reason"] == "the process ended with exit code 7 while compiling after step 0 of 3"
     assert rows[2]["reason"].startswith("the process was killed (signal 9) while compiling")
@@ -168,7 +168,7 @@ print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
 def test_a_broken_or_failing_mechanism_is_a_row_and_the_others_go_on(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, end in (("Wrong", " + q[:3]"), ("Leaky", "")):
-        (tmp_path / f"{name.lower()}.py").write_text(OWN.format(name=name, end=end))
+        (tmp_path / f"{name.lower()}.py").write_text(MECHANISM.format(name=name, end=end))
     wrong, leaky = (str(tmp_path / f"{name}.py") for name in ("wrong", "leaky"))
     cache.keep(leaky, {"passed": False, "failed": [{"property": "no_leak", "message": ""}]})
     words = ["task=copy", *WORDS, f"runs={tmp_path}/runs", f"attention={wrong},{leaky},full"]
@@ -182,28 +182,28 @@ def test_a_broken_or_failing_mechanism_is_a_row_and_the_others_go_on(capsys, tmp
 
 
 def test_only_mechanisms_from_outside_are_checked_anew(tmp_path, monkeypatch):
-    (tmp_path / "leaky.py").write_text(OWN.format(name="Leaky", end=""))
-    asked = []
+    (tmp_path / "leaky.py").write_text(MECHANISM.format(name="Leaky", end=""))
+    verdicts = []
     monkeypatch.setattr(cache, "known", lambda choice: None)
-    monkeypatch.setattr(cache, "verdict", lambda choice: asked.append(choice) or {"failed": []})
+    monkeypatch.setattr(cache, "verdict", lambda choice: verdicts.append(choice) or {"failed": []})
     assert checked(tiny(tmp_path, attention=f"full+{tmp_path}/leaky.py"))["status"] == "ok"
-    assert asked == [f"{tmp_path}/leaky.py"]
+    assert verdicts == [f"{tmp_path}/leaky.py"]
 
 
 @pytest.mark.parametrize(
     "changes", [{"task": "lm", "memory": "xl", "position": "rope", "layout": "pmap"}, {"layout": "experts"}]
 )
 def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path, changes):
-    found = checked(tiny(tmp_path, **changes))
-    assert found["status"] == "impossible" and "layout=jit" in found["reason"]
+    row = checked(tiny(tmp_path, **changes))
+    assert row["status"] == "impossible" and "layout=jit" in row["reason"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    with Worker() as asked, pytest.raises(UsageError, match="choose another folder with runs="):
+    with Worker() as worker, pytest.raises(UsageError, match="choose another folder with runs="):
         ignore = lambda *_: None
-        run.compare([tiny(tmp_path)], [], asked, ended={}, started=ignore, stepped=ignore, finished=ignore)
-    assert asked.process is None
+        run.compare([tiny(tmp_path)], [], worker, ended={}, started=ignore, stepped=ignore, finished=ignore)
+    assert worker.process is None
 
 
 def test_a_result_of_other_data_is_not_taken_for_this_one(tmp_path, caplog):

@@ -16,14 +16,14 @@ def quick_jit(function, **options):
 @functools.cache
 def _quick() -> dict[str, Any]:
     """What makes compilation on CPU cheap, of the options that this XLA knows: they come and go."""
-    asked = {
+    options = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         "xla_cpu_use_fusion_emitters": False,
         "xla_cpu_parallel_codegen_split_count": 1,
     }
     known = {}
-    for name, value in asked.items():
+    for name, value in options.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
             known[name] = value

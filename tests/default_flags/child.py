@@ -14,7 +14,7 @@ from collections.abc import Callable
 from xformers_lab import spec
 from xformers_lab.check.subject import Broken
 
-from . import attended, configs, trained
+from . import attention, configs, trained
 from .process import BROKEN
 
 
@@ -22,8 +22,8 @@ def measured(shelf: str, choice: str, report: Callable[[str], None], *, deep: bo
     """In words; raises Broken. deep: attention against its reference alone, at lengths that take longer."""
     words = []
     if shelf == "attention":
-        lengths = attended.DEEP if deep else attended.LENGTHS
-        apart = max(attended.off(*case, report) for case in attended.cases(choice, lengths))
+        lengths = attention.DEEP if deep else attention.LENGTHS
+        apart = max(attention.largest_difference(*case, report) for case in attention.cases(choice, lengths))
         words.append(f"attend off by {apart:.0e}")
     return ", ".join(words if deep else words + _trained(shelf, choice, report))
 

@@ -35,15 +35,15 @@ def run(shelf: str, choice: str, *options: str, limit: float = LIMIT) -> Ended:
             command, cwd=TESTS, env=environment, timeout=limit, capture_output=True, text=True, errors="replace"
         )
     except subprocess.TimeoutExpired as late:
-        said = (late.stdout or b"").decode(errors="replace").splitlines()
-        return Ended(f"did not end in {limit:g} s: {_last(said)}", "", time.perf_counter() - begun)
-    seconds, said = time.perf_counter() - begun, ended.stdout.splitlines()
+        lines = (late.stdout or b"").decode(errors="replace").splitlines()
+        return Ended(f"did not end in {limit:g} s: {_last(lines)}", "", time.perf_counter() - begun)
+    seconds, lines = time.perf_counter() - begun, ended.stdout.splitlines()
     if ended.returncode == 0:
-        return Ended(None, _last(said), seconds)
+        return Ended(None, _last(lines), seconds)
     if ended.returncode == BROKEN:
-        return Ended(_last(said), "", seconds)
+        return Ended(_last(lines), "", seconds)
     how = f"crashed ({_name(-ended.returncode)})" if ended.returncode < 0 else "raised an exception"
-    return Ended(f"{how}: {_last(said)}\n{_end(ended.stderr)}", "", seconds)
+    return Ended(f"{how}: {_last(lines)}\n{_end(ended.stderr)}", "", seconds)
 
 
 def _last(lines: list[str]) -> str:

@@ -79,12 +79,12 @@ def bench_seconds(config: Config, report: Callable[[str], None]) -> float:
     """
     report("compiling forward and backward as xlab bench does")
     subject = bench.subject(edit(config, batch=Config().train.batch), "forward+backward")
-    compiled, _ = speed.compile_timed(subject.run, subject.own, *subject.shapes)
+    compiled, _ = speed.compile_timed(subject.run, subject.params, *subject.shapes)
     sound(compiled, "forward and backward as xlab bench runs it")
     report("running forward and backward as xlab bench does")
     random = np.random.default_rng(0)
     arrays = jax.tree.map(lambda x: random.standard_normal(x.shape, np.float32).astype(x.dtype), subject.shapes)
-    call = lambda: compiled(subject.own, *arrays)
+    call = lambda: compiled(subject.params, *arrays)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(call())):
         raise Broken("forward and backward as xlab bench runs it: not finite")
     timing = speed.interleaved({"call": call}, rounds=1)["call"]

@@ -29,7 +29,7 @@ def model_of(depth: str, **changes) -> Any:
     return build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
 
 
-def moved(model, tokens) -> Any:
+def perturbed(model, tokens) -> Any:
     """Parameters a little off their start, as training leaves them: what starts as zeros says nothing."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     leaves, structure = jax.tree.flatten(params)
@@ -44,10 +44,10 @@ def layer(stack, number: int, place: int = 0) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], variables))
 
 
-def run(model, *args, **given):
+def run(model, *args, **options):
     """One call of a model, compiled cheaply."""
     graph, variables = nnx.split(model)
-    return jax.jit(lambda variables, *args: nnx.merge(graph, variables)(*args, **given))(variables, *args)
+    return jax.jit(lambda variables, *args: nnx.merge(graph, variables)(*args, **options))(variables, *args)
 
 
 def count(model) -> int:
@@ -107,7 +107,7 @@ def test_halted_positions_keep_their_state():
 def test_steps_of_every_position_are_told():
     """Those of the loop written out, and what they make on average."""
     changes = {"layers": 6, "attention": "full+linear", "position": "none"}
-    model, tokens = moved(*model_of("universal:act=true", **changes))
+    model, tokens = perturbed(*model_of("universal:act=true", **changes))
     depth, context = model.stack, Context(model.position)
     depth.halt.kernel[...], depth.halt.bias[...] = 3 * depth.halt.kernel[...], jnp.full(1, -2.0)
 
@@ -121,10 +121,10 @@ def test_steps_of_every_position_are_told():
         return halting
 
     x = model.place(model.position, model.embedding(tokens), jnp.arange(12), valid=None)
-    told, halting = run(model, tokens)[1], jax.jit(by_hand)(x)
-    np.testing.assert_array_equal(told.tokens["steps"], halting["steps"])
-    np.testing.assert_array_equal(told.tokens["computation"], 2 * halting["steps"])
-    np.testing.assert_allclose(told.scalars["steps"], halting["steps"].mean(), rtol=1e-6)
+    aux, halting = run(model, tokens)[1], jax.jit(by_hand)(x)
+    np.testing.assert_array_equal(aux.tokens["steps"], halting["steps"])
+    np.testing.assert_array_equal(aux.tokens["computation"], 2 * halting["steps"])
+    np.testing.assert_allclose(aux.scalars["steps"], halting["steps"].mean(), rtol=1e-6)
     assert len(np.unique(halting["steps"])) > 1
 
 
@@ -132,26 +132,24 @@ def test_steps_of_every_position_are_told():
     "universal:act=true", "mixture_of_depths:capacity=0.4", "early_exit:threshold=0.2", "conditional",
 ])  # fmt: skip
 def test_what_each_token_cost_is_told(depth):
-    model, tokens = moved(*model_of(depth))
+    model, tokens = perturbed(*model_of(depth))
     valid = jnp.arange(12)[None] < jnp.array([12, 7, 1])[:, None]
-    told = run(model, tokens, valid=valid)[1]
-    each = np.asarray(told.tokens["computation"])
+    aux = run(model, tokens, valid=valid)[1]
+    each = np.asarray(aux.tokens["computation"])
     np.testing.assert_array_equal(np.isnan(each), ~valid)
-    np.testing.assert_allclose(np.nanmean(each), told.scalars["computation"], rtol=1e-5)
+    np.testing.assert_allclose(np.nanmean(each), aux.scalars["computation"], rtol=1e-5)
     assert np.nanmin(each) < np.nanmax(each) <= 4
 
 
 def test_what_each_token_cost_where_sequences_leave_whole_or_two_stacks_read():
-    model, _ = moved(*model_of("early_exit:threshold=0.2", task="listops", layers=2))
-    told = run(model, jax.random.randint(jax.random.key(0), (8, 12), 1, 16))[1]
-    each = np.asarray(told.tokens["computation"])
-    assert (each == each[:, :1]).all() and each[:, 0].mean() == told.scalars["computation"] and np.ptp(each) > 0
-    model, tokens = moved(*model_of("conditional", model="encoder_decoder", layers=2))
-    told = run(model, tokens)[1]
-    each, source = np.asarray(told.tokens["computation"]), model.source
-    np.testing.assert_allclose(
-        each[:, :source].mean() + each[:, source:].mean(), told.scalars["computation"], rtol=1e-5
-    )
+    model, _ = perturbed(*model_of("early_exit:threshold=0.2", task="listops", layers=2))
+    aux = run(model, jax.random.randint(jax.random.key(0), (8, 12), 1, 16))[1]
+    each = np.asarray(aux.tokens["computation"])
+    assert (each == each[:, :1]).all() and each[:, 0].mean() == aux.scalars["computation"] and np.ptp(each) > 0
+    model, tokens = perturbed(*model_of("conditional", model="encoder_decoder", layers=2))
+    aux = run(model, tokens)[1]
+    each, source = np.asarray(aux.tokens["computation"]), model.source
+    np.testing.assert_allclose(each[:, :source].mean() + each[:, source:].mean(), aux.scalars["computation"], rtol=1e-5)
 
 
 def test_ponder_reaches_the_halting_parameters():
@@ -195,15 +193,15 @@ def test_a_period_that_does_not_divide_is_refused():
 
 
 def test_full_capacity_is_the_formula():
-    model, tokens = moved(*model_of("mixture_of_depths:capacity=1:every=1"))
+    model, tokens = perturbed(*model_of("mixture_of_depths:capacity=1:every=1"))
     x, context = model.embedding(tokens), Context(model.position)
     expected = x
     for number in range(4):
         routed = layer(model.stack, number)
         block, score = routed.block, expected @ routed.router.kernel[...]
         expected = expected + score * (block(expected, {}, context)[0] - expected)
-    found, aux = model.stack(x, context, key=jax.random.key(0))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    out, aux = model.stack(x, context, key=jax.random.key(0))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     assert aux.scalars["computation"] == 4
 
 
@@ -217,7 +215,7 @@ def test_routed_tokens_keep_their_positions_and_see_each_other_alone(kind):
         "task": "listops" if kind == "encoder" else "copy",
         "model": kind,
     }
-    model, _ = moved(*model_of("mixture_of_depths:capacity=0.4:every=1:weight=sigmoid", **changes))
+    model, _ = perturbed(*model_of("mixture_of_depths:capacity=0.4:every=1:weight=sigmoid", **changes))
     x = jax.random.normal(jax.random.key(0), (3, 12, 16))
     valid = jnp.arange(12)[None] >= jnp.array([0, 2, 9])[:, None]
     routed = layer(model.stack, 0)
@@ -227,8 +225,8 @@ def test_routed_tokens_keep_their_positions_and_see_each_other_alone(kind):
         chosen[row, np.argsort(-score[row])[:many]] = True
     whole = routed.block(x, {}, Context(model.position, jnp.asarray(chosen)))[0]
     expected = np.where(chosen[..., None], x + jax.nn.sigmoid(score)[..., None] * (whole - x), x)
-    found, _, aux = routed(x, {}, Context(model.position, valid), key=jax.random.key(1))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    out, _, aux = routed(x, {}, Context(model.position, valid), key=jax.random.key(1))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_allclose(aux.scalars["computation"], 11 / 25, rtol=1e-6)
 
 
@@ -244,7 +242,7 @@ def test_work_falls_with_capacity():
 
 
 def test_evaluation_looks_at_no_later_token_and_training_does():
-    model, tokens = moved(*model_of("mixture_of_depths:capacity=0.5:every=1", position="rope"))
+    model, tokens = perturbed(*model_of("mixture_of_depths:capacity=0.5:every=1", position="rope"))
     other = tokens.at[:, -1].set((tokens[:, -1] + 1) % 11)
     np.testing.assert_allclose(run(model, other)[0][:, :-1], run(model, tokens)[0][:, :-1], atol=1e-5)
     key = jax.random.key(0)
@@ -255,10 +253,10 @@ def test_evaluation_looks_at_no_later_token_and_training_does():
 @pytest.mark.parametrize("bias, layers", [(100.0, 4), (-100.0, 2)])
 def test_the_predictor_decides_in_evaluation(bias, layers):
     """All tokens, more than the usual room, or none."""
-    model, tokens = moved(*model_of("mixture_of_depths:capacity=0.25", position="none"))
+    model, tokens = perturbed(*model_of("mixture_of_depths:capacity=0.25", position="none"))
     routed = model.stack.periods[1]
     routed.guess_out.bias[...] = jnp.full((2, 1), bias)
-    found, aux = run(model, tokens)
+    out, aux = run(model, tokens)
     assert aux.scalars["computation"] == layers
     x, context = model.embedding(tokens), Context(model.position)
     for number in range(2):
@@ -266,11 +264,11 @@ def test_the_predictor_decides_in_evaluation(bias, layers):
         one = layer(model.stack, number, place=1)
         update = (x @ one.router.kernel[...]) * (one.block(x, {}, context)[0] - x)
         x = x + update if bias > 0 else x
-    np.testing.assert_allclose(found, model.predict(x), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(out, model.predict(x), rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_reach_router_and_predictor():
-    model, tokens = moved(*model_of("mixture_of_depths:capacity=0.5"))
+    model, tokens = perturbed(*model_of("mixture_of_depths:capacity=0.5"))
     graph, params = nnx.split(model)
     both = lambda params: nnx.merge(graph, params)(tokens, key=jax.random.key(0))
     grads = jax.jit(jax.grad(lambda params: (both(params)[0] ** 2).sum()))(params)
@@ -301,7 +299,7 @@ def exits_of(depth: str, **changes) -> Any:
     config = edit(config, **changes)
     task = build_task(config)
     batch = task.batch("train", 0)
-    model, tokens = moved(build_model(config, task), jnp.asarray(batch.inputs))
+    model, tokens = perturbed(build_model(config, task), jnp.asarray(batch.inputs))
     return model, tokens, jnp.asarray(batch.valid)
 
 
@@ -315,9 +313,9 @@ def test_extremes_are_the_first_exit_and_the_whole_depth(rule, first, last):
         if threshold is None:
             continue
         model.stack.threshold = threshold
-        found, told = run(model, tokens, valid=valid)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-        assert told.scalars["computation"] == layers and told.scalars[f"exit/{layers}"] == 1
+        out, exit_aux = run(model, tokens, valid=valid)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+        assert exit_aux.scalars["computation"] == layers and exit_aux.scalars[f"exit/{layers}"] == 1
 
 
 @pytest.mark.parametrize("rule", ["confidence:threshold=0.5", "entropy:threshold=1.5", "patience:patience=1"])
@@ -331,22 +329,24 @@ def test_every_sample_leaves_where_a_loop_says(rule, attention):
     assert sorted(heads) == ([2, 4, 6] if "+" in attention else [1, 2, 3, 4, 5, 6])
     expected, left = [], []
     for row in range(16):
-        said, same = None, 0
+        answer, same = None, 0
         for number in sorted(heads):
             p = np.asarray(jax.nn.softmax(heads[number][row]), float)
-            same = same + 1 if p.argmax() == said else 0
-            said = p.argmax()
+            same = same + 1 if p.argmax() == answer else 0
+            answer = p.argmax()
             sure = {"confidence": p.max() > 0.5, "entropy": -(p * np.log(p)).sum() < 1.5, "patience": same >= 1}
             if sure[rule.partition(":")[0]] or number == 6:
                 expected.append(heads[number][row])
                 left.append(number)
                 break
-    found, told = run(model, tokens, valid=valid)
-    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-3)
+    out, exit_aux = run(model, tokens, valid=valid)
+    np.testing.assert_allclose(out, np.stack(expected), rtol=1e-3, atol=1e-3)
     assert len(set(left)) > 1
-    np.testing.assert_allclose(told.scalars["computation"], np.mean(left), rtol=1e-6)
+    np.testing.assert_allclose(exit_aux.scalars["computation"], np.mean(left), rtol=1e-6)
     np.testing.assert_allclose(
-        expected_saving([left.count(number) for number in range(1, 7)]), 1 - told.scalars["computation"] / 6, rtol=1e-5
+        expected_saving([left.count(number) for number in range(1, 7)]),
+        1 - exit_aux.scalars["computation"] / 6,
+        rtol=1e-5,
     )
 
 
@@ -372,19 +372,19 @@ def test_layers_above_the_last_exit_do_not_run(monkeypatch):
     ran = []
     call = Block.__call__
 
-    def counted(self, x, *rest, **given):
+    def counted(self, x, *rest, **options):
         jax.debug.callback(lambda: ran.append(len(x)))
-        return call(self, x, *rest, **given)
+        return call(self, x, *rest, **options)
 
     monkeypatch.setattr(Block, "__call__", counted)
     model, tokens, valid = exits_of("early_exit:exit=confidence:threshold=0.5", layers=6)
-    told = run(model, tokens, valid=valid)[1]
+    aux = run(model, tokens, valid=valid)[1]
     jax.effects_barrier()
     inside, expected = 16, []
     for number in range(1, 7):
         if inside:
             expected.append(next(size for size in (2, 4, 8, 12, 16) if size >= inside))
-        inside -= round(16 * float(told.scalars[f"exit/{number}"]))
+        inside -= round(16 * float(aux.scalars[f"exit/{number}"]))
     assert ran == expected and sum(ran) < 6 * 16
 
 
@@ -404,8 +404,8 @@ def test_two_stages_leave_the_backbone_alone(stages):
     with_exits, without = (
         nnx.to_pure_dict(jax.jit(jax.grad(lambda p, exits=exits: loss(p, exits)))(params)) for exits in (True, False)
     )
-    own = with_exits["stack"].pop("exits")["kernel"]
-    assert float(jnp.abs(own).max((1, 2)).min()) > 0 and not without["stack"].pop("exits")["kernel"].any()
+    heads = with_exits["stack"].pop("exits")["kernel"]
+    assert float(jnp.abs(heads).max((1, 2)).min()) > 0 and not without["stack"].pop("exits")["kernel"].any()
     close = [
         np.allclose(a, b, rtol=1e-5, atol=1e-7)
         for a, b in zip(jax.tree.leaves(with_exits), jax.tree.leaves(without), strict=True)
@@ -450,31 +450,31 @@ def test_open_gates_are_the_fixed_depth_and_closed_ones_nothing():
     for bias, states, layers in ((50.0, expected, 4), (-50.0, x, 0)):
         for gate in gates_of(model):
             gate.out.bias[...] = jnp.full((4, 1), bias)
-        found, aux = model.stack(x, context)
-        np.testing.assert_allclose(found, states, atol=1e-5)
+        out, aux = model.stack(x, context)
+        np.testing.assert_allclose(out, states, atol=1e-5)
         assert aux.scalars["computation"] == layers
 
 
 @pytest.mark.parametrize("unit", ["token", "sample"])
 def test_gates_scale_the_sub_layers_of_each_token(unit):
     """A layer whose tokens are skipped, gathered and put back, against one that multiplies by 0 and 1; padded."""
-    model, _ = moved(*model_of(f"conditional:unit={unit}", task="listops", seq_len=24, layers=1))
+    model, _ = perturbed(*model_of(f"conditional:unit={unit}", task="listops", seq_len=24, layers=1))
     for gate in gates_of(model):
         gate.out.bias[...] = jnp.zeros((1, 1))
     x = jax.random.normal(jax.random.key(0), (6, 24, 16))
     valid = jnp.arange(24)[None] >= jnp.array([0, 3, 20, 0, 7, 1])[:, None]
     context, block = Context(model.position, valid), layer(model.stack, 0)
-    found, _, aux = block(x, {}, context)
+    out, _, aux = block(x, {}, context)
     expected, opened = x, []
     for sub, norm in ((block.attention, block.attention_norm), (block.ffn, block.ffn_norm)):
         y = norm.before(expected, LayerContext())
         mean = (y * valid[..., None]).sum(1, keepdims=True) / valid.sum(1)[:, None, None]
         gate = np.broadcast_to(sub.gate.logit_of(y if unit == "token" else mean) > 0, (6, 24)) & valid
         opened.append(gate.sum() / valid.sum())
-        given = {"position": model.position} if sub is block.attention else {}
-        expected = expected + sub.layer(y, valid=valid, **given)[0] * gate[..., None]
+        options = {"position": model.position} if sub is block.attention else {}
+        expected = expected + sub.layer(y, valid=valid, **options)[0] * gate[..., None]
     assert 0 < sum(opened) < 2
-    np.testing.assert_allclose(jnp.where(valid[..., None], found - expected, 0), 0, atol=1e-5)
+    np.testing.assert_allclose(jnp.where(valid[..., None], out - expected, 0), 0, atol=1e-5)
     np.testing.assert_allclose(aux.scalars["computation"], sum(opened) / 2, rtol=1e-6)
 
 

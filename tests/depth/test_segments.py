@@ -17,7 +17,7 @@ def test_recurrent_memory_is_segments_one_by_one(kind, task):
     model, tokens = model_of("recurrent_memory:segment=4:tokens=2", model=kind, task=task, layers=2)
     (stacked,), context = model.stack.layers.periods, Context(model.position)
     x = model.embedding(tokens[:, :12])
-    memory, found = jnp.broadcast_to(model.stack.table[...], (len(x), 2, 16)), []
+    memory, outputs = jnp.broadcast_to(model.stack.table[...], (len(x), 2, 16)), []
     for first in range(0, 12, 4):
         rows = [memory, x[:, first : first + 4], memory]
         y = jnp.concatenate(rows if kind == "decoder" else rows[:2], 1)
@@ -26,9 +26,9 @@ def test_recurrent_memory_is_segments_one_by_one(kind, task):
             y = y + attend(y)
             y = y + feed(y)
         memory = y[:, -2:] if kind == "decoder" else y[:, :2]
-        found.append(y[:, 2:6])
+        outputs.append(y[:, 2:6])
     out, aux = model.stack(x, context)
-    np.testing.assert_allclose(out, jnp.concatenate(found, 1), atol=1e-5)
+    np.testing.assert_allclose(out, jnp.concatenate(outputs, 1), atol=1e-5)
     assert aux.scalars["computation"] == 2 * (4 + (4 if kind == "decoder" else 2)) / 4
 
 
@@ -61,7 +61,7 @@ def test_feedback_is_its_equation(options, segment, own, window):
     x = model.embedding(tokens)
 
     def slow(x):
-        memory, inside, found = [], [[], []], []
+        memory, inside, states = [], [[], []], []
         for t in range(12):
             start = t // segment * segment
             h, mix = x[:, t], share[0] * x[:, t]
@@ -77,8 +77,8 @@ def test_feedback_is_its_equation(options, segment, own, window):
                 h = h + block.ffn(block.ffn_norm.norm(h)[:, None])[0][:, 0]
                 mix = mix + share[number + 1] * h
             memory.append(keys(blocks[0].attention_norm.norm(mix), t))
-            found.append(h)
-        return jnp.stack(found, 1)
+            states.append(h)
+        return jnp.stack(states, 1)
 
     graph, variables = nnx.split(stack)
     fast = lambda x: nnx.merge(graph, variables)(x, Context(model.position))
@@ -119,7 +119,7 @@ def test_memformer_is_its_equation(kind, task):
     writer.table[...] = 0.3 * jax.random.normal(jax.random.key(0), (3, 16))
     forget = writer.table[...]
     memory = jnp.stack([b / length(b) for b in forget])
-    found = []
+    outputs = []
     for h in in_parts(x, 5):
         for number in range(2):
             reader = layer(stacked, number)
@@ -128,10 +128,10 @@ def test_memformer_is_its_equation(kind, task):
             read, y = reader.read, reader.norm.norm(h)
             heads = lambda y: y.reshape(-1, 2, 8)
             scores = jnp.einsum("tnh,mnh->ntm", heads(read.query(y)), heads(read.key(memory))) / 8**0.5
-            told = jnp.einsum("ntm,mnh->tnh", jax.nn.softmax(scores), heads(read.value(memory)))
-            h = h + read.out(told.reshape(1, -1, 16))
+            mixed = jnp.einsum("ntm,mnh->tnh", jax.nn.softmax(scores), heads(read.value(memory)))
+            h = h + read.out(mixed.reshape(1, -1, 16))
             h = h + feed(h)
-        found.append(h)
+        outputs.append(h)
         y, new = writer.norm(h[0]), []
         for slot, b in zip(memory, forget, strict=True):
             parts = []
@@ -143,7 +143,7 @@ def test_memformer_is_its_equation(kind, task):
             new.append((jnp.concatenate(parts) + b) / length(jnp.concatenate(parts) + b))
         memory = jnp.stack(new)
     out, aux = model.stack(x, context)
-    np.testing.assert_allclose(out, jnp.concatenate(found, 1), atol=1e-5)
+    np.testing.assert_allclose(out, jnp.concatenate(outputs, 1), atol=1e-5)
     assert aux.scalars["computation"] == 2
 
 

@@ -20,12 +20,12 @@ def count(model) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.stack, nnx.Param)))
 
 
-def assert_equal(found, wanted, error=1e-5):
+def assert_equal(actual, expected, error=1e-5):
     """Relative to the largest number of an array, where that is above 1."""
-    found = dict(jax.tree_util.tree_leaves_with_path(found))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+    actual = dict(jax.tree_util.tree_leaves_with_path(actual))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         atol = error * max(1, np.abs(leaf).max(initial=0))
-        np.testing.assert_allclose(found[path], leaf, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(actual[path], leaf, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("choice, message", [
@@ -110,13 +110,13 @@ def test_recomputed_gradients_are_those_of_stored_activations(changes):
     stored = nnx.merge(graph, nnx.state(model))
     assert (model.stack.backward, stored.stack.backward) == ("recompute", "store")
     value, grads = gradients(model, loss)
-    wanted, plain = gradients(stored, loss)
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    expected, plain = gradients(stored, loss)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert_equal(grads, plain)
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads["stack"]))
 
 
-def kept(depth: str, layers: int) -> int:
+def count_stored(depth: str, layers: int) -> int:
     """How many numbers the gradient of a stack keeps between its two passes, beside the parameters."""
     model, tokens = model_of(depth, layers=layers, position="none")
     graph, params, rest = nnx.split(model.stack, nnx.Param, ...)
@@ -127,8 +127,8 @@ def kept(depth: str, layers: int) -> int:
 
 def test_reversible_keeps_the_same_for_every_depth():
     streams = 2 * 3 * 12 * 16
-    assert streams <= kept("reversible", 3) == kept("reversible", 12) < streams + 8
-    shallow, deep = kept("reversible:backward=store", 3), kept("reversible:backward=store", 12)
+    assert streams <= count_stored("reversible", 3) == count_stored("reversible", 12) < streams + 8
+    shallow, deep = count_stored("reversible:backward=store", 3), count_stored("reversible:backward=store", 12)
     assert deep > 3.5 * shallow > 3.5 * streams
     assert count(model_of("reversible")[0]) == count(model_of("fixed")[0])
 
@@ -138,7 +138,7 @@ def test_reversible_writes_back_what_is_no_parameter(changes, tmp_path):
     """Moving centroids, and memories that the next pass reads, are those of stored activations."""
     (tmp_path / "words.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(900)))
     changes |= {"task": f"lm:path={tmp_path / 'words.txt'}"}
-    found = []
+    states = []
     for depth in ("reversible", "reversible:backward=store"):
         model, tokens = model_of(depth, position="rope", layers=2, **changes)
         state = lambda model=model: nnx.to_pure_dict(nnx.state(model.stack, nnx.Not(nnx.Param)))
@@ -147,8 +147,8 @@ def test_reversible_writes_back_what_is_no_parameter(changes, tmp_path):
         after = state()
         assert any(np.any(old != new) for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True))
         assert "memory" not in changes or np.abs(model(tokens, key=jax.random.key(0))[0] - first).max() > 0.01
-        found.append(after)
-    assert_equal(*found, error=1e-6)
+        states.append(after)
+    assert_equal(*states, error=1e-6)
 
 
 # ---- macaron, the order of sub-layers, transparent -----------------------------------------------------------------
@@ -288,12 +288,12 @@ def test_a_sequence_is_pooled_as_chosen(choice):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.float32)
     valid = jnp.arange(6) < jnp.array([[6], [4]])
     name, _, pool = choice.partition(":pool=")
-    for there in (None, valid):
-        last = np.array([6, 6 if there is None else 4])
+    for mask in (None, valid):
+        last = np.array([6, 6 if mask is None else 4])
         rows = {"first": [x[b, 0] for b in (0, 1)], "last": [x[b, last[b] - 1] for b in (0, 1)]}
         rows["mean"] = [x[b, : last[b]].mean(0) for b in (0, 1)]
         expected = model.head(jnp.stack(rows[pool or {"encoder": "mean", "decoder": "last"}[name]]))
-        np.testing.assert_allclose(model.predict(x, valid=there), expected, atol=1e-5)
+        np.testing.assert_allclose(model.predict(x, valid=mask), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["listops", "needle"])
@@ -309,11 +309,11 @@ def test_funnel_is_its_equation(task, pool):
     out, aux = jax.jit(lambda x: stack(x, Context(model.position, jnp.asarray(valid)[None])))(x)
     slopes = 2.0 ** (-8 * np.arange(1, 3) / 2)
 
-    def looked(block, asked, at, h, valid):
+    def looked(block, queries, at, h, valid):
         """Queries of states (G, D) that stand at places `at`, on states (S, D)."""
         of, norm = block.attention, block.attention_norm.norm
         heads = lambda y: y.reshape(-1, 2, 8)
-        q, k, v = heads(of.query(norm(asked))), heads(of.key(norm(h))), heads(of.value(norm(h)))
+        q, k, v = heads(of.query(norm(queries))), heads(of.key(norm(h))), heads(of.value(norm(h)))
         scores = jnp.einsum("tnh,snh->nts", q, k) / 8**0.5
         scores = scores - slopes[:, None, None] * np.abs(np.asarray(at)[:, None] - np.arange(len(h)))
         share = jax.nn.softmax(jnp.where(valid, scores, -jnp.inf))
@@ -321,19 +321,19 @@ def test_funnel_is_its_equation(task, pool):
 
     fed = lambda block, h: h + block.ffn(block.ffn_norm.norm(h)[None])[0][0]
     usual = lambda block, h, valid: fed(block, h + looked(block, h, range(len(h)), h, valid))
-    h, there, levels = x[0], valid, []
+    h, mask, levels = x[0], valid, []
     for number in range(3):
         if number:
             pooled, kept = [], []
             for g in range(0, len(h), 2):
-                inside = [h[t] for t in range(g, min(g + 2, len(h))) if there[t]]
+                inside = [h[t] for t in range(g, min(g + 2, len(h))) if mask[t]]
                 kept.append(bool(inside))
                 both = jnp.stack(inside) if inside else jnp.zeros((1, 16))
                 pooled.append(getattr(jnp, pool)(both, axis=0))
             block, p = stack.pooling[number - 1].block, jnp.stack(pooled)
-            h, there = fed(block, p + looked(block, p, range(0, len(h), 2), h, there)), np.array(kept)
+            h, mask = fed(block, p + looked(block, p, range(0, len(h), 2), h, mask)), np.array(kept)
         for one in range([2, 1, 1 if task == "listops" else 0][number]):
-            h = usual(layer(stack.parts[number].periods[0], one), h, there)
+            h = usual(layer(stack.parts[number].periods[0], one), h, mask)
         levels.append(h)
     h = jnp.stack([h[t // 4] for t in range(T)])
     if task == "needle":
@@ -345,10 +345,10 @@ def test_funnel_is_its_equation(task, pool):
 
 def test_funnel_costs_less_than_its_layers():
     """Matrix products of a stack on one sequence, where nothing but the pooling attention is of full length."""
-    found = []
+    flops = []
     for depth in ("funnel:blocks=3", "fixed"):
         model, _ = model_of(depth, model="encoder", task="listops", layers=6, seq_len=64, position="none")
         (graph, variables), context = nnx.split(model.stack), Context(model.position)
         call = lambda variables, x, graph=graph, context=context: nnx.merge(graph, variables)(x, context)[0]
-        found.append(count_flops(call, variables, jnp.zeros((1, 64, 16))))
-    assert 0.5 < found[0] / found[1] < 0.72
+        flops.append(count_flops(call, variables, jnp.zeros((1, 64, 16))))
+    assert 0.5 < flops[0] / flops[1] < 0.72

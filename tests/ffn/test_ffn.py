@@ -116,12 +116,12 @@ def test_router_losses_are_switch_transformers(shared):
     path = shared / "golden" / "switch_router_losses.npz"
     if not path.is_file():
         pytest.skip(f"no {path.name} here")
-    found = np.load(path)
+    peer = np.load(path)
     moe = build("moe:experts=4:balance=1:z=1", 4)
     moe.router.kernel[...] = jnp.eye(4)
-    aux = moe(jnp.asarray(found["logits"]))[1]
-    np.testing.assert_allclose(aux.losses["router_z"], found["z_loss"], rtol=1e-4)
-    np.testing.assert_allclose(aux.losses["balance"], found["aux_loss"], rtol=1e-4)
+    aux = moe(jnp.asarray(peer["logits"]))[1]
+    np.testing.assert_allclose(aux.losses["router_z"], peer["z_loss"], rtol=1e-4)
+    np.testing.assert_allclose(aux.losses["balance"], peer["aux_loss"], rtol=1e-4)
 
 
 def test_product_key_finds_the_best_of_all_slots():
@@ -148,9 +148,9 @@ def test_hash_sends_every_occurrence_of_a_token_to_one_expert(padded):
             expected[b, t] = jax.nn.gelu(x[b, t] @ layer.up[e]) @ layer.down[e]
     y, aux = layer(x, tokens=tokens, valid=valid)
     np.testing.assert_allclose(y, expected, atol=2e-5)
-    there = np.ones((2, 20), bool) if valid is None else np.asarray(valid)
-    sent = np.bincount(expert[np.asarray(tokens)[there]], minlength=3)
-    np.testing.assert_allclose(aux.scalars["busiest_expert"], 3 * sent.max() / there.sum(), rtol=1e-6)
+    mask = np.ones((2, 20), bool) if valid is None else np.asarray(valid)
+    sent = np.bincount(expert[np.asarray(tokens)[mask]], minlength=3)
+    np.testing.assert_allclose(aux.scalars["busiest_expert"], 3 * sent.max() / mask.sum(), rtol=1e-6)
 
 
 def test_hash_is_another_in_every_layer_and_spreads_tokens():
@@ -171,7 +171,7 @@ def test_hash_finds_its_tokens_in_every_depth(depth):
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 9)), jnp.int32)
     graph, variables = nnx.split(model)
     # Built where it runs, of copies, for layers may write to their variables.
-    built = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+    built: Any = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
     one = lambda cache, token: built().step(cache, token)[::-1]
     steps = jax.jit(lambda tokens: jax.lax.scan(one, model.init_cache(2, 9), tokens.T)[1])(tokens)
     whole = jax.jit(lambda tokens: built()(tokens)[0])(tokens)

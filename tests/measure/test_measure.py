@@ -156,8 +156,8 @@ def traced(attention, lengths, direction="forward", model="encoder"):
     edit = lambda T: configs.edit(
         configs.Config(), attention=attention, seq_len=T, model=model, dim=64, heads=1, batch=1
     )
-    found = [subject(edit(length), direction) for length in lengths]
-    return [(one.run, one.own, *one.shapes) for one in found]
+    subjects = [subject(edit(length), direction) for length in lengths]
+    return [(one.run, one.params, *one.shapes) for one in subjects]
 
 
 # The strided lengths are squares, so that no residue is padded.
@@ -198,11 +198,11 @@ def test_no_array_is_quadratic(attention, model, direction):
 
 def test_compiled_memory_names_its_bytes():
     compiled, seconds = speed.compile_timed(lambda x, y: (x @ y, x + 1), jnp.ones((16, 32)), jnp.ones((32, 8)))
-    found = memory.compiled_memory(compiled)
-    assert found["argument_bytes"] == 4 * (16 * 32 + 32 * 8)
-    assert found["output_bytes"] >= 4 * (16 * 8 + 16 * 32)
-    assert found["temp_bytes"] >= 0 and seconds > 0
-    assert ("peak_bytes" in found) == (jax.default_backend() != "cpu")
+    sizes = memory.compiled_memory(compiled)
+    assert sizes["argument_bytes"] == 4 * (16 * 32 + 32 * 8)
+    assert sizes["output_bytes"] >= 4 * (16 * 8 + 16 * 32)
+    assert sizes["temp_bytes"] >= 0 and seconds > 0
+    assert ("peak_bytes" in sizes) == (jax.default_backend() != "cpu")
 
 
 def test_temporaries_grow_with_what_is_kept():
@@ -286,9 +286,9 @@ def test_a_case_that_raises_ends_alone(clock):
     def breaks_later():
         clock.now += left.pop()
 
-    found = speed.interleaved({"a": broken, "b": clock.takes(1.0), "c": breaks_later}, rounds=4)
-    assert isinstance(found["a"], MemoryError) and isinstance(found["c"], IndexError)
-    assert found["b"] == speed.Timing(1.0, 1.0)
+    timings = speed.interleaved({"a": broken, "b": clock.takes(1.0), "c": breaks_later}, rounds=4)
+    assert isinstance(timings["a"], MemoryError) and isinstance(timings["c"], IndexError)
+    assert timings["b"] == speed.Timing(1.0, 1.0)
 
 
 def test_machine_says_what_measured():
@@ -305,9 +305,9 @@ def grid(*words):
 
 MECHANISM = '''
 import jax, jax.numpy as jnp
-from xformers_lab.attention import Attention
+from xformers_lab.attention import OneHead
 
-class Mine(Attention):
+class Mine(OneHead):
     """The mean of the values."""
 
     def attend(self, q, k, v, *, valid):
@@ -329,8 +329,8 @@ def mine(tmp_path):
 
 
 def test_rows_of_two_mechanisms():
-    told = []
-    rows = bench(grid("attention=full,linear", "seq_len=16,32"), rounds=2, check=False, progress=told.append)
+    messages = []
+    rows = bench(grid("attention=full,linear", "seq_len=16,32"), rounds=2, check=False, progress=messages.append)
     assert [(row["attention"], row["seq_len"], row["pass"]) for row in rows] == [
         (attention, length, direction)
         for attention in ("full", "linear")
@@ -347,7 +347,7 @@ def test_rows_of_two_mechanisms():
     full = [row for row in rows if row["attention"] == "full"]
     assert [row["flops"] for row in full] == [2 * 2 * n * n * 16 * 2 * times for n in (16, 32) for times in (1, 3.5)]
     assert [row["exponent_flops"] for row in full] == pytest.approx([2.0] * 4)
-    assert any("timing 4 cells at 32 tokens, round 2 of 2" in text for text in told)
+    assert any("timing 4 cells at 32 tokens, round 2 of 2" in text for text in messages)
 
 
 def test_a_refused_mechanism_is_not_timed(mine, monkeypatch):
@@ -385,7 +385,7 @@ def test_a_verdict_is_remembered_until_a_source_changes(mine, monkeypatch, tmp_p
 def test_out_of_memory_and_failure_are_rows_and_the_others_go_on(monkeypatch):
     compile_timed = speed.compile_timed
 
-    def failing(fn, own, inputs, *rest, **given):
+    def failing(fn, params, inputs, *rest, **options):
         length = inputs["q"].shape[1]
         if length == 16:
             raise MemoryError("no room")
@@ -393,7 +393,7 @@ def test_out_of_memory_and_failure_are_rows_and_the_others_go_on(monkeypatch):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nsecond line")
         if length == 40:
             raise TypeError("odd")
-        return compile_timed(fn, own, inputs, *rest, **given)
+        return compile_timed(fn, params, inputs, *rest, **options)
 
     monkeypatch.setattr(speed, "compile_timed", failing)
     rows = bench(grid("attention=linear", "seq_len=16,24,32,40"), rounds=1, check=False, passes=["forward"])
@@ -440,8 +440,8 @@ def test_an_encoder_in_bfloat16_with_grouped_keys():
     words = ["attention=full", "model=encoder", "seq_len=16", "dtype=bfloat16", "kv_heads=1"]
     (row,) = bench(grid(*words), rounds=1, check=False, passes=["forward"])
     assert row["status"] == "ok" and row["causal"] is False
-    given = subject(grid(*words)[0], "forward").shapes[0]
-    assert {name: (leaf.shape, str(leaf.dtype)) for name, leaf in given.items()} == {
+    inputs = subject(grid(*words)[0], "forward").shapes[0]
+    assert {name: (leaf.shape, str(leaf.dtype)) for name, leaf in inputs.items()} == {
         "q": ((2, 16, 2, 8), "bfloat16"),
         "k": ((2, 16, 1, 8), "bfloat16"),
         "v": ((2, 16, 1, 8), "bfloat16"),
@@ -456,9 +456,9 @@ def test_gradients_of_own_parameters_and_no_others_are_timed(mine):
     ]
     path = mine("return v\n\n    " + "\n        ".join(init))
     path.write_text("from flax import nnx\n" + path.read_text())
-    found = subject(grid(f"attention={path}", "seq_len=16")[0], "forward+backward")
-    _, (own, inputs) = jax.eval_shape(found.run, found.own, *found.shapes)
-    assert list(own) == ["w"] and set(inputs) == {"q", "k", "v"}
+    case = subject(grid(f"attention={path}", "seq_len=16")[0], "forward+backward")
+    _, (params, inputs) = jax.eval_shape(case.run, case.params, *case.shapes)
+    assert list(params) == ["w"] and set(inputs) == {"q", "k", "v"}
 
 
 def test_a_mechanism_that_is_no_head_is_timed_whole(mine):
@@ -505,38 +505,38 @@ def test_decoding_costs_a_window_or_a_state_the_same_at_every_context():
 def test_prefill_gives_what_forward_does_and_the_cache_of_single_tokens(name):
     """Two parts and a rest."""
     config = grid(f"attention={name}", "seq_len=131", "dim=16", "batch=2", "model=decoder", "heads=2")[0]
-    found, forward = (subject(config, direction) for direction in ("prefill", "forward"))
+    prefill, forward = (subject(config, direction) for direction in ("prefill", "forward"))
     one, arrays = subject(config, "decode"), {}
-    own, (inputs,) = found.own, benches._drawn(found.shapes, arrays)
+    params, (inputs,) = prefill.params, benches._drawn(prefill.shapes, arrays)
     with jax.default_matmul_precision("highest"):
-        parts, last, cache = jax.jit(found.run)(own, inputs)
-        whole = jax.jit(forward.run)(forward.own, inputs)
+        parts, last, cache = jax.jit(prefill.run)(params, inputs)
+        whole = jax.jit(forward.run)(forward.params, inputs)
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one.shapes[0])
-        step = lambda cache, token: one.run(own, cache, token)[1::-1]
+        step = lambda cache, token: one.run(params, cache, token)[1::-1]
         singly = jax.jit(lambda tokens: jax.lax.scan(step, empty, tokens)[0])
         expected = singly(jax.tree.map(lambda x: x.swapaxes(0, 1), inputs))
-    told = jnp.concatenate([parts.swapaxes(0, 1).reshape(2, 128, *whole.shape[2:]), last], 1)
-    np.testing.assert_allclose(told, whole, atol=1e-4)
+    outputs = jnp.concatenate([parts.swapaxes(0, 1).reshape(2, 128, *whole.shape[2:]), last], 1)
+    np.testing.assert_allclose(outputs, whole, atol=1e-4)
     for a, b in zip(*map(jax.tree.leaves, (cache, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "local:window=8", "linear"])
 def test_a_token_is_written_into_the_cache_and_the_cache_is_not_copied(name):
-    found = subject(grid(f"attention={name}", "seq_len=256", "dim=16", "batch=2")[0], "decode")
-    compiled, _ = speed.compile_timed(found.run, found.own, *found.shapes, donate=(1,))
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found.shapes[0]))
+    case = subject(grid(f"attention={name}", "seq_len=256", "dim=16", "batch=2")[0], "decode")
+    compiled, _ = speed.compile_timed(case.run, case.params, *case.shapes, donate=(1,))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.shapes[0]))
     memory = compiled.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == kept and memory.temp_size_in_bytes < 2 * kept
-    call = benches._call(compiled, found, {})
+    call = benches._call(compiled, case, {})
     first, second = jax.device_get(call()), jax.device_get(call())
     assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
 def test_what_cannot_decode_is_refused_before_anything_is_timed(tmp_path):
     (tmp_path / "pooled.py").write_text(
-        "from xformers_lab.attention import Attention\n\n\n"
-        'class Pooled(Attention):\n    refuses = {"causal": "it is a mean of everything"}\n\n'
+        "from xformers_lab.attention import OneHead\n\n\n"
+        'class Pooled(OneHead):\n    refuses = {"causal": "it is a mean of everything"}\n\n'
         "    def attend(self, q, k, v, *, valid):\n        return v.mean(0)[None] + 0 * q\n"
     )
     with pytest.raises(UsageError, match="cannot be causal: it is a mean of everything"):

@@ -64,11 +64,11 @@ def by_segments(model: Any, inputs) -> jax.Array:
         reader = merge(graph, params, extra, memory)
         return reader(segment)[0], split(reader)[3]
 
-    found, memory = [], jax.tree.map(lambda leaf: jnp.repeat(leaf, len(inputs), 1), memory)
+    parts, memory = [], jax.tree.map(lambda leaf: jnp.repeat(leaf, len(inputs), 1), memory)
     for at in range(0, inputs.shape[1], T):
         logits, memory = read(memory, inputs[:, at : at + T])
-        found.append(logits)
-    return jnp.concatenate(found, 1)
+        parts.append(logits)
+    return jnp.concatenate(parts, 1)
 
 
 def by_tokens(model: Any, inputs) -> jax.Array:
@@ -102,9 +102,9 @@ def test_an_early_memory_is_shorter_and_a_late_one_a_window(text):
     config = tiny(text)
     model, inputs = model_of(config), tokens(16)
     plain = whole(model, edit(config, memory="none", seq_len=T + M))
-    found = by_segments(model, inputs)
+    logits = by_segments(model, inputs)
     for at in range(M, 16, T):
-        np.testing.assert_allclose(found[:, at : at + T], at_once(plain, inputs[:, at - M : at + T])[:, M:], atol=2e-5)
+        np.testing.assert_allclose(logits[:, at : at + T], at_once(plain, inputs[:, at - M : at + T])[:, M:], atol=2e-5)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -136,7 +136,7 @@ def test_gradients_stop_at_the_old_segment(text):
 def test_one_sequence_never_sees_another_s_memory_and_a_new_text_none(text):
     model, inputs = model_of(tiny(text, layers=2)), tokens(2 * T)
     other = inputs.at[0].add(1) % 256
-    a, b = (by_segments(model, given) for given in (inputs, other))
+    a, b = (by_segments(model, sequences) for sequences in (inputs, other))
     assert np.array_equal(a[1], b[1]) and not np.array_equal(a[0], b[0])
     model(inputs[:, :T])
     graph, params, extra, memory = split(model)
@@ -159,9 +159,9 @@ def test_compressive_is_its_definition(length, compressed, rate, pool):
             recent[row] = recent[row] + list(zip(x[row], valid[row], strict=True))
             leaving, recent[row] = recent[row][:T], recent[row][T:]
             for at in range(0, T, rate):
-                known = [state for state, is_real in leaving[at : at + rate] if is_real]
+                known = [state for state, is_valid in leaving[at : at + rate] if is_valid]
                 if pool == "conv":
-                    side = [state * is_real for state, is_real in leaving[at : at + rate]]
+                    side = [state * is_valid for state, is_valid in leaving[at : at + rate]]
                     pooled = memory.conv(jnp.asarray(np.concatenate(side), jnp.float32)[None])[0]
                 else:
                     pooled = getattr(np, pool)(known, 0) if known else np.zeros(3)
@@ -170,10 +170,10 @@ def test_compressive_is_its_definition(length, compressed, rate, pool):
         states, known = memory.read(2)
         for row in range(2):
             expected = old[row] + recent[row]
-            assert known[row].tolist() == [bool(is_real) for _, is_real in expected]
-            for found, (state, is_real) in zip(states[row], expected, strict=True):
-                if is_real:
-                    np.testing.assert_allclose(found, state, atol=1e-6)
+            assert known[row].tolist() == [bool(is_valid) for _, is_valid in expected]
+            for actual, (state, is_valid) in zip(states[row], expected, strict=True):
+                if is_valid:
+                    np.testing.assert_allclose(actual, state, atol=1e-6)
 
 
 def test_compression_is_learned_by_what_attention_gets_of_it(text):
@@ -184,11 +184,11 @@ def test_compression_is_learned_by_what_attention_gets_of_it(text):
     valid = jnp.ones((2, T), bool).at[1, 0].set(False)
     for at in range(0, 3 * T, T):
         x.append(model.embedding(inputs[:, at : at + T]))
-        told = model(inputs[:, at : at + T], valid=valid)[1].losses["compression"]
-        assert (told > 0) == (at > 0)
+        loss = model(inputs[:, at : at + T], valid=valid)[1].losses["compression"]
+        assert (loss > 0) == (at > 0)
     graph, variables = nnx.split(stacked)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
-    of, norm, conv, found = block.attention, block.attention_norm.norm, block.memory.conv, []
+    of, norm, conv, errors = block.attention, block.attention_norm.norm, block.memory.conv, []
 
     def look(q, states):
         k, v = of.key(norm(states)), of.value(norm(states))
@@ -200,8 +200,8 @@ def test_compression_is_learned_by_what_attention_gets_of_it(text):
         for t in range(4):
             if valid[row, t]:
                 for q in jnp.split(of.query(norm(x[2][row, t])), 2):
-                    found.append((look(q, old[valid[row]]) - look(q, new)) ** 2)
-    np.testing.assert_allclose(told, np.mean(found), rtol=1e-4)
+                    errors.append((look(q, old[valid[row]]) - look(q, new)) ** 2)
+    np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-4)
 
 
 def test_what_is_asked_trains_no_compression_and_compression_nothing_else(text):
@@ -211,8 +211,8 @@ def test_what_is_asked_trains_no_compression_and_compression_nothing_else(text):
 
     def both(params):
         reader = merge(graph, params, extra, memory)
-        told = [reader(inputs[:, at : at + T]) for at in range(0, 3 * T, T)][-1]
-        return jnp.stack([(told[0] ** 2).sum(), told[1].losses["compression"]])
+        output = [reader(inputs[:, at : at + T]) for at in range(0, 3 * T, T)][-1]
+        return jnp.stack([(output[0] ** 2).sum(), output[1].losses["compression"]])
 
     grads = jax.jit(jax.jacrev(both))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -438,16 +438,16 @@ def test_generation_goes_on_beyond_a_segment(text, monkeypatch):
     model, prompts = model_of(tiny(text, layers=2)), [[1, 2], [3, 1, 4, 1, 5, 9, 2]]
     model(tokens(T))
     fresh = model_of(tiny(text, layers=2))
-    found = generate(model, prompts, new=9, length=T)
+    generated = generate(model, prompts, new=9, length=T)
     monkeypatch.setattr(generation, "CHUNK", 3)
-    assert generate(model, prompts[1:], new=9, length=T) == found[1:]
-    for prompt, new in zip(prompts, found, strict=True):
+    assert generate(model, prompts[1:], new=9, length=T) == generated[1:]
+    for prompt, new in zip(prompts, generated, strict=True):
         whole = prompt + new
         filled = jnp.asarray([whole + [0] * (-len(whole) % T)], jnp.int32)
-        said = by_segments(fresh, filled)[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)
-        assert said.tolist() == new and len(new) == 9
+        greedy = by_segments(fresh, filled)[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)
+        assert greedy.tolist() == new and len(new) == 9
     best, score = beam_search(fresh, prompts[1], new=6, length=T, beams=1)
-    assert best == found[1][:6] and score < 0
+    assert best == generated[1][:6] and score < 0
 
 
 @pytest.mark.slow

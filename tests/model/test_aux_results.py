@@ -42,7 +42,7 @@ def test_the_right_side_of_a_bar_wins():
 
 
 def test_it_is_a_pytree_whose_names_metrics_tell():
-    given = Aux(losses={"span": 1.0}, scalars={"span": 3.0}, tokens={"steps": jnp.ones((1, 2))})
-    twice = jax.jit(lambda aux: jax.tree.map(lambda leaf: 2 * leaf, aux))(given)
+    once = Aux(losses={"span": 1.0}, scalars={"span": 3.0}, tokens={"steps": jnp.ones((1, 2))})
+    twice = jax.jit(lambda aux: jax.tree.map(lambda leaf: 2 * leaf, aux))(once)
     assert twice.metrics() == {"loss/span": 2.0, "span": 6.0}
-    assert given.among(Aux(losses={"span": 0.0})) == Aux(losses={"span": 1.0})
+    assert once.among(Aux(losses={"span": 0.0})) == Aux(losses={"span": 1.0})

@@ -86,7 +86,11 @@ def works_or_is_refused(pair: tuple[str, str]) -> str | None:
     graph, variables = nnx.split(model)
     # Built where it runs, of copies, for layers may write to their variables.
     built = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
-    one = lambda cache, token: built().step(cache, token)[::-1]
+
+    def one(cache, token):
+        logits, cache = built().step(cache, token)
+        return cache, logits
+
     steps = jax.jit(lambda cache, tokens: jax.lax.scan(one, cache, tokens)[1])(cache, tokens.T).swapaxes(0, 1)
     whole = jax.jit(lambda tokens: built()(tokens)[0])(tokens)
     np.testing.assert_allclose(steps, whole, atol=STEP * max(1, float(np.abs(whole).max())), err_msg=str(pair))

@@ -67,7 +67,8 @@ def test_one_lstm_step_is_the_equation():
 def test_decoding_is_the_whole_pass(kind):
     config = edit(Config(), task="copy", model=kind, seq_len=12, dim=16, batch=2, layers=2)
     task = build_task(config)
-    model, tokens = build_model(config, task), jnp.asarray(task.batch("train", 0).inputs)
+    model: Any = build_model(config, task)
+    tokens = jnp.asarray(task.batch("train", 0).inputs)
     step = lambda cache, token: model.step(cache, token)[::-1]
     logits = jax.lax.scan(step, model.init_cache(2, 12), tokens.T)[1].swapaxes(0, 1)
     np.testing.assert_allclose(logits, model(tokens)[0], atol=1e-5)
@@ -120,7 +121,7 @@ def test_bytenet_looks_back_as_far_as_its_taps():
 @pytest.mark.parametrize("options", ["", ":kernel=2:farthest=2", ":kernel=4:farthest=4"])
 def test_bytenet_decodes_as_it_reads_the_whole(options):
     config = edit(Config(), task="copy", model=f"bytenet{options}", seq_len=40, dim=16, layers=4)
-    model = build_model(config, build_task(config))
+    model: Any = build_model(config, build_task(config))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 40)))
     step = lambda cache, token: model.step(cache, token)[::-1]
     logits = jax.jit(lambda tokens: jax.lax.scan(step, model.init_cache(2, 40), tokens.T)[1])(tokens).swapaxes(0, 1)
@@ -143,9 +144,9 @@ def test_gradients_of_an_lstm_through_its_first_and_last_state():
     kept = jnp.asarray(np.random.default_rng(4).random((T, B)) < 0.7)
 
     def plain(gates, recurrent, kept, h, c):
-        def one(state, given):
-            new = lstm._advance(given[0], state[0], state[1], recurrent)[:2]
-            state = jax.tree.map(lambda a, b: jnp.where(given[1][:, None], a, b), new, state)
+        def one(state, inputs):
+            new = lstm._advance(inputs[0], state[0], state[1], recurrent)[:2]
+            state = jax.tree.map(lambda a, b: jnp.where(inputs[1][:, None], a, b), new, state)
             return state, state[0]
 
         (_, c), every = jax.lax.scan(one, (h, c), (gates, kept))
@@ -181,9 +182,9 @@ def glimpse(look, s, source):
     return jnp.asarray(sum(w / weights.sum() * h for w, h in zip(weights, source, strict=True)))
 
 
-def slowly(model, tokens, valid):
+def by_definition(model, tokens, valid):
     """Sequence after sequence, position after position, in words of the papers; padding is simply not there."""
-    found = np.zeros((*tokens.shape, 11), np.float32)
+    logits = np.zeros((*tokens.shape, 11), np.float32)
     for b, row in enumerate(np.asarray(tokens)):
         source = [model.embedding(jnp.asarray(row[t])) for t in range(model.source) if valid[b, t]]
         states = []
@@ -196,7 +197,7 @@ def slowly(model, tokens, valid):
             states.append(state)
         for t in range(model.source, len(row)):
             x = y = model.embedding(jnp.asarray(row[t]))
-            if model.feeds:  # Bahdanau et al.: s_(t-1) asks, and the cell that makes s_t reads what was found
+            if model.feeds:  # Bahdanau et al.: s_(t-1) asks, and the cell that makes s_t reads the glimpse
                 c = glimpse(model.look, model.cells[0].hidden(states[0])[0], source)
                 y = jnp.concatenate([x, c])
             for at, cell in enumerate(model.cells):
@@ -206,8 +207,8 @@ def slowly(model, tokens, valid):
                 s = (jnp.concatenate([x, s, c]) @ model.join.out.kernel[...]).reshape(-1, 2).max(-1)
             elif model.look is not None:  # Luong et al.: s_t asks
                 s = jnp.tanh(jnp.concatenate([glimpse(model.look, s, source), s]) @ model.join.out.kernel[...])
-            found[b, t] = s @ model.head.kernel[...] + model.head.bias[...]
-    return found
+            logits[b, t] = s @ model.head.kernel[...] + model.head.bias[...]
+    return logits
 
 
 @pytest.mark.parametrize("options", ["", ":look=additive:cell=gru", ":look=dot:reads=backward", ":look=concat"])
@@ -221,7 +222,7 @@ def test_seq2seq_is_a_slow_loop(options):
     model.embedding.embedding[...] = draw(11, 8, seed=3)
     with jax.default_matmul_precision("highest"):
         fast = jax.jit(lambda tokens: model(tokens, valid=valid)[0])(tokens)
-        np.testing.assert_allclose(fast, slowly(model, tokens, valid), atol=1e-5)
+        np.testing.assert_allclose(fast, by_definition(model, tokens, valid), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
@@ -235,10 +236,10 @@ def test_seq2seq_decodes_as_it_reads_the_whole(options):
     assert not logits[:, :7].any() and logits[:, 7:].any()
 
     prompts = [list(map(int, row[:8])) for row in tokens]
-    found = generate(model, prompts, new=4, length=13)
+    generated = generate(model, prompts, new=4, length=13)
     text = np.zeros((3, 13), np.int32)
-    text[:, :12] = [prompt + new for prompt, new in zip(prompts, found, strict=True)]
-    assert (whole(jnp.asarray(text))[:, 7:11].argmax(-1) == np.asarray(found)).all()
+    text[:, :12] = [prompt + new for prompt, new in zip(prompts, generated, strict=True)]
+    assert (whole(jnp.asarray(text))[:, 7:11].argmax(-1) == np.asarray(generated)).all()
     best, score = beam_search(model, prompts[0], new=4, length=13, beams=3, length_penalty=0)
     text[0, 8:12] = best
     logs = jax.nn.log_softmax(whole(jnp.asarray(text))[0])
@@ -250,12 +251,12 @@ def test_seq2seq_sees_neither_the_future_nor_padding(options):
     model, tokens = seq2seq(options)
     model.embedding.embedding[...] = draw(11, 8, seed=3)
     run = jax.jit(lambda tokens, valid: model(tokens, valid=valid)[0])
-    all_real = jnp.ones(tokens.shape, bool)
-    logits = run(tokens, all_real)
-    changed = run(tokens.at[:, 10].set((tokens[:, 10] + 1) % 11), all_real)
+    all_valid = jnp.ones(tokens.shape, bool)
+    logits = run(tokens, all_valid)
+    changed = run(tokens.at[:, 10].set((tokens[:, 10] + 1) % 11), all_valid)
     np.testing.assert_array_equal(changed[:, :10], logits[:, :10])
     assert (np.abs(changed[:, 10:] - logits[:, 10:]).max(-1) > 0).all()
-    hidden = all_real.at[:, 4:7].set(False).at[0, 2].set(False)
+    hidden = all_valid.at[:, 4:7].set(False).at[0, 2].set(False)
     padded = run(tokens, hidden)
     np.testing.assert_array_equal(run(jnp.where(hidden, tokens, 5), hidden), padded)
     assert np.abs(padded - logits)[:, 7:].max() > 1e-3

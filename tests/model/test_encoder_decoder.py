@@ -35,7 +35,7 @@ def compiled(model):
     return lambda tokens, valid=None: np.asarray(run(variables, tokens, valid))
 
 
-def reached(model, tokens):
+def dependence(model, tokens):
     """(positions, positions) bool: which logits change with which token."""
     run, rows = compiled(model), []
     for at in range(tokens.shape[1]):
@@ -47,7 +47,7 @@ def reached(model, tokens):
 @pytest.mark.parametrize("attention", ["full", "local:window=3+linear"])
 def test_a_target_sees_its_source_and_what_stands_before_it(attention):
     model, tokens = model_of(attention=attention)
-    S, seen = 7, reached(model, tokens)
+    S, seen = 7, dependence(model, tokens)
     assert not seen[:S].any() and not compiled(model)(tokens)[:, :S].any()
     assert seen[S:, :S].all()
     np.testing.assert_array_equal(seen[S:, S:], np.tril(np.ones((6, 6), bool)) & seen[S:, S:])
@@ -63,9 +63,9 @@ def test_cross_attention_is_its_formula():
     context = Context(model.position, source=states)
     y, _, _ = Block.attend(block, x, {}, context)
     x = block.attention_norm.after(x, y, LayerContext())
-    asked, cross = block.cross_norm.before(x, LayerContext()), block.cross
+    queries, cross = block.cross_norm.before(x, LayerContext()), block.cross
     heads = lambda y: np.asarray(y).reshape(3, -1, 2, 8)
-    q, k, v = heads(cross.query(asked)), heads(cross.key(states)), heads(cross.value(states))
+    q, k, v = heads(cross.query(queries)), heads(cross.key(states)), heads(cross.value(states))
     p = jax.nn.softmax(np.einsum("btnh,bsnh->bnts", q, k) / 8**0.5)
     x = x + cross.out(jnp.asarray(np.einsum("bnts,bsnh->btnh", p, v).reshape(3, 6, 16)))
     np.testing.assert_allclose(model(tokens)[0][:, 7:], model.predict(x), atol=1e-5)
@@ -93,11 +93,11 @@ def test_padding_of_the_source_changes_nothing():
 )
 def test_decoding_is_the_whole_pass(changes):
     model, tokens = model_of(**changes)
-    cache, step, found = model.init_cache(3, 13), jax.jit(lambda cache, token: model.step(cache, token)), []
+    cache, step, outputs = model.init_cache(3, 13), jax.jit(lambda cache, token: model.step(cache, token)), []
     for token in tokens.T:
         logits, cache = step(cache, token)
-        found.append(logits)
-    np.testing.assert_allclose(np.stack(found, 1)[:, 7:], compiled(model)(tokens)[:, 7:], atol=2e-5)
+        outputs.append(logits)
+    np.testing.assert_allclose(np.stack(outputs, 1)[:, 7:], compiled(model)(tokens)[:, 7:], atol=2e-5)
 
 
 def test_generates_and_searches():
@@ -140,12 +140,12 @@ def test_sources_of_different_lengths_share_a_batch(changes):
 
 def test_a_prompt_alone_is_a_source_and_what_a_target_begins_with():
     model, _ = model_of()
-    given = [0, 1, 2, 3, 4, 5, 6, 0, 1]
-    assert apart(model, [[0, 3], given[:7], given], begin=(0,)) == (
+    prompt = [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert apart(model, [[0, 3], prompt[:7], prompt], begin=(0,)) == (
         [(0,), (0,), [0, 1]],
-        [[0, 3], given[:7], given[:7]],
+        [[0, 3], prompt[:7], prompt[:7]],
     )
-    assert apart(model_of("decoder")[0], [given]) == ([given], [])
+    assert apart(model_of("decoder")[0], [prompt]) == ([prompt], [])
 
 
 def test_sources_that_cannot_be_read():
@@ -157,9 +157,9 @@ def test_sources_that_cannot_be_read():
         ({"prompts": [[0], [1]], "sources": [[0]]}, "2 prompts and 1 sources"),
         ({"prompts": [[]], "sources": [[0]]}, "an empty prompt"),
     ]
-    for given, reason in refused:
+    for options, reason in refused:
         with pytest.raises(UsageError, match=reason):
-            generate(model, **given, new=2, length=13)
+            generate(model, **options, new=2, length=13)
     with pytest.raises(UsageError, match="put it in front of the prompt"):
         generate(model_of("decoder")[0], [[0]], sources=[[1]], new=2, length=13)
 

@@ -38,10 +38,10 @@ def whole(model):
 def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, prompts, monkeypatch):
     """For prompts of different lengths in one batch, however many of their tokens are read in one call."""
     monkeypatch.setattr(generation, "CHUNK", at_once)
-    found = generate(model, prompts, new=8, length=24)
-    for prompt, tokens in zip(prompts, found, strict=True):
-        said = whole([*prompt, *tokens])[len(prompt) - 1 :].argmax(-1)
-        assert len(tokens) == 8 and tokens == said[:8].tolist()
+    generated = generate(model, prompts, new=8, length=24)
+    for prompt, tokens in zip(prompts, generated, strict=True):
+        greedy = whole([*prompt, *tokens])[len(prompt) - 1 :].argmax(-1)
+        assert len(tokens) == 8 and tokens == greedy[:8].tolist()
 
 
 def test_a_batch_is_what_each_prompt_gives_alone(model):
@@ -72,14 +72,14 @@ def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
     """Twenty tokens in parts of eight and the rest at once, then one call for every token but the first."""
     calls, compiled = [], (generation._reader, generation._sampled_steps, generation._beam_step)
     for make in compiled:
-        counted = lambda *given, make=make: lambda *args: (calls.append(make.__name__), make(*given)(*args))[1]
+        counted = lambda *options, make=make: lambda *args: (calls.append(make.__name__), make(*options)(*args))[1]
         monkeypatch.setattr(generation, make.__name__, counted)
     monkeypatch.setattr(generation, "CHUNK", 8)
     prompt = LONGER[2] + LONGER[1] + [7, 7]
-    found = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24)
+    generated = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24)
     assert calls == ["_reader"] * 2 + ["_sampled_steps"] * 3
     calls.clear()
-    assert beam_search(model, prompt, new=3, length=24, beams=1)[0] == found[0]
+    assert beam_search(model, prompt, new=3, length=24, beams=1)[0] == generated[0]
     assert calls == ["_reader"] * 2 + ["_beam_step"] * 3
 
 
@@ -96,7 +96,7 @@ def test_draws_follow_the_probabilities(model, whole):
 
 def test_filters_keep_what_they_say():
     p = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
-    kept = lambda **given: (np.asarray(filtered(jnp.log(p)[None], Sampling(**given)))[0] > -1e20).sum()
+    kept = lambda **options: (np.asarray(filtered(jnp.log(p)[None], Sampling(**options)))[0] > -1e20).sum()
     assert [kept(top_k=k) for k in (1, 3, 9)] == [1, 3, 5]
     assert [kept(top_p=x) for x in (0.01, 0.5, 0.51, 0.9, 1.0)] == [1, 1, 2, 3, 5]
     assert [kept(min_p=x) for x in (0.0, 0.1, 0.25, 0.9)] == [5, 4, 3, 1]
@@ -119,8 +119,8 @@ def test_beam_search_with_many_beams_is_exhaustive(model, whole, penalty):
             if token == stop or n == 2:
                 best = max(best, (total / ((5 + n) / 6) ** penalty, list(text[:n])))
                 break
-    found, score = beam_search(model, prompt, new=2, length=24, beams=V, length_penalty=penalty, stop=[stop])
-    assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+    beam, score = beam_search(model, prompt, new=2, length=24, beams=V, length_penalty=penalty, stop=[stop])
+    assert beam == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
 class Chain(Model):
@@ -149,9 +149,9 @@ def test_as_many_beams_go_on_however_many_stop(V, stop, seed):
         ends = [n for n, token in enumerate(text, 1) if token in stop or n == 4]
         total = sum(logs[a, b] for a, b in zip([V - 1, *text], text[: ends[0]], strict=False))
         best = max(best, (total / ((5 + ends[0]) / 6) ** 4, list(text[: ends[0]])))
-    given = {"new": 4, "length": 9, "beams": (V - len(stop)) ** 3, "length_penalty": 4}
-    found, score = beam_search(Chain(table), [V - 1], **given, stop=stop)
-    assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+    options = {"new": 4, "length": 9, "beams": (V - len(stop)) ** 3, "length_penalty": 4}
+    beam, score = beam_search(Chain(table), [V - 1], **options, stop=stop)
+    assert beam == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_one_beam_is_greedy(model):
     ({"sampling": {"min_p": 1}}, "min_p=1"),
 ])  # fmt: skip
 def test_bad_requests(model, given, message):
-    asked = {"prompts": [[3, 1, 2]], "new": 4} | given
+    options = {"prompts": [[3, 1, 2]], "new": 4} | given
     with pytest.raises(UsageError, match=message):
-        sampling = Sampling(**asked.pop("sampling", {}))
-        generate(model, asked.pop("prompts"), length=24, sampling=sampling, **asked)
+        sampling = Sampling(**options.pop("sampling", {}))
+        generate(model, options.pop("prompts"), length=24, sampling=sampling, **options)
 
 
 def test_an_encoder_does_not_decode():

@@ -25,8 +25,8 @@ from xformers_lab.train.step import make_train_step
 
 
 def build(shelf: str, choice: str, **size):
-    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "layers": 2} | size
-    return spec.build(shelf, choice, **given)
+    sizes: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "layers": 2} | size
+    return spec.build(shelf, choice, **sizes)
 
 
 def draw(*shape):
@@ -46,8 +46,8 @@ def test_adanorm_is_its_equation():
     factor = jax.lax.stop_gradient(2 * (1 - 0.2 * y))
     normalised = lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     expected = jax.grad(lambda x: (factor * normalised(x) * y).sum())(x)
-    found = jax.grad(lambda x: (build("normaliser", "adanorm:c=2:k=0.2")(x) * y).sum())(x)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    gradient = jax.grad(lambda x: (build("normaliser", "adanorm:c=2:k=0.2")(x) * y).sum())(x)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
 def test_dyt_is_its_equation():
@@ -114,15 +114,15 @@ def test_what_is_damped_is_what_the_output_grows_with(shelf, choice):
     plain, layer = build(shelf, choice), build(shelf, choice)
     layer.scale_init(0.25)
     if choice == "mla":  # of the matrix that keys come from as well, the values' half
-        for kept, found, share in zip(plain._expanding("float32"), layer._expanding("float32"), (1, 0.25), strict=True):
-            np.testing.assert_allclose(found, share * kept)
+        for kept, after, share in zip(plain._expanding("float32"), layer._expanding("float32"), (1, 0.25), strict=True):
+            np.testing.assert_allclose(after, share * kept)
         layer.up.kernel[...] = 0.25 * plain.up.kernel[...]
     old, new = (nnx.to_pure_dict(nnx.state(module, nnx.Param)) for module in (plain, layer))
     for path, leaf in jax.tree_util.tree_leaves_with_path(old):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".kernel")
         share = 0.25 if name in DAMPED[shelf][choice].split() else 1
-        found: Any = functools.reduce(lambda tree, part: tree[part.key], path, new)
-        np.testing.assert_allclose(found, share * leaf, rtol=1e-6, err_msg=name)
+        after: Any = functools.reduce(lambda tree, part: tree[part.key], path, new)
+        np.testing.assert_allclose(after, share * leaf, rtol=1e-6, err_msg=name)
 
 
 def test_normformer_is_its_equations():
@@ -157,7 +157,7 @@ class Words(Task):
     kinds = ("encoder",)
 
 
-def at_first(norm: str, layers: int):
+def at_initialisation(norm: str, layers: int):
     """Means over three seeds at the start, with uniform attention as in the theorem (queries at zero): the size of one
     answer's gradient to the last feed-forward's second matrix, and |x|^2 / D of the sum behind each feed-forward."""
     config = edit(Config(), norm=norm, layers=layers, dim=64, heads=1, seq_len=32, position="none", model="encoder")
@@ -194,20 +194,20 @@ def at_first(norm: str, layers: int):
         last = of_rows["stack"]["periods"][0]["ffn"]["down"]["kernel"][:, -1]
         return jnp.linalg.norm(last, axis=(1, 2)).mean(), squares(params)
 
-    found = jax.jit(jax.vmap(one))(jax.tree_util.tree_map_with_path(drawn, like))
-    return [np.asarray(each).mean(0) for each in found]
+    of_seeds = jax.jit(jax.vmap(one))(jax.tree_util.tree_map_with_path(drawn, like))
+    return [np.asarray(each).mean(0) for each in of_seeds]
 
 
 def test_post_norm_starts_alike_at_every_depth():
     """Xiong et al., 2020, theorem 1 and lemma 2: neither the last layer's gradient nor the sums depend on depth."""
-    (shallow, _), (deep, squares) = at_first("post", 2), at_first("post", 24)
+    (shallow, _), (deep, squares) = at_initialisation("post", 2), at_initialisation("post", 24)
     assert 1 / 1.2 < shallow / deep < 1.2
     assert all(1.1 < square < 1.9 for square in squares) and abs(squares.mean() - 1.5) < 0.1
 
 
 def test_pre_norm_starts_smaller_the_deeper():
     """Theorem 1: the last layer's gradient falls as 1 / sqrt(L); lemma 2: the state grows by 1/2 to 3/2 a layer."""
-    (shallow, _), (deep, squares) = at_first("pre", 2), at_first("pre", 16)
+    (shallow, _), (deep, squares) = at_initialisation("pre", 2), at_initialisation("pre", 16)
     assert 2.5 < shallow / deep < 3.2  # sqrt(16 / 2) = 2.83
     layer = np.arange(1, 17)
     assert (1 + layer / 2 <= squares).all() and (squares <= 1 + 3 * layer / 2).all()
@@ -216,19 +216,19 @@ def test_pre_norm_starts_smaller_the_deeper():
 # ---- powernorm -----------------------------------------------------------------------------------------------------
 
 
-def pulled(norm, x, dy, valid=None):
+def training_pass(norm, x, dy, valid=None):
     """One training pass of a normaliser in place -> y, dx and the gradients of its parameters, for the gradient dy."""
     graph, params, rest = nnx.split(norm, nnx.Param, ...)
-    told = backward.values(norm)
+    values = backward.values(norm)
 
-    def loss(x, params, told):
+    def loss(x, params, values):
         here = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
-        nnx.update(here, told)
+        nnx.update(here, values)
         y = here(x, LayerContext(valid, train=True))
-        more = backward.surrogate_loss(told, backward.values(here))
+        more = backward.surrogate_loss(values, backward.values(here))
         return (y * dy).sum() + more, (y, nnx.to_pure_dict(nnx.state(here, nnx.Not(nnx.Param))))
 
-    grads, (y, after) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, params, told)
+    grads, (y, after) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, params, values)
     nnx.update(norm, after)
     nnx.update(norm, grads[2])
     return np.asarray(y), np.asarray(grads[0]), nnx.to_pure_dict(grads[1])
@@ -257,18 +257,18 @@ def test_powernorm_is_its_equations():
         x, dy = random.normal(1, 2, (3, 7, 6)) * np.arange(1, 7), random.normal(0.2, 1, (3, 7, 6))
         valid = random.random((3, 7)) < 0.7
         dy[~valid] = 0
-        y, dx, of_params = pulled(norm, single(x), single(dy), jnp.asarray(valid))
-        found = (x[valid] ** 2).mean(0)
-        psi = np.sqrt((found if step < 2 else square) + 1e-5)
+        y, dx, of_params = training_pass(norm, single(x), single(dy), jnp.asarray(valid))
+        mean_square = (x[valid] ** 2).mean(0)
+        psi = np.sqrt((mean_square if step < 2 else square) + 1e-5)
         z, dz = x / psi, dy * g
         along = (dz * z)[valid].mean(0)
         np.testing.assert_allclose(y, g * z + b, rtol=1e-4, atol=1e-4)
-        wanted = np.where(valid[..., None], (dz - (along if step < 2 else nu) * z) / psi, 0)
-        np.testing.assert_allclose(dx, wanted, rtol=1e-4, atol=1e-5)
+        expected = np.where(valid[..., None], (dz - (along if step < 2 else nu) * z) / psi, 0)
+        np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(of_params["scale"], (dy * z).sum((0, 1)), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(of_params["bias"], dy.sum((0, 1)), rtol=1e-4, atol=1e-4)
         nu = nu * (1 - 0.2 * (z[valid] ** 2).mean(0)) + 0.2 * along
-        square = square + max(0.2, 1 / (step + 1)) * (found - square)
+        square = square + max(0.2, 1 / (step + 1)) * (mean_square - square)
         np.testing.assert_allclose(norm.nu[...], nu, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(norm.square[...], square, rtol=1e-5)
     assert int(norm.passes[...]) == 6 and np.abs(nu).min() > 1e-3
@@ -283,7 +283,7 @@ def test_powernorm_warms_up_with_the_exact_gradient():
     def whole(x):
         return (norm.scale[...] * x / jnp.sqrt((x * x).mean((0, 1)) + 1e-5) * dy).sum()
 
-    np.testing.assert_allclose(pulled(norm, x, dy)[1], jax.grad(whole)(x), atol=1e-5)
+    np.testing.assert_allclose(training_pass(norm, x, dy)[1], jax.grad(whole)(x), atol=1e-5)
 
 
 def test_powernorm_passed_twice_moves_twice():
@@ -293,19 +293,19 @@ def test_powernorm_passed_twice_moves_twice():
         def __init__(self):
             self.norm = drawn_norm("powernorm:decay=0.8:warmup=0")
 
-        def __call__(self, x, rows):
-            return self.norm(self.norm(x, rows), rows)
+        def __call__(self, x, context):
+            return self.norm(self.norm(x, context), context)
 
     both, x, dy = Twice(), draw(2, 5, 6), draw(2, 6, 5).swapaxes(1, 2) - 1
-    pulled(both, x, dy)  # so that nu is not 0
+    training_pass(both, x, dy)  # so that nu is not 0
     one, two = drawn_norm("powernorm:decay=0.8:warmup=0"), drawn_norm("powernorm:decay=0.8:warmup=0")
     nnx.update(one, state_of(both.norm))
-    middle = pulled(one, x, dy)[0]
+    middle = training_pass(one, x, dy)[0]
     nnx.update(two, state_of(one) | {"nu": state_of(both.norm)["nu"]})
-    middle_gradient = pulled(two, middle, dy)[1]
+    middle_gradient = training_pass(two, middle, dy)[1]
     square = state_of(two)["square"]
     nnx.update(one, state_of(both.norm))
-    pulled(both, x, dy)
+    training_pass(both, x, dy)
     np.testing.assert_allclose(both.norm.square[...], square, rtol=1e-5)
     # The first run meets the nu that the last one left, and moves it.
     z, dz = np.asarray(x) / np.sqrt(state_of(one)["square"] + 1e-5), middle_gradient * np.asarray(one.scale[...])
@@ -316,17 +316,17 @@ def test_powernorm_passed_twice_moves_twice():
 
 def test_powernorm_does_not_see_padding():
     valid = jnp.arange(7)[None] < jnp.array([7, 4, 0])[:, None]
-    found = []
+    results = []
     for garbage in (0.0, 1e6):
         norm, random = drawn_norm(), np.random.default_rng(0)
         for _ in range(4):
             x, dy = (np.where(valid[..., None], random.normal(size=(3, 7, 6)), fill) for fill in (garbage, 0))
-            y, dx, of_params = pulled(norm, single(x), single(dy), valid)
-        found.append((y[np.asarray(valid)], dx, of_params["bias"], state_of(norm)))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+            y, dx, of_params = training_pass(norm, single(x), single(dy), valid)
+        results.append((y[np.asarray(valid)], dx, of_params["bias"], state_of(norm)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
     # A batch of padding alone leaves everything as it was.
     before = state_of(norm)
-    pulled(norm, jnp.full((3, 7, 6), 3.0), jnp.zeros((3, 7, 6)), jnp.zeros((3, 7), bool))
+    training_pass(norm, jnp.full((3, 7, 6), 3.0), jnp.zeros((3, 7, 6)), jnp.zeros((3, 7), bool))
     after = state_of(norm)
     assert after.pop("passes") == before.pop("passes") + 1
     jax.tree.map(np.testing.assert_array_equal, after, before)
@@ -362,7 +362,7 @@ def test_powernorm_in_every_placement(placed):
 
     @jax.jit
     def evaluated(state, tokens):
-        built = lambda: merge(graph, state.params, state.extra, state.memory)
+        built: Any = lambda: merge(graph, state.params, state.extra, state.memory)
         model = built()
         whole = model(tokens, valid=jnp.ones(tokens.shape, bool))[0]
         one = lambda cache, token: built().step(cache, token)[::-1]

@@ -23,8 +23,8 @@ SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:re
 
 
 def build(choice: str, **size):
-    given: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "causal": True} | size
-    return spec.build("position", choice, **given)
+    sizes: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "causal": True} | size
+    return spec.build("position", choice, **sizes)
 
 
 def read(shared, name: str):
@@ -37,33 +37,33 @@ def read(shared, name: str):
 @pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 16, 20])
 def test_alibi_is_bloom_and_mpt(shared, heads):
     """BLOOM adds slope * s, MPT slope * (s - last): both differ from -slope * (t - s) by what a softmax forgets."""
-    found = read(shared, "alibi")
-    np.testing.assert_allclose(slopes(heads), found[f"slopes_{heads}"], rtol=1e-6)
+    peer = read(shared, "alibi")
+    np.testing.assert_allclose(slopes(heads), peer[f"slopes_{heads}"], rtol=1e-6)
     bias = build("alibi", heads=heads, dim=4 * heads).bias()
     last = jax.vmap(lambda head: head(jnp.array([[15]]), jnp.arange(16)[None]))(bias)[:, 0]
-    theirs = found[f"bloom_{heads}"]
+    theirs = peer[f"bloom_{heads}"]
     np.testing.assert_allclose(last, theirs - theirs[:, -1:], atol=2e-5, rtol=1e-4)
-    if f"mpt_{heads}" in found and heads & (heads - 1) == 0:
-        np.testing.assert_allclose(last, found[f"mpt_{heads}"][:, 0], atol=2e-5, rtol=1e-4)
+    if f"mpt_{heads}" in peer and heads & (heads - 1) == 0:
+        np.testing.assert_allclose(last, peer[f"mpt_{heads}"][:, 0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
 def test_rope_is_llama_and_gptj(shared, pairs):
-    found = read(shared, "rope")
+    peer = read(shared, "rope")
     rope = build(f"rope:pairs={pairs}", length=12, dim=64)
-    for name in [name for name in "qk" if f"{name}_{pairs}" in found]:
-        out = rope.rotate(jnp.asarray(np.swapaxes(found[name], 1, 2)), jnp.arange(12))
-        np.testing.assert_allclose(np.swapaxes(out, 1, 2), found[f"{name}_{pairs}"], atol=2e-5, rtol=1e-4)
+    for name in [name for name in "qk" if f"{name}_{pairs}" in peer]:
+        out = rope.rotate(jnp.asarray(np.swapaxes(peer[name], 1, 2)), jnp.arange(12))
+        np.testing.assert_allclose(np.swapaxes(out, 1, 2), peer[f"{name}_{pairs}"], atol=2e-5, rtol=1e-4)
 
 
 def test_rope_is_gemma(shared):
     """Hand-written values at another base, positions 1 and 0; a scale of 2 at twice the position is the same."""
-    found = read(shared, "rope_gemma_fixture")["expected_full"]
+    expected = read(shared, "rope_gemma_fixture")["expected_full"]
     for scale in (1, 2):
         rope = build(f"rope:base=100:scale={scale}", dim=8, heads=2)
         for sample, at in enumerate((scale, 0)):
             out = rope.rotate(jnp.ones((1, 1, 2, 4)), jnp.array([at]))
-            np.testing.assert_allclose(out[0], found[sample], atol=2e-5, rtol=1e-4)
+            np.testing.assert_allclose(out[0], expected[sample], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
@@ -91,8 +91,8 @@ def test_every_t5_bucket_serves_a_model_that_uses_the_past_alone(causal, choice)
     scores = build(choice, causal=causal, heads=1).bias()
     scores = jax.tree.map(lambda leaf: jnp.arange(32), scores)
     at = jnp.arange(160)
-    found = np.asarray(scores(at[:, None], at[None]))
-    used = len(np.unique(found[np.tril_indices(160)] if causal else found))
+    buckets = np.asarray(scores(at[:, None], at[None]))
+    used = len(np.unique(buckets[np.tril_indices(160)] if causal else buckets))
     assert used == (16 if causal and "both" in choice else 32 if causal else 31)  # distance 0 has one side
 
 
@@ -104,13 +104,13 @@ def test_untied_positions_leave_content_its_share(attention):
     layer, shared = (spec.build("attention", attention, length=16, dim=32, heads=4) for _ in range(2))
     shared.query.kernel[...] = shared.query.kernel[...] * 2**-0.5
     x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
-    found = layer(x, causal=True, position=position)[0]
-    np.testing.assert_allclose(found, shared(x, causal=True)[0], atol=1e-5)
-    assert np.abs(found - layer(x, causal=True)[0]).max() > 1e-3
+    whole = layer(x, causal=True, position=position)[0]
+    np.testing.assert_allclose(whole, shared(x, causal=True)[0], atol=1e-5)
+    assert np.abs(whole - layer(x, causal=True)[0]).max() > 1e-3
     cache = layer.init_cache(2, 16)
     for t in range(3):
         out, cache, _ = layer.decode(x[:, t], cache, at=jnp.int32(t), position=position)
-        np.testing.assert_allclose(out, found[:, t], atol=1e-5)
+        np.testing.assert_allclose(out, whole[:, t], atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [
@@ -145,12 +145,12 @@ def test_bias_is_added_blockwise_as_by_definition(attention, choice):
 
 @pytest.mark.parametrize("buckets, reach", [(16, 64), (256, 512)])
 def test_deberta_buckets(shared, buckets, reach):
-    found = read(shared, "deberta_log_bucket")
-    ours = deberta.bucket(jnp.asarray(found["rel"]), buckets, reach)
-    np.testing.assert_array_equal(ours, found[f"b_{buckets}_{reach}"])
+    peer = read(shared, "deberta_log_bucket")
+    ours = deberta.bucket(jnp.asarray(peer["rel"]), buckets, reach)
+    np.testing.assert_array_equal(ours, peer[f"b_{buckets}_{reach}"])
 
 
-def loud(position):
+def scaled_up(position):
     """Its parameters as large as those of the products that they are added to."""
     for _, variable in nnx.iter_graph(position):
         if isinstance(variable, nnx.Param):
@@ -158,15 +158,15 @@ def loud(position):
     return position
 
 
-def loud_model(**chosen) -> tuple[Any, Any]:
+def scaled_up_model(**chosen) -> tuple[Any, Any]:
     config = edit(Config(), **chosen)
     task = build_task(config)
     model: Any = build_model(config, task)
-    loud(model.position)
+    scaled_up(model.position)
     return model, task
 
 
-def slow(layer, position, x, valid, window: int | None, causal: bool):
+def by_definition(layer, position, x, valid, window: int | None, causal: bool):
     """One layer from every pair's vector, as the papers write it: arrays of (T, S, channels)."""
     (B, T, _), N, H, name = x.shape, layer.size.heads, layer.size.head, type(position).__name__
     q, k, v = (linear(x).reshape(B, T, -1, H) for linear in (layer.query, layer.key, layer.value))
@@ -184,7 +184,7 @@ def slow(layer, position, x, valid, window: int | None, causal: bool):
         s += jnp.einsum("nh,bsnh->bns", position.u[...], k)[:, :, None]
         s += jnp.einsum("btnh,tsnh->bnts", q + position.v[...][None, None], R)
     elif name == "Deberta":
-        R, near = position.side, (lambda y: y) if position.buckets is None else _nearly(position)
+        R, near = position.side, (lambda y: y) if position.buckets is None else _log_bucket(position)
         places = lambda y: np.clip(near(y) + R, 0, 2 * R - 1)
         s += jnp.einsum("btnh,tsnh->bnts", q, heads(position.key(position.table[...]))[places(apart)])
         s += jnp.einsum("bsnh,tsnh->bnts", k, heads(position.query(position.table[...]))[places(-apart)])
@@ -202,7 +202,7 @@ def slow(layer, position, x, valid, window: int | None, causal: bool):
     return layer.out(jnp.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1))
 
 
-def _nearly(position):
+def _log_bucket(position):
     """DeBERTa's second version, distance by distance."""
     near, last = position.buckets // 2, position.reach - 1
 
@@ -224,7 +224,7 @@ def test_scores_are_those_of_every_pair(choice, attention, looped):
     """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
     size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
     plan = Plan(loop_from=1 if looped else None)
-    position, layer = loud(build(choice, **size)), spec.build("attention", attention, **size, plan=plan)
+    position, layer = scaled_up(build(choice, **size)), spec.build("attention", attention, **size, plan=plan)
     layer.block = 16 if attention == "full" else None
     x, weight = np.random.default_rng(0).standard_normal((2, 3, 37, 32)).astype(np.float32)
     valid = np.arange(37) < np.array([37, 30, 5])[:, None]
@@ -243,7 +243,9 @@ def test_scores_are_those_of_every_pair(choice, attention, looped):
             return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x)
 
     ((_, out), grads) = run(fast_form)
-    ((_, expected), slow_grads) = run(lambda position, layer, x: slow(layer, position, x, valid, window, causal))
+    ((_, expected), slow_grads) = run(
+        lambda position, layer, x: by_definition(layer, position, x, valid, window, causal)
+    )
     np.testing.assert_allclose(out[valid], expected[valid], atol=3e-5)
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(slow_grads), strict=True
@@ -255,7 +257,7 @@ def test_scores_are_those_of_every_pair(choice, attention, looped):
 @pytest.mark.parametrize("choice", ["shaw", "xl", "deberta:reach=4", "tupe"])
 def test_nothing_of_every_pair_is_built(choice):
     """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
-    found = []
+    costs = []
     for T in (256, 512, 1024):
         size: dict[str, Any] = {"length": T, "dim": 16, "heads": 2}
         graph, params = nnx.split((build(choice, **size), spec.build("attention", "local:window=16", **size)))
@@ -265,15 +267,15 @@ def test_nothing_of_every_pair_is_built(choice):
             return layer(x, causal=True, position=position)[0].sum()
 
         grad, x = jax.grad(total, (0, 1)), jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
-        found.append((largest_intermediate(grad, params, x), count_flops(grad, params, x)))
-    for one, two in itertools.pairwise(found):
+        costs.append((largest_intermediate(grad, params, x), count_flops(grad, params, x)))
+    for one, two in itertools.pairwise(costs):
         assert two[0] <= 2.1 * one[0] and two[1] <= 2.1 * one[1]
 
 
 @pytest.mark.parametrize("choice", ["alibi", "t5", *SCORED])
 def test_moved_along_it_is_the_same(choice):
     """What stands before the window changes nothing, so positions count from anywhere; not so for absolute ones."""
-    position = loud(build(choice, length=32))
+    position = scaled_up(build(choice, length=32))
     layer = spec.build("attention", "local:window=4", length=32, dim=32, heads=4)
     x, other = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
     run = jax.jit(lambda x: layer(x, causal=True, position=position)[0])
@@ -287,7 +289,7 @@ def test_moved_along_it_is_the_same(choice):
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
     chosen = {"task": "copy", "attention": attention, "position": choice, "seq_len": 14, "dim": 16, "heads": 2}
-    model, task = loud_model(**chosen, layers=2, batch=2)
+    model, task = scaled_up_model(**chosen, layers=2, batch=2)
     tokens = jnp.asarray(task.batch("train", 0).inputs[:2])
     graph, variables = nnx.split(model)
 

@@ -50,8 +50,8 @@ def test_quantiles_are_those_of_student():
 
 def test_mean_and_interval_against_worked_values():
     # Mean 3, deviation sqrt(2.5), 4 degrees of freedom: 2.776445 * sqrt(2.5 / 5).
-    found = intervals.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found == (3.0, pytest.approx(1.963243, abs=1e-6), 5)
+    estimated = intervals.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert estimated == (3.0, pytest.approx(1.963243, abs=1e-6), 5)
     assert intervals.estimate([0.7]) == (0.7, None, 1)
 
 
@@ -92,23 +92,23 @@ def test_findings_tell_the_best_and_the_fastest_at_the_longest_length():
 
 def test_findings_with_seeds_say_what_cannot_be_told_apart():
     scores = {"a": (0.90, 0.92, 0.94), "b": (0.93, 0.90, 0.91), "c": (0.30, 0.32, 0.34), "d": (0.12, 0.13, 0.125)}
-    found = [cell(name, seed=seed, metric=value) for name, many in scores.items() for seed, value in enumerate(many)]
-    (group,) = rows.groups(found, ["attention", "seed"])
-    said = " ".join(findings.sentences(group))
-    assert "a has the best accuracy, 0.920 ± 0.050" in said
-    assert "Not distinguishable from a (paired 95 % interval): b." in said
-    assert "No better than chance: d." in said
-    assert "One seed" not in said
+    cells = [cell(name, seed=seed, metric=value) for name, many in scores.items() for seed, value in enumerate(many)]
+    (group,) = rows.groups(cells, ["attention", "seed"])
+    text = " ".join(findings.sentences(group))
+    assert "a has the best accuracy, 0.920 ± 0.050" in text
+    assert "Not distinguishable from a (paired 95 % interval): b." in text
+    assert "No better than chance: d." in text
+    assert "One seed" not in text
     # What cannot be told apart is marked alike, though its mean is lower.
-    lines = printed(found, ["attention", "seed"]).splitlines()
+    lines = printed(cells, ["attention", "seed"]).splitlines()
     assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
     assert any("paired 95 % interval" in line for line in lines)
 
 
 def test_no_winner_is_named_where_nothing_beats_chance():
-    found = [cell(name, metric=value) for name, value in (("a", 0.10), ("b", 0.12))]
-    said = findings.sentences(rows.groups(found, ["attention"])[0])
-    assert said[0] == "At 64 tokens: no variant does better than chance: the best accuracy is 0.120 (chance 0.125)."
+    cells = [cell(name, metric=value) for name, value in (("a", 0.10), ("b", 0.12))]
+    lines = findings.sentences(rows.groups(cells, ["attention"])[0])
+    assert lines[0] == "At 64 tokens: no variant does better than chance: the best accuracy is 0.120 (chance 0.125)."
 
 
 # ---- the table in the terminal ----------------------------------------------------------------------------------
@@ -143,8 +143,8 @@ def test_what_is_the_same_in_all_lines_is_printed_once():
 
 
 def test_markup_and_escapes_in_names_do_nothing():
-    found = sample(HOSTILE)
-    text = printed(found, KEYS, terminal=True, width=200)
+    cells = sample(HOSTILE)
+    text = printed(cells, KEYS, terminal=True, width=200)
     assert "[bold]x[/bold]" in text and "=1+1" in text
     assert "\x1b[31mred" not in text and "\u202e" not in text
 
@@ -164,32 +164,32 @@ def test_output_to_a_file_is_plain_and_uncut():
 
 
 def test_seeds_are_averaged_in_the_table():
-    found = [cell(seed=seed, metric=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
-    text = printed([*found, failed("nan", "loss", seed=3), cell("linear")], ["attention", "seed"])
+    cells = [cell(seed=seed, metric=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
+    text = printed([*cells, failed("nan", "loss", seed=3), cell("linear")], ["attention", "seed"])
     assert "0.900 ± 0.248" in text and "seed 3" in text
 
 
 def test_bench_rows_show_time_and_growth():
-    found = [bench("full", n, n * n * 1e-8, 2.0) for n in (256, 512)] + [bench("linear", 512, 1e-4, 1.0)]
-    text = printed([row | {"config": cell()["config"]} for row in found], ["attention", "seq_len"])
+    cells = [bench("full", n, n * n * 1e-8, 2.0) for n in (256, 512)] + [bench("linear", 512, 1e-4, 1.0)]
+    text = printed([row | {"config": cell()["config"]} for row in cells], ["attention", "seq_len"])
     assert text.splitlines()[0] == "forward" and "2.6 ms" in text and "N^2.00" in text and "100 µs *" in text
 
 
 # ---- what must be known before numbers are compared -------------------------------------------------------------
 
 
-HERE, THERE = {"processor": "A", "jax": "1"}, {"processor": "B", "jax": "1"}
+HERE, ELSEWHERE = {"processor": "A", "jax": "1"}, {"processor": "B", "jax": "1"}
 
 
 def test_cells_of_different_machines_are_told_apart(tmp_path):
-    found = [cell(name, machine=HERE) for name in ("full", "linear")]
-    assert notes.of(found) == [] and notes.machines(found) == [(HERE, 2)]
-    mixed = [*found, cell("axial", machine=THERE), cell("lite"), failed("oom", "x", attention="fnet")]
-    (told,) = notes.of(mixed)
-    assert told.endswith("do not compare: processor A (2 cells); processor B (1 cell); not recorded (1 cell).")
-    assert told in " ".join(printed(mixed, ["attention"]).split())
+    cells = [cell(name, machine=HERE) for name in ("full", "linear")]
+    assert notes.of(cells) == [] and notes.machines(cells) == [(HERE, 2)]
+    mixed = [*cells, cell("axial", machine=ELSEWHERE), cell("lite"), failed("oom", "x", attention="fnet")]
+    (note,) = notes.of(mixed)
+    assert note.endswith("do not compare: processor A (2 cells); processor B (1 cell); not recorded (1 cell).")
+    assert note in " ".join(printed(mixed, ["attention"]).split())
     page = written(tmp_path / "r.html", mixed, ["attention"])
-    assert told in page and "Machine of 2 cells" in page and "<dt>processor</dt><dd>B</dd>" in page
+    assert note in page and "Machine of 2 cells" in page and "<dt>processor</dt><dd>B</dd>" in page
 
 
 def test_a_bench_tells_what_it_timed_otherwise():
@@ -213,9 +213,9 @@ def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
     assert "training step" in trained["tokens/s"] and "whole model" in trained["parameters"]
     assert "layers/token" in trained and "state" not in trained
     decoded = bench("full", 64, 1e-3, 1.0) | {"pass": "decode", "tokens_per_second": 9.0, "state_bytes": 2**20}
-    said = html._measures([decoded | {"parameters": 3}])
-    assert "one of each sequence" in said["tokens/s"] and "projections" in said["parameters"]
-    assert not any("training" in words for words in said.values())
+    measures = html._measures([decoded | {"parameters": 3}])
+    assert "one of each sequence" in measures["tokens/s"] and "projections" in measures["parameters"]
+    assert not any("training" in words for words in measures.values())
     page = written(tmp_path / "r.html", [decoded], ["attention"])
     assert "What decoding keeps at 64 tokens" in page
     assert "1 MiB" in page[page.index("<tbody>") :] and "best at its pass and length" in page
@@ -224,9 +224,9 @@ def test_the_words_beside_the_numbers_are_those_of_what_was_run(tmp_path):
 
 
 def test_a_mechanism_alone_is_named_too(tmp_path):
-    found = [cell("local:window=16", seq_len=n) for n in (64, 128)]
-    assert "attention local:window=16" in printed(found, ["seq_len"])
-    page = written(tmp_path / "r.html", found, ["seq_len"])
+    cells = [cell("local:window=16", seq_len=n) for n in (64, 128)]
+    assert "attention local:window=16" in printed(cells, ["seq_len"])
+    page = written(tmp_path / "r.html", cells, ["seq_len"])
     assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
 
 

@@ -18,7 +18,7 @@ def specs(page: str) -> str:
     return re.findall(r'<script type="application/json" id="specs">(.*?)</script>', page, re.S)[0]
 
 
-def own(page: str) -> str:
+def without_library(page: str) -> str:
     """The page without the bundled Vega library."""
     return page.replace(html._library(), "")
 
@@ -27,9 +27,9 @@ def own(page: str) -> str:
 
 
 def test_charts_hold_the_aggregated_numbers():
-    found = [cell(seed=seed, metric=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
-    found += [cell(seq_len=128, metric=0.5), cell("linear", metric=0.2)]
-    (group,) = rows.groups(found, [*KEYS, "seed"])
+    cells = [cell(seed=seed, metric=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
+    cells += [cell(seq_len=128, metric=0.5), cell("linear", metric=0.2)]
+    (group,) = rows.groups(cells, [*KEYS, "seed"])
     drawn = charts.of_group(group, ["full", "linear"], [*KEYS, "seed"])
     assert [chart.title for chart in drawn] == [
         "Accuracy by length",
@@ -45,31 +45,31 @@ def test_charts_hold_the_aggregated_numbers():
 
 def test_computation_is_drawn_where_variants_differ_in_it():
     """A token's layers against the metric, of the cells that tell them; not where all of them spend the same."""
-    found = [cell("full", metric=0.9, computation=4.0), cell("linear", metric=0.8, computation=2.5), cell("axial")]
+    cells = [cell("full", metric=0.9, computation=4.0), cell("linear", metric=0.8, computation=2.5), cell("axial")]
     names = ["full", "linear", "axial"]
     title = "Accuracy against computation per token"
-    drawn = {chart.title: chart for chart in charts.of_group(rows.groups(found, KEYS)[0], names, KEYS)}
+    drawn = {chart.title: chart for chart in charts.of_group(rows.groups(cells, KEYS)[0], names, KEYS)}
     spec = drawn[title].spec
     assert [(item["name"], item["cost"], item["value"]) for item in spec["data"]["values"]] == [
         ("full", 4.0, 0.9), ("linear", 2.5, 0.8),
     ]  # fmt: skip
     assert spec["data"]["values"][1]["cost_text"] == "2.5 layers per token"
     assert "far left and high" in drawn[title].note
-    same = [row | {"computation": 4.0} for row in found]
+    same = [row | {"computation": 4.0} for row in cells]
     assert title not in [chart.title for chart in charts.of_group(rows.groups(same, KEYS)[0], names, KEYS)]
 
 
 def test_a_logarithmic_axis_says_what_it_has_no_place_for():
-    found = [cell("full", temp_bytes=0), cell("linear", temp_bytes=2**20)]
-    (group,) = rows.groups(found, KEYS)
+    cells = [cell("full", temp_bytes=0), cell("linear", temp_bytes=2**20)]
+    (group,) = rows.groups(cells, KEYS)
     chart = next(chart for chart in charts.of_group(group, ["full", "linear"], KEYS) if "memory" in chart.title)
     assert "logarithmic, where 0 has no place: full." in chart.note
     assert [item["name"] for item in chart.spec["data"]["values"]] == ["linear"]
 
 
 def test_a_thinned_curve_keeps_its_end():
-    found = [cell(name, curve=[[step, 1.0] for step in range(1, 951)]) for name in ATTENTIONS * 30]
-    (group,) = rows.groups(found, KEYS)
+    cells = [cell(name, curve=[[step, 1.0] for step in range(1, 951)]) for name in ATTENTIONS * 30]
+    (group,) = rows.groups(cells, KEYS)
     curve = charts.of_group(group, list(ATTENTIONS), KEYS)[-1]
     assert {(line["step"][0], line["step"][-1]) for line in curve.spec["data"]["values"]} == {(1, 950)}
 
@@ -123,16 +123,16 @@ def test_the_file_has_every_row_and_every_reason(page):
 
 def test_the_file_is_small_and_asks_for_nothing(page):
     assert len(page.encode()) < 2_000_000
-    text = own(page)
+    text = without_library(page)
     assert len(text) < len(page) - 500_000
     assert not re.search(r"https?://|[\"'(]//|url\(|@import|<link|<iframe|<img", text, re.I)
     assert "src=" not in text and "href=" not in text
 
 
 def test_a_large_comparison_stays_below_two_megabytes(tmp_path):
-    found = sample(seeds=range(7), lengths=(64, 128, 256, 512, 1024, 2048))
-    assert len(found) == 420
-    assert len(written(tmp_path / "r.html", found, [*KEYS, "seed"]).encode()) < 2_000_000
+    cells = sample(seeds=range(7), lengths=(64, 128, 256, 512, 1024, 2048))
+    assert len(cells) == 420
+    assert len(written(tmp_path / "r.html", cells, [*KEYS, "seed"]).encode()) < 2_000_000
 
 
 def test_the_policy_admits_exactly_the_scripts_and_the_style_of_the_file(page):
@@ -148,9 +148,9 @@ def test_the_policy_admits_exactly_the_scripts_and_the_style_of_the_file(page):
 
 def test_no_text_of_a_user_reaches_the_page_as_markup(tmp_path):
     payload = {"id": PAYLOAD, "reason": PAYLOAD, "metric_name": PAYLOAD, "timed": "call", "checked": False}
-    found = [row | payload | {"machine": {PAYLOAD: f"{PAYLOAD}{at % 2}"}} for at, row in enumerate(sample(HOSTILE))]
+    cells = [row | payload | {"machine": {PAYLOAD: f"{PAYLOAD}{at % 2}"}} for at, row in enumerate(sample(HOSTILE))]
     more = {"title": PAYLOAD, "command": PAYLOAD}
-    text = own(written(tmp_path / "r.html", found, [PAYLOAD, *KEYS], **more))
+    text = without_library(written(tmp_path / "r.html", cells, [PAYLOAD, *KEYS], **more))
     assert "<img" not in text and '<script>document.title="owned"' not in text
     assert text.count("<script") == 3 and text.count("</script>") == 3
     assert "<" not in specs(text)
@@ -176,7 +176,7 @@ def test_shared_settings_are_told_once_and_each_cell_its_own():
 
 
 @pytest.mark.parametrize(
-    ("found", "keys"),
+    ("cells", "keys"),
     [
         ([], []),
         ([failed("oom", "x"), failed("refused", "y", attention="linear")], ["attention"]),
@@ -187,8 +187,8 @@ def test_shared_settings_are_told_once_and_each_cell_its_own():
     ],
     ids=["nothing", "all failed", "one cell", "one length", "bench", "bare row"],
 )
-def test_few_rows_still_make_a_report(tmp_path, found, keys):
-    text = written(tmp_path / "r.html", found, keys)
+def test_few_rows_still_make_a_report(tmp_path, cells, keys):
+    text = written(tmp_path / "r.html", cells, keys)
     assert text.count('class="chart"') == len(json.loads(specs(text)))
     assert not list(tmp_path.glob("*.part"))
 
@@ -234,14 +234,14 @@ def browsed(path: pathlib.Path) -> str:
 
 def test_a_browser_draws_the_charts_and_runs_no_name(tmp_path):
     path = tmp_path / "report.html"
-    found = [row | {"id": PAYLOAD, "metric_name": HOSTILE[-1]} for row in sample(HOSTILE)]
-    written(path, found, KEYS, title="harmless", command=PAYLOAD)
+    cells = [row | {"id": PAYLOAD, "metric_name": HOSTILE[-1]} for row in sample(HOSTILE)]
+    written(path, cells, KEYS, title="harmless", command=PAYLOAD)
     seen = browsed(path)
     assert 'data-charts="drawn"' in seen[:2000]
     assert seen.count("<svg") >= 10 + len(HOSTILE)
     assert len(re.findall(r'<g class="mark-line', seen)) >= 8
     assert "<title>harmless</title>" in seen
-    assert "<img" not in own(seen)
+    assert "<img" not in without_library(seen)
 
 
 def test_a_reader_can_point_focus_choose_and_sort(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_reader_can_point_focus_choose_and_sort(tmp_path, monkeypatch):
     body = seen[seen.index("<tbody>") : seen.index("</tbody>")]
     # The speed is the first of a row's numbers that is written in thousands.
     speeds = [re.search(r'data-sort="([\d.]+)"[^>]*>[^<]*k</td>', line) for line in body.split("</tr>")]
-    speeds = [float(found.group(1)) for found in speeds if found]
+    speeds = [float(match.group(1)) for match in speeds if match]
     assert len(speeds) == 27
     assert speeds == sorted(speeds, reverse=True)
     assert "<title>harmless</title>" in seen

@@ -166,9 +166,9 @@ def test_a_crash_in_native_code_is_a_row(capsys, bad, tmp_path):
 
 @pytest.mark.full
 def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys, bad, tmp_path, monkeypatch):
-    asked = []
+    requests = []
     ask = Worker.ask
-    monkeypatch.setattr(Worker, "ask", lambda self, what, *a, **k: asked.append(what) or ask(self, what, *a, **k))
+    monkeypatch.setattr(Worker, "ask", lambda self, what, *a, **k: requests.append(what) or ask(self, what, *a, **k))
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way=crash,full", "seed=0,1", "steps=2"]
     assert main(["compare", *words, "--json"]) == 5
     rows = json.loads(capsys.readouterr().out)
@@ -176,7 +176,7 @@ def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys
     for row in rows[:2]:
         assert row["reason"].startswith("its check crashed: the process ended with signal 11 (SIGSEGV)")
         assert row["reason"].endswith(f"see xlab check {bad}:way=crash")
-    assert asked.count("compare.cell.check") == 3  # not once more for the second seed
+    assert requests.count("compare.cell.check") == 3  # not once more for the second seed
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys
 def test_a_run_that_hangs_fails_in_one_line_and_says_how_to_go_on(capsys, bad, tmp_path):
     words = [*TINY, f"runs={tmp_path}", f"attention={bad}:after=300", "save_every=10", "stall=3"]
     assert main(["train", *words, "--json"]) == 3
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     (folder,) = tmp_path.glob("copy/*")
     step = len(records.read(folder))
-    assert said.out == "" and said.err.splitlines()[-1] == (
+    assert output.out == "" and output.err.splitlines()[-1] == (
         f"xlab train: no step for 3 s after step {step} of 200; the process was ended (stall= changes the limit); "
         f"go on with xlab resume {folder}"
     )
@@ -206,8 +206,8 @@ def test_a_run_that_hangs_fails_in_one_line_and_says_how_to_go_on(capsys, bad, t
 @pytest.mark.full
 def test_a_run_that_crashes_fails_in_one_line(capsys, bad, tmp_path):
     assert main(["train", *TINY, f"runs={tmp_path}", f"attention={bad}:way=trace"]) == 3
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["xlab train: the process ended with signal 11 (SIGSEGV) while preparing the data and the config"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["xlab train: the process ended with signal 11 (SIGSEGV) while preparing the data and the config"]
 
 
 @pytest.mark.full
@@ -323,11 +323,11 @@ def test_what_a_run_writes_to_stderr_is_the_users_and_stdout_the_records(capsys,
         "        return super().__call__(x, valid=valid, key=key)\n"
     )
     words = [*TINY, "steps=2", f"runs={tmp_path}/runs", f"ffn={tmp_path}/loud.py", "--json"]
-    for said_again in ("to stderr", "already finished; this is its record"):
+    for message in ("to stderr", "already finished; this is its record"):
         assert main(["train", *words]) == 0
-        said = capsys.readouterr()
-        assert json.loads(said.out)["status"] == "ok"
-        assert "to stdout" in said.err and said_again in said.err
+        output = capsys.readouterr()
+        assert json.loads(output.out)["status"] == "ok"
+        assert "to stdout" in output.err and message in output.err
 
 
 def test_a_worker_that_hangs_ends_without_its_driver(monkeypatch):
@@ -344,14 +344,14 @@ def test_a_worker_that_hangs_ends_without_its_driver(monkeypatch):
 
 
 def test_an_error_that_nobody_foresaw_is_a_bug_of_ours(capsys):
-    with Worker() as asked, pytest.raises(process.LabError, match="a bug of the laboratory") as raised:
-        asked.ask("bench.work.look", config={}, passes=[])
+    with Worker() as child, pytest.raises(process.LabError, match="a bug of the laboratory") as raised:
+        child.ask("bench.work.look", config={}, passes=[])
     assert raised.value.exit_code == 1 and "Traceback" in capsys.readouterr().err
 
 
 def test_after_a_signal_nothing_is_begun():
-    with Worker() as asked:
+    with Worker() as child:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Ended, match="not reached") as ended:
-            asked.ask("bench.work.machine")
-    assert ended.value.exit_code == 143 and asked.process is None
+            child.ask("bench.work.machine")
+    assert ended.value.exit_code == 143 and child.process is None

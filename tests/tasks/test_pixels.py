@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xformers_lab import spec
-from xformers_lab.attention._engine import drawing
+from xformers_lab import drawing, spec
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit, to_dict
 from xformers_lab.errors import UsageError
@@ -137,8 +136,8 @@ def test_real_images(shared):
     folder = shared / "data" / "mnist_t10k"
     task = build(folder, 784)
     content = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
-    found = {image: label for split in SPLITS for image, label in pictures(task, split).items()}
-    assert len(found) == 10_000 and "".join(found[content[i : i + 784]] for i in range(0, 7840, 784)) == "7210414959"
+    labels = {image: label for split in SPLITS for image, label in pictures(task, split).items()}
+    assert len(labels) == 10_000 and "".join(labels[content[i : i + 784]] for i in range(0, 7840, 784)) == "7210414959"
     task = build(shared / "data" / "cifar10_gray", 1024)
     assert list(np.bincount(task.corpus.splits["test"][1])) == [200] * 10 and task.chance == 0.1
     described = task.describe()
@@ -201,14 +200,14 @@ def config(folder, drawn, **chosen) -> Config:
     return edit(Config(), **({"task": f"pixels:path={folder}"} | small | chosen))
 
 
-def run(model, inputs, **given):
+def run(model, inputs, **options):
     graph, variables = nnx.split(model)
-    return jax.jit(lambda variables, *args: nnx.merge(graph, variables)(*args, **given)[0])(variables, inputs)
+    return jax.jit(lambda variables, *args: nnx.merge(graph, variables)(*args, **options)[0])(variables, inputs)
 
 
 def vit(folder, drawn, **chosen) -> Any:
-    found = config(folder, drawn, **({"model": "vit:patch=2", "position": "grid"} | chosen))
-    return build_model(found, build_task(found))
+    settings = config(folder, drawn, **({"model": "vit:patch=2", "position": "grid"} | chosen))
+    return build_model(settings, build_task(settings))
 
 
 def test_patches_by_definition(tmp_path, drawn):
@@ -304,10 +303,10 @@ def test_a_report_draws_no_patches_at_the_number_of_pixels(tmp_path, drawn):
 
 
 def test_a_report_draws_the_plane_of_the_image(tmp_path, drawn):
-    given = {"config": to_dict(config(tmp_path, drawn, attention="axial", model="encoder")), "plane": [ROWS, COLUMNS]}
+    cell = {"config": to_dict(config(tmp_path, drawn, attention="axial", model="encoder")), "plane": [ROWS, COLUMNS]}
     row, column = np.divmod(np.arange(24), COLUMNS)
     expected = drawing.path((row[:, None] == row) | (column[:, None] == column))
-    assert [figure["path"] for figure in patterns.figures([given])] == [expected]
+    assert [figure["path"] for figure in patterns.figures([cell])] == [expected]
 
 
 def test_patches_learn_which_half_is_lit(tmp_path, drawn, capsys):

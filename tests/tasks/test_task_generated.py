@@ -20,8 +20,8 @@ def build(text: str, length: int, batch: int = 64, seed: int = 0):
 
 def test_splits_have_their_shares_and_do_not_follow_the_seed():
     rows = np.random.default_rng(5).integers(0, 50, (20_000, 12))
-    found = np.bincount(_splits.of_rows(rows), minlength=3) / len(rows)
-    np.testing.assert_allclose(found, list(_splits.SHARES.values()), atol=0.01)
+    shares = np.bincount(_splits.of_rows(rows), minlength=3) / len(rows)
+    np.testing.assert_allclose(shares, list(_splits.SHARES.values()), atol=0.01)
     neighbours = np.arange(20_000)[:, None]
     np.testing.assert_allclose(np.bincount(_splits.of_rows(neighbours)) / 20_000, [0.8, 0.1, 0.1], atol=0.01)
     assert _splits.of_rows(np.array([[1, 2, 3]]))[0] == _splits.of_rows(np.array([[1, 2, 3, 0]]))[0]
@@ -39,13 +39,13 @@ def test_mqar_is_zoologys_layout(length, pairs, vocab):
     assert keys.min() >= 1 and keys.max() < vocab // 2 <= values.min() and values.max() < vocab
     for row in range(64):
         assert len(set(keys[row])) == len(set(values[row])) == pairs
-        asked = np.flatnonzero(batch.weights[row])
-        assert sorted(batch.inputs[row, asked]) == sorted(keys[row])
-        assert (asked >= 2 * pairs).all() and (asked % 2 == 0).all()
+        queries = np.flatnonzero(batch.weights[row])
+        assert sorted(batch.inputs[row, queries]) == sorted(keys[row])
+        assert (queries >= 2 * pairs).all() and (queries % 2 == 0).all()
         pair = dict(zip(keys[row], values[row], strict=True))
-        assert [pair[key] for key in batch.inputs[row, asked]] == list(batch.targets[row, asked])
+        assert [pair[key] for key in batch.inputs[row, queries]] == list(batch.targets[row, queries])
         filler = np.ones(length, bool)
-        filler[: 2 * pairs] = filler[asked] = False
+        filler[: 2 * pairs] = filler[queries] = False
         assert (batch.inputs[row, filler] == 0).all() and (batch.weights[row, filler] == 0).all()
 
 
@@ -62,8 +62,8 @@ def test_mqar_asks_by_the_published_power_law():
     assert len(keys) == len(places) == 4096 and (places % 2 == 0).all()
     law = np.arange(1, 29) ** (0.01 - 1.0)
     law /= law.sum()
-    found = np.bincount(places // 2, minlength=28) / len(places)
-    assert np.abs(found - law).max() < 4 * np.sqrt(law.max() / len(places))
+    frequencies = np.bincount(places // 2, minlength=28) / len(places)
+    assert np.abs(frequencies - law).max() < 4 * np.sqrt(law.max() / len(places))
 
 
 def test_mqar_can_fill_with_random_tokens():
@@ -83,10 +83,10 @@ def test_copy_fills_the_length(length):
     half = (length - 1) // 2
     assert (batch.inputs[:, 0] == 0).all() and (batch.inputs[:, half + 1] == 0).all()
     assert (np.delete(batch.inputs, [0, half + 1], axis=1) > 0).all(), "every position is used"
-    asked = batch.weights > 0
-    assert (asked.sum(1) == half).all()
-    np.testing.assert_array_equal(batch.targets[asked].reshape(64, half), batch.inputs[:, 1 : half + 1])
-    np.testing.assert_array_equal(batch.targets[:, :-1][asked[:, :-1]], batch.inputs[:, 1:][asked[:, :-1]])
+    scored = batch.weights > 0
+    assert (scored.sum(1) == half).all()
+    np.testing.assert_array_equal(batch.targets[scored].reshape(64, half), batch.inputs[:, 1 : half + 1])
+    np.testing.assert_array_equal(batch.targets[:, :-1][scored[:, :-1]], batch.inputs[:, 1:][scored[:, :-1]])
 
 
 @pytest.mark.parametrize("distance", [1, 20])
@@ -95,10 +95,10 @@ def test_a_needles_distance_is_uniform(distance):
     rows = np.concatenate([task.batch("train", step).inputs for step in range(10)])
     needles = (rows >= 1) & (rows <= 16)
     assert (needles.sum(1) == 1).all() and (rows[:, -1] == 0).all() and (rows[:, :-1] > 0).all()
-    found = np.bincount(39 - needles.argmax(1), minlength=40)
-    assert (found[:distance] == 0).all()
+    counts = np.bincount(39 - needles.argmax(1), minlength=40)
+    assert (counts[:distance] == 0).all()
     expected = 10_000 / (40 - distance)
-    assert np.abs(found[distance:] - expected).max() < 5 * np.sqrt(expected)
+    assert np.abs(counts[distance:] - expected).max() < 5 * np.sqrt(expected)
 
 
 # ---- listops ----------------------------------------------------------------------------------------------------

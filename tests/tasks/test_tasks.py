@@ -133,15 +133,15 @@ def test_batches_are_the_same_in_a_process_with_other_hashes(choice):
 @pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2)])
 def test_generated_splits_share_no_example(name, seeds):
     text, length = CROWDED[name]
-    found = {}
+    examples = {}
     for split, seed in zip(SPLITS, seeds, strict=True):
         task = build(text, length, 256, seed)
         rows = np.concatenate([task.batch(split, step).inputs for step in range(8)])
-        found[split] = {row.tobytes() for row in rows}
-        assert len(found[split]) < len(rows), "examples are few enough to come twice"
-    assert not found["train"] & found["test"]
-    assert not found["train"] & found["validation"]
-    assert not found["validation"] & found["test"]
+        examples[split] = {row.tobytes() for row in rows}
+        assert len(examples[split]) < len(rows), "examples are few enough to come twice"
+    assert not examples["train"] & examples["test"]
+    assert not examples["train"] & examples["validation"]
+    assert not examples["validation"] & examples["test"]
 
 
 @pytest.mark.parametrize("length", [8, 33, 64])

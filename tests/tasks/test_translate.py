@@ -42,28 +42,28 @@ def folder(tmp_path_factory):
 
 
 def test_a_sequence_is_source_and_translation(folder):
-    task, found = build(f"path={folder}"), {}
+    task, examples = build(f"path={folder}"), {}
     for split in SPLITS:
         for step in range(20):
             batch = task.batch(split, step)
             for inputs, targets, weights in zip(batch.inputs, batch.targets, batch.weights, strict=True):
                 assert inputs[20] == BEGIN
-                source, asked = inputs[:20], targets[weights > 0]
-                assert asked[-1] == END and (weights[:20] == 0).all() and (inputs[21:][weights[21:] == 0] <= END).all()
+                source, target = inputs[:20], targets[weights > 0]
+                assert target[-1] == END and (weights[:20] == 0).all() and (inputs[21:][weights[21:] == 0] <= END).all()
                 assert (inputs[1:] == targets[:-1]).all()
-                found.setdefault(split, set()).add((task.decode(source.tolist()), task.decode(asked.tolist())))
-                # What is asked is a run that begins at BEGIN.
-                assert np.nonzero(weights)[0].tolist() == list(range(20, 20 + len(asked)))
+                examples.setdefault(split, set()).add((task.decode(source.tolist()), task.decode(target.tolist())))
+                # The target is a run that begins at BEGIN.
+                assert np.nonzero(weights)[0].tolist() == list(range(20, 20 + len(target)))
     fitting = lambda pairs: {pair for pair in pairs if max(map(len, pair)) < 20}
-    assert found["train"] == fitting(PAIRS["train"]) - {("Hund 7", "dog 7")}
-    assert found["validation"] == set(PAIRS["val"])
-    assert found["test"] == set(PAIRS["test_2016"] + PAIRS["test_2017"])
+    assert examples["train"] == fitting(PAIRS["train"]) - {("Hund 7", "dog 7")}
+    assert examples["validation"] == set(PAIRS["val"])
+    assert examples["test"] == set(PAIRS["test_2016"] + PAIRS["test_2017"])
 
 
 def test_it_says_what_was_left_out(folder):
-    said = build(f"path={folder}").describe()
-    assert (said["train_pairs"], said["validation_pairs"], said["test_pairs"]) == (50, 9, 10)
-    assert (said["too_long"], said["copies_dropped"], said["languages"]) == (2, 1, "de-en")
+    description = build(f"path={folder}").describe()
+    assert (description["train_pairs"], description["validation_pairs"], description["test_pairs"]) == (50, 9, 10)
+    assert (description["too_long"], description["copies_dropped"], description["languages"]) == (2, 1, "de-en")
     turned = build(f"path={folder}:source=en:target=de")
     source = turned.batch("test", 0).inputs[0, :20]
     assert turned.decode(source.tolist()).split()[0] in ("house", "dog", "tree")
@@ -72,8 +72,8 @@ def test_it_says_what_was_left_out(folder):
 def test_columns_of_a_table(tmp_path):
     rows = [{"de": f"Hund {n}", "en": f"dog {n}"} for n in range(100)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = build(f"path={tmp_path / 'pairs.jsonl'}").describe()
-    assert sum(said[f"{split}_pairs"] for split in SPLITS) == 100 and said["test_pairs"] > 0
+    counts = build(f"path={tmp_path / 'pairs.jsonl'}").describe()
+    assert sum(counts[f"{split}_pairs"] for split in SPLITS) == 100 and counts["test_pairs"] > 0
     with pytest.raises(UsageError, match="source=fr: no such column"):
         build(f"path={tmp_path / 'pairs.jsonl'}:source=fr")
 
@@ -136,7 +136,7 @@ def test_multi30k(shared):
     if not path.is_dir():
         pytest.skip("no multi30k here")
     task = build(f"path={path}", length=200, batch=8)
-    said = task.describe()
-    assert said["train_pairs"] > 20_000 and said["validation_pairs"] > 800 and said["test_pairs"] > 1600
+    counts = task.describe()
+    assert counts["train_pairs"] > 20_000 and counts["validation_pairs"] > 800 and counts["test_pairs"] > 1600
     tokens = task.batch("train", 0).inputs
     assert (tokens[:, 100] == BEGIN).all() and (tokens[:, 99] == BLANK).any()

@@ -102,7 +102,7 @@ def test_every_damage_is_found_and_the_older_one_used(original, tmp_path, caplog
     rng = random.Random(0)
     for number, (kind, damage) in enumerate(damages(rng)):
         run_dir = pathlib.Path(shutil.copytree(original, tmp_path / str(number)))
-        # Larger files are hit more often, as on a valid disk; every third time any file.
+        # Larger files are hit more often, as on a real disk; every third time any file.
         among = files(run_dir, 10)
         path = rng.choices(among, [1 if number % 3 == 0 else file.stat().st_size + 1 for file in among])[0]
         if not path.stat().st_size:

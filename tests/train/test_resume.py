@@ -59,10 +59,10 @@ def arrays(config: Config) -> dict:
 
 def train(config: Config, strike: str) -> subprocess.CompletedProcess:
     """`xlab train` in a process of its own, which a signal will hit."""
-    given = [
+    arguments = [
         f"{key}={configs.spec.show(value)}" for key in configs.KEYS if (value := configs.get(config, key)) is not None
     ]
-    command = [sys.executable, "-m", "xformers_lab", "train", "--json", *given]
+    command = [sys.executable, "-m", "xformers_lab", "train", "--json", *arguments]
     environment = os.environ | {"STRIKE": strike}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -71,9 +71,9 @@ def same_end(config: Config, record: dict, whole: tuple[dict, dict]) -> None:
     expected, expected_arrays = whole
     for key in ("id", "status", "loss", "metric", "curve", "validation", "steps", "skipped", "flops", "parameters"):
         assert record[key] == expected[key], key
-    found = arrays(config)
-    assert any(name.startswith("extra.") for name in found) and any(name.startswith("opt.") for name in found)
-    assert [name for name in found if found[name] != expected_arrays[name]] == []
+    saved = arrays(config)
+    assert any(name.startswith("extra.") for name in saved) and any(name.startswith("opt.") for name in saved)
+    assert [name for name in saved if saved[name] != expected_arrays[name]] == []
     assert [line["step"] for line in records.read(configs.folder(config))] == list(range(1, 13))
 
 

@@ -91,7 +91,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(stepped, task_file):
     batch = task.batch("train", 0)
 
     def mean_loss(params):
-        logits, _ = nnx.merge(nnx.split(model)[0], params)(batch.inputs)
+        logits, _ = nnx.merge(nnx.split(model)[0], params)(jax.numpy.asarray(batch.inputs))
         chosen = jax.numpy.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
         return -(chosen * batch.weights).sum() / batch.weights.sum()
 

@@ -43,12 +43,12 @@ def far(a, b):
 
 alone = Layout("jit", mesh_of(jax.devices()[:1], {AXIS: 1}))
 losses, grads, score, flops, state = trained(config, alone)
-found = {"devices": len(jax.devices()), "gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))}
+results = {"devices": len(jax.devices()), "gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(grads))}
 for kind, accumulate in layouts:
     changed = edit(config, layout=kind, accumulate=accumulate)
     layout = sharing(layout_of(changed), changed, task)
     others = trained(changed, layout)
-    found[f"{kind} {accumulate}"] = {
+    results[f"{kind} {accumulate}"] = {
         "loss": far(losses, others[0]),
         "gradient": far(grads, others[1]),
         "score": far(score, others[2]),
@@ -64,11 +64,11 @@ for kind, accumulate in layouts:
         checkpoint.save(pathlib.Path(folder), 2, others[4], {})
         one, _ = checkpoint.restore(pathlib.Path(folder), alone.abstract_state(abstract(config, task, tx)), {})
         again = layout.place_state(one)
-        found[f"{kind} {accumulate}"] |= {
+        results[f"{kind} {accumulate}"] |= {
             "pieces": pieces(layout.place_state(init(config, task, adam))),
             "restored": (far(others[4].params, one.params), pieces(again) == pieces(others[4])),
         }
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 # A mechanism with a variable that is no parameter: how often it was called.
@@ -83,10 +83,10 @@ class Counting(Full):
         self.fade = fade
         self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
 
-    def mix(self, q, k, v, **given):
+    def attend_heads(self, call):
         self.calls[...] = self.calls[...] + 1
         # Older calls fade in what it computes, so that a lost counter shows in every number after it.
-        out, carry, aux = super().mix(q, k, v, **given)
+        out, carry, aux = super().attend_heads(call)
         return out * (1 + self.fade / self.calls[...]), carry, aux
 """
 
@@ -110,16 +110,16 @@ def test_eight_devices_equal_one(case, tmp_path, monkeypatch):
     (tmp_path / "counting.py").write_text(COUNTING)
     (tmp_path / "words.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(3000)))
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
-    given = json.dumps([{"task": "FOLDER/uneven.py"} | changes, layouts, "FOLDER/run"])
-    words = [sys.executable, "-c", PROGRAM, given.replace("FOLDER", str(tmp_path))]
+    argument = json.dumps([{"task": "FOLDER/uneven.py"} | changes, layouts, "FOLDER/run"])
+    words = [sys.executable, "-c", PROGRAM, argument.replace("FOLDER", str(tmp_path))]
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found.pop("devices") == 8
-    size = found.pop("gradient")
+    results = json.loads(ran.stdout.splitlines()[-1])
+    assert results.pop("devices") == 8
+    size = results.pop("gradient")
     assert size > 0.1  # else everything would be near
-    assert len(found) == len(layouts)
-    for (kind, accumulate), (name, far) in zip(layouts, found.items(), strict=True):
+    assert len(results) == len(layouts)
+    for (kind, accumulate), (name, far) in zip(layouts, results.items(), strict=True):
         assert far["gradient"] < 1e-6 * max(size, 1) and far["loss"] < 5e-6, (name, far)
         assert far["score"] < 2e-3, (name, far)  # sums over 256 tokens
         assert far["flops"] == pytest.approx(1, abs=0.01), (name, far)

@@ -56,7 +56,7 @@ def _sound_jit(function):
     return run
 
 
-def off(subject: Subject, case: Case, report: Callable[[str], None]) -> float:
+def largest_difference(subject: Subject, case: Case, report: Callable[[str], None]) -> float:
     """The largest difference of attend from reference, relative to the largest value; raises Broken.
 
     Gradients must agree too, and a second run of the same program must repeat the first bit by bit.
@@ -80,9 +80,9 @@ def off(subject: Subject, case: Case, report: Callable[[str], None]) -> float:
 def _forward_backward(subject: Subject, case: Case):
     """-> (function, its arrays): output and gradients."""
 
-    def run(own, inputs, valid, key, cotangent):
-        attend = lambda own, inputs: subject.forward(own, inputs, valid, key, causal=case.causal, method="attend")
-        out, pull = jax.vjp(attend, own, inputs)
+    def run(params, inputs, valid, key, cotangent):
+        attend = lambda params, inputs: subject.forward(params, inputs, valid, key, causal=case.causal, method="attend")
+        out, pull = jax.vjp(attend, params, inputs)
         return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
 
     inputs = subject.inputs(case)
