@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 
 PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-rest test-all check lint docs bench clean
+.PHONY: demo test test-rest test-all test-peers check lint docs bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
 	$(BIN)/xlab compare @experiments/demo.py --report report.html
@@ -19,6 +19,10 @@ test-rest: $(READY)  ## what `make test` leaves out: whole kits, default compile
 	$(PYTEST) -m "full and not slow"
 
 test-all: test test-rest  ## both
+
+test-peers: $(READY)  ## golden tests against the other implementations themselves, run live (installs torch)
+	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
+	GOLDEN=live $(PYTEST) -m golden
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -29,6 +29,17 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA 
 os.environ.setdefault("XLA_FLAGS", " ".join(CHEAP))
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "golden: reads another implementation's numbers, through the fixture `golden`")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Last, how many tests were skipped for want of what: a green run says what it did not look at."""
     reasons = collections.Counter(
@@ -50,17 +61,32 @@ def shared() -> pathlib.Path:
 
 
 @pytest.fixture
-def golden(shared):
-    """Reads one file of numbers that another implementation gave: {name: array}, and what it says of itself, "meta"."""
+def golden(request):
+    """golden(name) gives another implementation's numbers: {name: array}, and its hyper-parameters as "meta".
+
+    They are read from ../shared/golden; with GOLDEN=live the implementation itself is run (tests/peers).
+    """
+    if os.environ.get("GOLDEN") == "live":
+        return run_peer
+    folder = request.getfixturevalue("shared") / "golden"
 
     def read(name: str) -> dict:
-        path = shared / "golden" / f"{name}.npz"
+        path = folder / f"{name}.npz"
         if not path.is_file():
             pytest.skip(f"no ../shared/golden/{path.name} here")
         arrays = np.load(path)
         return {key: arrays[key] for key in arrays.files} | {"meta": json.loads(str(arrays["meta"]))}
 
     return read
+
+
+def run_peer(name: str) -> dict:
+    import peers
+
+    try:
+        return peers.live(name)
+    except ImportError as missing:
+        pytest.skip(f"GOLDEN=live: {missing}")
 
 
 @pytest.fixture

@@ -112,11 +112,8 @@ def test_padding_changes_nothing(choice):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), aux, expected)
 
 
-def test_router_losses_are_switch_transformers(shared):
-    path = shared / "golden" / "switch_router_losses.npz"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} here")
-    peer = np.load(path)
+def test_router_losses_are_switch_transformers(golden):
+    peer = golden("switch_router_losses")
     moe = build("moe:experts=4:balance=1:z=1", 4)
     moe.router.kernel[...] = jnp.eye(4)
     aux = moe(jnp.asarray(peer["logits"]))[1]

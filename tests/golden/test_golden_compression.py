@@ -28,9 +28,9 @@ def qkv(T: int, *, B: int = 1, heads: int = HEADS):
     return [draw(B, T, heads, HEAD, seed=seed) for seed in range(3)]
 
 
-def mixed(layer, *arrays, **given):
+def mixed(layer, *arrays, **options):
     """What `mix` gives, compiled cheaply."""
-    return jax.jit(lambda *arrays: layer.mix(*arrays, **given)[0])(*arrays)
+    return jax.jit(lambda *arrays: layer.mix(*arrays, **options)[0])(*arrays)
 
 
 def softmax(s):
@@ -63,14 +63,14 @@ def by_head(x):
 @pytest.mark.parametrize("name, share", [("linformer_basic", "headwise"), ("linformer_sharedkv", "keyvalue")])
 def test_linformer_is_the_package(golden, method, name, share):
     """linformer 0.2.3; its projections are (length, rank), ours (rank, length), and its shared values are the keys."""
-    found = golden(name)
-    x, one = found["x"], share == "keyvalue"
+    peer = golden(name)
+    x, one = peer["x"], share == "keyvalue"
     layer = build(f"linformer:rank=6:share={share}", 24, kv_heads=1 if one else None)
-    layer.project[...] = jnp.stack([found[key].T for key in ("w.proj_k", "w.proj_v") if key in found])
-    project = lambda name: (x @ found[f"w.to_{name}.weight"].T).reshape(2, 24, -1, HEAD)
+    layer.project[...] = jnp.stack([peer[key].T for key in ("w.proj_k", "w.proj_v") if key in peer])
+    project = lambda name: (x @ peer[f"w.to_{name}.weight"].T).reshape(2, 24, -1, HEAD)
     q, k = project("q"), project("k")
     y = mixed(layer, q, k, k if one else project("v"), method=method).reshape(2, 24, 32)
-    assert_close(y @ found["w.to_out.weight"].T + found["w.to_out.bias"], found["y"])
+    assert_close(y @ peer["w.to_out.weight"].T + peer["w.to_out.bias"], peer["y"])
 
 
 def test_linformer_takes_a_shorter_sequence_as_if_the_rest_were_padding():
@@ -175,11 +175,11 @@ def test_a_part_of_the_queries_is_refused(name):
 
 @pytest.mark.parametrize("length, width, step", [(1, 3, 3), (7, 3, 3), (8, 5, 2), (9, 4, 4), (10, 1, 1), (5, 7, 2)])
 def test_windows_cover_every_position(length, width, step):
-    found = np.asarray(windows(jnp.arange(1, length + 1), width, step))
-    assert found.shape == (count(length, width, step), width)
-    expected = np.arange(len(found))[:, None] * step + np.arange(width)
-    np.testing.assert_array_equal(found, np.where(expected < length, expected + 1, 0))
-    assert set(found.flat) - {0} == set(range(1, length + 1))
+    rows = np.asarray(windows(jnp.arange(1, length + 1), width, step))
+    assert rows.shape == (count(length, width, step), width)
+    expected = np.arange(len(rows))[:, None] * step + np.arange(width)
+    np.testing.assert_array_equal(rows, np.where(expected < length, expected + 1, 0))
+    assert set(rows.flat) - {0} == set(range(1, length + 1))
 
 
 @pytest.mark.parametrize("behind, ahead, lead", [(None, 0, 1), (None, 0, 0), (6, 6, 0), (9, 0, 0), (2, 2, 0)])

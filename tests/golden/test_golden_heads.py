@@ -23,13 +23,13 @@ def draw(*shape: int, seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def mixed(layer, *arrays, **given):
+def mixed(layer, *arrays, **options):
     """What `mix` gives, compiled cheaply."""
-    return jax.jit(lambda *arrays: layer.mix(*arrays, **given)[0])(*arrays)
+    return jax.jit(lambda *arrays: layer.mix(*arrays, **options)[0])(*arrays)
 
 
-def called(layer, *arrays, **given):
-    return jax.jit(lambda *arrays: layer(*arrays, **given)[0])(*arrays)
+def called(layer, *arrays, **options):
+    return jax.jit(lambda *arrays: layer(*arrays, **options)[0])(*arrays)
 
 
 def heads_first(x):
@@ -43,10 +43,10 @@ def heads_first(x):
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_softcap_is_gemma_2(golden, method):
     """The golden call carries no mask, but Gemma's own causal one."""
-    found = golden("softcap_gemma2")
-    q, k, v = (heads_first(found[name]) for name in "qkv")
+    peer = golden("softcap_gemma2")
+    q, k, v = (heads_first(peer[name]) for name in "qkv")
     out = build("softcap:cap=5", 9, kv_heads=2).mix(q, k, v, causal=True, method=method)[0]
-    assert_close(out, found["y"])
+    assert_close(out, peer["y"])
 
 
 def test_a_small_cap_evens_out_the_weights():
@@ -86,10 +86,10 @@ def test_readings_of_rows_that_no_block_divides():
     """The largest weight of each query, of the mean over heads."""
     q, k = draw(3, 37, 4), draw(3, 41, 4, seed=1)
     read = lambda s, seen, positions, leaves: masked_softmax(s, seen).mean(0).max(-1)
-    found = readings(q, k, read, None, causal=True, at_once=8)
+    largest = readings(q, k, read, None, causal=True, at_once=8)
     at, keys = jnp.arange(37)[:, None] + 4, jnp.arange(41)[None]
     expected = masked_softmax(q @ jnp.swapaxes(k, 1, 2) / 2, keys <= at).mean(0).max(-1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(largest, expected, rtol=1e-5)
 
 
 # ---- talking heads -------------------------------------------------------------------------------------------------

@@ -35,43 +35,43 @@ def softmax(q, k, v):
 
 
 def test_taylor_features_are_based(golden):
-    found = golden("based_taylor_naive")
-    scale = found["q"].shape[-1] ** -0.25
+    peer = golden("based_taylor_naive")
+    scale = peer["q"].shape[-1] ** -0.25
 
     def head(q, k, v):
         q, k = features.taylor(q * scale), features.taylor(k * scale)
         out, total = features.sums(q, k, v, valid=None, causal=True, chunk=5)
         return out / (total + 1e-6)[:, None]
 
-    assert_close(jax.vmap(jax.vmap(head))(found["q"], found["k"], found["v"]), found["y"])
+    assert_close(jax.vmap(jax.vmap(head))(peer["q"], peer["k"], peer["v"]), peer["y"])
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_softmax_features_are_efficient_attention(golden, method):
     """The package divides by sqrt(H) = 4 as well; the paper does not, and neither do we."""
-    found = golden("shen_linear_attention")
-    q, k, v = (time_first(found[name]) for name in "qkv")
+    peer = golden("shen_linear_attention")
+    q, k, v = (time_first(peer[name]) for name in "qkv")
     out = build("linear:features=softmax", 24, 64, 4).mix(q, k, v, method=method)[0]
-    assert_close(out / 4, time_first(found["y"]))
+    assert_close(out / 4, time_first(peer["y"]))
 
 
 def test_causal_efficient_attention_differs_by_its_normaliser(golden):
     """The package's causal form is another one: softmax(q) and exp(k) as features of linear attention, normalised by
     the sum of weights, over the buckets of 6 before the query's own. Ours is the paper's softmax over positions,
     restricted to those the query sees, so that the last query's output is that of the bidirectional form."""
-    found = golden("shen_linear_attention")
+    peer = golden("shen_linear_attention")
 
     def head(q, k, v):
         rows = [jnp.zeros((6, 16))]
         for end in (6, 12, 18):
-            given = {"valid": None, "causal": False, "chunk": 4}
-            out, total = features.sums(jax.nn.softmax(q[end : end + 6], -1), jnp.exp(k[:end]), v[:end], **given)
+            options = {"valid": None, "causal": False, "chunk": 4}
+            out, total = features.sums(jax.nn.softmax(q[end : end + 6], -1), jnp.exp(k[:end]), v[:end], **options)
             rows.append(features.divided(out, total))
         return jnp.concatenate(rows)
 
-    assert_close(jax.vmap(jax.vmap(head))(found["q"], found["k"], found["v"]), found["y_causal"])
+    assert_close(jax.vmap(jax.vmap(head))(peer["q"], peer["k"], peer["v"]), peer["y_causal"])
     linear = build("linear:features=softmax:chunk=5", 24, 64, 4)
-    q, k, v = (time_first(found[name]) for name in "qkv")
+    q, k, v = (time_first(peer[name]) for name in "qkv")
     causal, both = (linear.mix(q, k, v, causal=causal)[0] for causal in (True, False))
     assert_close(causal[:, -1], both[:, -1])
 
@@ -90,27 +90,27 @@ def whole_batch(q, k, landmarks: int):
 
 @pytest.mark.parametrize("package", ["nystrom_lucidrains", "nystromformer_noconv"])
 def test_nystrom_is_both_packages(golden, package, monkeypatch):
-    found = golden(package)
-    x, meta = found["x"], found["meta"]
+    peer = golden(package)
+    x, meta = peer["x"], peer["meta"]
     N, m = meta["heads"], meta["num_landmarks"]
     if package == "nystrom_lucidrains":
-        q, k, v = np.split(x @ found["w.to_qkv.weight"].T, 3, -1)
-        finish = lambda y: y @ found["w.to_out.0.weight"].T + found["w.to_out.0.bias"]
+        q, k, v = np.split(x @ peer["w.to_qkv.weight"].T, 3, -1)
+        finish = lambda y: y @ peer["w.to_out.0.weight"].T + peer["w.to_out.0.bias"]
     else:
-        q, k, v = (x @ found[f"w.{name}.weight"].T + found[f"w.{name}.bias"] for name in ("query", "key", "value"))
+        q, k, v = (x @ peer[f"w.{name}.weight"].T + peer[f"w.{name}.bias"] for name in ("query", "key", "value"))
         finish = lambda y: y
     q, k, v = (y.reshape(2, 32, N, 8) for y in (q, k, v))
     scale = whole_batch(q, k, m)
     monkeypatch.setattr(nystrom, "inverse", lambda a, iterations: inverse(a, iterations, scale))
     out = build(f"nystrom:landmarks={m}:kernel=0", 32, 32, N).mix(q, k, v)[0]
-    assert_close(finish(out.reshape(2, 32, 32)), found["y"])
+    assert_close(finish(out.reshape(2, 32, 32)), peer["y"])
 
 
 def test_inverse_is_nystromformers(golden):
-    found = golden("nystromformer_noconv")
-    scale = 1 / found["mat"].sum(-2).max()
-    ours = jax.vmap(jax.vmap(lambda a: inverse(a, 6, scale)))(found["mat"])
-    np.testing.assert_allclose(ours, found["pinv"], atol=2e-4, rtol=1e-4)
+    peer = golden("nystromformer_noconv")
+    scale = 1 / peer["mat"].sum(-2).max()
+    ours = jax.vmap(jax.vmap(lambda a: inverse(a, 6, scale)))(peer["mat"])
+    np.testing.assert_allclose(ours, peer["pinv"], atol=2e-4, rtol=1e-4)
 
 
 def test_inverse_converges():
@@ -123,11 +123,11 @@ def test_inverse_converges():
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_yoso_is_the_expectation_of_transformers(golden, method):
-    found = golden("yoso_expectation")
-    x, N, bits = found["x"], found["meta"]["heads"], found["meta"]["hash_code_len"]
-    q, k, v = (x @ found[f"w.{name}.weight"].T + found[f"w.{name}.bias"] for name in ("query", "key", "value"))
+    peer = golden("yoso_expectation")
+    x, N, bits = peer["x"], peer["meta"]["heads"], peer["meta"]["hash_code_len"]
+    q, k, v = (x @ peer[f"w.{name}.weight"].T + peer[f"w.{name}.bias"] for name in ("query", "key", "value"))
     out = build(f"yoso:bits={bits}", 16, 32, N).mix(*(y.reshape(2, 16, N, 8) for y in (q, k, v)), method=method)[0]
-    assert_close(out.reshape(2, 16, 32), found["y"])
+    assert_close(out.reshape(2, 16, 32), peer["y"])
 
 
 # ---- feature maps ------------------------------------------------------------------------------------------------

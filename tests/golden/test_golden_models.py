@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from xformers_lab.config import Config, edit
@@ -27,26 +26,24 @@ class Words(Task):
 
 
 class Weights:
-    """The arrays of one golden file; `w(name)` one weight, `w(name with {})` that of every layer, stacked.
+    """The arrays of one peer; `w(name)` one weight, `w(name with {})` that of every layer, stacked.
 
     PyTorch's linear layers hold (out, in): `linear` gives (in, out) and the bias; `transposed=False` leaves them.
     """
 
-    def __init__(self, path, layers: int | None):
-        if not path.is_file():
-            pytest.skip(f"no {path.name} here")
-        self.found, self.layers = np.load(path), layers
+    def __init__(self, arrays: dict, layers: int | None):
+        self.arrays, self.layers = arrays, layers
 
     def __getitem__(self, name: str):
-        return self.found[name]
+        return self.arrays[name]
 
     def __call__(self, name: str):
         if "{}" not in name:
-            return jnp.asarray(self.found[f"w.{name}"])
-        return jnp.stack([self.found[f"w.{name.format(layer)}"] for layer in range(self.layers or 0)])
+            return jnp.asarray(self.arrays[f"w.{name}"])
+        return jnp.stack([self.arrays[f"w.{name.format(layer)}"] for layer in range(self.layers or 0)])
 
     def has(self, name: str) -> bool:
-        return f"w.{name.format(0)}" in self.found.files
+        return f"w.{name.format(0)}" in self.arrays
 
     def linear(self, name: str, transposed: bool = True) -> tuple[Any, Any]:
         kernel, bias = self(f"{name}.weight"), self(f"{name}.bias") if self.has(f"{name}.bias") else None
@@ -62,16 +59,17 @@ def put(module: Any, **arrays) -> None:
             setattr(module, name, nnx.Param(array))
 
 
-def put_linear(module, found) -> None:
+def put_linear(module, linear) -> None:
     """(kernel, bias or None); the bias of the projections of attention is one that the lab's own do not have."""
-    put(module, kernel=found[0], bias=found[1])
-    module.use_bias = found[1] is not None
+    kernel, bias = linear
+    put(module, kernel=kernel, bias=bias)
+    module.use_bias = bias is not None
 
 
 def put_attention(attention, *projections) -> None:
     """(kernel, bias or None) of query, key, value and output."""
-    for name, found in zip(("query", "key", "value", "out"), projections, strict=True):
-        put_linear(getattr(attention, name), found)
+    for name, linear in zip(("query", "key", "value", "out"), projections, strict=True):
+        put_linear(getattr(attention, name), linear)
 
 
 def put_norm(norm, w: Weights, name: str, epsilon: float = 1e-6) -> None:
@@ -129,8 +127,8 @@ def gpt2(w: Weights, **changed):
     return run(model, w["ids"])
 
 
-def test_gpt2(shared):
-    w = Weights(shared / "golden" / "tiny_gpt2.npz", 2)
+def test_gpt2(golden):
+    w = Weights(golden("tiny_gpt2"), 2)
     assert_same(gpt2(w), w["logits"])
     for changed in (
         {"norm": "post"},
@@ -169,8 +167,8 @@ def llama(w: Weights, **changed):
     return run(model, w["ids"])
 
 
-def test_llama(shared):
-    w = Weights(shared / "golden" / "tiny_llama.npz", 2)
+def test_llama(golden):
+    w = Weights(golden("tiny_llama"), 2)
     assert_same(llama(w), w["logits"])
     for changed in (
         {"norm": "post:normaliser=rmsnorm"},
@@ -225,8 +223,8 @@ def albert(w: Weights, **changed):
     return run(model, w["ids"])
 
 
-def test_albert(shared):
-    w = Weights(shared / "golden" / "tiny_albert_shared.npz", None)
+def test_albert(golden):
+    w = Weights(golden("tiny_albert_shared"), None)
     assert_same(albert(w), w["hidden"])
     for changed in ({"norm": "pre"}, {"depth": "universal"}, {"layers": 3}, {"heads": 8}):
         assert_far(albert(w, **changed), w["hidden"])
@@ -274,8 +272,8 @@ def vit(w: Weights, pixels=None, **changed):
     return run(model, 255 * pixels.reshape(len(pixels), -1))
 
 
-def test_vit(shared):
-    w = Weights(shared / "golden" / "tiny_vit.npz", 2)
+def test_vit(golden):
+    w = Weights(golden("tiny_vit"), 2)
     assert_same(vit(w), w["logits"])
     assert_far(vit(w, w["x"].swapaxes(2, 3)), w["logits"])
     for changed in ({"norm": "post"}, {"position": "none"}, {"model": "vit:patch=4:pool=mean"}, {"heads": 8}):

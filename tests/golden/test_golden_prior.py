@@ -27,10 +27,10 @@ def qkv(B: int, T: int, N: int, H: int, seed: int = 0):
     return tuple(draw(seed + i, B, T, N, H) for i in range(3))
 
 
-def weights_of(layer, q, k, T: int, **given):
+def weights_of(layer, q, k, T: int, **options):
     """(B, N, T, T): what each key weighs, read off by giving one-hot values."""
     v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (len(q), T, layer.size.heads, T))
-    return np.swapaxes(layer.mix(q, k, v, **given)[0], 1, 2)
+    return np.swapaxes(layer.mix(q, k, v, **options)[0], 1, 2)
 
 
 def softmax(s, causal: bool):
@@ -90,14 +90,14 @@ def flops_of(layer, q, k, v):
 # ---- FNet -----------------------------------------------------------------------------------------------
 
 
-def fnet(x, **given):
-    return build("fnet", x.shape[1], x.shape[2], 1)(jnp.asarray(x), **given)[0]
+def fnet(x, **options):
+    return build("fnet", x.shape[1], x.shape[2], 1)(jnp.asarray(x), **options)[0]
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_fnet_is_that_of_transformers(golden, method):
-    found = golden("fnet_fourier")
-    np.testing.assert_allclose(fnet(found["x"], method=method), found["y"], atol=1e-4, rtol=1e-4)
+    peer = golden("fnet_fourier")
+    np.testing.assert_allclose(fnet(peer["x"], method=method), peer["y"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (2, 2), (7, 5), (6, 5), (5, 6), (8, 16)])
@@ -180,9 +180,9 @@ def test_gaussian_transformer_weakens_the_middle():
     """-|w d^2 + b| with b < 0: at zero distance it takes something away, and it falls with the square."""
     layer = build("gaussian:kind=distance:width=2", 9, 18, 1)
     zero = jnp.zeros((1, 9, 1, 9))
-    found = np.log(weights_of(layer, zero, zero, 9)[0, 0, 4])
+    logits = np.log(weights_of(layer, zero, zero, 9)[0, 0, 4])
     expected = -np.abs(0.5 * (np.arange(9) - 4.0) ** 2 - 0.1)
-    assert_close(found - found[4], expected - expected[4])
+    assert_close(logits - logits[4], expected - expected[4])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -244,9 +244,9 @@ def second_layer(layer, causal: bool, method: str, valid):
 
     def run(kernel, q, k, v, q2, k2):
         layer = nnx.merge(graph, kernel, rest)
-        given = {"causal": causal, "valid": valid, "method": method}
-        carry = layer.mix(q, k, v, **given)[1]
-        return layer.mix(q2, k2, v, carry=carry, **given)[0]
+        options = {"causal": causal, "valid": valid, "method": method}
+        carry = layer.mix(q, k, v, **options)[1]
+        return layer.mix(q2, k2, v, carry=carry, **options)[0]
 
     return kernel, run
 
@@ -260,14 +260,14 @@ def test_predictive_convolves_the_map_of_the_layer_below(causal, kernel):
     q2, k2, _ = qkv(3, 12, 4, 4, seed=5)
     k, k2, v = k[:, :, :2], k2[:, :, :2], v[:, :, :2]
     valid = jnp.asarray(np.stack([np.ones(12, bool), np.arange(12) < 7, np.random.default_rng(0).random(12) < 0.6]))
-    found = []
+    results = []
     for method in ("attend", "reference"):
         own, run = second_layer(layer, causal, method, valid)
         out, pull = jax.vjp(run, own, q, k, v, q2, k2)
-        found.append(jax.tree.leaves((out, pull(draw(9, *out.shape)))))
-    for fast, slow in zip(*found, strict=True):
+        results.append(jax.tree.leaves((out, pull(draw(9, *out.shape)))))
+    for fast, slow in zip(*results, strict=True):
         np.testing.assert_allclose(fast, slow, atol=5e-5 * max(1, float(jnp.abs(slow).max())))
-    used = found[0][1][: kernel // 2 + 1] if causal else found[0][1]
+    used = results[0][1][: kernel // 2 + 1] if causal else results[0][1]
     assert all(jnp.abs(row).max() > 1e-3 for row in used)  # every row of the kernel matters
 
 

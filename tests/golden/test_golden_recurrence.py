@@ -8,9 +8,9 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention._base.recurrent import unit
 from xformers_lab.attention._engine.linear.gated import aligned, channel_decay, delta_rule, one_by_one, scalar_decay
 from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
-from xformers_lab.attention._recurrent import unit
 from xformers_lab.errors import UsageError
 
 
@@ -44,76 +44,76 @@ def time_first(x):
 
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_sums_are_linear_attention(golden, chunk):
-    found = golden("linear_attn_naive")
-    q, k, v = (time_first(found[name]) for name in "qkv")
+    peer = golden("linear_attn_naive")
+    q, k, v = (time_first(peer[name]) for name in "qkv")
     q = q * q.shape[-1] ** -0.5
     out, total = by_head(lambda q, k, v: linear_recurrence(q, k, v, chunk=chunk), q, k, v)
-    assert_close(out, time_first(found["y"]))
-    assert_close(out / total[..., None], time_first(found["y_norm"]))
+    assert_close(out, time_first(peer["y"]))
+    assert_close(out / total[..., None], time_first(peer["y_norm"]))
 
 
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_a_decay_of_every_channel_is_gla(golden, chunk):
-    found = golden("gla_naive")
-    q, k, v, g = (time_first(found[name]) for name in "qkvg")
+    peer = golden("gla_naive")
+    q, k, v, g = (time_first(peer[name]) for name in "qkvg")
     k = k * k.shape[-1] ** -0.5
     out = by_head(lambda q, k, v, g: channel_decay(q, k, v, g, chunk=chunk)[0], q, k, v, g)
-    assert_close(out, time_first(found["y"]))
+    assert_close(out, time_first(peer["y"]))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_delta_rule_is_that_of_flash_linear_attention(golden, chunk):
     """The package divides queries by sqrt(F)."""
-    found = golden("delta_rule_naive")
-    q = found["q"] * found["q"].shape[-1] ** -0.5
+    peer = golden("delta_rule_naive")
+    q = peer["q"] * peer["q"].shape[-1] ** -0.5
     run = lambda q, k, v, beta: delta_rule(q, k, v, beta, chunk=chunk)
-    out, state = by_head(run, q, found["k"], found["v"], found["beta"])
-    assert_close(out, found["y"])
-    assert_close(state, found["state"])
+    out, state = by_head(run, q, peer["k"], peer["v"], peer["beta"])
+    assert_close(out, peer["y"])
+    assert_close(state, peer["state"])
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_gla_is_that_of_flash_linear_attention(golden, method):
     """Where its output gate is constant, a head's output is the package's at unit root mean square."""
-    found = golden("gla_naive")
-    q, k, v, g = (time_first(found[name]) for name in "qkvg")
+    peer = golden("gla_naive")
+    q, k, v, g = (time_first(peer[name]) for name in "qkvg")
     v = v[..., :8]
     layer = build("gla:chunk=5", 18, 32, 4)
     one = lambda q, k, v, g: getattr(layer, method)(q, k, v, causal=True, decay=g, gate=jnp.full(v.shape, 2.0))
-    y = time_first(found["y"])[..., :8]
+    y = time_first(peer["y"])[..., :8]
     assert_close(by_head(one, q, k, v, g), jax.nn.silu(2.0) * y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5))
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_rwkv_is_the_operator_of_transformers(golden, method, chunk):
-    found = golden("rwkv4_wkv")
+    peer = golden("rwkv4_wkv")
     layer = build(f"rwkv:shift=none:chunk={chunk}", 16, 8, 1)
-    layer.decay[...], layer.bonus[...] = found["time_decay"][None], found["time_first"][None]
-    k, v = found["k"][:, :, None], found["v"][:, :, None]
+    layer.decay[...], layer.bonus[...] = peer["time_decay"][None], peer["time_first"][None]
+    k, v = peer["k"][:, :, None], peer["v"][:, :, None]
     q = jnp.zeros_like(k)  # a receptance of 0 is a half
     out = jax.jit(lambda q, k, v: layer.mix(q, k, v, causal=True, method=method)[0])(q, k, v)
-    assert_close(2 * out[:, :, 0], found["y"])
+    assert_close(2 * out[:, :, 0], peer["y"])
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_lightning_is_that_of_minimax(golden, method):
     """MiniMax normalises all heads together, with weights; here every head is normalised alone, so that is undone."""
-    found = golden("minimax_lightning_attention")
-    x, N = found["x"], found["meta"]["heads"]
+    peer = golden("minimax_lightning_attention")
+    x, N = peer["x"], peer["meta"]["heads"]
     layer = build("lightning:chunk=7", 20, 32, N)
     decay = layer.per_head()["decay"]
-    first_layer = found["slope_rate"][:, 0, 0] / -decay  # MiniMax scales the slopes by the depth of the layer
+    first_layer = peer["slope_rate"][:, 0, 0] / -decay  # MiniMax scales the slopes by the depth of the layer
     assert_close(first_layer, np.full(N, first_layer[0]))
-    q, k, v = np.moveaxis((x @ found["w.qkv_proj.weight"].T).reshape(2, 20, N, 3, 8), 3, 0)
+    q, k, v = np.moveaxis((x @ peer["w.qkv_proj.weight"].T).reshape(2, 20, N, 3, 8), 3, 0)
     keys = lambda k, v, decay: {"k": jax.nn.silu(k), "v": jax.nn.silu(v), "decay": jnp.full(20, decay)}
     run = layer.forward if method == "attend" else layer.by_definition
     head = lambda q, k, v, decay: run(jax.nn.silu(q), keys(k, v, decay), None, True)
     decay = jnp.broadcast_to(decay * first_layer[0], (2, N))
     out = time_first(by_head(head, *(time_first(y) for y in (q, k, v)), decay)).reshape(2, 20, 32)
-    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * found["w.norm.weight"]
-    out = out * jax.nn.sigmoid(x @ found["w.output_gate.weight"].T)
-    assert_close(out @ found["w.out_proj.weight"].T, found["y"])
+    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * peer["w.norm.weight"]
+    out = out * jax.nn.sigmoid(x @ peer["w.output_gate.weight"].T)
+    assert_close(out @ peer["w.out_proj.weight"].T, peer["y"])
 
 
 # ---- the engine --------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def one_step(state, q, k, v, beta=None, decay=0.0):
 def test_chunks_are_the_recurrence(kind, T, chunk):
     """In value, last state and gradient; keys are of 6 channels, values of 3."""
     q, k, v, fade, beta = draw(T, (T, 6), (T, 6), (T, 3), (T, 6), (T,))
-    given = {"k": k, "v": v} | {
+    rest = {"k": k, "v": v} | {
         "scalar": {"decay": -jnp.exp(fade[:, 0])},
         "channel": {"decay": -jnp.exp(fade)},
         "delta": {"k": unit(k), "beta": jax.nn.sigmoid(beta)},
@@ -141,21 +141,21 @@ def test_chunks_are_the_recurrence(kind, T, chunk):
     fast = {"scalar": scalar_decay, "channel": channel_decay}.get(kind, delta_rule)
     weight = draw(1, (T, 3))[0]
 
-    def slow(q, given):
+    def slow(q, rest):
         def one(state, now):
             out, state = one_step(state, now[0], **now[1])
             return state, out
 
-        state, out = jax.lax.scan(one, jnp.zeros((6, 3)), (q, given))
+        state, out = jax.lax.scan(one, jnp.zeros((6, 3)), (q, rest))
         return out, state
 
-    loss = lambda run: lambda q, given: (run(q, given)[0] * weight).sum() + (run(q, given)[1] ** 2).sum()
-    chunked = lambda q, given: fast(q, **given, chunk=chunk)
-    for found, expected in zip(jax.jit(chunked)(q, given), jax.jit(slow)(q, given), strict=True):
-        assert_close(found, expected)
-    grads = (jax.jit(jax.grad(loss(run), (0, 1)))(q, given) for run in (chunked, slow))
-    for found, expected in zip(*map(jax.tree.leaves, grads), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
+    loss = lambda run: lambda q, rest: (run(q, rest)[0] * weight).sum() + (run(q, rest)[1] ** 2).sum()
+    chunked = lambda q, rest: fast(q, **rest, chunk=chunk)
+    for actual, expected in zip(jax.jit(chunked)(q, rest), jax.jit(slow)(q, rest), strict=True):
+        assert_close(actual, expected)
+    grads = (jax.jit(jax.grad(loss(run), (0, 1)))(q, rest) for run in (chunked, slow))
+    for actual, expected in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("strength", [1e-4, 50.0, 1e4])
@@ -250,8 +250,8 @@ def test_mamba2_is_the_layer_of_its_paper_without_the_convolution(groups, kv_hea
         rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
     assert_close(jax.jit(lambda x: layer(x, causal=True)[0])(x), np.stack(rows, 1))
 
-    def one(cache, given):
-        out, cache, _ = layer.decode(given[0], cache, at=given[1])
+    def one(cache, token):
+        out, cache, _ = layer.decode(token[0], cache, at=token[1])
         return cache, out
 
     steps = lambda x: jax.lax.scan(one, layer.init_cache(B, T), (x.swapaxes(0, 1), jnp.arange(T)))[1]
@@ -277,8 +277,8 @@ def test_delta_nets_are_the_layers_of_their_papers_without_the_convolutions(choi
         rows.append(at_unit_mean_square(np.einsum("bnf,bnfh->bnh", q[:, t], state)))
     out = np.stack(rows, 1) * (silu(heads("gate")) if choice != "delta_net" else 1)
     assert ("gate" in w) == (choice != "delta_net")
-    found = jax.jit(lambda x: layer(x, causal=True)[0])(x)
-    assert_close(found, out.reshape(B, T, -1) @ w["out"]["kernel"])
+    actual = jax.jit(lambda x: layer(x, causal=True)[0])(x)
+    assert_close(actual, out.reshape(B, T, -1) @ w["out"]["kernel"])
 
 
 @pytest.mark.parametrize("choice, interval, least", [("mamba2", "interval", 1.0), ("gated_delta_net", "forget", 0.0)])
@@ -396,9 +396,9 @@ def test_impossible_options_are_refused(choice, message):
 
 def test_a_mamba_mixer_is_a_decay_of_every_channel(golden):
     """Each inner channel is a head of its own: C is its query, dt B its key, the channel its value, dt A its decay."""
-    found = golden("mamba1_mixer")
-    w = {name[2:]: jnp.asarray(x) for name, x in found.items() if name.startswith("w.")}
-    inner, gate = jnp.split(jnp.asarray(found["x"]) @ w["in_proj.weight"].T, 2, -1)
+    peer = golden("mamba1_mixer")
+    w = {name[2:]: jnp.asarray(x) for name, x in peer.items() if name.startswith("w.")}
+    inner, gate = jnp.split(jnp.asarray(peer["x"]) @ w["in_proj.weight"].T, 2, -1)
     T, taps = inner.shape[1], w["conv1d.weight"].shape[-1]
     padded = jnp.pad(inner, ((0, 0), (taps - 1, 0), (0, 0)))
     inner = sum(padded[:, tap : tap + T] * w["conv1d.weight"][:, 0, tap] for tap in range(taps))
@@ -413,13 +413,13 @@ def test_a_mamba_mixer_is_a_decay_of_every_channel(golden):
     channels = jax.vmap(channel, (None, None, 1, 1, 0), 1)
     out = jax.jit(jax.vmap(channels, (0, 0, 0, 0, None)))(C, B, dt, inner, -jnp.exp(w["A_log"]))
     out = (out + w["D"] * inner) * jax.nn.silu(gate) @ w["out_proj.weight"].T
-    assert_close(out, found["y"])
+    assert_close(out, peer["y"])
 
 
 def test_a_real_gated_linear_recurrence_is_a_scalar_decay(golden):
     """RG-LRU (De et al., 2024, arXiv 2402.19427, equations 1 to 4): key and query are 1, each channel a head."""
-    found = golden("rglru")
-    x, w = jnp.asarray(found["x"]), {name[2:]: jnp.asarray(x) for name, x in found.items() if name.startswith("w.")}
+    peer = golden("rglru")
+    x, w = jnp.asarray(peer["x"]), {name[2:]: jnp.asarray(x) for name, x in peer.items() if name.startswith("w.")}
     heads, width = w["input_gate_bias"].shape
 
     def gate(name):
@@ -428,11 +428,11 @@ def test_a_real_gated_linear_recurrence_is_a_scalar_decay(golden):
 
     decay = -8 * gate("recurrent_gate") * jax.nn.softplus(w["recurrent_param"])
     # The other implementation does not scale what starts a text, and forgets what stands before it.
-    first = jnp.asarray(found["position_ids"] == 0)[..., None]
+    first = jnp.asarray(peer["position_ids"] == 0)[..., None]
     added = x * gate("input_gate") * jnp.where(first, 1, jnp.sqrt(1 - jnp.exp(2 * decay)))
     one = jnp.ones((x.shape[1], 1))
     channel = lambda v, decay: scalar_decay(one, one, v[:, None], decay, chunk=5)[0][:, 0]
     out = jax.jit(jax.vmap(jax.vmap(channel, 1, 1)))(
         added, jnp.where(first, -50, decay)
     )  # e^-50: a larger one would round what is summed with it
-    assert_close(out, found["y"])
+    assert_close(out, peer["y"])

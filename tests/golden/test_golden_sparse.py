@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from agreement import assert_close
 
-from xformers_lab import catalogue, spec
-from xformers_lab.attention._engine import drawing
+from xformers_lab import catalogue, drawing, spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Causal
@@ -35,12 +34,12 @@ def mask(choice: str, length: int, causal: bool = False, head: int = 0, heads: i
     return np.broadcast_to(np.asarray(seen), (length, length))
 
 
-def mixed(layer, q, k, v, **given):
-    return jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
+def mixed(layer, q, k, v, **options):
+    return jax.jit(lambda q, k, v: layer.mix(q, k, v, **options)[0])(q, k, v)
 
 
-def quickly(layer, q, k, v, **given):
-    return jax.jit(lambda q, k, v: layer.mix(q, k, v, **given)[0])(q, k, v)
+def quickly(layer, q, k, v, **options):
+    return jax.jit(lambda q, k, v: layer.mix(q, k, v, **options)[0])(q, k, v)
 
 
 def softmax_over(seen, q, k, v):
@@ -55,32 +54,32 @@ def softmax_over(seen, q, k, v):
 @pytest.mark.parametrize("method", ["attend", "reference"])
 @pytest.mark.parametrize("name", ["bidir", "causal"])
 def test_block_local_is_the_chunked_attention_of_reformer(golden, name, method):
-    found = golden(f"reformer_local_{name}")
-    meta, x = found["meta"], found["x"]
-    heads = lambda weight: (x @ found[f"w.{weight}.weight"].T).reshape(2, 64, 2, 16)
+    peer = golden(f"reformer_local_{name}")
+    meta, x = peer["meta"], peer["x"]
+    heads = lambda weight: (x @ peer[f"w.{weight}.weight"].T).reshape(2, 64, 2, 16)
     layer = build(f"block_local:block={meta['chunk']}:before={meta['before']}:after={meta['after']}", 64, 32, 2)
     out = layer.mix(*map(heads, ("query", "key", "value")), causal=name == "causal", method=method)[0]
     # Its first chunk looks back around the end at the last one, ours at nothing; causally both see nothing there.
     compared = slice(None) if name == "causal" else slice(meta["chunk"], None)
-    assert_close(out.reshape(2, 64, 32)[:, compared], found["y"][:, compared])
+    assert_close(out.reshape(2, 64, 32)[:, compared], peer["y"][:, compared])
 
 
 @pytest.mark.parametrize("name, choice", [("bidir", "before=1:after=1"), ("causal", "before=1")])
 def test_block_local_is_the_local_attention_package(golden, name, choice):
-    found = golden(f"local_attention_{name}")
-    q, k, v = (np.swapaxes(found[x], 1, 2) for x in "qkv")
-    out = build(f"block_local:block=4:{choice}", 24, 64, 4).mix(q, k, v, causal=found["meta"]["causal"])[0]
-    assert_close(np.swapaxes(out, 1, 2), found["y"])
+    peer = golden(f"local_attention_{name}")
+    q, k, v = (np.swapaxes(peer[x], 1, 2) for x in "qkv")
+    out = build(f"block_local:block=4:{choice}", 24, 64, 4).mix(q, k, v, causal=peer["meta"]["causal"])[0]
+    assert_close(np.swapaxes(out, 1, 2), peer["y"])
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_streaming_with_a_learned_logit_is_gpt_oss(golden, method):
     """Its full causal layers: no sink tokens, a window over everything."""
-    found = golden("attention_sinks_gptoss")
-    q, k, v = (np.swapaxes(found[x], 1, 2) for x in "qkv")
+    peer = golden("attention_sinks_gptoss")
+    q, k, v = (np.swapaxes(peer[x], 1, 2) for x in "qkv")
     layer = build("streaming:sinks=0:logit=learned:window=9", 9, 32, 4, 2)
-    layer.logit[...] = found["sinks"]
-    assert_close(layer.mix(q, k, v, causal=True, method=method)[0], found["y"])
+    layer.logit[...] = peer["sinks"]
+    assert_close(layer.mix(q, k, v, causal=True, method=method)[0], peer["y"])
 
 
 # ---- geometry ----------------------------------------------------------------------------------------------------
@@ -133,8 +132,8 @@ def test_fixed_sees_its_run_and_the_ends_of_all(causal):
     t, s = np.indices((50, 50))
     for head, places in enumerate([(5, 6), (3, 4), (1, 2)]):
         expected = (s // 7 == t // 7) | np.isin(s % 7, places)
-        found = mask("fixed:stride=7:summary=2:heads=own", 50, causal, head, 3)
-        np.testing.assert_array_equal(found, expected & (s <= t) if causal else expected)
+        seen = mask("fixed:stride=7:summary=2:heads=own", 50, causal, head, 3)
+        np.testing.assert_array_equal(seen, expected & (s <= t) if causal else expected)
 
 
 def test_image_local_tiles_see_the_memory_around_them():
@@ -329,9 +328,9 @@ def test_reformer_across_buckets_is_its_definition_in_several_rounds_and_never_c
 
 
 def picture(choice: str, length: int, causal: bool = True) -> np.ndarray:
-    found = catalogue.sampled(build(choice, length), causal)
-    assert found is not None and len(found) == 1
-    return found[0]
+    patterns = catalogue.sampled(build(choice, length), causal)
+    assert patterns is not None and len(patterns) == 1
+    return patterns[0]
 
 
 @pytest.mark.parametrize("sinks", [0, 1])
@@ -348,14 +347,14 @@ def test_star_draws_its_ring():
 @pytest.mark.parametrize("causal", [False, True])
 def test_bp_draws_every_span_it_sees_at_its_last_position(causal):
     length = 23
-    found = picture("bp:nodes=2", length, causal)
+    seen = picture("bp:nodes=2", length, causal)
     members, edges = _graph(2, length, length, causal)
     last = np.array([row.nonzero()[0].max(initial=0) for row in members])
     expected = np.zeros((length, length), bool)
     for t, span in np.argwhere(edges):
         expected[t, last[span]] = True
-    np.testing.assert_array_equal(found, expected)
-    assert found.sum(1).max() < length
+    np.testing.assert_array_equal(seen, expected)
+    assert seen.sum(1).max() < length
 
 
 # ---- the star ----------------------------------------------------------------------------------------------------

@@ -27,17 +27,10 @@ def build(choice: str, **size):
     return spec.build("position", choice, **sizes)
 
 
-def read(shared, name: str):
-    path = shared / "golden" / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} here")
-    return np.load(path)
-
-
 @pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 16, 20])
-def test_alibi_is_bloom_and_mpt(shared, heads):
+def test_alibi_is_bloom_and_mpt(golden, heads):
     """BLOOM adds slope * s, MPT slope * (s - last): both differ from -slope * (t - s) by what a softmax forgets."""
-    peer = read(shared, "alibi")
+    peer = golden("alibi")
     np.testing.assert_allclose(slopes(heads), peer[f"slopes_{heads}"], rtol=1e-6)
     bias = build("alibi", heads=heads, dim=4 * heads).bias()
     last = jax.vmap(lambda head: head(jnp.array([[15]]), jnp.arange(16)[None]))(bias)[:, 0]
@@ -48,17 +41,17 @@ def test_alibi_is_bloom_and_mpt(shared, heads):
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
-def test_rope_is_llama_and_gptj(shared, pairs):
-    peer = read(shared, "rope")
+def test_rope_is_llama_and_gptj(golden, pairs):
+    peer = golden("rope")
     rope = build(f"rope:pairs={pairs}", length=12, dim=64)
     for name in [name for name in "qk" if f"{name}_{pairs}" in peer]:
         out = rope.rotate(jnp.asarray(np.swapaxes(peer[name], 1, 2)), jnp.arange(12))
         np.testing.assert_allclose(np.swapaxes(out, 1, 2), peer[f"{name}_{pairs}"], atol=2e-5, rtol=1e-4)
 
 
-def test_rope_is_gemma(shared):
+def test_rope_is_gemma(golden):
     """Hand-written values at another base, positions 1 and 0; a scale of 2 at twice the position is the same."""
-    expected = read(shared, "rope_gemma_fixture")["expected_full"]
+    expected = golden("rope_gemma_fixture")["expected_full"]
     for scale in (1, 2):
         rope = build(f"rope:base=100:scale={scale}", dim=8, heads=2)
         for sample, at in enumerate((scale, 0)):
@@ -144,8 +137,8 @@ def test_bias_is_added_blockwise_as_by_definition(attention, choice):
 
 
 @pytest.mark.parametrize("buckets, reach", [(16, 64), (256, 512)])
-def test_deberta_buckets(shared, buckets, reach):
-    peer = read(shared, "deberta_log_bucket")
+def test_deberta_buckets(golden, buckets, reach):
+    peer = golden("deberta_log_bucket")
     ours = deberta.bucket(jnp.asarray(peer["rel"]), buckets, reach)
     np.testing.assert_array_equal(ours, peer[f"b_{buckets}_{reach}"])
 
