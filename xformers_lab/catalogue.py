@@ -2,12 +2,16 @@
 
 import inspect
 import re
+from typing import Any
+
+import numpy as np
 
 from xformers_lab import config as configs
 from xformers_lab import spec
 
 
 def shelves() -> list[dict]:
+    """One row per shelf, with the names of its choices."""
     return [{"shelf": shelf, "choices": ", ".join(spec.names(shelf))} for shelf in spec.SHELVES]
 
 
@@ -17,20 +21,19 @@ def shelf(name: str) -> list[dict]:
 
 
 def _row(shelf: str, name: str) -> dict:
-    found = spec.entry(shelf, name)
-    options = spec.options(found)
+    entry = spec.entry(shelf, name)
+    options = spec.options(entry)
     row: dict = {"name": name}
     if shelf == "attention":
-        row |= _abilities(found) | {"error": _checked(name)}
+        row |= _abilities(entry) | {"error": _checked(name)}
     row["options"] = ":".join(f"{key}={_short(option.default)}" for key, option in options.items())
-    return row | {"title": title(found)}
+    return row | {"title": title(entry)}
 
 
 def _abilities(mechanism) -> dict:
     """What a mechanism is, costs and can do, from its class attributes and signatures."""
-    from xformers_lab.attention import Attention, why_not_decode
+    from xformers_lab.attention import why_not_decode
 
-    takes = mechanism.takes("mix" if mechanism.attend is Attention.attend else "attend")
     refuses, complexity = mechanism.refuses, mechanism.complexity
     return {
         "kind": mechanism.kind or "",
@@ -38,7 +41,7 @@ def _abilities(mechanism) -> dict:
         "memory": complexity.memory if complexity else "",
         "causal": "causal" not in refuses,
         "cross": "cross" not in refuses and "bidirectional" not in refuses,
-        "bias": "bias" in takes and "bias" not in refuses,
+        "bias": mechanism.accepts("bias"),
         "decode": why_not_decode(mechanism) is None,
         "nature": _nature(mechanism).lower(),
     }
@@ -80,9 +83,9 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else spec.show(value)
 
 
-def title(found) -> str:
+def title(entry: Any) -> str:
     """The first sentence of a docstring."""
-    text = " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
+    text = " ".join((inspect.getdoc(entry) or "").split("\n\n")[0].split())
     return re.split(r"(?<=[.)])\s", text)[0] if len(text) > 160 else text
 
 
@@ -90,14 +93,14 @@ def page(name: str, words: list[str]) -> dict:
     """Everything about one choice, from whichever shelf has it; words give sizes (seq_len=64). Raises UsageError."""
     home, name = spec.home(name)
     choice = spec.resolve(home, name)
-    found = spec.entry(home, choice.name)
+    entry = spec.entry(home, choice.name)
     result = {
         "name": choice.name,
         "shelf": home,
-        "about": inspect.getdoc(found) or "",
+        "about": inspect.getdoc(entry) or "",
         "options": [
             {"name": option.name, "value": _short(choice.options[option.name]), "help": option.help}
-            for option in spec.options(found).values()
+            for option in spec.options(entry).values()
         ],
     }
     if home == "attention":
@@ -131,24 +134,24 @@ def _mechanism(name: str, text: str, config: configs.Config) -> dict:
     kind = config.model.model
     causal = kind == "auto" or spec.entry("model", spec.parse(kind).name).causal
     if (seen := sampled(built, causal=causal)) is not None:
-        from xformers_lab.attention._engine import drawing
+        from xformers_lab import drawing
 
         which = f"head 1 of {len(seen)}" if len(seen) > 1 else "every head"
         result |= {"pattern": drawing.lines(seen[0]), "svg": drawing.svg(seen[0]), "drawn": which}
     return result
 
 
-def sampled(mechanism, causal: bool):
+def sampled(mechanism: Any, causal: bool) -> list[np.ndarray] | None:
     """(n, n) booleans: which keys a mechanism's queries see. One such array where all heads see the same, else one for
     each; None where no fixed pattern says it."""
-    from xformers_lab.attention._engine import drawing
+    from xformers_lab import drawing
 
     causal = causal and "causal" not in mechanism.refusals()
     drawn = [mechanism.drawn(causal, head) for head in range(mechanism.size.heads)]
     if None in drawn:
         return None
-    found = [drawing.sampled(one, mechanism.size.length) for one in drawn]
-    return found if any((one != found[0]).any() for one in found) else found[:1]
+    samples = [drawing.sampled(one, mechanism.size.length) for one in drawn]
+    return samples if any((one != samples[0]).any() for one in samples) else samples[:1]
 
 
 def resolved(config: configs.Config) -> list[dict]:

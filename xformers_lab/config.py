@@ -20,7 +20,7 @@ from xformers_lab.errors import UsageError, nearest
 
 
 def knob(
-    default,
+    default: Any,
     help: str,
     *,
     shelf: str | None = None,
@@ -29,7 +29,7 @@ def knob(
     below: float | None = None,
     same_result: bool = False,
     folder: bool = False,
-):
+) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
@@ -96,13 +96,13 @@ class Config:
 
 def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
     """Every leaf by its unique name: its path in the tree, its field, its type."""
-    hints, found = typing.get_type_hints(cls), {}
+    hints, leaves = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            found |= _fields(hints[field.name], (*path, field.name))
+            leaves |= _fields(hints[field.name], (*path, field.name))
         else:
-            found[field.name] = ((*path, field.name), field, hints[field.name])
-    return found
+            leaves[field.name] = ((*path, field.name), field, hints[field.name])
+    return leaves
 
 
 LEAVES = _fields()
@@ -111,7 +111,7 @@ MOST_CELLS = 100_000
 LARGEST = 2**31  # counts are 32-bit numbers on every device
 
 
-def get(config: Config, key: str):
+def get(config: Config, key: str) -> Any:
     """The value of a leaf by its unique name."""
     value = config
     for name in LEAVES[key][0]:
@@ -119,14 +119,14 @@ def get(config: Config, key: str):
     return value
 
 
-def edit(config: Config, **changes) -> Config:
+def edit(config: Config, **changes: Any) -> Config:
     """A copy with leaves changed, typed and checked; raises UsageError."""
     for key, value in changes.items():
         config = _replace(config, LEAVES[key][0], typed(key, value))
     return config
 
 
-def typed(key: str, value, where: str = "") -> Any:
+def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
     _, field, kind = LEAVES[key]
@@ -142,7 +142,7 @@ def typed(key: str, value, where: str = "") -> Any:
     return str(spec.located(str(value), where)) if field.metadata["folder"] else value
 
 
-def canonical(key: str, value, where: str = ""):
+def canonical(key: str, value: Any, where: str = "") -> Any:
     """A leaf's value with every option of a choice spelled out, so that equal choices read equal."""
     _, field, _ = LEAVES[key]
     if not field.metadata["shelf"] or (key == "model" and value == "auto"):
@@ -152,6 +152,7 @@ def canonical(key: str, value, where: str = ""):
 
 
 def to_dict(config: Config) -> dict:
+    """The config as nested dicts, as JSON has it."""
     return dataclasses.asdict(config)
 
 
@@ -421,15 +422,15 @@ def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
     listed = getattr(module, "configs", None)
     if not isinstance(listed, (list, tuple)):
         raise UsageError(f"@{path}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
-    found = []
+    axes = []
     for number, item in enumerate(listed):
         where = f"{path}: configs[{number}]"
         if isinstance(item, Config):
-            found.append(axes_of(to_dict(item), where, sweeps=False))
+            axes.append(axes_of(to_dict(item), where, sweeps=False))
         elif isinstance(item, Mapping):
-            found.append(axes_of(item, where))
+            axes.append(axes_of(item, where))
         else:
             raise UsageError(f"@{where} is a {type(item).__name__}, not a Config or a mapping")
-    if not found:
+    if not axes:
         raise UsageError(f"@{path}: configs is empty")
-    return found
+    return axes

@@ -39,8 +39,8 @@ def _timer() -> dict:
         times.append(time.perf_counter() - began)
     times = sorted(times[5:])
     spread = times[len(times) // 2] / times[0]
-    found = f"median / minimum of a 512^3 product: {spread:.2f}"
-    return {"what": "timer noise", "found": found + ("" if spread < 2 else "; something else is busy here"), "ok": True}
+    ratio = f"median / minimum of a 512^3 product: {spread:.2f}"
+    return {"what": "timer noise", "found": ratio + ("" if spread < 2 else "; something else is busy here"), "ok": True}
 
 
 def _repeats() -> dict:

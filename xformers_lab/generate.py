@@ -81,27 +81,27 @@ def generate(
         read = np.array([prompt[start : start + CHUNK] for prompt in prompts], np.int32)
         cache = _reader(graph)(variables, cache, read)
     steps = _sampled_steps(graph, sampling)
-    given = np.full((longest + CHUNK, len(prompts)), NEW, np.int32)
+    prompt_tokens = np.full((longest + CHUNK, len(prompts)), NEW, np.int32)
     for row, prompt in enumerate(prompts):
-        given[: len(prompt), row] = prompt
-    tokens = given[at]
-    found: list[list[int]] = [[] for _ in prompts]
+        prompt_tokens[: len(prompt), row] = prompt
+    tokens = prompt_tokens[at]
+    texts: list[list[int]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), bool)
     while not done.all():
-        # In one call to the end of the longest prompt, then token by token, as they are told.
+        # In one call to the end of the longest prompt, then token by token, as `on_token` gets them.
         count = min(max(longest - at, 1), CHUNK)
-        following = given[min(at + 1, longest) :][:CHUNK]
+        following = prompt_tokens[min(at + 1, longest) :][:CHUNK]
         drawn, tokens, cache = steps(variables, cache, tokens, following, count, seed, model.source + at)
         for drawn_at, of_rows in enumerate(np.asarray(drawn)[:count], at + 1):
             for row, prompt in enumerate(prompts):
                 if drawn_at >= len(prompt) and not done[row]:
                     token = int(of_rows[row])
-                    found[row].append(token)
+                    texts[row].append(token)
                     if on_token is not None:
                         on_token(row, token)
-                    done[row] = token in stop or len(found[row]) == new
+                    done[row] = token in stop or len(texts[row]) == new
         at += count
-    return found
+    return texts
 
 
 def beam_search(
@@ -127,19 +127,19 @@ def beam_search(
     graph, variables = nnx.split(model)
     step = _beam_step(graph)
     begun = (len(prompt) - 1) // CHUNK * CHUNK
-    cache = _cache(model, beams, len(prompt) + new, sources * beams)
+    cache = _cache(model, beams, len(prompt) + new, [*sources] * beams)
     axes = _sample_axes(model, beams, len(prompt) + new)
     for start in range(0, begun, CHUNK):
         cache = _reader(graph)(variables, cache, np.tile(np.array(prompt[start : start + CHUNK], np.int32), (beams, 1)))
     # The rest of the prompt, or the one newest token of every beam, in one call.
-    given, count = np.zeros((CHUNK, beams), np.int32), len(prompt) - begun
-    given[:count] = np.array(prompt[begun:], np.int32)[:, None]
+    tokens, count = np.zeros((CHUNK, beams), np.int32), len(prompt) - begun
+    tokens[:count] = np.array(prompt[begun:], np.int32)[:, None]
     # All beams are alike at first: only one may branch.
     totals, texts = np.where(np.arange(beams) == 0, 0.0, NOTHING), [[] for _ in range(beams)]
     finished: list[tuple[float, list[int]]] = []
     penalty = lambda n: ((5 + n) / 6) ** length_penalty
     for n in range(1, new + 1):
-        logs, cache = step(variables, cache, given, count)
+        logs, cache = step(variables, cache, tokens, count)
         scores = totals[:, None] + np.asarray(logs, np.float64)
         # Every beam may stop once at every stop token: with so many more candidates as many as before go on.
         best = np.argsort(-scores, axis=None, kind="stable")[: (1 + len(set(stop))) * beams]
@@ -158,13 +158,13 @@ def beam_search(
         while len(going) < beams:  # fewer symbols than beams: a copy that can never win
             going.append((NOTHING, going[0][1], going[0][2]))
         totals, texts = np.array([score for score, _, _ in going]), [text for _, _, text in going]
-        given[0], count = [text[-1] for text in texts], 1
+        tokens[0], count = [text[-1] for text in texts], 1
         cache = _reorder(cache, axes, np.array([row for _, row, _ in going]))
-    score, text = max(finished, key=lambda found: found[0])
+    score, text = max(finished, key=lambda scored: scored[0])
     return text, float(score)
 
 
-def filtered(logits, sampling: Sampling):
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits (..., V) after temperature, top_k, top_p and min_p: what may not be drawn is hugely negative."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -222,12 +222,12 @@ def _sampled_steps(graph, sampling: Sampling):
 
 @functools.lru_cache(maxsize=8)
 def _beam_step(graph):
-    """step(variables, cache, given (CHUNK, B), count) -> log probabilities (B, V) after the first `count` tokens of
-    given, and the new cache."""
+    """step(variables, cache, tokens (CHUNK, B), count) -> log probabilities (B, V) after the first `count` of the
+    tokens, and the new cache."""
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(variables, cache, given, count):
-        one = lambda i, state: nnx.merge(graph, variables).step(state[1], given[i])
+    def step(variables, cache, tokens, count):
+        one = lambda i, state: nnx.merge(graph, variables).step(state[1], tokens[i])
         empty = jnp.zeros(jax.eval_shape(one, 0, (None, cache))[0].shape)
         logits, cache = jax.lax.fori_loop(0, count, one, (empty, cache))
         return jax.nn.log_softmax(logits), cache
@@ -235,7 +235,12 @@ def _beam_step(graph):
     return step
 
 
-def apart(model: Model, prompts: Sequence[Sequence[int]], sources=None, begin: Sequence[int] = ()):
+def apart(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None = None,
+    begin: Sequence[int] = (),
+) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
     """What each target begins with, and what the encoder reads for it; no sources for a model without an encoder.
 
     begin: what a target begins with where a prompt is nothing but a source. Raises UsageError.
@@ -268,7 +273,7 @@ def _cache(model: Model, B: int, length: int, sources: Sequence[Sequence[int]]):
             tokens, valid = np.zeros((2, B, model.source), np.int32)
             for row, source in enumerate(sources):
                 tokens[row, : len(source)], valid[row, : len(source)] = source, 1
-            cache = model.read(cache, tokens, valid > 0)
+            cache = model.read(cache, jnp.asarray(tokens), jnp.asarray(valid > 0))
         jax.eval_shape(model.step, cache, jnp.zeros(B, jnp.int32))
     except ValueError as refusal:
         raise UsageError(str(refusal)) from None

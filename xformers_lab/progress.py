@@ -27,7 +27,7 @@ def _bar(console: Console) -> Progress:
 
 
 @contextlib.contextmanager
-def steps(title: str) -> Iterator:
+def steps(title: str) -> Iterator[Callable[[int, int, dict], None]]:
     """A callable (step, total, metrics) that shows one training run."""
     console, last = Console(stderr=True), time.monotonic()
     if not console.is_terminal:
@@ -65,12 +65,14 @@ class Cells:
             self.grid, self.cell = bar.add_task("cells", total=total), bar.add_task("", visible=False)
 
     def started(self, index: int, cell: Config) -> None:
+        """A cell begins to train."""
         words = [f"{key}={get(cell, key)}" for key in self.varied]
         self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
         if self.bar is not None:
             self.bar.update(self.cell, description=escape(self.at), completed=0, total=cell.train.steps, visible=True)
 
     def stepped(self, step: int, total: int, loss: float | None) -> None:
+        """It has taken a step."""
         if self.bar is not None and time.monotonic() - self.drawn > BAR_EVERY:
             self.drawn = time.monotonic()
             self.bar.update(
@@ -78,6 +80,7 @@ class Cells:
             )
 
     def finished(self, index: int, row: dict) -> None:
+        """A cell has its row."""
         if self.bar is not None:
             self.bar.update(self.grid, completed=index + 1)
         elif not self.quiet and self.at:
@@ -129,7 +132,7 @@ def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, in
 
 
 @contextlib.contextmanager
-def items(title: str, total: int, *, quiet: bool = False) -> Iterator:
+def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A callable (name) that says which of `total` things is being done."""
     console, done = Console(stderr=True), 0
     if not console.is_terminal:

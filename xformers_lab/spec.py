@@ -2,7 +2,7 @@
 
 A shelf is a folder; its listing is the registry. File name = config value = table row. The entry of a file is the one
 class or function in it named like the file (`local.py` -> `Local`, `gated_delta.py` -> `GatedDelta`). An option is a
-keyword-only parameter with a default; everything else in the signature is given by the lab.
+keyword-only parameter with a default; everything else in the signature comes from the lab.
 """
 
 import dataclasses
@@ -68,6 +68,7 @@ def names(shelf: str) -> list[str]:
 
 
 def folder(shelf: str) -> pathlib.Path:
+    """Where a shelf keeps its files; raises UsageError."""
     shelf = {"tasks": "task"}.get(shelf, shelf)
     if shelf not in SHELVES:
         raise UsageError(f'no shelf "{shelf}": {nearest(shelf, SHELVES, "shelves")}')
@@ -159,9 +160,11 @@ def home(text: str) -> tuple[str, str]:
     if not _is_file(plain) and "." not in plain:
         known = {choice for shelf in SHELVES for choice in names(shelf)}
         raise UsageError(f'no choice "{plain}" on any shelf: {nearest(plain, known, "there are")}')
-    bases = {base.__module__ for base in getattr(entry("attention", plain, plain), "__mro__", ())}
-    if own := [shelf for shelf in SHELVES if _package(shelf) in bases]:
-        return own[0], text
+    # A shelf's base class stands in its package, or in what is shared there.
+    bases = [base.__module__ for base in getattr(entry("attention", plain, plain), "__mro__", ())]
+    of_shelf = lambda module, package: module == package or module.startswith(f"{package}._")
+    if derived := [shelf for shelf in SHELVES if any(of_shelf(base, _package(shelf)) for base in bases)]:
+        return derived[0], text
     raise UsageError(f"{plain} derives from no shelf's class, so say where it belongs: for example normaliser/{plain}")
 
 
@@ -176,12 +179,12 @@ def options(build: Callable) -> dict[str, Option]:
             "where the file runs, not under TYPE_CHECKING alone"
         ) from None
     help_lines = dict(re.findall(r"^\s+(\w+): (.+)$", (inspect.getdoc(build) or "").partition("Options:")[2], re.M))
-    found = {}
+    declared = {}
     for name, parameter in inspect.signature(_constructor(build)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
             kind = hints.get(name, type(parameter.default))
-            found[name] = Option(name, kind, parameter.default, help_lines.get(name, ""))
-    return found
+            declared[name] = Option(name, kind, parameter.default, help_lines.get(name, ""))
+    return declared
 
 
 def _file_of(build: Callable) -> str:
@@ -214,24 +217,24 @@ def resolve(shelf: str, text: str, where: str = "") -> Choice:
     return Choice(choice.name, typed)
 
 
-def build(shelf: str, text: str, size=None, *, where: str = "", **given):
+def build(shelf: str, text: str, size: Any = None, *, where: str = "", **kwargs: Any) -> Any:
     """Build one choice: `build("attention", "local:window=64", Size(length=512, dim=64, heads=1))`.
 
     `size` is what the shelf's constructors take first: a Setting for tasks, else a Size, which may also be spelled out
-    as `length=512, dim=64, heads=1`. `given` holds further things the lab provides; each is passed only to a
+    as `length=512, dim=64, heads=1`. `kwargs` are further things the lab provides; each is passed only to a
     constructor that names it. `rngs` defaults to seed 0.
     """
     where = where or f"{shelf}={text}"
     choice = resolve(shelf, text, where)
     target = entry(shelf, choice.name, where)
     parameters = inspect.signature(_constructor(target)).parameters
-    if "rngs" in parameters and given.get("rngs") is None:
+    if "rngs" in parameters and kwargs.get("rngs") is None:
         from flax import nnx
 
-        given["rngs"] = nnx.Rngs(0)
+        kwargs["rngs"] = nnx.Rngs(0)
     if size is None:
-        size = Size(**{name: given.pop(name) for name in list(given) if name in Size.__dataclass_fields__})
-    provided = {name: value for name, value in given.items() if name in parameters}
+        size = Size(**{name: kwargs.pop(name) for name in list(kwargs) if name in Size.__dataclass_fields__})
+    provided = {name: value for name, value in kwargs.items() if name in parameters}
     try:
         return target(size, **choice.options, **provided)
     except (ValueError, OverflowError) as error:
@@ -247,7 +250,7 @@ def digest(shelf: str, text: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def coerce(value, kind, where: str) -> Any:
+def coerce(value: Any, kind: Any, where: str) -> Any:
     """`value` (text from the command line, or typed from a file) as the type `kind`; raises UsageError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -292,7 +295,7 @@ def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
     return path
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
     """The text that `coerce` reads back as `value`."""
     if isinstance(value, (tuple, list)):
         return "x".join(map(str, value))
@@ -352,11 +355,11 @@ def _from_file(path: pathlib.Path) -> types.ModuleType:
     # Registered as an import would: dataclasses and annotations look their module up. The name is the path's own, for
     # two files may be called alike, and a module that Python knows is never hidden.
     name = f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
@@ -377,14 +380,14 @@ def _module(shelf: str, name: str, where: str) -> types.ModuleType:
         if str(pathlib.Path.cwd()) not in sys.path:
             sys.path.insert(0, str(pathlib.Path.cwd()))
         return _imported(functools.partial(importlib.import_module, name), name, where)
-    if elsewhere := [f"{other} has {name}: {_asked(other, name)}" for other in SHELVES if name in names(other)]:
+    if elsewhere := [f"{other} has {name}: {_spelled(other, name)}" for other in SHELVES if name in names(other)]:
         raise UsageError(f"{where}: there is no {shelf} called {name}; {'; '.join(elsewhere)}")
     hint = nearest(name, names(shelf))
     raise UsageError(f'{where}: no {shelf} "{name}": {hint}; or a dotted module path, or the path of a .py file')
 
 
-def _asked(shelf: str, name: str) -> str:
-    """How a choice is asked for: a shelf inside another is an option of what stands there."""
+def _spelled(shelf: str, name: str) -> str:
+    """How a choice is written: a shelf inside another is an option of what stands there."""
     outer = SHELVES[shelf].rpartition("/")[0]
     return f"{outer}=NAME:{shelf}={name}" if outer else f"{shelf}={name}"
 

@@ -106,3 +106,18 @@ def test_a_subclass_inherits_what_it_does_not_declare():
 
     assert Narrow.refuses == spec.entry("attention", "gla").refuses and "bidirectional" in Narrow.refuses
     assert Narrow.kind == "linearised" and catalogue._abilities(Narrow)["nature"] == "approximate"
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("class Mine(Attention):\n    def attend(self, q, k, v, *, valid): ...", "its base class is OneHead"),
+        (
+            "class Mine(OneHead):\n    def __call__(self, x, memory=None, **options): ...",
+            "say projects = False",
+        ),
+    ],
+)
+def test_a_class_whose_base_says_otherwise_is_refused(body, message):
+    with pytest.raises(TypeError, match=message):
+        exec(f"from xformers_lab.attention import Attention, OneHead\n{body}", {})

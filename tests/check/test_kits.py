@@ -85,14 +85,14 @@ class Fault(Ffn):
 """),
     "tells samples of one another": ("norm", "samples_apart", """
 class Fault(Norm):
-    def before(self, x, rows):
+    def before(self, x, context):
         return x - x.mean(0, keepdims=True)
 """),
     "moves in evaluation": ("norm", "evaluation_keeps_state", """
 class Fault(Norm):
     def __init__(self, size, *, rngs):
         self.seen = nnx.Variable(jnp.zeros(()))
-    def after(self, x, y, rows):
+    def after(self, x, y, context):
         self.seen[...] += 1
         return x + y
 """),
@@ -122,6 +122,16 @@ class Score:
     slope: jax.Array
     def __call__(self, q_at, k_at):
         return -self.slope * jnp.abs(jnp.arange(q_at.shape[-2])[:, None] - k_at)
+"""),
+    "marks embeddings and does not say so": ("position", "declared", """
+class Fault(Position):
+    def embed(self, x, at, *, valid=None):
+        return x + (0.1 * jnp.sin(at)[:, None]).astype(x.dtype)
+"""),
+    "normalises the sum and does not say so": ("norm", "declared", """
+class Fault(Norm):
+    def after(self, x, y, context):
+        return self.normalise(x + y, context)
 """),
     "says nothing of an option": ("depth", "documented", """
 class Fault(Fixed):

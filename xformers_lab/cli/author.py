@@ -1,5 +1,6 @@
 """Commands for choices of one's own: new, check."""
 
+import argparse
 import math
 import time
 
@@ -11,7 +12,7 @@ from xformers_lab.supervise.process import ENDS, Ended, Worker
 LIMIT, DEEP_LIMIT = 600.0, 7200.0
 
 
-def _new(chosen) -> int:
+def _new(chosen: argparse.Namespace) -> int:
     from xformers_lab.check import new, run
 
     path = new.new(chosen.shelf, chosen.name, chosen.folder)
@@ -23,7 +24,7 @@ def _new(chosen) -> int:
     return 0
 
 
-def _check(chosen) -> int:
+def _check(chosen: argparse.Namespace) -> int:
     limit = chosen.limit if chosen.limit is not None else DEEP_LIMIT if chosen.deep else LIMIT
     if not 0 <= limit < math.inf:
         raise UsageError(f"--limit {limit:g}: a number of seconds, 0 for no limit")
@@ -32,22 +33,22 @@ def _check(chosen) -> int:
 
     reports = []
     with Worker(notice=ENDS) as worker:
-        found = []  # choices with their shelves, or the report on a word that could not be looked up
+        choices = []  # with their shelves, or the report on a word that could not be looked up
         for word in chosen.words or ["attention"]:
-            answered = _asked(worker, "check.work.find", limit, word, word=word)
-            found += [answered] if isinstance(answered, dict) else answered
-        with progress.items("check", len(found), quiet=chosen.json) as tell:
-            for each in found:
+            looked_up = _answer(worker, "check.work.find", limit, word, word=word)
+            choices += [looked_up] if isinstance(looked_up, dict) else looked_up
+        with progress.items("check", len(choices), quiet=chosen.json) as tell:
+            for each in choices:
                 if not isinstance(each, dict):
                     shelf, name = each
                     tell(name)
-                    each = _asked(worker, "check.work.kit", limit, name, shelf=shelf, choice=name, deep=chosen.deep)
+                    each = _answer(worker, "check.work.kit", limit, name, shelf=shelf, choice=name, deep=chosen.deep)
                 reports.append(each)
     answer(chosen, reports, lambda: pages.print_checks(reports))
     return 0 if all(report["passed"] for report in reports) else 1
 
 
-def _asked(worker: Worker, what: str, limit: float, name: str, **arguments):
+def _answer(worker: Worker, what: str, limit: float, name: str, **arguments):
     """The worker's answer, or the report on a choice that ended the worker's process."""
     began = time.monotonic()
     try:

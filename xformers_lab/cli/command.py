@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """A flag or a positional argument, with what argparse is told about it.
+    """A flag or a positional argument, with the options that argparse gets for it.
 
     path: "folder" of one that names a folder, "file" of one that names a file to write: one that cannot be written is
     refused before anything runs.
@@ -44,6 +44,7 @@ class Command:
 
 
 def argument(name: str, *, path: Literal["folder", "file"] | None = None, **options: Any) -> Argument:
+    """An `Argument`, its options as argparse's `add_argument` takes them."""
     return Argument(name, options, path)
 
 
@@ -51,8 +52,8 @@ WORDS = argument("words", nargs="*", metavar="key=value")
 JSON = argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
 
 
-def answer(chosen: argparse.Namespace, value, table: Callable[[], object]) -> int:
-    """Print the value as JSON where that was asked for, else let `table` print it; -> exit code 0."""
+def answer(chosen: argparse.Namespace, value: Any, table: Callable[[], object]) -> int:
+    """Print the value as JSON with --json, else let `table` print it; -> exit code 0."""
     if chosen.json:
         print(json.dumps(value, indent=2, default=str))
     else:
@@ -61,5 +62,5 @@ def answer(chosen: argparse.Namespace, value, table: Callable[[], object]) -> in
 
 
 def spelled(chosen: argparse.Namespace) -> str:
-    """The command as it was given."""
-    return shlex.join(["xlab", *chosen.given])
+    """The command as it was typed."""
+    return shlex.join(["xlab", *chosen.typed])

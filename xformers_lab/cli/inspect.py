@@ -1,5 +1,6 @@
 """Commands that look at what there is: doctor, list, show."""
 
+import argparse
 import pathlib
 
 from xformers_lab import config as configs
@@ -10,7 +11,7 @@ from xformers_lab.errors import UsageError
 HIDDEN = ("memory", "bias", "options")
 
 
-def _doctor(chosen) -> int:
+def _doctor(chosen: argparse.Namespace) -> int:
     from xformers_lab import doctor
     from xformers_lab.report import pages
 
@@ -19,7 +20,7 @@ def _doctor(chosen) -> int:
     return code if all(finding["ok"] for finding in findings) else 3
 
 
-def _list(chosen) -> int:
+def _list(chosen: argparse.Namespace) -> int:
     from xformers_lab import catalogue
     from xformers_lab.report import pages
 
@@ -29,7 +30,7 @@ def _list(chosen) -> int:
     return answer(chosen, rows, lambda: pages.print_table(shown))
 
 
-def _show(chosen) -> int:
+def _show(chosen: argparse.Namespace) -> int:
     from xformers_lab import catalogue
     from xformers_lab.report import pages
 

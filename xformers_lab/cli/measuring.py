@@ -1,5 +1,6 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
+import argparse
 import contextlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ BENCH_PASSES = {
 }
 
 
-def _bench(chosen) -> int:
+def _bench(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
     words = [word for word in chosen.words if word != "mode=decode"]
@@ -44,7 +45,7 @@ def _bench(chosen) -> int:
     return code if all(row["status"] == "ok" for row in rows) else 5
 
 
-def _compare(chosen) -> int:
+def _compare(chosen: argparse.Namespace) -> int:
     if not chosen.words:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
     cells, varied = configs.sweep(chosen.words)
@@ -74,7 +75,7 @@ def _compare(chosen) -> int:
     return code if all(row["status"] == "ok" for row in rows) else 5
 
 
-def _report(chosen) -> int:
+def _report(chosen: argparse.Namespace) -> int:
     path = pathlib.Path(chosen.runs) / "compare.json"
     try:
         saved = json.loads(path.read_text())

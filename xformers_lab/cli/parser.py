@@ -1,4 +1,4 @@
-"""Every command as argparse knows it, and the command that was given."""
+"""Every command as argparse knows it, and the command that was typed."""
 
 import argparse
 
@@ -18,7 +18,7 @@ quoted: "task=lm:path=(notes,old.txt)"."""
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    """The command and what it was given; words may stand before, between and after flags."""
+    """The command and its arguments; words may stand before, between and after flags."""
     parser = _parser()
     chosen, left = parser.parse_known_args(arguments)
     flags = [word for word in left if word.startswith("-")]
@@ -26,7 +26,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(flags or left)}")
     if left:
         chosen.words = [*chosen.words, *left]
-    chosen.given = arguments
+    chosen.typed = arguments
     return chosen
 
 

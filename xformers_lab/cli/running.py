@@ -1,5 +1,6 @@
 """Commands that make a run or go on from one: train, resume, eval, generate."""
 
+import argparse
 import pathlib
 
 from xformers_lab import config as configs
@@ -11,14 +12,14 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
 SEARCHING = ("length_penalty",)
 
 
-def _train(chosen) -> int:
+def _train(chosen: argparse.Namespace) -> int:
     config = configs.single(chosen.words)
     title = f"{config.task} · {config.model.attention} · {config.seq_len}"
     job = {"stall": config.stall, "config": configs.to_dict(config)}
     return _trained(chosen, title, configs.folder(config), "train.work.run", job)
 
 
-def _resume(chosen) -> int:
+def _resume(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     stall = configs.stored(folder / "config.json").stall
     if chosen.stall is not None:
@@ -26,7 +27,7 @@ def _resume(chosen) -> int:
     return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", {"stall": stall, "run_dir": str(folder)})
 
 
-def _trained(chosen, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
+def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
     """Have a worker train, and print the record."""
     from xformers_lab import progress
     from xformers_lab.report import pages
@@ -34,9 +35,9 @@ def _trained(chosen, title: str, folder: pathlib.Path, what: str, job: dict) -> 
 
     with Worker() as worker, progress.steps(title) as step:
 
-        def heard(said: dict) -> None:
-            if "loss" in said:
-                step(said["step"], said["total"], said)
+        def heard(message: dict) -> None:
+            if "loss" in message:
+                step(message["step"], message["total"], message)
 
         try:
             record = worker.ask(what, heard, **job)
@@ -49,7 +50,7 @@ def _trained(chosen, title: str, folder: pathlib.Path, what: str, job: dict) -> 
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
-def _eval(chosen) -> int:
+def _eval(chosen: argparse.Namespace) -> int:
     if chosen.batches is not None and chosen.batches < 1:
         raise UsageError(f"--batches {chosen.batches}: at least 1")
     folder = _run_dir(chosen)
@@ -60,12 +61,12 @@ def _eval(chosen) -> int:
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
-def _generate(chosen) -> int:
+def _generate(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     from xformers_lab import generate, progress
     from xformers_lab.train import loop
 
-    drawing, searching = _given(chosen, DRAWING), _given(chosen, SEARCHING)
+    drawing, searching = _set(chosen, DRAWING), _set(chosen, SEARCHING)
     if chosen.beams is not None and drawing:
         raise UsageError(f"{_flags(drawing)}: beam search draws nothing; leave it out, or leave out --beams")
     if chosen.beams is None and searching:
@@ -74,7 +75,7 @@ def _generate(chosen) -> int:
     sampling = generate.Sampling(**drawing)
     config, task, model = loop.load(folder)
     try:
-        given = [task.encode(prompt) for prompt in chosen.prompt]
+        encoded = [task.encode(prompt) for prompt in chosen.prompt]
         stops = [task.encode(text) for text in chosen.stop or ()]
     except ValueError as error:
         raise UsageError(f"--prompt or --stop: {error}") from None
@@ -83,22 +84,22 @@ def _generate(chosen) -> int:
             raise UsageError(f"--stop {text}: it is {len(tokens)} tokens, one is wanted")
     stop = [*task.stop] if chosen.stop is None else [token for tokens in stops for token in tokens]
     apart = "\n" if task.source_length else ""  # a source stands in a line of its own
-    prompts, sources = generate.apart(model, given, begin=task.begin)
+    prompts, sources = generate.apart(model, encoded, begin=task.begin)
     common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
     if chosen.beams is not None:
         common |= {"beams": chosen.beams} | searching
         pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
-        found = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
-        rows = [{"tokens": tokens, "score": score} for tokens, score in found]
+        results = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
+        rows = [{"tokens": tokens, "score": score} for tokens, score in results]
     else:
         live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
         show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
         common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
-        found = generate.generate(model, prompts, on_token=show, **common)
+        results = generate.generate(model, prompts, on_token=show, **common)
         if live:
             print()
             return 0
-        rows = [{"tokens": tokens} for tokens in found]
+        rows = [{"tokens": tokens} for tokens in results]
     rows = [
         {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
         for prompt, row in zip(chosen.prompt, rows, strict=True)
@@ -106,8 +107,8 @@ def _generate(chosen) -> int:
     return answer(chosen, rows, lambda: [print(row["prompt"] + apart + row["text"]) for row in rows])
 
 
-def _given(chosen, names: tuple[str, ...]) -> dict:
-    """Those of the flags that were given."""
+def _set(chosen: argparse.Namespace, names: tuple[str, ...]) -> dict:
+    """Those of the flags that have a value."""
     return {name: value for name in names if (value := getattr(chosen, name)) is not None}
 
 
@@ -115,14 +116,14 @@ def _flags(names) -> str:
     return " ".join("--" + name.replace("_", "-") for name in names)
 
 
-def _run_dir(chosen) -> pathlib.Path:
+def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:
     """The folder named, or the newest one under --runs for `last`; raises UsageError."""
     folder = pathlib.Path(chosen.run_dir)
     if chosen.run_dir == "last":
-        found = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        newest_last = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not newest_last:
             raise UsageError(f"no run in {chosen.runs} yet; run xlab train, or name its folder with --runs")
-        folder = found[-1].parent
+        folder = newest_last[-1].parent
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no run there (a run's folder holds config.json)")
     return folder

@@ -35,14 +35,14 @@ def check_cells(
     impossible = []
     deadly: dict[str, dict] = {}  # mechanisms whose kit ended its process: each is waited for once
 
-    def heard(said: dict) -> None:
-        if "kit" in said:
-            announce(said["doing"])
+    def heard(message: dict) -> None:
+        if "kit" in message:
+            announce(message["doing"])
 
     for cell in cells:
         known = [deadly[choice] for choice in spec.split(cell.model.attention, "+") if choice in deadly]
         record = dict(known[0]) if known else _check(cell, worker, heard, kit, deadly)
-        if worker.stopped:  # what is there is shown as it is
+        if worker.stopped:  # the records so far are shown as they are
             return records
         if record["status"] == IMPOSSIBLE:
             impossible.append(record["reason"])
@@ -119,7 +119,7 @@ def _check(cell: Config, worker: Worker, heard: Callable[[dict], None], kit: boo
     try:
         return worker.ask("compare.cell.check", heard, stall=cell.stall, config=configs.to_dict(cell), kit=kit)
     except Ended as ended:
-        choice = ended.clock.said.get("kit")
+        choice = ended.clock.message.get("kit")
         if choice is None or ended.status == "interrupted":
             return ended.record
         deadly[choice] = {"status": "refused", "reason": ended.refusal(choice)}
@@ -127,9 +127,9 @@ def _check(cell: Config, worker: Worker, heard: Callable[[dict], None], kit: boo
 
 
 def _train(cell: Config, worker: Worker, stepped: Callable[[int, int, float | None], None]) -> dict:
-    def heard(said: dict) -> None:
-        if "loss" in said:
-            stepped(said["step"], said["total"], said["loss"])
+    def heard(message: dict) -> None:
+        if "loss" in message:
+            stepped(message["step"], message["total"], message["loss"])
 
     try:
         return worker.ask("compare.cell.train", heard, stall=cell.stall, config=configs.to_dict(cell))

@@ -1,15 +1,14 @@
 """The shelf of depths: how many layers a token gets. One file = one class, a subclass of `Depth`.
 
 A depth builds its layers with `make_block(index, rngs)`, or with `length=` those that it gives shorter sequences than
-the model's, and runs them. A block is called as
-`block(x, carries, context, key=...) -> (x, carries, aux)` and gives its `initial_carries(B, T, S)`; carries hold what a
-mechanism passes to the same mechanism in the layer above, aux is an `Aux` (aux_results.py). For decoding it gives its
-`init_cache(B, length)`, and `block.step(x, cache, carries, context, at)` takes one token; where it has it,
-`block.step_several(x, cache, context, at)` takes several. It says whether it is
-`causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its placement,
-`attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone, `attend` and
-`apply_ffn` (`step_attend` and `step_ffn` in decoding), which give what
-`attention_norm.after(x, y, rows)` and `ffn_norm.after` take; or leaves one out, `block.only("ffn")`.
+the model's, and runs them. A block is called as `block(x, carries, context, key=...) -> (x, carries, aux)` and gives
+its `initial_carries(B, T, S)`; carries hold what a mechanism passes to the same mechanism in the layer above, aux is an
+`Aux` (nn/aux_results.py). For decoding it gives its `init_cache(B, length)`, and `block.step(x, cache, carries,
+context, at)` takes one token; where it has it, `block.step_several(x, cache, context, at)` takes several. It says
+whether it is `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its
+placement, `attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone,
+`attend` and `apply_ffn` (`step_attend` and `step_ffn` in decoding), which give the y of `attention_norm.after(x, y,
+layer_context)` and of `ffn_norm.after`; or leaves one out, `block.only("ffn")`.
 
 What a token cost is the scalar "computation" of aux: the layers that a valid token passed through, on average. A block
 that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it. Where tokens differ in
@@ -20,12 +19,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
+
+MakeBlock = Callable[..., Any]
+"""make_block(index, rngs, length=None) -> the block of a layer, whatever model it is of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,12 @@ class Context:
     which row of it is the token's, the same arguments, and the new cache."""
 
     position: Position
-    valid: Any = None
-    predict: Callable | None = None
-    source: Any = None
-    source_real: Any = None
-    tokens: Any = None
-    among: Callable | None = None
+    valid: jax.Array | None = None
+    predict: Callable[..., jax.Array] | None = None
+    source: jax.Array | None = None
+    source_real: jax.Array | None = None
+    tokens: jax.Array | None = None
+    among: Callable[..., Any] | None = None
 
 
 class Depth(nnx.Module):
@@ -56,30 +60,30 @@ class Depth(nnx.Module):
     own_layers: ClassVar[bool] = False
     adds_waves: bool = False
 
-    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`). A
-        constructor that also names `target` is told what the states are for: "token", every one of them for an answer
+        constructor that also names `target` learns what the states are for: "token", every one of them for an answer
         or a look at it, or "sequence", one answer of all."""
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         """(B, T, D) -> (B, T, D), aux."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers in all layers of up to `length` tokens of B sequences."""
         raise Refused(f"depth={type(self).__name__.lower()} cannot decode token by token")
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         """One token (B, D) at position `at` () -> (B, D) and the new cache."""
         raise Refused(f"depth={type(self).__name__.lower()} cannot decode token by token")
 
-    def step_several(self, x, cache, context: Context, *, at):
+    def step_several(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         """T tokens (B, T, D), the first at position `at` () -> (B, T, D) and the new cache: `step` of each in turn, or
         layer after layer where that comes to the same."""
 
-        def one(cache, given, at):
-            x, tokens = given
+        def one(cache, inputs, at):
+            x, tokens = inputs
             return self.step(x, cache, dataclasses.replace(context, tokens=tokens), at=at)
 
         return one_by_one(one, (x, context.tokens), cache, at)

@@ -1,6 +1,7 @@
 """Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.plan import Plan
 
 
-def build_stack(make_block, indices: list[int], rngs: nnx.Rngs):
+def build_stack(make_block: MakeBlock, indices: list[int], rngs: nnx.Rngs) -> Any:
     """One module whose variables have a leading axis of len(indices); block i is made with its own random stream.
 
     Each variable keeps in its metadata how many of its leading axes count layers; `layer_axes` reads it.
@@ -35,32 +37,34 @@ def layer_axes(variable: nnx.Variable) -> int:
     return variable.get_metadata().get("layer_axes", 0)
 
 
-def initial_carries(blocks: list, B: int, T: int, S: int) -> dict:
-    """What the mechanisms of a stack find below their first layer, for T queries and S keys."""
+def initial_carries(blocks: Sequence[Any], B: int, T: int, S: int) -> dict[str, Any]:
+    """What the mechanisms of a stack get below their first layer, for T queries and S keys."""
     carries = {}
     for block in blocks:
         carries |= first(block).initial_carries(B, T, S)
     return carries
 
 
-def init_caches(blocks: list, B: int, length: int) -> list:
+def init_caches(blocks: Sequence[Any], B: int, length: int) -> list:
     """What decoding remembers, one tree per place in the period, with a leading axis of layers."""
-    found = []
+    caches = []
     for block in blocks:
         layers = jax.tree.leaves(nnx.state(block))[0].shape[0]
         one = first(block).init_cache(B, length)
-        found.append(jax.tree.map(lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape)), one))
-    return found
+        caches.append(jax.tree.map(lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape)), one))
+    return caches
 
 
-def first(block):
+def first(block: Any) -> Any:
     """The first layer of a stacked module."""
     graph, variables = nnx.split(block)
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
 
 
-def step_stack(blocks: list, x, caches: list, carries, context, at):
-    """One token (B, D) through the layers of `run_stack` -> (B, D), the new caches, the carries."""
+def step_stack(
+    blocks: Sequence[Any], x: Any, caches: list, carries: dict[str, Any], context: Any, at: jax.Array
+) -> tuple[Any, list, dict[str, Any]]:
+    """One token (B, D) at position `at` () through the layers of `run_stack` -> (B, D), the new caches, the carries."""
     if not blocks:
         return x, caches, carries
     split = [nnx.split(block) for block in blocks]
@@ -78,7 +82,9 @@ def step_stack(blocks: list, x, caches: list, carries, context, at):
     return x, caches, carries
 
 
-def several_stack(blocks: list, x, caches: list, context, at):
+def several_stack(
+    blocks: Sequence[Any], x: jax.Array, caches: list, context: Context, at: jax.Array
+) -> tuple[jax.Array, list]:
     """T tokens (B, T, D), from position `at` () on, through layers that carry nothing: layer after layer, each of them
     with `step_several` where it has it, else `step` -> (B, T, D) and the new caches."""
     if not blocks:
@@ -101,11 +107,11 @@ def several_stack(blocks: list, x, caches: list, context, at):
     return jax.lax.scan(period, x, ([variables for _, variables in split], caches))
 
 
-def in_turn(block, x, cache, context, at):
+def in_turn(block: Any, x: jax.Array, cache: Any, context: Context, at: jax.Array) -> tuple[jax.Array, Any]:
     """`block.step` of T tokens (B, T, D), which carry nothing -> (B, T, D), the new cache."""
 
-    def one(cache, given, at):
-        x, tokens = given
+    def one(cache, inputs, at):
+        x, tokens = inputs
         return block.step(x, cache, {}, dataclasses.replace(context, tokens=tokens), at)[:2]
 
     return one_by_one(one, (x, context.tokens), cache, at)
@@ -116,14 +122,26 @@ def shared(aux: Aux, times: int) -> Aux:
     return aux | computation(aux.scalars["computation"] / times)
 
 
-def run_stack(blocks: list, x, carries, context, *, key, plan: Plan):
+def run_stack(
+    blocks: Sequence[Any], x: Any, carries: dict[str, Any], context: Any, *, key: jax.Array | None, plan: Plan
+) -> tuple[Any, dict[str, Any], Aux]:
     """`run_watched`, without the states between -> x, carries, summed aux."""
     x, carries, aux, _ = run_watched(blocks, x, carries, context, key=key, plan=plan, watch=lambda x: None)
     return x, carries, aux
 
 
-def run_watched(blocks: list, x, carries, context, *, key, plan: Plan, watch=lambda x: x) -> tuple[Any, Any, Aux, Any]:
-    """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length.
+def run_watched(
+    blocks: Sequence[Any],
+    x: Any,
+    carries: dict[str, Any],
+    context: Any,
+    *,
+    key: jax.Array | None,
+    plan: Plan,
+    watch: Callable[[Any], Any] = lambda x: x,
+) -> tuple[Any, dict[str, Any], Aux, Any]:
+    """Run period after period: `blocks` holds one stacked module per place in the period, all of equal length. x and
+    context are what the blocks take as them, (B, T, D) and a `Context` unless a depth has blocks of its own.
 
     Writes changed non-parameter variables back into the stacked modules. -> x, carries, summed aux with the
     "computation" that the blocks say or else 1 for each, and `watch(x)` of the state above every period, stacked.

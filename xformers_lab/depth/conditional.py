@@ -1,11 +1,11 @@
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
@@ -29,10 +29,10 @@ class Conditional(Fixed):
     over sub-layers and valid tokens of a batch. The noise has one size; the paper lets it grow over the run.
 
     A token whose attention is skipped still has a key and a value that others see. Evaluation skips an attention that
-    no token of the batch asks for, and runs a feed-forward layer on the tokens that ask for it, gathered to the
-    smallest of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence asks, but for keys and
-    values. Attention that hands something to the layer above is always run. "computation" is the mean number of layers
-    that a token got, a sub-layer counting as half of one, and of each token its own.
+    no token of the batch chooses, and runs a feed-forward layer on the tokens that choose it, gathered to the smallest
+    of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence chooses it, but for keys and values.
+    Attention that hands something to the layer above is always run. "computation" is the mean number of layers that a
+    token got, a sub-layer counting as half of one, and of each token its own.
 
     Options:
         budget: share of sub-layers that a token should get
@@ -53,7 +53,7 @@ class Conditional(Fixed):
         unit: Literal["token", "sample"] = "token",
         estimator: Literal["noise", "straight_through"] = "noise",
         noise: float = 1.0,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -76,7 +76,7 @@ class Conditional(Fixed):
         super().__init__(size, make_block=gated, period=period, rngs=rngs)
         self.layers, self.budget, self.weight = size.layers, budget, weight
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         x, aux = super().__call__(x, context, key=key)
         if key is None:
             return x, aux
@@ -93,8 +93,8 @@ class Gate(nnx.Module):
         self.out = Linear(hidden, 1, bias_init=nnx.initializers.constant(START), rngs=rngs)
         self.unit, self.estimator, self.noise, self.share = unit, estimator, noise, share
 
-    def logit(self, x, valid=None):
-        """(..., T, D) -> (..., T): above 0 where open."""
+    def logit(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """(..., T, D), valid (..., T) -> (..., T): above 0 where open."""
         x = x.astype(jnp.float32)
         if self.unit == "sample":
             weights = jnp.ones(x.shape[:2]) if valid is None else valid.astype(jnp.float32)
@@ -102,10 +102,11 @@ class Gate(nnx.Module):
             return jnp.broadcast_to(self.logit_of(mean)[:, None], x.shape[:2])
         return self.logit_of(x)
 
-    def logit_of(self, x):
+    def logit_of(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (...)."""
         return self.out(jax.nn.relu(self.hidden(x)))[..., 0]
 
-    def training(self, x, valid, key):
+    def training(self, x: jax.Array, valid: jax.Array | None, key: jax.Array) -> jax.Array:
         """The soft gate, or the hard one with the soft one's gradient, (B, T)."""
         logit = self.logit(x, valid)
         shape = (len(x), 1) if self.unit == "sample" else logit.shape
@@ -114,45 +115,54 @@ class Gate(nnx.Module):
             return soft
         return soft + lax.stop_gradient((soft > 0.5) - soft)
 
-    def spent(self, gate, valid) -> Aux:
-        """The share of a layer that each token gets."""
+    def spent(self, gate: jax.Array, valid: jax.Array | None) -> Aux:
+        """The share of a layer that each token gets, of its gate (B, T)."""
         return by_token("computation", self.share * gate, valid)
 
 
 class GatedAttention(nnx.Module):
     """In the place of a block's attention."""
 
-    def __init__(self, layer, gate: Gate):
+    def __init__(self, layer: Any, gate: Gate):
         self.layer, self.gate = layer, gate
 
     def carries(self) -> bool:
         return self.layer.carries()
 
-    def initial_carry(self, B: int, T: int, S: int):
+    def initial_carry(self, B: int, T: int, S: int) -> Any:
         return self.layer.initial_carry(B, T, S)
 
-    def init_cache(self, *sizes):
+    def init_cache(self, *sizes: Any) -> Any:
         return self.layer.init_cache(*sizes)
 
-    def __call__(self, x, memory=None, *, valid=None, key=None, carry=None, **given):
-        """`given`, whatever else a layer is called with, passes by."""
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+        *,
+        valid: jax.Array | None = None,
+        key: jax.Array | None = None,
+        carry: Any = None,
+        **options: Any,
+    ) -> tuple[jax.Array, Any, Aux]:
+        """`options`, whatever else a layer is called with, pass by."""
         if key is not None:
             first, second = jax.random.split(key)
             gate = self.gate.training(x, valid, first)
-            y, carry, aux = self.layer(x, memory, valid=valid, key=second, carry=carry, **given)
+            y, carry, aux = self.layer(x, memory, valid=valid, key=second, carry=carry, **options)
             return _scaled(y, gate), carry, aux | self.gate.spent(gate, valid)
         gate = self.gate.logit(x, valid) > 0
-        asked = gate if valid is None else gate & valid
+        chosen = gate if valid is None else gate & valid
         graph, variables = nnx.split(self.layer)
-        call = lambda: nnx.merge(graph, variables)(x, memory, valid=valid, carry=carry, **given)
+        call = lambda: nnx.merge(graph, variables)(x, memory, valid=valid, carry=carry, **options)
         always = jnp.array(self.carries())
-        y, carry, aux = lax.cond(always | asked.any(), call, lambda: _nothing(call))
-        return _scaled(y, asked), carry, aux | self.gate.spent(asked, valid)
+        y, carry, aux = lax.cond(always | chosen.any(), call, lambda: _nothing(call))
+        return _scaled(y, chosen), carry, aux | self.gate.spent(chosen, valid)
 
-    def decode(self, x, cache, *, carry=None, **given):
+    def decode(self, x: jax.Array, cache: Any, *, carry: Any = None, **options: Any) -> tuple[jax.Array, Any, Any]:
         gate = self.gate.logit(x) > 0
         graph, variables = nnx.split(self.layer)
-        call = lambda: nnx.merge(graph, variables).decode(x, cache, carry=carry, **given)
+        call = lambda: nnx.merge(graph, variables).decode(x, cache, carry=carry, **options)
 
         def remember():
             """The compiler drops what only the unused output needs."""
@@ -166,38 +176,40 @@ class GatedAttention(nnx.Module):
 class GatedFfn(Ffn):
     """In the place of a block's feed-forward layer."""
 
-    def __init__(self, layer, gate: Gate):
+    def __init__(self, layer: Any, gate: Gate):
         self.layer, self.gate = layer, gate
 
     def takes_tokens(self) -> bool:
         return self.layer.takes_tokens()
 
-    def __call__(self, x, *, valid=None, key=None, **given):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None, **tokens: jax.Array
+    ) -> tuple[jax.Array, Aux]:
         if key is not None:
             first, second = jax.random.split(key)
             gate = self.gate.training(x, valid, first)
-            y, aux = self.layer(x, valid=valid, key=second, **given)
+            y, aux = self.layer(x, valid=valid, key=second, **tokens)
             return _scaled(y, gate), aux | self.gate.spent(gate, valid)
         gate = self.gate.logit(x, valid) > 0
-        asked = gate if valid is None else gate & valid
+        chosen = gate if valid is None else gate & valid
         T = x.shape[1]
-        places = jnp.sort(jnp.where(asked, jnp.arange(T)[None], T), axis=1)
+        places = jnp.sort(jnp.where(chosen, jnp.arange(T)[None], T), axis=1)
         graph, variables = nnx.split(self.layer)
 
         def run(size: int):
-            call = lambda inside, valid, given: nnx.merge(graph, variables)(inside, valid=valid, **given)
+            call = lambda inside, valid, tokens: nnx.merge(graph, variables)(inside, valid=valid, **tokens)
             if not size:
-                return _nothing(lambda: call(x, asked, given))
+                return _nothing(lambda: call(x, chosen, tokens))
             mine = places[:, :size]
             at = jnp.minimum(mine, T - 1)
             inside = jnp.take_along_axis(x, at[..., None], 1)
-            y, aux = call(inside, mine < T, {name: jnp.take_along_axis(row, at, 1) for name, row in given.items()})
+            y, aux = call(inside, mine < T, {name: jnp.take_along_axis(row, at, 1) for name, row in tokens.items()})
             # Places of T lie outside, and are dropped.
             return jax.vmap(lambda y, at: jnp.zeros((T, x.shape[2]), y.dtype).at[at].set(y, mode="drop"))(y, mine), aux
 
         sizes = sorted({0, -(-T // 4), -(-T // 2), T})
-        y, aux = over_first(asked.sum(1).max(), sizes, run)
-        return y, aux | self.gate.spent(asked, valid)
+        y, aux = over_first(chosen.sum(1).max(), sizes, run)
+        return y, aux | self.gate.spent(chosen, valid)
 
 
 def _scaled(y, gate):

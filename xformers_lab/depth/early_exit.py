@@ -1,12 +1,12 @@
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth._stack import build_stack, initial_carries, run_watched
 from xformers_lab.depth.fixed import Fixed
@@ -50,6 +50,7 @@ class EarlyExit(Fixed):
     """
 
     own_layers = False  # layers run on the sequences that are still inside
+    plain_step = False
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class EarlyExit(Fixed):
         threshold: float | None = None,
         patience: int = 2,
         stages: Literal["joint", "two"] = "joint",
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -81,7 +82,7 @@ class EarlyExit(Fixed):
         self.exit, self.patience, self.stages = exit, patience, stages
         self.threshold = THRESHOLDS[exit] if threshold is None else threshold
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         if context.predict is None:
             raise Refused("depth=early_exit needs a model that tells how it predicts, see Context.predict")
         return self._evaluate(x, context) if key is None else self._train(x, context, key)
@@ -93,24 +94,24 @@ class EarlyExit(Fixed):
         x, _, aux, states = run_watched(list(self.periods), x, carries, context, key=key, plan=self.plan)
         graph, exits = nnx.split(self.exits)
 
-        def head(state, own):
-            return predict(state + nnx.merge(graph, own)(state), valid=context.valid)
+        def head(state, variables):
+            return predict(state + nnx.merge(graph, variables)(state), valid=context.valid)
 
         for number in range(self.rounds - 1):
-            state, own = states[number], jax.tree.map(lambda leaf, number=number: leaf[number], exits)
+            state, variables = states[number], jax.tree.map(lambda leaf, number=number: leaf[number], exits)
             if self.stages == "two":
                 state = lax.stop_gradient(state)
                 # Makes the parameters of the model's head, which `predict` holds, arguments that can be stopped.
-                pure, held = jax.closure_convert(head, state, own)
-                found = 1.0, pure(state, own, *map(lax.stop_gradient, held))
+                pure, held = jax.closure_convert(head, state, variables)
+                prediction = 1.0, pure(state, variables, *map(lax.stop_gradient, held))
             else:
-                found = (number + 1) / self.rounds, head(state, own)
-            aux |= Aux(predictions={f"exit{(number + 1) * self.period}": found})
+                prediction = (number + 1) / self.rounds, head(state, variables)
+            aux |= Aux(predictions={f"exit{(number + 1) * self.period}": prediction})
         return x, aux
 
     # ---- leaving -----------------------------------------------------------------------------------------------
 
-    def leaves(self, logits, vote: dict):
+    def leaves(self, logits: jax.Array, vote: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Whether an answer (..., outputs) is sure (...), and the vote of the heads so far with it."""
         label = logits.argmax(-1)
         count = jnp.where(label == vote["label"], vote["count"] + 1, 0)
@@ -128,11 +129,11 @@ class EarlyExit(Fixed):
         zeros = jnp.zeros(inside.shape, jnp.int32)
         return {"inside": inside, "out": x, "rounds": zeros, "vote": {"label": zeros - 1, "count": zeros}}
 
-    def _leave(self, x, state: dict, number, own, predict):
+    def _leave(self, x, state: dict, number, exit_head, predict):
         """What is inside and sure, or at the last exit, leaves with its head's state."""
         last, inside = number == self.rounds - 1, state["inside"]
         # The last head is the model's own, whatever stands in its place among the exits.
-        answer = x + jnp.where(last, 0, own(x)).astype(x.dtype)
+        answer = x + jnp.where(last, 0, exit_head(x)).astype(x.dtype)
         sure, vote = self.leaves(predict(answer), state["vote"])
         leaving = inside & (sure | last)
         wide = leaving.reshape(*leaving.shape, *[1] * (x.ndim - leaving.ndim))
@@ -154,18 +155,18 @@ class EarlyExit(Fixed):
         B, T, _ = x.shape
         assert context.predict is not None
         predict = context.predict
-        asked = jax.eval_shape(lambda x: predict(x, valid=context.valid), x).shape[:-1]
-        inside = jnp.ones(asked, bool)
-        if len(asked) == 2 and context.valid is not None:
+        shape = jax.eval_shape(lambda x: predict(x, valid=context.valid), x).shape[:-1]
+        inside = jnp.ones(shape, bool)
+        if len(shape) == 2 and context.valid is not None:
             inside = context.valid
         counted = inside
         carries = initial_carries(list(self.periods), B, T, T)
         # What layers hand on has no known axis of samples, so it keeps the batch whole.
-        sizes = [0, B] if len(asked) == 2 or carries else sorted({B * n // 8 for n in (0, 1, 2, 4, 6, 8)})
+        sizes = [0, B] if len(shape) == 2 or carries else sorted({B * n // 8 for n in (0, 1, 2, 4, 6, 8)})
         graphs, stacked, exit_graph, exits = self._layers()
 
-        def round_of(state, given):
-            number, variables, own = given
+        def round_of(state, layer):
+            number, variables, exit_variables = layer
 
             def run(size: int):
                 x, carries, inner = state
@@ -178,18 +179,18 @@ class EarlyExit(Fixed):
                 valid = None if context.valid is None else take(context.valid)
                 tokens = None if context.tokens is None else take(context.tokens)
                 where = Context(context.position, valid, predict, tokens=tokens)
-                frozen = ~part_state["inside"].reshape(*part_state["inside"].shape, *[1] * (3 - len(asked)))
+                frozen = ~part_state["inside"].reshape(*part_state["inside"].shape, *[1] * (3 - len(shape)))
                 for graph, variable in zip(graphs, variables, strict=True):
                     y, carries, _ = nnx.merge(graph, variable)(part, carries, where)
                     part = jnp.where(frozen, part, y)
-                exit_head = nnx.merge(exit_graph, own)
+                exit_head = nnx.merge(exit_graph, exit_variables)
                 part_state = self._leave(part, part_state, number, exit_head, lambda x: predict(x, valid=valid))
                 if some is None:
                     return part, carries, part_state
                 put = lambda whole, new: whole.at[some].set(new)
                 return put(x, part), carries, jax.tree.map(put, inner, part_state)
 
-            count = state[2]["inside"].sum() if len(asked) == 1 else jnp.where(state[2]["inside"].any(), B, 0)
+            count = state[2]["inside"].sum() if len(shape) == 1 else jnp.where(state[2]["inside"].any(), B, 0)
             return over_first(count, sizes, run), None
 
         start = (x, carries, self._begin(x, inside))
@@ -199,17 +200,17 @@ class EarlyExit(Fixed):
         shares = {f"exit/{number * self.period}": share(number) for number in range(1, self.rounds + 1)}
         layers = state["rounds"] * self.period
         # A sequence leaves with all of its tokens, and counts once however long it is.
-        each = layers if len(asked) == 2 else jnp.broadcast_to(layers[:, None], (B, T))
+        each = layers if len(shape) == 2 else jnp.broadcast_to(layers[:, None], (B, T))
         spent = computation(jnp.where(counted, layers, 0).sum() / total)
         return state["out"], Aux(scalars=shares) | by_token("computation", each, context.valid) | spent
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         assert context.predict is not None
         predict = context.predict
         graphs, stacked, exit_graph, exits = self._layers()
 
-        def round_of(state, given):
-            number, variables, own, caches = given
+        def round_of(state, layer):
+            number, variables, exit_variables, caches = layer
 
             def run(state, caches):
                 x, carries, inner = state
@@ -218,7 +219,7 @@ class EarlyExit(Fixed):
                     y, one, carries = nnx.merge(graph, variable).step(x, one, carries, context, at)
                     x = jnp.where(frozen, x, y)
                     after.append(one)
-                inner = self._leave(x, inner, number, nnx.merge(exit_graph, own), predict)
+                inner = self._leave(x, inner, number, nnx.merge(exit_graph, exit_variables), predict)
                 return (x, carries, inner), after
 
             def remember(state, caches):
@@ -234,8 +235,8 @@ class EarlyExit(Fixed):
             return lax.cond(state[2]["inside"].any(), run, remember, state, caches)
 
         start = (x, cache["below"], self._begin(x, jnp.ones(len(x), bool)))
-        given = (jnp.arange(self.rounds), stacked, exits, cache["layers"][0])
-        (_, _, state), layers = lax.scan(round_of, start, given)
+        rounds = (jnp.arange(self.rounds), stacked, exits, cache["layers"][0])
+        (_, _, state), layers = lax.scan(round_of, start, rounds)
         return state["out"], cache | {"layers": [layers, cache["layers"][1]]}
 
 

@@ -1,18 +1,19 @@
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import at_once, in_turn
 from xformers_lab.depth._stack import first
 from xformers_lab.depth.transparent import Transparent
 from xformers_lab.errors import Refused
 from xformers_lab.memory import why_not
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
@@ -52,7 +53,7 @@ class Feedback(Depth):
         segment: int = 1,
         own: bool | None = None,
         window: int | None = None,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -81,7 +82,7 @@ class Feedback(Depth):
         self.key, self.value = shared.key, shared.value
         self.layers = Transparent(size, make_block=keyless, period=period, rngs=rngs)
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         (B, T, _), k = x.shape, self.segment
         G = -(-T // k)
         outer = math.isqrt(G)
@@ -90,9 +91,9 @@ class Feedback(Depth):
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
         norm = self._norm()
 
-        def one(state, given):
+        def one(state, inputs):
             memory, rest = state
-            x, valid, tokens, key, at = given
+            x, valid, tokens, key, at = inputs
             layers = nnx.merge(graph, params, rest)
 
             def among(y):
@@ -109,9 +110,9 @@ class Feedback(Depth):
         steps = [in_turn(y, k, count) for y in (x, valid, context.tokens)] + [keys, k * jnp.arange(count)]
         nested = jax.tree.map(lambda leaf: leaf.reshape(outer, inner, *leaf.shape[1:]), steps)
         several = jax.checkpoint(lambda state, steps: lax.scan(one, state, steps))
-        (_, rest), told = lax.scan(several, (self._empty(B), rest), nested)
+        (_, rest), outputs = lax.scan(several, (self._empty(B), rest), nested)
         nnx.update(self.layers, rest)
-        y, aux = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), told)
+        y, aux = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), outputs)
         return at_once(y, T), jax.tree.map(lambda values: values[:G].mean(0), aux)
 
     def _norm(self):
@@ -139,34 +140,34 @@ class Feedback(Depth):
         rows = self._seen(memory, self._projected(states), valid)
         return jax.tree.map(lambda leaf: leaf[:, -self.window :], rows)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """The memory, (1, B, window, ...), the memories of the segment so far (1, B, k, D), and for `own` the layers'
         rows of the segment."""
         memory = jax.tree.map(lambda leaf: leaf[None], self._empty(B))
         rows = {name: leaf[0, :, :1].repeat(self.segment, 1) for name, leaf in memory.items() if name != "valid"}
-        own = rows if self.own else {}
+        of_layer = rows if self.own else {}
 
         def caches(stacked):
             layers = jax.tree.leaves(nnx.state(stacked))[0].shape[0]
-            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), own)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), of_layer)
 
         layers = [[caches(stacked) for stacked in blocks] for blocks in (self.layers.periods, self.layers.rest)]
         pending = jnp.zeros((1, B, self.segment, self.size.dim), jnp.float32)
         return {"memory": memory, "pending": pending, "layers": layers}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         k, place = self.segment, at % self.segment
         memory = jax.tree.map(lambda leaf: leaf[0], cache["memory"])
         known = jnp.broadcast_to(self.own & (jnp.arange(k) <= place), (len(x), k))
         placed = lambda old, new: lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), place, 1)
 
-        def among(y, own):
+        def among(y, cache):
             rows = jnp.zeros((len(y), k, y.shape[-1]), y.dtype)
             new = jax.tree.map(lambda leaf: leaf[:, 0], self._projected(y[:, None]))
-            old = own or jax.tree.map(lambda leaf: jnp.zeros((len(y), k, *leaf.shape[1:]), leaf.dtype), new)
+            old = cache or jax.tree.map(lambda leaf: jnp.zeros((len(y), k, *leaf.shape[1:]), leaf.dtype), new)
             seen = jax.tree.map(placed, old, new)
-            found = self._seen(memory, seen, known) | {"at": at - place}
-            return placed(rows, y), place, found, seen if own else own
+            arguments = self._seen(memory, seen, known) | {"at": at - place}
+            return placed(rows, y), place, arguments, seen if cache else cache
 
         here = dataclasses.replace(context, among=among)
         (y, mix, *_), layers, _ = self.layers.run_step(self.layers.begin(x), cache["layers"], {}, here, at=at)
@@ -181,13 +182,13 @@ class Feedback(Depth):
         return y, {"memory": memory, "pending": pending[None], "layers": layers}
 
 
-def refusal(block) -> str | None:
+def refusal(block: Any) -> str | None:
     """Why a block cannot look at a memory of all layers; None where it can."""
     if not block.causal:
         return "an encoder sees both sides, so that no position is done before another: use model=decoder"
     name = type(block.attention).__name__.lower()
     if reason := why_not(block.attention):
         return reason
-    if type(block.attention).__call__ is not Attention.__call__:
+    if not block.attention.projects:
         return f"attention={name} makes its keys and values itself, but here they are the memory's, for all layers"
     return None

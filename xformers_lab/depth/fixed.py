@@ -1,7 +1,9 @@
+from typing import Any, ClassVar
+
 import jax
 from flax import nnx
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._stack import (
     build_stack,
     init_caches,
@@ -10,6 +12,7 @@ from xformers_lab.depth._stack import (
     several_stack,
     step_stack,
 )
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
@@ -18,8 +21,10 @@ class Fixed(Depth):
     """Every token gets every layer, each with parameters of its own (Vaswani et al., 2017, arXiv 1706.03762)."""
 
     own_layers = True
+    # Whether `step` is no more than the step of every layer in turn, so that several tokens may pass a layer together.
+    plain_step: ClassVar[bool] = True
 
-    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         whole = size.layers // period * period
         places = lambda first, last: [list(range(first + place, last, period)) for place in range(period)]
         self.periods = nnx.List(build_stack(make_block, at, rngs) for at in places(0, whole) if at)
@@ -27,40 +32,45 @@ class Fixed(Depth):
         # What is left of a last, shorter period.
         self.rest = nnx.List(build_stack(make_block, at, rngs) for at in places(whole, size.layers) if at)
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         B, T = x.shape[:2]
         x, _, aux = self.run(x, self.initial_carries(B, T, T), context, key=key)
         return x, aux
 
-    def run(self, x, carries, context, *, key=None):
+    def run(
+        self, x: Any, carries: dict[str, Any], context: Any, *, key: jax.Array | None = None
+    ) -> tuple[Any, dict[str, Any], Aux]:
         """All layers on x, whatever their blocks take as it and as context -> x, the last layer's carries, aux."""
         first, second = (None, None) if key is None else jax.random.split(key)
         x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first, plan=self.plan)
         x, carries, more = run_stack(list(self.rest), x, carries, context, key=second, plan=self.plan)
         return x, carries, aux + more
 
-    def initial_carries(self, B: int, T: int, S: int) -> dict:
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
+        """What the mechanisms get below the first layer, for T queries and S keys."""
         return initial_carries([*self.periods, *self.rest], B, T, S)
 
-    def init_cache(self, B: int, length: int):
-        """Caches of all layers, and what the mechanisms find below the first of them for one query."""
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
+        """Caches of all layers, and what the mechanisms get below the first of them for one query."""
         layers = [init_caches(list(blocks), B, length) for blocks in (self.periods, self.rest)]
         return {"layers": layers, "below": self.initial_carries(B, 1, length)}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         x, layers, _ = self.run_step(x, cache["layers"], cache["below"], context, at=at)
         return x, cache | {"layers": layers}
 
-    def step_several(self, x, cache, context: Context, *, at):
-        if type(self).step is not Fixed.step or cache["below"]:
+    def step_several(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
+        if not self.plain_step or cache["below"]:
             return super().step_several(x, cache, context, at=at)
         layers = []
-        for blocks, own in zip((self.periods, self.rest), cache["layers"], strict=True):
-            x, own = several_stack(list(blocks), x, own, context, at)
-            layers.append(own)
+        for blocks, caches in zip((self.periods, self.rest), cache["layers"], strict=True):
+            x, caches = several_stack(list(blocks), x, caches, context, at)
+            layers.append(caches)
         return x, cache | {"layers": layers}
 
-    def run_step(self, x, layers, carries, context, *, at):
+    def run_step(
+        self, x: Any, layers: list, carries: dict[str, Any], context: Any, *, at: jax.Array
+    ) -> tuple[Any, list, dict[str, Any]]:
         """`run` for one token, with the caches of all layers."""
         first, second = layers
         x, first, carries = step_stack(list(self.periods), x, first, carries, context, at)

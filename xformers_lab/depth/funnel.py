@@ -1,11 +1,11 @@
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
@@ -48,7 +48,7 @@ class Funnel(Depth):
         blocks: int = 3,
         pool: Literal["mean", "max"] = "mean",
         decoder: int | None = None,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         target: str,
         rngs: nnx.Rngs,
@@ -82,7 +82,7 @@ class Funnel(Depth):
             self.parts.append(part(first, count, length) if count else None)
         self.decoder = part(deep, decoder, size.length) if decoder else None
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         T, aux, states = x.shape[1], Aux(), []
         keys = iter([None] * 2 * len(self.parts) if key is None else jax.random.split(key, 2 * len(self.parts)))
         here = context
@@ -102,14 +102,14 @@ class Funnel(Depth):
             aux = aux + more
         return x, aux
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         raise Refused("depth=funnel pools what comes later, too, so it cannot decode token by token")
 
 
 class Pooling(nnx.Module):
     """A block whose queries are pooled, two to one."""
 
-    def __init__(self, block, pool: str):
+    def __init__(self, block: Any, pool: str):
         if block.causal:
             raise Refused(
                 "a pooled query sees both of its tokens, so this is for an encoder: use depth=hourglass, which is "
@@ -119,22 +119,24 @@ class Pooling(nnx.Module):
             raise Refused(f"attention={block.name} cannot look from pooled queries at what is not pooled: {reason}")
         self.block, self.pool = block, pool
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(
+        self, x: jax.Array, context: Context, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Context, Aux]:
         """(B, S, D) and its context -> (B, S / 2 rounded up, D), the context there, aux."""
         B, S, _ = x.shape
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        two, there = runs(x, context.valid, 2)
+        two, valid = runs(x, context.valid, 2)
         if self.pool == "mean":
-            p = mean_of(two, there)
+            p = mean_of(two, valid)
         else:
-            most = jnp.where(there[..., None], two, jnp.finfo(x.dtype).min).max(2)
-            p = jnp.where(there.any(2)[..., None], most, 0)
-        block, asked = self.block, jnp.repeat(p, 2, 1)[:, :S]
-        y, _, aux = block.attend(asked, block.initial_carries(B, S, S), context, source=x, keys=keys[:2])
-        short = dataclasses.replace(context, valid=None if context.valid is None else there.any(2), tokens=None)
-        rows = LayerContext(short.valid, key is not None)
-        x = block.attention_norm.after(p, y[:, ::2], rows)
+            most = jnp.where(valid[..., None], two, jnp.finfo(x.dtype).min).max(2)
+            p = jnp.where(valid.any(2)[..., None], most, 0)
+        block, queries = self.block, jnp.repeat(p, 2, 1)[:, :S]
+        y, _, aux = block.attend(queries, block.initial_carries(B, S, S), context, source=x, keys=keys[:2])
+        short = dataclasses.replace(context, valid=None if context.valid is None else valid.any(2), tokens=None)
+        layer_context = LayerContext(short.valid, key is not None)
+        x = block.attention_norm.after(p, y[:, ::2], layer_context)
         if block.ffn is not None:
             y, more = block.apply_ffn(x, short, keys=keys[2:])
-            x, aux = block.ffn_norm.after(x, y, rows), aux + more
+            x, aux = block.ffn_norm.after(x, y, layer_context), aux + more
         return x, short, computation(1) | aux

@@ -1,15 +1,17 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import Segments
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 
 
@@ -26,7 +28,7 @@ class Hierarchical(Depth):
     Low layers count positions from the start of their segment, high layers count segments. What a mechanism hands to
     the layer above ends with its level. "computation" counts a high layer as 1/k. Decoding runs the high layers once in
     k tokens. Deviations from the paper: segments have a fixed length, not that of sentences, and their state is the
-    mean of their tokens in place of that of a last token; every token gets back what its segment was told.
+    mean of their tokens in place of that of a last token; every token gets back the state of its segment.
 
     Options:
         segment: k, tokens of a segment (none: the root of seq_len)
@@ -39,7 +41,7 @@ class Hierarchical(Depth):
         *,
         segment: int | None = None,
         low: int | None = None,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -57,7 +59,7 @@ class Hierarchical(Depth):
         self.high = level(low, size.layers - low, lengths[1])
         self.causal, self.dim = [*self.low.periods, *self.low.rest][0].causal, size.dim
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         (B, T, _), k = x.shape, self.segments.size
         first, second = (None, None) if key is None else jax.random.split(key)
         rows, inside = self.segments.apart(x, context)
@@ -67,16 +69,16 @@ class Hierarchical(Depth):
         means = (whole.sum(2, dtype=jnp.float32) / count).astype(x.dtype)
         G = means.shape[1]
         y, _, more = self.high.run(means, self.high.initial_carries(B, G, G), among, key=second)
-        return self.segments.told(rows, y, T, self.causal), aux + shared(more, k)
+        return self.segments.add_states(rows, y, T, self.causal), aux + shared(more, k)
 
-    def init_cache(self, B: int, length: int):
-        """Of the low layers for one segment, of the high ones for all; what the segment adds up to so far, and what the
-        one before was told (1, B, D)."""
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
+        """Of the low layers for one segment, of the high ones for all; the sum of the segment so far, and the state of
+        the one before, (1, B, D) each."""
         zeros, k = jnp.zeros((1, B, self.dim), jnp.float32), self.segments.size
         high = self.high.init_cache(B, -(-length // k))
-        return {"low": self.low.init_cache(B, k), "high": high, "sum": zeros, "told": zeros}
+        return {"low": self.low.init_cache(B, k), "high": high, "sum": zeros, "before": zeros}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         k, B = self.segments.size, len(x)
         graph, variables = nnx.split(self)
 
@@ -86,9 +88,9 @@ class Hierarchical(Depth):
             mean = (cache["sum"][0] / k).astype(x.dtype)
             y, high = depth.high.step(mean, cache["high"], dataclasses.replace(context, tokens=None), at=at // k - 1)
             low, zeros = depth.low.init_cache(B, k), jnp.zeros_like(cache["sum"])
-            return {"low": low, "high": high, "sum": zeros, "told": y[None].astype(jnp.float32)}
+            return {"low": low, "high": high, "sum": zeros, "before": y[None].astype(jnp.float32)}
 
         cache = lax.cond((at % k == 0) & (at > 0), begin, lambda cache: cache, cache)
         h, low = self.low.step(x, cache["low"], context, at=at % k)
-        out = h + cache["told"][0].astype(h.dtype)
+        out = h + cache["before"][0].astype(h.dtype)
         return out, cache | {"low": low, "sum": cache["sum"] + h.astype(jnp.float32)}

@@ -1,16 +1,17 @@
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import mean_of, runs
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
@@ -46,7 +47,7 @@ class Hourglass(Depth):
         outer: int | None = None,
         shorten: Literal["mean", "linear"] = "mean",
         upsample: Literal["repeat", "linear"] = "repeat",
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -75,58 +76,58 @@ class Hourglass(Depth):
         if upsample == "linear":
             self.up = linear(size.dim, factor * size.dim)
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         B, T, _ = x.shape
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         first, middle, last = self.parts
         x, _, aux = first.run(x, first.initial_carries(B, T, T), context, key=keys[0])
         # A decoder's runs end with the token that they are named after.
-        held, there = runs(x, context.valid, self.factor, self.factor - 1 if self.causal else 0)
+        held, inside = runs(x, context.valid, self.factor, self.factor - 1 if self.causal else 0)
         # With nothing padded each run holds something valid: the last of its tokens, or the first.
-        valid = None if context.valid is None else there.any(-1)
+        valid = None if context.valid is None else inside.any(-1)
         short = dataclasses.replace(context, valid=valid, tokens=None)
-        y, G = self.pooled(held, there), held.shape[1]
+        y, G = self.pooled(held, inside), held.shape[1]
         y, _, more = middle.run(y, middle.initial_carries(B, G, G), short, key=keys[1])
         x = x + self.spread(y).reshape(B, G * self.factor, -1)[:, :T]
         x, _, most = last.run(x, last.initial_carries(B, T, T), context, key=keys[2])
         return x, aux + shared(more, self.factor) + most
 
-    def pooled(self, held, there):
-        """(..., k, D) and what is valid of it (..., k) -> (..., D)."""
+    def pooled(self, held: jax.Array, valid: jax.Array) -> jax.Array:
+        """held (..., k, D) and what is valid of it (..., k) -> (..., D)."""
         if self.shorten == "mean":
-            return mean_of(held, there)
-        return self.down(jnp.where(there[..., None], held, 0).reshape(*held.shape[:-2], -1))
+            return mean_of(held, valid)
+        return self.down(jnp.where(valid[..., None], held, 0).reshape(*held.shape[:-2], -1))
 
-    def spread(self, y):
+    def spread(self, y: jax.Array) -> jax.Array:
         """(..., D) -> what each of the k tokens of a run gets of it, (..., k, D)."""
         if self.upsample == "linear":
             return self.up(y).reshape(*y.shape[:-1], self.factor, -1)
         return jnp.broadcast_to(y[..., None, :], (*y.shape[:-1], self.factor, y.shape[-1]))
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """Caches of the parts; the states below the middle of the last k tokens, and what the last run gave to each of
         its tokens. Samples are the second axis of every leaf."""
         lengths = (length, -(-length // self.factor), length)
         parts = [part.init_cache(B, length) for part, length in zip(self.parts, lengths, strict=True)]
         zeros = jnp.zeros((1, B, self.factor, self.dim), jnp.float32)
-        return {"parts": parts, "recent": zeros, "given": zeros}
+        return {"parts": parts, "recent": zeros, "spread": zeros}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         first, _, last = self.parts
         below, between, above = cache["parts"]
         x, below = first.step(x, below, context, at=at)
         recent = jnp.concatenate([cache["recent"][0, :, 1:], x[:, None].astype(jnp.float32)], 1)
         k, (graph, variables) = self.factor, nnx.split(self)
 
-        def run(between, given):
+        def run(between, spread):
             depth = nnx.merge(graph, variables)
-            there = jnp.broadcast_to(at - jnp.arange(k - 1, -1, -1) >= 0, recent.shape[:2])
-            y = depth.pooled(recent.astype(x.dtype), there)
+            valid = jnp.broadcast_to(at - jnp.arange(k - 1, -1, -1) >= 0, recent.shape[:2])
+            y = depth.pooled(recent.astype(x.dtype), valid)
             short = dataclasses.replace(context, tokens=None)
             y, between = depth.parts[1].step(y, between, short, at=at // k)
             return between, depth.spread(y).astype(jnp.float32)
 
-        between, given = lax.cond(at % k == 0, run, lambda *kept: kept, between, cache["given"][0])
-        x = x + jnp.take(given, at % k, 1).astype(x.dtype)
+        between, spread = lax.cond(at % k == 0, run, lambda *unchanged: unchanged, between, cache["spread"][0])
+        x = x + jnp.take(spread, at % k, 1).astype(x.dtype)
         x, above = last.step(x, above, context, at=at)
-        return x, {"parts": [below, between, above], "recent": recent[None], "given": given[None]}
+        return x, {"parts": [below, between, above], "recent": recent[None], "spread": spread[None]}

@@ -1,10 +1,13 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.size import Size
 
 
@@ -16,7 +19,7 @@ class Layerdrop(Fixed):
         rate: probability that a layer is left out
     """
 
-    def __init__(self, size: Size, *, rate: float = 0.2, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, rate: float = 0.2, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         if not 0 <= rate < 1:
             raise Refused(f"rate is a probability below 1, got {rate}")
         droppable = lambda index, rngs: Droppable(make_block(index, rngs), rate)
@@ -26,23 +29,27 @@ class Layerdrop(Fixed):
 class Droppable(nnx.Module):
     """A block that training may leave out."""
 
-    def __init__(self, block, rate: float):
+    def __init__(self, block: Any, rate: float):
         self.block, self.rate = block, rate
 
-    def __call__(self, x, carries, context, *, key=None):
+    def __call__(
+        self, x: jax.Array, carries: dict[str, Any], context: Context, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any], Aux]:
         y, above, aux = self.block(x, carries, context, key=key)
         if key is None:
             return y, above, aux
-        kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.rate)
-        keep = lambda new, old: jnp.where(kept, new, old)
-        aux = jax.tree.map(lambda value: jnp.where(kept, value, 0), aux)
-        return keep(y, x), jax.tree.map(keep, above, carries), aux | computation(kept)
+        runs = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.rate)
+        keep = lambda new, old: jnp.where(runs, new, old)
+        aux = jax.tree.map(lambda value: jnp.where(runs, value, 0), aux)
+        return keep(y, x), jax.tree.map(keep, above, carries), aux | computation(runs)
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return self.block.initial_carries(B, T, S)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         return self.block.init_cache(B, length)
 
-    def step(self, x, cache, carries, context, at):
+    def step(
+        self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
         return self.block.step(x, cache, carries, context, at)

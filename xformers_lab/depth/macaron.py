@@ -1,9 +1,12 @@
+from typing import Any
+
 import jax
 from flax import nnx
 
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.ffn import Ffn
-from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.size import Size
 
 
@@ -17,7 +20,7 @@ class Macaron(Fixed):
     makes of it. The paper halves the hidden layers, so that a layer has the parameters it had: ffn=mlp:ratio=2.
     """
 
-    def __init__(self, size: Size, *, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         def layer(index: int, rngs: nnx.Rngs):
             return Sandwiched(make_block(index, rngs).only("ffn"), make_block(index, rngs))
 
@@ -27,24 +30,28 @@ class Macaron(Fixed):
 class Sandwiched(nnx.Module):
     """A block and, before it, the feed-forward half of another."""
 
-    def __init__(self, first, block):
+    def __init__(self, first: Any, block: Any):
         first.ffn, block.ffn = Half(first.ffn), Half(block.ffn)
         self.first, self.block = first, block
 
-    def __call__(self, x, carries, context, *, key=None):
+    def __call__(
+        self, x: jax.Array, carries: dict[str, Any], context: Context, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any], Aux]:
         first, second = (None, None) if key is None else jax.random.split(key)
         x, carries, aux = self.first(x, carries, context, key=first)
         x, carries, more = self.block(x, carries, context, key=second)
         # The two feed-forward layers count as one.
         return x, carries, (aux | computation(0)) + (computation(1) | more)
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return self.block.initial_carries(B, T, S)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         return self.block.init_cache(B, length)
 
-    def step(self, x, cache, carries, context, at):
+    def step(
+        self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
         x, _, carries = self.first.step(x, {}, carries, context, at)
         return self.block.step(x, cache, carries, context, at)
 
@@ -52,12 +59,12 @@ class Sandwiched(nnx.Module):
 class Half(Ffn):
     """Half of what a feed-forward layer gives."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: Any):
         self.layer = layer
 
     def takes_tokens(self) -> bool:
         return self.layer.takes_tokens()
 
-    def __call__(self, x, **given):
-        y, aux = self.layer(x, **given)
+    def __call__(self, x: jax.Array, **options: Any) -> tuple[jax.Array, Aux]:
+        y, aux = self.layer(x, **options)
         return y / 2, aux

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,11 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention.full import Full
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -58,7 +60,7 @@ class Memformer(Depth):
         slots: int = 16,
         temperature: float = 0.25,
         carry: bool = False,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -75,7 +77,7 @@ class Memformer(Depth):
         self.writer = Writer(size, slots, temperature, rngs=rngs)
         self.carried = Carried(slots, size.dim) if carry else None
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         (B, T, _), L = x.shape, self.segment
         G, valid = -(-T // L), context.valid
         if T % L and valid is None:
@@ -83,9 +85,9 @@ class Memformer(Depth):
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
         @jax.checkpoint
-        def one(state, given):
+        def one(state, inputs):
             memory, rest = state
-            x, valid, tokens, key = given
+            x, valid, tokens, key = inputs
             layers = nnx.merge(graph, params, rest)
             here = dataclasses.replace(context, valid=valid, tokens=tokens)
             y, _, aux = layers.run(x, layers.initial_carries(B, L, L), (here, memory), key=key)
@@ -100,17 +102,17 @@ class Memformer(Depth):
             self.carried.write(last)
         return at_once(y, T), jax.tree.map(lambda values: values.mean(0), aux)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """Of the layers, for one segment; the memory (1, B, slots, D), and the segment's states so far (1, B, L, D)."""
         memory = self.writer.begin(B)
         states = jnp.zeros((1, B, self.segment, memory.shape[-1]), jnp.float32)
         return {"layers": self.layers.init_cache(B, self.segment), "memory": memory[None], "states": states}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         place, memory, layers = at % self.segment, cache["memory"][0], cache["layers"]
-        y, own, _ = self.layers.run_step(x, layers["layers"], layers["below"], (context, memory), at=place)
+        y, stack, _ = self.layers.run_step(x, layers["layers"], layers["below"], (context, memory), at=place)
         states = cache["states"].at[0, :, place].set(y.astype(jnp.float32))
-        cache = {"layers": layers | {"layers": own}, "memory": memory[None], "states": states}
+        cache = {"layers": layers | {"layers": stack}, "memory": memory[None], "states": states}
         graph, variables = nnx.split(self)
 
         def full(cache):
@@ -124,43 +126,52 @@ class Memformer(Depth):
 class Reader(nnx.Module):
     """A block that also looks at the memory, between attention and feed-forward: a layer of (context, memory)."""
 
-    def __init__(self, size: Size, slots: int, block, *, rngs: nnx.Rngs):
+    def __init__(self, size: Size, slots: int, block: Any, *, rngs: nnx.Rngs):
         self.block = block
         self.read = Full(dataclasses.replace(size, length=slots), rngs=rngs)
         self.norm = nnx.clone(block.attention_norm)
         self.norm.start(self.read)
 
-    def __call__(self, x, carries, given, *, key=None):
-        context, memory = given
+    def __call__(
+        self,
+        x: jax.Array,
+        carries: dict[str, Any],
+        context: tuple[Context, jax.Array],
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any], Aux]:
+        of_block, memory = context
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        y, carries, aux = self.block.attend(x, carries, context, keys=keys[:2])
-        rows = LayerContext(context.valid, key is not None)
-        x = self._told(self.block.attention_norm.after(x, y, rows), memory, rows)
+        y, carries, aux = self.block.attend(x, carries, of_block, keys=keys[:2])
+        layer_context = LayerContext(of_block.valid, key is not None)
+        x = self._read(self.block.attention_norm.after(x, y, layer_context), memory, layer_context)
         if self.block.ffn is not None:
-            y, more = self.block.apply_ffn(x, context, keys=keys[2:])
-            x, aux = self.block.ffn_norm.after(x, y, rows), aux + more
+            y, more = self.block.apply_ffn(x, of_block, keys=keys[2:])
+            x, aux = self.block.ffn_norm.after(x, y, layer_context), aux + more
         return x, carries, aux
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return self.block.initial_carries(B, T, S)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         return self.block.init_cache(B, length)
 
-    def step(self, x, cache, carries, given, at):
-        context, memory = given
-        y, cache, carries = self.block.step_attend(x, cache, carries, context, at)
-        x = self._told(self.block.attention_norm.after(x, y, LayerContext())[:, None], memory, LayerContext())[:, 0]
+    def step(
+        self, x: jax.Array, cache: Any, carries: dict[str, Any], context: tuple[Context, jax.Array], at: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        of_block, memory = context
+        y, cache, carries = self.block.step_attend(x, cache, carries, of_block, at)
+        x = self._read(self.block.attention_norm.after(x, y, LayerContext())[:, None], memory, LayerContext())[:, 0]
         if self.block.ffn is not None:
-            x = self.block.ffn_norm.after(x, self.block.step_ffn(x, context), LayerContext())
+            x = self.block.ffn_norm.after(x, self.block.step_ffn(x, of_block), LayerContext())
         return x, cache, carries
 
-    def _told(self, x, memory, rows: LayerContext):
-        return self.norm.after(x, self.read(self.norm.before(x, rows), memory.astype(x.dtype))[0], rows)
+    def _read(self, x: jax.Array, memory: jax.Array, context: LayerContext) -> jax.Array:
+        return self.norm.after(x, self.read(self.norm.before(x, context), memory.astype(x.dtype))[0], context)
 
 
 class Writer(nnx.Module):
-    """What becomes of the memory (B, slots, D), float32, when a segment's states (B, L, D) are there."""
+    """What a segment's states (B, L, D) make of the memory (B, slots, D), float32."""
 
     def __init__(self, size: Size, slots: int, temperature: float, *, rngs: nnx.Rngs):
         linear = lambda: Linear(size.dim, size.dim, use_bias=False, rngs=rngs)
@@ -169,25 +180,26 @@ class Writer(nnx.Module):
         self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (slots, size.dim)))
         self.heads, self.temperature = size.heads, temperature
 
-    def begin(self, B: int):
+    def begin(self, B: int) -> jax.Array:
+        """The memory of sequences that begin, (B, slots, D)."""
         start = self.table[...]
         return jnp.broadcast_to(unit(start), (B, *start.shape))
 
-    def __call__(self, memory, states, valid):
+    def __call__(self, memory: jax.Array, states: jax.Array, valid: jax.Array | None) -> jax.Array:
         heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
         states = self.norm(states.astype(jnp.float32))
-        q, k, own = heads(self.query(memory)), heads(self.key(states)), heads(self.key(memory))
-        kept = (q * own).sum(-1)[..., None]  # (B, slots, N, 1)
+        q, k, memory_k = heads(self.query(memory)), heads(self.key(states)), heads(self.key(memory))
+        self_scores = (q * memory_k).sum(-1)[..., None]  # (B, slots, N, 1)
         scores = jnp.einsum("bmnh,blnh->bmnl", q, k)
         if valid is not None:
             scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
-        scores = jnp.concatenate([kept, scores], -1) / (q.shape[-1] ** 0.5 * self.temperature)
+        scores = jnp.concatenate([self_scores, scores], -1) / (q.shape[-1] ** 0.5 * self.temperature)
         share = jax.nn.softmax(scores, -1)
         new = share[..., :1] * heads(memory) + jnp.einsum("bmnl,blnh->bmnh", share[..., 1:], heads(self.value(states)))
         new = unit(new.reshape(memory.shape) + self.table[...][None])
         return new if valid is None else jnp.where(valid.any(1)[:, None, None], new, memory)
 
 
-def unit(y):
+def unit(y: jax.Array) -> jax.Array:
     """Vectors (..., D) of length 1."""
     return y * lax.rsqrt((y * y).sum(-1, keepdims=True) + 1e-12)

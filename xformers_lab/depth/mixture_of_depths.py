@@ -1,12 +1,12 @@
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
@@ -58,7 +58,7 @@ class MixtureOfDepths(Fixed):
         every: int = 2,
         weight: Literal["linear", "sigmoid"] = "linear",
         predictor: float = 0.01,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -81,7 +81,7 @@ class MixtureOfDepths(Fixed):
 class Routed(nnx.Module):
     """A block that some of the tokens pass by."""
 
-    def __init__(self, size: Size, block, *, capacity: float, weight: str, predictor: float, rngs: nnx.Rngs):
+    def __init__(self, size: Size, block: Any, *, capacity: float, weight: str, predictor: float, rngs: nnx.Rngs):
         if jax.eval_shape(lambda: block.initial_carries(1, size.length, size.length)):
             raise Refused(
                 f"{block.name} hands something to the layer above, but with depth=mixture_of_depths each layer sees "
@@ -92,7 +92,9 @@ class Routed(nnx.Module):
         self.guess = Linear(size.dim, max(1, size.dim // 2), rngs=rngs)
         self.guess_out = Linear(max(1, size.dim // 2), 1, rngs=rngs)
 
-    def __call__(self, x, carries, context: Context, *, key=None):
+    def __call__(
+        self, x: jax.Array, carries: dict[str, Any], context: Context, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any], Aux]:
         score = self.router(x.astype(jnp.float32))[..., 0]
         if key is None and self.block.causal:
             foretold = self.foretell(x)
@@ -110,11 +112,11 @@ class Routed(nnx.Module):
             aux |= Aux(losses={"predictor": self.predictor_weight * mean_of(wrong, context.valid)})
         return y, carries, aux
 
-    def foretell(self, x):
+    def foretell(self, x: jax.Array) -> jax.Array:
         """(..., D) -> (...): above 0 where a token is expected to be among its sequence's best."""
         return self.guess_out(jax.nn.gelu(self.guess(x.astype(jnp.float32))))[..., 0]
 
-    def top(self, score, valid):
+    def top(self, score: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, bool]:
         """Places (B, k) of the best tokens of each sequence in rising order, T for those that a padded sequence leaves
         empty; and whether no place is empty."""
         T = score.shape[1]
@@ -125,7 +127,17 @@ class Routed(nnx.Module):
         many = jnp.ceil(self.capacity * valid.sum(1, keepdims=True))
         return jnp.sort(jnp.where(jnp.arange(k)[None] < many, best, T), axis=1), False
 
-    def through(self, x, score, places, carries, context: Context, *, key=None, full=False):
+    def through(
+        self,
+        x: jax.Array,
+        score: jax.Array,
+        places: jax.Array,
+        carries: dict[str, Any],
+        context: Context,
+        *,
+        key: jax.Array | None = None,
+        full: bool = False,
+    ) -> tuple[jax.Array, Aux]:
         """The block on the tokens at `places` (B, k), T where there is none -> x with their updates, aux."""
         T = x.shape[1]
         at = jnp.minimum(places, T - 1)
@@ -138,11 +150,12 @@ class Routed(nnx.Module):
         # Places of T lie outside, and are dropped.
         return jax.vmap(lambda x, at, update: x.at[at].add(update, mode="drop"))(x, places, update), aux
 
-    def share(self, score):
+    def share(self, score: jax.Array) -> jax.Array:
+        """What a token's update is multiplied by, of its router's score (...)."""
         return score if self.weight == "linear" else jax.nn.sigmoid(score)
 
     def _evaluate(self, x, score, carries, context: Context, chosen):
-        """The chosen tokens (B, T) through the block, which is given no more rows than the fullest sequence needs."""
+        """The chosen tokens (B, T) through the block, which gets no more rows than the fullest sequence needs."""
         T = x.shape[1]
         places = jnp.sort(jnp.where(chosen, jnp.arange(T)[None], T), axis=1)
         graph, variables = nnx.split(self)
@@ -157,32 +170,34 @@ class Routed(nnx.Module):
 
     # ---- decoding: every sequence has a cache of its own, for each has seen another number of tokens ---------------
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return {}
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """The block's cache of each sequence, the positions of the tokens in it, and how many they are."""
         wide = lambda leaf: jnp.broadcast_to(leaf, (B, *leaf.shape))
-        own = jax.tree.map(wide, self.block.init_cache(1, length))
-        return {"own": own, "at": jnp.zeros((B, length), jnp.int32), "count": jnp.zeros(B, jnp.int32)}
+        of_block = jax.tree.map(wide, self.block.init_cache(1, length))
+        return {"block": of_block, "at": jnp.zeros((B, length), jnp.int32), "count": jnp.zeros(B, jnp.int32)}
 
-    def step(self, x, cache, carries, context: Context, at):
+    def step(
+        self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
         score, chosen = self.router(x.astype(jnp.float32))[..., 0], self.foretell(x) > 0
         graph, variables = nnx.split(self.block)
 
-        def one(x, chosen, own, places, count, token):
+        def one(x, chosen, old, places, count, token):
             places = places.at[count].set(at)
             token = None if token is None else token[None]
             where = Context(_Taken(context.position, places[None]), tokens=token)
-            y, after, _ = nnx.merge(graph, variables).step(x[None], own, {}, where, count)
+            y, new, _ = nnx.merge(graph, variables).step(x[None], old, {}, where, count)
             keep = lambda new, old: jnp.where(chosen, new, old)
-            return y[0], jax.tree.map(keep, after, own), places, count + chosen
+            return y[0], jax.tree.map(keep, new, old), places, count + chosen
 
         def run(cache):
-            y, *after = jax.vmap(one)(x, chosen, cache["own"], cache["at"], cache["count"], context.tokens)
+            y, *after = jax.vmap(one)(x, chosen, cache["block"], cache["at"], cache["count"], context.tokens)
             update = self.share(score)[..., None] * (y - x).astype(jnp.float32)
-            kept = dict(zip(("own", "at", "count"), after, strict=True))
-            return x + jnp.where(chosen[..., None], update, 0).astype(x.dtype), kept
+            after = dict(zip(("block", "at", "count"), after, strict=True))
+            return x + jnp.where(chosen[..., None], update, 0).astype(x.dtype), after
 
         y, cache = lax.cond(chosen.any(), run, lambda cache: (x, cache), cache)
         return y, cache, carries
@@ -191,18 +206,15 @@ class Routed(nnx.Module):
 class _Taken(Position):
     """The positions of tokens that were taken out of their sequences: the i-th of sample b stands at at[b, i]."""
 
-    def __init__(self, position: Position, at):
+    def __init__(self, position: Position, at: jax.Array):
         if getattr(position, "kept", None) is not None or position.bias() is not None:
             raise Refused(
                 f"position={type(position).__name__.lower()} adds scores by the place in a sequence, but "
                 "depth=mixture_of_depths takes tokens from other places of each; use position=rope, learned, "
                 "sinusoidal or none"
             )
-        self.position, self.at = position, at
+        self.position, self.at, self.turns = position, at, position.turns
 
-    def rotates(self) -> bool:
-        return self.position.rotates()
-
-    def rotate(self, x, at):
+    def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         one = lambda x, places: self.position.rotate(x[None], places)[0]
         return jax.vmap(one)(x, self.at[:, at])

@@ -1,15 +1,16 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import Carried, at_once, in_turn
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.size import Size
 
 
@@ -46,7 +47,7 @@ class RecurrentMemory(Depth):
         segment: int | None = None,
         tokens: int = 4,
         carry: bool = False,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -55,7 +56,7 @@ class RecurrentMemory(Depth):
             raise Refused(f"segment={segment} must be from 1 to seq_len={size.length}")
         if tokens < 1:
             raise Refused(f"tokens must be at least 1, got {tokens}: without them segments know nothing of another")
-        # Whether memory is written by tokens of its own shows when a block is there: rows for both are enough.
+        # Whether memory is written by tokens of its own shows once there is a block: rows for both are enough.
         rows = segment + 2 * tokens
         make = lambda index, rngs: make_block(index, rngs, length=rows)
         self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
@@ -64,7 +65,7 @@ class RecurrentMemory(Depth):
         self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, size.dim)))
         self.carried = Carried(tokens, size.dim, size.dtype) if carry else None
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         B, T, D = x.shape
         M, L, G = self.tokens, self.segment, -(-T // self.segment)
         valid = context.valid
@@ -72,9 +73,9 @@ class RecurrentMemory(Depth):
             valid = jnp.ones((B, T), bool)
         graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
 
-        def one(state, given):
+        def one(state, inputs):
             memory, rest = state
-            x, valid, key = given
+            x, valid, key = inputs
             layers = nnx.merge(graph, params, rest)
             around = [memory, x, memory] if self.causal else [memory, x]
             here = valid
@@ -99,13 +100,13 @@ class RecurrentMemory(Depth):
         spent = aux.scalars["computation"] * (L + M * (2 if self.causal else 1)) / L
         return at_once(y, T), aux | computation(spent)
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """Of the layers, for the rows of one segment, and the memory that the segment began with (1, B, tokens, D)."""
         layers = self.layers.init_cache(B, self.segment + 2 * self.tokens)
         start = self.table[...]
         return {"layers": layers, "memory": jnp.broadcast_to(start, (1, B, *start.shape))}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         M, place = self.tokens, at % self.segment
         context = dataclasses.replace(context, tokens=None)
         graph, variables = nnx.split(self.layers)
@@ -113,8 +114,8 @@ class RecurrentMemory(Depth):
         def read(layers, rows, first):
             """Rows (B, M, D) one after the other, from row `first` of the segment on -> their states, the caches."""
 
-            def one(layers, given):
-                row, at = given
+            def one(layers, inputs):
+                row, at = inputs
                 y, layers = nnx.merge(graph, variables).step(row, layers, context, at=at)
                 return layers, y
 

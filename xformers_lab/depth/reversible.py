@@ -1,11 +1,12 @@
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux, computation
@@ -13,6 +14,8 @@ from xformers_lab.nn.backward import values
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.size import Size
+
+Streams = tuple[jax.Array, jax.Array]
 
 
 class Reversible(Fixed):
@@ -37,12 +40,14 @@ class Reversible(Fixed):
         backward: recompute: activations from outputs; store: the same gradient by keeping them
     """
 
+    plain_step = False
+
     def __init__(
         self,
         size: Size,
         *,
         backward: Literal["recompute", "store"] = "recompute",
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -55,7 +60,7 @@ class Reversible(Fixed):
                 "backward=store or another normaliser"
             )
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         wide = x.astype(jnp.float32)
         if self.backward == "store":
             (x1, x2), _, aux = self.run((wide, wide), {}, context, key=key)
@@ -66,7 +71,7 @@ class Reversible(Fixed):
             aux = aux + more
         return ((x1 + x2) / 2).astype(x.dtype), aux
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         wide = x.astype(jnp.float32)
         (x1, x2), layers, _ = self.run_step((wide, wide), cache["layers"], cache["below"], context, at=at)
         return ((x1 + x2) / 2).astype(x.dtype), cache | {"layers": layers}
@@ -75,11 +80,11 @@ class Reversible(Fixed):
 class TwoStreams(nnx.Module):
     """A block whose sub-layers read one stream and add to the other; x is a pair of them."""
 
-    def __init__(self, size: Size, block):
+    def __init__(self, size: Size, block: Any):
         if block.ffn is None:
             raise Refused("two streams take turns between attention and feed-forward layers; ffn=none has none")
         for norm in (block.attention_norm, block.ffn_norm):
-            if not norm.adds():
+            if not norm.adds:
                 raise Refused(
                     f"norm={type(norm).__name__.lower()} normalises the sum of a layer and its input, which cannot be "
                     "taken back; use norm=pre, sandwich or rezero"
@@ -91,32 +96,36 @@ class TwoStreams(nnx.Module):
             )
         self.block, self.dtype = block, size.dtype
 
-    def attend(self, x, context: Context, keys):
+    def attend(self, x: jax.Array, context: Context, keys: Sequence[jax.Array | None]) -> tuple[jax.Array, Aux]:
         """F of a stream (B, T, D), and aux."""
         y, _, aux = self.block.attend(x.astype(self.dtype), {}, context, keys=keys[:2])
-        rows = LayerContext(context.valid, keys[0] is not None)
-        return self.block.attention_norm.branch(y, rows).astype(jnp.float32), aux
+        layer_context = LayerContext(context.valid, keys[0] is not None)
+        return self.block.attention_norm.branch(y, layer_context).astype(jnp.float32), aux
 
-    def apply_ffn(self, x, context: Context, keys):
-        """G of a stream, and aux."""
+    def apply_ffn(self, x: jax.Array, context: Context, keys: Sequence[jax.Array | None]) -> tuple[jax.Array, Aux]:
+        """G of a stream (B, T, D), and aux."""
         y, aux = self.block.apply_ffn(x.astype(self.dtype), context, keys=keys[2:])
-        rows = LayerContext(context.valid, keys[0] is not None)
-        return self.block.ffn_norm.branch(y, rows).astype(jnp.float32), aux
+        layer_context = LayerContext(context.valid, keys[0] is not None)
+        return self.block.ffn_norm.branch(y, layer_context).astype(jnp.float32), aux
 
-    def __call__(self, x, carries, context: Context, *, key=None):
+    def __call__(
+        self, x: Streams, carries: dict[str, Any], context: Context, *, key: jax.Array | None = None
+    ) -> tuple[Streams, dict[str, Any], Aux]:
         (x1, x2), keys = x, _four(key)
         y, aux = self.attend(x2, context, keys)
         y1 = x1 + y
         y, more = self.apply_ffn(y1, context, keys)
         return (y1, x2 + y), carries, aux + more
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return {}
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> Any:
         return self.block.init_cache(B, length)
 
-    def step(self, x, cache, carries, context, at):
+    def step(
+        self, x: Streams, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
+    ) -> tuple[Streams, Any, dict[str, Any]]:
         x1, x2 = x
         y, cache, carries = self.block.step_attend(x2.astype(self.dtype), cache, carries, context, at)
         y1 = x1 + self.block.attention_norm.branch(y, LayerContext()).astype(jnp.float32)
@@ -124,27 +133,29 @@ class TwoStreams(nnx.Module):
         return (y1, x2 + self.block.ffn_norm.branch(y, LayerContext()).astype(jnp.float32)), cache, carries
 
 
-def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
+def recomputed(
+    blocks: list, streams: Streams, context: Context, *, key: jax.Array | None, plan: Plan
+) -> tuple[Streams, Aux]:
     """`run_stack` on stacked modules of TwoStreams, whose gradient keeps the last streams alone -> streams, aux."""
     if not blocks:
         return streams, Aux()
     split = [nnx.split(block, nnx.Param, ...) for block in blocks]
     graphs = [graph for graph, _, _ in split]
     params, rest = [params for _, params, _ in split], [rest for _, _, rest in split]
-    position_graph, of_position, fixed_position = nnx.split(context.position, nnx.Param, ...)
+    position_graph, of_position, position_rest = nnx.split(context.position, nnx.Param, ...)
     length = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, (length, len(blocks)))
     again = plan.unroll(length, len(blocks))
 
-    def built(of_position, given):
-        position = nnx.merge(position_graph, of_position, given["position"])
-        return Context(position, given["valid"], tokens=given["tokens"])
+    def built(of_position, fixed):
+        position = nnx.merge(position_graph, of_position, fixed["position"])
+        return Context(position, fixed["valid"], tokens=fixed["tokens"])
 
     @jax.custom_vjp
-    def run(params, of_position, given, streams):
+    def run(params, of_position, fixed, streams):
         def period(streams, layer):
             params, rest, keys = layer
-            where, total, changed = built(of_position, given), Aux(), []
+            where, total, changed = built(of_position, fixed), Aux(), []
             for place, graph in enumerate(graphs):
                 block = nnx.merge(graph, params[place], rest[place])
                 streams, _, aux = block(streams, {}, where, key=None if keys is None else keys[place])
@@ -152,22 +163,22 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
                 changed.append(nnx.split(block, nnx.Param, ...)[2])
             return streams, (total, changed)
 
-        streams, (aux, changed) = lax.scan(period, streams, (params, given["rest"], given["keys"]), unroll=again)
+        streams, (aux, changed) = lax.scan(period, streams, (params, fixed["rest"], fixed["keys"]), unroll=again)
         return streams, jax.tree.map(lambda values: jnp.sum(values, 0), aux), changed
 
-    def forward(params, of_position, given, streams):
-        out = run(params, of_position, given, streams)
-        return out, (params, of_position, given, out[0])
+    def forward(params, of_position, fixed, streams):
+        out = run(params, of_position, fixed, streams)
+        return out, (params, of_position, fixed, out[0])
 
-    def backward(kept, grads):
-        params, of_position, given, streams = kept
+    def backward(saved, grads):
+        params, of_position, fixed, streams = saved
         of_streams, of_aux, _ = grads
 
         def branch(name, place, params, of_position, rest, x, keys):
-            """One sub-layer of an input, for what learns; names and shapes of aux are found on the way."""
+            """One sub-layer of an input, as a function of what learns."""
             # Copies, for what a layer writes to belongs to the trace that differentiates it; the forward kept it.
             block = nnx.merge(graphs[place], params, jax.tree.map(lambda leaf: leaf, rest))
-            return getattr(block, name)(x, built(of_position, given), keys)
+            return getattr(block, name)(x, built(of_position, fixed), keys)
 
         def pulled(name, place, params, rest, x, keys, grad, to_position):
             """What a sub-layer adds for x, and the gradients of parameters, position and x."""
@@ -179,7 +190,7 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
         def period(state, layer):
             (y1, y2), (d1, d2), to_position = state
             params, rest, keys = layer
-            found = []
+            of_blocks = []
             for place in reversed(range(len(graphs))):
                 four = _four(None if keys is None else keys[place])
                 here = (place, params[place], rest[place])
@@ -187,17 +198,17 @@ def recomputed(blocks: list, streams, context: Context, *, key, plan: Plan):
                 y2, d1 = y2 - y, d1 + more
                 y, attended, to_position, more = pulled("attend", *here, y2, four, d1, to_position)
                 y1, d2 = y1 - y, d2 + more
-                found.insert(0, jax.tree.map(jnp.add, fed, attended))
-            return ((y1, y2), (d1, d2), to_position), found
+                of_blocks.insert(0, jax.tree.map(jnp.add, fed, attended))
+            return ((y1, y2), (d1, d2), to_position), of_blocks
 
         start = (streams, of_streams, jax.tree.map(jnp.zeros_like, of_position))
-        layers = (params, given["rest"], given["keys"])
+        layers = (params, fixed["rest"], fixed["keys"])
         (_, of_streams, to_position), of_params = lax.scan(period, start, layers, reverse=True, unroll=again)
         return of_params, to_position, None, of_streams
 
     run.defvjp(forward, backward)
-    given = {"rest": rest, "position": fixed_position, "valid": context.valid, "keys": keys, "tokens": context.tokens}
-    streams, aux, changed = run(params, of_position, given, streams)
+    fixed = {"rest": rest, "position": position_rest, "valid": context.valid, "keys": keys, "tokens": context.tokens}
+    streams, aux, changed = run(params, of_position, fixed, streams)
     for block, variables in zip(blocks, changed, strict=True):
         nnx.update(block, variables)
     return streams, aux

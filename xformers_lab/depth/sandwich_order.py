@@ -1,9 +1,10 @@
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -24,7 +25,7 @@ class SandwichOrder(Depth):
 
     own_layers = True
 
-    def __init__(self, size: Size, *, k: int | None = None, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, k: int | None = None, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         k = size.layers * 3 // 8 if k is None else k
         if not 0 <= k <= size.layers:
             raise Refused(f"k={k} must be from 0 to layers={size.layers}")
@@ -37,9 +38,9 @@ class SandwichOrder(Depth):
             (size.layers - k, lambda index, rngs: make_block(k + index, rngs)),
             (k, lambda index, rngs: make_block(0, rngs).only("ffn"), 1),
         ]
-        self.parts = nnx.List(part(*given) for given in parts if given[0])
+        self.parts = nnx.List(part(*arguments) for arguments in parts if arguments[0])
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         keys = [None] * len(self.parts) if key is None else list(jax.random.split(key, len(self.parts)))
         carries, aux = self._carries(x.shape[0], x.shape[1], x.shape[1]), Aux()
         for part, key in zip(self.parts, keys, strict=True):
@@ -53,13 +54,13 @@ class SandwichOrder(Depth):
             carries |= part.initial_carries(B, T, S)
         return carries
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         layers = [part.init_cache(B, length)["layers"] for part in self.parts]
         return {"layers": layers, "below": self._carries(B, 1, length)}
 
-    def step(self, x, cache, context: Context, *, at):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
         carries, layers = cache["below"], []
-        for part, own in zip(self.parts, cache["layers"], strict=True):
-            x, own, carries = part.run_step(x, own, carries, context, at=at)
-            layers.append(own)
+        for part, caches in zip(self.parts, cache["layers"], strict=True):
+            x, caches, carries = part.run_step(x, caches, carries, context, at=at)
+            layers.append(caches)
         return x, cache | {"layers": layers}

@@ -1,18 +1,21 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import Segments
 from xformers_lab.depth._stack import shared
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
-from xformers_lab.nn.aux_results import computation
+from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
+
+Pair = tuple[jax.Array, jax.Array]  # states of tokens and of segments
 
 
 class Tnt(Depth):
@@ -33,7 +36,7 @@ class Tnt(Depth):
         segment: k, tokens of a segment (none: the root of seq_len)
     """
 
-    def __init__(self, size: Size, *, segment: int | None = None, make_block, period: int, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, segment: int | None = None, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         self.segments = Segments.of(size, segment)
         k, G = self.segments.size, self.segments.count
 
@@ -44,7 +47,7 @@ class Tnt(Depth):
         self.layers = Fixed(size, make_block=nested, period=period, rngs=rngs)
         self.causal, self.dim = [*self.layers.periods, *self.layers.rest][0].inner.causal, size.dim
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         B, T, D = x.shape
         y, inside = self.segments.apart(x, context)
         segments = self.segments
@@ -52,23 +55,25 @@ class Tnt(Depth):
         vectors = lambda y: segments.joined(y, inside, context, B)[0].reshape(*z.shape[:2], -1)
         among = segments.joined(y, inside, context, B)[2]
         (y, z), _, aux = self.layers.run((y, z), {}, (inside, among, vectors), key=key)
-        return segments.told(y, z, T, self.causal), aux
+        return segments.add_states(y, z, T, self.causal), aux
 
-    def init_cache(self, B: int, length: int):
-        """Of every layer, and what the segment before was told (1, B, D)."""
-        return {"layers": self.layers.init_cache(B, length), "told": jnp.zeros((1, B, self.dim), jnp.float32)}
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
+        """Of every layer, and the state of the segment before (1, B, D)."""
+        return {"layers": self.layers.init_cache(B, length), "before": jnp.zeros((1, B, self.dim), jnp.float32)}
 
-    def step(self, x, cache, context: Context, *, at):
-        told = cache["told"][0]
-        (y, z), layers = self.layers.step((x, jnp.zeros_like(x)), cache["layers"], context, at=at)
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
+        layers, before = cache["layers"], cache["before"][0]
+        pair = (x, jnp.zeros_like(x))
+        (y, z), stack, _ = self.layers.run_step(pair, layers["layers"], layers["below"], context, at=at)
         last = at % self.segments.size == self.segments.size - 1
-        return y + told.astype(y.dtype), {"layers": layers, "told": jnp.where(last, z.astype(jnp.float32), told)[None]}
+        state = jnp.where(last, z.astype(jnp.float32), before)[None]
+        return y + before.astype(y.dtype), {"layers": layers | {"layers": stack}, "before": state}
 
 
 class Nested(nnx.Module):
     """A block in a block: what `Fixed` takes as one layer of pairs (y, z)."""
 
-    def __init__(self, size: Size, inner, outer, segment: int, *, rngs: nnx.Rngs):
+    def __init__(self, size: Size, inner: Any, outer: Any, segment: int, *, rngs: nnx.Rngs):
         if jax.eval_shape(lambda: inner.initial_carries(1, size.length, size.length)):
             raise Refused(
                 f"attention={inner.name} hands something to the layer above, which here sees tokens and segments in "
@@ -77,22 +82,26 @@ class Nested(nnx.Module):
         self.inner, self.outer, self.segment, self.dim = inner, outer, segment, size.dim
         self.join = Linear(segment * size.dim, size.dim, dtype=size.dtype, rngs=rngs)
 
-    def __call__(self, x, carries, context, *, key=None):
+    def __call__(
+        self, x: Pair, carries: dict[str, Any], context: Any, *, key: jax.Array | None = None
+    ) -> tuple[Pair, dict[str, Any], Aux]:
         (y, z), (inside, among, vectors) = x, context
         first, second = (None, None) if key is None else jax.random.split(key)
         y, _, aux = self.inner(y, {}, inside, key=first)
         z, _, more = self.outer(z + self.join(vectors(y)), {}, among, key=second)
         return (y, z), carries, (computation(1) | aux) + shared(computation(1) | more, self.segment)
 
-    def initial_carries(self, B: int, T: int, S: int):
+    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
         return {}
 
-    def init_cache(self, B: int, length: int):
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
         k = self.segment
         rows = jnp.zeros((B, k, self.dim), jnp.float32)
         return {"inner": self.inner.init_cache(B, k), "outer": self.outer.init_cache(B, -(-length // k)), "rows": rows}
 
-    def step(self, x, cache, carries, context: Context, at):
+    def step(
+        self, x: Pair, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
+    ) -> tuple[Pair, Any, dict[str, Any]]:
         (y, z), k = x, self.segment
         graph, variables = nnx.split(self)
         fresh = lambda _: nnx.merge(graph, variables).inner.init_cache(len(y), k)
@@ -107,5 +116,5 @@ class Nested(nnx.Module):
             z, outer, _ = block.outer.step(z + joined, outer, {}, dataclasses.replace(context, tokens=None), at // k)
             return z, outer
 
-        z, outer = lax.cond(at % k == k - 1, whole, lambda *kept: kept, z, cache["outer"])
+        z, outer = lax.cond(at % k == k - 1, whole, lambda *unchanged: unchanged, z, cache["outer"])
         return (y, z), {"inner": inner, "outer": outer, "rows": rows}, carries

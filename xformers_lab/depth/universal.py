@@ -1,9 +1,11 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.depth import Context, Depth
+from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux, by_token, computation, mean_of
 from xformers_lab.nn.linear import Linear
@@ -40,7 +42,7 @@ class Universal(Depth):
         slack: float = 0.01,
         ponder: float = 0.01,
         code: bool = True,
-        make_block,
+        make_block: MakeBlock,
         period: int,
         rngs: nnx.Rngs,
     ):
@@ -54,16 +56,16 @@ class Universal(Depth):
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
 
-    def __call__(self, x, context: Context, *, key=None):
+    def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         carries = {}
         for block in self.blocks:
             carries |= block.initial_carries(x.shape[0], x.shape[1], x.shape[1])
         keys = None if key is None else jax.random.split(key, (self.steps, len(self.blocks)))
         split = [nnx.split(block, nnx.Param, ...) for block in self.blocks]
 
-        def apply(state, given):
+        def apply(state, step):
             x, carries, rest, halting = state
-            number, keys = given
+            number, keys = step
             y, total, changed = self._marked(x, number, context.position, jnp.arange(x.shape[1])), Aux(), []
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
@@ -120,18 +122,18 @@ class Universal(Depth):
             "out": halting["out"] + weight[..., None] * y,
         }
 
-    def init_cache(self, B: int, length: int):
-        """Every step keeps what its layer would; what the mechanisms find below the first step."""
+    def init_cache(self, B: int, length: int) -> dict[str, Any]:
+        """Every step keeps what its layer would; what the mechanisms get below the first step."""
         one, below = [block.init_cache(B, length) for block in self.blocks], {}
         for block in self.blocks:
             below |= block.initial_carries(B, 1, length)
         wide = lambda leaf: jnp.broadcast_to(leaf, (self.steps, *leaf.shape))
         return {"steps": jax.tree.map(wide, one), "below": below}
 
-    def step(self, x, cache, context: Context, *, at):
-        def apply(state, given):
+    def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
+        def apply(state, step):
             x, carries, halting = state
-            number, caches = given
+            number, caches = step
             y, changed = self._marked(x[:, None], number, context.position, at[None])[:, 0], []
             for block, one in zip(self.blocks, caches, strict=True):
                 y, one, carries = block.step(y, one, carries, context, at)

@@ -1,13 +1,13 @@
 """The shelf of feed-forward sub-layers: what one position computes. One file = one class, a subclass of `Ffn`, or a
 function that returns None where the block has no such sub-layer.
 
-One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and is given them, (B, T)
+One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and gets them, (B, T)
 int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, valid=valid,
 key=key)`: a placement may have put a normaliser in front of it. One of many networks keeps their matrices as `Bank`s,
 so that layout=experts can share them out over the devices, and lets `_experts.run_experts` run them there.
 
-A placement may also ask for smaller first weights, `scale_init(share)`. All matrices of a sub-layer become so; one that
-holds others, a router or queries and keys, says which of its own do.
+A placement may also want smaller first weights, `scale_init(share)`. All matrices of a sub-layer become so; one that
+holds others, a router or queries and keys, says which of them do.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.layer_context import LayerContext, apply
 from xformers_lab.nn.size import Size
@@ -41,14 +42,19 @@ class Bank(nnx.Param):
 
 
 class Ffn(nnx.Module):
+    """A feed-forward sub-layer. down: its last linear layer, if it has one."""
+
     down: Any
 
-    def __call__(self, x, *, valid=None, key=None):
-        """(B, T, D) -> (B, T, D) and an `Aux`."""
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """x (B, T, D), valid (B, T) bool or None where nothing is padded -> (B, T, D) and an `Aux`. key: None in
+        evaluation."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
-    def last(self, hidden, *, valid=None, key=None):
-        """`down` on the hidden layer, of the rows that the sub-layer was called with."""
+    def last(self, hidden: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """`down` on the hidden layer (B, T, F), with the `valid` and `key` that the sub-layer was called with."""
         return apply(self.down, hidden, LayerContext(valid, key is not None))
 
     def scale_init(self, share: float) -> None:
@@ -56,6 +62,7 @@ class Ffn(nnx.Module):
         scale_init(share, self)
 
     def takes_tokens(self) -> bool:
+        """Whether `__call__` names `tokens`."""
         return "tokens" in inspect.signature(type(self).__call__).parameters
 
     def not_causal(self) -> str | None:

@@ -10,6 +10,7 @@ other. Where more is to go between any two, further rounds follow, as many as th
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,16 @@ BLOCK = 64
 ROOM = 1.25
 
 
-def run_experts(x, place, expert, weight, up, down, activation, most: int | None = None):
+def run_experts(
+    x: jax.Array,
+    place: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    most: int | None = None,
+) -> jax.Array:
     """x (B, T, D); place and expert (B, m) int32, weight (B, m); up (E, D, F), down (E, F, D) -> (B, T, D)
 
     y[b, t] = the sum over all j with place[b, j] = t of weight[b, j] down_e act(up_e x[b, t]), e = expert[b, j]
@@ -79,14 +89,14 @@ def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, ax
     """`run_experts` as one device of the mesh does it: x and assignments of its sequences, up and down of its own."""
     shape = x.shape[:2]
     x, row, expert, weight = _flat(x, place, expert, weight)
-    shards, own, most = lax.axis_size(EXPERT), len(up), most * shape[0]
+    shards, per_device, most = lax.axis_size(EXPERT), len(up), most * shape[0]
     if shards == 1:
         return _run(x, row, expert, weight, up, down, activation, most).reshape(*shape, -1)
     room = math.ceil(ROOM * most / shards)
     # Assignments by the device they go to, and the rank of each among those; `shards` is nowhere.
     order = jnp.argsort(expert, stable=True)
     row, expert, weight = row[order], expert[order], weight[order]
-    to = expert // own
+    to = expert // per_device
     counts = jnp.zeros(shards, jnp.int32).at[to].add(1, mode="drop")
     rank = jnp.arange(len(to)) - (jnp.cumsum(counts) - counts)[to]
     # The same number everywhere, for what some devices do not take part in would wait for them.
@@ -100,7 +110,8 @@ def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, ax
         source, share = sent(len(x), row), sent(0, weight)
         rows = over(jnp.take(x, source, axis=0, mode="fill", fill_value=0))
         ones = jnp.ones(len(rows), jnp.float32)
-        out = _run(rows, jnp.arange(len(rows)), over(sent(own, expert % own)), ones, up, down, activation, len(rows))
+        local = over(sent(per_device, expert % per_device))
+        out = _run(rows, jnp.arange(len(rows)), local, ones, up, down, activation, len(rows))
         back = over(out).astype(jnp.float32) * share[:, None].astype(jnp.float32)
         return jnp.zeros((len(x), back.shape[1]), jnp.float32).at[source].add(back, mode="drop")
 
@@ -114,7 +125,7 @@ def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, ax
 
 
 @jax.custom_vjp
-def grouped(rows, weights, owner):
+def grouped(rows: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
     """rows (M, block, D), weights (E, D, F), owner (M,) -> (M, block, F), rows[m] weights[owner[m]] in float32."""
     product = lambda pair: jnp.dot(pair[0], weights[pair[1]], preferred_element_type=jnp.float32)
     return lax.map(product, (rows, owner))

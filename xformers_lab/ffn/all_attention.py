@@ -36,7 +36,9 @@ class AllAttention(Ffn):
     def scale_init(self, share: float) -> None:
         scale_init(share, self.values, self.down)
 
-    def __call__(self, x, *, valid=None, key=None):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
         q = self.query(x).reshape(*x.shape[:2], self.size.heads, self.size.head) * self.size.head**-0.5
         keys, values = self.keys[...].astype(x.dtype), self.values[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.einsum("btnh,nmh->bntm", q, keys, preferred_element_type=jnp.float32))

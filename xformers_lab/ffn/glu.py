@@ -1,5 +1,6 @@
 import functools
 
+import jax
 from flax import nnx
 
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
@@ -25,6 +26,8 @@ class Glu(Ffn):
         self.gate, self.up, self.down = linear(size.dim, hidden), linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation
 
-    def __call__(self, x, *, valid=None, key=None):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
         hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         return self.last(hidden, valid=valid, key=key), Aux()

@@ -47,7 +47,15 @@ class Hash(Ffn):
         self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
         self.experts, self.activation = experts, activation
 
-    def __call__(self, x, *, tokens, valid=None, key=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        key: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+    ) -> tuple[jax.Array, Aux]:
+        assert tokens is not None, "a hash layer is called with the tokens"
         expert = self.expert(tokens)
         expert = expert if valid is None else jnp.where(valid, expert, self.experts)
         place = jnp.broadcast_to(jnp.arange(expert.shape[1]), expert.shape)
@@ -58,12 +66,12 @@ class Hash(Ffn):
         busiest = self.experts * sent.max() / jnp.maximum(sent.sum(), 1)
         return y, Aux(scalars={"busiest_expert": busiest})
 
-    def expert(self, tokens):
+    def expert(self, tokens: jax.Array) -> jax.Array:
         """int32 tokens -> the number of their expert."""
         return (mixed(tokens.astype(jnp.uint32) ^ self.salt[...]) % self.experts).astype(jnp.int32)
 
 
-def mixed(h):
+def mixed(h: jax.Array) -> jax.Array:
     """uint32 -> uint32, each bit of which depends on all: the finaliser of MurmurHash3 (Appleby, 2011)."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -1,5 +1,6 @@
 import functools
 
+import jax
 from flax import nnx
 
 from xformers_lab.ffn import ACTIVATIONS, Activation, Ffn, hidden_size
@@ -22,5 +23,7 @@ class Mlp(Ffn):
         self.up, self.down = linear(size.dim, hidden), linear(hidden, size.dim)
         self.activation = activation
 
-    def __call__(self, x, *, valid=None, key=None):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
         return self.last(ACTIVATIONS[self.activation](self.up(x)), valid=valid, key=key), Aux()

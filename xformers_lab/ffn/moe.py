@@ -77,7 +77,9 @@ class Moe(Ffn):
             return "with a capacity, later tokens displace earlier ones; use capacity=none"
         return None
 
-    def __call__(self, x, *, valid=None, key=None):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         logits = self.router(x.astype(jnp.float32))
         p = jax.nn.softmax(logits)
@@ -94,7 +96,7 @@ class Moe(Ffn):
         return y, Aux(losses=losses, scalars={"busiest_expert": self.experts * share.max(-1).mean()})
 
     # Both ways to choose give place, expert and weight (B, m) as run_experts takes them, how many tokens chose, or were
-    # chosen by, each expert (B, E), and how many of the m an expert may have kept.
+    # chosen by, each expert (B, E), and how many of the m an expert may have taken.
 
     def _by_token(self, p, valid):
         (B, T, E), top = p.shape, self.top
@@ -107,14 +109,14 @@ class Moe(Ffn):
         if self.capacity is None:
             place = jnp.broadcast_to(jnp.repeat(jnp.arange(T), top), (B, T * top))
             return (place, expert.reshape(B, -1), weight.reshape(B, -1)), chosen.sum(1), T * top
-        place, kept = self._best(chosen * p, valid)
-        assigned = self._assigned(place, kept, (of_expert * weight[..., None]).sum(2))
+        place, taken = self._best(chosen * p, valid)
+        assigned = self._assigned(place, taken, (of_expert * weight[..., None]).sum(2))
         return assigned, chosen.sum(1), min(T * top, assigned[0].shape[1])
 
     def _by_expert(self, p, valid):
-        place, kept = self._best(jnp.where(valid[..., None], p, 0), valid)
-        assigned = self._assigned(place, kept, p)
-        return assigned, kept.sum(-1), assigned[0].shape[1]
+        place, taken = self._best(jnp.where(valid[..., None], p, 0), valid)
+        assigned = self._assigned(place, taken, p)
+        return assigned, taken.sum(-1), assigned[0].shape[1]
 
     def _best(self, scores, valid):
         """The places (B, E, C) of the largest of scores (B, T, E) in each sequence, and which of them an expert keeps:
@@ -127,9 +129,9 @@ class Moe(Ffn):
         room = jnp.asarray(takes)[valid.sum(1)]
         return place, (best > 0) & (jnp.arange(takes[T]) < room[:, None, None])
 
-    def _assigned(self, place, kept, weight):
-        """place, kept (B, E, C), and the weight (B, T, E) of an expert for a token."""
-        expert = jnp.where(kept, jnp.arange(self.experts)[:, None], self.experts)
+    def _assigned(self, place, taken, weight):
+        """place, taken (B, E, C), and the weight (B, T, E) of an expert for a token."""
+        expert = jnp.where(taken, jnp.arange(self.experts)[:, None], self.experts)
         weight = jnp.take_along_axis(weight.swapaxes(1, 2), place, 2)
         flat = lambda each: each.reshape(len(place), -1)
         return flat(place), flat(expert), flat(weight)

@@ -15,7 +15,7 @@ class ProductKey(Ffn):
     """Product-key memory: a sparse read of many learned vectors (Lample et al., 2019, arXiv 1907.05242).
 
     y = sum over the best `top` slots of softmax(score) value. A slot is a pair (i, j) of two lists of `side` sub-keys,
-    its score is q_1 . a_i + q_2 . b_j, so the best of side^2 slots are found among the best of either list.
+    its score is q_1 . a_i + q_2 . b_j, so the best of side^2 slots are among the best of either list.
     The query is normalised over its channels, where the paper normalises over the batch, so that a token's output
     depends on itself alone.
 
@@ -41,7 +41,9 @@ class ProductKey(Ffn):
     def scale_init(self, share: float) -> None:
         scale_init(share, self.values)
 
-    def __call__(self, x, *, valid=None, key=None):
+    def __call__(
+        self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
         B, T, D = x.shape
         q = self.query(x).reshape(B * T, self.reads, 2, -1).astype(jnp.float32)
         q = self.norm(q.reshape(B * T, self.reads, -1)).reshape(q.shape)

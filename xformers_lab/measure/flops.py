@@ -6,6 +6,7 @@ remove later (a value nobody reads) is still counted.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -14,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 OPAQUE = ("dot_product_attention", "ffi_call", "ragged_dot")
 
 
-def count_flops(fn: Callable, *args) -> int:
+def count_flops(fn: Callable, *args: Any) -> int:
     """Matmul FLOPs of one call of `fn`: 2 M N K for each product and convolution, times the lengths of its loops.
 
     args are arrays, ShapeDtypeStructs, or pytrees of them. A `cond` counts as its dearest branch. A shard_map counts
@@ -25,7 +26,7 @@ def count_flops(fn: Callable, *args) -> int:
     return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def largest_intermediate(fn: Callable, *args) -> int:
+def largest_intermediate(fn: Callable, *args: Any) -> int:
     """Elements of the largest array that `fn` makes anywhere, in loops and branches too; its inputs do not count.
 
     A T x S array is seen even where XLA would fuse it away; the stacked outputs of a loop count at their stacked size.

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -27,7 +27,7 @@ class Timing:
     seconds_median: float
 
 
-def compile_timed(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[jax.stages.Compiled, float]:
+def compile_timed(fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tuple[jax.stages.Compiled, float]:
     """`fn` traced, lowered and compiled for args (arrays, ShapeDtypeStructs, pytrees), and the seconds that took.
 
     donate: which args a call uses up, for results to be written in their place.

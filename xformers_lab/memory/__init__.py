@@ -10,7 +10,7 @@ yet. Behind the axis of layers that a stack gives them, the batch is their secon
 holds them so, shares them out over devices with the batch, saves and restores them, and zeroes those of a sequence
 that begins a new text (`Batch.fresh`). Evaluation starts with an empty memory of its own.
 
-A depth may remember in such variables, too, as depth=recurrent_memory:carry=true does. A model that has any is given
+A depth may remember in such variables, too, as depth=recurrent_memory:carry=true does. A model that has any reads
 texts that go on: a task gives segments that follow one another by `segment(split, step)`, see tasks/__init__.py; others
 are refused. Decoding writes a memory whenever a segment of the trained length is full, so that a text may go on without
 an end (see model/_segments.py).
@@ -31,6 +31,10 @@ from xformers_lab.position import Position
 
 UNRELATED = "the task gives unrelated sequences, none of which goes on in the next batch; use task=lm"
 
+Look = Callable[[jax.Array, jax.Array], jax.Array]
+"""look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S) bool,
+(B, T, N, H). No gradient passes it to x or to the layer's parameters."""
+
 
 class Remembered(nnx.Variable):
     """What is remembered of each sequence; all zeros where nothing is."""
@@ -46,27 +50,23 @@ class Memory(nnx.Module):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
-    def read(self, B: int) -> tuple[Any, Any]:
+    def read(self, B: int) -> tuple[jax.Array, jax.Array]:
         """What stands before the segment: hidden states (B, length, D), oldest first, and which are valid (B, length).
 
         No gradient flows through it to what was written.
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(B)")
 
-    def write(self, x, valid) -> None:
+    def write(self, x: jax.Array, valid: jax.Array | None) -> None:
         """Remember the layer's input x (B, T, D) of a segment, valid (B, T) bool or None where nothing is padded."""
         raise NotImplementedError(f"{type(self).__name__} must define write(x, valid)")
 
-    def loss(self, x, valid, look: Callable) -> Aux:
-        """Auxiliary results of a segment that is about to be written.
-
-        look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S)
-        bool, (B, T, N, H). No gradient passes it to x or to the layer's parameters.
-        """
+    def loss(self, x: jax.Array, valid: jax.Array | None, look: Look) -> Aux:
+        """Auxiliary results of a segment that is about to be written; x and valid as for `write`, look: see `Look`."""
         return Aux()
 
 
-def looking(attention, norm, x) -> Callable:
+def looking(attention: Any, norm: Any, x: jax.Array) -> Look:
     """`look` of a layer whose attention has the placement `norm`, on its input x (B, T, D)."""
 
     def frozen(module):
@@ -93,24 +93,22 @@ def check(position: Position, layers: bool, segments: bool) -> None:
             "each layer has one memory, of whole segments, but this depth uses layers again or on a part of them; use "
             "depth=fixed"
         )
-    if type(position).embed is not Position.embed:
+    if position.embeds:
         raise Refused(
             "this position marks the embeddings themselves, and begins anew in every segment, so that what is "
             "remembered would seem to stand where the segment does; use position=xl, rope, alibi, t5, shaw or none"
         )
 
 
-def why_not(attention, learns: bool = False) -> str | None:
+def why_not(attention: Any, learns: bool = False) -> str | None:
     """Why a layer's attention cannot look at a memory, or at one that learns; None where it can."""
-    from xformers_lab.attention import Attention
-
     mechanism = type(attention)
     name = mechanism.__name__.lower()
     if reason := mechanism.refuses.get("cross") or mechanism.refuses.get("bidirectional"):
         return f"attention={name} takes no keys but the segment's own: {reason}"
     if attention.carries():
         return f"attention={name} hands something to the layer above, which is made for the segment's own keys"
-    if learns and mechanism.__call__ is not Attention.__call__:
+    if learns and not mechanism.projects:
         return (
             f"it learns by what queries find of the layer's own keys and values, and attention={name} makes them in a "
             "way of its own; use a memory without parameters, as compressive:pool=mean is"

@@ -1,11 +1,12 @@
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from xformers_lab.errors import Refused
-from xformers_lab.memory import Remembered
+from xformers_lab.memory import Look, Remembered
 from xformers_lab.memory.xl import Xl
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -61,7 +62,7 @@ class Compressive(Xl):
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
         self.valid = Remembered(jnp.zeros((1, self.length), bool))
 
-    def write(self, x, valid):
+    def write(self, x: jax.Array, valid: jax.Array | None) -> None:
         states, known = self._all(x, valid)
         pooled, counted = self.compressed(*self._leaving(states, known, x.shape[1]))
         join = lambda old, new, recent: jnp.concatenate(
@@ -70,19 +71,19 @@ class Compressive(Xl):
         self.states.set_value(lax.stop_gradient(join(states, pooled, states)))
         self.valid.set_value(join(known, counted, known))
 
-    def _all(self, x, valid):
+    def _all(self, x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """What is remembered and the segment, and which of both is valid."""
         states, known = self.read(len(x))
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         return jnp.concatenate([states, x.astype(states.dtype)], 1), jnp.concatenate([known, valid], 1)
 
-    def _leaving(self, states, known, T: int):
+    def _leaving(self, states: jax.Array, known: jax.Array, T: int) -> tuple[jax.Array, jax.Array]:
         """What a segment of T pushes out of the memory of single states."""
         if T % self.rate:
             raise Refused(f"a segment of {T} tokens cannot be compressed {self.rate} at a time")
         return states[:, self.old : self.old + T], known[:, self.old : self.old + T]
 
-    def compressed(self, states, known):
+    def compressed(self, states: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, T, D) and which of it is valid (B, T) -> the same of the T / rate states that they become."""
         B, _, D = states.shape
         states, known = states.reshape(B, -1, self.rate, D), known.reshape(B, -1, self.rate)
@@ -94,13 +95,13 @@ class Compressive(Xl):
         most = jnp.where(known[..., None], states, jnp.finfo(states.dtype).min).max(2)
         return jnp.where(some[..., None], most, 0), some
 
-    def loss(self, x, valid, look):
+    def loss(self, x: jax.Array, valid: jax.Array | None, look: Look) -> Aux:
         if not self.learns:
             return Aux()
         states, known = self._leaving(*self._all(lax.stop_gradient(x), valid), x.shape[1])
-        found, wanted = look(*self.compressed(states, known)), look(states, known)
-        apart = jnp.square(found.astype(jnp.float32) - wanted.astype(jnp.float32)).mean((2, 3))
+        short, whole = look(*self.compressed(states, known)), look(states, known)
+        apart = jnp.square(short.astype(jnp.float32) - whole.astype(jnp.float32)).mean((2, 3))
         # Queries that are valid, of sequences of which something leaves.
-        asked = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if valid is None else valid)
-        total = jnp.where(asked, apart, 0).sum()
-        return Aux(losses={"compression": total / jnp.maximum(asked.sum(), 1)})
+        counted = jnp.broadcast_to(known.any(1)[:, None], apart.shape) & (True if valid is None else valid)
+        total = jnp.where(counted, apart, 0).sum()
+        return Aux(losses={"compression": total / jnp.maximum(counted.sum(), 1)})

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -30,13 +31,12 @@ class Xl(Memory):
         self.states = Remembered(jnp.zeros((1, self.length, size.dim), size.dtype))
         self.valid = Remembered(jnp.zeros((1, self.length), bool))
 
-    def read(self, B: int):
+    def read(self, B: int) -> tuple[jax.Array, jax.Array]:
         states, valid = self.states[...], self.valid[...]
-        return lax.stop_gradient(jnp.broadcast_to(states, (B, *states.shape[1:]))), jnp.broadcast_to(
-            valid, (B, self.length)
-        )
+        states = lax.stop_gradient(jnp.broadcast_to(states, (B, *states.shape[1:])))
+        return states, jnp.broadcast_to(valid, (B, self.length))
 
-    def write(self, x, valid):
+    def write(self, x: jax.Array, valid: jax.Array | None) -> None:
         states, known = self.read(len(x))
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         latest = lambda old, new: jnp.concatenate([old, new], 1)[:, -self.length :]

@@ -18,7 +18,7 @@ class Aux:
 
     Args:
         losses: scalars that training adds to its loss, each already weighted; metrics call them "loss/<name>".
-        predictions: (weight, logits), further predictions of what the model is asked, whose loss training adds with
+        predictions: (weight, logits), further predictions of the task's targets, whose loss training adds with
             that weight; metrics call these losses "loss/<name>", too.
         tokens: figures of each token, (B, T) float32, NaN where one is padding. Evaluation gives their means by
             position; training leaves them out.
@@ -74,7 +74,7 @@ def computation(layers: Any) -> Aux:
     return Aux(scalars={"computation": jnp.asarray(layers, jnp.float32)})
 
 
-def by_token(name: str, values, valid) -> Aux:
+def by_token(name: str, values: jax.Array, valid: jax.Array | None) -> Aux:
     """A figure of each token, and its mean over the valid ones.
 
     Args:
@@ -86,8 +86,8 @@ def by_token(name: str, values, valid) -> Aux:
     return Aux(tokens={name: marked}, scalars={name: mean_of(values, valid)})
 
 
-def mean_of(values, valid):
-    """Over valid tokens; all where `valid` is None."""
+def mean_of(values: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """() of values (B, T) over valid tokens (B, T); all where `valid` is None."""
     if valid is None:
         return values.mean()
     return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)

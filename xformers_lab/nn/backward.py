@@ -20,8 +20,8 @@ def values(model: nnx.Module) -> dict:
     return nnx.to_pure_dict(nnx.state(model, Backward))
 
 
-def surrogate_loss(before: dict, after: dict):
-    """() what a loss is given more, so that its gradient to `before` is the next value of these variables; `after`
+def surrogate_loss(before: dict, after: dict) -> jax.Array | int:
+    """() what is added to a loss, so that its gradient to `before` is the next value of these variables; `after`
     are the same after the forward pass. Its own value means nothing."""
     products = jax.tree.map(lambda old, new: jnp.vdot(jax.lax.stop_gradient(old), new), before, after)
     return sum(jax.tree.leaves(products))

@@ -1,9 +1,9 @@
-"""First weights made smaller, as placements that keep a deep stack's updates small ask for it."""
+"""First weights made smaller, as placements that keep a deep stack's updates small want them."""
 
 from flax import nnx
 
 
-def scale_init(share: float, *parts) -> None:
+def scale_init(share: float, *parts: nnx.Module | nnx.Param) -> None:
     """Multiplies every matrix of these layers and parameters by `share`; biases and scales are left."""
     for part in parts:
         params = [part] if isinstance(part, nnx.Param) else [param for _, param in nnx.iter_graph(part)]

@@ -1,5 +1,8 @@
 """The linear layer of every model here."""
 
+from typing import Any
+
+import jax
 from flax import nnx
 
 
@@ -10,5 +13,6 @@ class Linear(nnx.Linear):
     product of two matrices.
     """
 
-    def __call__(self, inputs):
-        return super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], -1)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        return rows.reshape(*inputs.shape[:-1], -1)

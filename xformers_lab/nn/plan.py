@@ -1,6 +1,7 @@
 """What a platform decides about how a model runs. What it computes is the same under every plan."""
 
 import dataclasses
+from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,14 @@ class Plan:
         return length if length * places <= self.unrolled else 1
 
 
-def plan_of(size) -> Plan:
+class _Sized(Protocol):
+    """A Size, which holds a Plan, so that it cannot be imported here."""
+
+    @property
+    def plan(self) -> Plan | None: ...
+
+
+def plan_of(size: _Sized) -> Plan:
     """The plan that a Size asks for, else that of the platform the program runs on."""
     import jax  # here, since sizes and plans are read by commands that need no device
 

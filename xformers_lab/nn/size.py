@@ -18,7 +18,7 @@ class Size:
     `target_layers`, of that encoder: how many the decoder has. 0 of a stack that stands alone.
 
     `plane` says that the positions are an image, its rows and columns, row by row, behind `ahead` others (a class
-    token). A part of a model that is built for another length is told the same plane, and is none.
+    token). A part of a model that is built for another length has the same plane, and is none.
 
     `plan`: how it is run; None leaves that to the platform (see plan.py).
     """

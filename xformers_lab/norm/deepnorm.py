@@ -1,5 +1,9 @@
+from typing import Any
+
+import jax
 from flax import nnx
 
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
 
@@ -18,15 +22,17 @@ class Deepnorm(Norm):
         normaliser: a file of norm/normaliser
     """
 
+    adds = False
+
     def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
         super().__init__(size, normaliser=normaliser, rngs=rngs)
         self.alpha, self.beta = constants(size)
 
-    def start(self, layer):
+    def start(self, layer: Any) -> None:
         layer.scale_init(self.beta)
 
-    def after(self, x, y, rows):
-        return self.normalise(self.alpha * x + y, rows)
+    def after(self, x: jax.Array, y: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(self.alpha * x + y, context)
 
 
 def constants(size: Size) -> tuple[float, float]:

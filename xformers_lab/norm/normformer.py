@@ -1,12 +1,14 @@
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.errors import Refused
-from xformers_lab.nn.layer_context import LayerContext, apply, asks
+from xformers_lab.nn.layer_context import LayerContext, apply, takes_context
 from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
 
@@ -27,7 +29,7 @@ class Normformer(Norm):
         super().__init__(size, normaliser=normaliser, rngs=rngs)
         self.size, self.normaliser = size, normaliser
 
-    def start(self, layer):
+    def start(self, layer: Any) -> None:
         """Puts what belongs inside the sub-layer in front of its last projection."""
         attends = isinstance(layer, Attention)
         name = "out" if attends else "down"
@@ -42,18 +44,18 @@ class Normformer(Norm):
         else:
             setattr(layer, name, Normalised(last, self._built(last.in_features)))
 
-    def _built(self, width: int):
+    def _built(self, width: int) -> nnx.Module:
         size = dataclasses.replace(self.size, dim=width, heads=1, kv_heads=None)
         return spec.build("normaliser", self.normaliser, size, rngs=nnx.Rngs(0))  # none of them draws anything
 
-    def before(self, x, rows):
-        return self.normalise(x, rows)
+    def before(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)
 
-    def branch(self, y, rows):
-        return apply(self.outer, y, rows) if hasattr(self, "outer") else y
+    def branch(self, y: jax.Array, context: LayerContext) -> jax.Array:
+        return apply(self.outer, y, context) if hasattr(self, "outer") else y
 
-    def final(self, x, rows):
-        return self.normalise(x, rows)
+    def final(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)
 
 
 class Scaled(nnx.Module):
@@ -62,7 +64,7 @@ class Scaled(nnx.Module):
     def __init__(self, linear: nnx.Linear, heads: int):
         self.linear, self.gain = linear, nnx.Param(jnp.ones(heads))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         gain = jnp.repeat(self.gain[...].astype(x.dtype), x.shape[-1] // self.gain.shape[0])
         return self.linear(x * gain.reshape((1,) * (x.ndim - 1) + gain.shape))
 
@@ -73,7 +75,7 @@ class Normalised(nnx.Module):
     def __init__(self, linear: nnx.Linear, norm: nnx.Module):
         self.linear, self.norm = linear, norm
 
-    def __call__(self, x, rows: LayerContext | None = None):
-        if rows is None and asks(self.norm):
+    def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
+        if context is None and takes_context(self.norm):
             raise Refused("the feed-forward layer must run `down` as self.last(hidden, valid=valid, key=key)")
-        return self.linear(apply(self.norm, x, rows or LayerContext()))
+        return self.linear(apply(self.norm, x, context or LayerContext()))

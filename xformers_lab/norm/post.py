@@ -1,3 +1,6 @@
+import jax
+
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.norm import Norm
 
 
@@ -8,5 +11,7 @@ class Post(Norm):
         normaliser: a file of norm/normaliser
     """
 
-    def after(self, x, y, rows):
-        return self.normalise(x + y, rows)
+    adds = False
+
+    def after(self, x: jax.Array, y: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x + y, context)

@@ -1,3 +1,6 @@
+import jax
+
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.norm import Norm
 
 
@@ -8,8 +11,8 @@ class Pre(Norm):
         normaliser: a file of norm/normaliser
     """
 
-    def before(self, x, rows):
-        return self.normalise(x, rows)
+    def before(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)
 
-    def final(self, x, rows):
-        return self.normalise(x, rows)
+    def final(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)

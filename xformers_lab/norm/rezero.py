@@ -1,6 +1,8 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
 
@@ -16,5 +18,5 @@ class Rezero(Norm):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.zeros(()))
 
-    def branch(self, y, rows):
+    def branch(self, y: jax.Array, context: LayerContext) -> jax.Array:
         return self.scale[...].astype(y.dtype) * y

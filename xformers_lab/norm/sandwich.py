@@ -1,7 +1,10 @@
+from typing import Any
+
+import jax
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.nn.layer_context import apply
+from xformers_lab.nn.layer_context import LayerContext, apply
 from xformers_lab.nn.size import Size
 from xformers_lab.norm import Norm
 
@@ -17,15 +20,15 @@ class Sandwich(Norm):
         super().__init__(size, normaliser=normaliser, rngs=rngs)
         self.size, self.normaliser = size, normaliser
 
-    def start(self, layer):
+    def start(self, layer: Any) -> None:
         """Only around a sub-layer is there something to normalise behind it, not at the end of the stack."""
         self.outer = spec.build("normaliser", self.normaliser, self.size)
 
-    def before(self, x, rows):
-        return self.normalise(x, rows)
+    def before(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)
 
-    def branch(self, y, rows):
-        return apply(self.outer, y, rows)
+    def branch(self, y: jax.Array, context: LayerContext) -> jax.Array:
+        return apply(self.outer, y, context)
 
-    def final(self, x, rows):
-        return self.normalise(x, rows)
+    def final(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        return self.normalise(x, context)

@@ -21,7 +21,7 @@ class Alibi(Position):
         super().__init__(size, rngs=rngs)
         self.slopes = tuple(slopes(size.heads))
 
-    def bias(self):
+    def bias(self) -> "Fall":
         return Fall(jnp.asarray(self.slopes, jnp.float32))
 
 
@@ -32,7 +32,7 @@ class Fall:
 
     slope: jax.Array
 
-    def __call__(self, q_at, k_at):
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
         return -self.slope * jnp.abs(q_at - k_at)
 
 

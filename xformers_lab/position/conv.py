@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +21,8 @@ class Conv(Position):
         width: tokens that a convolution sees
     """
 
+    embeds = True
+
     def __init__(self, size: Size, *, width: int = 3, causal: bool, rngs: nnx.Rngs):
         if width < 2 or (not causal and width % 2 == 0):
             raise Refused(
@@ -30,8 +33,8 @@ class Conv(Position):
         self.after = width - 1 - self.before
         self.weights = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width, size.dim)))
 
-    def embed(self, x, at, *, valid=None):
-        T, there = x.shape[1], x if valid is None else jnp.where(valid[..., None], x, 0)
-        wide = jnp.pad(there, [(0, 0), (self.before, self.after), (0, 0)])
+    def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
+        T, real = x.shape[1], x if valid is None else jnp.where(valid[..., None], x, 0)
+        wide = jnp.pad(real, [(0, 0), (self.before, self.after), (0, 0)])
         weights = self.weights[:, None, None].astype(x.dtype)
         return x + sum(wide[:, j : j + T] * weights[j] for j in range(len(weights)))

@@ -31,6 +31,7 @@ class Deberta(Position):
         terms: which of the two are added
     """
 
+    turns = True
     kept = 0
 
     def __init__(
@@ -59,24 +60,24 @@ class Deberta(Position):
         self.key = project() if self.of_query else None
         self.query = project() if self.of_key else None
 
-    def rotate(self, x, at):
+    def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         """Queries and keys times what makes sqrt(3 H) of the mechanism's sqrt(H)."""
         return x * (1 + self.of_query + self.of_key) ** -0.25
 
-    def of_queries(self, q, at):
+    def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:
         return self._products(q, self.key)
 
-    def of_keys(self, k, at):
+    def of_keys(self, k: jax.Array, at: jax.Array) -> jax.Array:
         return self._products(jnp.repeat(k, self.size.heads // k.shape[2], 2), self.query)
 
-    def _products(self, x, project):
+    def _products(self, x: jax.Array, project: Linear | None) -> jax.Array:
         """(B, T, N, H) times every distance's vector -> (B, T, N, 2 R), or as many zeros as no one asks for."""
         if project is None:
             return jnp.zeros((*x.shape[:3], 0))
         vectors = project(self.table[...]).reshape(-1, self.size.heads, self.size.head).astype(x.dtype)
         return jnp.einsum("btnh,dnh->btnd", x, vectors, preferred_element_type=jnp.float32) * self.scale
 
-    def compare(self, of_queries, of_keys, first):
+    def compare(self, of_queries: jax.Array, of_keys: jax.Array, first: jax.Array) -> "Disentangled":
         return Disentangled(of_queries, of_keys, first, self.reach, self.buckets)
 
 
@@ -91,22 +92,22 @@ class Disentangled:
     reach: int = dataclasses.field(metadata={"static": True})
     buckets: int | None = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, q_at, k_at):
-        back, found = q_at - k_at, jnp.zeros(jnp.broadcast_shapes(q_at.shape, k_at.shape))
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
+        back, scores = q_at - k_at, jnp.zeros(jnp.broadcast_shapes(q_at.shape, k_at.shape))
         if self.queries.shape[-1]:
-            found += self.queries[row(q_at, self.first, self.queries), self.place(back)]
+            scores += self.queries[row(q_at, self.first, self.queries), self.place(back)]
         if self.keys.shape[-1]:
-            found += self.keys[row(k_at, 0, self.keys), self.place(-back)]
-        return found
+            scores += self.keys[row(k_at, 0, self.keys), self.place(-back)]
+        return scores
 
-    def place(self, apart):
+    def place(self, apart: jax.Array) -> jax.Array:
         """Which of the 2 R vectors is that of a distance."""
         if self.buckets is None:
             return jnp.clip(apart + self.reach, 0, 2 * self.reach - 1)
         return jnp.clip(bucket(apart, self.buckets, self.reach) + self.buckets, 0, 2 * self.buckets - 1)
 
 
-def bucket(apart, buckets: int, reach: int):
+def bucket(apart: jax.Array, buckets: int, reach: int) -> jax.Array:
     """The signed bucket of a distance: itself up to half of the buckets, then by its logarithm up to `reach`."""
     near = buckets // 2
     far = jnp.log(jnp.maximum(jnp.abs(apart), near) / near) / math.log((reach - 1) / near)

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +21,8 @@ class Grid(Position):
         width: columns of the plane; none: the image's, or the root of the length, rounded up
     """
 
+    embeds = True
+
     def __init__(self, size: Size, *, width: int | None = None, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
         length = size.length - size.ahead
@@ -30,7 +33,7 @@ class Grid(Position):
         draw = lambda count: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size.dim)))
         self.width, self.rows, self.columns = width, draw(math.ceil(length / width)), draw(width)
 
-    def embed(self, x, at, *, valid=None):
+    def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
         place = at - self.size.ahead
         vectors = self.rows[place // self.width] + self.columns[place % self.width]
         return x + jnp.where(place[:, None] < 0, 0, vectors).astype(x.dtype)

@@ -1,5 +1,6 @@
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +21,8 @@ class Rope(Position):
             2306.15595)
     """
 
+    turns = True
+
     def __init__(
         self,
         size: Size,
@@ -38,7 +41,7 @@ class Rope(Position):
         super().__init__(size, rngs=rngs)
         self.base, self.pairs, self.scale = base, pairs, scale
 
-    def rotate(self, x, at):
+    def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         H = x.shape[-1]
         angle = at[:, None] / self.scale * self.base ** (-jnp.arange(0, H, 2) / H)
         cos, sin = (wave(angle)[:, None].astype(x.dtype) for wave in (jnp.cos, jnp.sin))

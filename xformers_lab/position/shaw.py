@@ -29,14 +29,14 @@ class Shaw(Position):
         super().__init__(size, rngs=rngs)
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (2 * reach + 1, size.head)))
 
-    def of_queries(self, q, at):
+    def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:
         products = jnp.einsum("btnh,dh->btnd", q, self.table[...].astype(q.dtype), preferred_element_type=jnp.float32)
         return products * self.size.head**-0.5
 
-    def of_keys(self, k, at):
+    def of_keys(self, k: jax.Array, at: jax.Array) -> jax.Array:
         return jnp.zeros((*k.shape[:2], self.size.heads, 0))
 
-    def compare(self, of_queries, of_keys, first):
+    def compare(self, of_queries: jax.Array, of_keys: jax.Array, first: jax.Array) -> "Clipped":
         return Clipped(of_queries, first)
 
 
@@ -48,6 +48,6 @@ class Clipped:
     table: jax.Array
     first: jax.Array
 
-    def __call__(self, q_at, k_at):
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
         reach = self.table.shape[-1] // 2
         return self.table[row(q_at, self.first, self.table), jnp.clip(k_at - q_at, -reach, reach) + reach]

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,6 +17,7 @@ class Sinusoidal(Position):
         base: the longest wavelength is base * 2 pi
     """
 
+    embeds = True
     adds_waves = True
 
     def __init__(self, size: Size, *, base: float = 10_000.0, rngs: nnx.Rngs):
@@ -24,7 +26,7 @@ class Sinusoidal(Position):
         super().__init__(size, rngs=rngs)
         self.base = base
 
-    def embed(self, x, at, *, valid=None):
+    def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
         D = self.size.dim
         angle = at[:, None] * self.base ** (-jnp.arange(0, D, 2) / D)
         waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(len(at), -1)[:, :D]

@@ -3,6 +3,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xformers_lab.errors import Refused
@@ -44,7 +45,7 @@ class T5(Position):
         self.farthest, self.sides = farthest, sides
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, buckets)))
 
-    def bias(self):
+    def bias(self) -> "Buckets":
         return Buckets(self.table[...].astype(jnp.float32), self.farthest, self.sides == "both")
 
 
@@ -57,11 +58,11 @@ class Buckets:
     farthest: int = dataclasses.field(metadata={"static": True})
     both: bool = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, q_at, k_at):
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
         return self.table[bucket(q_at - k_at, self.table.shape[-1], self.farthest, self.both)]
 
 
-def bucket(back, buckets: int, farthest: int, both: bool):
+def bucket(back: jax.Array | np.ndarray, buckets: int, farthest: int, both: bool) -> jax.Array:
     """The bucket of a key that is `back` positions before the query (negative: after it)."""
     start = 0
     if both:

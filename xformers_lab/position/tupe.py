@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -7,7 +7,7 @@ from flax import nnx
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
-from xformers_lab.position import Position
+from xformers_lab.position import Bias, Position
 from xformers_lab.position._rows import products, row
 from xformers_lab.position.t5 import T5
 
@@ -25,6 +25,7 @@ class Tupe(Position):
         relative: none: absolute positions alone; t5: scores of the buckets of position=t5 are added
     """
 
+    turns = True  # its `rotate` only looks at how many tokens there are
     share = 2**-0.5  # makes sqrt(2 H) of the mechanism's sqrt(H)
 
     def __init__(self, size: Size, *, relative: Literal["none", "t5"] = "none", causal: bool, rngs: nnx.Rngs):
@@ -34,13 +35,13 @@ class Tupe(Position):
         self.query, self.key = project(), project()
         self.relative = T5(size, causal=causal, rngs=rngs) if relative == "t5" else None
 
-    def rotate(self, x, at):
+    def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         """As they are, where all positions have a vector."""
         if len(at) > self.size.length:
             raise Refused(f"position=tupe knows {self.size.length} positions, and there are {len(at)} tokens")
         return x
 
-    def bias(self):
+    def bias(self) -> "Untied":
         size, table = self.size, self.table[...]
         heads = lambda project: project(table).reshape(-1, size.heads, size.head).swapaxes(0, 1)
         queries = heads(self.query) * (2 * size.head) ** -0.5
@@ -54,9 +55,9 @@ class Untied:
 
     queries: jax.Array
     keys: jax.Array
-    relative: Any
+    relative: Bias | None
 
-    def __call__(self, q_at, k_at):
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
         queries, keys = self.queries[row(q_at, 0, self.queries)], self.keys[row(k_at, 0, self.keys)]
-        found = products(queries, keys, q_at, k_at)
-        return found if self.relative is None else found + self.relative(q_at, k_at)
+        scores = products(queries, keys, q_at, k_at)
+        return scores if self.relative is None else scores + self.relative(q_at, k_at)

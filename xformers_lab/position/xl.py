@@ -40,7 +40,7 @@ class Xl(Position):
         scaled = nnx.initializers.lecun_normal()(rngs.params(), (C, size.heads * size.head))
         self.projection = nnx.Param(scaled.reshape(C, size.heads, size.head))
 
-    def of_queries(self, q, at):
+    def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:
         """(q + v) W, its sine and cosine parts turned by the query's position."""
         q = (q + self.v[...][None, None].astype(q.dtype)).astype(jnp.float32) * self.size.head**-0.5
         sines, cosines = jnp.split(jnp.einsum("btnh,cnh->btnc", q, self.projection[...]), 2, -1)
@@ -48,12 +48,12 @@ class Xl(Position):
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         return jnp.concatenate([sines * sin + cosines * cos, cosines * sin - sines * cos], -1)
 
-    def of_keys(self, k, at):
+    def of_keys(self, k: jax.Array, at: jax.Array) -> jax.Array:
         k = jnp.repeat(k, self.size.heads // k.shape[2], 2)
-        found = jnp.einsum("bsnh,nh->bsn", k, self.u[...].astype(k.dtype), preferred_element_type=jnp.float32)
-        return found[..., None] * self.size.head**-0.5
+        scores = jnp.einsum("bsnh,nh->bsn", k, self.u[...].astype(k.dtype), preferred_element_type=jnp.float32)
+        return scores[..., None] * self.size.head**-0.5
 
-    def compare(self, of_queries, of_keys, first):
+    def compare(self, of_queries: jax.Array, of_keys: jax.Array, first: jax.Array) -> "Turned":
         return Turned(of_queries, of_keys[..., 0], first, self.waves)
 
 
@@ -67,8 +67,8 @@ class Turned:
     first: jax.Array
     waves: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, q_at, k_at):
+    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
         angle = k_at[..., None] * jnp.array(self.waves).reshape(*[1] * k_at.ndim, -1)
         waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
-        found = products(self.queries[row(q_at, self.first, self.queries)], waves, q_at, k_at)
-        return found + self.keys[jnp.clip(k_at, 0, len(self.keys) - 1)]
+        scores = products(self.queries[row(q_at, self.first, self.queries)], waves, q_at, k_at)
+        return scores + self.keys[jnp.clip(k_at, 0, len(self.keys) - 1)]

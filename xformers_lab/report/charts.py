@@ -211,14 +211,14 @@ def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> C
     most = max(8, min(100, CURVE_POINTS // len(curves)))
     data = []
     for row, curve in curves:
-        kept = [
+        points = [
             (step, loss) for step, loss in curve if human.number(loss) is not None and human.number(step) is not None
         ]
-        if kept:
-            kept = [*kept[: -1 : max(1, math.ceil(len(kept) / most))], kept[-1]]
+        if points:
+            points = [*points[: -1 : max(1, math.ceil(len(points) / most))], points[-1]]
             series = rows.series(row, varied)
             at = {"series": names.index(series), "name": series, "length": rows.length(row) or 0, "cell": len(data)}
-            data.append(at | {"step": [step for step, _ in kept], "loss": [_short(loss) for _, loss in kept]})
+            data.append(at | {"step": [step for step, _ in points], "loss": [_short(loss) for _, loss in points]})
     if not data:
         return None
     lengths = sorted({item["length"] for item in data})
@@ -344,7 +344,7 @@ def _names_axis() -> dict:
 
 
 def _chance(data: list[dict], chance: float | None) -> tuple[float | None, str]:
-    """The chance level to draw, and words for it; one far from all values is only told, else it would flatten them."""
+    """The chance level to draw, and words for it; one far from all values, which it would flatten, is words alone."""
     if chance is None:
         return None, ""
     low, high = min(item["value"] for item in data), max(item["value"] for item in data)

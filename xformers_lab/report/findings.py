@@ -1,4 +1,6 @@
-"""What was found, in one or two sentences for each group; only what the numbers carry is said."""
+"""The findings, in one or two sentences for each group; only what the numbers carry is written."""
+
+from collections.abc import Callable
 
 from xformers_lab import record
 from xformers_lab.report import human, intervals, rows
@@ -12,20 +14,21 @@ def sentences(group: rows.Group) -> list[str]:
         return ["No cell ended ok, so there is nothing to compare; the table gives the reasons."]
     at = lengths[0]
     quality = _quality(group, at)
-    said = [*quality, *_speed(group, at), *(_growth(group) if group.bench else [])]
+    lines = [*quality, *_speed(group, at), *(_growth(group) if group.bench else [])]
     lost = [f"{point.series} ({_why(point)})" for point in group.points if point.seq_len == at and not point.rows]
     if lost:
-        said.append(f"Without a result at this length: {human.listing(lost)}.")
+        lines.append(f"Without a result at this length: {human.listing(lost)}.")
     if quality and rows.seeds(group.rows) == 1:
-        said.append("One seed: differences are not tested.")
-    return said
+        lines.append("One seed: differences are not tested.")
+    return lines
 
 
 def place(seq_len: int | None) -> str:
+    """How a sentence about a length begins."""
     return "" if seq_len is None else f"At {seq_len:,} tokens: "
 
 
-def with_interval(estimate: intervals.Estimate | None, form=human.score) -> str:
+def with_interval(estimate: intervals.Estimate | None, form: Callable[[object], str] = human.score) -> str:
     """0.981 ± 0.012, or only the mean where there is one seed."""
     if estimate is None:
         return human.NONE
@@ -44,23 +47,23 @@ def _quality(group: rows.Group, at: int | None) -> list[str]:
         return [f"{place(at)}no variant does better than chance: the best {name} is {_score(ranked[0])}{known}."]
     best = group.best(at, "metric")
     if len(ranked) == 1:
-        said = [f"{place(at)}{ranked[0].series} reaches {name} {_score(ranked[0])}{known}."]
+        lines = [f"{place(at)}{ranked[0].series} reaches {name} {_score(ranked[0])}{known}."]
     elif len(best) == len(ranked):
-        said = [f"{place(at)}all variants score the same {name}, {_score(best[0])}{known}."]
+        lines = [f"{place(at)}all variants score the same {name}, {_score(best[0])}{known}."]
     else:
         verb = "share" if len(best) > 1 else "has"
         who = human.listing([point.series for point in best])
-        said = [f"{place(at)}{who} {verb} the best {name}, {_score(best[0])}{known}.", _others(ranked, best)]
+        lines = [f"{place(at)}{who} {verb} the best {name}, {_score(best[0])}{known}.", _others(ranked, best)]
     same = [
         point.series
         for point in ranked[1:]
         if intervals.differ(ranked[0].seeds("metric"), point.seeds("metric")) is False
     ]
     if same:
-        said.append(f"Not distinguishable from {ranked[0].series} (paired 95 % interval): {human.listing(same)}.")
+        lines.append(f"Not distinguishable from {ranked[0].series} (paired 95 % interval): {human.listing(same)}.")
     if beaten:
-        said.append(f"No better than chance: {human.listing([point.series for point in beaten])}.")
-    return said
+        lines.append(f"No better than chance: {human.listing([point.series for point in beaten])}.")
+    return lines
 
 
 def _why(point: rows.Point) -> str:

@@ -66,7 +66,7 @@ def write_report(
         for group in rows.groups(cells, varied_keys)
     ]
     style, script = _text("page.css"), _text("page.js")
-    shared, own = _configs(cells, varied_keys)
+    shared, unshared = _configs(cells, varied_keys)
     page = pages.get_template("page.html.jinja").render(
         title=human.plain(title),
         tally=_tally(cells),
@@ -79,7 +79,7 @@ def write_report(
         command=command,
         machines=_machines(cells),
         shared=shared,
-        cells=own,
+        cells=unshared,
         measures=_measures(cells, columns(schema)),
         style=style,
         script=script,
@@ -189,15 +189,16 @@ def _number(value: float | None, text: str, best: bool = False) -> Cell:
 
 
 def _configs(results: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[dict]]:
-    """The settings all cells share, as JSON, and for each cell what is its own."""
+    """The settings all cells share, as JSON, and for each cell the others."""
     leaves = [_leaves(row.get("config") or {}) for row in results]
-    shared = {k: v for k, v in (leaves[0] if leaves else {}).items() if all(k in own and own[k] == v for own in leaves)}
+    first = leaves[0] if leaves else {}
+    shared = {k: v for k, v in first.items() if all(k in each and each[k] == v for each in leaves)}
     cells = []
-    for row, own in zip(results, leaves, strict=True):
+    for row, settings in zip(results, leaves, strict=True):
         task, outcome = human.plain(row.get("task") or ""), human.outcome(row)
         record = {"id": row.get("id"), "run_dir": row.get("run_dir"), "outcome": outcome}
-        record |= {".".join(key): value for key, value in own.items() if key not in shared}
-        record |= {} if own else {key: rows.value(row, key) for key in varied}
+        record |= {".".join(key): value for key, value in settings.items() if key not in shared}
+        record |= {} if settings else {key: rows.value(row, key) for key in varied}
         name = " · ".join(filter(None, [task, rows.label(row, varied)]))
         cells.append(
             {"name": name, "ok": rows.ok(row), "json": json.dumps(_clean(record), indent=1, ensure_ascii=False)}

@@ -1,4 +1,4 @@
-"""What must be known before the numbers are compared: said under the table and at the head of the page."""
+"""What must be known before the numbers are compared: written under the table and at the head of the page."""
 
 from collections.abc import Mapping, Sequence
 
@@ -52,17 +52,17 @@ def _mixed_machines(timed: Sequence[dict]) -> list[str]:
 
 
 def _mixed_timing(timed: Sequence[dict]) -> list[str]:
-    """Mechanisms of a bench that were asked for more, or for less, than the others."""
-    said = []
+    """Mechanisms of a bench that did more, or less, than the others."""
+    lines = []
     whole = _named(timed, lambda row: row.get("timed") in WHOLE)
     if whole:
         others = _named(timed, lambda row: row.get("timed") is not None and row["timed"] not in WHOLE)
         apart = ", which the others are without" if others else ""
-        said.append(f"Timed as a whole layer with its projections{apart}: {human.listing(whole)}.")
+        lines.append(f"Timed as a whole layer with its projections{apart}: {human.listing(whole)}.")
     both = _named(timed, lambda row: row.get("causal") is False)
     if both and _named(timed, lambda row: row.get("causal") is True):
-        said.append(f"Not causal, while the others are: {human.listing(both)}.")
-    return said
+        lines.append(f"Not causal, while the others are: {human.listing(both)}.")
+    return lines
 
 
 def _unseen(timed: Sequence[dict]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from xformers_lab import catalogue, spec
+from xformers_lab import catalogue, drawing, spec
 from xformers_lab import config as configs
-from xformers_lab.attention._engine import drawing
 from xformers_lab.errors import LabError
 from xformers_lab.nn.size import Size
 from xformers_lab.report import human

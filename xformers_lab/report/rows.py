@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from xformers_lab import record
 from xformers_lab.record import PLACES
 from xformers_lab.report import human, intervals
 
 
-def value(row: dict, key: str):
+def value(row: dict, key: str) -> Any:
     """The value of a swept key: from the top of the row, else from its config; None where the row has neither."""
     if key in row:
         return row[key]
@@ -20,6 +21,7 @@ def value(row: dict, key: str):
 
 
 def ok(row: dict) -> bool:
+    """Whether a cell ended as it should; a row without a status did."""
     return row.get("status", "ok") == "ok"
 
 
@@ -117,8 +119,8 @@ class Group:
             return 1 if self.first("higher_is_better", True) else -1
         return record.FIGURES[name].better
 
-    def first(self, key: str, default=None):
-        """The first value that a row of the group gives for something all of them share (metric name, chance)."""
+    def first(self, key: str, default: Any = None) -> Any:
+        """The first value that a row of the group has for something all of them share (metric name, chance)."""
         return next((row[key] for row in self.rows if row.get(key) is not None), default)
 
     def at(self, seq_len: int | None, name: str) -> list[Point]:

@@ -1,4 +1,4 @@
-"""Tables in the terminal, one for each task: seeds averaged, the best marked, failed cells kept with their reason."""
+"""Tables in the terminal, one for each task: seeds averaged, the best marked, failed cells with their reason."""
 
 import dataclasses
 import io
@@ -54,7 +54,7 @@ def print_rows(
     """Print the rows as one table for each task (for a bench: each pass), in rising length.
 
     What is the same on all lines of a table is printed once, above it. A terminal that is too narrow loses the least
-    important columns, and is told which. A file or a pipe gets plain text with every column, and no line is cut.
+    important columns, and says which. A file or a pipe gets plain text with every column, and no line is cut.
     """
     console = console or Console()
     if not cells:
@@ -154,11 +154,11 @@ def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
 
 def _fit(columns: list[Column], width: int) -> list[Column]:
     """The columns to leave out, the least important first, until the others fit; long names wrap."""
-    kept, left_out = list(columns), []
+    fitting, left_out = list(columns), []
     for column in sorted((c for c in columns if c.narrow), key=lambda c: -c.narrow):
-        if sum(c.width + 3 for c in kept) <= width:
+        if sum(c.width + 3 for c in fitting) <= width:
             break
-        kept.remove(column)
+        fitting.remove(column)
         left_out.append(column)
     return left_out
 

@@ -17,7 +17,7 @@ GRACE = 1.0  # seconds that the main thread has to hear a second signal, before 
 
 
 class Interrupted(LabError):
-    """The run was asked to stop, and saved itself first; the message says how to go on."""
+    """A signal had the run stop, which saved itself first; the message says how to go on."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)

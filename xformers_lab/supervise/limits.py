@@ -1,6 +1,6 @@
 """How long a worker may go without a sign of life, by what it is doing.
 
-What it does is told in words, of which the first is the kind: "training", "compiling full at 64 tokens, forward".
+What it does comes in words, of which the first is the kind: "training", "compiling full at 64 tokens, forward".
 
 * A kind in STEPPING gives a sign at every step, batch or timed call. The limit is stall= seconds; by default LEAST, or
   MEDIANS times the median step of that kind where that is longer. No step of the kind measured yet: FIRST, since a
@@ -25,43 +25,46 @@ RECENT = 200  # steps that a median is taken of
 class Clock:
     """What a worker says that it does, and for how long it has said nothing.
 
-    said: its latest message about that, {"doing": words, ...}; step, total: the last completed step and how many there
-    will be, where they were told. quiet: seconds without a message, waited: seconds since the work began.
+    message: its latest one about that, {"doing": words, ...}; step, total: the last completed step and how many there
+    will be, where a message had them. quiet: seconds without a message, waited: seconds since the work began.
     """
 
     def __init__(self, stall: float | None = None, limit: float | None = None):
         """stall: the seconds of stall=, None for the default; limit: seconds for the whole work, in place of all other
         limits (0: none)."""
         self.stall, self.limit = stall, limit
-        self.said: Mapping = {"doing": "starting"}
+        self.message: Mapping = {"doing": "starting"}
         self.step = self.total = None
         self.quiet = self.waited = 0.0
         self._seconds: dict[tuple, collections.deque[float]] = {}
 
     @property
     def doing(self) -> str:
-        return self.said["doing"]
+        """What it does, in words."""
+        return self.message["doing"]
 
     @property
     def kind(self) -> str:
+        """The first of these words."""
         return self.doing.split(" ", 1)[0]
 
     @property
     def subject(self) -> tuple:
         """What the time of a step is the time of: the kind, and the number of the cell where there are several."""
-        return self.kind, self.said.get("cell")
+        return self.kind, self.message.get("cell")
 
     @property
     def stepping(self) -> bool:
+        """Whether it gives a sign at every step."""
         return self.kind in STEPPING
 
-    def heard(self, said: Mapping) -> None:
+    def heard(self, message: Mapping) -> None:
         """A message came."""
         took, self.quiet = self.quiet, 0.0
-        if "doing" not in said:
+        if "doing" not in message:
             return
-        before, stepped, self.said = self.subject, self.stepping, said
-        self.step, self.total = said.get("step", self.step), said.get("total", self.total)
+        before, stepped, self.message = self.subject, self.stepping, message
+        self.step, self.total = message.get("step", self.step), message.get("total", self.total)
         if stepped and self.kind == before[0]:
             self._seconds.setdefault(before, collections.deque(maxlen=RECENT)).append(took)
 
@@ -71,7 +74,7 @@ class Clock:
         self.waited += seconds
 
     def allowed(self, stopping: bool = False) -> float:
-        """Seconds without a message that end the worker, infinite for none. stopping: it was asked to end, which it
+        """Seconds without a message that end the worker, infinite for none. stopping: a signal had it end, which it
         may put off by a step, or until a checkpoint is saved, but not for as long as a compilation may take."""
         if self.stall == 0:
             return math.inf

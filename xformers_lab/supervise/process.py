@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
 from xformers_lab.supervise.interrupt import handling
@@ -69,11 +69,11 @@ class Worker:
         self.received, self.ready = b"", None
         self.signals = handling(self._stop)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.signals.__enter__()
         return self
 
-    def __exit__(self, kind, *rest):
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if self.process is not None:
                 if kind is not None:
@@ -86,7 +86,7 @@ class Worker:
     def ask(
         self,
         what: str,
-        heard: Callable[[dict], None] = lambda said: None,
+        heard: Callable[[dict], None] = lambda message: None,
         *,
         stall: float | None = None,
         limit: float | None = None,
@@ -94,7 +94,7 @@ class Worker:
     ) -> Any:
         """The answer of a function of the package, "train.work.run", called in the process with these arguments.
 
-        heard(message) is told what it says before. stall and limit: see `limits`. Raises the LabError that the function
+        heard(message) gets what it says before. stall and limit: see `limits`. Raises the LabError that the function
         raised, and Ended where its process died, was too long silent, or was interrupted.
         """
         if self.stopped:
@@ -111,15 +111,15 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        while (said := self._receive()) is not None:
-            if "answer" in said:
+        while (message := self._receive()) is not None:
+            if "answer" in message:
                 self._show()
-                return said["answer"]
-            if "error" in said:
+                return message["answer"]
+            if "error" in message:
                 self._show()
-                raise self._error(said["error"])
-            clock.heard(said)
-            heard(said)
+                raise self._error(message["error"])
+            clock.heard(message)
+            heard(message)
         raise self._died()
 
     def _start(self) -> None:
@@ -207,13 +207,13 @@ class Worker:
         how = f"signal {-code} ({_name(-code)})" if code < 0 else f"exit code {code}"
         end = os.fstat(self.log.fileno()).st_size
         start = max(self.begun, end - (1 << 16))
-        said = os.pread(self.log.fileno(), end - start, start).decode(errors="replace").strip().splitlines()
-        last = f": {said[-1][:300]}" if said else ""
+        lines = os.pread(self.log.fileno(), end - start, start).decode(errors="replace").strip().splitlines()
+        last = f": {lines[-1][:300]}" if lines else ""
         return Ended("failed", f"the process ended with {how} while {clock.place}{last}", clock)
 
     def _error(self, error: dict) -> LabError:
         code, text = error["exit_code"], error["text"]
-        if code > 128:  # it was asked to stop, by this driver or by somebody else
+        if code > 128:  # a signal had it stop, this driver's or somebody else's
             self.stopped = self.stopped or code - 128
             return Ended("interrupted", text.removeprefix("interrupted: "), self.clock, code)
         raised = KINDS.get(code, LabError)(text)

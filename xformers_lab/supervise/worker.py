@@ -1,4 +1,4 @@
-"""The worker's side: a process that does what it is asked, one JSON line each, and answers with JSON lines.
+"""The worker's side: a process that does what its driver asks, one JSON line each, and answers with JSON lines.
 
 {"do": "train.work.run", "with": {"config": ...}} calls that function of the package with a Tell and these arguments. On
 the way it says what it is doing; the last line has the answer, or the error that came instead. SIGTERM ends the process
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from xformers_lab.errors import LabError
 
@@ -24,12 +24,12 @@ ALONE = 600.0
 class Tell:
     """Messages to the driver; alone: the driver is gone, so what trains should save itself."""
 
-    def __init__(self, replies):
+    def __init__(self, replies: TextIO):
         self.replies, self.alone = replies, False
 
-    def __call__(self, **said: Any) -> None:
+    def __call__(self, **message: Any) -> None:
         try:
-            self.replies.write(json.dumps(said) + "\n")
+            self.replies.write(json.dumps(message) + "\n")
             self.replies.flush()
         except BrokenPipeError:
             self.alone = True
@@ -46,6 +46,7 @@ def perform(what: str, tell: Tell, **arguments: Any) -> Any:
 
 
 def main() -> int:
+    """Answer questions until there are no more; -> the exit code."""
     # What a library prints must not mix with the answers, and what it reads not with the questions.
     replies, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(2, 1)
@@ -53,10 +54,10 @@ def main() -> int:
     tell = Tell(replies)
     threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
     for line in questions:
-        asked = json.loads(line)
-        error = None
+        question = json.loads(line)
+        answer, error = None, None
         try:
-            answer = perform(asked["do"], tell, **asked["with"])
+            answer = perform(question["do"], tell, **question["with"])
         except LabError as caught:
             error = {"exit_code": caught.exit_code, "text": str(caught)}
         except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """The shelf of tasks: data, loss and metric. One file = one task, a class named like the file.
 
-A task is built as `Task(setting, *, own_option=default)` and gives
+A task is built as `Task(setting, *, option=default)` and gives
 
 * `batch(split, step)`: a pure function of (seed, split, step); no iterator, no hidden state. The three splits share no
   example: generated tasks draw each split from its own part of the example space (see `_splits`), corpora by file.
@@ -8,8 +8,8 @@ A task is built as `Task(setting, *, own_option=default)` and gives
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
   only "decoder": an encoder would see the answer.
-* `source_length`: how many of the first positions are given and never asked about, as the encoder of an
-  encoder-decoder reads them; 0 where the two are mixed.
+* `source_length`: how many of the first positions no answer is wanted of, as the encoder of an encoder-decoder reads
+  them; 0 where the two are mixed.
 * `blank`: the token that fills a source up to that length, which no encoder looks at; None where all are as long.
 * `begin`: the tokens that a target begins with, where a source alone is given to generate from.
 * `stop`: tokens at which what is generated ends.
@@ -47,7 +47,7 @@ class Batch:
     """One batch, as numpy on the host and as jax arrays on devices.
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
-    shaped like targets, 0 where nothing is asked; valid (B, T) bool, False at padding, or None where a task never pads;
+    shaped like targets, 0 where no answer counts; valid (B, T) bool, False at padding, or None where a task never pads;
     fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
     """
 
@@ -79,9 +79,11 @@ class Task:
         self.setting = setting
 
     def batch(self, split: Split, step: int) -> Batch:
+        """The batch of a step of a split; the same whenever it is called."""
         raise NotImplementedError(f"{type(self).__name__} must define batch(split, step)")
 
     def segment(self, split: Split, step: int) -> Batch:
+        """The batch of a step whose rows go on where those of the step before ended."""
         raise NotImplementedError(f"{type(self).__name__} has segments: define segment(split, step)")
 
     def encode(self, text: str) -> list[int]:
@@ -99,6 +101,7 @@ class Task:
         return " ".join(map(str, tokens))
 
     def describe(self) -> dict:
+        """What the data are, as JSON has it."""
         return {}
 
     def loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +112,7 @@ class Task:
         return (losses * batch.weights).sum(), jnp.asarray(batch.weights).sum()
 
     def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(sum over asked predictions, their weight); the reported metric is `finish(sum / weight)`."""
+        """(sum over weighted predictions, their weight); the reported metric is `finish(sum / weight)`."""
         right = (logits.argmax(-1) == batch.targets) * batch.weights
         return right.sum(), jnp.asarray(batch.weights).sum()
 

@@ -36,31 +36,32 @@ def existing(task: str, path: str) -> pathlib.Path:
     """The file or folder behind an option; raises UsageError with what stands in its place."""
     if not path:
         raise UsageError(f"{task}: path= is empty: give a file or a folder")
-    found = pathlib.Path(path).expanduser()
+    place = pathlib.Path(path).expanduser()
     try:
-        if found.is_file() or found.is_dir():
-            return found
-        if found.exists():
+        if place.is_file() or place.is_dir():
+            return place
+        if place.exists():
             raise UsageError(f"{task}: path={path} is neither a file nor a folder")
-        parent = next(folder for folder in found.parents if folder.is_dir())
+        parent = next(folder for folder in place.parents if folder.is_dir())
         names = [entry.name for entry in sorted(parent.iterdir())]
     except OSError as error:
         raise UsageError(f"{task}: path={path} cannot be opened: {error.strerror}") from error
-    near = nearest(found.name, difflib.get_close_matches(found.name, names, 8, 0.0), f"in {parent}")
+    near = nearest(place.name, difflib.get_close_matches(place.name, names, 8, 0.0), f"in {parent}")
     raise UsageError(f"{task}: path={path} does not exist: {near or 'give a file or a folder'}")
 
 
 def files(folder: pathlib.Path, skip: Container[str] = ()) -> list[pathlib.Path]:
     """Every regular file below a folder but hidden ones and those in folders to skip, ordered by relative path."""
-    found = []
-    for place, folders, names in os.walk(folder):
+    paths = []
+    for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and name not in skip]
-        found += [pathlib.Path(place, name) for name in names if not name.startswith(".")]
-    found = [file for file in found if file.is_file()]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+        paths += [pathlib.Path(root, name) for name in names if not name.startswith(".")]
+    paths = [file for file in paths if file.is_file()]
+    return sorted(paths, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def read(task: str, file: pathlib.Path) -> bytes:
+    """The bytes of a file; raises UsageError where it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -119,6 +120,7 @@ def hub(task: str, name: str, config: str | None) -> dict[Split | None, Columns]
 
 
 def import_datasets(task: str) -> None:
+    """Import `datasets` and keep it quiet; raises UsageError where it is missing."""
     try:
         import datasets
     except ImportError as error:
@@ -151,34 +153,36 @@ def pick(task: str, option: str, wanted: str | None, usual: Iterable[str], colum
 
 def texts(task: str, column: str, values: Sequence, blank: bool = False) -> list[bytes]:
     """A column of text as UTF-8 bytes; raises UsageError at the first row without text; `blank` allows empty text."""
-    found = []
+    contents = []
     for row, value in enumerate(values[:], 1):
         if not isinstance(value, str) or not (value or blank):
             what = (
                 "is missing" if value is None else "is empty" if value == "" else f"is {type(value).__name__}, not text"
             )
             raise UsageError(f'{task}: column "{column}", row {row} {what}: every document needs text')
-        found.append(value.encode("utf-8", "surrogatepass"))
-    return found
+        contents.append(value.encode("utf-8", "surrogatepass"))
+    return contents
 
 
 def resplit(
-    task: str, found: Mapping[Split | None, list[_Document]], content: Callable[[_Document], bytes]
+    task: str, documents: Mapping[Split | None, list[_Document]], content: Callable[[_Document], bytes]
 ) -> dict[Split, list[_Document]]:
     """Train, validation and test: a split that the source has is kept, one that it lacks is taken from train by a hash.
 
     Documents that say the same thing fall in the same split. Where the source is in one piece, all three come from it.
     """
-    if len(found) > 1 and "train" not in found:
-        raise UsageError(f"{task}: there are {' and '.join(map(str, found))} data but no train data: add a train split")
-    (pool,) = [found["train"]] if "train" in found else found.values()
-    given: dict[Split, list[_Document]] = {
-        split: found[split] for split in SPLITS[1:] if split in found and len(found) > 1
+    if len(documents) > 1 and "train" not in documents:
+        raise UsageError(
+            f"{task}: there are {' and '.join(map(str, documents))} data but no train data: add a train split"
+        )
+    (pool,) = [documents["train"]] if "train" in documents else documents.values()
+    named: dict[Split, list[_Document]] = {
+        split: documents[split] for split in SPLITS[1:] if split in documents and len(documents) > 1
     }
-    parts: dict[Split, list[_Document]] = {split: list(given.get(split, [])) for split in SPLITS}
+    parts: dict[Split, list[_Document]] = {split: list(named.get(split, [])) for split in SPLITS}
     for document in pool:
         split = _splits.of_bytes(content(document))
-        parts["train" if split in given else split].append(document)
+        parts["train" if split in named else split].append(document)
     return parts
 
 
@@ -220,8 +224,8 @@ def _ending(file: pathlib.Path) -> str:
 
 def _tables(folder: pathlib.Path) -> list[pathlib.Path]:
     """The tables of a folder that holds little else (a read-me does not count), or none."""
-    found = [file for file in files(folder) if file.suffix.lower() not in (".md", "")]
-    return found if all(_kind(file) for file in found) else []
+    tables = [file for file in files(folder) if file.suffix.lower() not in (".md", "")]
+    return tables if all(_kind(file) for file in tables) else []
 
 
 def _numbered(task: str, file: pathlib.Path, separator: str) -> list[str]:

@@ -38,13 +38,13 @@ def select(
 ) -> tuple[np.ndarray, ...]:
     """`count` examples of `split`: `draw(n)` gives arrays over about n * accepted candidates, rows of ids first."""
     size = math.ceil(1.1 * count / (SHARES[split] * accepted)) + 16
-    kept, found = [], 0
-    while found < count:
+    parts, number = [], 0
+    while number < count:
         arrays = draw(size)
         mine = of_rows(arrays[0]) == SPLITS.index(split)
-        kept.append([array[mine] for array in arrays])
-        found += int(mine.sum())
-    return tuple(np.concatenate(parts)[:count] for parts in zip(*kept, strict=True))
+        parts.append([array[mine] for array in arrays])
+        number += int(mine.sum())
+    return tuple(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
 
 
 def check_room(log_examples: float, mend: str) -> None:

@@ -122,7 +122,7 @@ def evaluate(expression: str) -> int:
 
 
 def encode(expression: str) -> list[int]:
-    """The token ids of an expression; every bracket is kept. Raises ValueError on an unknown token."""
+    """The token ids of an expression; brackets included. Raises ValueError on an unknown token."""
     return [TOKENS.index(token) for token in re.findall(r"[^\s()]+", expression)]
 
 
@@ -216,10 +216,10 @@ def _grow(
         tokens[~grows] = longest + 1
         tree = np.repeat(tree, arity)
         tree = tree[grows[tree]]
-    kept = (tokens >= shortest) & (tokens <= longest)
-    number = np.cumsum(kept) - 1
+    fits = (tokens >= shortest) & (tokens <= longest)
+    number = np.cumsum(fits) - 1
     for level in levels:
-        mine = kept[level.tree]
+        mine = fits[level.tree]
         level.tree = number[level.tree[mine]]
         level.operator, level.arity = level.operator[mine], level.arity[mine]
         level.value, level.size = level.value[mine], level.size[mine]

@@ -10,6 +10,7 @@ import platform
 import re
 import sysconfig
 
+import jax
 import numpy as np
 
 from xformers_lab.errors import UsageError
@@ -102,7 +103,7 @@ class Lm(Task):
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
-    def metric(self, logits, batch: Batch):
+    def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return self.loss(logits, batch)
 
     def finish(self, mean: float) -> float:
@@ -133,17 +134,17 @@ def corpus(
         if not names:
             raise UsageError(f"lm: this Python has no source of its standard library in {root}: give path=...")
         return f"Python {platform.python_version()} standard library", *_joined(_from_files(root, names))
-    found = _sources.existing("lm", path)
-    if _sources.is_table(found):
-        return path, *_joined(_from_columns(_sources.tables("lm", found), column))
+    place = _sources.existing("lm", path)
+    if _sources.is_table(place):
+        return path, *_joined(_from_columns(_sources.tables("lm", place), column))
     if column is not None:
         raise UsageError(f"lm: column={column} is for a table, but path={path} is no csv, json or parquet")
-    if found.is_dir():
-        names = _sources.files(found)
+    if place.is_dir():
+        names = _sources.files(place)
         if not names:
             raise UsageError(f"lm: path={path} is a folder without files")
-        return path, *_joined(_from_files(found, names))
-    content = np.frombuffer(_sources.read("lm", found), np.uint8)
+        return path, *_joined(_from_files(place, names))
+    content = np.frombuffer(_sources.read("lm", place), np.uint8)
     ends = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
     return path, 1, {split: content[ends[i] : ends[i + 1]] for i, split in enumerate(SPLITS)}
 
@@ -151,15 +152,15 @@ def corpus(
 def _from_files(root: pathlib.Path, names: list[pathlib.Path]) -> dict[Split, list[bytes]]:
     documents: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
     seen: set[bytes] = set()
-    given = _named(root, names)
+    named = _named(root, names)
     # Of copies the one held out stays.
-    for file in sorted(given, key=lambda file: -SPLITS.index(given[file])) or names:
+    for file in sorted(named, key=lambda file: -SPLITS.index(named[file])) or names:
         content = _sources.read("lm", file)
         if content not in seen:
             seen.add(content)
             hashed = _splits.of_bytes(os.fsencode(file.relative_to(root).as_posix()))
-            documents[given.get(file, hashed)].append(content)
-    for split in SPLITS[1:] if given else ():
+            documents[named.get(file, hashed)].append(content)
+    for split in SPLITS[1:] if named else ():
         if not documents[split]:
             text = b"".join(documents["train"])
             end = len(text) * 9 // 10
@@ -170,27 +171,27 @@ def _from_files(root: pathlib.Path, names: list[pathlib.Path]) -> dict[Split, li
 def _named(root: pathlib.Path, names: list[pathlib.Path]) -> dict[pathlib.Path, Split]:
     """The split that each file's name, or that of its folder in the root, speaks of; nothing unless all do but for a
     read-me, train among them."""
-    found: dict[pathlib.Path, Split] = {}
+    named: dict[pathlib.Path, Split] = {}
     for file in names:
         path = file.relative_to(root)
         words = re.findall("[a-z]+", f"{path.parts[0]} {path.name}".lower())
         splits: list[Split] = [split for word in words if (split := _sources.split_name(word)) is not None]
         if splits:
-            found[file] = splits[0]
+            named[file] = splits[0]
         elif path.suffix.lower() not in (".md", ""):
             return {}
-    return found if "train" in found.values() else {}
+    return named if "train" in named.values() else {}
 
 
 def _from_columns(columns: dict[Split | None, _sources.Columns], wanted: str | None) -> dict[Split, list[bytes]]:
-    found = {}
+    documents = {}
     for split, table in columns.items():
         name = _sources.pick("lm", "column", wanted, _COLUMNS, table)
-        found[split] = _sources.texts("lm", name, table[name], blank=True)
-    if len(found) < len(SPLITS):
+        documents[split] = _sources.texts("lm", name, table[name], blank=True)
+    if len(documents) < len(SPLITS):
         # Rows may be lines, blank ones too; hashed, all the blank ones would pile up in one split.
-        found = {split: [text for text in documents if text] for split, documents in found.items()}
-    return _sources.resplit("lm", found, lambda text: text)
+        documents = {split: [text for text in texts if text] for split, texts in documents.items()}
+    return _sources.resplit("lm", documents, lambda text: text)
 
 
 def _joined(documents: dict[Split, list[bytes]]) -> tuple[int, dict[Split, np.ndarray]]:

@@ -70,13 +70,13 @@ class Mqar(Task):
         (pairs,) = select(split, count, draw)
         # The races of exponential clocks with rates p: who comes first, second, ... is a draw without replacement.
         clocks = np.log(rng.standard_exponential((count, self.places))) - self.log_odds
-        asked = context + 2 * _first(clocks, self.pairs)
+        places = context + 2 * _first(clocks, self.pairs)
         inputs = np.zeros((count, self.setting.seq_len), np.int32)
         targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32)
         inputs[:, :context] = pairs
-        np.put_along_axis(inputs, asked, pairs[:, 0::2], 1)
-        np.put_along_axis(targets, asked, pairs[:, 1::2], 1)
-        np.put_along_axis(weights, asked, np.float32(1), 1)
+        np.put_along_axis(inputs, places, pairs[:, 0::2], 1)
+        np.put_along_axis(targets, places, pairs[:, 1::2], 1)
+        np.put_along_axis(weights, places, np.float32(1), 1)
         if self.random_non_queries:
             inputs = np.where(inputs == 0, rng.integers(0, self.vocab, inputs.shape, dtype=np.int32), inputs)
         return Batch(inputs, targets, weights)
@@ -93,10 +93,10 @@ class Mqar(Task):
 def _first(scores: np.ndarray, count: int) -> np.ndarray:
     """The indices of the `count` smallest scores of each row, smallest first: (n, m) -> (n, count)."""
     if count < scores.shape[1]:
-        found = np.argpartition(scores, count - 1, axis=1)[:, :count]
+        least = np.argpartition(scores, count - 1, axis=1)[:, :count]
     else:
-        found = np.broadcast_to(np.arange(count), scores.shape)
-    return np.take_along_axis(found, np.argsort(np.take_along_axis(scores, found, 1), axis=1), 1)
+        least = np.broadcast_to(np.arange(count), scores.shape)
+    return np.take_along_axis(least, np.argsort(np.take_along_axis(scores, least, 1), axis=1), 1)
 
 
 def _ways(things: int, drawn: int) -> float:

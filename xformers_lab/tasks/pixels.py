@@ -100,29 +100,29 @@ class Images(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def load(path: str, shrink: int) -> Images:
     """Read, shrink, check and split the images; once per process."""
-    found = _read(path, shrink)
-    shapes = {images.shape[1:] for images, _ in found.values()}
+    arrays = _read(path, shrink)
+    shapes = {images.shape[1:] for images, _ in arrays.values()}
     if len(shapes) > 1:
         raise UsageError(f"pixels: path={path} mixes images of {' and '.join(sorted(map(_times, shapes)))} pixels")
-    kinds = sorted({int(label) for _, labels in found.values() for label in labels})
+    kinds = sorted({int(label) for _, labels in arrays.values() for label in labels})
     if len(kinds) < 2:
         raise UsageError(f"pixels: path={path} has {len(kinds)} class(es): there must be 2 or more")
     pairs: dict[Split | None, list[tuple[bytes, int]]] = {}
-    for split, (images, labels) in found.items():
+    for split, (images, labels) in arrays.items():
         pairs[split] = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
     parts = _sources.resplit("pixels", pairs, lambda pair: pair[0])
     (shape,) = shapes
     seen: set[bytes] = set()
-    splits, kept = {}, 0
+    splits, count = {}, 0
     for split in reversed(SPLITS):
-        own = [(image, label) for image, label in parts[split] if image not in seen]
-        seen.update(image for image, _ in own)
-        if not own:
+        new = [(image, label) for image, label in parts[split] if image not in seen]
+        seen.update(image for image, _ in new)
+        if not new:
             raise UsageError(f"pixels: the {split} split of path={path} is empty: give more images")
-        pixels = np.frombuffer(b"".join(image for image, _ in own), np.uint8).reshape(len(own), -1)
-        splits[split] = pixels, np.searchsorted(kinds, [label for _, label in own]).astype(np.int32)
-        kept += len(own)
-    dropped = sum(map(len, parts.values())) - kept
+        pixels = np.frombuffer(b"".join(image for image, _ in new), np.uint8).reshape(len(new), -1)
+        splits[split] = pixels, np.searchsorted(kinds, [label for _, label in new]).astype(np.int32)
+        count += len(new)
+    dropped = sum(map(len, parts.values())) - count
     return Images(path, shape, tuple(map(str, kinds)), {split: splits[split] for split in SPLITS}, dropped)
 
 
@@ -138,11 +138,11 @@ def _read(path: str, shrink: int) -> dict[Split | None, tuple[np.ndarray, np.nda
             arrays.setdefault(_split(file.name.replace(".", "-")), []).append(_idx(file))
     if not arrays:
         raise UsageError(f"pixels: path={path} has no images: {_GIVE}")
-    found: dict[Split | None, tuple[np.ndarray, np.ndarray]] = {}
-    for split, given in arrays.items():
-        images, labels = _pair(path, split, given)
-        found[split] = _shrunk(images, shrink), labels
-    return found
+    pairs: dict[Split | None, tuple[np.ndarray, np.ndarray]] = {}
+    for split, of_split in arrays.items():
+        images, labels = _pair(path, split, of_split)
+        pairs[split] = _shrunk(images, shrink), labels
+    return pairs
 
 
 def _split(name: str) -> Split | None:

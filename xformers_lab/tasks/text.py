@@ -70,7 +70,7 @@ class Text(Task):
         self.corpus = load(path, hub, config, text_column, label_column, header)
         for split, (_, labels) in self.corpus.splits.items():
             if not len(labels):
-                sizes = ", ".join(f"{name}: {len(kept)}" for name, (_, kept) in self.corpus.splits.items())
+                sizes = ", ".join(f"{name}: {len(answers)}" for name, (_, answers) in self.corpus.splits.items())
                 raise ValueError(f"the {split} split of {self.corpus.source} is empty ({sizes}): give more documents")
         self.outputs = len(self.corpus.classes)
         self.chance = 1 / self.outputs
@@ -133,24 +133,24 @@ def load(
         source = hub if hub is not None else _DEFAULT_HUB
         columns = _sources.hub("text", source, config)
         return _corpus(f"hub {source}", _labelled(columns, text_column, label_column))
-    found = _sources.existing("text", path)
-    if _sources.is_table(found):
-        return _corpus(path, _labelled(_sources.tables("text", found, header), text_column, label_column))
+    place = _sources.existing("text", path)
+    if _sources.is_table(place):
+        return _corpus(path, _labelled(_sources.tables("text", place, header), text_column, label_column))
     if text_column is not None or label_column is not None or not header:
         raise UsageError(
             f"text: path={path} is no table: text_column, label_column and header are for csv, json and parquet"
         )
-    if found.is_file():
+    if place.is_file():
         kinds = ", ".join(sorted(_sources.KINDS))
-        raise UsageError(f'text: path={path}: unknown kind "{found.suffix}": give a file of kind {kinds}, or a folder')
-    return _corpus(path, _foldered(found))
+        raise UsageError(f'text: path={path}: unknown kind "{place.suffix}": give a file of kind {kinds}, or a folder')
+    return _corpus(path, _foldered(place))
 
 
 def _foldered(root: pathlib.Path) -> dict[Split | None, list[tuple[bytes, Label]]]:
     """The documents of a folder, with the name of their sub-folder as the class."""
     parts = {_sources.split_name(folder.name): folder for folder in _folders(root)}
     parts = {split: folder for split, folder in parts.items() if split is not None} or {None: root}
-    found = {}
+    documents = {}
     for split, part in parts.items():
         files = [
             (file, folder.name)
@@ -158,14 +158,14 @@ def _foldered(root: pathlib.Path) -> dict[Split | None, list[tuple[bytes, Label]
             if folder.name != _UNLABELLED
             for file in _sources.files(folder)
         ]
-        found[split] = [(_sources.read("text", file), label) for file, label in files]
+        documents[split] = [(_sources.read("text", file), label) for file, label in files]
         if not files:
             raise UsageError(f"text: path={part} has no sub-folder with documents: make one for each class")
-        empty = [file for (file, _), (document, _) in zip(files, found[split], strict=True) if not document]
+        empty = [file for (file, _), (document, _) in zip(files, documents[split], strict=True) if not document]
         if empty:
             more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise UsageError(f"text: {empty[0]} is empty{more}: every document needs text")
-    return found
+    return documents
 
 
 def _folders(root: pathlib.Path) -> list[pathlib.Path]:
@@ -176,7 +176,7 @@ def _labelled(
     columns: dict[Split | None, _sources.Columns], text_column: str | None, label_column: str | None
 ) -> dict[Split | None, list[tuple[bytes, Label]]]:
     """(text, label) of every row of the tables."""
-    found = {}
+    labelled = {}
     for split, table in columns.items():
         text = _sources.pick("text", "text_column", text_column, _TEXTS, table)
         label = _sources.pick("text", "label_column", label_column, _LABELS, table)
@@ -187,13 +187,13 @@ def _labelled(
         documents = _sources.texts("text", text, table[text])
         labels = _labels(label, table[label])
         if set(labels) != {_HIDDEN} or len(columns) == 1:
-            found[split] = list(zip(documents, labels, strict=True))
-    return found
+            labelled[split] = list(zip(documents, labels, strict=True))
+    return labelled
 
 
 def _labels(column: str, values: Sequence) -> list[Label]:
     """The labels as they are, whole floats as integers; raises UsageError at one that is missing or no class."""
-    found = []
+    labels = []
     for row, value in enumerate(values[:], 1):
         if value is None or value != value or value == "":
             raise UsageError(f'text: column "{column}", row {row} has no label: every document needs one')
@@ -203,14 +203,14 @@ def _labels(column: str, values: Sequence) -> list[Label]:
             raise UsageError(
                 f'text: column "{column}", row {row} is {value!r}: a label is a whole number, a word, or true/false'
             )
-        found.append(value)
-    return found
+        labels.append(value)
+    return labels
 
 
-def _corpus(source: str, found: dict[Split | None, list[tuple[bytes, Label]]]) -> Corpus:
+def _corpus(source: str, documents: dict[Split | None, list[tuple[bytes, Label]]]) -> Corpus:
     """Split the documents and drop copies: what is in test from the other splits, what is in validation from train."""
-    labels = {label for documents in found.values() for _, label in documents}
-    total = sum(map(len, found.values()))
+    labels = {label for part in documents.values() for _, label in part}
+    total = sum(map(len, documents.values()))
     if len({type(label) for label in labels}) > 1:
         raise UsageError(
             f"text: the labels of {source} mix numbers and words: {', '.join(sorted(map(repr, labels))[:6])}"
@@ -224,12 +224,12 @@ def _corpus(source: str, found: dict[Split | None, list[tuple[bytes, Label]]]) -
         )
     classes = sorted(labels, key=lambda label: (0, label) if isinstance(label, str) else (label, ""))
     number = {label: index for index, label in enumerate(classes)}
-    parts = _sources.resplit("text", found, lambda document: document[0])
+    parts = _sources.resplit("text", documents, lambda document: document[0])
     seen: set[bytes] = set()
-    splits, kept = {}, 0
+    splits, count = {}, 0
     for split in reversed(SPLITS):
-        own = [(text, label) for text, label in parts[split] if text not in seen]
-        seen.update(text for text, _ in own)
-        kept += len(own)
-        splits[split] = ([text for text, _ in own], np.array([number[label] for _, label in own], np.int32))
-    return Corpus(source, tuple(map(str, classes)), {split: splits[split] for split in SPLITS}, total - kept)
+        new = [(text, label) for text, label in parts[split] if text not in seen]
+        seen.update(text for text, _ in new)
+        count += len(new)
+        splits[split] = ([text for text, _ in new], np.array([number[label] for _, label in new], np.int32))
+    return Corpus(source, tuple(map(str, classes)), {split: splits[split] for split in SPLITS}, total - count)

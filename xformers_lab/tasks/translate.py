@@ -8,6 +8,7 @@ import pathlib
 import zlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from xformers_lab.errors import UsageError
@@ -77,20 +78,20 @@ class Translate(Task):
         passes, places = np.divmod(np.arange(step * B, (step + 1) * B), len(tokens))
         chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
         whole = tokens[chosen].astype(np.int32)
-        asked = (np.arange(T)[None] >= S) & (np.arange(T)[None] < ends[chosen][:, None])
-        return Batch(whole[:, :-1], whole[:, 1:], asked.astype(np.float32))
+        wanted = (np.arange(T)[None] >= S) & (np.arange(T)[None] < ends[chosen][:, None])
+        return Batch(whole[:, :-1], whole[:, 1:], wanted.astype(np.float32))
 
     def encode(self, text: str) -> list[int]:
         """A sentence to translate -> all that stands before its translation."""
-        found = [byte + BYTES for byte in text.encode()]
-        if len(found) > self.source_length:
-            raise ValueError(f"a sentence of {len(found)} bytes, but the model reads {self.source_length}")
-        return found + [BLANK] * (self.source_length - len(found)) + [BEGIN]
+        tokens = [byte + BYTES for byte in text.encode()]
+        if len(tokens) > self.source_length:
+            raise ValueError(f"a sentence of {len(tokens)} bytes, but the model reads {self.source_length}")
+        return tokens + [BLANK] * (self.source_length - len(tokens)) + [BEGIN]
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(token - BYTES for token in tokens if token >= BYTES).decode(errors="replace")
 
-    def metric(self, logits, batch: Batch):
+    def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return self.loss(logits, batch)
 
     def finish(self, mean: float) -> float:
@@ -142,30 +143,32 @@ class Corpus(NamedTuple):
 def load(path: str | None, hub: str | None, config: str | None, source: str, target: str) -> Corpus:
     """Read the pairs of all splits; once per process."""
     if hub is not None:
-        found, where = _from_columns(_sources.hub("translate", hub, config), source, target), f"hub {hub}"
+        pairs, where = _from_columns(_sources.hub("translate", hub, config), source, target), f"hub {hub}"
     else:
         assert path is not None
         place, where = _sources.existing("translate", path), path
         if _sources.is_table(place):
-            found = _from_columns(_sources.tables("translate", place), source, target)
+            pairs = _from_columns(_sources.tables("translate", place), source, target)
         else:
-            found = _from_files(path, place, source, target)
-    parts = _sources.resplit("translate", found, lambda pair: b"\n".join(pair))
-    held, splits, given = set(), {}, sum(map(len, parts.values()))
+            pairs = _from_files(path, place, source, target)
+    parts = _sources.resplit("translate", pairs, lambda pair: b"\n".join(pair))
+    held, splits = set(), {}
     for split in reversed(SPLITS):
         splits[split] = [pair for pair in parts[split] if pair not in held]
         held.update(splits[split])
-    kept = sum(map(len, splits.values()))
-    return Corpus(where, f"{source}-{target}", {split: splits[split] for split in SPLITS}, given - kept)
+    dropped = sum(map(len, parts.values())) - sum(map(len, splits.values()))
+    return Corpus(where, f"{source}-{target}", {split: splits[split] for split in SPLITS}, dropped)
 
 
-def _from_columns(columns, source: str, target: str) -> dict[Split | None, list[Pair]]:
-    found = {}
+def _from_columns(
+    columns: dict[Split | None, _sources.Columns], source: str, target: str
+) -> dict[Split | None, list[Pair]]:
+    pairs = {}
     for split, table in columns.items():
         names = (_sources.pick("translate", *side, (), table) for side in (("source", source), ("target", target)))
         sides = (_sources.texts("translate", name, table[name]) for name in names)
-        found[split] = list(zip(*sides, strict=True))
-    return found
+        pairs[split] = list(zip(*sides, strict=True))
+    return pairs
 
 
 def _from_files(path: str, folder: pathlib.Path, source: str, target: str) -> dict[Split | None, list[Pair]]:
@@ -182,7 +185,7 @@ def _from_files(path: str, folder: pathlib.Path, source: str, target: str) -> di
     pairs = {stem: files for stem, files in sides.items() if len(files) == 2}
     if not pairs:
         raise UsageError(f"translate: path={path} has no pair of files ending in .{source} and .{target}: {_GIVE}")
-    found: dict[Split | None, list[Pair]] = {}
+    sentences: dict[Split | None, list[Pair]] = {}
     for stem, files in pairs.items():
         first, second = (_lines(files[language]) for language in (source, target))
         if len(first) != len(second):
@@ -191,8 +194,8 @@ def _from_files(path: str, folder: pathlib.Path, source: str, target: str) -> di
                 "they must be pairs"
             )
         whole = [pair for pair in zip(first, second, strict=True) if all(pair)]
-        found.setdefault(_sources.split_name(stem), []).extend(whole)
-    return found
+        sentences.setdefault(_sources.split_name(stem), []).extend(whole)
+    return sentences
 
 
 def _lines(file: pathlib.Path) -> list[bytes]:

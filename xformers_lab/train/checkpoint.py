@@ -11,6 +11,7 @@ import json
 import logging
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Damaged(Exception):
     """A checkpoint that does not verify; the message names the file."""
 
 
-def save(run_dir: pathlib.Path, step: int, state, about: dict) -> pathlib.Path:
+def save(run_dir: pathlib.Path, step: int, state: Any, about: dict) -> pathlib.Path:
     """Write a pytree of arrays as the newest checkpoint, keep the last two. -> its folder.
 
     about: what must be the same where it is restored, {"config": id, ...}. Raises RunFailed, with nothing written,
@@ -56,9 +57,9 @@ def save(run_dir: pathlib.Path, step: int, state, about: dict) -> pathlib.Path:
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
     # Steps only grow: anything beyond this one is what a resume fell back from.
-    kept = [other for other in steps(run_dir) if other <= step][-KEPT:]
+    newest = [other for other in steps(run_dir) if other <= step][-KEPT:]
     for other in steps(run_dir):
-        if other not in kept:
+        if other not in newest:
             shutil.rmtree(folder.with_name(str(other)))
     return folder
 
@@ -68,14 +69,14 @@ def steps(run_dir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-def restore(run_dir: pathlib.Path, target, about: dict):
+def restore(run_dir: pathlib.Path, target: Any, about: dict) -> tuple[Any, int]:
     """The newest checkpoint that verifies, as a pytree like `target` (ShapeDtypeStructs with shardings) -> state, step.
 
     Warns where an older one had to do. Raises IntegrityError where none verifies, UsageError where a good one does not
     belong to what `about` and `target` say.
     """
-    found, damage = steps(run_dir), []
-    for step in reversed(found):
+    damage = []
+    for step in reversed(steps(run_dir)):
         folder = run_dir / "checkpoints" / str(step)
         try:
             manifest = verify(folder)
@@ -121,7 +122,7 @@ def verify(folder: pathlib.Path) -> dict:
     return body
 
 
-def named_leaves(state) -> dict[str, jax.Array]:
+def named_leaves(state: Any) -> dict[str, jax.Array]:
     """Every array of a pytree by its path, `params.stack.periods.0.ffn.up.kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -146,7 +147,7 @@ def _write(folder: pathlib.Path, step: int, leaves: dict, about: dict) -> None:
         sync(path)
 
 
-def _read(folder: pathlib.Path, target):
+def _read(folder: pathlib.Path, target: Any) -> Any:
     leaves = named_leaves(target)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.restore((folder / "state").absolute(), _full(leaves))
@@ -164,7 +165,7 @@ def _described(leaves: dict) -> dict:
     return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
 
 
-def _same(folder: pathlib.Path, manifest: dict, target, about: dict) -> None:
+def _same(folder: pathlib.Path, manifest: dict, target: Any, about: dict) -> None:
     for key, value in about.items():
         if manifest["about"].get(key) != value:
             raise UsageError(

@@ -2,14 +2,15 @@
 the state whole on every device; experts, which is jit otherwise, shares out an ffn's networks, and with them all that
 the optimizer keeps of them.
 
-All compile ahead of time, so that compile time is measured apart and the compiled program can be asked for its memory.
+All compile ahead of time, so that compile time is measured apart and the memory of the compiled program is known.
 """
 
 import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ class Layout:
     mesh: Mesh
     banks: frozenset[tuple] = frozenset()
 
-    def on(self, *axes) -> NamedSharding:
+    def on(self, *axes: Any) -> NamedSharding:
         """The mesh axes that share out the leading axes of an array."""
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
@@ -95,7 +96,7 @@ class Layout:
         return jax.tree.map(on, state, self.of_state(state))
 
 
-def keys_of(path) -> tuple:
+def keys_of(path: Sequence[Any]) -> tuple:
     """The keys of the dicts on a pytree path; None for a part that is none."""
     return tuple(getattr(part, "key", None) for part in path)
 
@@ -116,8 +117,8 @@ def layout_of(config: Config) -> Layout:
     return Layout(train.layout, mesh_of(devices, axes))
 
 
-def mesh_of(devices, axes: dict[str, int]) -> Mesh:
-    """A mesh whose axes have these sizes, for XLA to partition over."""
+def mesh_of(devices: Any, axes: dict[str, int]) -> Mesh:
+    """A mesh of devices, a sequence or an array of them, whose axes have these sizes, for XLA to partition over."""
     return Mesh(np.array(devices).reshape(*axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -167,13 +168,13 @@ def compile_train_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     layout: Layout,
-    state,
+    state: TrainState,
     batch: Batch,
 ) -> Compiled:
     """state and batch (of the host) may be arrays or ShapeDtypeStructs; state is donated at every call."""
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     state, batch = shapes(state), shapes(batch)
-    given = jax.eval_shape(layout.shape_batch, batch)
+    shaped = jax.eval_shape(layout.shape_batch, batch)
     places = layout.of_state(state)
     began = time.perf_counter()
     # Counted on the global view, which pmap would show one device's share of, and outside of the mesh in use.
@@ -187,10 +188,10 @@ def compile_train_step(
         local = make_train_step(config, task, graph, tx, AXIS)
         step = jax.pmap(local, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
     with layout.in_use():
-        compiled = step.lower(state, given).compile()
+        compiled = step.lower(state, shaped).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    assert memory is not None, "this backend does not tell a program's memory"
+    assert memory is not None, "this backend does not say how much memory a program takes"
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         compiled,

@@ -27,7 +27,7 @@ from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record
 from xformers_lab.supervise.interrupt import Interrupted, listening
-from xformers_lab.tasks import Split, Task
+from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import checkpoint, optimizer, prefetch, records
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
@@ -61,7 +61,7 @@ class OutOfMemory(RunFailed):
 
 
 class _Stopped(Exception):
-    """Asked to stop in the middle of an evaluation."""
+    """A signal came in the middle of an evaluation."""
 
 
 def run(
@@ -97,7 +97,7 @@ def resume(
 def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int | None = None) -> dict:
     """Score the newest good checkpoint of a run on `batches` batches of a split (default: the run's eval_batches).
 
-    by_position in it holds what the model tells of each token, "computation" where tokens get different numbers of
+    by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding.
     """
     run_dir = pathlib.Path(run_dir)
@@ -106,7 +106,7 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     count = job.config.train.eval_batches if batches is None else batches
-    loss, metric, told = _score(job, state, split, count, lambda: 0, lambda what: None)
+    loss, metric, means = _score(job, state, split, count, lambda: 0, lambda what: None)
     record = Record(
         id=configs.identity(job.config),
         run_dir=str(run_dir),
@@ -115,8 +115,8 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int
         step=step,
         loss=loss,
         metric=metric,
-        **_told(told),
-        by_position=told["tokens"],
+        **_reported(means),
+        by_position=means["tokens"],
         **_declared(job.task),
     )
     return records.finite(record.to_dict())
@@ -154,7 +154,7 @@ class _Job:
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
 
-    def place(self, split: Split) -> Callable:
+    def place(self, split: Split) -> Callable[[int], Batch]:
         return lambda step: self.layout.place_batch(prefetch.checked(self.task, split, step, self.segments))
 
 
@@ -183,12 +183,19 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     )
 
 
-def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop, doing: Doing | None) -> dict:
+def _run(
+    config: Config,
+    run_dir: pathlib.Path,
+    resume: bool,
+    progress: Progress | None,
+    stop: Callable[[], bool] | None,
+    doing: Doing | None,
+) -> dict:
     progress, doing = progress or (lambda step, total, metrics: None), doing or (lambda what, step: None)
     doing("preparing", 0)
     if (record := _finished(config, run_dir)) is not None:
         return record
-    with records.locked(run_dir), listening(stop) as asked:
+    with records.locked(run_dir), listening(stop) as stop_signal:
         if (record := _finished(config, run_dir)) is not None:
             return record
         saved = checkpoint.steps(run_dir)
@@ -205,7 +212,7 @@ def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop, do
                 state, step = job.layout.place_state(init(config, job.task, job.tx)), 0
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
-            return _train(job, state, step, asked, progress, doing)
+            return _train(job, state, step, stop_signal, progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -213,7 +220,7 @@ def _run(config: Config, run_dir: pathlib.Path, resume: bool, progress, stop, do
 
 
 def _train(
-    job: _Job, state: TrainState, start: int, asked: Callable[[], int], progress: Progress, doing: Doing
+    job: _Job, state: TrainState, start: int, stop_signal: Callable[[], int], progress: Progress, doing: Doing
 ) -> dict:
     """From the state after step `start` to the last one, then the record."""
     train, step = job.config.train, start
@@ -232,10 +239,13 @@ def _train(
     def stopped() -> Interrupted:
         save()
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
-        return Interrupted(f"interrupted: {how}", asked())
+        return Interrupted(f"interrupted: {how}", stop_signal())
+
+    def score(split: Split) -> tuple[float, float, dict]:
+        return _score(job, state, split, train.eval_batches, stop_signal, lambda what: doing(what, step))
 
     def validate(line: dict) -> dict:
-        loss, metric, _ = _score(job, state, "validation", train.eval_batches, asked, lambda what: doing(what, step))
+        loss, metric, _ = score("validation")
         return line | {"validation_loss": loss, "validation_metric": metric}
 
     try:
@@ -253,19 +263,19 @@ def _train(
                     log.write(log.line(*pending))
                 pending = step, metrics
                 evaluating, saving = due(train.eval_every, step), due(train.save_every, step)
-                if not (evaluating or saving or asked()):
+                if not (evaluating or saving or stop_signal()):
                     continue
                 line, pending = log.line(*pending), None
                 try:
                     line = validate(line) if evaluating else line
                 finally:
                     log.write(line)
-                if saving and not asked():
+                if saving and not stop_signal():
                     save()
                     doing("training", step)
-                if asked():
+                if stop_signal():
                     raise stopped()
-        loss, metric, told = _score(job, state, "test", train.eval_batches, asked, lambda what: doing(what, step))
+        loss, metric, means = score("test")
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -276,14 +286,14 @@ def _train(
         error = Diverged(f"the loss on the test split is non-finite after step {step}; try a smaller lr")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error
-    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_told(told))
+    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_reported(means))
 
 
 def _score(
-    job: _Job, state: TrainState, split: Split, count: int, asked: Callable[[], int], doing: Callable[[str], None]
-):
+    job: _Job, state: TrainState, split: Split, count: int, stop_signal: Callable[[], int], doing: Callable[[str], None]
+) -> tuple[float, float, dict]:
     """The mean loss in nats, the metric, and the means of all that `make_eval_step` sums up, over the first `count`
-    batches of a split; raises _Stopped."""
+    batches of a split; raises _Stopped when `stop_signal()` is not 0."""
     doing(f"preparing the {split} split")
     totals = None
     pending = None
@@ -298,7 +308,7 @@ def _score(
             if pending is not None:
                 totals = _added(totals, pending)
             pending = sums
-            if asked():
+            if stop_signal():
                 raise _Stopped
     totals = _added(totals, pending)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -314,7 +324,7 @@ def _added(totals, sums):
     return pairs if totals is None else jax.tree.map(np.add, totals, pairs)
 
 
-def _told(means: dict) -> dict:
+def _reported(means: dict) -> dict:
     """What a model says of itself, for a record: the layers that a token passed through, and all it reports."""
     return {"computation": means["scalars"].get("computation"), "aux": means["scalars"]}
 

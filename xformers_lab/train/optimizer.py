@@ -1,5 +1,7 @@
 """The update rule: AdamW or SGD, its learning rate over the run, clipping, and what decays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,7 +19,7 @@ def of(config: Config, task: Task) -> optax.GradientTransformation:
     return build(config.train, decays(merge(*shapes(config, task))))
 
 
-def build(train: Train, decaying) -> optax.GradientTransformation:
+def build(train: Train, decaying: Any) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) or plain SGD, behind clipping by the global norm.
 
     Weight decay is decoupled and scaled by the learning rate.
@@ -47,13 +49,13 @@ def learning_rate(train: Train) -> optax.Schedule:
     return rate
 
 
-def decays(model: Model):
+def decays(model: Model) -> Any:
     """Which parameters of a model decay, a bool for each: those of two axes or more in their own layer. Kernels,
     embeddings and position tables do; biases and the scales of norms do not.
 
-    An axis that counts the layers of a stack is none of a layer's own: a stacked bias is (L, D), and does not decay.
+    An axis that counts the layers of a stack is none of a layer: a stacked bias is (L, D), and does not decay.
     """
-    own_axes = lambda variable: variable.ndim - layer_axes(variable)
+    axes_of_layer = lambda variable: variable.ndim - layer_axes(variable)
     variables = nnx.state(model, nnx.Param)
     is_variable = lambda node: isinstance(node, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(lambda leaf: own_axes(leaf) >= 2, variables, is_leaf=is_variable))
+    return nnx.to_pure_dict(jax.tree.map(lambda leaf: axes_of_layer(leaf) >= 2, variables, is_leaf=is_variable))

@@ -37,7 +37,7 @@ VARIABLES = (
 )
 
 
-def write_json(path: pathlib.Path, value) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
     """Replace a JSON file in one go. NaN and infinities become null. Raises RunFailed where it cannot be written."""
     _replace(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
@@ -71,6 +71,7 @@ def finite(value: Any) -> Any:
 
 
 def append(run_dir: pathlib.Path, line: dict) -> None:
+    """Add a line to metrics.jsonl; raises RunFailed where it cannot be written."""
     try:
         with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
@@ -92,9 +93,9 @@ def read(run_dir: pathlib.Path) -> list[dict]:
 
 def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
     """Keep the lines up to `step`, each step once -> these lines."""
-    kept = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
-    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+    lines = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
+    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 # ---- who runs, and where -----------------------------------------------------------------------------------------

@@ -49,18 +49,18 @@ def shapes(config: Config, task: Task) -> tuple[nnx.GraphDef, Any, Any, Any]:
     return split(nnx.eval_shape(lambda: build_model(config, task)))
 
 
-def merge(graph: nnx.GraphDef, params, extra, memory) -> Model:
+def merge(graph: nnx.GraphDef, params: Any, extra: Any, memory: Any) -> Model:
     """The inverse of `split`."""
     return nnx.merge(graph, params, extra, memory)
 
 
-def empty(memory):
+def empty(memory: Any) -> Any:
     """The same memory with nothing in it."""
     return jax.tree.map(jnp.zeros_like, memory)
 
 
-def begun(memory, fresh):
-    """The memory of a batch in which the sequences that fresh (B,) names begin a new text."""
+def begun(memory: Any, fresh: Any) -> Any:
+    """The memory of a batch in which the sequences that fresh (B,) bool names begin a new text; None: none does."""
     if fresh is None:
         return memory
     axes = lambda leaf: jnp.reshape(fresh, (1, -1) + (1,) * (leaf.ndim - 2))

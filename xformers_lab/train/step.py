@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,21 @@ import optax
 from flax import nnx
 
 from xformers_lab.config import Config
+from xformers_lab.model import Model
 from xformers_lab.nn import backward
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, begun, merge, split
 
 
-def stream(seed, step, name: str) -> jax.Array:
+def stream(seed: jax.Array | int, step: jax.Array | int, name: str) -> jax.Array:
     """The random key of one purpose at one step: nothing random is stored, so nothing random is lost."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(name.encode()))
+
+
+def run(model: Model, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
+    """The model on a batch, whose arrays are jax's here: a step traces them."""
+    return model(cast(jax.Array, batch.inputs), valid=cast("jax.Array | None", batch.valid), key=key)
 
 
 def make_train_step(
@@ -35,24 +41,24 @@ def make_train_step(
     all the same.
     """
 
-    def objective(params, told, extra, memory, batch: Batch, key):
+    def objective(params, statistics, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
-        nnx.update(model, told)
-        logits, aux = model(batch.inputs, valid=batch.valid, key=key)
+        nnx.update(model, statistics)
+        logits, aux = run(model, batch, key)
         loss, weight = task.loss(logits, batch)
         sums = jax.tree.map(lambda value: value * weight, Aux(losses=aux.losses, scalars=aux.scalars))
         predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
         sums |= Aux(losses=predicted)
         total = loss + sum(sums.losses.values())
-        seeded = total + backward.surrogate_loss(told, backward.values(model))
+        seeded = total + backward.surrogate_loss(statistics, backward.values(model))
         return seeded, (split(model)[2:], {"loss": total, "weight": weight, **sums.metrics()})
 
     def part(params, extra, memory, batch: Batch, key):
-        told = backward.values(merge(graph, params, extra, memory))
+        statistics = backward.values(merge(graph, params, extra, memory))
         differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        (grads, told), ((extra, memory), sums) = differentiate(params, told, extra, memory, batch, key)
+        (grads, statistics), ((extra, memory), sums) = differentiate(params, statistics, extra, memory, batch, key)
         model = merge(graph, params, extra, memory)
-        nnx.update(model, told)
+        nnx.update(model, statistics)
         return *split(model)[2:], (grads, sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
@@ -79,7 +85,7 @@ def make_train_step(
     return train_step
 
 
-def in_parts(part: Callable, extra, memory, batch: Batch, key, count: int):
+def in_parts(part: Callable, extra: Any, memory: Any, batch: Batch, key: jax.Array, count: int) -> tuple[Any, Any, Any]:
     """Run part(extra, memory, batch, key) -> (extra, memory, sums) on `count` equal parts, one after the other
     -> extra, memory, added sums."""
     if count == 1:
@@ -98,12 +104,12 @@ def in_parts(part: Callable, extra, memory, batch: Batch, key, count: int):
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
     sums = jax.eval_shape(part, extra, first(memories), first(parts), key)[2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    given = memories, parts, jax.random.split(key, count)
-    (extra, sums), memories = jax.lax.scan(add, (extra, zeros), given)
+    keys = jax.random.split(key, count)
+    (extra, sums), memories = jax.lax.scan(add, (extra, zeros), (memories, parts, keys))
     return extra, jax.tree.map(lambda x, like: jnp.moveaxis(x, 0, 2).reshape(like.shape), memories, memory), sums
 
 
-def agree(extra, axis: str):
+def agree(extra: Any, axis: str) -> Any:
     """One value of the non-parameter variables for all devices: the mean of floats, the largest of everything else."""
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: jax.lax.pmean(x, axis) if floating(x) else jax.lax.pmax(x, axis), extra)
@@ -116,7 +122,7 @@ def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> 
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
-        logits, aux = model(batch.inputs, valid=batch.valid)
+        logits, aux = run(model, batch)
         sums: dict[str, Any] = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
         weight = sums["loss"][1]
         sums["scalars"] = {name: (value * weight, weight) for name, value in aux.scalars.items()}

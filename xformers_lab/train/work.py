@@ -28,7 +28,7 @@ def resume(tell: Tell, run_dir: str) -> dict:
 
 
 def watched(tell: Tell, config: configs.Config) -> dict[str, Any]:
-    """What `loop.run` is given so that a worker's driver hears of every step, and the run ends without its driver."""
+    """Callbacks for `loop.run`: a worker's driver hears of every step, and the run ends when its driver is gone."""
 
     def progress(step: int, total: int, metrics: dict) -> None:
         tell.doing("training", step=step, total=total, loss=metrics.get("loss"))

@@ -32,6 +32,11 @@ class MultiHead(Attention):
     # What goes by places in the row of keys, of a mechanism that cannot leave any of them empty in decoding.
     on_places: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls) and cls.projects:
+            raise TypeError(f"{cls.__name__} defines __call__, a layer of its own: it must say projects = False")
+
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
         self.query, self.key, self.value = (

@@ -14,10 +14,10 @@ def subject(choice: str) -> Inside:
 
 def computation(subject: Inside) -> None:
     """It says how many layers a token passed."""
-    told = subject.model.trained(1)[1][0]
-    if "computation" not in told:
+    metrics = subject.model.trained(1)[1][0]
+    if "computation" not in metrics:
         raise Broken('its aux lacks "computation", the layers that a valid token passed through on average')
-    if not 0 < (spent := float(told["computation"])) < math.inf:
+    if not 0 < (spent := float(metrics["computation"])) < math.inf:
         raise Broken(f'"computation" is {spent:g}, and should be a number of layers')
 
 

@@ -10,10 +10,18 @@ from xformers_lab.check.subject import Broken
 from xformers_lab.check.tiny import Inside
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
+from xformers_lab.norm import Norm
 
 
 def subject(choice: str) -> Inside:
     return Inside("norm", choice, {"norm": choice})
+
+
+def declared(subject: Inside) -> None:
+    """A placement whose `after` does more than add says so, for a reversible stack takes back what it added."""
+    kind = spec.entry("norm", spec.parse(subject.asked["norm"]).name)
+    if kind.after is not Norm.after and kind.adds:
+        raise Broken("it defines `after`: write `adds = False` in its class, or define `branch` if it only adds to x")
 
 
 def silence(subject: Inside) -> None:
@@ -32,4 +40,4 @@ def silence(subject: Inside) -> None:
         raise Broken("rows of zeros give a value or gradient that is not finite: add a small number under the root")
 
 
-PROPERTIES = [*inside.PROPERTIES, silence]
+PROPERTIES = [*inside.PROPERTIES, declared, silence]

@@ -20,10 +20,21 @@ def subject(choice: str) -> Inside:
     return Inside("position", choice, {"position": choice}, both=True)
 
 
+def declared(subject: Inside) -> None:
+    """A class that defines `embed` or `rotate` says so, for memories and mechanisms go by what it says."""
+    kind = type(_built(subject))
+    for method, says in (("embed", "embeds"), ("rotate", "turns")):
+        defines = getattr(kind, method) is not getattr(Position, method)
+        if defines and not getattr(kind, says):
+            raise Broken(f"it defines `{method}`: write `{says} = True` in its class")
+        if getattr(kind, says) and not defines:
+            raise Broken(f"it says `{says} = True`, but defines no `{method}`")
+
+
 def turned(subject: Inside) -> None:
     """Queries and keys keep shape and type, and in bfloat16 are turned as in float32, nearly."""
     position = _built(subject)
-    if not position.rotates():
+    if not position.turns:
         raise NotApplicable("it turns no queries and keys")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 2, 4)), jnp.float32)
     out, half = (position.rotate(x.astype(dtype), jnp.arange(12)) for dtype in ("float32", "bfloat16"))
@@ -62,8 +73,8 @@ def _compared(position: Position):
     """The scores of one sample."""
     q, k = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 12, 2, 4)), jnp.float32)
     at, heads = jnp.arange(12), lambda y: jnp.swapaxes(y, 1, 2)
-    found = position.compare(heads(position.of_queries(q, at)), heads(position.of_keys(k, at)), jnp.zeros((1, 2)))
-    return jax.tree.map(lambda leaf: leaf[0], found)
+    bias = position.compare(heads(position.of_queries(q, at)), heads(position.of_keys(k, at)), jnp.zeros((1, 2)))
+    return jax.tree.map(lambda leaf: leaf[0], bias)
 
 
-PROPERTIES = [*inside.PROPERTIES, turned, from_indices]
+PROPERTIES = [*inside.PROPERTIES, declared, turned, from_indices]

@@ -20,7 +20,7 @@ class Adanorm(nnx.Module):
             raise Refused(f"c must be above 0 and k at least 0, got c={c} and k={k}")
         self.c, self.k = c, k
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         y = (wide - wide.mean(-1, keepdims=True)) * jax.lax.rsqrt(wide.var(-1, keepdims=True) + 1e-6)
         return (jax.lax.stop_gradient(self.c * (1 - self.k * y)) * y).astype(x.dtype)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,6 +16,6 @@ class Dyt(nnx.Module):
         self.a = nnx.Param(jnp.asarray(start, jnp.float32))
         self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         squashed = jnp.tanh(self.a[...] * x.astype(jnp.float32))
         return (self.scale[...] * squashed + self.bias[...]).astype(x.dtype)

@@ -1,5 +1,3 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,42 +46,44 @@ class Powernorm(nnx.Module):
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
         self.decay, self.warmup = decay, warmup
 
-    def __call__(self, x, rows: LayerContext):
-        if rows.train:
-            z = self._train(x, jnp.ones(x.shape[:-1], bool) if rows.valid is None else rows.valid)
+    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        if context.train:
+            z = self._train(x, jnp.ones(x.shape[:-1], bool) if context.valid is None else context.valid)
         else:
             z = x.astype(jnp.float32) * lax.rsqrt(self.square[...] + EPSILON)
         return (self.scale[...] * z + self.bias[...]).astype(x.dtype)
 
-    def _train(self, x, valid):
+    def _train(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         square, passes = self.square[...], self.passes[...]
-        found = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), valid)
+        batch = mean(jnp.square(lax.stop_gradient(x).astype(jnp.float32)), valid)
         warming = passes < self.warmup
-        psi = jnp.sqrt(jnp.where(warming, found, square) + EPSILON)
+        psi = jnp.sqrt(jnp.where(warming, batch, square) + EPSILON)
         z, self.nu[...] = divided(x, valid, psi, warming, self.nu[...], self.decay)
         rate = jnp.maximum(1 - self.decay, 1 / (passes + 1))
-        self.square[...] = square + jnp.where(valid.any(), rate, 0) * (found - square)
+        self.square[...] = square + jnp.where(valid.any(), rate, 0) * (batch - square)
         self.passes[...] = passes + 1
         return z
 
 
-def mean(values, valid):
+def mean(values: jax.Array, valid: jax.Array) -> jax.Array:
     """(..., D) over the rows that are valid (...) -> (D,); zeros where none is."""
     return jnp.where(valid[..., None], values, 0).sum(range(valid.ndim)) / jnp.maximum(valid.sum(), 1)
 
 
 @jax.custom_vjp
-def divided(x, valid, psi, warming, nu, decay) -> tuple[Any, Any]:
-    """z = x / psi in float32, and nu, see `Backward`."""
+def divided(
+    x: jax.Array, valid: jax.Array, psi: jax.Array, warming: jax.Array, nu: jax.Array, decay: float
+) -> tuple[jax.Array, jax.Array]:
+    """z = x / psi (..., D) in float32, and nu (D,), see `Backward`; valid (...), psi (D,), warming ()."""
     return x.astype(jnp.float32) / psi, nu
 
 
-def _forward(*given):
-    return divided(*given), given
+def _forward(*arguments):
+    return divided(*arguments), arguments
 
 
-def _backward(given, grads):
-    x, valid, psi, warming, nu, decay = given
+def _backward(saved, grads):
+    x, valid, psi, warming, nu, decay = saved
     dz, newest = grads
     z = x.astype(jnp.float32) / psi
     along = mean(dz * z, valid)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -10,7 +11,7 @@ class Scalenorm(nnx.Module):
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.asarray(size.dim**0.5))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         length = jnp.sqrt((wide * wide).sum(-1, keepdims=True) + 1e-10)
         return (self.scale[...] * wide / length).astype(x.dtype)
