@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 
-NOTHING = -1e30
 # Tokens of a prompt that are read in one call.
 CHUNK = 64
 # No token: the one that is drawn comes next.
@@ -135,7 +135,7 @@ def beam_search(
     tokens, count = np.zeros((CHUNK, beams), np.int32), len(prompt) - begun
     tokens[:count] = np.array(prompt[begun:], np.int32)[:, None]
     # All beams are alike at first: only one may branch.
-    totals, texts = np.where(np.arange(beams) == 0, 0.0, NOTHING), [[] for _ in range(beams)]
+    totals, texts = np.where(np.arange(beams) == 0, 0.0, MASKED), [[] for _ in range(beams)]
     finished: list[tuple[float, list[int]]] = []
     penalty = lambda n: ((5 + n) / 6) ** length_penalty
     for n in range(1, new + 1):
@@ -152,11 +152,11 @@ def beam_search(
             elif len(going) < beams:
                 going.append((score, row, text))
         # The best that a hypothesis can still reach adds nothing more to its sum.
-        bound = max((score for score, _, _ in going), default=NOTHING) / penalty(new if length_penalty > 0 else n)
+        bound = max((score for score, _, _ in going), default=MASKED) / penalty(new if length_penalty > 0 else n)
         if not going or (len(finished) >= beams and max(finished)[0] >= bound):
             break
         while len(going) < beams:  # fewer symbols than beams: a copy that can never win
-            going.append((NOTHING, going[0][1], going[0][2]))
+            going.append((MASKED, going[0][1], going[0][2]))
         totals, texts = np.array([score for score, _, _ in going]), [text for _, _, text in going]
         tokens[0], count = [text[-1] for text in texts], 1
         cache = _reorder(cache, axes, np.array([row for _, row, _ in going]))
@@ -169,16 +169,16 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, NOTHING, logits)
+        logits = jnp.where(logits < least, MASKED, logits)
     if sampling.top_p < 1:
         ranked = jnp.sort(logits, descending=True)
         p = jax.nn.softmax(ranked)
         needed = jnp.cumsum(p, -1) - p < sampling.top_p  # the likeliest one always is
         least = jnp.where(needed, ranked, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, NOTHING, logits)
+        logits = jnp.where(logits < least, MASKED, logits)
     if sampling.min_p > 0:
         least = logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
-        logits = jnp.where(logits < least, NOTHING, logits)
+        logits = jnp.where(logits < least, MASKED, logits)
     return logits
 
 

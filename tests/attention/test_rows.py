@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine import heads
 from xformers_lab.attention._engine.block_sparse import batch, block_sparse
-from xformers_lab.attention._engine.block_sparse import layout as layouts
+from xformers_lab.attention._engine.block_sparse.layout import Sizes, layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
-from xformers_lab.attention._engine.pattern import Band, Global, Random
+from xformers_lab.attention._engine.pattern import Band, Global
+from xformers_lab.attention._engine.random_blocks import Random
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
@@ -57,28 +57,14 @@ def test_batch_is_softmax_attention_by_autodiff(added):
         assert_alike(both(batch.attend), both(plain))
 
 
-@pytest.fixture
-def small_layouts(monkeypatch):
-    """Rows are filled up from the fewest on, and layouts of other tests are left alone."""
-
-    def use(**sizes):
-        for name, size in sizes.items():
-            monkeypatch.setattr(layouts, name, size)
-        layouts.layout.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    layouts.layout.cache_clear()
-
-
 @pytest.mark.parametrize("wanted", [14, 15, 16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_filled_rows_change_nothing(small_layouts, wanted, padded):
+def test_filled_rows_change_nothing(wanted, padded):
     """Of 16 rows 14 are batched; their neighbours, which are run by themselves, join them and see nothing there."""
     pattern = Band(8) | Global(8) | Global(8, start=120) | Random(8, 1, 16, seed=3)
     T, H, blocks = 128, 4, (8, 8)
-    small_layouts(FUSED=wanted * blocks[0], FILLED=1.0)
-    (part,) = layouts.layout(pattern, T, T, *blocks)
+    sizes = Sizes(fused=wanted * blocks[0], filled=1.0)
+    (part,) = layout(pattern, T, T, *blocks, sizes)
     assert [len(group.rows) for group in part.groups] == [wanted, 2]
     q, k, v, grad = drawn(1, *[(T, H)] * 4)
     valid = jnp.arange(T) < 100 if padded else None
@@ -91,18 +77,17 @@ def test_filled_rows_change_nothing(small_layouts, wanted, padded):
         return found, pull(grad)
 
     with jax.default_matmul_precision("highest"):
-        fast, slow = (both(run) for run in (functools.partial(block_sparse, blocks=blocks), dense))
+        fast, slow = (both(run) for run in (functools.partial(block_sparse, blocks=blocks, sizes=sizes), dense))
     assert_alike(fast, slow)
     shape = jax.ShapeDtypeStruct((T, H), jnp.float32)
-    counted = count_flops(lambda q, k, v: block_sparse(q, k, v, pattern=pattern, blocks=blocks), shape, shape, shape)
-    assert counted == 4 * H * layouts.live_pairs(pattern, T, T, *blocks)
+    attend = functools.partial(block_sparse, pattern=pattern, blocks=blocks, sizes=sizes)
+    assert count_flops(attend, shape, shape, shape) == 4 * H * live_pairs(pattern, T, T, *blocks, sizes)
 
 
 @pytest.mark.parametrize("queries, together", [(8, 1), (16, 2), (31, 3), (48, 6)])
-def test_rows_that_see_the_same_keys_are_run_as_one(small_layouts, queries, together):
-    pattern, T, blocks = Band(3) | Global(48), 128, (8, 8)
-    small_layouts(QUERIES=queries, NARROW=64)
-    (part,) = layouts.layout(pattern, T, T, *blocks)
+def test_rows_that_see_the_same_keys_are_run_as_one(queries, together):
+    pattern, T, blocks, sizes = Band(3) | Global(48), 128, (8, 8), Sizes(together=queries, narrow=64)
+    (part,) = layout(pattern, T, T, *blocks, sizes)
     assert max(group.together for group in part.groups) == together
     q, k, v, grad = drawn(2, *[(T, 4)] * 4)
 
@@ -111,16 +96,17 @@ def test_rows_that_see_the_same_keys_are_run_as_one(small_layouts, queries, toge
         return found, pull(grad)
 
     with jax.default_matmul_precision("highest"):
-        assert_alike(both(functools.partial(block_sparse, blocks=blocks)), both(dense))
+        assert_alike(both(functools.partial(block_sparse, blocks=blocks, sizes=sizes)), both(dense))
 
 
 @pytest.mark.parametrize("choice", ["local:window=4", "block_local:block=8", "axial:shape=8x8", "full"])
 @pytest.mark.parametrize("queries", [64, 200, 1 << 20])
-def test_heads_run_alone_or_together_alike(monkeypatch, choice, queries):
+def test_heads_run_alone_or_together_alike(choice, queries):
     """In a loop over heads, of which few or all are run at once, with grouped keys, padding and slopes."""
     B, T, N, K, H = 3, 64, 4, 2, 8
     size: dict[str, Any] = {"length": T, "dim": N * H, "heads": N, "key_heads": K}
-    batch, loop = (spec.build("attention", choice, **size, plan=Plan(loop_from=least)) for least in (None, 1))
+    plans = Plan(loop_from=None), Plan(loop_from=1, fused=queries)
+    batch, loop = (spec.build("attention", choice, **size, plan=plan) for plan in plans)
     assert batch.narrow(T, T, True) == (choice != "full")
     bias = spec.build("position", "alibi", length=T, dim=N * H, heads=N).bias()
     q, k, v, grad = drawn(3, (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
@@ -130,5 +116,4 @@ def test_heads_run_alone_or_together_alike(monkeypatch, choice, queries):
         found, pull = jax.vjp(lambda q, k, v: layer.mix(q, k, v, valid=valid, causal=True, bias=bias)[0], q, k, v)
         return found, pull(grad)
 
-    monkeypatch.setattr(heads, "FUSED", queries)
     assert_alike(*(jax.jit(functools.partial(both, layer))(q, k, v) for layer in (loop, batch)))

@@ -8,7 +8,8 @@ import pytest
 
 from xformers_lab import cli, drawing, spec
 from xformers_lab.attention._engine.block_sparse.layout import layout
-from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Random, Residue
+from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Residue
+from xformers_lab.attention._engine.random_blocks import Random
 from xformers_lab.attention.sparse import WORDS, parsed
 from xformers_lab.nn.size import Size
 
@@ -147,7 +148,7 @@ def test_long_sequences_are_sampled():
         Band(128) & Causal(),
         Random(64, 3, 1 << 14),
         Band(64) | Global(1, queries=False),
-        (Band(64) | Global(64) | Random(64, 3, 1 << 14, before=True)) & Causal(),
+        (Band(64) | Global(64) | Random(64, 3, 1 << 14)) & Causal(),
         Residue(1 << 14) & Causal(),
         Local2D(1 << 10, 4, 4),
     ],

@@ -8,7 +8,7 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.attention._engine.query_blocks import readings, rows
+from xformers_lab.attention._engine.query_blocks import by_blocks, rows, seen_from
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import UsageError
 
@@ -82,11 +82,15 @@ def test_long_causal_rows_come_in_eighths(T, S):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max()), fast, slow)
 
 
-def test_readings_of_rows_that_no_block_divides():
+def test_queries_that_no_block_divides():
     """The largest weight of each query, of the mean over heads."""
     q, k = draw(3, 37, 4), draw(3, 41, 4, seed=1)
-    read = lambda s, seen, positions, leaves: masked_softmax(s, seen).mean(0).max(-1)
-    largest = readings(q, k, read, None, causal=True, at_once=8)
+
+    def row(q, at, keys):
+        s = jnp.swapaxes(q, 0, 1) @ jnp.swapaxes(k, 1, 2) / 2
+        return masked_softmax(s, seen_from(at, keys, causal=True)).mean(0).max(-1)
+
+    largest = by_blocks(row, jnp.swapaxes(q, 0, 1), 41, False, at_once=8)
     at, keys = jnp.arange(37)[:, None] + 4, jnp.arange(41)[None]
     expected = masked_softmax(q @ jnp.swapaxes(k, 1, 2) / 2, keys <= at).mean(0).max(-1)
     np.testing.assert_allclose(largest, expected, rtol=1e-5)

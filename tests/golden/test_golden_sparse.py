@@ -10,6 +10,7 @@ from agreement import assert_close
 from xformers_lab import catalogue, drawing, spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import dense
+from xformers_lab.attention._engine.order import NATURAL, Runs
 from xformers_lab.attention._engine.pattern import Causal
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
 from xformers_lab.attention.bp import _graph
@@ -163,13 +164,14 @@ OWN_PATTERNS = {
 
 
 @pytest.mark.parametrize("name", OWN_PATTERNS)
-def test_extents_never_lie_about_a_rectangle(name):
+def test_states_never_lie_about_a_rectangle(name):
     pattern, random = OWN_PATTERNS[name], np.random.default_rng(0)
     for _ in range(300):
         low = random.integers(0, 70, 2)
         high = low + random.integers(0, 8, 2)
         seen = np.asarray(pattern(np.arange(low[0], high[0] + 1)[:, None], np.arange(low[1], high[1] + 1)[None]))
-        said = int(pattern.extent(*(np.asarray(x) for x in (low[0], high[0], low[1], high[1]))))
+        q, k = (Runs(NATURAL, np.asarray(a), np.asarray(b)) for a, b in zip(low, high, strict=True))
+        said = int(pattern.state(q, k))
         assert said == 1 or (said == 2 and seen.all()) or (said == 0 and not seen.any())
 
 

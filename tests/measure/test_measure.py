@@ -463,7 +463,8 @@ def test_gradients_of_own_parameters_and_no_others_are_timed(mine):
 
 def test_a_mechanism_that_is_no_head_is_timed_whole(mine):
     path = mine(
-        "return v\n\n    projects = False\n\n    def __call__(self, x, memory=None, *, valid=None, **_):\n        return self.out(x), None, {}"
+        "return v\n\n    projects = False\n\n"
+        "    def __call__(self, x, memory=None, *, valid=None, **_):\n        return self.out(x), None, {}"
     )
     rows = bench(grid(f"attention={path}", "seq_len=16"), rounds=1, check=False)
     assert [(row["timed"], row["causal"]) for row in rows] == [("call", False)] * 2

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -185,7 +185,7 @@ class Bp(Stepwise):
         slab, seen = jnp.concatenate(slabs, 1), jnp.concatenate(seen, 2)
         scaled = jnp.pad(q * H**-0.5, ((0, -T % block), (0, 0))).reshape(-1, block, H).astype(q.dtype)
         s = jnp.einsum("bqh,bkh->bqk", scaled, slab[..., :H], preferred_element_type=jnp.float32)
-        return jax.vmap(softmax)(s, seen, slab[..., H:]).reshape(-1, v.shape[1])[:T]
+        return jax.vmap(softmax_average)(s, seen, slab[..., H:]).reshape(-1, v.shape[1])[:T]
 
     def reference(self, q, k, v, *, valid=None, causal):
         T, S = q.shape[0], k.shape[0]
@@ -193,7 +193,8 @@ class Bp(Stepwise):
         members = jnp.asarray(members) if valid is None else members & valid[None]
         share = members / jnp.maximum(members.sum(1, keepdims=True), 1)
         keys, values = share @ k, share @ v
-        return softmax(q * q.shape[1] ** -0.5 @ keys.T, edges & members.any(1)[None], values).astype(v.dtype)
+        s, seen = q * q.shape[1] ** -0.5 @ keys.T, edges & members.any(1)[None]
+        return softmax_average(s, seen, values).astype(v.dtype)
 
     @staticmethod
     def limit(length: int):
@@ -226,5 +227,5 @@ class Bp(Stepwise):
         index = newest[:, None] - (newest[:, None] - jnp.arange(R)) % R
         seen = _live(self.nodes, at, index, level[:, None]) & (index >= 0)
         s = jnp.dot(q * H**-0.5, keys.reshape(-1, H).T, preferred_element_type=jnp.float32)
-        out = softmax(s, seen.reshape(-1), values.reshape(-1, H)).astype(v.dtype)
+        out = softmax_average(s, seen.reshape(-1), values.reshape(-1, H)).astype(v.dtype)
         return out, {"k": keys, "v": values, "seen": at + 1}

@@ -8,8 +8,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from xformers_lab.attention import Complexity, Cost, OneHead
-from xformers_lab.attention._engine.maps import products, weighted, weights
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -89,11 +89,11 @@ class Clustered(OneHead):
         # Means in float32, so that half precision finds the same keys.
         mean = weighted(counted, q.astype(jnp.float32)) / jnp.maximum(counted.sum(1, keepdims=True), 1)
         s = products(mean * q.shape[1] ** -0.5, k.astype(jnp.float32))
-        p = weights(s, True if valid is None else valid)
+        s = s if valid is None else jnp.where(valid, s, MASKED)
+        p = masked_softmax(s)
         if not self.improved:
             return jnp.dot(weighted(p, v).T.astype(v.dtype), member.astype(v.dtype), **EXACT).T.astype(v.dtype)
-        score = s if valid is None else jnp.where(valid, s, -jnp.inf)
-        top = checkpoint_name(lax.top_k(lax.stop_gradient(score), min(self.improved, len(k)))[1], "top")
+        top = checkpoint_name(lax.top_k(lax.stop_gradient(s), min(self.improved, len(k)))[1], "top")
         chosen = jnp.zeros(p.shape, bool).at[np.arange(C)[:, None], top].set(True, unique_indices=True)
         rest, total = weighted(jnp.where(chosen, 0, p), v), jnp.where(chosen, p, 0).sum(1)
         return self._recomputed(q, k, v, valid, member, top, rest, total).astype(v.dtype)
@@ -130,7 +130,7 @@ class Clustered(OneHead):
         shared, own = mean @ k.T / H**0.5, q @ k.T / H**0.5
         weights = masked_softmax(shared, valid)
         if self.improved:
-            order = jnp.argsort(-jnp.where(valid, lax.stop_gradient(shared), -jnp.inf), 1, stable=True)
+            order = jnp.argsort(-jnp.where(valid, lax.stop_gradient(shared), MASKED), 1, stable=True)
             rank = jnp.argsort(order, 1)
             top = (rank < self.improved) & valid
             total = jnp.where(top, weights, 0).sum(1, keepdims=True)

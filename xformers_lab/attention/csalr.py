@@ -6,7 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
-from xformers_lab.attention._engine.softmax import MASKED
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -76,11 +76,7 @@ class Csalr(OneHead):
         q_mean, k_mean = (jnp.stack([mean(x, run) for run in of_run]) for x in (q, k))
         of_run = jnp.stack(of_run)
         there = of_run.any(1)
-
-        def softmax(q, k, seen):
-            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, MASKED), -1)
-            return jnp.where(seen, p, 0)
-
+        softmax = lambda q, k, seen: masked_softmax(q @ k.T / self.size.head**0.5, seen)
         a = softmax(q_mean, k_mean, there) * there[:, None] + IDENTITY * jnp.eye(m)
         coefficients = (softmax(q, k_mean, there) + IDENTITY * of_run.T) @ _inverse(a)
         return (coefficients @ (softmax(q_mean, k, valid) * there[:, None] @ v)).astype(v.dtype)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Call, Complexity, Cost
-from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, readings
+from xformers_lab.attention._engine.heads import over_samples
+from xformers_lab.attention._engine.query_blocks import ROWS, by_blocks, largest, seen_from
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
@@ -67,7 +68,8 @@ class Disagreement(Full):
             heads = lambda y: jnp.swapaxes(jnp.repeat(y, q.shape[2] // y.shape[2], 2), 1, 2)
 
             def one(q, k, _, valid):
-                return readings(q, k, _shared, bias, valid=valid, causal=causal, at_once=at_once)
+                row = lambda q, at, keys: _shared(q, k, at, seen_from(at, keys, valid, causal), bias)
+                return by_blocks(row, jnp.swapaxes(q, 0, 1), k.shape[1], False, at_once=at_once)
 
             shared = over_samples(one, heads(q), heads(k), None, valid, plan=plan_of(self.size))
             return _mean(shared, _asked(q, k, valid))
@@ -109,10 +111,12 @@ class Disagreement(Full):
         return Cost(flops=one.flops + 2 * T * S * H, memory=memory, state=one.state)
 
 
-def _shared(s, seen, positions, bias):
-    """(N, C, S) scores -> (C,): the sum over keys of the heads' mean weight, squared."""
+def _shared(q, k, at, seen, bias):
+    """(C, N, H), (N, S, H) and positions (C, 1) -> (C,): the sum over keys of the heads' mean weight, squared."""
+    q, k = jnp.swapaxes(q, 0, 1) * q.shape[-1] ** -0.5, jnp.swapaxes(k, 1, 2)
+    s = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        s = s + jax.vmap(lambda bias: bias(*positions))(bias)
+        s = s + jax.vmap(lambda bias: bias(at, jnp.arange(k.shape[2])[None]))(bias)
     return (masked_softmax(s, seen).mean(0) ** 2).sum(-1)
 
 

@@ -55,15 +55,13 @@ class Summary(Pattern):
         place = k % self.run
         return (place >= self.low) & (place < self.high) & (q == q)
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        run, place = k_high // self.run, k_high % self.run
-        possible = (place >= self.low) & (k_low < run * self.run + self.high) | (k_low // self.run < run)
-        certain = (k_low // self.run == run) & (k_low % self.run >= self.low) & (place < self.high)
-        return settled(possible & (q_low == q_low), certain & (q_low == q_low))
-
     def state(self, q, k):
-        state = super().state(q, k)
-        return state * 0 + WHOLE if k.order == self.order else state
+        if k.order == self.order:
+            return super().state(q, k) * 0 + WHOLE
+        run, place = k.high // self.run, k.high % self.run
+        possible = (place >= self.low) & (k.low < run * self.run + self.high) | (k.low // self.run < run)
+        certain = (k.low // self.run == run) & (k.low % self.run >= self.low) & (place < self.high)
+        return settled(possible & (q.low == q.low), certain & (q.low == q.low))
 
 
 class Fixed(Patterned):

@@ -9,8 +9,8 @@ from xformers_lab.attention import Complexity, KeepsKeys
 from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.maps import by_definition
 from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -158,7 +158,7 @@ class Gaussian(KeepsKeys, Patterned):
             D = self.width if self.form == "fixed" else I / (1 + jnp.exp(-(hidden @ prior["window"])))
             sigma = jnp.broadcast_to(jnp.maximum(D, 1) / 2, (T,))
             added = -((number[None] - P[:, None]) ** 2) / (2 * sigma[:, None] ** 2)
-        return by_definition(scores(q, k, bias) + added, seen, v)[0]
+        return softmax_average(scores(q, k, bias) + added, seen, v)
 
     @staticmethod
     def limit(length: int):

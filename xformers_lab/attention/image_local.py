@@ -27,8 +27,8 @@ class Line(Pattern):
         start = q // self.block * self.block
         return (k >= start - self.memory) & (k < start + self.block + self.memory)
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        return _around((q_low, q_high), (k_low, k_high), self.block, self.memory)
+    def state(self, q, k):
+        return _around((q.low, q.high), (k.low, k.high), self.block, self.memory)
 
     def spans(self, low, high):
         end = self.block + self.memory
@@ -56,9 +56,6 @@ class Plane(Pattern):
     def order(self):
         return Tiles(self.columns, self.height, self.width) if self.width < self.columns else NATURAL
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        return self.state(Runs(NATURAL, q_low, q_high), Runs(NATURAL, k_low, k_high))
-
     def state(self, q, k):
         asked, held = ((run.low // self.columns, run.high // self.columns) for run in (q, k))
         rows = _around(asked, held, self.height, self.above)
@@ -72,7 +69,7 @@ class Plane(Pattern):
 
 
 def _around(asked, held, size: int, memory: int):
-    """The extent of keys held (first, last) in the blocks of `size` of what is asked (first, last), and their
+    """The state of keys held (first, last) in the blocks of `size` of what is asked (first, last), and their
     memory."""
     first, last = asked[0] // size * size, asked[1] // size * size
     end = size + memory

@@ -9,8 +9,8 @@ from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.maps import products, weighted, weights
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -67,7 +67,7 @@ class Informer(OneHead):
         top = lax.top_k(lax.stop_gradient(measure), self._count(T))[1]
         s = products(q[top] * scale, k)
         s = s if bias is None else s + bias(top[:, None], at[None])
-        exact = weighted(weights(s, True if valid is None else valid), v)
+        exact = weighted(masked_softmax(s if valid is None else jnp.where(valid, s, MASKED)), v)
         if valid is None:
             mean = v.mean(0, dtype=jnp.float32)
         else:
@@ -92,7 +92,7 @@ class Informer(OneHead):
         s, sample = scores(q, k, bias), self._sample(valid, T, key)
         measure = lax.stop_gradient(s[:, sample].max(1) - s[:, sample].mean(1))
         valid = jnp.ones(T, bool) if valid is None else valid
-        measure, at = jnp.where(valid, measure, -jnp.inf), jnp.arange(T)
+        measure, at = jnp.where(valid, measure, MASKED), jnp.arange(T)
         ahead = (measure > measure[:, None]) | ((measure == measure[:, None]) & (at < at[:, None]))
         chosen = ahead.sum(1) < self._count(T)
         p = jnp.where(chosen[:, None], masked_softmax(s, valid), masked_softmax(jnp.zeros((T, T)), valid))
@@ -110,7 +110,7 @@ class Informer(OneHead):
 def _measure(s, valid):
     """How far from uniform the weights of each query are: (T, samples) -> (T,); padded queries are last."""
     measure = s.max(1) - s.mean(1)
-    return measure if valid is None else jnp.where(valid, measure, -jnp.inf)
+    return measure if valid is None else jnp.where(valid, measure, MASKED)
 
 
 def _number(valid):

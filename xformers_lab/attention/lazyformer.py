@@ -5,9 +5,11 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, OneHead
-from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.query_blocks import by_blocks, masked, widened
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
@@ -72,18 +74,18 @@ class Lazyformer(OneHead):
         S = k.shape[0]
 
         def block(q, at, keys):
-            s = maps.biased(maps.products(q * q.shape[-1] ** -0.5, k[:keys]), bias, at)
-            p = maps.weights(s, maps.seen_from(at, keys, valid, causal)).astype(carry.dtype)
-            return maps.weighted(p, v[:keys]).astype(v.dtype), maps.widened(p, S)
+            s = masked(products(q * q.shape[-1] ** -0.5, k[:keys]), at, valid, causal, bias)
+            p = masked_softmax(s).astype(carry.dtype)
+            return weighted(p, v[:keys]).astype(v.dtype), widened(p, S)
 
-        return maps.by_blocks(block, q, S, causal)
+        return by_blocks(block, q, S, causal)
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
         seen = seen if valid is None else seen & valid[None]
-        out, p = maps.by_definition(scores(q, k, bias), seen, v)
-        return out, p.astype(carry.dtype)
+        p = masked_softmax(scores(q, k, bias), seen)
+        return _plainly(p, v), p.astype(carry.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head
@@ -95,7 +97,7 @@ class Lazyformer(OneHead):
 
 
 def _by_blocks(p, v, causal: bool):
-    return maps.by_blocks(lambda p, at, keys: maps.weighted(p[:, :keys], v[:keys]).astype(v.dtype), p, len(v), causal)
+    return by_blocks(lambda p, at, keys: weighted(p[:, :keys], v[:keys]).astype(v.dtype), p, len(v), causal)
 
 
 def _plainly(p, v):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, OneHead
-from xformers_lab.attention._engine.maps import weighted
+from xformers_lab.attention._engine.products import weighted
 from xformers_lab.attention._engine.slots import over_all
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size

@@ -64,9 +64,8 @@ class LowRankBand(OneHead):
 
     def attend(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         (far, near), (wide, narrow) = self.parts(causal), self.blocks(len(q), len(k))
-        options = {"valid": valid, "bias": bias}
-        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, blocks=wide, **options))
-        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, blocks=narrow, **options))
+        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, valid=valid, bias=bias, blocks=wide))
+        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, valid=valid, bias=bias, blocks=narrow))
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
         far, near = self.parts(causal)

@@ -9,9 +9,9 @@ from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
-from xformers_lab.attention._engine.maps import weighted
 from xformers_lab.attention._engine.pattern import All
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.products import weighted
+from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -117,7 +117,7 @@ class Mca(Stepwise):
             there, last = jnp.concatenate([valid[:1], there]), np.append(0, last)
         at = np.arange(S - T, S)[:, None]
         seen = jnp.asarray(last <= at) & there if causal else jnp.broadcast_to(there, (T, slots))
-        return softmax(q @ x[0].T * self.size.head**-0.5, seen, x[1]).astype(v.dtype)
+        return softmax_average(q @ x[0].T * self.size.head**-0.5, seen, x[1]).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H, slots = self.size.head, count(S, self.kernel, self.stride)
@@ -150,5 +150,5 @@ class Mca(Stepwise):
         slots = jnp.where(fresh[:, None], made[:, None], state["slots"])
         slots = jnp.where(((slot < lead) & (at == 0))[:, None], newest[:, -1:], slots)
         seen = (slot < lead) | ((slot - lead) * self.stride <= start)
-        out = softmax(jnp.dot(slots[0], q * q.shape[0] ** -0.5), seen, slots[1])
+        out = softmax_average(jnp.dot(slots[0], q * q.shape[0] ** -0.5), seen, slots[1])
         return out, {"slots": slots, "newest": newest, "seen": at + 1}

@@ -3,10 +3,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import ROWS, batched, count, grouped, in_blocks, merged, scores_at_once
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.softmax import EMPTY, softmax
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED, hiding, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -82,12 +81,12 @@ class Moba(Stepwise):
         member = (number[:, None] == block) & valid
         mean = member @ k.astype(jnp.float32) / jnp.maximum(member.sum(1, keepdims=True), 1)
         gate = q.astype(jnp.float32) @ mean.T
-        gate = jnp.where((number < own if causal else number != own) & member.any(1), gate, -jnp.inf)
+        gate = jnp.where((number < own if causal else number != own) & member.any(1), gate, MASKED)
         first, second = gate[:, None], gate[:, :, None]
         ahead = (first > second) | ((first == second) & (number < number[:, None]))
-        chosen = ((ahead.sum(2) < self.chosen - 1) & (gate > -jnp.inf)) | (number == own)
+        chosen = ((ahead.sum(2) < self.chosen - 1) & (gate > EMPTY)) | (number == own)
         seen = jnp.take_along_axis(chosen, jnp.broadcast_to(block, (T, S)), 1) & valid
-        return softmax(scores(q, k, bias), seen & (keys <= at) if causal else seen, v)
+        return softmax_average(scores(q, k, bias), seen & (keys <= at) if causal else seen, v)
 
     def cost(self, T: int, S: int) -> Cost:
         H, (B, choices, C) = self.size.head, self._geometry(S)
@@ -121,7 +120,7 @@ class Moba(Stepwise):
         near = lambda x: x.at[chosen].get(mode="fill", fill_value=0).reshape(-1, H)
         s = jnp.dot(q[None] * H**-0.5, near(keys).T, preferred_element_type=jnp.float32)
         s = s if bias is None else s + bias(at[None, None], k_at)
-        out = softmax(s, (k_at <= at) & jnp.repeat(chosen < blocks, B), near(values))[0]
+        out = softmax_average(s, (k_at <= at) & jnp.repeat(chosen < blocks, B), near(values))[0]
         return out, {"k": keys, "v": values, "sums": sums, "seen": at + 1}
 
 
@@ -135,6 +134,6 @@ def _choose(q, own, means, there, choices: int, causal: bool):
     """The blocks (choices,) of one query (H,): its own first; `blocks` in place of one that is not to be had."""
     blocks = len(means)
     number = jnp.arange(blocks)
-    gate = jnp.where((number < own if causal else number != own) & there, means @ q, -jnp.inf)
+    gate = jnp.where((number < own if causal else number != own) & there, means @ q, MASKED)
     best, chosen = lax.top_k(gate, choices - 1)
-    return jnp.concatenate([own[None], jnp.where(best > -jnp.inf, chosen, blocks)])
+    return jnp.concatenate([own[None], jnp.where(best > EMPTY, chosen, blocks)])

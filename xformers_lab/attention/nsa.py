@@ -10,13 +10,13 @@ from xformers_lab.attention import Call, Complexity, Cost
 from xformers_lab.attention._base.patterned import near_block
 from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine import by_content
-from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, grouped, in_blocks, scores_at_once
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.maps import BLOCK, by_blocks, products, weighted, weights, widened
 from xformers_lab.attention._engine.pattern import Band
-from xformers_lab.attention._engine.softmax import EMPTY, masked_softmax, softmax
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.query_blocks import BLOCK, by_blocks, widened
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED, hiding, masked_softmax, softmax_average
 from xformers_lab.attention._engine.windows import count, windows
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -177,7 +177,7 @@ class Nsa(Projected):
             C, known = len(q), max(1, min(slots, (keys - self.width) // self.stride + 1)) if causal else slots
             s = jax.vmap(products)(q.transpose(1, 0, 2, 3).reshape(G, -1, H) * H**-0.5, compressed[:, :known])
             seen = there[:known] & (ends[:known] <= at) if causal else there[None]
-            p = weights(s.reshape(G, C, g, known), seen[:, None])
+            p = masked_softmax(jnp.where(seen[:, None], s.reshape(G, C, g, known), MASKED))
             out = jax.vmap(weighted)(p.reshape(G, -1, known), values[:, :known]).reshape(G, C, g, H)
             total = widened(lax.stop_gradient(p).sum((0, 2)), slots)
             return out.swapaxes(0, 1), self._choose(total, at, full, causal, S)
@@ -194,8 +194,8 @@ class Nsa(Projected):
         # Weights sum to one for each head, so that nothing is as important as the runs that are always chosen.
         always = jnp.select([number == own, number == 0, number == own - 1], [3, 2, 1], 0)
         importance = jnp.where(always > 0, always * ALWAYS, importance)
-        best, chosen = lax.top_k(jnp.where(full & (number <= own) if causal else full, importance, -jnp.inf), choices)
-        return jnp.where(best > -jnp.inf, chosen, len(full))
+        best, chosen = lax.top_k(jnp.where(full & (number <= own) if causal else full, importance, MASKED), choices)
+        return jnp.where(best > EMPTY, chosen, len(full))
 
     def _geometry(self, S: int) -> tuple[int, int, int]:
         """Positions in a run, runs a query sees, and queries in a group of those that chose the same."""
@@ -266,7 +266,7 @@ class Nsa(Projected):
         seen = seen & (jnp.arange(S) <= at) if causal else seen
         of = lambda i, j: jax.tree.map(lambda leaf: leaf[i, j], bias)
         heads = [(i, j) for i in range(G) for j in range(q.shape[3])]
-        second = [softmax(scores(q[1, i, :, j], k[1, i], of(i, j)), seen, v[1, i]) for i, j in heads]
+        second = [softmax_average(scores(q[1, i, :, j], k[1, i], of(i, j)), seen, v[1, i]) for i, j in heads]
         return [jnp.stack(x).reshape(G, -1, T, H).swapaxes(1, 2) for x in (first, second)]
 
     def cost(self, T: int, S: int) -> Cost:
@@ -317,7 +317,7 @@ class Nsa(Projected):
         compressed = jnp.where((ends == at)[:, None], made[:, None], rows["slots"])
         kept = rows["kept"].at[:, at].set(new[:, 1])
         ring = rows["ring"].at[:, at % R].set(new[:, 2])
-        p = weights(scores(plain.astype(jnp.float32), compressed[0]), (ends <= at)[None])
+        p = masked_softmax(jnp.where(ends <= at, scores(plain.astype(jnp.float32), compressed[0]), MASKED))
         first = weighted(p, compressed[1])
         full = jnp.arange(kept.shape[1] // run) * run <= at
         chosen = self._choose(p.sum(0)[None], at[None, None], full, True, kept.shape[1])[0]
@@ -328,7 +328,7 @@ class Nsa(Projected):
             s = scores(turned, rows[0])
             if bias is not None:
                 s = s + jax.vmap(lambda bias: bias(at[None, None], k_at[None])[0])(bias)
-            return softmax(s, ((k_at >= 0) & (k_at <= at))[None], rows[1])
+            return softmax_average(s, ((k_at >= 0) & (k_at <= at))[None], rows[1])
 
         second = look(kept.at[:, k_at].get(mode="fill", fill_value=0), k_at)
         third = look(ring, near_at)

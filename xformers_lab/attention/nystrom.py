@@ -6,7 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.landmarks import EXACT, inverse, largest, means, probabilities, segments
-from xformers_lab.attention._engine.softmax import MASKED
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -93,11 +93,7 @@ class Nystrom(OneHead):
         mean = lambda x, run: jnp.where(run[:, None], x, 0).sum(0) / jnp.maximum(run.sum(), 1)
         q_mean, k_mean = (jnp.stack([mean(x, run) for run in of_run]) for x in (q, k))
         there = jnp.stack(of_run).any(1)
-
-        def softmax(q, k, seen):
-            p = jax.nn.softmax(jnp.where(seen, q @ k.T / self.size.head**0.5, MASKED), -1)
-            return jnp.where(seen, p, 0)
-
+        softmax = lambda q, k, seen: masked_softmax(q @ k.T / self.size.head**0.5, seen)
         a = softmax(q_mean, k_mean, there) * there[:, None] + jnp.diag(1.0 - there)
         z = a.T / (largest(a.sum(0)) * largest(a.sum(1)))
         for _ in range(self.iterations):

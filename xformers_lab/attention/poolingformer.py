@@ -10,7 +10,7 @@ from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax_average
 from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention.local import Local
 from xformers_lab.errors import Refused
@@ -151,7 +151,7 @@ class Poolingformer(Local):
         seen = near.all(2) & there.any(2)[:, None]
         times = q.shape[2] // k.shape[2]
         keys, values = (jnp.repeat(x, times, 2) for x in (keys, values))
-        head = lambda q, k, v, seen: softmax(q @ k.T * self.size.head**-0.5, seen, v)
+        head = lambda q, k, v, seen: softmax_average(q @ k.T * self.size.head**-0.5, seen, v)
         return jax.vmap(jax.vmap(head, (1, 1, 1, None), 1))(q, keys, values, seen)
 
     @staticmethod
@@ -204,7 +204,8 @@ class Poolingformer(Local):
         fresh = (number * self.stride == at - self.kernel + 1) & (number >= 0)
         pools = jnp.where(fresh[:, None, None], made[:, :, None], second["pools"])
         seen = (number >= 0) & (number * self.stride >= at - self.reach)
-        group = lambda q, k, v: jax.vmap(lambda q: softmax(k @ q * self.size.head**-0.5, seen, v))(q)
+        one = lambda q, k, v: softmax_average(k @ q * self.size.head**-0.5, seen, v)
+        group = jax.vmap(one, (0, None, None))
         grouped = q.reshape(len(q), self.size.key_heads, -1, self.size.head)
         z = jax.vmap(jax.vmap(group, (0, 1, 1)))(grouped, *pools).reshape(y.shape)
         return (y + z).astype(call.v.dtype), first | {"newest": newest, "pools": pools}, carry

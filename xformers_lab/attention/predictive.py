@@ -7,10 +7,11 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead, ShiftedBias
-from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.query_blocks import by_blocks, masked, widened
+from xformers_lab.attention._engine.softmax import masked_softmax, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
@@ -90,15 +91,15 @@ class Predictive(MultiHead):
 
         def attended(q, k, v, s, valid, bias):
             def block(s, at, keys):
-                p = maps.weights(maps.biased(s[:, :keys], bias, at), maps.seen_from(at, keys, valid, causal))
-                return maps.weighted(p, v[:keys]).astype(v.dtype)
+                p = masked_softmax(masked(s[:, :keys], at, valid, causal, bias))
+                return weighted(p, v[:keys]).astype(v.dtype)
 
-            return maps.by_blocks(block, s, S, causal), None
+            return by_blocks(block, s, S, causal), None
 
         def defined(q, k, v, s, valid, bias):
             seen = (jnp.tri(T, dtype=bool) if causal else jnp.ones((T, T), bool)) & valid[None]
             s = s if bias is None else s + bias(jnp.arange(T)[:, None], jnp.arange(S)[None])
-            return maps.by_definition(s, seen, v)[0], None
+            return softmax_average(s, seen, v), None
 
         one = attended if call.method == "attend" else defined
         out, _ = over_heads(one, q, k, v, new, valid, call.bias, plan=plan)
@@ -171,7 +172,7 @@ class Predictive(MultiHead):
 
         def one(q, k, v, s, of_sample, bias):
             s = s if bias is None else s + bias(jnp.full((1, 1), S - 1), jnp.arange(S)[None])
-            return softmax(s, valid, v), None
+            return softmax_average(s, valid, v), None
 
         out = over_heads(one, q[:, None], k, v, new, None, bias, plan=plan)[0]
         cache = {"k": k, "v": v, "seen": seen, "rows": read[:, :, 1:]}
@@ -181,5 +182,5 @@ class Predictive(MultiHead):
 def _dot_products(q, k, v, *_, causal: bool):
     """Scores (T, S), zeros among those that no query may see."""
     S = k.shape[0]
-    block = lambda q, at, keys: maps.widened(maps.products(q * q.shape[-1] ** -0.5, k[:keys]), S)
-    return q, maps.by_blocks(block, q, S, causal)
+    block = lambda q, at, keys: widened(products(q * q.shape[-1] ** -0.5, k[:keys]), S)
+    return q, by_blocks(block, q, S, causal)

@@ -1,8 +1,10 @@
 import jax.numpy as jnp
 
 from xformers_lab.attention import Complexity, Cost, OneHead
-from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.dense import scores
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.query_blocks import by_blocks, masked, seen_from, widened
+from xformers_lab.attention._engine.softmax import masked_softmax, softmax_average
 
 
 class Realformer(OneHead):
@@ -32,20 +34,20 @@ class Realformer(OneHead):
 
         def block(rows, at, keys):
             q, below = rows
-            seen = maps.seen_from(at, keys, valid, causal)
+            seen = seen_from(at, keys, valid, causal)
             # What no query may see is handed on as zero: it is never used, and padding may hold anything.
-            s = jnp.where(seen, maps.products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)
-            out = maps.weighted(maps.weights(maps.biased(s, bias, at), seen), v[:keys])
-            return out.astype(v.dtype), maps.widened(s, S)
+            s = jnp.where(seen, products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)
+            out = weighted(masked_softmax(masked(s, at, valid, causal, bias)), v[:keys])
+            return out.astype(v.dtype), widened(s, S)
 
-        return maps.by_blocks(block, (q, carry), S, causal)
+        return by_blocks(block, (q, carry), S, causal)
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
         seen = seen if valid is None else seen & valid[None]
         carry = jnp.where(seen, scores(q, k) + carry, 0)
-        return maps.by_definition(carry + (scores(q, k, bias) - scores(q, k)), seen, v)[0], carry
+        return softmax_average(carry + (scores(q, k, bias) - scores(q, k)), seen, v), carry
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head

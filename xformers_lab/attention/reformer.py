@@ -8,9 +8,8 @@ from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.absent import Absent
-from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, merged, order_by, scores_at_once
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import hiding, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -179,7 +178,7 @@ class Reformer(Stepwise):
         seen &= ~own
         seen |= own & ~seen.any(1, keepdims=True) & valid
         s = jnp.dot(q, _unit(q).T, preferred_element_type=jnp.float32)
-        return softmax(s if bias is None else s + bias(at[:, None], at[None]), seen, v)
+        return softmax_average(s if bias is None else s + bias(at[:, None], at[None]), seen, v)
 
     def cost(self, T: int, S: int) -> Cost:
         H, R, C = self.size.head, self.rounds, min(self.chunk, S)
@@ -205,7 +204,7 @@ class Reformer(Stepwise):
         seen = others | ((position == at) & ~others.any())
         s = jnp.dot(keys, q, preferred_element_type=jnp.float32)
         s = s if bias is None else s + bias(at[None, None], position[None])[0]
-        return softmax(s, seen, values), {"k": keys, "v": values, "buckets": buckets, "seen": at + 1}
+        return softmax_average(s, seen, values), {"k": keys, "v": values, "buckets": buckets, "seen": at + 1}
 
 
 def _factors(buckets: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from xformers_lab.attention import Complexity, Cost, Stepwise, why_not_one_way
 from xformers_lab.attention._base.recurrent import unit
 from xformers_lab.attention._engine.linear.features import EXACT, divided, sums
 from xformers_lab.attention._engine.linear.gated import aligned, scalar_decay
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -125,7 +126,7 @@ class Rfa(Stepwise):
             decay = decay if valid is None else jnp.where(valid, decay, 0)
             fall = jnp.cumsum(decay)
             now = fall[jnp.maximum(jnp.arange(T) + S - T, 0)][:, None]
-            share = jnp.exp(jnp.where(seen, now - fall, -jnp.inf)) * (1 - jnp.exp(decay))
+            share = jnp.exp(jnp.where(seen, now - fall, MASKED)) * (1 - jnp.exp(decay))
         e = (unit(q) @ W.T)[:, None], (unit(k) @ W.T)[None]
         if self.kernel == "arccos":
             weights = (jax.nn.relu(e[0]) * jax.nn.relu(e[1])).mean(-1)

@@ -4,10 +4,9 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, count, grouped, in_blocks, order_by, scores_at_once
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import EMPTY, MASKED, hiding, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -134,8 +133,8 @@ class Routing(Stepwise):
         unit = _unit(lax.stop_gradient(k))
 
         def members(centroid):
-            near, at = lax.top_k(jnp.where(valid, unit @ centroid, -jnp.inf), W)
-            return at, jnp.where(near > -jnp.inf, 0, NOWHERE)
+            near, at = lax.top_k(jnp.where(valid, unit @ centroid, MASKED), W)
+            return at, jnp.where(near > EMPTY, 0, NOWHERE)
 
         k_at, code = lax.map(members, _unit(centroids), batch_size=max(1, ROWS * self.clusters // S))
         chosen = _nearest(q, centroids)
@@ -171,10 +170,10 @@ class Routing(Stepwise):
             same = (near_k.argmax(1) == cluster[:, None]) & (keys <= at) & valid
             seen = same & (jnp.cumsum(same[:, ::-1], 1)[:, ::-1] <= self.window)
         else:
-            near = jnp.where(valid, near_k[:, :, None].T, -jnp.inf)[0]  # (clusters, S)
+            near = jnp.where(valid, near_k[:, :, None].T, MASKED)[0]  # (clusters, S)
             best = jnp.argsort(jnp.argsort(-near, 1, stable=True), 1) < self.window
             seen = best[cluster] & valid
-        return softmax(scores(q, k, bias), seen, v)
+        return softmax_average(scores(q, k, bias), seen, v)
 
     def cost(self, T: int, S: int) -> Cost:
         """For a pass without causality, whose blocks are the clusters; without what moves the centroids in training."""
@@ -199,7 +198,7 @@ class Routing(Stepwise):
         seen = same & (jnp.cumsum(same[::-1])[::-1] <= self.window)
         s = jnp.dot(keys, q * q.shape[0] ** -0.5, preferred_element_type=jnp.float32)
         s = s if bias is None else s + bias(at[None, None], jnp.arange(len(keys))[None])[0]
-        return softmax(s, seen, values), {"k": keys, "v": values, "clusters": clusters, "seen": at + 1}
+        return softmax_average(s, seen, values), {"k": keys, "v": values, "clusters": clusters, "seen": at + 1}
 
 
 def _unit(x):

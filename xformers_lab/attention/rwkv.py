@@ -7,12 +7,11 @@ from jax import lax
 
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._base.recurrent import Recurrent
-from xformers_lab.attention._engine.linear.gated import aligned, blocks
+from xformers_lab.attention._engine.blocks import in_blocks
+from xformers_lab.attention._engine.linear.gated import aligned
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
-
-# The logarithm of a weight that is not there; finite, so that the difference of two is 0.
-NOTHING = -1e30
 
 
 class Rwkv(Recurrent):
@@ -73,7 +72,7 @@ class Rwkv(Recurrent):
     def _means(self, k, v, there, decay, bonus):
         """The weighted means (S, H) of what every position sees; there (S,): 1, or 0 where it is padding."""
         S, C = len(k), min(self.chunk, len(k))
-        k, v, there = (blocks(x, C) for x in (k, v, there[:, None]))
+        k, v, there = (in_blocks(x, C) for x in (k, v, there[:, None]))
         passed = jnp.cumsum(there, 1)
         none = jnp.zeros_like(k[:, 0])
 
@@ -82,14 +81,14 @@ class Rwkv(Recurrent):
             return _merged(_faded(state, decay * there), _one(k, v, there)), state
 
         turns = tuple(x.swapaxes(0, 1) for x in (k, v, there))
-        ends, inside = lax.scan(along, (none, none, jnp.full_like(none, NOTHING)), turns)
+        ends, inside = lax.scan(along, (none, none, jnp.full_like(none, MASKED)), turns)
 
         def between(state, new):
             end, passed = new
             return _merged(_faded(state, decay * passed), end), state
 
         none = none[0]
-        before = lax.scan(between, (none, none, jnp.full_like(none, NOTHING)), (ends, passed[:, -1]))[1]
+        before = lax.scan(between, (none, none, jnp.full_like(none, MASKED)), (ends, passed[:, -1]))[1]
         before = _faded(tuple(x[:, None] for x in before), decay * (passed - there))
         seen = _merged(before, tuple(x.swapaxes(0, 1) for x in inside))
         return _mean(_merged(seen, _one(k + bonus, v, there))).reshape(-1, k.shape[-1])[:S]
@@ -105,7 +104,7 @@ class Rwkv(Recurrent):
         apart = number[jnp.maximum(at - 1, 0)] - number  # valid keys behind s and before t
         logs = jnp.where((keys == at)[..., None], k + bonus, k - decay * apart[..., None])  # (T, S, H)
         seen = ((keys <= at) & valid)[..., None]
-        logs = jnp.where(seen, logs, NOTHING)
+        logs = jnp.where(seen, logs, MASKED)
         weights = jnp.exp(logs - logs.max(1, keepdims=True)) * seen
         total = weights.sum(1)
         return (jax.nn.sigmoid(q) * (weights * v).sum(1) / jnp.where(total > 0, total, 1)).astype(v.dtype)
@@ -116,7 +115,7 @@ class Rwkv(Recurrent):
 
     def init_state(self, length: int, dtype=jnp.float32):
         none = jnp.zeros(self.size.head, jnp.float32)
-        state = {"sums": (none, none, jnp.full_like(none, NOTHING))}
+        state = {"sums": (none, none, jnp.full_like(none, MASKED))}
         return state | ({"last": (none, none)} if self.shift == "one" else {})
 
     def step(self, state, q, k, v, *, decay, bonus, share):
@@ -145,7 +144,7 @@ def _mixed(x, before, own):
 
 
 def _one(k, v, there):
-    return v * there, jnp.ones_like(v) * there, jnp.where(there, k, NOTHING)
+    return v * there, jnp.ones_like(v) * there, jnp.where(there, k, MASKED)
 
 
 def _faded(sums, decay):

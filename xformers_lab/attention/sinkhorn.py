@@ -7,9 +7,8 @@ from jax import lax
 from jax.nn import logsumexp
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.block_sparse.batch import hiding
 from xformers_lab.attention._engine.by_content import batched, in_blocks, scores_at_once
-from xformers_lab.attention._engine.softmax import MASKED, softmax
+from xformers_lab.attention._engine.softmax import MASKED, hiding, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -159,7 +158,7 @@ class Sinkhorn(Stepwise):
         seen_own = (position // B == own) & valid & ((position <= at) | (not causal))
         keys, values = (jnp.concatenate([mixes @ jnp.where(valid[:, None], y, 0), y]) for y in (k, v))
         s = jnp.dot(q, keys.T, preferred_element_type=jnp.float32) * H**-0.5
-        return softmax(s, jnp.concatenate([seen_sorted, seen_own], 1), values).astype(v.dtype)
+        return softmax_average(s, jnp.concatenate([seen_sorted, seen_own], 1), values).astype(v.dtype)
 
     def cost(self, T: int, S: int) -> Cost:
         H, D, B = self.size.head, self.size.dim, self.block
@@ -200,5 +199,5 @@ class Sinkhorn(Stepwise):
         block = {name: jnp.where(at % B == 0, new, state[name]) for name, new in block.items()}
         keys, values = jnp.concatenate([block["sorted"], kv[:, own]], 1)
         seen = jnp.concatenate([jnp.broadcast_to(own > 0, B), jnp.arange(B) <= at % B])
-        out = softmax(jnp.dot(keys, q * H**-0.5, preferred_element_type=jnp.float32), seen, values)
+        out = softmax_average(jnp.dot(keys, q * H**-0.5, preferred_element_type=jnp.float32), seen, values)
         return out, block | {"kv": kv, "total": total, "seen": at + 1}

@@ -9,6 +9,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine import pattern as shapes
 from xformers_lab.attention._engine.pattern import Pattern
+from xformers_lab.attention._engine.random_blocks import Random
 from xformers_lab.errors import Refused, nearest
 from xformers_lab.nn.size import Size
 
@@ -104,7 +105,7 @@ def _word(word: str, numbers: list[int], length: int) -> Pattern:
         size, count, seed = (*numbers, 0)[:3]
         _at_least_one(word, size, count)
         runs = -(-length // size)
-        return shapes.Random(size, min(count, runs), runs, seed)
+        return Random(size, min(count, runs), runs, seed)
     _at_least_one(word, *numbers[: FIRST.get(word, len(numbers))])
     if word == "fixed" and numbers[1] > numbers[0]:
         raise Refused(f"pattern: fixed({numbers[0]},{numbers[1]}): a run has no more positions than that")

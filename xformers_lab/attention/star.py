@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
-from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -73,7 +72,7 @@ class Star(MultiHead):
         k, v = (linear(nodes).reshape(B, -1, N, H) for linear in (self.relay_key, self.relay_value))
         s = jnp.einsum("bnh,bsnh->bns", q, k, preferred_element_type=jnp.float32)
         seen = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)[:, None]
-        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+        p = jax.nn.softmax(jnp.where(seen, s, MASKED), -1)
         out = jnp.einsum("bns,bsnh->bnh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return self.relay_norm(jax.nn.relu(self.relay_out(out.reshape(B, -1).astype(x.dtype))))
 
@@ -127,9 +126,7 @@ def _ring(q, k, v, of_embedding, of_relay, valid, bias):
         at = jnp.arange(S - T, S)[:, None]
         added = jax.vmap(lambda bias: bias(at, (at + np.array(offsets)) % S))(bias)
         s = s.at[..., : len(offsets)].add(added.swapaxes(0, 1))
-    s = jnp.where(seen[:, :, None], s, MASKED)
-    p = jnp.exp(s - jnp.maximum(lax.stop_gradient(s).max(-1, keepdims=True), EMPTY))
-    p = (p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)).reshape(B, T, K, N // K, -1)
+    p = masked_softmax(jnp.where(seen[:, :, None], s, MASKED)).reshape(B, T, K, N // K, -1)
     weighted = [p[..., node, None] * value[:, :, :, None].astype(jnp.float32) for node, value in enumerate(values)]
     return functools.reduce(operator.add, weighted).reshape(B, T, N, H).astype(v.dtype)
 
@@ -152,7 +149,7 @@ def _graph(q, k, v, of_embedding, of_relay, valid, bias):
         s = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
         if bias is not None:
             s = s.at[:, :S].add(bias(jnp.arange(S - T, S)[:, None], keys))
-        return softmax(s, edges & valid[None], v)
+        return softmax_average(s, edges & valid[None], v)
 
     of_sample = jax.vmap(head, in_axes=(1, 1, 1, None, 0), out_axes=1)
     return jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None))(q, k, v, valid, bias)

@@ -8,11 +8,12 @@ from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, Stepwise
 from xformers_lab.attention._base.patterned import Patterned
-from xformers_lab.attention._engine import maps
 from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.pattern import All
-from xformers_lab.attention._engine.softmax import EMPTY, MASKED, softmax
+from xformers_lab.attention._engine.products import weighted
+from xformers_lab.attention._engine.query_blocks import BLOCK, by_blocks, masked
+from xformers_lab.attention._engine.softmax import exponentials, masked_softmax, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
@@ -101,13 +102,12 @@ class Synthesizer(Stepwise, Patterned):
             wide = jnp.concatenate([wide, there], 1)
 
             def block(s, at, keys):
-                s = jnp.where(maps.seen_from(at, keys, None, causal), maps.biased(s[:, :keys], bias, at), MASKED)
-                e = jnp.exp(s - lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY)))
-                out = maps.weighted(e, wide[:keys])
+                s = masked(s[:, :keys], at, None, causal, bias)
+                out = weighted(exponentials(s)[0], wide[:keys])
                 out, total = out[:, : B * H].reshape(-1, B, H), out[:, B * H :]
                 return (out / jnp.where(total > 0, total, 1)[:, :, None]).astype(v.dtype)
 
-            return maps.by_blocks(block, table, S, causal)
+            return by_blocks(block, table, S, causal)
 
         return lax.map(head, (_last_rows(self.table[...], T, S)[:, :, :S], wide, bias)).transpose(2, 1, 0, 3)
 
@@ -121,10 +121,10 @@ class Synthesizer(Stepwise, Patterned):
         if self.form == "factorised_dense":
 
             def block(q, at, keys):
-                s = maps.biased(self._row(q, at[:, 0], own, keys), bias, at)
-                return maps.weighted(maps.weights(s, maps.seen_from(at, keys, valid, causal)), v[:keys]).astype(v.dtype)
+                s = masked(self._row(q, at[:, 0], own, keys), at, valid, causal, bias)
+                return weighted(masked_softmax(s), v[:keys]).astype(v.dtype)
 
-            return maps.by_blocks(block, q, S, causal)
+            return by_blocks(block, q, S, causal)
         # The rows of W2, or one factor of the table, take the place of keys.
         if self.form == "dense":
             q, k = jax.nn.relu(q), own["rows"][:S].astype(q.dtype)
@@ -163,7 +163,7 @@ class Synthesizer(Stepwise, Patterned):
             scores = own["table"][jnp.maximum(t, 0), s]
         scores = scores if bias is None else scores + bias(t, s)
         seen = s <= t if causal else s >= 0 * t
-        return maps.by_definition(scores, seen if valid is None else seen & valid[None], v)[0]
+        return softmax_average(scores, seen if valid is None else seen & valid[None], v)
 
     def cost(self, T: int, S: int) -> Cost:
         H, state = self.size.head, S * self.size.head + 1
@@ -171,7 +171,7 @@ class Synthesizer(Stepwise, Patterned):
             return Cost(flops=2 * T * S * (H + 1), memory=T * S, state=state)
         if self.form == "factorised_dense":
             factors = 2 * math.ceil(math.sqrt(self.size.length))
-            return Cost(flops=2 * T * (S + factors) * H, memory=max(min(T, maps.BLOCK) * S, S * H), state=state)
+            return Cost(flops=2 * T * (S + factors) * H, memory=max(min(T, BLOCK) * S, S * H), state=state)
         full, width = super().cost(T, S), H if self.form == "dense" else self.rank
         return Cost(flops=full.flops * (H + width) / (2 * H), memory=full.memory, state=state)
 
@@ -184,7 +184,7 @@ class Synthesizer(Stepwise, Patterned):
         values = state["v"].at[at].set(v)
         s = self._row(q[None], at[None], own, len(keys))
         s = s if bias is None else s + bias(at[None, None], keys[None])
-        return softmax(s, keys <= at, values)[0], {"v": values, "seen": at + 1}
+        return softmax_average(s, keys <= at, values)[0], {"v": values, "seen": at + 1}
 
 
 def _last_rows(table, T: int, S: int):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead
-from xformers_lab.attention._engine.query_blocks import ROWS, largest, over_samples, rows
+from xformers_lab.attention._engine.heads import over_samples
+from xformers_lab.attention._engine.query_blocks import ROWS, largest, rows
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux

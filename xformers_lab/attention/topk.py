@@ -4,8 +4,9 @@ from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
-from xformers_lab.attention._engine.maps import BLOCK, biased, by_blocks, products, seen_from, weighted, weights
-from xformers_lab.attention._engine.softmax import MASKED, softmax
+from xformers_lab.attention._engine.products import products, weighted
+from xformers_lab.attention._engine.query_blocks import BLOCK, by_blocks, masked
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -44,11 +45,11 @@ class Topk(OneHead):
     def attend(self, q, k, v, *, valid=None, causal, bias=None):
         def row(q, at, keys: int):
             # Scaled last, so that the choice does not depend on how a half precision rounds.
-            s = biased(products(q, k[:keys]) * q.shape[1] ** -0.5, bias, at)
-            seen = seen_from(at, keys, valid, causal)
+            s = masked(products(q, k[:keys]) * q.shape[1] ** -0.5, at, valid, causal, bias)
             # A minimum, not the last column, for which XLA:CPU sorts whole rows.
-            highest = lax.top_k(lax.stop_gradient(jnp.where(seen, s, MASKED)), min(self.keys, keys))[0]
-            return weighted(weights(s, seen & _reaches(s, highest.min(1, keepdims=True))), v[:keys])
+            highest = lax.top_k(lax.stop_gradient(s), min(self.keys, keys))[0]
+            s = jnp.where(_reaches(s, highest.min(1, keepdims=True)), s, MASKED)
+            return weighted(masked_softmax(s), v[:keys])
 
         return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
 
@@ -58,7 +59,7 @@ class Topk(OneHead):
         seen = seen if valid is None else seen & valid
         s = scores(q, k, bias)
         least = jnp.sort(jnp.where(seen, s, MASKED), 1)[:, -min(self.keys, S)]
-        return softmax(s, seen & _reaches(s, least[:, None]), v)
+        return softmax_average(s, seen & _reaches(s, least[:, None]), v)
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head

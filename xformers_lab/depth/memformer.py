@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.attention.full import Full
 from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._segments import Carried, at_once, in_turn
@@ -192,7 +193,7 @@ class Writer(nnx.Module):
         self_scores = (q * memory_k).sum(-1)[..., None]  # (B, slots, N, 1)
         scores = jnp.einsum("bmnh,blnh->bmnl", q, k)
         if valid is not None:
-            scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
+            scores = jnp.where(valid[:, None, None], scores, MASKED)
         scores = jnp.concatenate([self_scores, scores], -1) / (q.shape[-1] ** 0.5 * self.temperature)
         share = jax.nn.softmax(scores, -1)
         new = share[..., :1] * heads(memory) + jnp.einsum("bmnl,blnh->bmnh", share[..., 1:], heads(self.value(states)))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.depth._buckets import over_first
 from xformers_lab.depth.fixed import Fixed
@@ -123,7 +124,7 @@ class Routed(nnx.Module):
         if valid is None:
             return jnp.sort(lax.top_k(score, math.ceil(self.capacity * T))[1], axis=1), True
         k = math.ceil(self.capacity * T)
-        best = lax.top_k(jnp.where(valid, score, -jnp.inf), k)[1]
+        best = lax.top_k(jnp.where(valid, score, MASKED), k)[1]
         many = jnp.ceil(self.capacity * valid.sum(1, keepdims=True))
         return jnp.sort(jnp.where(jnp.arange(k)[None] < many, best, T), axis=1), False
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
 from xformers_lab.model import gru, lstm
@@ -17,7 +18,6 @@ from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 CELLS = {"lstm": lstm.Cell, "gru": gru.Cell}
-HIDDEN = -1e30
 
 
 class Seq2seq(EncoderInput, Recurrent):
@@ -195,7 +195,7 @@ class Look(nnx.Module):
         """(B, T, D), (B, S, D) -> (B, T, D), means of the encoder's states."""
         scores = self.scores(x, keys)
         if valid is not None:
-            scores = jnp.where(valid[:, None], scores, HIDDEN)
+            scores = jnp.where(valid[:, None], scores, MASKED)
         return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(x.dtype), states)
 
     def scores(self, x, keys):

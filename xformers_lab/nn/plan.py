@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Protocol
 
+# From so many queries on, in all rows together, XLA:CPU runs narrow rows of blocks as one kernel.
+FUSED = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -12,10 +15,13 @@ class Plan:
         loop_from: from so many scores (T S) on, heads run one after the other, and so do samples where mechanisms know
             one at a time; below it they run as a batch. None: always as a batch.
         unrolled: a stack of at most so many layers is written out in the program; a deeper one is a loop.
+        fused: of heads that run one after the other and have narrow rows, so many come at once that they have about
+            this many queries together.
     """
 
     loop_from: int | None = None
     unrolled: int = 0
+    fused: int = FUSED
 
     @classmethod
     def of(cls, platform: str) -> "Plan":
@@ -30,6 +36,10 @@ class Plan:
     def loops(self, T: int, S: int) -> bool:
         """Whether heads or samples with T queries and S keys run one after the other."""
         return self.loop_from is not None and self.loop_from <= T * S
+
+    def heads_at_once(self, T: int) -> int:
+        """How many heads of T queries and narrow rows run at once, where heads run in a loop."""
+        return max(1, self.fused // T)
 
     def unroll(self, length: int, places: int) -> int:
         """How many of `length` periods of so many layers a scan runs between two looks at its counter."""

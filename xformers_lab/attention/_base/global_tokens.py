@@ -12,7 +12,7 @@ from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import All, Causal, Global, Pattern
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
@@ -103,7 +103,7 @@ class GlobalTokens(Patterned):
         s = s if bias is None else s + bias(at, keys)
         seen = jnp.logical_or(keys <= at, not causal)
         seen = seen if valid is None else seen & valid[None, :last]
-        return jnp.concatenate([out[:first], softmax(s, seen, of_key["v"][:last]), out[first + count :]])
+        return jnp.concatenate([out[:first], softmax_average(s, seen, of_key["v"][:last]), out[first + count :]])
 
     def reference(self, q, k, v, *, valid=None, causal, bias=None, of_query, of_key):
         if not self.own:

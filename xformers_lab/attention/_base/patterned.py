@@ -21,7 +21,7 @@ from xformers_lab.attention._engine.block_sparse.layout import layout, live_pair
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
@@ -197,7 +197,7 @@ class Patterned(OneHead):
         def head(q, k, v, bias, seen):
             s = q * q.shape[-1] ** -0.5 @ k.T
             s = s if bias is None else s + bias(at[None, None], positions[None])[0]
-            return softmax(s, seen, v)
+            return softmax_average(s, seen, v)
 
         group = jax.vmap(head, in_axes=(0, None, None, 0, 0))
         of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0, 0))

@@ -2,9 +2,11 @@
 
 softmax.py         the masked softmax, and the value of a masked score
 dense.py           softmax attention by definition, for references
-pattern.py         which keys a query may see, by position; algebra.py combines patterns, order.py reorders positions
+products.py        matrix products and inverses with gradients of their own; blocks.py cuts an axis into blocks
+pattern.py         which keys a query may see, by position; random_blocks.py: those drawn at random
+algebra.py         combines patterns; order.py reorders positions
 block_sparse/      softmax attention over a pattern, touching only its live blocks
-query_blocks.py    all keys, one block of queries at a time, for weights that are no plain softmax; maps.py keeps them
+query_blocks.py    all keys, one block of queries at a time, for weights and maps that are no plain softmax
 by_content.py      queries grouped by the block of keys that they chose
 windows.py slots.py landmarks.py    keys pooled, a few learned slots, low rank through landmarks
 linear/            feature maps and chunked recurrences

@@ -15,27 +15,25 @@ Spans = list[tuple[np.ndarray, np.ndarray]]
 class Pattern:
     """`a | b`, `a & b`, `~a` combine; subclasses are frozen dataclasses, hashable, so a layout is computed once.
 
-    A subclass says which pairs are live (a call). What it says beyond that makes layouts cheap: `extent` or `state`
-    settle whole rectangles of pairs, `spans` bounds the keys that a run of queries may see, and `order` is the order
-    of positions in which it is block-local.
+    A subclass says which pairs are live (a call). What it says beyond that makes layouts cheap: `state` settles whole
+    rectangles of pairs, `spans` bounds the keys that a run of queries may see, and `order` is the order of positions in
+    which it is block-local.
     """
 
-    order: Order = NATURAL
+    @property
+    def order(self) -> Order:
+        return NATURAL
 
     def __call__(self, q, k):
         """Booleans for integer arrays of query and key positions that broadcast, numpy or jax."""
         raise NotImplementedError
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        """DEAD, MIXED or WHOLE for the rectangles of queries q_low..q_high and keys k_low..k_high (inclusive).
+    def state(self, q: Runs, k: Runs) -> np.ndarray:
+        """DEAD, MIXED or WHOLE for blocks of queries and blocks of keys, pair by pair. MIXED is always a right answer.
 
-        Bounds are broadcasting integer arrays in natural order. MIXED is always a right answer.
+        Blocks lie between bounds; in the order of a pattern it knows more of what they hold.
         """
-        return np.full(np.broadcast_shapes(*map(np.shape, (q_low, q_high, k_low, k_high))), MIXED, np.int8)
-
-    def state(self, q: Runs, k: Runs):
-        """The same for pairs of blocks, of which more is known than their bounds where positions are out of order."""
-        return self.extent(q.low, q.high, k.low, k.high)
+        return np.full(np.broadcast_shapes(np.shape(q.low), np.shape(k.low)), MIXED, np.int8)
 
     def spans(self, low, high) -> Spans:
         """(first, last) keys, arrays like low and high, of spans that hold every key that a query of low..high sees.
@@ -70,9 +68,6 @@ class Either(Pattern):
     def __call__(self, q, k):
         return self.a(q, k) | self.b(q, k)
 
-    def extent(self, *bounds):
-        return np.maximum(self.a.extent(*bounds), self.b.extent(*bounds))
-
     def state(self, q, k):
         return np.maximum(self.a.state(q, k), self.b.state(q, k))
 
@@ -80,15 +75,12 @@ class Either(Pattern):
         return [*self.a.spans(low, high), *self.b.spans(low, high)]
 
     def parts(self):
-        found: list[Pattern] = []
+        of_order: dict[Order, Pattern] = {}
         for part in [*self.a.parts(), *self.b.parts()]:
-            same = next((i for i, other in enumerate(found) if other.order == part.order), None)
-            if same is None:
-                found.append(part)
-            else:
-                found[same] = found[same] | part
-        disjoint, before = [found[0]], found[0]
-        for part in found[1:]:
+            of_order[part.order] = of_order[part.order] | part if part.order in of_order else part
+        first, *others = of_order.values()
+        disjoint, before = [first], first
+        for part in others:
             disjoint.append(part & ~before)
             before = before | part
         return disjoint
@@ -106,16 +98,14 @@ class Both(Pattern):
     def __call__(self, q, k):
         return self.a(q, k) & self.b(q, k)
 
-    def extent(self, *bounds):
-        return np.minimum(self.a.extent(*bounds), self.b.extent(*bounds))
-
     def state(self, q, k):
         return np.minimum(self.a.state(q, k), self.b.state(q, k))
 
     def spans(self, low, high):
         """Each span of the one with more of them, cut to the bounds of the other's."""
         many, few = sorted((self.a.spans(low, high), self.b.spans(low, high)), key=len, reverse=True)
-        return [cut(span, _hull(few)) for span in many]
+        least, most = _hull(few)
+        return [(np.maximum(first, least), np.minimum(last, most)) for first, last in many]
 
     def parts(self):
         return [left & right for left in self.a.parts() for right in self.b.parts()]
@@ -128,9 +118,6 @@ class Not(Pattern):
     def __call__(self, q, k):
         return ~self.a(q, k)
 
-    def extent(self, *bounds):
-        return WHOLE - self.a.extent(*bounds)
-
     def state(self, q, k):
         return WHOLE - self.a.state(q, k)
 
@@ -142,10 +129,6 @@ def settled(possible, certain):
 
 def everything(low):
     return np.full(np.shape(low), -FAR), np.full(np.shape(low), FAR)
-
-
-def cut(span, bounds):
-    return np.maximum(span[0], bounds[0]), np.minimum(span[1], bounds[1])
 
 
 def _hull(spans: Spans):

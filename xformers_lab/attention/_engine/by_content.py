@@ -14,6 +14,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.block_sparse import batch
 from xformers_lab.attention._engine.block_sparse.chunks import ACCELERATOR_SCORES, CPU_SCORES
+from xformers_lab.attention._engine.blocks import in_blocks, joined
 
 # Queries whose choice is made at once.
 ROWS = 512
@@ -58,8 +59,8 @@ def grouped(chosen, blocks: int, size: int) -> Groups:
     group = jnp.arange(n)
     block = jnp.minimum(jnp.searchsorted(last, group, side="right"), blocks - 1)
     rank = (group - (last - groups)[block])[:, None] * size + jnp.arange(size)
-    found = order.at[start[block][:, None] + rank].get(mode="clip")
-    pair = jnp.where(rank < members[block][:, None], found, P)
+    member = order.at[start[block][:, None] + rank].get(mode="clip")
+    pair = jnp.where(rank < members[block][:, None], member, P)
     place = jnp.full(P, n * size).at[pair.reshape(-1)].set(jnp.arange(n * size), mode="drop")
     return Groups(pair, block, place)
 
@@ -70,12 +71,6 @@ def order_by(number, count: int):
     if P * count < 1 << 31:  # XLA:CPU sorts one array of numbers several times faster than numbers with their positions
         return jnp.sort(number.astype(jnp.int32) * P + jnp.arange(P, dtype=jnp.int32)) % P
     return jnp.argsort(number, stable=True)
-
-
-def in_blocks(x, size: int, fill=0):
-    """(S, ...) -> (blocks, size, ...), with `fill` after the end."""
-    x = jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-    return x.reshape(-1, size, *x.shape[1:])
 
 
 def batched(q, k, v, added, of_block):
@@ -96,7 +91,7 @@ def batched(q, k, v, added, of_block):
         return some(q, k, v, of_block)
     parts = jax.tree.map(lambda x: in_blocks(x, -(-n // rounds)), (q, k, v, of_block))
     out = lax.map(lambda part: some(*part), parts)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+    return jax.tree.map(lambda x: joined(x, n), out)
 
 
 def scores_at_once(n: int, C: int, M: int) -> int:

@@ -3,15 +3,14 @@
 import jax.numpy as jnp
 
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.softmax import softmax
+from xformers_lab.attention._engine.softmax import softmax_average
 
 
 def dense(q, k, v, *, pattern: Pattern, valid=None, bias=None):
-    """The same by definition: one (T, S) matrix of scores."""
+    """(T, H), (S, H), (S, H) -> (T, H): over the keys that `pattern` allows and `valid` (S,) marks."""
     T, S = q.shape[0], k.shape[0]
-    at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
-    seen = pattern(at, keys) if valid is None else pattern(at, keys) & valid[None]
-    return softmax(scores(q, k, bias), seen, v)
+    seen = pattern(jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None])
+    return softmax_average(scores(q, k, bias), seen if valid is None else seen & valid, v)
 
 
 def scores(q, k, bias=None):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.block_sparse.batch import FUSED
 from xformers_lab.nn.plan import Plan
 
 
@@ -15,8 +14,16 @@ def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: b
     of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
     """
     if plan.loops(q.shape[1], k.shape[1]):
-        return _loop(one, q, k, v, carry, of_sample, of_head, max(1, FUSED // q.shape[1]) if narrow else 1)
+        return _loop(one, q, k, v, carry, of_sample, of_head, plan.heads_at_once(q.shape[1]) if narrow else 1)
     return _batch(one, q, k, v, carry, of_sample, of_head)
+
+
+def over_samples(one, q, k, v, valid, *, plan: Plan):
+    """Run `one(q, k, v, valid)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one where the plan
+    says so, which keeps the scores of a block in cache."""
+    if plan.loops(q.shape[2], k.shape[2]):
+        return lax.map(lambda each: one(*each), (q, k, v, valid))
+    return jax.vmap(one)(q, k, v, valid)
 
 
 def _grouped(tree, axis: int, K: int):

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.attention._engine.products import EXACT, inverts
 from xformers_lab.attention._engine.softmax import masked_softmax
-
-EXACT = {"preferred_element_type": jnp.float32}
 
 
 def segments(valid, T: int, count: int):
@@ -30,9 +29,7 @@ def means(x, member):
 def probabilities(q, k, seen=None):
     """softmax of q k^T / sqrt(H) over the keys that are seen (a bool that broadcasts), zeros where none is."""
     s = jnp.dot(q, k.T, **EXACT) * q.shape[-1] ** -0.5
-    if seen is None:
-        return jax.nn.softmax(s, -1)
-    return masked_softmax(s, seen)
+    return jax.nn.softmax(s, -1) if seen is None else masked_softmax(s, seen)
 
 
 def largest(x):
@@ -58,7 +55,7 @@ def inverse(a, iterations: int, scale=None):
     return lax.scan(step, a.T * scale, length=iterations)[0]
 
 
-@jax.custom_vjp
+@inverts
 def dominant_inverse(a):
     """The inverse of matrices (..., m, m) whose diagonal outweighs the rest of its row, by Gauss-Jordan elimination.
 
@@ -74,16 +71,3 @@ def dominant_inverse(a):
         return jnp.concatenate([above, jnp.concatenate([row, 1 / pivot], -1)], -2), None
 
     return lax.scan(eliminate, a, length=a.shape[-1])[0]
-
-
-def _inverse_forward(a):
-    inverse = dominant_inverse(a)
-    return inverse, inverse
-
-
-def _inverse_backward(inverse, grad):
-    transposed = jnp.swapaxes(inverse, -1, -2)
-    return (-(transposed @ grad @ transposed),)
-
-
-dominant_inverse.defvjp(_inverse_forward, _inverse_backward)

@@ -23,8 +23,9 @@ class Runs:
         return Runs(self.order, self.low[index], self.high[index], *sides)
 
 
+@dataclasses.dataclass(frozen=True)
 class Order:
-    """The natural order, blocks of neighbours; subclasses are frozen dataclasses."""
+    """The natural order, blocks of neighbours; subclasses are others."""
 
     def queries(self, start: int, stop: int, block: int) -> np.ndarray:
         """Positions start..stop-1 in this order, in whole blocks, padded with PAD."""
@@ -42,12 +43,7 @@ class Order:
         return first // block, last // block
 
 
-@dataclasses.dataclass(frozen=True)
-class Natural(Order):
-    pass
-
-
-NATURAL = Natural()
+NATURAL = Order()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +54,8 @@ class Remainders(Order):
 
     def queries(self, start, stop, block):
         # Of a step longer than the sequence, the remainders that occur.
-        found = range(self.step) if self.step <= stop - start else range(start, stop)
-        return _padded([np.arange(start + (r - start) % self.step, stop, self.step) for r in found], block)
+        remainders = range(self.step) if self.step <= stop - start else range(start, stop)
+        return _padded([np.arange(start + (r - start) % self.step, stop, self.step) for r in remainders], block)
 
     def find(self, q, first, last, stop, block):
         remainder = q.low % self.step
@@ -129,5 +125,5 @@ def runs(order: Order, positions: np.ndarray, block: int) -> Runs:
 def _padded(lists: list[np.ndarray], block: int) -> np.ndarray:
     """Lists one after the other, each padded to the blocks of the longest."""
     size = max(1, -(-max(map(len, lists)) // block)) * block
-    rows = [np.pad(found, (0, size - len(found)), constant_values=PAD) for found in lists]
+    rows = [np.pad(positions, (0, size - len(positions)), constant_values=PAD) for positions in lists]
     return np.concatenate(rows).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The pattern of runs that look at random runs, beside their neighbours and the runs at both ends."""
+"""Patterns of runs of positions that look at random runs."""
 
 import dataclasses
 import functools
@@ -6,13 +6,75 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from xformers_lab.attention._engine.algebra import Pattern, everything, settled
+from xformers_lab.attention._engine.algebra import Pattern, Spans, everything, settled
+
+
+class OfRuns(Pattern):
+    """Positions fall into `blocks` runs of `size`; a run sees `count` that are drawn for it, and others by rule."""
+
+    size: int
+    count: int
+    blocks: int
+
+    def linked(self, run, other):
+        """Which runs see which: booleans for arrays of their numbers that broadcast."""
+        raise NotImplementedError
+
+    def drawn(self, run: np.ndarray) -> np.ndarray:
+        """The runs (..., count) that are drawn for runs (...)."""
+        raise NotImplementedError
+
+    def ruled(self, first, last) -> Spans:
+        """Spans of runs that hold every other one that a run of first..last sees."""
+        return []
+
+    def __call__(self, q, k):
+        return self.linked(q // self.size, k // self.size)
+
+    def state(self, q, k):
+        run, other = q.low // self.size, k.low // self.size
+        single, linked = (run == q.high // self.size) & (other == k.high // self.size), self.linked(run, other)
+        return settled(linked | ~single, linked & single)
+
+    def spans(self, low, high):
+        first, last = low // self.size, high // self.size
+        most = int((last - first).max(initial=0)) + 1
+        if most * self.count >= self.blocks:
+            return [everything(low)]
+        spans = self.ruled(first, last)
+        for further in range(most):
+            drawn = self.drawn(np.minimum(first + further, last))
+            spans += [(drawn[..., draw], drawn[..., draw]) for draw in range(self.count)]
+        return [(begin * self.size, (end + 1) * self.size - 1) for begin, end in spans]
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomBlocks(Pattern):
-    """`blocks` runs of `size` positions: a run sees itself, `near` neighbours on each side, `count` random ones out of
-    all others, and, of the first and the last `ends` runs, all see and are seen by all."""
+class Random(OfRuns):
+    """The runs are cut into `count` shares of (nearly) equal size and one is drawn from each, so that the draws differ.
+
+    A draw is a hash of indices: there is no table, however long a sequence is.
+    """
+
+    size: int
+    count: int
+    blocks: int
+    seed: int = 0
+
+    def linked(self, run, other):
+        return (other == self._draw(run, other * self.count // self.blocks)) & (other >= 0) & (other < self.blocks)
+
+    def _draw(self, run, share):
+        first, stop = -(-share * self.blocks // self.count), -(-(share + 1) * self.blocks // self.count)
+        return first + hashed(run, share, self.seed, stop - first)
+
+    def drawn(self, run):
+        return self._draw(run[..., None], np.arange(self.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomBlocks(OfRuns):
+    """A run sees itself, `near` neighbours on each side, `count` random ones out of all others, and, of the first and
+    the last `ends` runs, all see and are seen by all."""
 
     size: int
     blocks: int
@@ -22,53 +84,51 @@ class RandomBlocks(Pattern):
     seed: int
     head: int = 0
 
-    def __call__(self, q, k):
-        return self._linked(q // self.size, k // self.size)
-
-    def _linked(self, row, column):
-        seen = abs(row - column) <= self.near
+    def linked(self, run, other):
+        seen = abs(run - other) <= self.near
         if self.ends:
-            for one in (row, column):
+            for one in (run, other):
                 seen = seen | ((one >= 0) & (one < self.ends)) | (one >= self.blocks - self.ends)
         # A layout asks on the host, a loop over blocks on the device, where a table of the host would not index.
-        library = np if isinstance(row, np.ndarray) and isinstance(column, np.ndarray) else jnp
-        drawn = library.asarray(_drawn(self))[library.clip(row, 0, self.blocks - 1)]
+        library = np if isinstance(run, np.ndarray) and isinstance(other, np.ndarray) else jnp
+        drawn = library.asarray(_table(self))[library.clip(run, 0, self.blocks - 1)]
         for draw in range(self.count):
-            seen = seen | (drawn[..., draw] == column)
+            seen = seen | (drawn[..., draw] == other)
         return seen
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        row, column = q_low // self.size, k_low // self.size
-        single = (row == q_high // self.size) & (column == k_high // self.size)
-        linked = self._linked(row, column)
-        return settled(linked | ~single, linked & single)
+    def drawn(self, run):
+        return _table(self)[np.clip(run, 0, self.blocks - 1)]
 
-    def spans(self, low, high):
-        first, last = low // self.size, high // self.size
-        most = int((last - first).max(initial=0)) + 1
-        if most * self.count >= self.blocks:
-            return [everything(low)]
-        found = [(first - self.near, last + self.near)]
-        for further in range(most):
-            drawn = _drawn(self)[np.clip(np.minimum(first + further, last), 0, self.blocks - 1)]
-            found += [(drawn[..., draw], drawn[..., draw]) for draw in range(self.count)]
+    def ruled(self, first, last):
+        spans = [(first - self.near, last + self.near)]
         if self.ends:
-            tail, (least, most) = self.blocks - self.ends, everything(low)
+            tail, (least, most) = self.blocks - self.ends, everything(first)
             sees_all = (first < self.ends) | (last >= tail)
-            found += [(least, least * 0 + self.ends - 1), (np.where(sees_all, least, tail), most)]
-        return [(begin * self.size, (end + 1) * self.size - 1) for begin, end in found]
+            spans += [(least, least * 0 + self.ends - 1), (np.where(sees_all, least, tail), most)]
+        return spans
+
+
+def hashed(a, b, seed: int, below):
+    """A number from 0 to below - 1 (0 where below < 1) for every pair of integers: the same with numpy and with jax."""
+    word = lambda x: x.astype(np.uint32)
+    with np.errstate(over="ignore"):  # numpy warns where numbers without axes wrap around
+        mixed = word(a) * np.uint32(0x9E3779B1) ^ word(b) * np.uint32(0x85EBCA6B) ^ np.uint32(seed * 0xC2B2AE35 % 2**32)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            mixed = (mixed ^ mixed >> np.uint32(shift)) * np.uint32(factor)
+        mixed = mixed ^ mixed >> np.uint32(16)
+    return (mixed % word(below.clip(1))).astype(below.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _drawn(pattern: RandomBlocks) -> np.ndarray:
+def _table(pattern: RandomBlocks) -> np.ndarray:
     """(blocks, count): different random runs for each run, none that it sees anyway; itself where no others are
     left."""
     blocks, ends = pattern.blocks, pattern.ends
     random = np.random.default_rng((pattern.seed, pattern.head))
-    found = np.repeat(np.arange(blocks, dtype=np.int32)[:, None], pattern.count, 1)
+    table = np.repeat(np.arange(blocks, dtype=np.int32)[:, None], pattern.count, 1)
     middle = np.arange(ends, blocks - ends)
-    for row in middle:
-        others = middle[abs(middle - row) > pattern.near]
+    for run in middle:
+        others = middle[abs(middle - run) > pattern.near]
         chosen = random.choice(others, min(pattern.count, len(others)), replace=False)
-        found[row, : len(chosen)] = chosen
-    return found
+        table[run, : len(chosen)] = chosen
+    return table

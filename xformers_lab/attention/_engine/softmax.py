@@ -3,22 +3,50 @@
 import jax.numpy as jnp
 from jax import lax
 
+# Finite, so that the difference of two masked scores is 0 and not NaN.
 MASKED = -1e30
-# The running maximum never falls below this, so a row that sees no key gets weights exp(MASKED - EMPTY) = 0.
+# The log-sum-exp of a row that sees no key. Its maximum counts as this, so that its exponentials are 0.
 EMPTY = MASKED / 2
 
 
-def softmax(s, seen, v):
-    """softmax(s) @ v over the seen keys; a row that sees none gives zeros."""
-    s = jnp.where(seen, s, MASKED)
-    p = jnp.exp(s - lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY)))
-    p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+def masked_softmax(s, seen=None):
+    """Softmax of scores (..., S) -> (..., S); zeros for a row that sees no key.
+
+    seen: which scores count, booleans that broadcast; None: those that do not are MASKED already, or less.
+    """
+    if seen is None:
+        p, _, total = exponentials(s)
+    else:
+        # Without a least maximum XLA:CPU runs the maximum, the difference and the exponential as one kernel.
+        s = jnp.where(seen, s, MASKED)
+        p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
+        total = _divisor(p)
+    return p / total
+
+
+def exponentials(s):
+    """exp(s - m) of masked scores (..., S), the maximum m and the sum of each row (..., 1); m + log(sum) is the
+    log-sum-exp, EMPTY of a row that sees no key.
+
+    The derivative of m is not followed, for it cancels where exponentials are divided by their sum.
+    """
+    m = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY))
+    p = jnp.exp(s - m)
+    return p, m, _divisor(p)
+
+
+def softmax_average(s, seen, v):
+    """The average of values (S, H) by the masked softmax of float32 scores (T, S) -> (T, H), in v's type."""
+    p = masked_softmax(jnp.where(seen, s, MASKED))
     return jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
-def masked_softmax(s, seen):
-    """softmax over the seen keys in float32; a row that sees none gives zeros."""
-    s = jnp.where(seen, s, MASKED)
-    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
+def hiding(seen):
+    """What is added to scores so that those that are not seen are masked: 0 or MASKED, in float32."""
+    return jnp.where(seen, 0.0, MASKED)
+
+
+def _divisor(p):
+    """The sums of rows, 1 where they are 0."""
     total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, total, 1)

@@ -52,12 +52,12 @@ class Windows(Pattern):
         seen = self._last(k) <= at + self.ahead
         return seen if self.behind is None else seen & (self._first(k) >= at - self.behind)
 
-    def extent(self, q_low, q_high, k_low, k_high):
-        low, high = (q + self.length - self.slots for q in (q_low, q_high))
-        possible, certain = self._last(k_low) <= high + self.ahead, self._last(k_high) <= low + self.ahead
+    def state(self, q, k):
+        low, high = (at + self.length - self.slots for at in (q.low, q.high))
+        possible, certain = self._last(k.low) <= high + self.ahead, self._last(k.high) <= low + self.ahead
         if self.behind is not None:
-            possible = possible & (self._first(k_high) >= low - self.behind)
-            certain = certain & (self._first(k_low) >= high - self.behind)
+            possible = possible & (self._first(k.high) >= low - self.behind)
+            certain = certain & (self._first(k.low) >= high - self.behind)
         return settled(possible, certain)
 
     def spans(self, low, high):

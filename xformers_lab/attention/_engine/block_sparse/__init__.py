@@ -17,40 +17,40 @@ from jax import lax
 
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.block_sparse import batched_rows, layout, looped_rows
-from xformers_lab.attention._engine.block_sparse.layout import Group
-from xformers_lab.attention._engine.block_sparse.totals import Totals
+from xformers_lab.attention._engine.block_sparse.layout import SIZES, Group, Sizes
 from xformers_lab.attention._engine.block_sparse.view import View, neighbours
 from xformers_lab.attention._engine.softmax import EMPTY
 
 
-def block_sparse(q, k, v, *, pattern: Pattern, valid=None, bias=None, blocks: tuple[int, int]):
+def block_sparse(q, k, v, *, pattern: Pattern, valid=None, bias=None, blocks: tuple[int, int], sizes: Sizes = SIZES):
     """Softmax attention over the keys that `pattern` allows and `valid` marks; zeros where there is none.
 
     q (T, H), k and v (S, H), valid (S,) bool or None; query t stands at position S - T + t. bias is a pytree that is
     called with (T', 1) and (1, S') position arrays and gives scores to add, differentiable in its leaves. blocks is
-    (queries, keys) per block. Returns (T, H) in v's type; scores and sums are float32.
+    (queries, keys) per block, sizes decide how rows of them are run. Returns (T, H) in v's type; scores and sums are
+    float32.
     """
-    return _attend(q, k, v, valid, bias, pattern, blocks)
+    return _attend(q, k, v, valid, bias, pattern, blocks, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, valid, bias, pattern, blocks):
-    return _forward(q, k, v, valid, bias, pattern, blocks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, valid, bias, pattern, blocks, sizes):
+    return _forward(q, k, v, valid, bias, pattern, blocks, sizes)[0]
 
 
-def _forward(q, k, v, valid, bias, pattern, blocks):
-    T, S, H = q.shape[0], k.shape[0], v.shape[1]
+def _forward(q, k, v, valid, bias, pattern, blocks, sizes):
+    H = v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
-    parts = layout.layout(pattern, T, S, *blocks)
+    parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, bias, T, S, blocks)
+        view = View(part, scaled, k, v, valid, bias, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
-            o, l = (batched_rows if group.batched else looped_rows).forward(view, group)
-            out = _placed(out, group.rows, o)
-            stat = stat if _computed_again(group, parts) else _placed(stat, group.rows, l)
+            of_rows, stat_of_rows = _runner(group).forward(view, group)
+            out = _placed(out, group.rows, of_rows)
+            stat = stat if _computed_again(group, parts) else _placed(stat, group.rows, stat_of_rows)
         out, stat = view.unblock_queries(out), view.unblock_queries(stat)
         if total is None or lse is None:
             total, lse = out, stat
@@ -63,34 +63,40 @@ def _forward(q, k, v, valid, bias, pattern, blocks):
     return total, (q, k, v, valid, bias, total, lse)
 
 
-def _backward(pattern, blocks, residuals, grad):
+def _backward(pattern, blocks, sizes, residuals, grad):
     q, k, v, valid, bias, out, lse = residuals
-    T, S = q.shape[0], k.shape[0]
     scale = q.shape[-1] ** -0.5
     scaled = (q * scale).astype(q.dtype)
     delta = (out.astype(jnp.float32) * grad).sum(-1)
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dbias = jax.tree.map(jnp.zeros_like, bias)
-    parts = layout.layout(pattern, T, S, *blocks)
+    parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, bias, T, S, blocks)
+        view = View(part, scaled, k, v, valid, bias, blocks)
         grads, deltas = view.block_queries(grad), view.block_queries(delta)
         # A query that pads a block has no weights, however large a bias is at its place.
         lses = view.block_queries(lse, fill=jnp.inf)
-        totals = Totals(view, dbias)
         dq_part = jnp.zeros((len(part.queries) // blocks[0], blocks[0], q.shape[1]), jnp.float32)
+        totals: dict = {}  # gradients of keys and values, in the form of each way to run rows that there is
         for group in part.groups:
-            incoming = grads, deltas, None if _computed_again(group, parts) else lses
-            of_rows = (batched_rows if group.batched else looped_rows).backward(view, group, incoming, totals)
+            run, incoming = _runner(group), (grads, deltas, None if _computed_again(group, parts) else lses)
+            carry = totals.get(run) or run.start(view), dbias
+            (totals[run], dbias), of_rows = run.backward(view, group, incoming, carry)
             dq_part = _placed(dq_part, group.rows, of_rows)
         dq += view.unblock_queries(dq_part)
-        dk += view.unblock_keys(totals.keys())
-        dv += view.unblock_keys(totals.values())
-        dbias = totals.bias
+        if totals:
+            both = (run.joined(total) for run, total in totals.items())
+            of_keys, of_values = functools.reduce(functools.partial(jax.tree.map, jnp.add), both)
+            dk, dv = dk + view.unblock_keys(of_keys), dv + view.unblock_keys(of_values)
     return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _runner(group: Group):
+    """The module that runs a group's rows."""
+    return batched_rows if group.batched else looped_rows
 
 
 def _computed_again(group: Group, parts) -> bool:

@@ -8,15 +8,7 @@ so the backward computes them anew where nothing else needs them.
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.attention._engine.softmax import EMPTY, MASKED
-
-# From so many queries on, in all rows together, XLA:CPU runs the forward as one kernel.
-FUSED = 4096
-
-
-def hiding(seen):
-    """What is added to scores: 0 where they are seen, MASKED elsewhere, in float32."""
-    return jnp.where(seen, 0.0, MASKED)
+from xformers_lab.attention._engine.softmax import EMPTY
 
 
 def forward(q, k, v, added=None):

@@ -10,25 +10,41 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
-from xformers_lab.attention._engine.block_sparse.batch import FUSED
 from xformers_lab.attention._engine.order import PAD, runs
+from xformers_lab.nn.plan import FUSED
 
-# A row is padded to a multiple of an eighth of the widest row, so that a layout compiles to at most eight loops.
-GROUPS = 8
-# Rows are run together, their ends padded, where that computes at most this much more than what is live.
-PADDED = 1.25
-# Rows of at most so many scores are too small to be run one at a time, and rows this much wider than most are.
-NARROW, WIDER = 1 << 17, 1.5
-# Rows that are worth running together, and pieces that rows may come in.
-FEW, PIECES = 4, 4
-# Queries that see the same keys and are run as one row.
-QUERIES = 256
-# Up to so many more rows are worth running batched ones as one kernel.
-FILLED = 0.05
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
 EVALUATED = 1 << 26
 # Pairs of blocks looked at together.
 AT_ONCE = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What decides how rows of blocks are run, and never what they compute.
+
+    Args:
+        groups: a row is padded to a multiple of this share of the widest, so that a layout compiles to so many loops
+        padded: rows are run together, their ends padded, where that computes at most this much more than what is live
+        narrow: rows of at most so many scores are too small to be run one at a time
+        wider: rows this much wider than the median are run by themselves
+        few, pieces: rows that are worth running together, and pieces that rows may come in
+        together: queries that see the same keys and are run as one row
+        fused, filled: rows are filled up to so many queries, all together, where they are at most this share more
+    """
+
+    groups: int = 8
+    padded: float = 1.25
+    narrow: int = 1 << 17
+    wider: float = 1.5
+    few: int = 4
+    pieces: int = 4
+    together: int = 256
+    fused: int = FUSED
+    filled: float = 0.05
+
+
+SIZES = Sizes()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,25 +110,25 @@ class Live:
 
 
 @functools.lru_cache(maxsize=256)
-def layout(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> tuple[Part, ...]:
+def layout(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, sizes: Sizes = SIZES) -> tuple[Part, ...]:
     """The live blocks of `pattern` for T queries at the end of S positions, in blocks of block_q x block_k."""
-    found = [_part(part, T, S, block_q, block_k) for part in pattern.parts()]
-    return tuple(part for part in found if part.groups) or tuple(found[:1])
+    parts = [_part(part, T, S, (block_q, block_k), sizes) for part in pattern.parts()]
+    return tuple(part for part in parts if part.groups) or tuple(parts[:1])
 
 
-def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> int:
+def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, sizes: Sizes = SIZES) -> int:
     """Query-key pairs that the engine computes: live blocks, with the padding of rows, times the size of a block."""
-    parts = layout(pattern, T, S, block_q, block_k)
+    parts = layout(pattern, T, S, block_q, block_k, sizes)
     blocks = sum(len(group.rows) * group.width for part in parts for group in part.groups)
     return blocks * block_q * block_k
 
 
-def _part(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Part:
-    order = pattern.order
+def _part(pattern: Pattern, T: int, S: int, block: tuple[int, int], sizes: Sizes) -> Part:
+    order, (block_q, block_k) = pattern.order, block
     queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
     live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
     natural = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
-    groups, lead, tail = _groups(live, (len(queries) // block_q, len(keys) // block_k), block_q, block_k)
+    groups, lead, tail = _groups(live, (len(queries) // block_q, len(keys) // block_k), block, sizes)
     keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
     in_order = np.array_equal(queries[:T], np.arange(S - T, S))
     return Part(pattern, queries, keys, in_order, natural, lead, groups)
@@ -132,17 +148,16 @@ def _live(pattern: Pattern, q: np.ndarray, k: np.ndarray, S: int) -> Live:
         begin, end = order.find(q_runs[rows], np.where(empty, 0, first), np.where(empty, 0, last), S, k.shape[1])
         spans.append((begin, np.where(empty, begin - 1, np.minimum(end, len(k) - 1))))
     counts = np.sum([np.maximum(end - begin + 1, 0) for begin, end in spans], 0)
-    found, cuts = [], np.searchsorted(np.cumsum(counts), np.arange(AT_ONCE, counts.sum(), AT_ONCE))
+    parts, cuts = [], np.searchsorted(np.cumsum(counts), np.arange(AT_ONCE, counts.sum(), AT_ONCE))
     for some in np.split(np.arange(len(rows)), np.unique(cuts)):
         i, j = _expanded(rows[some], [(begin[some], end[some]) for begin, end in spans], len(k))
-        there = k_runs.high[j] != PAD
-        i, j = i[there], j[there]
+        real = k_runs.high[j] != PAD
+        i, j = i[real], j[real]
         state = pattern.state(q_runs[i], k_runs[j])
-        found.append(Live(i, j, state).where(state != DEAD))
-    live = Live(*(np.concatenate([getattr(each, name) for each in found]) for name in ("rows", "columns", "state")))
-    padded = (k == PAD).any(1)
-    live = Live(live.rows, live.columns, np.where(padded[live.columns] & (live.state == WHOLE), MIXED, live.state))
-    return _evaluated(pattern, q, k, live)
+        parts.append(Live(i, j, state).where(state != DEAD))
+    rows, columns, state = (np.concatenate([getattr(part, name) for part in parts]) for name in Live.__annotations__)
+    padded = (k == PAD).any(1)[columns]
+    return _evaluated(pattern, q, k, Live(rows, columns, np.where(padded & (state == WHOLE), MIXED, state)))
 
 
 def _expanded(rows: np.ndarray, spans: list, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,28 +192,31 @@ def _evaluated(pattern: Pattern, q: np.ndarray, k: np.ndarray, live: Live) -> Li
 # ---- how they are run ----------------------------------------------------------------------------------------------
 
 
-def _groups(live: Live, blocks: tuple[int, int], block_q: int, block_k: int) -> tuple[tuple[Group, ...], int, int]:
+def _groups(live: Live, blocks: tuple[int, int], block: tuple[int, int], sizes: Sizes):
     """Groups of rows, and the blocks of padding that their offsets need before and after the keys.
 
-    A row is in one group, or in two of which the later counts. blocks: how many there are, of queries and of keys.
+    A row is in one group, or in two of which the later counts. blocks: how many there are, of queries and of keys, of
+    `block` positions each.
     """
     if len(live.rows) == 0:
         return (), 0, 0
     counts = np.bincount(live.rows)
     rows = np.nonzero(counts)[0]
-    wide = counts[rows] > WIDER * np.median(counts[rows])
+    wide = counts[rows] > sizes.wider * np.median(counts[rows])
     alike, batched, rest = rows[~wide], [], [rows[wide]]
     pieces = np.split(alike, np.nonzero(np.diff(alike) != 1)[0] + 1)
     for piece in pieces:
-        filled = _filled(piece, blocks[0], -(-FUSED // block_q))
-        group = _batched(live.of_rows(piece), piece, filled, block_q * block_k) if len(pieces) <= PIECES else None
+        group = None
+        if len(pieces) <= sizes.pieces:
+            filled = _filled(piece, blocks[0], -(-sizes.fused // block[0]), sizes.filled)
+            group = _batched(live.of_rows(piece), piece, filled, block[0] * block[1], sizes)
         if group is None:
             rest.append(piece)
         else:
             batched.append(group)
     ends = [row + offset for group in batched for offset in group.offsets for row in group.rows[[0, -1]]]
     lead, tail = max(0, -min(ends, default=0)), max(0, max(ends, default=0) - blocks[1] + 1)
-    looped = _looped(live.of_rows(np.concatenate(rest)), blocks[1], block_q, block_k)
+    looped = _looped(live.of_rows(np.concatenate(rest)), blocks[1], block, sizes)
     return tuple(_moved(group, lead) for group in (*batched, *looped)), lead, tail
 
 
@@ -208,16 +226,16 @@ def _moved(group: Group, lead: int) -> Group:
     return dataclasses.replace(group, columns=group.columns + lead, offsets=offsets)
 
 
-def _filled(rows: np.ndarray, count: int, wanted: int) -> np.ndarray:
-    """Neighbouring rows and, where so few are missing for `wanted` of them, rows beside them that see nothing."""
+def _filled(rows: np.ndarray, count: int, wanted: int, share: float) -> np.ndarray:
+    """Neighbouring rows and, where at most this share is missing for `wanted`, rows beside them that see nothing."""
     missing = wanted - len(rows)
-    if not 0 < missing <= FILLED * len(rows) or wanted > count:
+    if missing <= 0 or missing > share * len(rows) or wanted > count:
         return rows
     first = max(0, min(int(rows[0]) - missing // 2, count - wanted))
     return np.arange(first, first + wanted)
 
 
-def _batched(live: Live, rows: np.ndarray, filled: np.ndarray, each: int) -> Group | None:
+def _batched(live: Live, rows: np.ndarray, filled: np.ndarray, each: int, sizes: Sizes) -> Group | None:
     """One group of neighbouring rows, where hardly more is computed than is live: what most of them see at the same
     distance, what most of them see at the same place, and for each row what is left."""
     R, total = len(rows), len(live.rows)
@@ -225,9 +243,9 @@ def _batched(live: Live, rows: np.ndarray, filled: np.ndarray, each: int) -> Gro
         return None
     apart = live.columns - live.rows
     low, high = int(apart.min()), int(apart.max())
-    if (high - low + 1) * R <= PADDED * total:
+    if (high - low + 1) * R <= sizes.padded * total:
         return _assigned(live, filled, np.arange(low, high + 1), np.zeros(0, np.int64), 0)
-    if R < FEW or each * total > NARROW * R:
+    if sizes.few > R or each * total > sizes.narrow * R:
         return None
     shared = np.nonzero(2 * np.bincount(live.columns) >= R)[0]
     left = live.where(~np.isin(live.columns, shared))
@@ -235,7 +253,7 @@ def _batched(live: Live, rows: np.ndarray, filled: np.ndarray, each: int) -> Gro
     offsets = distances[2 * counts >= R]
     left = left.where(~np.isin(left.columns - left.rows, offsets))
     further = int(np.bincount(left.rows).max(initial=0))
-    if R * (len(shared) + len(offsets) + further) > PADDED * total:
+    if R * (len(shared) + len(offsets) + further) > sizes.padded * total:
         return None
     return _assigned(live, filled, offsets, shared, further)
 
@@ -275,12 +293,12 @@ def _places(rows: np.ndarray) -> np.ndarray:
     return np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
 
 
-def _looped(live: Live, columns: int, block_q: int, block_k: int) -> list[Group]:
+def _looped(live: Live, columns: int, block: tuple[int, int], sizes: Sizes) -> list[Group]:
     """Groups of rows of (nearly) equally many blocks; where those are narrow, they are gathered and batched."""
     if len(live.rows) == 0:
         return []
     rows, starts, counts = np.unique(live.rows, return_index=True, return_counts=True)
-    quantum, each = -(-int(counts.max()) // GROUPS), block_q * block_k
+    quantum = -(-int(counts.max()) // sizes.groups)
     width = np.minimum(-(-counts // quantum) * quantum, columns)
     groups = []
     for size in np.unique(width).tolist():
@@ -291,33 +309,34 @@ def _looped(live: Live, columns: int, block_q: int, block_k: int) -> list[Group]
         R, row = int(chosen.sum()), np.repeat(np.arange(chosen.sum()), counts[chosen])
         state = np.full((R, size), DEAD, np.int8)
         if run:
-            found = np.minimum(first, columns - size)[:, None] + np.arange(size)
-            state[row, some.columns - found[row, 0]] = some.state
+            held = np.minimum(first, columns - size)[:, None] + np.arange(size)
+            place = some.columns - held[row, 0]
         else:
-            found, place = np.zeros((R, size), np.int64), _places(row)
-            found[row, place], state[row, place] = some.columns, some.state
+            held, place = np.zeros((R, size), np.int64), _places(row)
+            held[row, place] = some.columns
+        state[row, place] = some.state
         whole = ((state == WHOLE) | ((state == DEAD) & (not run))).all(1)
         for flag in (True, False):
             if (same := whole == flag).any():
                 dead = not run and bool((state[same] == DEAD).any())
-                batched = int(same.sum()) >= FEW and size * each <= NARROW
+                batched = int(same.sum()) >= sizes.few and size * block[0] * block[1] <= sizes.narrow
                 groups.append(
                     Group(
                         rows[chosen][same].astype(np.int32),
-                        found[same].astype(np.int32),
+                        held[same].astype(np.int32),
                         run=run,
                         whole=flag,
                         live=state[same] != DEAD if dead else None,
                         batched=batched,
-                        together=1 if batched or dead else _together(found[same], block_q),
+                        together=1 if batched or dead else _together(held[same], sizes.together // block[0]),
                     )
                 )
     return groups
 
 
-def _together(columns: np.ndarray, block: int) -> int:
-    """How many rows at a time see the same blocks and have no more than QUERIES queries together."""
+def _together(columns: np.ndarray, most: int) -> int:
+    """How many rows at a time, `most` if possible, see the same blocks."""
     R = len(columns)
     if not (columns == columns[0]).all():
         return 1
-    return max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or n * block <= QUERIES))
+    return max(n for n in range(1, max(1, min(R, most)) + 1) if R % n == 0)

@@ -12,73 +12,82 @@ from jax import lax
 
 from xformers_lab.attention._engine.block_sparse.chunks import rows_at_once, scan_chunks
 from xformers_lab.attention._engine.block_sparse.layout import Group
-from xformers_lab.attention._engine.block_sparse.totals import Totals
 from xformers_lab.attention._engine.block_sparse.view import View
-from xformers_lab.attention._engine.softmax import EMPTY
+from xformers_lab.attention._engine.softmax import MASKED, exponentials
 
 
 def forward(view: View, group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
 
     def row(index):
-        s, cols = view.scores(group, index)
-        m = jnp.maximum(s.max(-1, keepdims=True), EMPTY)
-        p = jnp.exp(s - m)
-        l = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-        o = jnp.dot(p.astype(view.v.dtype), view.values(cols), preferred_element_type=jnp.float32)
-        return o / l, (m + jnp.log(l))[:, 0]
+        s, columns, _ = _scores(view, group, index)
+        p, m, total = exponentials(s)
+        out = _product(p.astype(view.v.dtype), view.of_keys(view.v, columns))
+        return out / total, (m + jnp.log(total))[:, 0]
 
     at_once = rows_at_once(group, view.blocks)
-    found = lax.map(row, _numbers(group), batch_size=at_once if at_once > 1 else None)
-    return jax.tree.map(lambda x: x.reshape(len(group.rows), view.block_q, *x.shape[2:]), found)
+    out = lax.map(row, _numbers(group), batch_size=at_once if at_once > 1 else None)
+    return jax.tree.map(lambda x: x.reshape(len(group.rows), view.block_q, *x.shape[2:]), out)
 
 
-def backward(view: View, group: Group, incoming, totals: Totals):
-    """dq (R, block, H) of a group; what it gives to keys, values and bias is added to the totals."""
-    grads, deltas, lses = incoming
+def backward(view: View, group: Group, incoming, carry):
+    """dq (R, block, H) of a group, and the carry, to which its gradients of keys, values and bias are added.
+
+    incoming: of all queries' outputs the gradients, the products of these with the outputs, and the log-sum-exps.
+    """
 
     def row(index):
-        s, cols = view.scores(group, index)
-        qi, g, delta, lse = (view.of_row(x, group, index) for x in (view.q, grads, deltas, lses))
-        keys, values = view.keys(cols), view.values(cols)
+        s, columns, positions = _scores(view, group, index)
+        q, g, delta, lse = view.of_queries((view.q, *incoming), group, index)
+        keys, values = view.of_keys(view.k, columns), view.of_keys(view.v, columns)
         p = jnp.exp(s - lse[:, None])
-        dp = jnp.dot(g, values.T, preferred_element_type=jnp.float32)
-        ds = p * (dp - delta[:, None])
-        dbias = view.pull_bias(view.positions(group, index, cols), ds)
+        ds = p * (_product(g, values.T) - delta[:, None])
+        dbias = view.pull_bias(positions, ds)
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
-        dkT = jnp.dot(qi.T, ds, preferred_element_type=jnp.float32)
-        dvT = jnp.dot(g.T, p, preferred_element_type=jnp.float32)
-        return jnp.dot(ds, keys, preferred_element_type=jnp.float32), dkT, dvT, dbias, cols
-
-    def add(into, x, cols):
-        if isinstance(cols, tuple):  # a run: one window of columns
-            start, size = cols
-            if size == into.shape[1]:
-                return into + x
-            window = lax.dynamic_slice_in_dim(into, start, size, 1) + x
-            return lax.dynamic_update_slice_in_dim(into, window, start, 1)
-        H, block = into.shape[0], view.block_k
-        return into.reshape(H, -1, block).at[:, cols].add(x.reshape(H, -1, block)).reshape(into.shape)
+        return _product(ds, keys), (_product(q.T, ds), _product(g.T, p)), dbias
 
     def one(carry, index):
-        dk, dv, db = carry
-        dq, dkT, dvT, dbias, cols = row(index)
-        return (add(dk, dkT, cols), add(dv, dvT, cols), jax.tree.map(jnp.add, db, dbias)), dq
+        totals, db = carry
+        dq, added, dbias = row(index)
+        columns = view.columns(group, index)
+        totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, added, strict=True))
+        return (totals, jax.tree.map(jnp.add, db, dbias)), dq
 
     def many(carry, rows):
-        dk, dv, db = carry
-        dq, dkT, dvT, dbias = jax.vmap(lambda index: row(index)[:4])(rows)
+        totals, db = carry
+        dq, added, dbias = jax.vmap(row)(rows)
         columns = jnp.asarray(group.columns[:: group.together])[rows]
-        scatter = lambda into, x: _scatter(into, x, columns, view.block_k)
-        return (scatter(dk, dkT), scatter(dv, dvT), jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
+        totals = tuple(_scattered(into, x, columns, view.block_k) for into, x in zip(totals, added, strict=True))
+        return (totals, jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
 
-    carry, at_once = (*totals.start_transposed(), totals.bias), rows_at_once(group, view.blocks)
+    at_once = rows_at_once(group, view.blocks)
     if at_once == 1:
         carry, dq = lax.scan(one, carry, _numbers(group))
     else:
         carry, dq = scan_chunks(many, carry, len(_numbers(group)), at_once)
-    totals.transposed, totals.bias = carry[:2], carry[2]
-    return dq.reshape(len(group.rows), view.block_q, -1)
+    return carry, dq.reshape(len(group.rows), view.block_q, -1)
+
+
+def start(view: View):
+    """Totals of the gradients of keys and values, (H, S) each."""
+    return tuple(jnp.zeros(x.shape[::-1], jnp.float32) for x in (view.k, view.v))
+
+
+def joined(totals):
+    """(S, H) each."""
+    return tuple(x.T for x in totals)
+
+
+def _scores(view: View, group: Group, index):
+    """Masked scores (n, m) of a row, where its keys are, and positions."""
+    columns = view.columns(group, index)
+    positions = view.positions(group, index, columns)
+    s = _product(view.of_queries(view.q, group, index), view.of_keys(view.k, columns).T)
+    if view.bias is not None:
+        s = s + view.bias(*positions)
+    for seen in view.masks(group, index, columns, positions):
+        s = jnp.where(seen, s, MASKED)
+    return s, columns, positions
 
 
 def _numbers(group: Group):
@@ -86,8 +95,24 @@ def _numbers(group: Group):
     return np.arange(len(group.rows) // group.together)
 
 
-def _scatter(into, x, columns, block):
-    """Add (R, H, M * block) at key blocks columns (R, M) of (H, S)."""
+def _product(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _added(into, x, columns, block: int):
+    """into (H, S), with x (H, m) added at the keys of one row."""
+    if not isinstance(columns, tuple):
+        H = into.shape[0]
+        return into.reshape(H, -1, block).at[:, columns].add(x.reshape(H, -1, block)).reshape(into.shape)
+    start, size = columns
+    if size == into.shape[1]:
+        return into + x
+    window = lax.dynamic_slice_in_dim(into, start, size, 1) + x
+    return lax.dynamic_update_slice_in_dim(into, window, start, 1)
+
+
+def _scattered(into, x, columns, block: int):
+    """into (H, S), with x (R, H, m) added at key blocks `columns` (R, M)."""
     H = into.shape[0]
     x = x.reshape(x.shape[0], H, -1, block).transpose(1, 0, 2, 3).reshape(H, -1, block)
     return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)

@@ -7,27 +7,30 @@ from jax import lax
 
 from xformers_lab.attention._engine.block_sparse.layout import Group, Part
 from xformers_lab.attention._engine.order import PAD
-from xformers_lab.attention._engine.softmax import MASKED
 
 
 class View:
-    """One part's arrays in blocks, in the part's order of positions."""
+    """One part's arrays in blocks, in the part's order of positions.
 
-    def __init__(self, part: Part, q, k, v, valid, bias, T, S, blocks):
-        self.part, self.bias, self.T, self.S = part, bias, T, S
+    A row of a group is one block of queries, or several that see the same keys; m of its scores are one query's. Rows
+    are named by an index: a number, or numbers (R,) of neighbours, whose arrays have an axis R in front.
+    """
+
+    def __init__(self, part: Part, q, k, v, valid, bias, blocks: tuple[int, int]):
+        self.part, self.bias, self.T, self.S = part, bias, len(q), len(k)
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
-        self.shift, self.lead = S - T, part.lead * self.block_k
+        self.shift, self.lead = self.S - self.T, part.lead * self.block_k
         self.q = self.block_queries(q)
         # Positions and padding hang on the data through this zero: else differentiation sees that masks do not, and
         # stores every one of them for the backward, a T x S array in all.
         self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
         self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
-        # Which keys there are: known also says where a block is padded, which is asked where one is not wholly live.
+        # Which keys count where a block is wholly live, and where it is not, as at the padding of blocks; None: all.
         self.valid = None if valid is None else self._keys_in_order(valid) & (self.zero == 0)
-        there = part.keys != PAD
-        self.known = self.valid if self.valid is not None or there.all() else jnp.asarray(there) & (self.zero == 0)
+        padded = bool((part.keys == PAD).any())
+        self.known = jnp.asarray(part.keys != PAD) & (self.zero == 0) if padded and valid is None else self.valid
         self.query_at = None if part.natural_queries else jnp.asarray(part.queries).reshape(-1, self.block_q)
-        self.key_at = None if part.natural_keys else jnp.asarray(part.keys).reshape(-1, self.block_k)
+        self.key_at = None if part.natural_keys else jnp.asarray(part.keys)
 
     def _keys_in_order(self, x):
         """x by key positions; zeros (False) where a position is padding."""
@@ -56,98 +59,57 @@ class View:
     def blocked(self, x):
         return x.reshape(-1, self.block_k, *x.shape[1:])
 
-    # Rows in a loop: each is one block of queries, or several that see the same keys.
+    # ---- of rows -------------------------------------------------------------------------------------------------
 
-    def of_row(self, x, group: Group, index):
-        """(query blocks, block, ...) -> (queries of the row, ...)."""
-        blocks = x[jnp.asarray(group.rows.reshape(-1, group.together))[index]]
-        return blocks.reshape(-1, *blocks.shape[2:])
+    def of_queries(self, tree, group: Group, index):
+        """Leaves (query blocks, block, ...) -> (*index, n, ...)."""
+        if index.ndim and neighbours(group.rows):
+            first = int(group.rows[0]) + index[0]
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, len(index)), tree)
+        rows = _rows(group, index)
+        return jax.tree.map(lambda x: x[rows].reshape(*index.shape, -1, *x.shape[2:]), tree)
 
     def columns(self, group: Group, index):
-        """Where a row's keys are: (start, size) of a run, or (M,) block numbers."""
+        """Where rows' keys are: block numbers (*index, M), or (start, size) of a single row whose blocks are a run."""
         first = group.columns[:: group.together]
-        if not group.run:
+        if index.ndim or not group.run:
             return jnp.asarray(first)[index]
-        size = group.width * self.block_k
         same = (first[:, 0] == first[0, 0]).all()
         start = int(first[0, 0]) if same else jnp.asarray(first[:, 0])[index]
-        return start * self.block_k, size
+        return start * self.block_k, group.width * self.block_k
 
-    def _at(self, x, cols):
-        if isinstance(cols, tuple):
-            start, size = cols
+    def of_keys(self, x, columns):
+        """(keys, ...) -> (*index, m, ...)."""
+        if isinstance(columns, tuple):
+            start, size = columns
             return x if size == x.shape[0] else lax.dynamic_slice_in_dim(x, start, size, 0)
-        return self.blocked(x)[cols].reshape(-1, *x.shape[1:])
+        return self.blocked(x)[columns].reshape(*columns.shape[:-1], -1, *x.shape[1:])
 
-    def keys(self, cols):
-        return self._at(self.k, cols)
-
-    def values(self, cols):
-        return self._at(self.v, cols)
-
-    def positions(self, group: Group, index, cols):
-        """Natural positions of the queries (n, 1) and keys (1, M * block) of a row."""
-        rows = group.rows.reshape(-1, group.together)
-        if self.query_at is None:
-            first = self.shift + jnp.asarray(rows)[index] * self.block_q
-            q = (first[:, None] + jnp.arange(self.block_q)).reshape(-1)
+    def positions(self, group: Group, index, columns):
+        """Natural positions of the queries (*index, n, 1) and the keys (*index, 1, m)."""
+        rows = _rows(group, index)
+        if self.query_at is not None:
+            q = self.query_at[rows]
         else:
-            q = self.of_row(self.query_at, group, index)
-        if not isinstance(cols, tuple):
-            k = self.key_positions(cols)
-        elif self.key_at is None:
-            k = cols[0] + jnp.arange(cols[1]) - self.lead
+            q = self.shift + rows[..., None] * self.block_q + jnp.arange(self.block_q)
+        if self.key_at is not None:
+            k = self.of_keys(self.key_at, columns)
+        elif isinstance(columns, tuple):
+            k = columns[0] + jnp.arange(columns[1]) - self.lead
         else:
-            k = self._at(self.key_at.reshape(-1), cols)
-        return q[:, None] + self.zero, k[None]
+            k = columns[..., None] * self.block_k + jnp.arange(self.block_k) - self.lead
+        return q.reshape(*index.shape, -1, 1) + self.zero, k.reshape(*index.shape, 1, -1)
 
-    def scores(self, group: Group, index):
-        """Masked scores (n, M * block) of a row, and its columns."""
-        cols = self.columns(group, index)
-        positions = self.positions(group, index, cols)
-        s = jnp.dot(self.of_row(self.q, group, index), self.keys(cols).T, preferred_element_type=jnp.float32)
-        if self.bias is not None:
-            s = s + self.bias(*positions)
-        if not group.whole:
-            s = jnp.where(self.part.pattern(*positions), s, MASKED)
+    def masks(self, group: Group, index, columns, positions) -> list:
+        """Which scores count, those that all of these booleans say, which broadcast to (*index, n, m)."""
+        masks = [] if group.whole else [self.part.pattern(*positions)]
         known = self.valid if group.whole else self.known
         if known is not None:
-            s = jnp.where(self._at(known, cols)[None], s, MASKED)
+            masks.append(self.of_keys(known, columns)[..., None, :])
         if group.live is not None:
-            live = jnp.repeat(jnp.asarray(group.live[:: group.together])[index], self.block_k) & (self.zero == 0)
-            s = jnp.where(live[None], s, MASKED)
-        return s, cols
-
-    # Rows in a batch; rows are R neighbouring numbers within a group.
-
-    def of_rows(self, tree, group: Group, rows):
-        """(query blocks, ...) -> (R, ...)."""
-        if neighbours(group.rows):
-            first = int(group.rows[0]) + rows[0]
-            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, len(rows)), tree)
-        chosen = jnp.asarray(group.rows)[rows]
-        return jax.tree.map(lambda x: x[chosen], tree)
-
-    def query_positions(self, group: Group, rows):
-        """(R, block, 1)."""
-        if self.query_at is not None:
-            return self.of_rows(self.query_at, group, rows)[..., None] + self.zero
-        first = self.shift + jnp.asarray(group.rows)[rows] * self.block_q
-        return (first[:, None] + jnp.arange(self.block_q))[..., None] + self.zero
-
-    def key_positions(self, columns):
-        """(..., M) key blocks -> (..., M * block)."""
-        if self.key_at is not None:
-            at = self.key_at[columns]
-        else:
-            at = columns[..., None] * self.block_k + jnp.arange(self.block_k) - self.lead
-        return at.reshape(*columns.shape[:-1], -1)
-
-    def known_of(self, columns):
-        """Which keys of key blocks (..., M) there are, (..., M * block); None: all."""
-        if self.known is None:
-            return None
-        return self.blocked(self.known)[columns].reshape(*columns.shape[:-1], -1)
+            live = jnp.repeat(jnp.asarray(group.live[:: group.together])[index], self.block_k, -1)
+            masks.append(live[..., None, :] & (self.zero == 0))
+        return masks
 
     def pull_bias(self, positions, ds):
         """The gradient of the bias's leaves from the gradient of scores at these positions."""
@@ -160,6 +122,11 @@ def neighbours(rows: np.ndarray) -> bool:
     return bool((np.diff(rows) == 1).all())
 
 
+def _rows(group: Group, index):
+    """The blocks of queries (*index, together) of rows."""
+    return jnp.asarray(group.rows.reshape(-1, group.together))[index]
+
+
 def _taken(x, index: np.ndarray, fill: float = 0):
     """x[index], `fill` (zeros, False) where the index is negative."""
     return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=fill)
@@ -167,7 +134,7 @@ def _taken(x, index: np.ndarray, fill: float = 0):
 
 def _places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
     """Where in a list of positions those from `shift` on are; PAD where one is missing."""
-    there = np.nonzero(positions != PAD)[0]
+    real = np.nonzero(positions != PAD)[0]
     back = np.full(length, PAD, np.int32)
-    back[positions[there] - shift] = there
+    back[positions[real] - shift] = real
     return back

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
+from xformers_lab.attention._engine.blocks import in_blocks, joined
+from xformers_lab.attention._engine.linear.recurrence import before_each, linear_recurrence
+from xformers_lab.attention._engine.products import EXACT
+from xformers_lab.attention._engine.softmax import MASKED
 
-EXACT = {"preferred_element_type": jnp.float32}
-# The logarithm of a key that is not there; finite, so that the difference of two is 0.
-NOTHING = -1e30
 # Sums of weights below this are none: features that all but miss each other.
 TINY = 1e-28
 
@@ -92,7 +92,7 @@ def sums(q, k, v, *, valid, causal: bool, chunk: int, log=None):
     if valid is not None:
         k = jnp.where(valid[:, None], k, 0)
     if log is not None:
-        log = log if valid is None else jnp.where(valid, log, NOTHING)
+        log = log if valid is None else jnp.where(valid, log, MASKED)
         if causal:
             return scaled_recurrence(q, k, v, log, chunk=chunk)
         k = k * jnp.exp(log - log.max())[:, None]
@@ -106,7 +106,7 @@ def sums(q, k, v, *, valid, causal: bool, chunk: int, log=None):
 def scaled_recurrence(q, k, v, log, *, chunk: int):
     """`linear_recurrence` with keys of very different size: weights q_t . k_s exp(log_s - c_t), c_t = max_(s<=t) log_s.
 
-    k must be zero where log is NOTHING. The scale c_t cancels where the two sums are divided.
+    k must be zero where log is MASKED. The scale c_t cancels where the two sums are divided.
     """
     T, S = q.shape[0], k.shape[0]
     if T > S:  # queries that stand before the first key
@@ -114,28 +114,23 @@ def scaled_recurrence(q, k, v, log, *, chunk: int):
         return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
     before, chunk = S - T, min(chunk, T)
     state = _added(k[:before], v[:before], log[:before])
-    pad = -T % chunk
-    blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
-    q, k, v = blocks(q), blocks(k[before:]), blocks(v[before:])
-    log = jnp.pad(log[before:], (0, pad), constant_values=NOTHING).reshape(-1, chunk)
-    states, norms, tops = lax.scan(lambda state, new: (_merged(state, new), state), state, jax.vmap(_added)(k, v, log))[
-        1
-    ]
-
+    q, k, v = (in_blocks(x, chunk) for x in (q, k[before:], v[before:]))
+    log = in_blocks(log[before:], chunk, fill=MASKED)
+    (states, norms, tops), _ = before_each(_merged, state, jax.vmap(_added)(k, v, log))
     seen = np.tril(np.ones((chunk, chunk), bool))
-    top = jnp.maximum(tops[:, None], jnp.where(seen, log[:, None, :], NOTHING).max(-1))
+    top = jnp.maximum(tops[:, None], jnp.where(seen, log[:, None, :], MASKED).max(-1))
     scale = jnp.where(seen, jnp.exp(jnp.minimum(log[:, None, :] - top[:, :, None], 0)), 0)
     weights = jnp.einsum("mcf,mdf->mcd", q, k, **EXACT) * scale
     past = jnp.exp(tops[:, None] - top)
     out = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **EXACT)
     out += jnp.einsum("mcf,mhf->mch", q, states, **EXACT) * past[..., None]
     total = weights.sum(-1) + jnp.einsum("mcf,mf->mc", q, norms, **EXACT) * past
-    return out.reshape(-1, out.shape[2])[:T], total.reshape(-1)[:T]
+    return joined(out, T), joined(total, T)
 
 
 def _added(k, v, log):
     """What keys (C, F) add to the state: (H, F), (F,), both to be multiplied by exp of the third."""
-    top = log.max(initial=NOTHING)
+    top = log.max(initial=MASKED)
     k = k * jnp.exp(log - top)[:, None]
     return jnp.dot(v.T, k, **EXACT), k.sum(0, dtype=jnp.float32), top
 
@@ -159,7 +154,7 @@ def divided(out, total):
 
 def empty_state(F: int, H: int):
     """No key yet: the sum of v k^T (H, F), that of k (F,), and the logarithm of what both are to be multiplied by."""
-    return jnp.zeros((H, F), jnp.float32), jnp.zeros(F, jnp.float32), jnp.asarray(NOTHING, jnp.float32)
+    return jnp.zeros((H, F), jnp.float32), jnp.zeros(F, jnp.float32), jnp.asarray(MASKED, jnp.float32)
 
 
 def one_more(state, q, k, v, log=None):

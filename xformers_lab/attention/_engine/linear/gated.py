@@ -18,30 +18,34 @@ All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state 
 nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from xformers_lab.attention._engine.blocks import in_blocks, joined
+from xformers_lab.attention._engine.linear.recurrence import before_each
+from xformers_lab.attention._engine.products import inverts
+from xformers_lab.attention._engine.softmax import MASKED
 
 
 def scalar_decay(q, k, v, decay, *, chunk: int):
     """decay (T,): log a_t, at most 0."""
     T, C = len(q), min(chunk, len(q))
-    q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay[:, None]))
-    fall = jnp.cumsum(decay[..., 0].astype(jnp.float32), 1)  # (M, C), from before the chunk
+    q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
+    fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C), from before the chunk
     inside = product("mcf,mdf->mcd", q, k) * _falling(fall)
     out = product("mcd,mdh->mch", inside.astype(v.dtype), v)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", k * jnp.exp(last - fall)[..., None].astype(k.dtype), v)
     states, end = _states(added, jnp.exp(last[..., None]))
     out += product("mcf,mfh->mch", (q * jnp.exp(fall)[..., None]).astype(q.dtype), states.astype(q.dtype))
-    return out.reshape(-1, v.shape[-1])[:T], end
+    return joined(out, T), end
 
 
 def channel_decay(q, k, v, decay, *, chunk: int):
     """decay (T, F): log a_t of every key channel, at most 0. The chunk is rounded up to a power of two."""
     T, C = len(q), power_of_two(min(chunk, len(q)))
-    q, k, v, decay = (blocks(x, C) for x in (q, k, v, decay))
+    q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", (k * jnp.exp(last - fall)).astype(k.dtype), v)
@@ -49,7 +53,7 @@ def channel_decay(q, k, v, decay, *, chunk: int):
     out = product("mcf,mfh->mch", (q * jnp.exp(fall)).astype(q.dtype), states.astype(q.dtype))
     inside = _channel_weights(q, k, fall)
     out += product("mcd,mdh->mch", inside.astype(v.dtype), v)
-    return out.reshape(-1, v.shape[-1])[:T], end
+    return joined(out, T), end
 
 
 def _channel_weights(q, k, fall):
@@ -76,8 +80,8 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     """
     T, C = len(q), min(chunk, len(q))
     decay = jnp.zeros(T) if decay is None else decay
-    q, k, v = (blocks(x, C) for x in (q, k, v))
-    beta, decay = (blocks(x[:, None], C).astype(jnp.float32) for x in (beta, decay))
+    q, k, v = (in_blocks(x, C) for x in (q, k, v))
+    beta, decay = (in_blocks(x[:, None], C).astype(jnp.float32) for x in (beta, decay))
     fall = jnp.cumsum(decay[..., 0], 1)
     ratio = _falling(fall)
     strict = jnp.tril(jnp.ones((C, C)), -1)
@@ -89,17 +93,17 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     last = fall[:, -1:]
     written = k * jnp.exp(last - fall)[..., None]
 
-    def one(state, given):
-        fresh, from_state, weights, q, written, whole = given
+    def one(state, chunk):
+        fresh, from_state, weights, q, written, whole = chunk
         u = fresh - from_state @ state
         return whole * state + written.T @ u, q @ state + weights @ u
 
-    given = fresh, from_state, weights, q * passed, written, jnp.exp(last)
-    end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), given)
-    return out.reshape(-1, v.shape[-1])[:T], end
+    chunks = fresh, from_state, weights, q * passed, written, jnp.exp(last)
+    end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), chunks)
+    return joined(out, T), end
 
 
-@jax.custom_vjp
+@inverts
 def inverse(below):
     """(I + below)^-1 of matrices (M, C, C) that hold numbers only below the diagonal.
 
@@ -116,19 +120,6 @@ def inverse(below):
         solution = _lower(solution, corner)
         s *= 2
     return solution[:, :C, :C]
-
-
-def _inverse_forward(below):
-    solution = inverse(below)
-    return solution, solution
-
-
-def _inverse_backward(solution, grad):
-    transposed = solution.swapaxes(1, 2)
-    return (-jnp.tril(transposed @ grad @ transposed, -1),)
-
-
-inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 def power_of_two(length: int) -> int:
@@ -160,23 +151,13 @@ def _lower(diagonal, corner):
 def _falling(fall):
     """(M, C, C): exp(fall_i - fall_j) for j <= i, else 0."""
     seen = jnp.tril(jnp.ones((fall.shape[1],) * 2, bool))
-    return jnp.exp(jnp.where(seen, fall[:, :, None] - fall[:, None], -jnp.inf))
+    return jnp.exp(jnp.where(seen, fall[:, :, None] - fall[:, None], MASKED))
 
 
 def _states(added, kept):
     """States before each chunk (M, F, H), and after the last: state = kept (M, F or 1, 1) state + added (M, F, H)."""
-
-    def one(state, given):
-        added, kept = given
-        return kept * state + added, state
-
-    end, states = lax.scan(one, jnp.zeros(added.shape[1:], jnp.float32), (added, kept))
-    return states, end
-
-
-def blocks(x, C: int):
-    """(T, ...) -> (M, C, ...), zeros behind."""
-    return jnp.pad(x, ((0, -len(x) % C), (0, 0))).reshape(-1, C, x.shape[1])
+    merge = lambda state, new: new[1] * state + new[0]
+    return before_each(merge, jnp.zeros(added.shape[1:], jnp.float32), (added, kept))
 
 
 def product(equation: str, a, b):
@@ -201,8 +182,8 @@ def one_by_one(update, state, q, keys: dict, valid):
     """The same by definition: out, state = update(state, q_t, **keys_t) position after position."""
 
     def run(q, **keys):
-        def one(state, given):
-            out, state = update(state, given[0], **given[1])
+        def one(state, position):
+            out, state = update(state, position[0], **position[1])
             return state, out
 
         return lax.scan(one, state, (q, keys))[1]

@@ -7,9 +7,14 @@ Callers wrap their whole head (features, recurrence, normalisation) in `jax.chec
 from q, k and v, which is faster than reading back every intermediate array.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from xformers_lab.attention._engine.blocks import in_blocks, joined
+from xformers_lab.attention._engine.products import EXACT
 
 
 def linear_recurrence(q, k, v, *, chunk: int):
@@ -27,28 +32,27 @@ def linear_recurrence(q, k, v, *, chunk: int):
         # Wide before the product: some batches of a product of halves that is wide XLA:CPU compiles, but cannot run.
         earlier, values = k[:before].astype(jnp.float32), v[:before].astype(jnp.float32)
         state = earlier.T @ values, earlier.sum(0)
-    chunk = min(chunk, T)
-    pad = -T % chunk
-    blocks = lambda x: jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
-    out, total = _chunked(blocks(q), blocks(k[before:]), blocks(v[before:]), state)
-    return out.reshape(-1, out.shape[2])[:T], total.reshape(-1)[:T]
+    q, k, v = (in_blocks(x, min(chunk, T)) for x in (q, k[before:], v[before:]))
+    out, total = _chunked(q, k, v, state)
+    return joined(out, T), joined(total, T)
+
+
+def before_each(merge, start, new):
+    """States (M, ...) before each of `new` (M, ...), from merge(state, new), and the last state."""
+    last, states = lax.scan(lambda state, new: (merge(state, new), state), start, new)
+    return states, last
 
 
 def _chunked(q, k, v, state):
     """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) before the first chunk, or None -> (M, C, H), (M, C)."""
-    exact = {"preferred_element_type": jnp.float32}
-    weights = jnp.einsum("mcf,mdf->mcd", q, k, **exact) * jnp.tril(jnp.ones((q.shape[1],) * 2))
-    out, total = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **exact), weights.sum(-1)
+    weights = jnp.einsum("mcf,mdf->mcd", q, k, **EXACT) * jnp.tril(jnp.ones((q.shape[1],) * 2))
+    out, total = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **EXACT), weights.sum(-1)
     if len(q) == 1 and state is None:
         return out, total
     if state is None:
         state = jnp.zeros((k.shape[2], v.shape[2]), jnp.float32), jnp.zeros(k.shape[2], jnp.float32)
-    added = jnp.einsum("mcf,mch->mfh", k, v, **exact), k.astype(jnp.float32).sum(1)
-
-    def add(state, added):
-        return jax.tree.map(jnp.add, state, added), state
-
-    _, (states, sums) = lax.scan(add, state, added)
-    out += jnp.einsum("mcf,mfh->mch", q, states.astype(q.dtype), **exact)
-    total += jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **exact)
+    added = jnp.einsum("mcf,mch->mfh", k, v, **EXACT), k.astype(jnp.float32).sum(1)
+    (states, sums), _ = before_each(functools.partial(jax.tree.map, jnp.add), state, added)
+    out += jnp.einsum("mcf,mfh->mch", q, states.astype(q.dtype), **EXACT)
+    total += jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **EXACT)
     return out, total
