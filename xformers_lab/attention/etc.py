@@ -3,8 +3,8 @@ from typing import Literal
 from flax import nnx
 
 from xformers_lab.attention import Complexity
-from xformers_lab.attention._base.global_tokens import GlobalTokens
 from xformers_lab.attention._engine.pattern import Band
+from xformers_lab.attention.longformer import GlobalTokens
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 

@@ -24,7 +24,8 @@ def new(shelf: str, name: str, folder: str | pathlib.Path = ".") -> pathlib.Path
     legal = _legal(name)
     if name != legal:
         raise UsageError(
-            f'new: "{name}" cannot name a {shelf}: a name is lower-case letters, digits and _, for example "{legal}"'
+            f'new: "{name}" is no name for the shelf {shelf}: names are lower-case letters, digits and _, '
+            f'for example "{legal}"'
         )
     if name in spec.names(shelf):
         raise UsageError(f'new: shelf {shelf} has "{name}" already: choose another name, for example "my_{name}"')
