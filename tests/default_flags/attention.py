@@ -18,7 +18,7 @@ from .cheap import quick_jit
 from .results import repeats, sound
 
 # Two whole chunks, of most mechanisms; a prime; scores from where heads are looped over (loop_from of
-# plan.py), so many heads at once that their narrow rows are one kernel (FUSED of _engine/block_sparse/batch.py).
+# nn/plan.py), so many heads at once that their narrow rows are one kernel (FUSED there).
 LENGTHS = (128, 37, 512)
 # Above where causal keys come in parts (LONG) and queries in several blocks (ROWS); and so long that the rows of one
 # head are one kernel, in several rounds (CPU_SCORES of _engine/block_sparse/chunks.py, ROWS of routing.py).

@@ -75,7 +75,7 @@ def bench_seconds(config: Config, report: Callable[[str], None]) -> float:
     """Of one forward and backward pass as `xlab bench` runs it; raises Broken where it is not finite.
 
     With the default batch: rows of all heads and samples together are then as many as make one kernel on CPU (FUSED of
-    attention/_engine/block_sparse/batch.py).
+    nn/plan.py).
     """
     report("compiling forward and backward as xlab bench does")
     subject = bench.subject(edit(config, batch=Config().train.batch), "forward+backward")

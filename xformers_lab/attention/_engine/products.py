@@ -38,13 +38,14 @@ products.defvjp(lambda q, k: (products(q, k), (q, k)), _products_backward)
 weighted.defvjp(lambda p, v: (weighted(p, v), (p, v)), _weighted_backward)
 
 
-def inverts(inverse):
-    """Decorates a function of matrices (..., m, m) that gives their inverses: the gradient is products of these."""
+def inverts(inverse, kept=lambda grad: grad):
+    """Decorates a function of matrices (..., m, m) that gives their inverses: the gradient is products of these, of
+    which `kept` keeps what belongs to the entries that the function reads."""
     inverse = jax.custom_vjp(inverse)
 
     def backward(inverse, grad):
         transposed = jnp.swapaxes(inverse, -1, -2)
-        return (-(transposed @ grad @ transposed),)
+        return (-kept(transposed @ grad @ transposed),)
 
     inverse.defvjp(lambda a: (inverse(a),) * 2, backward)
     return inverse

@@ -48,8 +48,8 @@ def rows(q, k, v, weigh, leaves, *, valid=None, causal=False, at_once: int | Non
     T, S = q.shape[-2], k.shape[-2]
     at_once, parts = at_once or (CAUSAL_ROWS if causal else ROWS), []
     for first, last, keys in _portions(T, S, EIGHTHS if causal else 1):
-        part = q[..., first:last, :], k[..., :keys, :], v[..., :keys, :]
-        parts.append(_rows(*part, valid, leaves, weigh, S - T + first, causal, at_once))
+        part = q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], None if valid is None else valid[:keys]
+        parts.append(_rows(*part, leaves, weigh, S - T + first, causal, at_once))
     return jnp.concatenate(parts, -2)
 
 
@@ -91,11 +91,13 @@ def _portions(T: int, S: int, count: int) -> Iterator[tuple[int, int, int]]:
 
 def _each_block(row, queries, first: int, at_once: int):
     """row(queries of a block, their positions) block after block, joined; the first query stands at `first`."""
-    blocks, at = _blocked(queries, first, at_once)
-    if len(at) == 1:
-        return jax.checkpoint(row)(queries, at[0])
+    T = _length(queries)
+    C = _size(T, at_once)
+    if T == C:
+        return jax.checkpoint(row)(queries, first + jnp.arange(T)[:, None])
+    blocks = jax.tree.map(lambda x: in_blocks(x, C), queries), first + jnp.arange(T + -T % C).reshape(-1, C, 1)
     run = jax.checkpoint(lambda block: row(*block), prevent_cse=False)
-    return jax.tree.map(lambda x: joined(x, _length(queries)), lax.map(run, (blocks, at)))
+    return jax.tree.map(lambda x: joined(x, T), lax.map(run, blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
@@ -104,25 +106,27 @@ def _rows(q, k, v, valid, leaves, weigh, first, causal, at_once):
 
 
 def _forward(q, k, v, valid, leaves, weigh, first, causal, at_once):
-    S, scale, kT = k.shape[-2], q.shape[-1] ** -0.5, jnp.swapaxes(k, -1, -2)
+    T, scale, kT = q.shape[-2], q.shape[-1] ** -0.5, jnp.swapaxes(k, -1, -2)
 
     def row(block):
-        q, at = block
-        p = weigh(_product(q * scale, kT), seen_from(at, S, valid, causal), (at, jnp.arange(S)[None]), leaves)
+        number, q = block
+        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, causal)
+        p = weigh(_product(q * scale, kT), seen, positions, leaves)
         return _product(p.astype(v.dtype), v).astype(v.dtype)
 
-    out = lax.map(row, _blocked(q, first, at_once, axis=-2))
-    return joined(out, q.shape[-2], axis=-2), (q, k, v, valid, leaves)
+    blocks = in_blocks(q, _size(T, at_once), axis=-2)
+    out = lax.map(row, (jnp.arange(len(blocks)), blocks))
+    return joined(out, T, axis=-2), (q, k, v, valid, leaves)
 
 
 def _backward(weigh, first, causal, at_once, saved, grad):
     q, k, v, valid, leaves = saved
-    S, scale = k.shape[-2], q.shape[-1] ** -0.5
+    T, scale = q.shape[-2], q.shape[-1] ** -0.5
     kT, vT = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
 
     def row(totals, block):
-        (q, g), at = block
-        seen, positions = seen_from(at, S, valid, causal), (at, jnp.arange(S)[None])
+        number, q, g = block
+        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, causal)
         p, pull = jax.vjp(lambda s, leaves: weigh(s, seen, positions, leaves), _product(q * scale, kT), leaves)
         ds, dleaves = pull(_product(g, vT))
         p, ds = p.astype(v.dtype), ds.astype(k.dtype)
@@ -132,9 +136,10 @@ def _backward(weigh, first, causal, at_once, saved, grad):
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     totals = zeros(kT), zeros(vT), jax.tree.map(jnp.zeros_like, leaves)
-    (dkT, dvT, dleaves), dq = lax.scan(row, totals, _blocked((q, grad), first, at_once, axis=-2))
+    blocks, grads = (in_blocks(x, _size(T, at_once), axis=-2) for x in (q, grad))
+    (dkT, dvT, dleaves), dq = lax.scan(row, totals, (jnp.arange(len(blocks)), blocks, grads))
     dk, dv = jnp.swapaxes(dkT, -1, -2) * scale, jnp.swapaxes(dvT, -1, -2)
-    dq = joined(dq, q.shape[-2], axis=-2) * scale
+    dq = joined(dq, T, axis=-2) * scale
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dleaves
 
 
@@ -145,17 +150,16 @@ def _product(a, b):
     return jnp.matmul(a, b, **EXACT)
 
 
-def _length(queries, axis: int = 0) -> int:
-    return jax.tree.leaves(queries)[0].shape[axis]
+def _looked_at(first, q, k, valid, causal: bool):
+    """What queries from position `first` on may see (C, S), and the positions (C, 1) and (1, S)."""
+    at, S = (first + jnp.arange(q.shape[-2]))[:, None], k.shape[-2]
+    return seen_from(at, S, valid, causal), (at, jnp.arange(S)[None])
+
+
+def _length(queries) -> int:
+    return jax.tree.leaves(queries)[0].shape[0]
 
 
 def _size(T: int, at_once: int) -> int:
     """The size of the fewest equal blocks of at most `at_once` queries."""
     return -(-T // -(-T // at_once))
-
-
-def _blocked(queries, first: int, at_once: int, axis: int = 0):
-    """Leaves of T queries on an axis in blocks of C, and their positions (blocks, C, 1) from `first` on."""
-    C = _size(_length(queries, axis), at_once)
-    blocks = jax.tree.map(lambda x: in_blocks(x, C, axis=axis), queries)
-    return blocks, first + jnp.arange(_length(blocks) * C).reshape(-1, C, 1)

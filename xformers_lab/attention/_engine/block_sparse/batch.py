@@ -57,7 +57,10 @@ def returned(x, p):
 
 
 def _softmax(s):
-    """exp(s - m), the rows' maxima m and sums l: of a row that sees nothing, of scores that are all hidden."""
+    """exp(s - m), the rows' maxima m and sums l: of a row that sees nothing, of scores that are all hidden.
+
+    As `exponentials` of softmax.py but for a least maximum, with which XLA:CPU would run the forward as more kernels.
+    """
     m = s.max(-1, keepdims=True)
     p = jnp.exp(s - m)
     return p, m, p.sum(-1, keepdims=True)

@@ -18,6 +18,8 @@ All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state 
 nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -103,7 +105,7 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
     return joined(out, T), end
 
 
-@inverts
+@functools.partial(inverts, kept=lambda grad: jnp.tril(grad, -1))
 def inverse(below):
     """(I + below)^-1 of matrices (M, C, C) that hold numbers only below the diagonal.
 
