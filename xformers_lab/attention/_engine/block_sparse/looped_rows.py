@@ -46,25 +46,21 @@ def backward(view: View, group: Group, incoming, carry):
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
         return _product(ds, keys), (_product(q.T, ds), _product(g.T, p)), dbias
 
-    def one(carry, index):
+    at_once = rows_at_once(group, view.blocks)
+    of_rows = row if at_once == 1 else jax.vmap(row)
+
+    def step(carry, index):
         totals, db = carry
-        dq, added, dbias = row(index)
+        dq, added, dbias = of_rows(index)
         columns = view.columns(group, index)
         totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, added, strict=True))
+        dbias = jax.tree.map(lambda x: x.sum(tuple(range(index.ndim))), dbias)
         return (totals, jax.tree.map(jnp.add, db, dbias)), dq
 
-    def many(carry, rows):
-        totals, db = carry
-        dq, added, dbias = jax.vmap(row)(rows)
-        columns = jnp.asarray(group.columns[:: group.together])[rows]
-        totals = tuple(_scattered(into, x, columns, view.block_k) for into, x in zip(totals, added, strict=True))
-        return (totals, jax.tree.map(lambda a, b: a + b.sum(0), db, dbias)), dq
-
-    at_once = rows_at_once(group, view.blocks)
     if at_once == 1:
-        carry, dq = lax.scan(one, carry, _numbers(group))
+        carry, dq = lax.scan(step, carry, _numbers(group))
     else:
-        carry, dq = scan_chunks(many, carry, len(_numbers(group)), at_once)
+        carry, dq = scan_chunks(step, carry, len(_numbers(group)), at_once)
     return carry, dq.reshape(len(group.rows), view.block_q, -1)
 
 
@@ -100,19 +96,13 @@ def _product(a, b):
 
 
 def _added(into, x, columns, block: int):
-    """into (H, S), with x (H, m) added at the keys of one row."""
+    """into (H, S), with x (*index, H, m) added at the keys of rows."""
     if not isinstance(columns, tuple):
         H = into.shape[0]
-        return into.reshape(H, -1, block).at[:, columns].add(x.reshape(H, -1, block)).reshape(into.shape)
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -3, 0).reshape(H, -1, block)
+        return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
     start, size = columns
     if size == into.shape[1]:
         return into + x
     window = lax.dynamic_slice_in_dim(into, start, size, 1) + x
     return lax.dynamic_update_slice_in_dim(into, window, start, 1)
-
-
-def _scattered(into, x, columns, block: int):
-    """into (H, S), with x (R, H, m) added at key blocks `columns` (R, M)."""
-    H = into.shape[0]
-    x = x.reshape(x.shape[0], H, -1, block).transpose(1, 0, 2, 3).reshape(H, -1, block)
-    return into.reshape(H, -1, block).at[:, columns.reshape(-1)].add(x).reshape(into.shape)
