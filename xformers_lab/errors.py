@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 import pathlib
 import traceback
 from collections.abc import Iterable
@@ -48,6 +49,23 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, the host's or the device's."""
     text = str(error)
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def missing_device() -> str | None:
+    """What to do where JAX_PLATFORMS names no device that jax has here; None where jax has one."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except Exception:  # an assertion or a RuntimeError, by the name and the version
+        return (
+            f"JAX_PLATFORMS={platforms}: jax has no such device here; unset it, or JAX_PLATFORMS=cpu. "
+            "For an NVIDIA GPU install xformers_lab[cuda13] or [cuda12], for a TPU xformers_lab[tpu]"
+        )
+    return None
 
 
 def in_words(error: Exception) -> str:

@@ -8,6 +8,7 @@ rest of the longer ones in as few calls. Sources of an encoder, which sees them 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +24,11 @@ from xformers_lab.model import Model
 CHUNK = 64
 # No token: the one that is drawn comes next.
 NEW = -1
+# The lowest temperature above 0: logits divided by less may overflow.
+COOLEST = 1e-6
+# Beyond these ((5 + n) / 6)^length_penalty may overflow.
+STEEPEST = 100.0
+LARGEST_SEED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UsageError(f"temperature={self.temperature}: at least 0, which takes the likeliest token")
+        if not (self.temperature == 0 or COOLEST <= self.temperature < math.inf):
+            raise UsageError(
+                f"temperature={self.temperature:g}: 0, which takes the likeliest token, or a number from {COOLEST:g} on"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top_k={self.top_k}: at least 1")
         if not 0 < self.top_p <= 1:
@@ -70,6 +78,8 @@ def generate(
     cannot decode.
     """
     sampling = sampling or Sampling(temperature=0)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"seed={seed}: a whole number from 0 to {LARGEST_SEED}")
     prompts, sources = apart(model, prompts, sources)
     _check(prompts, new, None if model.endless else length - model.source)
     graph, variables = nnx.split(model)
@@ -122,6 +132,8 @@ def beam_search(
     """
     if beams < 1:
         raise UsageError(f"beams={beams}: at least 1")
+    if not abs(length_penalty) <= STEEPEST:
+        raise UsageError(f"length_penalty={length_penalty:g}: a number between -{STEEPEST:g} and {STEEPEST:g}")
     (prompt,), sources = apart(model, [prompt], None if source is None else [source])
     _check([prompt], new, None if model.endless else length - model.source)
     graph, variables = nnx.split(model)

@@ -176,3 +176,19 @@ def test_doctor(capsys):
     findings = run(capsys, "doctor")
     assert all(finding["ok"] for finding in findings)
     assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["train", "task=copy", "steps=1"]], ids=" ".join)
+def test_a_platform_that_is_not_here_is_said(arguments, tmp_path):
+    command = [sys.executable, "-m", "xformers_lab", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "no_such"}
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "JAX_PLATFORMS=no_such: jax has no such device here" in done.stderr
+
+
+def test_an_unknown_command_gets_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian", "task=copy"])
+    assert 'no command "trian": did you mean "train"?' in capsys.readouterr().err

@@ -188,12 +188,23 @@ def test_one_beam_is_greedy(model):
     ({"sampling": {"top_k": 0}}, "top_k=0"),
     ({"sampling": {"top_p": 0}}, "top_p=0"),
     ({"sampling": {"min_p": 1}}, "min_p=1"),
+    ({"sampling": {"temperature": float("nan")}}, "temperature=nan"),
+    ({"sampling": {"temperature": float("inf")}}, "temperature=inf"),
+    ({"sampling": {"temperature": 1e-40}}, "temperature=1e-40"),
+    ({"seed": 2**31}, "seed=2147483648"),
+    ({"seed": -1}, "seed=-1"),
 ])  # fmt: skip
 def test_bad_requests(model, given, message):
     options = {"prompts": [[3, 1, 2]], "new": 4} | given
     with pytest.raises(UsageError, match=message):
         sampling = Sampling(**options.pop("sampling", {}))
         generate(model, options.pop("prompts"), length=24, sampling=sampling, **options)
+
+
+@pytest.mark.parametrize("penalty", [float("nan"), float("inf"), -1e4])
+def test_a_length_penalty_that_is_none(model, penalty):
+    with pytest.raises(UsageError, match="length_penalty="):
+        beam_search(model, [3, 1, 2], new=4, length=24, length_penalty=penalty)
 
 
 def test_an_encoder_does_not_decode():

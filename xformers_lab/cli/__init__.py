@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from xformers_lab.cli.parser import locate, parsed
-from xformers_lab.errors import LabError
+from xformers_lab.errors import LabError, UsageError, missing_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception:
+        if reason := missing_device():
+            print(f"xlab {chosen.command}: {reason}", file=sys.stderr)
+            return UsageError.exit_code
         traceback.print_exc()
         print("xlab: this is a bug of the laboratory, not of your input; the lines above say where", file=sys.stderr)
         return 1

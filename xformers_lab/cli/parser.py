@@ -5,7 +5,7 @@ import argparse
 from xformers_lab import __version__
 from xformers_lab import config as configs
 from xformers_lab.cli import author, inspect, measuring, running
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
 COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *author.COMMANDS]
@@ -20,6 +20,9 @@ quoted: "task=lm:path=(notes,old.txt)"."""
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The command and its arguments; words may stand before, between and after flags."""
     parser = _parser()
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command is not None and command not in (names := [known.name for known in COMMANDS]):
+        parser.error(f'no command "{command}": {nearest(command, names)}')
     chosen, left = parser.parse_known_args(arguments)
     flags = [word for word in left if word.startswith("-")]
     if flags or (left and not hasattr(chosen, "words")):

@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from xformers_lab.errors import LabError
+from xformers_lab.errors import LabError, UsageError, missing_device
 
 # Seconds that a worker has to save itself and end, once its driver is gone.
 ALONE = 600.0
@@ -63,9 +63,12 @@ def main() -> int:
         except KeyboardInterrupt:
             error = {"exit_code": 130, "text": "stopped at once"}
         except Exception:
-            traceback.print_exc()
-            text = "this is a bug of the laboratory, not of your input; the lines above say where"
-            error = {"exit_code": 1, "text": text}
+            if reason := missing_device():
+                error = {"exit_code": UsageError.exit_code, "text": reason}
+            else:
+                traceback.print_exc()
+                text = "this is a bug of the laboratory, not of your input; the lines above say where"
+                error = {"exit_code": 1, "text": text}
         sys.stderr.flush()
         tell(**({"answer": answer} if error is None else {"error": error}))
         if error and error["exit_code"] > 128:  # a signal: from here on nothing is begun
