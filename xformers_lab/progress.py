@@ -116,12 +116,14 @@ def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, int], None]:
-    """A callable (_, token) that prints a text as it grows; a letter of several tokens when it is whole."""
+    """A callable (_, token) that prints a text as it grows, `start` before the first token: what is refused prints
+    nothing. A letter of several tokens is printed when it is whole."""
     tokens, shown = [], ""
-    print(start, end="", flush=True)
 
     def add(_: int, token: int) -> None:
         nonlocal shown
+        if not tokens:
+            print(start, end="", flush=True)
         tokens.append(token)
         text = decode(tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -97,7 +97,7 @@ def _generate(chosen: argparse.Namespace) -> int:
         common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
         results = generate.generate(model, prompts, on_token=show, **common)
         if live:
-            print()
+            print("" if results[0] else chosen.prompt[0] + apart)
             return 0
         rows = [{"tokens": tokens} for tokens in results]
     rows = [
