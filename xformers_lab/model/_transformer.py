@@ -93,6 +93,7 @@ class Transformer(Model):
         return Block(size, attention, **options)
 
     def __call__(self, inputs, *, valid=None, key=None):
+        inputs, valid = jax.tree.map(jnp.asarray, (inputs, valid))  # a task's own arrays are numpy's
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
         x = self.place(self.position, x, jnp.arange(x.shape[1]), valid=valid)

@@ -80,6 +80,7 @@ class EncoderDecoder(EncoderInput, Transformer):
         return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
     def __call__(self, inputs, *, valid=None, key=None):
+        inputs, valid = jax.tree.map(jnp.asarray, (inputs, valid))  # a task's own arrays are numpy's
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         side = lambda x, part: None if x is None else x[:, part]
         first, rest = slice(None, self.source), slice(self.source, None)
