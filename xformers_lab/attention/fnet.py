@@ -3,13 +3,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from xformers_lab import hardware
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.size import Size
 
 # Numbers of float32 in the widest vector of a CPU.
 LANES = 16
@@ -39,10 +37,6 @@ class Fnet(Attention):
         "cross": "one sequence is transformed; there are no queries to another",
         "bias": "it has no scores",
     }
-
-    def __init__(self, size: Size, *, rngs: nnx.Rngs):
-        nnx.Module.__init__(self)
-        self.size = size
 
     def __call__(
         self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, method="attend"
@@ -86,7 +80,7 @@ def _of_lines(transform, x):
     """
     lines = x.reshape(-1, x.shape[-1])
     count = len(lines)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and count >= LANES:  # fewer are one thread's
         lines = jnp.pad(lines, ((0, -count % (LANES * (hardware.cores() or 1))), (0, 0)))
     return transform(lines)[:count].reshape(*x.shape[:-1], -1)
 

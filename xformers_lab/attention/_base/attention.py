@@ -106,12 +106,13 @@ class Attention(nnx.Module):
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error: ClassVar[float] = 0.0
 
-    size: Size
-
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         if hasattr(cls, "attend") and not hasattr(cls, "attend_heads"):
             raise TypeError(f"{cls.__name__} defines attend, for one head: its base class is OneHead, not Attention")
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        self.size = size
 
     @required
     def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
