@@ -153,7 +153,9 @@ def _product(a, b):
 def _looked_at(first, q, k, valid, causal: bool):
     """What queries from position `first` on may see (C, S), and the positions (C, 1) and (1, S)."""
     at, S = (first + jnp.arange(q.shape[-2]))[:, None], k.shape[-2]
-    return seen_from(at, S, valid, causal), (at, jnp.arange(S)[None])
+    all_seen = valid is None and not causal  # a constant, with which XLA masks nothing
+    seen = jnp.ones((len(at), S), bool) if all_seen else seen_from(at, S, valid, causal)
+    return seen, (at, jnp.arange(S)[None])
 
 
 def _length(queries) -> int:

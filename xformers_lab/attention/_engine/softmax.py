@@ -20,7 +20,8 @@ def masked_softmax(s, seen=None):
         # Without a least maximum XLA:CPU runs the maximum, the difference and the exponential as one kernel.
         s = jnp.where(seen, s, MASKED)
         p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0)
-        total = _divisor(p)
+        total = p.sum(-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)
     return p / total
 
 
@@ -32,7 +33,8 @@ def exponentials(s):
     """
     m = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY))
     p = jnp.exp(s - m)
-    return p, m, _divisor(p)
+    # A row that sees a key has a sum of at least 1.
+    return p, m, jnp.maximum(p.sum(-1, keepdims=True), 0.5)
 
 
 def softmax_average(s, seen, v):
@@ -44,9 +46,3 @@ def softmax_average(s, seen, v):
 def hiding(seen):
     """What is added to scores so that those that are not seen are masked: 0 or MASKED, in float32."""
     return jnp.where(seen, 0.0, MASKED)
-
-
-def _divisor(p):
-    """The sums of rows, 1 where they are 0."""
-    total = p.sum(-1, keepdims=True)
-    return jnp.where(total > 0, total, 1)
