@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -397,9 +398,8 @@ def _imported(load: Callable[[], types.ModuleType], name: str, where: str) -> ty
     try:
         return load()
     except (Exception, SystemExit) as error:
-        trace, line = error.__traceback__, ""
-        while trace is not None:
-            if not trace.tb_frame.f_code.co_filename.startswith("<frozen"):
-                line = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
-            trace = trace.tb_next
+        frames = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith("<frozen")]
+        # What a base class of the package refuses is the outsider's line.
+        theirs = [at for at in frames if not pathlib.Path(at.filename).is_relative_to(_PACKAGE)]
+        line = next((f" ({at.filename}:{at.lineno})" for at in reversed(theirs or frames)), "")
         raise UsageError(f"{where}: importing {name} failed: {type(error).__name__}: {error}{line}") from error

@@ -36,7 +36,7 @@ def test_shelf(name):
     assert len(report.skipped) < len(PROPERTIES) / 2
 
 
-# By a mix of their own, by attend, and not at all.
+# With attend_heads of their own, with attend, and with neither.
 @pytest.mark.parametrize("name", ["predictive", "star", "talking_heads", "local", "linformer", "fnet"])
 def test_catalogue_knows_who_takes_a_bias(name):
     (row,) = (row for row in catalogue.shelf("attention") if row["name"] == name)

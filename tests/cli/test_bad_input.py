@@ -316,3 +316,12 @@ def test_every_option_of_every_choice_refuses_nonsense(shelf):
                     build_model(config, build_task(config))
                 else:
                     spec.build(shelf, choice, Size(length=64, dim=32, heads=4), causal=True)
+
+
+def test_a_class_that_its_base_refuses_is_named_with_its_own_line(capsys, tmp_path):
+    path = tmp_path / "old.py"
+    path.write_text(
+        "from xformers_lab.attention import Attention\n\n\nclass Old(Attention):\n    def attend(self, q, k, v): ...\n"
+    )
+    message = refused(capsys, "train", f"attention={path}")
+    assert "its base class is OneHead" in message and f"({path}:4)" in message

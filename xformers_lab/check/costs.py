@@ -101,7 +101,7 @@ def memory(subject: Subject) -> None:
 
 def _decodes(subject: Subject) -> MultiHead:
     if subject.whole:
-        raise NotApplicable("it overrides __call__ and decodes, if at all, through the model")
+        raise NotApplicable("it has a layer of its own and decodes, if at all, through the model")
     if reason := why_not_decode(type(subject.mechanism)):
         raise NotApplicable(reason)
     subject.causal_only()

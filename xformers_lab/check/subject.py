@@ -1,6 +1,6 @@
 """A mechanism under test: built for small sizes, given inputs, run with its gradients, each run compiled once and kept.
 
-Properties look at one interface, whether the mechanism is per head or overrides `mix` or `__call__`: a `Case` is run to
+Properties look at one interface, whether the mechanism is one head, all heads or a layer of its own: a `Case` is run to
 an output and its gradients, and what is attended to is held by the arrays named in `sources`.
 """
 
@@ -357,7 +357,7 @@ def moved(own):
 
 
 def heads_of(mechanism: Attention) -> dict[str, tuple[int, ...]]:
-    """Shapes of one position's q, k and v, as `mix` takes them."""
+    """Shapes of one position's q, k and v, as a `Call` has them."""
     if isinstance(mechanism, Projected):
         return dict(zip("qkv", mechanism.shapes(), strict=True))
     size = mechanism.size

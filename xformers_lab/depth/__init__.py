@@ -25,6 +25,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
@@ -60,15 +61,16 @@ class Depth(nnx.Module):
     own_layers: ClassVar[bool] = False
     adds_waves: bool = False
 
+    @required
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         """period: after how many layers the choice of mechanism repeats (1 unless mechanisms are cycled by `+`). A
         constructor that also names `target` learns what the states are for: "token", every one of them for an answer
         or a look at it, or "sequence", one answer of all."""
-        raise NotImplementedError(f"{type(self).__name__} must define __init__")
 
+    @required
     def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         """(B, T, D) -> (B, T, D), aux."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+        ...
 
     def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers in all layers of up to `length` tokens of B sequences."""

@@ -21,6 +21,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.layer_context import LayerContext, apply
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_exact", "silu", "sigmoid", "identity"]
@@ -46,12 +47,13 @@ class Ffn(nnx.Module):
 
     down: Any
 
+    @required
     def __call__(
         self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
         """x (B, T, D), valid (B, T) bool or None where nothing is padded -> (B, T, D) and an `Aux`. key: None in
         evaluation."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+        ...
 
     def last(self, hidden: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`down` on the hidden layer (B, T, F), with the `valid` and `key` that the sub-layer was called with."""

@@ -26,6 +26,7 @@ from jax import lax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.layer_context import LayerContext
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
@@ -47,19 +48,20 @@ class Memory(nnx.Module):
     length: int
     learns: bool = False
 
-    def __init__(self, size: Size, *, rngs: nnx.Rngs):
-        raise NotImplementedError(f"{type(self).__name__} must define __init__")
+    @required
+    def __init__(self, size: Size, *, rngs: nnx.Rngs): ...
 
+    @required
     def read(self, B: int) -> tuple[jax.Array, jax.Array]:
         """What stands before the segment: hidden states (B, length, D), oldest first, and which are valid (B, length).
 
         No gradient flows through it to what was written.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define read(B)")
+        ...
 
+    @required
     def write(self, x: jax.Array, valid: jax.Array | None) -> None:
         """Remember the layer's input x (B, T, D) of a segment, valid (B, T) bool or None where nothing is padded."""
-        raise NotImplementedError(f"{type(self).__name__} must define write(x, valid)")
 
     def loss(self, x: jax.Array, valid: jax.Array | None, look: Look) -> Aux:
         """Auxiliary results of a segment that is about to be written; x and valid as for `write`, look: see `Look`."""

@@ -14,6 +14,7 @@ from xformers_lab.errors import BrokenChoice, Refused, UsageError, in_words, out
 from xformers_lab.memory import Remembered
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import SPLITS, Setting, Task
 
@@ -32,9 +33,10 @@ class Model(nnx.Module):
     source: int = 0
     endless: bool = False
 
-    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
-        raise NotImplementedError(f"{type(self).__name__} must define __init__")
+    @required
+    def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs): ...
 
+    @required
     def __call__(
         self,
         inputs: Int[Array, "B T"],
@@ -49,7 +51,7 @@ class Model(nnx.Module):
             valid: What is no padding; None where nothing is padded.
             key: It turns on dropout and whatever else is random in training.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+        ...
 
     def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""

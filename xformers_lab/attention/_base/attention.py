@@ -1,9 +1,8 @@
 """Attention of any kind: what a mechanism says of itself, and what the laboratory asks of every one."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +11,7 @@ from xformers_lab.attention._base.cache import one_by_one
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
 # The families of the survey (Lin et al., 2021, section 4) and what came since.
@@ -27,8 +27,6 @@ Kind = Literal[
     "without attention",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
-
-Method = TypeVar("Method", bound=Callable)
 
 # What a mechanism may refuse, and how its page says so.
 REFUSALS = {
@@ -67,17 +65,6 @@ class Cost:
     flops: float
     memory: float
     state: float
-
-
-def required(method: Method) -> Method:
-    """Marks a method that a subclass must define, where it is asked for: a call without that says so."""
-
-    @functools.wraps(method)
-    def missing(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} must define {method.__name__}")
-
-    missing.__dict__["required"] = True
-    return cast(Method, missing)
 
 
 class Attention(nnx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention._base.attention import Attention, required
+from xformers_lab.attention._base.attention import Attention
 from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
 from xformers_lab.attention._base.call import Call, Method
 from xformers_lab.attention._base.refusals import why_not_decode
@@ -16,6 +16,7 @@ from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
 
@@ -38,7 +39,7 @@ class MultiHead(Attention):
             raise TypeError(f"{cls.__name__} defines __call__, a layer of its own: it must say projects = False")
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
-        self.size = size
+        super().__init__(size, rngs=rngs)
         self.query, self.key, self.value = (
             Linear(size.dim, heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
             for heads in (size.heads, size.key_heads, size.key_heads)

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from xformers_lab.attention._base.attention import required
 from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.multi_head import MultiHead
 from xformers_lab.attention._base.refusals import why_not
@@ -14,6 +13,7 @@ from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
+from xformers_lab.nn.required import required
 
 # What the laboratory can hand to `attend`; every other parameter is named by `per_head`, `from_keys` or `from_queries`.
 OFFERED = ("valid", "causal", "bias", "carry", "x", "key")

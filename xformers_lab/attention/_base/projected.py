@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention._base.attention import required
 from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.one_head import KeepsKeys
 from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
 

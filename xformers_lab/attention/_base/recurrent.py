@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention._base.attention import required
 from xformers_lab.attention._base.one_head import Stepwise
 from xformers_lab.attention._base.refusals import why_not_one_way
 from xformers_lab.attention._engine.linear.gated import aligned, one_by_one
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
 # Near-zero outputs are amplified no further than this allows.
