@@ -8,6 +8,7 @@ import numpy as np
 
 from xformers_lab import config as configs
 from xformers_lab import spec
+from xformers_lab.errors import contained
 
 
 def shelves() -> list[dict]:
@@ -104,7 +105,8 @@ def page(name: str, words: list[str]) -> dict:
         ],
     }
     if home == "attention":
-        result |= _mechanism(name, result["about"], configs.single(words))
+        with contained():
+            result |= _mechanism(name, result["about"], configs.single(words))
     return result
 
 

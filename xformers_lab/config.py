@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xformers_lab import spec
-from xformers_lab.errors import UsageError, nearest
+from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
+
+MOST_LAYERS = 2048  # twice the deepest Transformer that was published
 
 
 def knob(
@@ -50,9 +52,10 @@ class Model:
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
     depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
     memory: str = knob("none", "what survives a segment", shelf="memory")
-    # The greatest sizes: beyond them products of two overflow in the compiler, which ends the process.
+    # The greatest sizes: beyond them products of two overflow in the compiler, which ends the process, or shapes alone
+    # take minutes.
     dim: int = knob(64, "model width D", least=1, below=2**20)
-    layers: int = knob(2, "number of layers L", least=1, below=2**16)
+    layers: int = knob(2, "number of layers L", least=1, below=MOST_LAYERS + 1)
     heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
@@ -81,7 +84,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Config:
     task: str = knob("mqar", "data, loss and metric", shelf="task")
-    seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
+    seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
     seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
@@ -148,7 +151,10 @@ def canonical(key: str, value: Any, where: str = "") -> Any:
     if not field.metadata["shelf"] or (key == "model" and value == "auto"):
         return value
     parts = spec.split(value, "+") if field.metadata["cycle"] else [value]
-    return "+".join(str(spec.resolve(field.metadata["shelf"], part, where)) for part in parts)
+    if len(parts) > MOST_LAYERS:
+        raise UsageError(f"{where}: a cycle of {len(parts):,} choices; there are at most {MOST_LAYERS:,} layers")
+    resolved = {part: str(spec.resolve(field.metadata["shelf"], part, where)) for part in dict.fromkeys(parts)}
+    return "+".join(map(resolved.__getitem__, parts))
 
 
 def to_dict(config: Config) -> dict:
@@ -264,6 +270,8 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
             if not isinstance(key, str):
                 raise UsageError(f"{where}: keys must be text, got {key!r}")
             if isinstance(value, Mapping):
+                if path:
+                    raise UsageError(f'{where}: "{".".join((*path, key))}" is a section within a section')
                 if key not in ("model", "train"):
                     raise UsageError(f'{where}: no section "{key}": {nearest(key, ["model", "train"], "sections")}')
                 walk(value, (*path, key))
@@ -304,6 +312,8 @@ def _tree(path: pathlib.Path, name: str) -> Mapping:
         raise UsageError(f"{name}: nested too deeply") from None
     except ValueError as error:
         raise UsageError(f"{name}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a reader's own surprise: PyYAML's KeyError at !!bool x, say
+        raise UsageError(f"{name}: cannot be read as {path.suffix} ({type(error).__name__}: {said(error)})") from None
     if not isinstance(tree, Mapping):
         raise UsageError(f"{name}: must hold keys and values, got {type(tree).__name__}")
     return tree
@@ -363,7 +373,10 @@ def _spread(key: str, text: str, where: str) -> list[str]:
     if LEAVES[key][1].metadata["folder"]:
         return [text]
     values = []
-    for part in spec.split(text, ","):
+    parts = spec.split(text, ",")
+    if len(parts) > MOST_CELLS:
+        raise UsageError(f"{where}: {len(parts):,} values; at most {MOST_CELLS:,} at once")
+    for part in parts:
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
         whole = int in (kind := LEAVES[key][2], *typing.get_args(kind))
         if match is None or not whole:
@@ -419,9 +432,22 @@ def _yaml(text: str):
 
 def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
     module = spec.run_file(path, f"@{path}")
-    listed = getattr(module, "configs", None)
+    try:
+        with contained():  # its lists and mappings may be classes of its own
+            return _listed(getattr(module, "configs", None), path)
+    except BrokenChoice as error:
+        raise UsageError(f"@{path}: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"@{path}: configs cannot be read ({type(error).__name__}: {said(error)})") from error
+
+
+def _listed(listed: Any, path: pathlib.Path) -> list[dict[str, list]]:
     if not isinstance(listed, (list, tuple)):
         raise UsageError(f"@{path}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
+    if len(listed) > MOST_CELLS:
+        raise UsageError(f"@{path}: {len(listed):,} configs; at most {MOST_CELLS:,} at once")
     axes = []
     for number, item in enumerate(listed):
         where = f"{path}: configs[{number}]"

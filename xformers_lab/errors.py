@@ -3,17 +3,30 @@
 0 ok, 1 our bug, 2 usage / config / data, 3 run failed (NaN, out of memory, disk), 4 integrity, 5 some cells failed.
 """
 
+import contextlib
 import difflib
 import os
 import pathlib
+import signal
+import sysconfig
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from xformers_lab.terminal import shortened
+
+_PACKAGE = pathlib.Path(__file__).parent
+LONGEST_NAME = 100  # characters; nothing longer is a misspelt name
 
 
 class LabError(Exception):
-    """An error with a message for the user; `exit_code` is what the process ends with."""
+    """An error with a message for the user, which a long value does not flood; `exit_code` is what the process ends
+    with."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class UsageError(LabError):
@@ -62,38 +75,108 @@ def missing_device() -> str | None:
         jax.devices()
     except Exception:  # an assertion or a RuntimeError, by the name and the version
         return (
-            f"JAX_PLATFORMS={platforms}: jax has no such device here; unset it, or JAX_PLATFORMS=cpu. "
-            "For an NVIDIA GPU install xformers_lab[cuda13] or [cuda12], for a TPU xformers_lab[tpu]"
+            f"JAX_PLATFORMS={platforms}: jax has no such device here, it has {_platforms()}; unset JAX_PLATFORMS, or "
+            "name one of these. For an NVIDIA GPU install xformers_lab[cuda13] or [cuda12], for a TPU xformers_lab[tpu]"
         )
     return None
 
 
-def in_words(error: Exception) -> str:
+def _platforms() -> str:
+    """The platforms that jax has where nobody says which; asked where it has failed to start one."""
+    import jax
+
+    try:
+        jax.config.update("jax_platforms", None)
+        return ", ".join(sorted({device.platform for device in jax.devices()} | {"cpu"}))
+    except Exception:
+        return "cpu"
+
+
+def in_words(error: BaseException) -> str:
     """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
     frame = _innermost(error)
     where = f" ({frame.filename}:{frame.lineno})" if frame else ""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{where}"
+    return f"{type(error).__name__}: {(said(error).splitlines() or [''])[0]}{where}"
 
 
-def outside(error: Exception) -> bool:
+def said(error: BaseException) -> str:
+    """The text of an exception, whatever its class makes of it."""
+    try:
+        return str(error).strip()
+    except BaseException:
+        return ""
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Around what runs other people's code: an exit of any kind that it raises itself becomes a BrokenChoice, so that
+    it ends nothing. Every Exception passes, and so does what a signal interrupts, as KeyboardInterrupt."""
+    signalled: list[int] = []
+    with _noted(signalled):
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, Exception) or signalled:
+                raise
+            raise BrokenChoice(in_words(error)) from error
+        except BaseException as error:
+            raise KeyboardInterrupt if signalled else BrokenChoice(in_words(error)) from error
+
+
+@contextlib.contextmanager
+def _noted(signalled: list[int]) -> Iterator[None]:
+    """Meanwhile a signal is noted in the list before its handler hears of it; in the main thread alone."""
+    replaced = {}
+    for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+        if callable(handler := signal.getsignal(number)):
+
+            def noting(number, frame, handler=handler):
+                signalled.append(number)
+                return handler(number, frame)
+
+            replaced[number] = noting, handler
+            signal.signal(number, noting)
+    try:
+        yield
+    finally:
+        for number, (noting, handler) in replaced.items():
+            if signal.getsignal(number) is noting:
+                signal.signal(number, handler)
+
+
+def foreign(error: BaseException) -> str | None:
+    """What an exception says, with its innermost line in a file of the user's own; None where it passed none."""
+    libraries = {pathlib.Path(path) for name, path in sysconfig.get_paths().items() if name.endswith(("stdlib", "lib"))}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = pathlib.Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in (*libraries, _PACKAGE)):
+            return f"{type(error).__name__}: {(said(error).splitlines() or [''])[0]} ({path}:{frame.lineno})"
+    return None
+
+
+def outside(error: BaseException) -> bool:
     """Whether the innermost line outside jax that an exception passed is none of this package."""
     frame = _innermost(error)
-    return frame is not None and not pathlib.Path(frame.filename).is_relative_to(pathlib.Path(__file__).parent)
+    return frame is not None and not pathlib.Path(frame.filename).is_relative_to(_PACKAGE)
 
 
-def _innermost(error: Exception) -> traceback.FrameSummary | None:
+def _innermost(error: BaseException) -> traceback.FrameSummary | None:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     return frames[-1] if frames else None
 
 
 def nearest(word: str, known: Iterable[str], what: str = "choose from") -> str:
-    """The tail of a message about an unknown `word`: the nearest known one first, then all of them."""
+    """The tail of a message about an unknown `word`: the nearest known one first, if one is near, then all of them."""
     known = sorted(known)
-    lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
-    if not close and word:
-        # difflib counts runs alone: letters in another order may leave none.
-        alike = lambda name: sorted(name) == sorted(word.lower()) or name.startswith(word.lower()[:3])
-        close = [name for name in lowered if alike(name)][:1]
-    hint = f'did you mean "{lowered[close[0]]}"? ' if close else ""
+    near = _near(word.lower(), {name.lower(): name for name in known}) if len(word) <= LONGEST_NAME else None
+    hint = f'did you mean "{near}"? ' if near else ""
     return f"{hint}({what}: {', '.join(known)})" if known else hint
+
+
+def _near(word: str, names: dict[str, str]) -> str | None:
+    """The known name that a misspelt one most likely means: most of its letters in order, all of them in another, or
+    its beginning. Half of the letters are no more than chance."""
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close += [name for name in names if sorted(name) == sorted(word)]
+    close += [name for name in names if len(word) > 1 and name.startswith(word)]
+    return names[close[0]] if close else None

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xformers_lab.config import Config, get
+from xformers_lab.terminal import LINES, markup, message, visible
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 BAR_EVERY = 0.1  # seconds between changes of a bar: steps may be much shorter, and drawing would slow them down
@@ -26,33 +26,40 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+class Steps:
+    """Progress of one training run: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, title: str, bar: Progress | None):
+        self.title, self.bar, self.last, self.words = title, bar, time.monotonic(), ""
+        self.task = None if bar is None else bar.add_task(markup(title), total=None)
+
+    def doing(self, words: str) -> None:
+        """What it does in place of a step: a bar that stands still says that it compiles."""
+        if self.bar is not None and self.task is not None and words not in (self.words, "training"):
+            self.bar.update(self.task, description=markup(f"{self.title} · {words}"))
+        self.words = words
+
+    def __call__(self, step: int, total: int, metrics: dict) -> None:
+        """It has taken a step."""
+        if time.monotonic() - self.last < (PLAIN_EVERY if self.bar is None else BAR_EVERY):
+            return
+        self.last, loss = time.monotonic(), _number(metrics.get("loss"))
+        if self.bar is not None and self.task is not None:
+            words = markup(f"{self.title} · loss {loss}")
+            self.bar.update(self.task, completed=step, total=total, description=words)
+        else:
+            _line(f"{self.title}: step {step}/{total} loss {loss}")
+
+
 @contextlib.contextmanager
-def steps(title: str) -> Iterator[Callable[[int, int, dict], None]]:
-    """A callable (step, total, metrics) that shows one training run."""
-    console, last = Console(stderr=True), time.monotonic()
+def steps(title: str) -> Iterator[Steps]:
+    """What shows one training run: called as (step, total, metrics) at each step, told what is done in between."""
+    console = Console(stderr=True)
     if not console.is_terminal:
-
-        def line(step: int, total: int, metrics: dict) -> None:
-            nonlocal last
-            if time.monotonic() - last > PLAIN_EVERY:
-                last = time.monotonic()
-                print(f"{title}: step {step}/{total} loss {_number(metrics.get('loss'))}", file=sys.stderr, flush=True)
-
-        yield line
+        yield Steps(title, None)
         return
     with _bar(console) as bar:
-        task = bar.add_task(escape(title))
-
-        def update(step: int, total: int, metrics: dict) -> None:
-            nonlocal last
-            if time.monotonic() - last < BAR_EVERY:
-                return
-            last = time.monotonic()
-            bar.update(
-                task, completed=step, total=total, description=f"{escape(title)} · loss {_number(metrics.get('loss'))}"
-            )
-
-        yield update
+        yield Steps(title, bar)
 
 
 class Cells:
@@ -69,14 +76,15 @@ class Cells:
         words = [f"{key}={get(cell, key)}" for key in self.varied]
         self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
         if self.bar is not None:
-            self.bar.update(self.cell, description=escape(self.at), completed=0, total=cell.train.steps, visible=True)
+            words = markup(f"{self.at} · compiling")
+            self.bar.update(self.cell, description=words, completed=0, total=cell.train.steps, visible=True)
 
     def stepped(self, step: int, total: int, loss: float | None) -> None:
         """It has taken a step."""
         if self.bar is not None and time.monotonic() - self.drawn > BAR_EVERY:
             self.drawn = time.monotonic()
             self.bar.update(
-                self.cell, completed=step, total=total, description=f"{escape(self.at)} · loss {_number(loss)}"
+                self.cell, completed=step, total=total, description=f"{markup(self.at)} · loss {_number(loss)}"
             )
 
     def finished(self, index: int, row: dict) -> None:
@@ -89,7 +97,7 @@ class Cells:
                 if row.get("metric") is not None
                 else row.get("reason", "")
             )
-            print(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}", file=sys.stderr, flush=True)
+            _line(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}")
         self.at = ""
 
 
@@ -109,10 +117,10 @@ def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A callable (text) that says what is being done now; quiet: no lines where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+        yield (lambda text: None) if quiet else _line
         return
     with console.status("") as status:
-        yield lambda text: status.update(escape(text))
+        yield lambda text: status.update(markup(text))
 
 
 def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, int], None]:
@@ -123,11 +131,11 @@ def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, in
     def add(_: int, token: int) -> None:
         nonlocal shown
         if not tokens:
-            print(start, end="", flush=True)
+            print(visible(start, LINES), end="", flush=True)
         tokens.append(token)
         text = decode(tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
+            print(visible(text[len(shown) :], LINES), end="", flush=True)
             shown = text
 
     return add
@@ -143,7 +151,7 @@ def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[
             nonlocal done
             done += 1
             if not quiet and total > 1:
-                print(f"{title} {done}/{total}: {name}", file=sys.stderr, flush=True)
+                _line(f"{title} {done}/{total}: {name}")
 
         yield line
         return
@@ -152,10 +160,14 @@ def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[
 
         def update(name: str) -> None:
             nonlocal done
-            bar.update(task, completed=done, description=f"{title} · {escape(name)}")
+            bar.update(task, completed=done, description=f"{title} · {markup(name)}")
             done += 1
 
         yield update
+
+
+def _line(text: str) -> None:
+    print(message(text), file=sys.stderr, flush=True)
 
 
 def _number(value) -> str:

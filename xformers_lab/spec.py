@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from xformers_lab.errors import UsageError, nearest
+from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 from xformers_lab.nn.size import Size
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -38,6 +38,8 @@ SHELVES = {
     "task": "tasks",
 }
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_DEEPER = {"(": 1, ")": -1}
+LONGEST_NAME = 4096  # characters of a path, and of all names that could be a choice's
 _SUFFIXES = {"k": 1000, "m": 1000_000, "ki": 1024, "mi": 1024**2}
 
 
@@ -77,24 +79,25 @@ def folder(shelf: str) -> pathlib.Path:
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The parts between separators that stand in no brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if character == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    """The parts between separators that stand in no brackets. One pass, however long the text."""
+    parts, start, depth = [], 0, 0
+    for mark in re.finditer(f"[(){re.escape(separator)}]", text):
+        depth += _DEEPER.get(mark[0], 0)
+        if mark[0] == separator and depth == 0:
+            parts.append(text[start : mark.start()])
+            start = mark.end()
+    return [*parts, text[start:]]
 
 
 def bare(text: str) -> str:
     """The text without the one pair of brackets that encloses all of it, if there is one: (a) but not (a)|(b)."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
     depth = 0
-    for place, character in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(character, 0)
+    for mark in re.finditer("[()]", text):
+        depth += _DEEPER[mark[0]]
         if depth == 0:
-            return text[1:-1] if place and place == len(text) - 1 else text
+            return text[1:-1] if mark.end() == len(text) else text
     return text
 
 
@@ -172,7 +175,8 @@ def home(text: str) -> tuple[str, str]:
 def options(build: Callable) -> dict[str, Option]:
     """What a constructor declares: keyword-only parameters with a default; help from the docstring's `Options:`."""
     try:
-        hints = typing.get_type_hints(_constructor(build))
+        with contained():
+            hints = typing.get_type_hints(_constructor(build))
     except Exception as error:
         name, reason = getattr(build, "__name__", build), f"{type(error).__name__}: {error}"
         raise UsageError(
@@ -237,7 +241,8 @@ def build(shelf: str, text: str, size: Any = None, *, where: str = "", **kwargs:
         size = Size(**{name: kwargs.pop(name) for name in list(kwargs) if name in Size.__dataclass_fields__})
     provided = {name: value for name, value in kwargs.items() if name in parameters}
     try:
-        return target(size, **choice.options, **provided)
+        with contained():
+            return target(size, **choice.options, **provided)
     except (ValueError, OverflowError) as error:
         raise UsageError(f"{where}: {error}") from error
 
@@ -260,12 +265,12 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         return coerce(value, next(a for a in arguments if a is not types.NoneType), where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UsageError(f'{where}: unknown value "{value}": {nearest(str(value), map(str, arguments))}')
+            raise UsageError(f'{where}: unknown value "{_seen(value)}": {nearest(_seen(value), map(str, arguments))}')
         return value
     if origin is tuple:
         parts = value.lower().split("x") if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)):
-            raise UsageError(f'{where} wants sizes like 32x32, got "{value}"')
+            raise UsageError(f'{where} wants sizes like 32x32, got "{_seen(value)}"')
         return tuple(coerce(part, arguments[0], where) for part in parts)
     try:
         return _SCALARS[kind](value)
@@ -276,7 +281,7 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
             "a tuple of them, or one of these | None"
         ) from None
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f'{where} wants {_WANTED[kind]}, got "{value}"') from None
+        raise UsageError(f'{where} wants {_WANTED[kind]}, got "{_seen(value)}"') from None
 
 
 def run_file(path: pathlib.Path, where: str) -> types.ModuleType:
@@ -291,16 +296,23 @@ def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error).rstrip(".")
-        shown = f"{str(text)[:60]}..." if len(str(text)) > 80 else text
-        raise UsageError(f'{where[:100]}: "{shown}" is no path ({reason})') from None
+        raise UsageError(f'{where}: "{text}" is no path ({reason})') from None
     return path
 
 
 def show(value: Any) -> str:
     """The text that `coerce` reads back as `value`."""
     if isinstance(value, (tuple, list)):
-        return "x".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+        return "x".join(map(_seen, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else _seen(value)
+
+
+def _seen(value: Any) -> str:
+    """The value as messages show it, which Python refuses of numbers of thousands of digits and of endless nesting."""
+    try:
+        return str(value)
+    except (ValueError, RecursionError):
+        return "a value too large to show"
 
 
 def _whole(value) -> int:
@@ -368,6 +380,8 @@ def _from_file(path: pathlib.Path) -> types.ModuleType:
 
 
 def _module(shelf: str, name: str, where: str) -> types.ModuleType:
+    if len(name) > LONGEST_NAME:
+        raise UsageError(f'{where}: "{name}" is no name')
     if name in names(shelf):
         return importlib.import_module(f"{_package(shelf)}.{name}")
     if _is_file(name):
@@ -396,10 +410,13 @@ def _spelled(shelf: str, name: str) -> str:
 def _imported(load: Callable[[], types.ModuleType], name: str, where: str) -> types.ModuleType:
     """Run an outsider's file; whatever it raises becomes one message that names the file and the line."""
     try:
-        return load()
-    except (Exception, SystemExit) as error:
-        frames = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith("<frozen")]
+        with contained():
+            return load()
+    except Exception as error:
+        raised = error.__cause__ if isinstance(error, BrokenChoice) and error.__cause__ is not None else error
+        reason = f"{type(raised).__name__}: {said(raised)}"
+        frames = [at for at in traceback.extract_tb(raised.__traceback__) if not at.filename.startswith("<frozen")]
         # What a base class of the package refuses is the outsider's line.
         theirs = [at for at in frames if not pathlib.Path(at.filename).is_relative_to(_PACKAGE)]
         line = next((f" ({at.filename}:{at.lineno})" for at in reversed(theirs or frames)), "")
-        raise UsageError(f"{where}: importing {name} failed: {type(error).__name__}: {error}{line}") from error
+        raise UsageError(f"{where}: importing {name} failed: {reason}{line}") from error

@@ -3,6 +3,8 @@
 import itertools
 import json
 import pathlib
+import signal
+import subprocess
 import sys
 import typing
 
@@ -150,6 +152,12 @@ IMPOSSIBLE = {
     "mechanism with a name longer than any file's": ([f"attention=./{'x' * 300}.py"], "is no path"),
     "no Python file": (["attention=/dev/null/x", "seq_len=8"], "no file"),
     "seed beyond 32 bits": (["seed=4294967296"], "seed must be below 4,294,967,296"),
+    "more tokens than any layer is run on": (["seq_len=268435455"], "seq_len must be below"),
+    "more layers than any model has": (["layers=65535"], "layers must be below"),
+    "more layers than can be written out": (["model=lstm", "task=copy", "layers=65"], "at most 64"),
+    "more activations than memory": (["task=copy", "batch=1e7", "seq_len=4e6"], "activations"),
+    "more logits than memory": (["task=copy:symbols=1000000", "batch=1e5", "seq_len=64"], "activations"),
+    "more parameters than memory": (["task=copy", "layers=2048", "dim=32768"], "parameters"),
     "size beyond every array": (["dim=3e6"], "dim must be below 1,048,576"),
     "grid beyond all bounds": (["seed=0..9999", "dim=1..9999"], "99,990,000 cells"),
     "comma of a path": (["task=lm:path=/tmp/a,b.txt"], "put it in brackets"),
@@ -181,6 +189,45 @@ def test_mechanism_that_does_not_import(capsys, tmp_path, source, expected):
     message = refused(capsys, "train", f"attention={path}")
     assert expected in message and "broken.py:1" in message
     assert not [name for name in sys.modules if name.endswith("_broken")]
+
+
+LEAVES_BY = """
+from xformers_lab.attention.full import Full
+
+
+class Leaves(Full):
+    def __init__(self, size, *, at: str = "build", rngs):
+        super().__init__(size, rngs=rngs)
+        self.at = at
+        if at == "build":
+            raise SystemExit(3)
+
+    def attend(self, q, k, v, *, valid=None, causal, bias=None):
+        raise KeyboardInterrupt
+
+    def cost(self, T, S):
+        raise GeneratorExit
+"""
+
+
+@pytest.mark.parametrize("at, train_line, show_line", [("build", 10, 10), ("call", 13, 16)])
+def test_a_mechanism_that_exits(capsys, tmp_path, at, train_line, show_line):
+    path = tmp_path / "leaves.py"
+    path.write_text(LEAVES_BY)
+    assert f"leaves.py:{train_line})" in refused(capsys, "train", "task=copy", f"attention={path}:at={at}")
+    assert main(["show", f"{path}:at={at}"]) == 2
+    assert f"leaves.py:{show_line})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["time.sleep(60)", "try: time.sleep(60)\nexcept BaseException: raise SystemExit(7)"])
+def test_a_real_interruption_of_a_recipe_interrupts(tmp_path, what):
+    (tmp_path / "slow.py").write_text(f"import time\nprint(1, flush=True)\n{what}\n")
+    command = [sys.executable, "-m", "xformers_lab", "compare", "@slow.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "1\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "xlab compare: interrupted\n"
+    assert process.returncode == 130
 
 
 MECHANISM = """
@@ -216,11 +263,32 @@ FILES = {
     "typed.toml": ("layers = true\n", "layers"),
     "empty.toml": ("seed = []\n", "empty list"),
     "deep.json": ("[" * 100_000, "deep.json"),
+    "deeper.json": ('{"model":' * 100_000, "deeper.json"),
+    "deep.toml": ("a = " + "[" * 100_000, "deep.toml"),
+    "deep.yaml": ("[" * 2_000, "deep.yaml"),
+    "sections.json": ('{"model":' * 300 + "1" + "}" * 300, "section within a section"),
+    "truth.yaml": ("lr: !!bool x\n", "truth.yaml: cannot be read as .yaml"),
+    "empty.yaml": ("steps: !!int ''\n", "empty.yaml: cannot be read as .yaml"),
+    "digits.json": ('{"steps": ' + "9" * 5_000 + "}", "digits.json"),
+    "digits.toml": ("steps = 0x" + "f" * 10_000, "steps must be below"),
+    "surrogate.json": (r'{"attention": "\ud800"}', r'no attention "\ud800"'),
+    "brackets.json": ('{"attention": "' + "(" * 100_000 + '"}', "is no name"),
+    "cycle.json": ('{"attention": "' + "full+" * 100_000 + 'full"}', "at most 2,048 layers"),
+    "values.json": ('{"seq_len": "' + "1," * 200_000 + '1"}', "at most 100,000 at once"),
+    "dotted.json": ('{"attention": "' + "a." * 100_000 + 'b"}', "is no name"),
     "kind.ini": ("", "unknown kind"),
     "recipe.py": ("x = 1\n", "configs = "),
     "raises.py": ("configs = [1 / 0]\n", "raises.py:1"),
     "wrong.py": ("configs = [3]\n", "configs[0]"),
     "number.py": ("configs = 3\n", "configs = "),
+    "exits.py": ("raise SystemExit(0)\n", "SystemExit: 0"),
+    "interrupts.py": ("raise KeyboardInterrupt\n", "KeyboardInterrupt"),
+    "own_interrupt.py": ("class Own(KeyboardInterrupt): ...\nraise Own('x')\n", "Own: x"),
+    "closes.py": ("raise GeneratorExit\n", "closes.py:1"),
+    "speechless.py": ("class Own(BaseException):\n  def __str__(self): raise SystemExit\nraise Own\n", "Own"),
+    "mapping.py": ("class M(dict):\n  def items(self): raise SystemExit(4)\nconfigs = [M(lr=1)]\n", "mapping.py:2"),
+    "attribute.py": ("def __getattr__(name): raise KeyboardInterrupt\n", "attribute.py:1"),
+    "huge.py": ("configs = [{'lr': 10**5000}]\n", "wants a number"),
 }
 
 
@@ -228,7 +296,8 @@ FILES = {
 def test_malformed_file(capsys, tmp_path, name):
     content, expected = FILES[name]
     (tmp_path / name).write_text(content)
-    assert expected in refused(capsys, "compare", f"@{tmp_path / name}")
+    message = refused(capsys, "compare", f"@{tmp_path / name}")
+    assert expected in message and len(message) < 2_500
 
 
 def test_not_text(capsys, tmp_path):

@@ -172,3 +172,35 @@ def test_every_option_and_key_has_a_help():
         for name in spec.names(shelf):
             for option in spec.options(spec.entry(shelf, name)).values():
                 assert option.help, f"{shelf}={name} says nothing about its option {option.name}"
+
+
+def test_splitting_is_one_pass():
+    """A million characters take a million steps, where work that grows with the square would never end."""
+    assert spec.split("a(b,c),d,,(e", ",") == ["a(b,c)", "d", "", "(e"]
+    assert spec.split("a)b,c", ",") == ["a)b,c"]
+    assert [spec.bare(text) for text in ("(a)", "(a)|(b)", "((a))", "a", "(a", "")] == [
+        "a",
+        "(a)|(b)",
+        "(a)",
+        "a",
+        "(a",
+        "",
+    ]
+    many = 500_000
+    assert len(spec.split("a," * many, ",")) == many + 1
+    assert spec.split("x" * 2 * many, ",") == ["x" * 2 * many]
+    assert len(spec.bare("(" * many + ")" * many)) == 2 * many - 2
+    with pytest.raises(UsageError, match="is no name"):
+        spec.resolve("attention", "x" * 2 * many)
+    with pytest.raises(UsageError, match="option=value"):
+        spec.resolve("attention", "full" + ":" * 2 * many)
+
+
+def test_what_python_cannot_spell_is_refused_all_the_same():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in (10**10_000, [10**10_000], nested):
+        for key in ("steps", "lr", "dtype", "kv_heads", "attention"):
+            with pytest.raises(UsageError):
+                configs.typed(key, value)

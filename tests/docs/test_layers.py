@@ -9,6 +9,7 @@ from conftest import ROOT
 # From the ground up. A name is a file or folder of the package; those of one line do not import one another. A folder
 # within a folder is a layer of its own where it is named here.
 LAYERS = [
+    "terminal",
     "errors files hardware record drawing",
     "nn",
     "spec",

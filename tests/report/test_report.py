@@ -39,7 +39,7 @@ def test_numbers_are_written_for_people(form, value, text):
 
 
 def test_plain_text_cannot_steer_a_terminal():
-    assert human.plain("a\x1b[31m\n b\u202e\x07") == "a\ufffd[31m b\ufffd\ufffd"
+    assert human.plain("a\x1b[31m\n b\u202e\x07") == r"a\x1b[31m b\u202e\x07"
 
 
 def test_quantiles_are_those_of_student():

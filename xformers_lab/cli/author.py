@@ -7,6 +7,7 @@ import time
 from xformers_lab.cli.command import JSON, Command, answer, argument
 from xformers_lab.errors import UsageError
 from xformers_lab.supervise.process import ENDS, Ended, Worker
+from xformers_lab.terminal import visible
 
 # Seconds that the kit has for one choice, of which the slowest needs a tenth.
 LIMIT, DEEP_LIMIT = 600.0, 7200.0
@@ -16,11 +17,12 @@ def _new(chosen: argparse.Namespace) -> int:
     from xformers_lab.check import new, run
 
     path = new.new(chosen.shelf, chosen.name, chosen.folder)
-    print(f"wrote {path}")
+    shown = visible(path)
+    print(f"wrote {shown}")
     if chosen.shelf == "attention":
-        print(f"next: xlab check {path}, then xlab compare task=copy attention=full,{path}")
+        print(f"next: xlab check {shown}, then xlab compare task=copy attention=full,{shown}")
     elif chosen.shelf in run.kits():
-        print(f"next: xlab check {chosen.shelf}/{path}")
+        print(f"next: xlab check {chosen.shelf}/{shown}")
     return 0
 
 

@@ -13,26 +13,26 @@ HIDDEN = ("memory", "bias", "options")
 
 def _doctor(chosen: argparse.Namespace) -> int:
     from xformers_lab import doctor
-    from xformers_lab.report import pages
+    from xformers_lab.report import listing
 
     findings = doctor.examine()
-    code = answer(chosen, findings, lambda: pages.print_table(findings))
+    code = answer(chosen, findings, lambda: listing.print_listing(findings))
     return code if all(finding["ok"] for finding in findings) else 3
 
 
 def _list(chosen: argparse.Namespace) -> int:
     from xformers_lab import catalogue
-    from xformers_lab.report import pages
+    from xformers_lab.report import listing
 
     rows = catalogue.shelf(chosen.shelf) if chosen.shelf else catalogue.shelves()
     hidden = HIDDEN if chosen.shelf == "attention" else ()
     shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
-    return answer(chosen, rows, lambda: pages.print_table(shown))
+    return answer(chosen, rows, lambda: listing.print_listing(shown))
 
 
 def _show(chosen: argparse.Namespace) -> int:
     from xformers_lab import catalogue
-    from xformers_lab.report import pages
+    from xformers_lab.report import listing, pages
 
     if not chosen.words:
         raise UsageError("show what? A name (xlab show local), or a config (xlab show task=copy attention=local)")
@@ -42,7 +42,7 @@ def _show(chosen: argparse.Namespace) -> int:
             raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
         config = configs.single(chosen.words)
         rows = catalogue.resolved(config)
-        return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: pages.print_table(rows))
+        return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: listing.print_listing(rows))
     page = catalogue.page(name, rest)
     if chosen.svg:
         if "svg" not in page:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spelled
 from xformers_lab.errors import UsageError
+from xformers_lab.terminal import message, visible
 
 # What `bench --pass` may say.
 BENCH_PASSES = {
@@ -37,7 +38,7 @@ def _bench(chosen: argparse.Namespace) -> int:
     if chosen.report:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
         _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
-        print(f"report: {path}", file=sys.stderr)
+        print(visible(f"report: {path}"), file=sys.stderr)
     _write_csv(rows, [*varied, "pass"], chosen.csv)
     if worker.stopped:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
@@ -55,7 +56,7 @@ def _compare(chosen: argparse.Namespace) -> int:
     from xformers_lab.supervise.process import Worker
 
     with Worker(shown=False) as worker:
-        announce = lambda text: print(text, file=sys.stderr, flush=True)
+        announce = lambda text: print(message(text), file=sys.stderr, flush=True)
         records = run.check_cells(
             cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, announce=announce
         )
@@ -67,7 +68,7 @@ def _compare(chosen: argparse.Namespace) -> int:
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
-    print(f"report: {report}", file=sys.stderr)
+    print(visible(f"report: {report}"), file=sys.stderr)
     _write_csv(rows, varied, chosen.csv)
     if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
@@ -88,7 +89,7 @@ def _report(chosen: argparse.Namespace) -> int:
         ) from None
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
     _write_csv(rows, varied, chosen.csv)
-    return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))
+    return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
 
 
 def _write_report(

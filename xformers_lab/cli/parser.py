@@ -1,17 +1,21 @@
 """Every command as argparse knows it, and the command that was typed."""
 
 import argparse
+import textwrap
+from typing import NoReturn
 
-from xformers_lab import __version__
+from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
 from xformers_lab.cli import author, inspect, measuring, running
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
 COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *author.COMMANDS]
+ITEM = 27  # columns in front of what an item of a list is
 GRAMMAR = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
+
 Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
 module path, or the path of a .py file of your own. What has , : or + in it stands in brackets, which a shell wants
 quoted: "task=lm:path=(notes,old.txt)"."""
@@ -49,20 +53,45 @@ def locate(chosen: argparse.Namespace) -> None:
         setattr(chosen, argument.attribute, str(path))
 
 
+class _Help(argparse.HelpFormatter):
+    """Paragraphs, and lists of indented lines, each wrapped to the terminal's width."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line for block in text.split("\n\n") for line in [*_filled(block, width), ""]).rstrip()
+
+
+def _filled(block: str, width: int) -> list[str]:
+    """A paragraph in lines of at most `width`, or a list, whose lines are indented: `  NAME  what it is`."""
+    lines = block.splitlines()
+    if not any(line.startswith(" ") for line in lines):
+        return textwrap.wrap(" ".join(lines), width, break_long_words=False, break_on_hyphens=False)
+    filled = []
+    for line in lines:
+        hanging = " " * (ITEM if line[2:ITEM].endswith(" ") and width > 2 * ITEM else 4)
+        filled += textwrap.wrap(line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+    return filled
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its refusals are messages like all others: on one line, not endless, and nothing in them steers a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(terminal.message(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="xlab",
         description="Which Transformer variant should I use, and what does it cost?",
-        epilog="example: xlab compare task=copy attention=full,local:window=16,linear seq_len=64,128\n\n" + GRAMMAR,
-        formatter_class=raw,
+        epilog="example:\n  xlab compare task=copy attention=full,local:window=16,linear seq_len=64\n\n" + GRAMMAR,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         epilog = _keys() if command.keys else None
         added = commands.add_parser(
-            command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=raw
+            command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=_Help
         )
         added.set_defaults(run=command.run, arguments=command.arguments)
         for argument in command.arguments:
@@ -74,5 +103,6 @@ def _keys() -> str:
     """The grammar of words, and every key with its default and help."""
     lines = []
     for name, (_, field, _) in configs.LEAVES.items():
-        lines.append(f"  {name + '=' + configs.spec.show(field.default):24s} {field.metadata['help']}")
+        default = f"{name}={configs.spec.show(field.default)}"
+        lines.append(f"  {default:{ITEM - 3}s} {field.metadata['help']}")
     return "\n".join([GRAMMAR, "", "keys:", *lines])

@@ -6,6 +6,7 @@ import pathlib
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument
 from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.terminal import LINES, visible
 
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -38,6 +39,8 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
         def heard(message: dict) -> None:
             if "loss" in message:
                 step(message["step"], message["total"], message)
+            elif "doing" in message:
+                step.doing(message["doing"])
 
         try:
             record = worker.ask(what, heard, **job)
@@ -97,14 +100,14 @@ def _generate(chosen: argparse.Namespace) -> int:
         common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
         results = generate.generate(model, prompts, on_token=show, **common)
         if live:
-            print("" if results[0] else chosen.prompt[0] + apart)
+            print("" if results[0] else visible(chosen.prompt[0] + apart, LINES))
             return 0
         rows = [{"tokens": tokens} for tokens in results]
     rows = [
         {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
         for prompt, row in zip(chosen.prompt, rows, strict=True)
     ]
-    return answer(chosen, rows, lambda: [print(row["prompt"] + apart + row["text"]) for row in rows])
+    return answer(chosen, rows, lambda: [print(visible(row["prompt"] + apart + row["text"], LINES)) for row in rows])
 
 
 def _set(chosen: argparse.Namespace, names: tuple[str, ...]) -> dict:

@@ -9,9 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
-from xformers_lab.config import LEAVES, Config, get
-from xformers_lab.errors import BrokenChoice, Refused, UsageError, in_words, outside
+from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get
+from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
+from xformers_lab.model import _memory
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.required import required
@@ -26,10 +27,12 @@ class Model(nnx.Module):
     of_tokens: whether what its layers see as one position is one token of the inputs.
     source: how many of the first positions are read by an encoder; 0 where source and target are one sequence.
     endless: whether it decodes beyond the length that it was built for, as a memory lets it.
+    most_layers: a model that writes its layers out one by one, not in a loop, compiles too long with more.
     """
 
     causal: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = True
+    most_layers: ClassVar[int] = MOST_LAYERS
     source: int = 0
     endless: bool = False
 
@@ -96,6 +99,9 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     plan: how it runs, else the platform's.
     """
     kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image, plan=plan)
+    most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
+    if size.layers > most:
+        raise UsageError(f"layers={size.layers}: model={kind} has its layers one by one, at most {most}")
     return spec.build("model", kind, size, config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
 
 
@@ -121,9 +127,12 @@ def check_config(config: Config) -> Task:
     if config.train.batch % config.train.accumulate:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     size_of(config)
+    _memory.refuse_activations(config)
     with _own_errors(config):
         task = build_task(config)
-        remembered = _traced(config, task)
+        logits, remembered, parameters = _traced(config, task)
+        _memory.refuse_activations(config, logits.size)
+        _memory.refuse_parameters(config, sum(leaf.size for leaf in jax.tree.leaves(parameters)))
         # A memory reads each split in rows of its own, for which one may be too short.
         for split in SPLITS if jax.tree.leaves(remembered) else ():
             task.segment(split, 0)
@@ -140,7 +149,10 @@ def check_built(config: Config, task: Task) -> None:
 def _own_errors(config: Config):
     """What a config can be blamed for becomes UsageError; see `check_config`."""
     try:
-        yield
+        with contained():
+            yield
+    except BrokenChoice as error:
+        raise BrokenChoice(": ".join(filter(None, [", ".join(_outsiders(config)), str(error)]))) from error
     except UsageError:
         raise
     except Exception as error:
@@ -154,8 +166,8 @@ def _own_errors(config: Config):
 
 
 def _traced(config: Config, task: Task):
-    """What the model remembers after one sequence, in shapes."""
-    return jax.eval_shape(lambda: _forward_once(config, task))[1]
+    """What `_forward_once` gives, in shapes."""
+    return jax.eval_shape(lambda: _forward_once(config, task))
 
 
 def _outsiders(config: Config) -> list[str]:
@@ -171,7 +183,8 @@ def _outsiders(config: Config) -> list[str]:
 
 
 def _forward_once(config: Config, task: Task):
-    """The logits of one sequence, and what the model remembers of it."""
+    """The logits of one sequence, what the model remembers of it, and its parameters."""
     inputs, model = jax.numpy.zeros((1, config.seq_len), "int32"), build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
-    return model(inputs, valid=inputs == 0)[0], remembered
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return model(inputs, valid=inputs == 0)[0], remembered, parameters

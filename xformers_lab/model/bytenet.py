@@ -24,6 +24,7 @@ class Bytenet(Model):
     """
 
     causal = True
+    most_layers = 64
 
     def __init__(self, size: Size, *, kernel: int = 3, farthest: int = 16, config: Config, task: Task, rngs: nnx.Rngs):
         if kernel < 2 or farthest < 1:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from xformers_lab import record
+from xformers_lab.terminal import visible
 
 NONE = "\N{EN DASH}"
 
@@ -81,8 +82,9 @@ def alone(figure: record.Figure, value: object) -> str:
 
 
 def plain(text: object) -> str:
-    """Text on one line without control characters, so that no name can steer a terminal or turn the reading order."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(text).split()))
+    """Text on one line with control characters escaped, so that no name can steer a terminal or turn the reading
+    order."""
+    return visible(" ".join(str(text).split()))
 
 
 def status(row: dict) -> str:

@@ -4,36 +4,27 @@ import math
 import statistics
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from xformers_lab.record import Record, figures, summary
 from xformers_lab.report import human
-from xformers_lab.report.table import put
+from xformers_lab.report.listing import print_listing
+from xformers_lab.terminal import markup, visible
 
 # Into how many parts of a sequence its figures are gathered.
 PARTS = 8
 
 
-def print_table(rows: list[dict], console: Console | None = None) -> None:
-    """Any rows with the same keys, as a table."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    for key in keys:
-        table.add_column(key, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
-    put(table, console or Console())
-
-
 def print_page(page: dict, console: Console | None = None) -> None:
     """One choice: its docstring, options, cost and drawing."""
     console = console or Console()
-    console.print(f"[bold]{escape(page['name'])}[/bold]  ({escape(page['shelf'])})\n")
+    console.print(f"[bold]{markup(page['name'])}[/bold]  ({markup(page['shelf'])})\n")
     for paragraph in page["about"].partition("Options:")[0].strip().split("\n\n"):
-        console.print(escape(" ".join(paragraph.split())) + "\n", highlight=False)
+        for words in _lines(paragraph):
+            console.print(Text(visible(words)), soft_wrap=not console.is_terminal)
+        console.print()
     if page["options"]:
-        print_table([{"option": o["name"], "value": o["value"], "": o["help"]} for o in page["options"]], console)
+        print_listing([{"option": o["name"], "value": o["value"], "": o["help"]} for o in page["options"]], console)
         console.print()
     if "cost" in page:
         cost, can = page["cost"], [word for word, yes in page["can"].items() if yes]
@@ -46,7 +37,22 @@ def print_page(page: dict, console: Console | None = None) -> None:
     if "pattern" in page:
         console.print(f"\nrows are queries, columns the keys they see ({page['drawn']}):")
         for line in page["pattern"]:
-            console.print(line, no_wrap=True, overflow="crop", markup=False, highlight=False)
+            console.print(Text(line), no_wrap=True, overflow="crop", soft_wrap=not console.is_terminal)
+
+
+def _lines(paragraph: str) -> list[str]:
+    """A paragraph of a docstring on one line, to be wrapped anew; an indented line, as of a formula, and one of a list
+    of sentences is a line of its own."""
+    lines = paragraph.splitlines()
+    if all(line.endswith(".") for line in lines):
+        return lines
+    joined: list[str] = []
+    for line in lines:
+        if joined and not line.startswith(" ") and not joined[-1].startswith(" "):
+            joined[-1] += " " + line
+        else:
+            joined.append(line)
+    return joined
 
 
 def print_checks(reports: list[dict], console: Console | None = None) -> None:
@@ -55,9 +61,9 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
     for report in reports:
         verdict = "[green]passes[/green]" if report["passed"] else "[red]fails[/red]"
         skipped = f", {len(report['skipped'])} not applicable" if report.get("skipped") else ""
-        console.print(f"{escape(report['name'])} {verdict}{skipped}, {report['seconds']:.0f} s")
+        console.print(f"{markup(report['name'])} {verdict}{skipped}, {report['seconds']:.0f} s")
         for failure in report["failed"]:
-            console.print(f"  [red]{escape(failure['property'])}[/red]: {escape(failure['message'])}")
+            console.print(f"  [red]{markup(failure['property'])}[/red]: {markup(failure['message'])}")
 
 
 def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
@@ -68,10 +74,10 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
         value = record.get(key)
         if value is not None:
             lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
-    print_table(lines, console)
+    print_listing(lines, console)
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
-        print_table(along(by_position), console)
+        print_listing(along(by_position), console)
 
 
 def along(by_position: dict[str, list]) -> list[dict]:
@@ -87,13 +93,3 @@ def along(by_position: dict[str, list]) -> list[dict]:
             row[name] = statistics.fmean(known) if known else None
         parts.append(row)
     return parts
-
-
-def _word(value) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "-"
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

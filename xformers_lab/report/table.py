@@ -12,6 +12,7 @@ from rich.text import Text
 
 from xformers_lab.record import Figure, Record, columns
 from xformers_lab.report import findings, human, notes, rows
+from xformers_lab.terminal import visible
 
 BEST = " *"
 
@@ -173,7 +174,7 @@ def _print_table(columns: list[Column], lines: list[Line], console: Console) -> 
             table.add_column(Text(column.title), justify="right", no_wrap=True)
     for number, line in enumerate(lines):
         # A Text is never read as markup, so that a name in brackets stays a name.
-        cells = [Text(column.texts[number], style=_style(line, column.texts[number])) for column in columns]
+        cells = [Text(visible(column.texts[number]), style=_style(line, column.texts[number])) for column in columns]
         last = number + 1 == len(lines)
         table.add_row(
             *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
@@ -200,4 +201,4 @@ def _style(line: Line, text: str) -> str:
 
 def _say(console: Console, text: str, style: str = "") -> None:
     terminal = console.is_terminal
-    console.print(Text(text, style=style if terminal else ""), soft_wrap=not terminal)
+    console.print(Text(visible(text), style=style if terminal else ""), soft_wrap=not terminal)

@@ -15,6 +15,7 @@ from typing import Any, Self
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
 from xformers_lab.supervise.interrupt import handling
 from xformers_lab.supervise.limits import Clock
+from xformers_lab.terminal import LINES, visible
 
 # The worker imports from where the driver does. `-m` would put the working folder first, where a user's own copy.py
 # would hide Python's.
@@ -174,7 +175,7 @@ class Worker:
         """Pass on what the process wrote to stderr since the last time."""
         if self.shown and (text := os.pread(self.log.fileno(), 1 << 20, self.read)):
             self.read += len(text)
-            sys.stderr.write(text.decode(errors="replace"))
+            sys.stderr.write(visible(text.decode(errors="replace"), LINES))
             sys.stderr.flush()
 
     def _kill(self) -> None:
