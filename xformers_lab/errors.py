@@ -94,9 +94,13 @@ def _platforms() -> str:
 
 def in_words(error: BaseException) -> str:
     """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
+    return f"{type(error).__name__}: {(said(error).splitlines() or [''])[0]}{place(error)}"
+
+
+def place(error: BaseException) -> str:
+    """ " (FILE:LINE)", the innermost line outside jax that an exception passed; nothing where there is none."""
     frame = _innermost(error)
-    where = f" ({frame.filename}:{frame.lineno})" if frame else ""
-    return f"{type(error).__name__}: {(said(error).splitlines() or [''])[0]}{where}"
+    return f" ({frame.filename}:{frame.lineno})" if frame else ""
 
 
 def said(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The kit passes every mechanism of the shelf, and reports on a mechanism whatever is wrong with it."""
 
+import io
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as draw
 from mutants.right import Plain, subject
+from rich.console import Console
 
 from xformers_lab import catalogue, spec
 from xformers_lab.check import costs, masks, run, values
@@ -17,6 +19,7 @@ from xformers_lab.check.subject import Case, Subject, compare
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import BrokenChoice, Refused, UsageError
 from xformers_lab.model import check_config
+from xformers_lab.report import pages
 
 
 @pytest.mark.parametrize("name", spec.names("attention"))
@@ -206,3 +209,95 @@ def test_what_the_users_own_file_raises(tmp_path, error, expected):
     with pytest.raises(UsageError, match="not of such inputs") as caught:
         check_config(edit(Config(), task="copy", depth=str(path), seq_len=16, dim=8, heads=2))
     assert type(caught.value) is expected and ("own.py" in str(caught.value)) == (expected is BrokenChoice)
+
+
+HEAD = '''
+import jax
+import jax.numpy as jnp
+from xformers_lab.attention import Complexity, Cost, OneHead
+
+
+class {name}(OneHead):
+    """Softmax attention (Vaswani et al., 2017)."""
+
+    kind = "full"
+    complexity = Complexity("O(T S H)", "O(T S)")
+
+    def cost(self, T, S):
+        return Cost(flops=4 * T * S * self.size.head, memory=T * S, state=2 * S * self.size.head)
+
+'''
+ATTEND = """
+    def attend(self, q, k, v, *, valid, causal, bias=None):
+        T, S = len(q), len(k)
+        scores = q @ k.T / q.shape[-1] ** 0.5 + 2 * jnp.sin(jnp.arange(S)) * {places}
+        seen = jnp.arange(S) <= S - T + jnp.arange(T)[:, None] + {late}
+        seen = valid & (seen | (not causal))
+        return jax.nn.softmax(jnp.where(seen, scores, -1e30)) * seen @ v
+
+"""
+SLOW = "    reference = attend\n"
+
+
+def report_on(tmp_path, name: str, body: str, properties: list[str] | None = None) -> run.Report:
+    """The kit's report on a file of one's own, of some properties alone."""
+    path = tmp_path / f"{name.lower()}.py"
+    path.write_text(HEAD.format(name=name) + body)
+    if properties is None:
+        return check(str(path))
+    resolved = spec.resolve("attention", str(path))
+    subject = Subject(str(path), lambda size, small: run._fitted(str(path), resolved, size, small))
+    return examine(subject, [holds for holds in PROPERTIES if holds.__name__ in properties])
+
+
+def printed(report: run.Report) -> str:
+    file = io.StringIO()
+    pages.print_checks([report.to_dict()], Console(file=file, width=1000))
+    return file.getvalue()
+
+
+def test_one_mistake_is_printed_once(tmp_path):
+    body = "    def attend(self, q, k, v, *, valid, causal, bias=None):\n        return jnp.dot(q, k)\n\n"
+    report = report_on(tmp_path, "Typo", body + SLOW)
+    assert len(report.failed) > 10
+    text = printed(report)
+    assert text.count("TypeError") == 1 and text.count("typo.py:") == 1
+    assert "; the same in " in text and " more" in text
+
+
+def test_a_missing_method_is_one_failure(tmp_path):
+    """What cannot be asked without it does not apply, and everything else is asked."""
+    without = {"equals_reference", "same_gradients", "several_blocks", "shortest", "auxiliary"}
+    report = report_on(tmp_path, "Alone", ATTEND.format(places=0, late=0), [*without, "signature", "no_padding"])
+    assert [str(failure) for failure in report.failed] == ["signature"]
+    assert "Alone must define reference" in report.failed[0].message
+    assert {skip.property for skip in report.skipped} == without
+    report = report_on(tmp_path, "Empty", "    pass\n")
+    assert [str(failure) for failure in report.failed] == ["signature"] and len(report.skipped) == len(PROPERTIES) - 1
+    assert "Empty must define attend" in report.failed[0].message
+
+
+def test_a_leak_of_the_future_comes_first(tmp_path):
+    named = ["signature", "end_aligned", "no_future", "decoding"]
+    report = report_on(tmp_path, "Leaks", ATTEND.format(places=0, late=1) + SLOW, named)
+    assert str(report.failed[0]) == "no_future"
+    (decoding,) = (failure for failure in report.failed if failure.property == "decoding")
+    assert "mend that first" in decoding.message
+
+
+def test_what_depends_on_absolute_positions_is_told_what_to_declare(tmp_path):
+    body = ATTEND.format(places=1, late=0) + SLOW
+    (failure,) = report_on(tmp_path, "Placed", body, ["no_future", "decoding"]).failed
+    assert failure.property == "decoding"
+    for words in ("absolute positions", "Recurrent", 'refuses = {"decoding":'):
+        assert words in failure.message
+    declared = '    refuses = {"decoding": "it depends on absolute positions"}\n' + body
+    report = report_on(tmp_path, "Declared", declared, ["decoding"])
+    assert report.passed and "absolute positions" in report.skipped[0].reason
+    assert "passes" in printed(report) and "not applicable: decoding (" in printed(report)
+
+
+def test_an_exit_of_the_checked_file_is_a_failed_property(tmp_path):
+    body = "    def attend(self, q, k, v, *, valid, causal, bias=None):\n        raise SystemExit(3)\n\n"
+    report = report_on(tmp_path, "Exits", body + SLOW, ["equals_reference", "no_padding"])
+    assert "SystemExit: 3" in report.failed[0].message and "exits.py:" in report.failed[0].message

@@ -4,3 +4,6 @@
 `inside` and of the files of `kits/` on choices of other shelves, inside tiny models; `new.new` writes a skeleton that
 passes.
 """
+
+# How a report calls a mistake that an earlier property, which it names, has met already.
+SAME = "the same as in "

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Attention, Call, MultiHead, why_not_decode
+from xformers_lab.check import masks
 from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
@@ -18,6 +19,13 @@ LENGTHS = (512, 1024, 2048, 4096)
 # How far an exponent may be off, and by which factor a declared number may miss the counted one.
 EXPONENT, FACTOR, STATE_FACTOR = 0.1, 1.5, 1.1
 STEP = 5e-5
+KEEPS_A_STATE = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
+KEEPS_KEYS = (
+    "Decoding keeps every key and value, newest last, and calls attend with the newest queries behind places that are "
+    "still empty (not `valid`), so that only distances stay what they were. What depends on absolute positions or on "
+    "the number of keys needs a recurrence of its own (Recurrent, or Stepwise with init_state and step), or declares "
+    'that it cannot decode: refuses = {"decoding": "it depends on absolute positions"}.'
+)
 
 
 def decoding(subject: Subject) -> None:
@@ -43,12 +51,22 @@ def decoding(subject: Subject) -> None:
 
     with jax.default_matmul_precision("highest"):
         out = np.asarray(jax.jit(run)(tokens, inputs.get("bias")))
-    advice = "The state before token t holds what attend sees of tokens 0 .. t-1; look at what a full window does."
     expected, out = whole * known, out * known
     rows = np.abs(out - expected).max((0, 2, 3))
     wrong = int(np.argmax(rows > STEP * np.abs(expected).max()))
     steps = f"{first} tokens at once, then step by step"
-    compare(out, expected, STEP, f"{steps}, against the causal pass ({case}; first wrong token: {wrong})", advice)
+    where = f"{steps}, against the causal pass ({case}; first wrong token: {wrong})"
+    compare(out, expected, STEP, where, lambda: _likely(subject, mechanism))
+
+
+def _likely(subject: Subject, mechanism: MultiHead) -> str:
+    """The usual mistake behind a wrong token, by what decoding keeps."""
+    try:
+        masks.no_future(subject)
+    except Broken:
+        return "The whole pass sees the future (no_future), which decoding cannot: mend that first."
+    keeps = mechanism.keeps_keys and type(mechanism).decode_heads is MultiHead.decode_heads
+    return KEEPS_KEYS if keeps else KEEPS_A_STATE
 
 
 def state_size(subject: Subject) -> None:

@@ -11,14 +11,16 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention import Attention
-from xformers_lab.check import costs, masks, values
+from xformers_lab.check import SAME, costs, masks, values
 from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
-from xformers_lab.errors import UsageError, in_words, outside
+from xformers_lab.errors import BrokenChoice, UsageError, contained, in_words, outside, place, said
 from xformers_lab.nn.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
 Doing = Callable[[str], None]
 _KITS = pathlib.Path(__file__).parent / "kits"
+# What decides whether a mechanism may be used at all is said first, whatever else fails because of it.
+FIRST = ("no_future",)
 # Whole-number options from here on are shrunk for the kit, so that its lengths hold several windows or chunks.
 LARGE, SMALL = 8, 5
 
@@ -66,10 +68,16 @@ def check(choice: str, shelf: str = "attention", *, deep: bool = False, doing: D
     resolved = spec.resolve("attention", choice)
     begun = time.perf_counter()
     try:
-        subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
+        with contained():
+            subject = Subject(choice, lambda size, small: _fitted(choice, resolved, size, small))
     except Exception as error:
         return Report(choice, False, [Failure("build", _mistake(error))], [], time.perf_counter() - begun)
-    report = examine(subject, PROPERTIES + (values.DEEP if deep else []), doing)
+    properties = PROPERTIES + (values.DEEP if deep else [])
+    if subject.per_head and values.undefined(subject, "attend"):  # nothing else can be asked
+        report = examine(subject, [values.signature], doing)
+        report.skipped.extend(Skip(holds.__name__, "it defines no attend") for holds in properties[1:])
+        return report
+    report = examine(subject, properties, doing)
     return dataclasses.replace(report, skipped=_left_out(choice, resolved) + report.skipped)
 
 
@@ -86,7 +94,8 @@ def _inside(choice: str, shelf: str, doing: Doing) -> Report:
     spec.resolve(shelf, choice)
     begun = time.perf_counter()
     try:
-        subject = kit.subject(choice)
+        with contained():
+            subject = kit.subject(choice)
     except Exception as error:
         return Report(choice, False, [Failure("build", _mistake(error))], [], time.perf_counter() - begun)
     return examine(subject, kit.PROPERTIES, doing)
@@ -96,21 +105,31 @@ def examine(subject, properties: Sequence[Callable[..., None]], doing: Doing = l
     """Run some properties on a subject, in order; it has a `name` and an `error()`."""
     begun = time.perf_counter()
     failed, skipped = [], []
+    mistakes: dict[tuple[str, str], str] = {}  # exceptions by kind and line: the property that met each first
     for holds in properties:
-        doing(f"{subject.name}: {holds.__name__}")
+        name = holds.__name__
+        doing(f"{subject.name}: {name}")
         try:
-            holds(subject)
+            with contained():
+                holds(subject)
         except Broken as broken:
-            failed.append(Failure(holds.__name__, str(broken)))
+            failed.append(Failure(name, str(broken)))
         except NotApplicable as reason:
-            skipped.append(Skip(holds.__name__, str(reason)))
+            skipped.append(Skip(name, str(reason)))
         except Exception as error:
-            failed.append(Failure(holds.__name__, _mistake(error)))
+            if isinstance(error, NotImplementedError) and any(said(error) in known.message for known in failed):
+                skipped.append(Skip(name, said(error)))  # what is not defined is said once
+                continue
+            first = mistakes.setdefault((type(error).__name__, place(error)), name)
+            failed.append(Failure(name, _mistake(error) if first == name else SAME + first))
+    failed.sort(key=lambda failure: failure.property not in FIRST or failure.message.startswith(SAME))
     return Report(subject.name, not failed, failed, skipped, time.perf_counter() - begun, subject.error())
 
 
 def _mistake(error: Exception) -> str:
     """In words, with how to refuse on purpose where that may be what a ValueError of the checked file is for."""
+    if isinstance(error, BrokenChoice):  # which has the words already
+        return str(error)
     hint = "; to refuse on purpose, raise xformers_lab.errors.Refused"
     return in_words(error) + (hint if type(error) is ValueError and outside(error) else "")
 

@@ -46,6 +46,9 @@ def signature(subject: Subject) -> None:
         )
     if kind.kind not in KINDS:
         raise Broken(f"the class needs a kind = ... that is one of: {', '.join(KINDS)}; it has {kind.kind!r}")
+    for method in ("attend", "reference") if subject.per_head else ():
+        if undefined(subject, method):
+            raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, valid, ...)")
     _refuses_what_it_says(subject)
     if not subject.per_head:
         return
@@ -57,8 +60,6 @@ def signature(subject: Subject) -> None:
             raise Broken(f'per_head()["{name}"] has shape {jnp.shape(leaf)}: its first axis must be the {heads} heads')
     for method in ("attend", "reference"):
         function = getattr(kind, method)
-        if getattr(function, "required", False):
-            raise Broken(f"{kind.__name__} must define {method}(q, k, v, *, valid, ...)")
         names = [name for name in inspect.signature(function).parameters if name != "self"]
         if names[:3] != ["q", "k", "v"]:
             raise Broken(f"{method} takes ({', '.join(names[:3])}, ...); its first arguments are q, k, v")
@@ -76,6 +77,11 @@ def signature(subject: Subject) -> None:
         raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
     if "carry" in fast:
         mechanism.init_carry(4, 4)
+
+
+def undefined(subject: Subject, method: str) -> bool:
+    """Whether the mechanism leaves out a method that its base class asks for."""
+    return getattr(getattr(type(subject.mechanism), method), "required", False)
 
 
 def _refuses_what_it_says(subject: Subject) -> None:
@@ -110,13 +116,21 @@ def _refuses_what_it_says(subject: Subject) -> None:
 
 def _methods(subject: Subject) -> tuple[str, ...]:
     """Which of attend and reference a call can ask for."""
-    takes = not subject.whole or "method" in inspect.signature(type(subject.mechanism).__call__).parameters
-    return ("attend", "reference") if takes else ("attend",)
+    kind = type(subject.mechanism)
+    if subject.per_head:
+        has = not undefined(subject, "reference")
+    else:
+        has = not subject.whole or "method" in inspect.signature(kind.__call__).parameters
+    return ("attend", "reference") if has else ("attend",)
 
 
 def _has_reference(subject: Subject) -> None:
     if "reference" not in _methods(subject):
-        raise NotApplicable('it has a layer of its own without `method="attend"`, so there is no reference')
+        raise NotApplicable(
+            "it defines no reference"
+            if subject.per_head
+            else 'it has a layer of its own without `method="attend"`, so there is no reference'
+        )
     if not subject.whole and not subject.per_head and _program(subject, "attend") == _program(subject, "reference"):
         raise Broken(
             'its attend_heads does the same whatever call.method is: with "reference" it gives the same by definition'

@@ -1,6 +1,7 @@
 """What a worker does for check: finds a choice, runs the kit of its shelf on it."""
 
 from xformers_lab import spec
+from xformers_lab.errors import UsageError, missing_device
 from xformers_lab.supervise.worker import Tell
 
 
@@ -16,6 +17,8 @@ def find(tell: Tell, word: str) -> list[tuple[str, str]]:
 def kit(tell: Tell, shelf: str, choice: str, deep: bool) -> dict:
     """The kit's report on a choice. One that ends the process leaves no older verdict to be believed."""
     tell.doing(f"checking {choice}")
+    if reason := missing_device():
+        raise UsageError(reason)
     from xformers_lab.check import cache, run
 
     if shelf == "attention":

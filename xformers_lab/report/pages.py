@@ -6,6 +6,7 @@ import statistics
 from rich.console import Console
 from rich.text import Text
 
+from xformers_lab.check import SAME
 from xformers_lab.record import Record, figures, summary
 from xformers_lab.report import human
 from xformers_lab.report.listing import print_listing
@@ -56,14 +57,27 @@ def _lines(paragraph: str) -> list[str]:
 
 
 def print_checks(reports: list[dict], console: Console | None = None) -> None:
-    """The kit's verdict on each mechanism, and every property that failed, with what to look for."""
+    """The kit's verdict on each mechanism, every property that failed, with what to look for, and those that say
+    nothing about it; why, where there is one report alone."""
     console = console or Console()
     for report in reports:
         verdict = "[green]passes[/green]" if report["passed"] else "[red]fails[/red]"
-        skipped = f", {len(report['skipped'])} not applicable" if report.get("skipped") else ""
-        console.print(f"{markup(report['name'])} {verdict}{skipped}, {report['seconds']:.0f} s")
+        skipped = report.get("skipped") or []
+        names = ", ".join(skip["property"] for skip in skipped)
+        without = f"; not applicable: {markup(names)}" if skipped and len(reports) > 1 else ""
+        console.print(f"{markup(report['name'])} {verdict}, {report['seconds']:.0f} s{without}", highlight=False)
+        repeats: dict[str, list[str]] = {}
         for failure in report["failed"]:
-            console.print(f"  [red]{markup(failure['property'])}[/red]: {markup(failure['message'])}")
+            if failure["message"].startswith(SAME):
+                repeats.setdefault(failure["message"].removeprefix(SAME), []).append(failure["property"])
+        for failure in report["failed"]:
+            if failure["message"].startswith(SAME):
+                continue
+            also = repeats.get(failure["property"], [])
+            words = failure["message"] + (f"; the same in {human.listing(also, 3)}" if also else "")
+            console.print(f"  [red]{markup(failure['property'])}[/red]: {markup(words)}", highlight=False)
+        for skip in skipped if len(reports) == 1 else ():
+            console.print(f"  not applicable: {markup(skip['property'])} ({markup(skip['reason'])})", highlight=False)
 
 
 def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
