@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--rounds 7]
 
-The lab's own `xlab bench mode=decode` on 8 heads of 32, batch 8, float32: the prefill of a context, then one token
+The lab's own `xlab bench --pass decode` on 8 heads of 32, batch 8, float32: the prefill of a context, then one token
 behind it, with the bytes that are kept of the context. "growth" is the time over that at the shortest context; the time
 of a token should be flat for linear and windowed attention, at most 1.3. Results go to benchmarks/results/.
 """

@@ -1,6 +1,7 @@
 """The commands as scripts use them: what they print as JSON, and the whole job end to end on a tiny grid."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -9,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from xformers_lab import progress, spec
-from xformers_lab.cli import main
+from xformers_lab import config, progress, spec
+from xformers_lab.cli import main, measuring
+from xformers_lab.errors import nearest
 from xformers_lab.measure import speed
 
 TINY = ["task=copy", "dim=16", "batch=4", "steps=3", "eval_batches=1", "heads=2"]
@@ -192,3 +195,62 @@ def test_an_unknown_command_gets_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["trian", "task=copy"])
     assert 'no command "trian": did you mean "train"?' in capsys.readouterr().err
+
+
+def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
+    """30 cells from wherever it is called; words after it change them, here into one tiny one."""
+    assert measuring.DEMO.is_relative_to(pathlib.Path(spec.__file__).parent)
+    cells, varied = config.sweep([f"@{measuring.DEMO}"])
+    assert len(cells) == 30 and {cell.task for cell in cells} == {"copy", "lm"} and "attention" in varied
+    monkeypatch.chdir(tmp_path)
+    (row,) = run(capsys, "demo", *TINY, "attention=full", "seq_len=16", "lr=1e-3", "layers=1")
+    assert row["status"] == "ok" and (tmp_path / "runs" / "report.html").is_file()
+    assert "xlab demo" in (tmp_path / "runs" / "compare.json").read_text()
+
+
+def test_a_suggestion_is_near():
+    """A misspelt name gets its own; a word that is none of them gets the list alone."""
+    tasks = spec.names("task")
+    for word in ("nope", "moon", "x", "", "tsk", "copyright infringement", "n" * 10_000):
+        assert nearest(word, tasks).startswith("(choose from: copy, "), word
+    for word, near in [("cpoy", "copy"), ("cop", "copy"), ("COPY", "copy"), ("pixel", "pixels"), ("ypoc", "copy")]:
+        assert nearest(word, tasks).startswith(f'did you mean "{near}"?'), word
+    assert nearest("lr_rate", []) == ""
+
+
+def test_a_bar_that_stands_still_says_why():
+    """On a terminal a run says that it compiles until it takes steps, and a cell of a grid too."""
+    file = io.StringIO()
+    bar = progress._bar(Console(file=file, force_terminal=True, width=200, color_system=None))
+    words = lambda: [task.description for task in bar.tasks]
+    run = progress.Steps("copy [x]", bar)
+    run.doing("preparing")
+    run.doing("compiling")
+    assert words() == [r"copy \[x] · compiling"]
+    run.last = 0
+    run.doing("training")
+    run(3, 10, {"loss": 1.5})
+    assert words() == [r"copy \[x] · loss 1.500"] and bar.tasks[0].completed == 3
+    cells = progress.Cells(2, bar, False, [])
+    cells.started(0, config.edit(config.Config(), task="copy"))
+    assert words()[-1].endswith("· compiling")
+    cells.stepped(1, 10, 2.0)
+    assert words()[-1].endswith("· loss 2.000")
+
+
+@pytest.mark.parametrize("words", [
+    "list attention", "show local", "doctor", "bench attention=full seq_len=16", "check ffn/mlp", "check full",
+    "compare task=copy attention=full steps=1",
+])  # fmt: skip
+def test_every_command_says_which_platforms_there_are(words, capsys, monkeypatch, tmp_path):
+    """Where JAX_PLATFORMS names none of them: one line, how to install one, exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "xformers_lab", *words.split()]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("xlab ")]
+    for part in ("JAX_PLATFORMS=cuda", "it has cpu", "cuda13", "unset JAX_PLATFORMS"):
+        assert part in line

@@ -4,6 +4,7 @@
 """
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -13,11 +14,20 @@ from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing
 from xformers_lab.terminal import LINES, message, visible
 
 
+class _Visible(logging.Formatter):
+    """What the laboratory logs, which names paths, as a terminal may show it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), LINES)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; -> its exit code (0 ok, 1 our bug, 2 usage, 3 run failed, 4 integrity, 5 some cells failed)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what an encoding has no sign for is shown escaped too
             stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Visible())
     chosen = parsed(sys.argv[1:] if arguments is None else arguments)
     say = lambda text: print(f"xlab {chosen.command}: {message(text)}", file=sys.stderr)
     try:

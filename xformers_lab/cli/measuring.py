@@ -12,6 +12,7 @@ from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spe
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
 
+DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
 # What `bench --pass` may say.
 BENCH_PASSES = {
     "forward": ("forward",),
@@ -23,9 +24,7 @@ BENCH_PASSES = {
 def _bench(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
-    words = [word for word in chosen.words if word != "mode=decode"]
-    chosen.passes = chosen.passes if words == chosen.words else "decode"
-    cells, varied = configs.sweep(words)
+    cells, varied = configs.sweep(chosen.words)
     from xformers_lab import progress
     from xformers_lab.bench import supervised
     from xformers_lab.report import table
@@ -74,6 +73,12 @@ def _compare(chosen: argparse.Namespace) -> int:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + worker.stopped
     return code if all(row["status"] == "ok" for row in rows) else 5
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    """`compare` of the recipe that comes with the package."""
+    chosen.words = [f"@{DEMO}", *chosen.words]
+    return _compare(chosen)
 
 
 def _report(chosen: argparse.Namespace) -> int:
@@ -164,3 +169,14 @@ COMMANDS = [
     ),
     Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),
 ]
+_OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
+COMMANDS.insert(
+    0,
+    Command(
+        "demo",
+        _demo,
+        "compare five attention mechanisms at three lengths on two tasks, in minutes",
+        _OF_COMPARE,
+        keys=True,
+    ),
+)
