@@ -19,6 +19,7 @@ from xformers_lab import spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
+MOST_OF_CYCLE = 64  # every choice of a cycle is compiled apart
 
 
 def knob(
@@ -151,8 +152,8 @@ def canonical(key: str, value: Any, where: str = "") -> Any:
     if not field.metadata["shelf"] or (key == "model" and value == "auto"):
         return value
     parts = spec.split(value, "+") if field.metadata["cycle"] else [value]
-    if len(parts) > MOST_LAYERS:
-        raise UsageError(f"{where}: a cycle of {len(parts):,} choices; there are at most {MOST_LAYERS:,} layers")
+    if len(parts) > MOST_OF_CYCLE:
+        raise UsageError(f"{where}: a cycle of {len(parts):,} choices; at most {MOST_OF_CYCLE}")
     resolved = {part: str(spec.resolve(field.metadata["shelf"], part, where)) for part in dict.fromkeys(parts)}
     return "+".join(map(resolved.__getitem__, parts))
 

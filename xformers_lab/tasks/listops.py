@@ -17,6 +17,8 @@ _FIRST_OPERATOR, _CLOSE = TOKENS.index("[MIN"), TOKENS.index("]")
 # An argument is an operation this often, else a digit (VALUE_P in the published generator).
 _OPERATION = 0.25
 _LEAST_ACCEPTED = 1e-4
+# How likely each length is takes work in proportion to these sizes.
+_MOST = 10_000_000
 # How many expressions `describe` looks at.
 _SAMPLE = 1000
 # How many tokens a round of drawing may hold at most, to bound its memory.
@@ -55,6 +57,11 @@ class Listops(Task):
             raise ValueError(f"max_args={max_args} leaves nothing to compute: use max_args=2 or more")
         if setting.seq_len < 5:
             raise ValueError(f"seq_len={setting.seq_len} holds too few expressions to split: use seq_len=5 or more")
+        if setting.seq_len * max_depth * max_args > _MOST:
+            raise ValueError(
+                f"seq_len={setting.seq_len} with max_depth={max_depth} and max_args={max_args}: nobody waits for "
+                f"expressions of such sizes; their product is at most {_MOST:,}"
+            )
         self.shortest = max(4, setting.seq_len // 4) if min_length is None else min_length
         if not 1 <= self.shortest <= setting.seq_len:
             raise ValueError(
