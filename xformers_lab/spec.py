@@ -183,13 +183,31 @@ def options(build: Callable) -> dict[str, Option]:
             f"{_file_of(build)}: the annotations of {name} cannot be read ({reason}); what they name must be imported "
             "where the file runs, not under TYPE_CHECKING alone"
         ) from None
-    help_lines = dict(re.findall(r"^\s+(\w+): (.+)$", (inspect.getdoc(build) or "").partition("Options:")[2], re.M))
+    help_lines = _help_of_options(inspect.getdoc(build) or "")
     declared = {}
     for name, parameter in inspect.signature(_constructor(build)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
             kind = hints.get(name, type(parameter.default))
             declared[name] = Option(name, kind, parameter.default, help_lines.get(name, ""))
     return declared
+
+
+def _help_of_options(docstring: str) -> dict[str, str]:
+    """What a docstring's `Options:` say of each, on one line: `name: help`, which goes on in lines indented deeper."""
+    helps: dict[str, str] = {}
+    indent, name = None, ""
+    for line in docstring.partition("Options:")[2].splitlines()[1:]:
+        depth = len(line) - len(line.lstrip())
+        if not line.strip() or depth == 0:
+            break
+        indent = depth if indent is None else indent
+        option = re.match(r"(\w+): (.+)", line.strip()) if depth <= indent else None
+        if option:
+            name = option[1]
+            helps[name] = option[2]
+        elif name:
+            helps[name] += " " + line.strip()
+    return helps
 
 
 def _file_of(build: Callable) -> str:

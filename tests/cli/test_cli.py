@@ -197,6 +197,12 @@ def test_an_unknown_command_gets_the_nearest(capsys):
     assert 'no command "trian": did you mean "train"?' in capsys.readouterr().err
 
 
+def test_an_unknown_flag_gets_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "task=copy", "--repotr=x.html"])
+    assert 'no flag --repotr: did you mean "--report"?' in capsys.readouterr().err
+
+
 def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
     """30 cells from wherever it is called; words after it change them, here into one tiny one."""
     assert measuring.DEMO.is_relative_to(pathlib.Path(spec.__file__).parent)

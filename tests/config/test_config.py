@@ -204,3 +204,15 @@ def test_what_python_cannot_spell_is_refused_all_the_same():
         for key in ("steps", "lr", "dtype", "kv_heads", "attention"):
             with pytest.raises(UsageError):
                 configs.typed(key, value)
+
+
+def test_the_help_of_an_option_may_go_on(tmp_path):
+    path = tmp_path / "wordy.py"
+    path.write_text(
+        "class Wordy:\n"
+        '    """Words (Someone, 2020).\n\n    Options:\n        first: what it is,\n            and: more of it\n'
+        '        second: another\n\n    third: no option\n    """\n\n'
+        "    def __init__(self, size, *, first: int = 1, second: int = 2, third: int = 3): ...\n"
+    )
+    helps = {name: option.help for name, option in spec.options(spec.entry("ffn", str(path))).items()}
+    assert helps == {"first": "what it is, and: more of it", "second": "another", "third": ""}

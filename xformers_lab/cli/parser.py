@@ -29,8 +29,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         parser.error(f'no command "{command}": {nearest(command, names)}')
     chosen, left = parser.parse_known_args(arguments)
     flags = [word for word in left if word.startswith("-")]
-    if flags or (left and not hasattr(chosen, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(flags or left)}")
+    if flags:
+        names = [known.name for known in chosen.arguments if known.name.startswith("-")]
+        parser.error(f"no flag {flags[0].partition('=')[0]}: {nearest(flags[0].partition('=')[0], names, 'flags')}")
+    if left and not hasattr(chosen, "words"):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         chosen.words = [*chosen.words, *left]
     chosen.typed = arguments

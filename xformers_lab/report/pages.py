@@ -19,7 +19,7 @@ PARTS = 8
 def print_page(page: dict, console: Console | None = None) -> None:
     """One choice: its docstring, options, cost and drawing."""
     console = console or Console()
-    console.print(f"[bold]{markup(page['name'])}[/bold]  ({markup(page['shelf'])})\n")
+    console.print(f"[bold]{markup(page['name'])}[/bold]  ({markup(page['shelf'])})\n", highlight=False, emoji=False)
     for paragraph in page["about"].partition("Options:")[0].strip().split("\n\n"):
         for words in _lines(paragraph):
             console.print(Text(visible(words)), soft_wrap=not console.is_terminal)
@@ -37,6 +37,8 @@ def print_page(page: dict, console: Console | None = None) -> None:
         console.print(f"can: {', '.join(can) or '-'}; cannot: {', '.join(cannot) or '-'}")
     if "pattern" in page:
         console.print(f"\nrows are queries, columns the keys they see ({page['drawn']}):")
+        if console.is_terminal and len(page["pattern"][0]) > console.width:
+            console.print(f"(cut: it is {len(page['pattern'][0])} columns wide)")
         for line in page["pattern"]:
             console.print(Text(line), no_wrap=True, overflow="crop", soft_wrap=not console.is_terminal)
 
@@ -65,7 +67,9 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
         skipped = report.get("skipped") or []
         names = ", ".join(skip["property"] for skip in skipped)
         without = f"; not applicable: {markup(names)}" if skipped and len(reports) > 1 else ""
-        console.print(f"{markup(report['name'])} {verdict}, {report['seconds']:.0f} s{without}", highlight=False)
+        console.print(
+            f"{markup(report['name'])} {verdict}, {report['seconds']:.0f} s{without}", highlight=False, emoji=False
+        )
         repeats: dict[str, list[str]] = {}
         for failure in report["failed"]:
             if failure["message"].startswith(SAME):
@@ -75,9 +79,11 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
                 continue
             also = repeats.get(failure["property"], [])
             words = failure["message"] + (f"; the same in {human.listing(also, 3)}" if also else "")
-            console.print(f"  [red]{markup(failure['property'])}[/red]: {markup(words)}", highlight=False)
+            console.print(f"  [red]{markup(failure['property'])}[/red]: {markup(words)}", highlight=False, emoji=False)
         for skip in skipped if len(reports) == 1 else ():
-            console.print(f"  not applicable: {markup(skip['property'])} ({markup(skip['reason'])})", highlight=False)
+            console.print(
+                f"  not applicable: {markup(skip['property'])} ({markup(skip['reason'])})", highlight=False, emoji=False
+            )
 
 
 def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
