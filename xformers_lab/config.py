@@ -84,7 +84,7 @@ class Train:
 class Config:
     task: str = knob("mqar", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
-    seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
+    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
         None,

@@ -3,7 +3,10 @@
 import collections
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -224,6 +227,45 @@ def test_every_kind_of_model_is_scored(choices, tmp_path, changes):
     assert scores[0] == pytest.approx(scores[1], rel=1e-2 if "memory" in changes else 1e-5)
 
 
+ON_DEVICES = """
+import json, sys
+import jax
+from xformers_lab.config import Config, edit
+from xformers_lab.train import loop
+
+task, runs = sys.argv[1:]
+small = edit(Config(), task=task, seq_len=16, dim=16, layers=1, batch=16, lr=0.0, steps=1, ffn="hash:experts=8")
+for layout in ("jit", "pmap", "experts"):
+    record = loop.run(edit(small, layout=layout, runs=f"{runs}/{layout}", eval_every=1))
+    print(json.dumps([record[key] for key in ("devices", "examples", "metric", "majority", "loss", "validation")]))
+"""
+
+
+@pytest.mark.full
+def test_eight_devices_score_the_same_pass(choices, tmp_path):
+    """The last of the batches, 13 of 16 rows, is shared out as well."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    words = [sys.executable, "-c", ON_DEVICES, choices["finite"], str(tmp_path)]
+    ran = subprocess.run(words, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    alone = loop.run(
+        tiny(
+            choices["finite"],
+            tmp_path,
+            batch=9,
+            lr=0.0,
+            steps=1,
+            ffn="hash:experts=8",
+            eval_every=1,
+            eval_batches="all",
+        )
+    )
+    for line in ran.stdout.splitlines()[-3:]:
+        devices, examples, metric, majority, loss, ((_, *validation),) = json.loads(line)
+        assert (devices, examples, metric, majority) == (8, 45, alone["metric"], alone["majority"])
+        assert [loss, *validation] == pytest.approx([alone["loss"], *alone["validation"][0][1:]], rel=1e-5)
+
+
 def test_validation_on_the_way_is_a_bounded_sample(choices, tmp_path):
     record = loop.run(tiny(choices["finite"], tmp_path, batch=64, steps=2, eval_every=1, eval_batches="all"))
     assert record["validation_examples"] == WATCHED < 2000
@@ -297,6 +339,7 @@ def test_the_training_loss_is_the_tasks(choices, tmp_path):
 
 
 @pytest.mark.parametrize("split, spoilt, message", [
+    ("TEST", "zero", "no answer of the test split counts"),
     ("VALIDATION", "nan", "validation split is non-finite after step 2"),
     ("TEST", "nan", "test split is non-finite after step 6"),
     ("VALIDATION", "zero", "no answer of the validation split counts"),
@@ -313,6 +356,9 @@ def test_what_is_no_number_is_not_ok(choices, tmp_path, monkeypatch, split, spoi
     assert checkpoint.steps(configs.folder(config)) == [record["step"]]
     with pytest.raises(loop.Diverged, match="as stored"):
         loop.resume(configs.folder(config))
+    if split != "TRAIN":
+        with pytest.raises(loop.Diverged, match=message.partition(" after")[0]):
+            loop.evaluate(configs.folder(config), split=split.lower())
 
 
 @pytest.mark.parametrize("changes", [{"save_every": 1}, {}, {"steps": 3}, {"optimizer": "adamw"}], ids=str)

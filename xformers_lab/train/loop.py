@@ -101,7 +101,8 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: eva
     run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding.
+    layers: a mean for every position of the sequence, None where all are padding. Raises Diverged where the loss is no
+    number.
     """
     run_dir = pathlib.Path(run_dir)
     job = prepare(_stored_config(run_dir), run_dir)
@@ -252,7 +253,7 @@ def _train(
 
     try:
         # The last process was stopped while it validated.
-        if log.lines and due(train.eval_every, start) and log.lines[-1].get("validation_loss") is None:
+        if log.lines and due(train.eval_every, start) and "validation_loss" not in log.lines[-1]:
             log.replace_last(validate(log.lines[-1]))
         doing("training", start)
         batches = prefetch.ahead(job.training_batch, range(start, train.steps))
@@ -280,8 +281,6 @@ def _train(
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
         tested = score("test")
-        if not (math.isfinite(tested.loss) and math.isfinite(tested.metric)):
-            raise Diverged(f"the loss on the test split is non-finite after step {step}; {_MEND}")
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -313,7 +312,8 @@ def _score(
     stop_signal: Callable[[], int],
     doing: Callable[[str], None],
 ) -> evaluation.Score:
-    """Score a split as `evaluation` has it; raises _Stopped when `stop_signal()` is not 0."""
+    """Score a split as `evaluation` has it; raises _Stopped when `stop_signal()` is not 0, and Diverged where the loss
+    or the metric is no number."""
     doing(f"preparing the {split} split")
 
     def evaluate(state: TrainState, batch: Batch) -> tuple:
@@ -329,6 +329,8 @@ def _score(
     score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state)
     if score.answers == 0:
         raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
+    if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
+        raise Diverged(f"the loss on the {split} split is non-finite after step {int(state.step)}; {_MEND}")
     return score
 
 
@@ -373,7 +375,7 @@ class _Log:
         )
 
     def write(self, line: dict) -> None:
-        """Raises Diverged at the last of PATIENCE skipped steps in a row, and at a validation that is not finite."""
+        """Raises Diverged at the last of PATIENCE skipped steps in a row."""
         line = records.finite(line)
         self.lines.append(line)
         records.append(self.run_dir, line)
@@ -384,8 +386,6 @@ class _Log:
                 f"loss, gradient or parameters became non-finite at step {first} and stayed so for {PATIENCE} steps; "
                 f"{_MEND}"
             )
-        if "validation_loss" in line and None in (line["validation_loss"], line["validation_metric"]):
-            raise Diverged(f"the loss on the validation split is non-finite after step {line['step']}; {_MEND}")
 
     def replace_last(self, line: dict) -> None:
         records.cut(self.run_dir, self.lines.pop()["step"] - 1)
@@ -403,7 +403,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         id=configs.identity(config),
         run_dir=str(job.run_dir),
         kind="compare",
-        **({"loss": None, "metric": None} | outcome),
+        **(dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority")) | outcome),
         **_declared(job.task),
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
