@@ -70,7 +70,7 @@ class Train:
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
-    eval_every: int = knob(0, "validate every so many steps (0: only at the end)", least=0)
+    eval_every: int = knob(0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0)
     eval_batches: int | typing.Literal["all"] = knob(
         "all", "examples to score: all of the split (256 of one without end), or so many times 32", least=1
     )

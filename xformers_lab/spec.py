@@ -263,8 +263,10 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         kind = next(a for a in arguments if a is not types.NoneType)
         try:
             return coerce(value, kind, where)
-        except UsageError as error:
-            raise UsageError(f"{error}" + "".join(f'; or "{word}"' for word in words)) from None
+        except UsageError:
+            if not words:
+                raise
+            raise UsageError(f'{where} wants {_WANTED[kind]} or {" or ".join(words)}, got "{value}"') from None
     if origin is typing.Literal:
         if value not in arguments:
             raise UsageError(f'{where}: unknown value "{value}": {nearest(str(value), map(str, arguments))}')

@@ -20,7 +20,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
-from xformers_lab.tasks import Setting, Task
+from xformers_lab.tasks import Batch, Setting, Task
 from xformers_lab.train import checkpoint, evaluation, loop, records
 from xformers_lab.train.evaluation import DRAWN, UNIT, WATCHED
 
@@ -171,6 +171,24 @@ def test_every_byte_of_a_text_is_predicted_once(choices, segments, batch):
             goes_on = one.counted & (number > 0)
             assert np.array_equal(one.inputs[goes_on, 0], sample.batch(max(number - 1, 0)).targets[goes_on, -1])
     assert np.array_equal(answers, np.bincount(content[1:], minlength=256))
+
+
+def test_segments_without_an_end_are_read_on(choices):
+    """A task with `segment` alone: its rows cannot be dealt out anew, so the sample is of whole batches."""
+
+    class Reading(Task):
+        vocab = outputs = 1000
+
+        def segment(self, split, step):
+            starts = np.arange(self.setting.batch)[:, None] * 100 + step * 4
+            inputs = (starts + np.arange(4) + 500 * (self.setting.seed > 0)).astype(np.int32)
+            fresh = np.full(len(inputs), step == 0)
+            return Batch(inputs, inputs + 1, np.ones(inputs.shape, np.float32), fresh=fresh)
+
+    rebuilt = lambda batch: Reading(Setting(4, batch))
+    sample = evaluation.sample(Reading(Setting(4, 5, seed=3)), rebuilt, "test", 1, None, True)
+    assert (sample.examples, sample.of, sample.batches) == (35, None, 7)
+    assert [sample.batch(step).inputs[2, 0] for step in range(7)] == list(range(200, 228, 4))
 
 
 def test_the_figures_of_a_run_are_those_of_the_whole_split(choices, tmp_path):
@@ -406,4 +424,4 @@ def test_eval_from_the_command_line(choices, tmp_path, capsys):
     for words, examples in (([], 45), (["--batches", "1"], 32), (["--batches", "all"], 45)):
         assert main(["eval", folder, "--json", *words]) == 0
         assert json.loads(capsys.readouterr().out)["examples"] == examples
-    assert main(["eval", folder, "--batches", "none"]) == 2 and 'or "all"' in capsys.readouterr().err
+    assert main(["eval", folder, "--batches", "none"]) == 2 and "a whole number or all" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from xformers_lab.train.state import TrainState, empty
 
 UNIT = 32  # examples that one of eval_batches stands for, whatever `batch` is
 DRAWN = 8 * UNIT  # examples that eval_batches=all stands for where a task draws them without end
-WATCHED = 32 * UNIT  # examples at most of a validation with eval_batches=all
+WATCHED = 32 * UNIT  # examples at most of a validation while training
 _NORMAL = 1.959964  # the 97.5 % point of the normal distribution
 
 Wanted = int | Literal["all"]
@@ -58,11 +58,12 @@ class Score:
 
 
 def amount(of: int | None, wanted: Wanted, most: int | None = None) -> int:
-    """How many examples are scored of `of` (None: drawn without end); `most` bounds "all"."""
+    """How many examples are scored of `of` (None: drawn without end), at most `most`."""
     if wanted == "all":
-        whole = DRAWN if of is None else of
-        return whole if most is None else min(whole, most)
-    return wanted * UNIT if of is None else min(wanted * UNIT, of)
+        examples = DRAWN if of is None else of
+    else:
+        examples = wanted * UNIT if of is None else min(wanted * UNIT, of)
+    return examples if most is None else min(examples, most)
 
 
 def sample(
