@@ -48,7 +48,7 @@ class Steps:
             words = markup(f"{self.title} · loss {loss}")
             self.bar.update(self.task, completed=step, total=total, description=words)
         else:
-            _line(f"{self.title}: step {step}/{total} loss {loss}")
+            say(f"{self.title}: step {step}/{total} loss {loss}")
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ class Cells:
                 if row.get("metric") is not None
                 else row.get("reason", "")
             )
-            _line(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}")
+            say(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}")
         self.at = ""
 
 
@@ -117,7 +117,7 @@ def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A callable (text) that says what is being done now; quiet: no lines where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield (lambda text: None) if quiet else _line
+        yield (lambda text: None) if quiet else say
         return
     with console.status("") as status:
         yield lambda text: status.update(markup(text))
@@ -151,7 +151,7 @@ def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[
             nonlocal done
             done += 1
             if not quiet and total > 1:
-                _line(f"{title} {done}/{total}: {name}")
+                say(f"{title} {done}/{total}: {name}")
 
         yield line
         return
@@ -166,7 +166,8 @@ def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[
         yield update
 
 
-def _line(text: str) -> None:
+def say(text: str) -> None:
+    """One line on stderr, safe for a terminal."""
     print(message(text), file=sys.stderr, flush=True)
 
 
