@@ -114,6 +114,7 @@ def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
 MOST_CELLS = 100_000
+LARGEST_FILE = 2**25  # bytes
 LARGEST = 2**31  # counts are 32-bit numbers on every device
 
 
@@ -307,6 +308,8 @@ def _tree(path: pathlib.Path, name: str) -> Mapping:
     if path.suffix not in readers:
         raise UsageError(f'@{name}: unknown kind "{path.suffix}": {nearest(path.suffix, [*readers, ".py"], "kinds")}')
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise UsageError(f"{name}: {size:,} bytes are no config; at most {LARGEST_FILE:,}")
         tree = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error.strerror})") from None

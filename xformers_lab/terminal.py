@@ -2,8 +2,8 @@
 
 import re
 
-# Longest run of characters without a space that a message shows whole, and longest message.
-LONGEST_WORD, LONGEST = 160, 2000
+# Longest run of characters without a space that a message shows whole, as a path may be, and longest message.
+LONGEST_WORD, LONGEST = 240, 2000
 LINES = "\n\t"  # what text of several lines keeps
 # Control characters, lone surrogates (which no terminal's encoding has), line separators, and what turns the reading
 # order or is never seen. Joiners stay: scripts and emoji are written with them.

@@ -306,6 +306,12 @@ def test_not_text(capsys, tmp_path):
     assert "UTF-8" in refused(capsys, "train", f"@{tmp_path}/utf16.json")
 
 
+def test_a_file_that_is_no_config(capsys, tmp_path):
+    with (tmp_path / "large.toml").open("wb") as file:
+        file.truncate(2**40)
+    assert "1,099,511,627,776 bytes are no config" in refused(capsys, "train", f"@{tmp_path}/large.toml")
+
+
 def test_file_that_cannot_be_read(capsys, tmp_path):
     memory = pathlib.Path("/proc/self/mem")  # nobody may read its first byte, not even root
     if not memory.exists():
