@@ -94,6 +94,8 @@ def _platforms() -> str:
 
 def in_words(error: BaseException) -> str:
     """One line of an unforeseen exception, with the innermost line outside jax that it passed."""
+    if isinstance(error, BrokenChoice):  # which has these words already
+        return str(error)
     return f"{type(error).__name__}: {(said(error).splitlines() or [''])[0]}{place(error)}"
 
 

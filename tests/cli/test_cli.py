@@ -260,3 +260,35 @@ def test_every_command_says_which_platforms_there_are(words, capsys, monkeypatch
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("xlab ")]
     for part in ("JAX_PLATFORMS=cuda", "it has cpu", "cuda13", "unset JAX_PLATFORMS"):
         assert part in line
+
+
+EXITS = """
+from xformers_lab.attention.full import Full
+
+
+class Exits(Full):
+    def __init__(self, size, *, always: bool = False, rngs):
+        super().__init__(size, rngs=rngs)
+        self.always = always
+
+    def attend_heads(self, call):
+        if self.always or call.key is not None:
+            raise SystemExit(5)
+        return super().attend_heads(call)
+"""
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("command", ["compare", "bench"])
+def test_a_mechanism_that_exits_is_a_row(capsys, tmp_path, command):
+    """When it is built, or not before it trains; the others go on."""
+    (tmp_path / "exits.py").write_text(EXITS)
+    path = tmp_path / "exits.py"
+    words = {"compare": [*TINY, f"runs={tmp_path}"], "bench": ["dim=16", "batch=1", "--rounds", "1"]}[command]
+    chosen = f"attention={path}:always=true,full" if command == "bench" else f"attention={path},{path}:always=true,full"
+    rows = run(capsys, command, chosen, "seq_len=16", "--no-check", *words, code=5)
+    for row in rows:
+        if "exits" not in row["attention"]:
+            assert row["status"] == "ok"
+        else:
+            assert row["status"] == "failed" and "SystemExit: 5" in row["reason"] and "exits.py:12" in row["reason"]

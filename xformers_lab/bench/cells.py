@@ -23,7 +23,7 @@ from xformers_lab.attention import Call, MultiHead, why_not_decode
 from xformers_lab.bench import rows
 from xformers_lab.bench.rows import PASSES, Cell
 from xformers_lab.config import Config
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import BrokenChoice, UsageError, contained
 from xformers_lab.generate import CHUNK
 from xformers_lab.measure import speed
 from xformers_lab.measure.flops import count_flops, largest_intermediate
@@ -194,8 +194,12 @@ def _cache(layer: MultiHead, choice: str, batch: int, size: Size):
 def look(cells: Sequence[Cell]) -> None:
     """End the cells of one config where its mechanism cannot be built; raises UsageError where the config cannot be."""
     try:
-        for direction in {"forward", *(cell.direction for cell in cells)}:
-            jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).params)
+        with contained():
+            for direction in {"forward", *(cell.direction for cell in cells)}:
+                jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).params)
+    except BrokenChoice as error:  # its file exits
+        for cell in cells:
+            cell.fail(error)
     except UsageError:
         raise
     except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
@@ -226,7 +230,8 @@ def measure(
     for cell in cells:
         doing(f"compiling {cell.title}", cell)
         try:
-            ready = _compile(cell)
+            with contained():
+                ready = _compile(cell)
         except Exception as error:
             cell.fail(error)
         else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from xformers_lab import record, spec
 from xformers_lab.config import Config, get, to_dict, varied
-from xformers_lab.errors import UsageError, nearest, ran_out_of_memory
+from xformers_lab.errors import BrokenChoice, UsageError, nearest, ran_out_of_memory
 from xformers_lab.measure.exponent import fit
 
 PASSES = ("forward", "forward+backward", "prefill", "decode")
@@ -35,7 +35,7 @@ class Cell:
 
     def fail(self, error: Exception) -> None:
         """End it with what it raised."""
-        text = f"{type(error).__name__}: {error}".strip()
+        text = str(error) if isinstance(error, BrokenChoice) else f"{type(error).__name__}: {error}".strip()
         self.end("oom" if ran_out_of_memory(error) else "failed", text.splitlines()[0][:500])
 
 

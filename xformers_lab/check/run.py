@@ -13,7 +13,7 @@ from xformers_lab import spec
 from xformers_lab.attention import Attention
 from xformers_lab.check import SAME, costs, masks, values
 from xformers_lab.check.subject import HEAD, HEADS, KEY_HEADS, LENGTH, Broken, NotApplicable, Subject
-from xformers_lab.errors import BrokenChoice, UsageError, contained, in_words, outside, place, said
+from xformers_lab.errors import UsageError, contained, in_words, outside, place, said
 from xformers_lab.nn.size import Size
 
 PROPERTIES: list[Callable[[Subject], None]] = [*values.PROPERTIES, *masks.PROPERTIES, *costs.PROPERTIES]
@@ -128,8 +128,6 @@ def examine(subject, properties: Sequence[Callable[..., None]], doing: Doing = l
 
 def _mistake(error: Exception) -> str:
     """In words, with how to refuse on purpose where that may be what a ValueError of the checked file is for."""
-    if isinstance(error, BrokenChoice):  # which has the words already
-        return str(error)
     hint = "; to refuse on purpose, raise xformers_lab.errors.Refused"
     return in_words(error) + (hint if type(error) is ValueError and outside(error) else "")
 

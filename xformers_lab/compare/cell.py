@@ -54,6 +54,10 @@ def train(tell: Tell, config: dict) -> dict:
         return {"status": getattr(error, "status", "failed"), "reason": str(error)}
     except Exception as error:
         return {"status": "oom" if ran_out_of_memory(error) else "failed", "reason": in_words(error)[:500]}
+    except BaseException as error:
+        if type(error) is KeyboardInterrupt:
+            raise
+        return {"status": "failed", "reason": in_words(error)[:500]}  # the exit of a choice of the user's own
 
 
 @functools.cache
