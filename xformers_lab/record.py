@@ -31,6 +31,8 @@ IMPOSSIBLE = "impossible"
 PLACES = ("task", "pass", "seq_len", "seed", "kind")
 # The figure that says how fast a row of each kind is: of a bench the time of one pass.
 SPEED = {"compare": "tokens_per_second", "bench": "seconds_median"}
+# Median over least time of equal work: above it something else was busy on the machine.
+BUSY = 1.3
 
 Kind = Literal["compare", "bench"]
 Form = Literal["count", "duration", "power", "score", "significant", "size"]
@@ -116,9 +118,13 @@ class Record:
     metric_name: str | None = fact("its name", always=KINDS, summary=True)
     higher_is_better: bool = fact("its direction")
     chance: float | None = fact("what guessing scores", summary=True)
+    majority: float | None = fact("the share of the most frequent class on the test split", summary=True)
+    examples: int = fact("how many examples the metric is taken on", summary=True)
+    examples_of: int | None = fact("how many the split has; None: it is endless")
+    metric_interval: Sequence[float] | None = fact("95 % interval [low, high] of the metric over the sampled examples")
     split: str = fact("what an evaluation scored: train, validation or test", summary=True)
     batches: int = fact("how many batches of it")
-    step: int = fact("the step that was evaluated, or after which a run was ended")
+    step: int = fact("the step that was evaluated, or after which a run was ended", summary=True)
 
     tokens_per_second: float | None = figure(
         "tokens/s",
@@ -140,6 +146,22 @@ class Record:
     )
     seconds_min: float | None = figure(
         "least time", "duration", "The shortest of those runs.", better=-1, narrow=None, summary=False
+    )
+    seconds_ratio: float | None = figure(
+        "time/least",
+        "significant",
+        f"Median over least time: above {BUSY} something else was busy, or the work is uneven, and a warning says so.",
+        better=-1,
+        narrow=None,
+        summary=False,
+    )
+    load: float | None = figure(
+        "load",
+        "significant",
+        "Processes that wanted a core of the machine, on average over the last minute of the timing, its own among "
+        "them.",
+        narrow=None,
+        summary=False,
     )
     temp_bytes: int | None = figure("", "size", "temporary buffers that XLA plans", better=-1)
     peak_bytes: int | None = figure(
@@ -199,7 +221,8 @@ class Record:
     exponent: float | None = figure(
         "time ~",
         "power",
-        "How the least time grows with the length N: slope of a line through its logarithm.",
+        "How the least time grows with the length N: slope of a line through its logarithm, over three lengths or "
+        "more.",
         better=-1,
         narrow=2,
         always=BENCHED,
@@ -211,6 +234,7 @@ class Record:
         "memory ~", "power", "How the memory grows with the length N.", better=-1, narrow=2, always=BENCHED
     )
 
+    seconds_rounds: Sequence[float] = fact("seconds of each timed round, which cells of a length take turns in")
     skipped: int = fact("steps that were skipped since their loss or gradient was not finite")
     aux: Mapping[str, float] = fact("what else the model reports: a mean by its name")
     by_position: Mapping[str, Sequence] = fact("what it reports of each token: a mean for every position")
