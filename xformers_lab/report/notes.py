@@ -1,8 +1,13 @@
 """What must be known before the numbers are compared: written under the table and at the head of the page."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from xformers_lab.record import BUSY
 from xformers_lab.report import human, rows
+
+# Costs of two rows whose ratio is greater are not the same.
+UNEQUAL = 1.02
 
 # Passes of a bench that are timed with all that a layer does.
 WHOLE = ("call", "decode", "decode_several")
@@ -12,6 +17,12 @@ def of(cells: Sequence[dict]) -> list[str]:
     """One sentence for each thing in which cells beside each other differ, or that was left out."""
     timed = [row for row in cells if rows.ok(row)]
     return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed), *_unseen(timed)]
+
+
+def of_group(group: rows.Group) -> list[str]:
+    """One sentence for each thing in which the rows of one table differ beside what was varied, or that makes their
+    times uncertain."""
+    return [*_unequal(group), *_busy(group)]
 
 
 def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
@@ -24,6 +35,89 @@ def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
         else:
             counted[at] = machine, counted[at][1] + 1
     return counted
+
+
+def _unequal(group: rows.Group) -> list[str]:
+    """Widths, parameters and FLOPs that are not the same in all rows: a comparison of one thing is of these as well."""
+    widths = _differing({point.series: _value(point, "dim") for point in group.points if point.rows})
+    lines = [f"Widths (dim) differ by more than 2 %: {widths}."] if widths else []
+    for name, words in (("parameters", "Parameters"), ("flops", "FLOPs")):
+        if apart := _at_lengths(group, name):
+            lines.append(f"{words} differ by more than 2 %{apart}.")
+    grown = {}
+    for series in dict.fromkeys(point.series for point in group.points):
+        sizes = {
+            point.seq_len or 0: size for point in group.points if point.series == series and (size := _mean(point))
+        }
+        if sizes and max(sizes.values()) > UNEQUAL * min(sizes.values()):
+            grown[series] = sizes[max(sizes)] / sizes[min(sizes)]
+    if grown:
+        times = human.listing([f"{_times(ratio)} ({series})" for series, ratio in grown.items()], 4)
+        lines.append(f"Parameters change with the length, from the shortest to the longest: {times}.")
+    return lines
+
+
+def _at_lengths(group: rows.Group, name: str) -> str:
+    """Who differs in a figure from the first row of its length, at the length where they differ most; empty where
+    nowhere."""
+    lengths = {}
+    for at in dict.fromkeys(point.seq_len for point in group.points):
+        figures = {point.series: _mean(point, name) for point in group.points if point.seq_len == at}
+        known = [value for value in figures.values() if value]
+        if known and max(known) > UNEQUAL * min(known):
+            lengths[at] = max(known) / min(known), figures
+    if not lengths:
+        return ""
+    at = max(lengths, key=lambda length: lengths[length][0])
+    more = "" if len(lengths) == 1 else f" (also at {len(lengths) - 1} other length{'s' * (len(lengths) > 2)})"
+    place = "" if at is None else f" at {at:,} tokens"
+    return f"{place}: {_differing(lengths[at][1])}{more}"
+
+
+def _differing(values: Mapping[str, float | None]) -> str:
+    """ "linformer 1.47 times full": the values that are not the first one's; empty where all agree within 2 %."""
+    known = {series: value for series, value in values.items() if value}
+    if not known or max(known.values()) <= UNEQUAL * min(known.values()):
+        return ""
+    first, *others = known
+    ratios = {series: known[series] / known[first] for series in others}
+    apart = {series: ratio for series, ratio in ratios.items() if not 1 / UNEQUAL <= ratio <= UNEQUAL}
+    # Two that differ from each other may each be close to the first.
+    apart = apart or dict(sorted(ratios.items(), key=lambda item: item[1])[:: max(1, len(ratios) - 1)])
+    names = sorted(apart, key=lambda series: -abs(math.log(apart[series])))
+    return human.listing([f"{series} {_times(apart[series])}" for series in names]) + f" those of {first}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times"
+
+
+def _mean(point: rows.Point, name: str = "parameters") -> float | None:
+    estimate = point.estimate(name)
+    return estimate.mean if estimate and estimate.mean > 0 else None
+
+
+def _value(point: rows.Point, key: str) -> float | None:
+    number = human.number(rows.value(point.rows[0], key))
+    return number if number and number > 0 else None
+
+
+def _busy(group: rows.Group) -> list[str]:
+    """Cells whose times of equal work spread, so that something else was busy."""
+    spread: dict[str, float] = {}
+    for point in group.points:
+        for row in point.rows:
+            ratio = rows.ratio(row)
+            if ratio is not None and ratio > BUSY:
+                name = point.series + ("" if point.seq_len is None else f" at {point.seq_len:,} tokens")
+                spread[name] = max(ratio, spread.get(name, 0.0))
+    if not spread:
+        return []
+    worst = sorted(spread, key=lambda name: -spread[name])
+    cells = human.listing([f"{spread[name]:.2f} ({name})" for name in worst], 4)
+    loads = [load for row in group.rows if (load := rows.measure(row, "load")) is not None]
+    load = f"; load up to {max(loads):.1f}" if loads else ""
+    return [f"Warning: median over least time above {BUSY}, so the machine was busy or the work uneven: {cells}{load}."]
 
 
 def _unchecked(timed: Sequence[dict]) -> list[str]:

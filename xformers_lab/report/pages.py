@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from xformers_lab.record import Record, figures, summary
-from xformers_lab.report import human
+from xformers_lab.report import human, rows
 from xformers_lab.report.table import put
 
 # Into how many parts of a sequence its figures are gathered.
@@ -64,10 +64,18 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
     """The record of one run or evaluation: what its summary tells."""
     shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
     lines = []
+    scored = rows.scored(record)
     for key in summary(schema):
         value = record.get(key)
-        if value is not None:
+        if key == "examples" and scored:
+            lines.append({"": key, "value": scored})
+        elif value is not None:
             lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
+        if key == "metric" and rows.sampling(record):
+            low, high = record["metric_interval"]
+            lines.append({"": "95 % interval", "value": f"{human.score(low)} to {human.score(high)}"})
+    for step, loss, metric in rows.validation(record)[-1:]:
+        lines.append({"": "validation", "value": f"{human.score(metric)}, loss {human.score(loss)}, at step {step:,}"})
     print_table(lines, console)
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
