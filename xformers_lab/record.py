@@ -26,6 +26,8 @@ STATUSES = {
 SETTLED = ("ok", "nan")
 # What a check says of a config that cannot be: no row ends so, since the command ends, or the row is "refused".
 IMPOSSIBLE = "impossible"
+# What a worker says of a cell that another process trains: no row ends so, since a comparison waits for it.
+HELD = "held"
 
 # Keys that say where a row stands on a page; every other varied key is part of the name of its series.
 PLACES = ("task", "pass", "seq_len", "seed", "kind")

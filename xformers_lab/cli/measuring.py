@@ -62,7 +62,7 @@ def _compare(chosen: argparse.Namespace) -> int:
         print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
         with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
             callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, ended=records, **callbacks)
+            rows = run.compare(cells, varied, worker, ended=records, announce=announce, **callbacks)
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
