@@ -3,9 +3,12 @@
 import math
 import statistics
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from xformers_lab.record import Record, figures, summary
 from xformers_lab.report import human, rows
@@ -13,17 +16,59 @@ from xformers_lab.report.table import put
 
 # Into how many parts of a sequence its figures are gathered.
 PARTS = 8
+# Between two columns, and what a column of sentences needs at least to be read.
+GAP, LEAST_ROOM = 2, 32
 
 
 def print_table(rows: list[dict], console: Console | None = None) -> None:
-    """Any rows with the same keys, as a table."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    """Any rows with the same keys, as a table.
+
+    Where a terminal is too narrow, the longest column alone is wrapped; where that leaves it too little room, it and as
+    many others as it takes stand below their row, so that no word is cut.
+    """
+    console = console or Console()
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    for key in keys:
-        table.add_column(key, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
-    put(table, console or Console())
+    texts = [{key: human.plain(_word(row.get(key, ""))) for key in keys} for row in rows]
+    widths = {key: max(map(cell_len, [key, *(row[key] for row in texts)])) for key in keys}
+    beside, below, wrapped = keys, [], None
+    if console.is_terminal and keys:
+        beside, below, wrapped = _arranged(widths, console.width)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in beside:
+        table.add_column(Text(key), no_wrap=key != wrapped, overflow="fold")
+    if not below:
+        for row in texts:
+            table.add_row(*(Text(row[key]) for key in beside))
+        put(table, console)
+        return
+    for key in beside:
+        table.columns[beside.index(key)].min_width = widths[key]
+    put(table, console)
+    for row in texts:
+        line = Table(box=None, pad_edge=False, show_header=False)
+        for key in beside:
+            line.add_column(min_width=widths[key], no_wrap=True)
+        line.add_row(*(Text(row[key]) for key in beside))
+        put(line, console)
+        said = [f"{key} {row[key]}".strip() for key in below[1:] if row[key]]
+        for words in (" · ".join(said), row[below[0]]):
+            if words:
+                console.print(Padding(Text(words, style="dim"), (0, 0, 0, 4)))
+
+
+def _arranged(widths: dict[str, int], room: int) -> tuple[list[str], list[str], str | None]:
+    """The columns beside each other, those below them, the longest first, and the one that is wrapped."""
+    beside, below = list(widths), []
+    total = lambda: sum(widths[key] + GAP for key in beside) - GAP
+    longest = max(widths, key=widths.__getitem__)
+    if total() <= room:
+        return beside, below, None
+    if total() - widths[longest] + LEAST_ROOM <= room:
+        return beside, below, longest
+    while len(beside) > 1 and total() > room:
+        below.append(max(beside[1:], key=widths.__getitem__))  # the first column names the row
+        beside.remove(below[-1])
+    return beside, below, beside[0]
 
 
 def print_page(page: dict, console: Console | None = None) -> None:
