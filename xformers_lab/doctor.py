@@ -12,7 +12,8 @@ _BUSY = "; something else is busy here: no time measured now is to be trusted, s
 
 
 def examine() -> list[dict]:
-    """Findings as {what, found, ok}; a finding that is not ok says what to do."""
+    """Findings as {what, found, ok}; a finding that is not ok says what to do. ok is None of what may be otherwise in a
+    minute: other work on the machine, beside which nothing should be timed."""
     import jax
 
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
@@ -31,7 +32,7 @@ def _cores() -> dict:
     cores, load = hardware.cores() or 1, hardware.load()
     free = load is None or load <= max(1.0, cores / 2)
     said = "" if load is None else f", load {load:.1f}"
-    return {"what": "cores", "found": f"{cores}{said}{'' if free else _BUSY}", "ok": free}
+    return {"what": "cores", "found": f"{cores}{said}{'' if free else _BUSY}", "ok": free or None}
 
 
 def _timer() -> dict:
@@ -39,7 +40,7 @@ def _timer() -> dict:
     spread = _spread()
     quiet = spread <= record.BUSY
     ratio = f"median / minimum of a 512^3 product: {spread:.2f}"
-    return {"what": "timer noise", "found": ratio + ("" if quiet else _BUSY), "ok": quiet}
+    return {"what": "timer noise", "found": ratio + ("" if quiet else _BUSY), "ok": quiet or None}
 
 
 def _spread() -> float:

@@ -173,10 +173,10 @@ def test_train_resume_eval(capsys, tmp_path):
 
 
 def test_doctor(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.hardware, "load", lambda: 0.1)  # not what else is busy here
+    monkeypatch.setattr(doctor.hardware, "load", lambda: 99.0)
     monkeypatch.setattr(doctor, "_spread", lambda: 1.1)
-    findings = run(capsys, "doctor")
-    assert all(finding["ok"] for finding in findings)
+    findings = run(capsys, "doctor")  # other work on the machine is no fault of the installation
+    assert [finding["what"] for finding in findings if finding["ok"] is not True] == ["cores"]
     assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
 
 
