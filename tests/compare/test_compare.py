@@ -213,18 +213,19 @@ def two_cells(tmp_path, monkeypatch):
     """A comparison of two cells of which another process holds the first: compare(release) calls release() once the
     other cell is done -> the rows, and which cells were asked for."""
     monkeypatch.setattr(run, "PAUSE", 0.0)
-    cells, held, asked = [tiny(tmp_path, seed=seed) for seed in (0, 1)], [0], []
+    cells, held, asked, results = [tiny(tmp_path, seed=seed) for seed in (0, 1)], [0], [], {}
 
     def train(cell, worker, stepped):
         asked.append(cell.seed)
         return {"status": HELD, "reason": "process 1"} if cell.seed in held else {"status": "ok", "metric": cell.seed}
 
     monkeypatch.setattr(run, "_train", train)
+    monkeypatch.setattr(run, "stored", results.get)
 
     def compare(release):
         def finished(count, row):
             if count == 0:
-                release(cells[0], held)
+                release(cells[0], held, results)
 
         words = []
         with Worker() as worker:
@@ -246,17 +247,17 @@ def result(cell, **record):
 
 
 def test_a_cell_that_another_process_trains_is_left_to_it_and_its_record_taken(two_cells):
-    rows, asked = two_cells(lambda cell, held: result(cell, status="ok", metric=0.5))
+    rows, asked = two_cells(lambda cell, held, results: results.update({cell: {"status": "ok", "metric": 0.5}}))
     assert [row["metric"] for row in rows] == [0.5, 1] and asked == [0, 1]
 
 
 def test_a_cell_that_another_process_failed_meanwhile_is_a_row_and_not_tried_again(two_cells):
-    rows, asked = two_cells(lambda cell, held: result(cell, status="oom", reason="no room"))
+    rows, asked = two_cells(lambda cell, held, results: result(cell, status="oom", reason="no room"))
     assert [row["status"] for row in rows] == ["oom", "ok"] and rows[0]["reason"] == "no room" and asked == [0, 1]
 
 
 def test_a_cell_that_another_process_gave_up_is_trained_here(two_cells):
-    rows, asked = two_cells(lambda cell, held: held.clear())
+    rows, asked = two_cells(lambda cell, held, results: held.clear())
     assert [row["status"] for row in rows] == ["ok", "ok"] and asked == [0, 1, 0]
 
 

@@ -1,7 +1,7 @@
 """What must be known before the numbers are compared: written under the table and at the head of the page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from xformers_lab.record import BUSY
 from xformers_lab.report import human, rows
@@ -39,22 +39,36 @@ def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
 
 def _unequal(group: rows.Group) -> list[str]:
     """Widths, parameters and FLOPs that are not the same in all rows: a comparison of one thing is of these as well."""
-    widths = _differing({point.series: _value(point, "dim") for point in group.points if point.rows})
+    widths = _differing(_by_program(group.points, "dim"))
     lines = [f"Widths (dim) differ by more than 2 %: {widths}."] if widths else []
     for name, words in (("parameters", "Parameters"), ("flops", "FLOPs")):
         if apart := _at_lengths(group, name):
             lines.append(f"{words} differ by more than 2 %{apart}.")
-    grown = {}
-    for series in dict.fromkeys(point.series for point in group.points):
-        sizes = {
-            point.seq_len or 0: size for point in group.points if point.series == series and (size := _mean(point))
-        }
-        if sizes and max(sizes.values()) > UNEQUAL * min(sizes.values()):
-            grown[series] = sizes[max(sizes)] / sizes[min(sizes)]
+    lengths = [
+        _by_program([point for point in group.points if point.seq_len == at], "parameters") for at in group.lengths
+    ]
+    sizes = {program: [size[program] for size in lengths if program in size] for size in lengths for program in size}
+    grown = [f"{_times(mine[-1] / mine[0])} ({program})" for program, mine in sizes.items() if _unlike(mine)]
     if grown:
-        times = human.listing([f"{_times(ratio)} ({series})" for series, ratio in grown.items()], 4)
+        times = human.listing(grown, 4)
         lines.append(f"Parameters change with the length, from the shortest to the longest: {times}.")
     return lines
+
+
+def _by_program(points: Sequence[rows.Point], name: str) -> dict[str, float]:
+    """What each program has of a figure, or of a key of its config; rows that differ in their training alone have the
+    same. Without what is not known or not positive."""
+    known: dict[str, float] = {}
+    for point in points:
+        estimate = point.estimate(name)
+        number = estimate.mean if estimate else human.number(rows.value(point.rows[0], name)) if point.rows else None
+        if number is not None and number > 0:
+            known.setdefault(point.program, number)
+    return known
+
+
+def _unlike(numbers: Collection[float]) -> bool:
+    return bool(numbers) and max(numbers) > UNEQUAL * min(numbers)
 
 
 def _at_lengths(group: rows.Group, name: str) -> str:
@@ -62,10 +76,9 @@ def _at_lengths(group: rows.Group, name: str) -> str:
     nowhere."""
     lengths = {}
     for at in dict.fromkeys(point.seq_len for point in group.points):
-        figures = {point.series: _mean(point, name) for point in group.points if point.seq_len == at}
-        known = [value for value in figures.values() if value]
-        if known and max(known) > UNEQUAL * min(known):
-            lengths[at] = max(known) / min(known), figures
+        figures = _by_program([point for point in group.points if point.seq_len == at], name)
+        if _unlike(figures.values()):
+            lengths[at] = max(figures.values()) / min(figures.values()), figures
     if not lengths:
         return ""
     at = max(lengths, key=lambda length: lengths[length][0])
@@ -74,32 +87,21 @@ def _at_lengths(group: rows.Group, name: str) -> str:
     return f"{place}: {_differing(lengths[at][1])}{more}"
 
 
-def _differing(values: Mapping[str, float | None]) -> str:
-    """ "linformer 1.47 times full": the values that are not the first one's; empty where all agree within 2 %."""
-    known = {series: value for series, value in values.items() if value}
-    if not known or max(known.values()) <= UNEQUAL * min(known.values()):
+def _differing(known: Mapping[str, float]) -> str:
+    """ "linformer 1.47 times those of full": what is not the first one's; empty where all agree within 2 %."""
+    if not _unlike(known.values()):
         return ""
     first, *others = known
-    ratios = {series: known[series] / known[first] for series in others}
-    apart = {series: ratio for series, ratio in ratios.items() if not 1 / UNEQUAL <= ratio <= UNEQUAL}
+    ratios = {name: known[name] / known[first] for name in others}
+    apart = {name: ratio for name, ratio in ratios.items() if not 1 / UNEQUAL <= ratio <= UNEQUAL}
     # Two that differ from each other may each be close to the first.
     apart = apart or dict(sorted(ratios.items(), key=lambda item: item[1])[:: max(1, len(ratios) - 1)])
-    names = sorted(apart, key=lambda series: -abs(math.log(apart[series])))
-    return human.listing([f"{series} {_times(apart[series])}" for series in names]) + f" those of {first}"
+    names = sorted(apart, key=lambda name: -abs(math.log(apart[name])))
+    return human.listing([f"{name} {_times(apart[name])}" for name in names]) + f" those of {first}"
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times"
-
-
-def _mean(point: rows.Point, name: str = "parameters") -> float | None:
-    estimate = point.estimate(name)
-    return estimate.mean if estimate and estimate.mean > 0 else None
-
-
-def _value(point: rows.Point, key: str) -> float | None:
-    number = human.number(rows.value(point.rows[0], key))
-    return number if number and number > 0 else None
 
 
 def _busy(group: rows.Group) -> list[str]:
