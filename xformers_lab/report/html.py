@@ -196,8 +196,8 @@ def _best(group: rows.Group) -> dict[str, set]:
 def _what_is_bold(results: Sequence[dict]) -> str:
     where = "at its pass and length" if any(row.get("kind") == "bench" for row in results) else "at its task and length"
     means = ", by the mean over the seeds" if rows.seeds(results) > 1 else ""
-    tested = any(rows.tested(group) for group in rows.groups(results, ()))
-    return f"best {where}{means}" + (", or not told from it by the paired 95 % interval" if tested else "")
+    tested = max((rows.tested(group) for group in rows.groups(results, ())), key=len, default="")
+    return f"best {where}{means}{tested}"
 
 
 def _machines(results: Sequence[dict]) -> list[dict]:

@@ -291,10 +291,14 @@ def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
     ]
 
 
-def tested(group: Group) -> bool:
-    """Whether an interval stands behind what a group marks as the best: over seeds, rounds, or test examples."""
+def tested(group: Group) -> str:
+    """What a group marks beside the best, in words: what an interval over seeds, rounds or test examples does not tell
+    from it. Empty where there is none of these."""
     trials = [len(row["seconds_rounds"]) for row in group.rows if isinstance(row.get("seconds_rounds"), Sequence)]
-    return seeds(group.rows) > 1 or max(trials, default=0) > 1 or any(map(sampling, group.rows))
+    paired = seeds(group.rows) > 1 or max(trials, default=0) > 1
+    if not paired and not any(map(sampling, group.rows)):
+        return ""
+    return f", or not told from it by the {'paired ' if paired else ''}95 % interval"
 
 
 def seeds(rows: Iterable[dict]) -> int:

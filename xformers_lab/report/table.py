@@ -85,8 +85,7 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
     left_out = _fit(shown, console.width) if console.is_terminal else []
     _print_table([column for column in shown if column not in left_out], lines, console)
     if any(line.best for line in lines):
-        tested = ", or not told from it by the paired 95 % interval" if rows.tested(group) else ""
-        _say(console, f"* best at its length{tested}", "dim")
+        _say(console, f"* best at its length{rows.tested(group)}", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
     for note in notes.of_group(group):
