@@ -120,13 +120,15 @@ class Record:
     metric_name: str | None = fact("its name", always=KINDS, summary=True)
     higher_is_better: bool = fact("its direction")
     chance: float | None = fact("what guessing scores", summary=True)
-    majority: float | None = fact("the share of the most frequent class on the test split", summary=True)
-    examples: int = fact("how many examples the metric is taken on", summary=True)
-    examples_of: int | None = fact("how many the split has; None: it is endless")
-    metric_interval: Sequence[float] | None = fact("95 % interval [low, high] of the metric over the sampled examples")
     split: str = fact("what an evaluation scored: train, validation or test", summary=True)
     batches: int = fact("how many batches of it")
-    step: int = fact("the step that was evaluated, or after which a run was ended", summary=True)
+    examples: int = fact("how many examples of the split were scored")
+    examples_of: int | None = fact("how many it has, None where they are drawn without end")
+    metric_interval: Sequence[float] | None = fact(
+        "where the metric of all its examples lies with 95 %, None where all were scored"
+    )
+    majority: float | None = fact("the share of the most frequent answer, where the metric is accuracy")
+    step: int = fact("the step that the metric is of, or after which a run was ended")
 
     tokens_per_second: float | None = figure(
         "tokens/s",

@@ -407,20 +407,5 @@ def test_validation_and_the_step_of_a_metric_are_in_the_summary_of_a_run():
     more = {"step": 300, "validation": [[100, 0.9, 0.5], [300, 0.31, 0.912]], "examples": 256, "examples_of": 1821}
     pages.print_record(cell(**more, metric_interval=[0.857, 0.931]), Console(file=page, width=80))
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in page.getvalue().splitlines()[1:])
-    assert lines["examples"] == "256 of 1,821" and lines["step"] == "300"
+    assert lines["examples"] == "256 of 1,821" and lines["after step"] == "300"
     assert lines["validation"] == "0.912, loss 0.310, at step 300" and lines["95 % interval"] == "0.857 to 0.931"
-
-
-# ---- lists on a terminal ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [30, 60, 80, 200])
-def test_a_list_cuts_no_word(width):
-    page, words = io.StringIO(), ["multi-head", "adaptive_span", "Sukhbaatar", "without"]
-    listed = [
-        {"name": "adaptive_span", "kind": "multi-head", "yes": True, "title": "Adaptive span, Sukhbaatar et al. " * 3},
-        {"name": "average", "kind": "without attention", "yes": False, "title": "A mean. " * 9},
-    ]
-    pages.print_table(listed, Console(file=page, width=width, force_terminal=True, color_system=None))
-    text = page.getvalue()
-    assert all(word in text for word in words) and max(map(len, text.splitlines())) <= max(width, 33)

@@ -3,12 +3,9 @@
 import math
 import statistics
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from xformers_lab.record import Record, figures, summary
 from xformers_lab.report import human, rows
@@ -16,59 +13,17 @@ from xformers_lab.report.table import put
 
 # Into how many parts of a sequence its figures are gathered.
 PARTS = 8
-# Between two columns, and what a column of sentences needs at least to be read.
-GAP, LEAST_ROOM = 2, 32
 
 
 def print_table(rows: list[dict], console: Console | None = None) -> None:
-    """Any rows with the same keys, as a table.
-
-    Where a terminal is too narrow, the longest column alone is wrapped; where that leaves it too little room, it and as
-    many others as it takes stand below their row, so that no word is cut.
-    """
-    console = console or Console()
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    texts = [{key: human.plain(_word(row.get(key, ""))) for key in keys} for row in rows]
-    widths = {key: max(map(cell_len, [key, *(row[key] for row in texts)])) for key in keys}
-    beside, below, wrapped = keys, [], None
-    if console.is_terminal and keys:
-        beside, below, wrapped = _arranged(widths, console.width)
+    """Any rows with the same keys, as a table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for key in beside:
-        table.add_column(Text(key), no_wrap=key != wrapped, overflow="fold")
-    if not below:
-        for row in texts:
-            table.add_row(*(Text(row[key]) for key in beside))
-        put(table, console)
-        return
-    for key in beside:
-        table.columns[beside.index(key)].min_width = widths[key]
-    put(table, console)
-    for row in texts:
-        line = Table(box=None, pad_edge=False, show_header=False)
-        for key in beside:
-            line.add_column(min_width=widths[key], no_wrap=True)
-        line.add_row(*(Text(row[key]) for key in beside))
-        put(line, console)
-        said = [f"{key} {row[key]}".strip() for key in below[1:] if row[key]]
-        for words in (" · ".join(said), row[below[0]]):
-            if words:
-                console.print(Padding(Text(words, style="dim"), (0, 0, 0, 4)))
-
-
-def _arranged(widths: dict[str, int], room: int) -> tuple[list[str], list[str], str | None]:
-    """The columns beside each other, those below them, the longest first, and the one that is wrapped."""
-    beside, below = list(widths), []
-    total = lambda: sum(widths[key] + GAP for key in beside) - GAP
-    longest = max(widths, key=widths.__getitem__)
-    if total() <= room:
-        return beside, below, None
-    if total() - widths[longest] + LEAST_ROOM <= room:
-        return beside, below, longest
-    while len(beside) > 1 and total() > room:
-        below.append(max(beside[1:], key=widths.__getitem__))  # the first column names the row
-        beside.remove(below[-1])
-    return beside, below, beside[0]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_word(row.get(key, ""))) for key in keys))
+    put(table, console or Console())
 
 
 def print_page(page: dict, console: Console | None = None) -> None:
@@ -109,22 +64,35 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
     """The record of one run or evaluation: what its summary tells."""
     shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
     lines = []
-    scored = rows.scored(record)
     for key in summary(schema):
         value = record.get(key)
-        if key == "examples" and scored:
-            lines.append({"": key, "value": scored})
-        elif value is not None:
+        if value is not None:
             lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
-        if key == "metric" and rows.sampling(record):
-            low, high = record["metric_interval"]
-            lines.append({"": "95 % interval", "value": f"{human.score(low)} to {human.score(high)}"})
-    for step, loss, metric in rows.validation(record)[-1:]:
-        lines.append({"": "validation", "value": f"{human.score(metric)}, loss {human.score(loss)}, at step {step:,}"})
+        if key == "metric":
+            lines += [{"": name, "value": words} for name, words in _of_metric(record).items() if words]
     print_table(lines, console)
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
         print_table(along(by_position), console)
+
+
+def _of_metric(record: dict) -> dict[str, str]:
+    """What else a summary tells of a metric, by name; empty words for what the record does not say."""
+    step, majority, validated = (
+        rows.scored_at(record),
+        human.number(record.get("majority")),
+        rows.validation(record)[-1:],
+    )
+    low, high = record["metric_interval"] if rows.sampling(record) else (None, None)
+    return {
+        "95 % interval": "" if low is None else f"{human.score(low)} to {human.score(high)}",
+        "examples": rows.scored(record),
+        "after step": "" if step is None else f"{step:,}",
+        "majority": "" if majority is None else human.score(majority),
+        "validation": "".join(
+            f"{human.score(metric)}, loss {human.score(loss)}, at step {at:,}" for at, loss, metric in validated
+        ),
+    }
 
 
 def along(by_position: dict[str, list]) -> list[dict]:
