@@ -34,10 +34,10 @@ def figures(cells: Sequence[dict]) -> list[dict]:
     """Name, note, side and path of a picture for each mechanism of the rows: all at one length, the shortest at which
     as many as can be look different. An image has the length of its rows."""
     ran: dict[_Kind, set[int]] = {}
+    first: dict[_Kind, _Kind] = {}  # of those that differ in their heads alone
     for row in cells:
         for kind, length in _kinds(row):
-            same = next((one for one in ran if one._replace(heads=kind.heads) == kind), kind)
-            ran.setdefault(same, set()).add(length)
+            ran.setdefault(first.setdefault(kind._replace(heads=0), kind), set()).add(length)
     kinds = list(ran)[:MOST]
     common = _length([kind for kind in kinds if kind.plane is None], ran)
     drawn = []

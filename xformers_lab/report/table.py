@@ -96,13 +96,12 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
 
 
 def _lines(group: rows.Group) -> list[Line]:
-    lines = []
+    lines, names = [], ("metric", group.speed)
+    lengths = {point.seq_len for point in group.points}
+    lead = {name: {id(point) for at in lengths for point in group.leading(at, name)} for name in names}
     for point in sorted(group.points, key=lambda point: point.seq_len or 0):
         if point.rows:
-            names = ("metric", group.speed)
-            lines.append(
-                Line(point.rows, frozenset(name for name in names if point in group.leading(point.seq_len, name)))
-            )
+            lines.append(Line(point.rows, frozenset(name for name in names if id(point) in lead[name])))
         lines += [Line([row]) for row in point.failed]
     return lines
 
