@@ -26,6 +26,10 @@ class BrokenChoice(UsageError):
     """A choice from outside the package raised what a choice should not: the message says what, and in which line."""
 
 
+class InUse(UsageError):
+    """Another process works in the folder of a run: it is to be waited for, or left to that one."""
+
+
 class Refused(ValueError):
     """A choice refuses an option, a size, or another choice beside it: the message says why, and what fits.
 

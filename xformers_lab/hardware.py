@@ -18,3 +18,11 @@ def processor() -> str:
 def cores() -> int | None:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def load() -> float | None:
+    """How many processes wanted a core of the machine, on average over the last minute; None where no system tells."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None

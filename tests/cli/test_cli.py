@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from xformers_lab import progress, spec
+from xformers_lab import doctor, progress, spec
 from xformers_lab.cli import main
 from xformers_lab.measure import speed
 
@@ -172,9 +172,11 @@ def test_train_resume_eval(capsys, tmp_path):
     assert scored["metric"] == pytest.approx(record["metric"])
 
 
-def test_doctor(capsys):
-    findings = run(capsys, "doctor")
-    assert all(finding["ok"] for finding in findings)
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setattr(doctor.hardware, "load", lambda: 99.0)
+    monkeypatch.setattr(doctor, "_spread", lambda: 1.1)
+    findings = run(capsys, "doctor")  # other work on the machine is no fault of the installation
+    assert [finding["what"] for finding in findings if finding["ok"] is not True] == ["cores"]
     assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
 
 

@@ -17,7 +17,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
     findings = doctor.examine()
     code = answer(chosen, findings, lambda: pages.print_table(findings))
-    return code if all(finding["ok"] for finding in findings) else 3
+    return 3 if any(finding["ok"] is False for finding in findings) else code
 
 
 def _list(chosen: argparse.Namespace) -> int:

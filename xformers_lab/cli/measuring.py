@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def _compare(chosen: argparse.Namespace) -> int:
         print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
         with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
             callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, ended=records, **callbacks)
+            rows = run.compare(cells, varied, worker, ended=records, announce=announce, **callbacks)
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
@@ -76,16 +75,10 @@ def _compare(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
+    from xformers_lab.report import saved
+
     path = pathlib.Path(chosen.runs) / "compare.json"
-    try:
-        saved = json.loads(path.read_text())
-        rows, varied, command = saved["rows"], saved["varied"], saved["command"]
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no comparison there yet; run xlab compare, or name its folder with --runs") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again"
-        ) from None
+    rows, varied, command = saved.read(path)
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
     _write_csv(rows, varied, chosen.csv)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(f"report: {out}"))

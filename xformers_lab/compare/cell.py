@@ -5,8 +5,8 @@ import functools
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import BrokenChoice, LabError, UsageError, in_words, ran_out_of_memory
-from xformers_lab.record import IMPOSSIBLE
+from xformers_lab.errors import BrokenChoice, InUse, LabError, UsageError, in_words, ran_out_of_memory
+from xformers_lab.record import HELD, IMPOSSIBLE
 from xformers_lab.supervise.worker import Tell
 
 
@@ -40,7 +40,8 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
 
 
 def train(tell: Tell, config: dict) -> dict:
-    """The record of one cell; a cell that cannot be trained gives a record that says why. Raises Interrupted."""
+    """The record of one cell; a cell that cannot be trained gives a record that says why, one that another process
+    trains HELD. Raises Interrupted."""
     cell = configs.from_dict(config)
     from xformers_lab.train import loop, work
 
@@ -50,6 +51,8 @@ def train(tell: Tell, config: dict) -> dict:
         raise
     except loop.Diverged as error:
         return error.record
+    except InUse as error:
+        return {"status": HELD, "reason": str(error)}
     except LabError as error:
         return {"status": getattr(error, "status", "failed"), "reason": str(error)}
     except Exception as error:

@@ -408,6 +408,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
         seconds_median=median,
+        **speed.disturbance(seconds),
         compile_seconds=compiled.compile_seconds,
         flops=compiled.flops,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),

@@ -20,7 +20,7 @@ import filelock
 import jax
 
 from xformers_lab import __version__, files, hardware
-from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.errors import InUse, RunFailed, UsageError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets")
 # Only these variables are recorded: an environment holds secrets.
@@ -103,7 +103,7 @@ def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
 
 @contextlib.contextmanager
 def locked(run_dir: pathlib.Path) -> Iterator[None]:
-    """This process alone works in the folder; raises UsageError at once where another one does. A dead one's lock is
+    """This process alone works in the folder; raises InUse at once where another one does. A dead one's lock is
     the system's to release."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
     except filelock.Timeout:
         owner = read_json(run_dir / "owner.json") or {}
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since {owner.get('since', '?')}"
-        raise UsageError(f"{run_dir}: {who}, is running this; wait for it, or stop it") from None
+        raise InUse(f"{run_dir}: {who}, is running this; wait for it, or stop it") from None
     except OSError as error:
         raise UsageError(f"{run_dir}: cannot be written ({error.strerror}); choose another folder with runs=") from None
     try:
