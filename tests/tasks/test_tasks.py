@@ -23,10 +23,18 @@ TASKS = spec.names("task")
 WORDS = ("good", "fair", "poor")
 # Tasks whose examples are so few at this length that a leak between splits would show at once.
 CROWDED = {
+    "addition": ("addition", 8),
+    "brackets": ("brackets:types=2:depth=1", 19),
     "copy": ("copy:symbols=4", 11),
+    "induction": ("induction:symbols=4", 7),
     "listops": ("listops:min_length=4:max_args=3", 6),
+    "modular": ("modular", 5),
     "mqar": ("mqar:pairs=2:vocab=14", 8),
     "needle": ("needle:symbols=8:noise=8", 5),
+    "parity": ("parity", 11),
+    "reverse": ("reverse:symbols=4", 11),
+    "selective_copy": ("selective_copy:symbols=6:count=4", 8),
+    "sort": ("sort:symbols=4", 11),
 }
 
 
@@ -192,6 +200,47 @@ def solve_copy(task, ids):
     return answers
 
 
+def solve_string(task, ids, order):
+    """The string's symbols, in this order, where they are asked for."""
+    answers = np.zeros_like(ids)
+    answers[task.half + 1 : 2 * task.half + 1] = order(ids[1 : task.half + 1])
+    return answers
+
+
+def solve_addition(task, ids):
+    """Python's own sum of the two numbers."""
+    left, right = task.decode(list(ids)).split("=")[0].split("+")
+    total = f"{int(left) + int(right):0{task.digits + 1}d}"
+    answers = np.zeros_like(ids)
+    answers[2 * task.digits + 1 : 3 * task.digits + 2] = list(map(int, total[::-1] if task.reverse else total))
+    return answers
+
+
+def solve_brackets(task, ids):
+    """The innermost bracket that is still open."""
+    still, answers = [], []
+    for token in ids:
+        if token < task.types:
+            still.append(token)
+        else:
+            assert still.pop() == token - task.types
+        assert len(still) <= task.depth
+        answers.append(still[-1] if still else 0)
+    return answers
+
+
+def solve_induction(task, ids):
+    first, last = np.flatnonzero(ids == 0)
+    assert last == len(ids) - 1
+    return np.full_like(ids, ids[first + 1])
+
+
+def solve_selective_copy(task, ids):
+    answers = np.zeros_like(ids)
+    answers[ids == 1] = ids[ids > 1]
+    return answers
+
+
 def solve_mqar(task, ids):
     values = dict(zip(ids[0 : 2 * task.pairs : 2], ids[1 : 2 * task.pairs : 2], strict=True))
     return [values.get(token, 0) for token in ids]
@@ -203,10 +252,18 @@ def solve_needle(task, ids):
 
 
 ORACLES = {
+    "addition": solve_addition,
+    "brackets": solve_brackets,
     "copy": solve_copy,
+    "induction": solve_induction,
     "listops": lambda task, ids: evaluate(decode(ids)),
+    "modular": lambda task, ids: eval(task.decode(list(ids))) % task.modulus,
     "mqar": solve_mqar,
     "needle": solve_needle,
+    "parity": lambda task, ids: ids.sum() % 2,
+    "reverse": lambda task, ids: solve_string(task, ids, lambda string: string[::-1]),
+    "selective_copy": solve_selective_copy,
+    "sort": lambda task, ids: solve_string(task, ids, np.sort),
     "text": lambda task, ids: task.corpus.classes.index(bytes((ids[ids > 0] - 1).tolist()).split()[-1].decode()),
 }
 
@@ -218,6 +275,14 @@ def guess_value(task, batch, rng):
 
 
 GUESSES = {
+    "addition": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
+    "brackets": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "induction": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
+    "modular": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "parity": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "reverse": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
+    "selective_copy": lambda task, batch, rng: rng.integers(2, task.outputs, batch.targets.shape),
+    "sort": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "copy": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "listops": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
     "mqar": guess_value,
@@ -252,6 +317,19 @@ def test_a_task_says_what_it_is(name, choice):
         ("copy", 2, "seq_len=3"),
         ("copy", 6, "longer seq_len"),
         ("copy:symbols=1", 64, "symbols=2"),
+        ("reverse:symbols=1", 64, "symbols=2"),
+        ("addition", 4, "seq_len=8"),
+        ("addition:reverse=maybe", 64, "true or false"),
+        ("brackets:types=1", 64, "types=2"),
+        ("brackets:depth=0", 64, "depth=1"),
+        ("brackets", 4, "longer seq_len"),
+        ("induction", 2, "seq_len=3"),
+        ("induction:symbols=1", 64, "symbols=2"),
+        ("modular:modulus=1", 64, "modulus=2"),
+        ("modular", 3, "longer seq_len"),
+        ("parity", 9, "longer seq_len"),
+        ("selective_copy:count=33", 64, "1 to 32"),
+        ("selective_copy:symbols=1", 64, "symbols=2"),
         ("needle", 1, "seq_len=1"),
         ("needle", 2, "longer seq_len"),
         ("needle:symbols=1", 64, "symbols=2"),
