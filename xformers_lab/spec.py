@@ -351,11 +351,17 @@ def _is_file(name: str) -> bool:
     return name.endswith(".py") or "/" in name
 
 
+def module_of(path: pathlib.Path) -> str:
+    """The name that the module of a Python file has once it is imported. It is the path's own, for two files may be
+    called alike, and a module that Python knows is never hidden."""
+    path = path.expanduser().resolve()
+    return f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
+
+
 @functools.cache
 def _from_file(path: pathlib.Path) -> types.ModuleType:
-    # Registered as an import would: dataclasses and annotations look their module up. The name is the path's own, for
-    # two files may be called alike, and a module that Python knows is never hidden.
-    name = f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
+    # Registered as an import would: dataclasses and annotations look their module up.
+    name = module_of(path)
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(module_spec)

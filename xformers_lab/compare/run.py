@@ -13,7 +13,7 @@ from xformers_lab import config as configs
 from xformers_lab import files, spec
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
-from xformers_lab.record import IMPOSSIBLE, SETTLED, Record, blank
+from xformers_lab.record import IMPOSSIBLE, SETTLED, Record, blank, broken
 from xformers_lab.supervise.process import Ended, Worker
 
 
@@ -61,9 +61,10 @@ def stored(cell: Config) -> dict | None:
     path = configs.folder(cell) / "result.json"
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("status") in SETTLED else None
+    known = isinstance(record, dict) and record.get("status") in SETTLED and not broken(record, configs.identity(cell))
+    return {key: value for key, value in record.items() if key != "seal"} if known else None
 
 
 def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:

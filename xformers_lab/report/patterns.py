@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from xformers_lab import catalogue, drawing, spec
+from xformers_lab import catalogue, drawing, sources, spec
 from xformers_lab import config as configs
 from xformers_lab.errors import LabError
 from xformers_lab.nn.size import Size
@@ -28,8 +28,11 @@ def figures(cells: Sequence[dict]) -> list[dict]:
 
 
 def _config(row: dict) -> configs.Config | None:
-    """The config of a row; None where it has none, or one of another version of the laboratory."""
+    """The config of a row; None where it has none, one of another version of the laboratory, or one that names code
+    outside the package that this process has not imported: a page runs nobody's code for a picture."""
     try:
+        if not sources.loaded(row["config"]):
+            return None
         return configs.from_dict(row["config"])
     except (KeyError, TypeError, LabError):
         return None

@@ -19,12 +19,12 @@ def run(tell: Tell, config: dict) -> dict:
     return loop.run(chosen, **watched(tell, chosen))
 
 
-def resume(tell: Tell, run_dir: str) -> dict:
+def resume(tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False) -> dict:
     """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
-    chosen = configs.stored(pathlib.Path(run_dir) / "config.json")
+    chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
     from xformers_lab.train import loop
 
-    return loop.resume(run_dir, **watched(tell, chosen))
+    return loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **watched(tell, chosen))
 
 
 def watched(tell: Tell, config: configs.Config) -> dict[str, Any]:
