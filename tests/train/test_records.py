@@ -192,7 +192,7 @@ def test_a_seal_is_of_the_content_and_not_of_its_form(finished):
     record = json.loads((finished[0] / "result.json").read_text())
     assert broken(dict(reversed(record.items())), record["id"]) is None
     assert "no seal" in str(broken({key: record[key] for key in record if key != "seal"}, record["id"]))
-    assert "seal" not in finished[1] and sealed(finished[1]) == record
+    assert finished[1] == record == sealed(record) and "seal" not in grid.row(config_of(finished[0]), record, [])
 
 
 def test_a_folder_under_another_runs_name_is_refused(half):
@@ -328,8 +328,11 @@ def test_links_are_not_followed(tmp_path):
 def test_a_folder_in_use_is_refused_before_jax_is_imported(half):
     script = "import sys; from xformers_lab.cli import main; code = main(sys.argv[1:]); "
     script += "sys.exit(9 if 'jax' in sys.modules else code)"
+    words = ["task=copy", "dim=8", f"runs={half.parents[1]}"]
+    records.typed(words)
     with records.locked(half):
-        ran = subprocess.run(
-            [sys.executable, "-c", script, "resume", str(half)], capture_output=True, text=True, check=False
-        )
-    assert ran.returncode == 2 and f"process {os.getpid()}" in ran.stderr and "is running this" in ran.stderr
+        for command in (["resume", str(half)], ["train", *words]):
+            ran = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+            assert ran.returncode == 2 and f"process {os.getpid()}" in ran.stderr and "is running this" in ran.stderr
+    records.typed([])
+    records.refuse_if_typed(words, half.parents[1])

@@ -14,9 +14,11 @@ SEARCHING = ("length_penalty",)
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    runs = [word.partition("=")[2] for word in chosen.words if word.startswith("runs=")]
+    records.refuse_if_typed(chosen.words, configs.spec.located((runs or ["runs"])[-1], "runs"))
     config = configs.single(chosen.words, trust=chosen.trust)
     title = f"{config.task} · {config.model.attention} · {config.seq_len}"
-    job = {"stall": config.stall, "config": configs.to_dict(config)}
+    job = {"stall": config.stall, "config": configs.to_dict(config), "words": chosen.words}
     return _trained(chosen, title, configs.folder(config), "train.work.run", job)
 
 

@@ -64,7 +64,7 @@ def stored(cell: Config) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     known = isinstance(record, dict) and record.get("status") in SETTLED and not broken(record, configs.identity(cell))
-    return {key: value for key, value in record.items() if key != "seal"} if known else None
+    return record if known else None
 
 
 def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:
@@ -72,7 +72,9 @@ def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Re
     shown = dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])
     keys = {key: configs.get(cell, key) for key in shown}
     about = {"kind": "compare", "config": configs.to_dict(cell), "run_dir": str(configs.folder(cell))}
-    return {**blank("compare", schema), **record, **keys, **about}
+    row = {**blank("compare", schema), **record, **keys, **about}
+    row.pop("seal", None)  # it is of the record alone
+    return row
 
 
 def compare(

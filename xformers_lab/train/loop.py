@@ -444,7 +444,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
     ).to_dict()
     record = sealed(records.finite(json.loads(json.dumps(record))))
     records.write_json(job.run_dir / "result.json", record)
-    return {key: value for key, value in record.items() if key != "seal"}
+    return record
 
 
 def _declared(task: Task) -> dict:
@@ -487,7 +487,7 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task], config: Config | No
             f"{run_dir}: its result is of other data ({key} was {was.get(key)}, is {now.get(key)}): give these back, "
             "delete that folder to train again, or choose another one with runs="
         )
-    return {key: value for key, value in record.items() if key != "seal"}
+    return record
 
 
 def _named_rightly(config: Config, run_dir: pathlib.Path) -> None:

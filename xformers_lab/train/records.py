@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -141,6 +141,12 @@ def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
 
 
 _HELD: dict[pathlib.Path, int] = {}  # folders that this process works in -> an open descriptor of each
+_WORDS: list[str] = []  # what its command was given
+
+
+def typed(words: Sequence[str]) -> None:
+    """Have owner.json tell the words that the command of this process was given; see `refuse_if_typed`."""
+    _WORDS[:] = words
 
 
 @contextlib.contextmanager
@@ -158,7 +164,8 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
     try:
         _HELD[run_dir] = os.open(run_dir, os.O_RDONLY)  # while it is open no other folder gets its number
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(run_dir / "owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "words": _WORDS}
+        write_json(run_dir / "owner.json", owner)
         yield
     finally:
         with contextlib.suppress(RunFailed):
@@ -180,6 +187,17 @@ def refuse_if_in_use(run_dir: pathlib.Path) -> None:
         raise _in_use(run_dir) from None
     except OSError:  # `locked` says why
         pass
+
+
+def refuse_if_typed(words: Sequence[str], runs: pathlib.Path) -> None:
+    """Raises UsageError where a process that was given the same words works in a run's folder under `runs`: which one
+    they stand for, imports alone tell. Words that name files are left to these, since what is in them may change."""
+    words = list(words)
+    if any("@" in word or "/" in word or ".py" in word for word in words if not word.startswith("runs=")):
+        return
+    for path in runs.glob("*/*/owner.json"):
+        if (read_json(path) or {}).get("words") == words:
+            refuse_if_in_use(path.parent)
 
 
 def still_there(run_dir: pathlib.Path) -> None:

@@ -1,14 +1,16 @@
 """What a worker does for train and resume, and how it says so."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.supervise.worker import Tell
+from xformers_lab.train import records
 
 
-def run(tell: Tell, config: dict) -> dict:
-    """Check a config, then train it; -> the record. Raises as `loop.run` does."""
+def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
+    """Check a config, of which `words` were typed, then train it; -> the record. Raises as `loop.run` does."""
     chosen = configs.from_dict(config)
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
@@ -16,6 +18,7 @@ def run(tell: Tell, config: dict) -> dict:
     check_config(chosen)
     from xformers_lab.train import loop
 
+    records.typed(words)
     return loop.run(chosen, **watched(tell, chosen))
 
 
