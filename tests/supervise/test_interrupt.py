@@ -76,6 +76,20 @@ def test_a_signal_while_it_compiles_does_not_wait_for_the_compiler(tmp_path):
         assert running.stderr is not None and "interrupted" in running.stderr.read()
 
 
+def test_a_signal_ends_a_command_in_native_code():
+    """Such as a compilation for `eval`, which returns to no handler."""
+    script = "import ctypes; from xformers_lab.supervise.interrupt import ending; print('ready', flush=True)\n"
+    script += "with ending('xlab eval'):\n    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
+    script += "    print('in it', flush=True)\n    [library.pthread_mutex_lock(lock) for _ in range(2)]"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        while running.stdout.readline() != b"in it\n":
+            pass
+        time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(5) == 130 and running.stderr.read() == b"\nxlab eval: interrupted\n"
+
+
 def test_what_heard_signals_before_hears_them_again():
     before = signal.getsignal(signal.SIGINT), signal.set_wakeup_fd(-1)
     with ending("xlab"), listening() as asked:

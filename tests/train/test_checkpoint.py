@@ -167,6 +167,24 @@ def test_another_run_or_model_is_refused(run_dir):
         checkpoint.restore(run_dir, full, ABOUT)
 
 
+def test_what_changed_is_named(tmp_path):
+    details = {"config": {"lr": 0.001, "batch": 8, "attention source": ["a"]}, "data": {"files": ["a.txt"], "size": 3}}
+    checkpoint.save(tmp_path, 5, {"x": jnp.float32(1)}, ABOUT | {"details": details})
+    like = {"x": jax.ShapeDtypeStruct((), jnp.float32, sharding=target()["half"].sharding)}
+    changed = {
+        "config": {"lr": 0.01, "batch": 8, "attention source": ["b"], "clip": 1.0},
+        "data": {"files": ("b.txt",)},
+    }
+    words = r"another config \(the attention source changed, lr was 0.001, is 0.01, clip was None, is 1.0\)"
+    with pytest.raises(UsageError, match=words):
+        checkpoint.restore(tmp_path, like, ABOUT | {"config": "other", "details": changed})
+    with pytest.raises(
+        UsageError, match=r"another data \(files was \['a.txt'\], is \['b.txt'\], size was 3, is None\)"
+    ):
+        checkpoint.restore(tmp_path, like, ABOUT | {"data": "other", "details": changed})
+    assert checkpoint.restore(tmp_path, like, ABOUT | {"details": changed})[1] == 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_are_never_saved(run_dir, value):
     state = state_of(15)

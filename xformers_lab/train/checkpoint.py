@@ -133,8 +133,8 @@ def restore(run_dir: pathlib.Path, target: Any, about: dict) -> tuple[Any, int]:
         return state, step
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in damage)
     raise IntegrityError(
-        f"{run_dir}: no checkpoint verifies ({reasons or 'there is none'}); start again with "
-        f"xlab resume {run_dir} --from-scratch"
+        f"{run_dir}: no checkpoint verifies ({reasons or 'there is none'}); delete that folder and "
+        f"start again with xlab train, or leave it and start again with xlab resume {run_dir} --from-scratch"
     )
 
 

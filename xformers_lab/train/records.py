@@ -73,20 +73,22 @@ def finite(value: Any) -> Any:
 
 
 def append(run_dir: pathlib.Path, line: dict) -> None:
-    """Add a line to metrics.jsonl, which `cut` has made; raises RunFailed where it cannot be written."""
+    """Add a line to metrics.jsonl; raises RunFailed where it cannot be written."""
     still_there(run_dir)
     path = run_dir / "metrics.jsonl"
     try:
-        # Nothing is made anew: a file that is gone took the lines before this one with it.
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "a", encoding="utf-8") as file:
+        # A run that is under way makes no new file: one that is gone took the lines before this one with it.
+        made = 0 if run_dir in _HELD else os.O_CREAT
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | made, 0o666)
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def read(run_dir: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl that are whole, each step once, in order of steps; see `missing`. Raises UsageError
-    where the file cannot be read."""
+    """The lines of metrics.jsonl that are whole, in order of steps; see `missing`. Raises UsageError where the file
+    cannot be read."""
     path = run_dir / "metrics.jsonl"
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -94,13 +96,13 @@ def read(run_dir: pathlib.Path) -> list[dict]:
         return []
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = {}
+    lines = []
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if _is_line(line):
-                lines[line["step"]] = line
-    return [lines[step] for step in sorted(lines)]
+                lines.append(line)
+    return sorted(lines, key=lambda line: line["step"])
 
 
 def _is_line(line: Any) -> bool:
@@ -132,7 +134,7 @@ def missing(run_dir: pathlib.Path, step: int) -> str:
 
 def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
     """Keep the lines up to `step`, each step once -> these lines."""
-    lines = [line for line in read(run_dir) if line["step"] <= step]
+    lines = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
     _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
