@@ -6,6 +6,7 @@ rows of a comparison, only names things, and names may lead to code that somebod
 
 import hashlib
 import importlib.machinery
+import importlib.util
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ def differing(tree: Any, trusted: Mapping[str, Any]) -> str | None:
 
 def loaded(tree: Any) -> bool:
     """Whether all that a mapping names outside the package is imported already."""
-    names = (spec.module_of(pathlib.Path(name)) if name.endswith(".py") else name for name in of(tree))
+    names = (spec.module_of(_located(name)) if _is_python(name) else name for name in of(tree))
     return all(name in sys.modules for name in names)
 
 
@@ -60,7 +61,7 @@ def _chosen(text: str) -> Iterator[str]:
         choice = spec.parse(text)
     except UsageError:  # so it is refused before it is looked up
         return
-    if choice.name.endswith(".py") or "." in choice.name:
+    if "." in choice.name:
         yield choice.name
     for key, option in choice.options.items():
         if key != "path":  # data, which may well be Python's text
@@ -68,7 +69,7 @@ def _chosen(text: str) -> Iterator[str]:
 
 
 def _digest(name: str) -> str | None:
-    files = [_located(name)] if name.endswith(".py") else _module_files(name)
+    files = [_located(name)] if _is_python(name) else _module_files(name)
     whole = hashlib.sha256()
     try:
         for file in files:
@@ -76,6 +77,11 @@ def _digest(name: str) -> str | None:
     except (OSError, ValueError):
         return None
     return whole.hexdigest() if files else None
+
+
+def _is_python(name: str) -> bool:
+    """Whether it names a Python file: the path's own suffix, for a/b.py/ and a/b.py/. are a/b.py."""
+    return _located(name).suffix == ".py"
 
 
 def _located(name: str) -> pathlib.Path:
@@ -95,7 +101,10 @@ def _module_files(name: str) -> list[pathlib.Path]:
     where = [*([] if str(pathlib.Path.cwd()) in sys.path else [str(pathlib.Path.cwd())]), *sys.path]
     for count in range(1, len(parts) + 1):
         try:
-            spot = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), where)
+            whole = ".".join(parts[:count])
+            spot = importlib.machinery.PathFinder.find_spec(whole, where)
+            if spot is None and count == 1:  # an outermost one is not run by being looked for
+                spot = importlib.util.find_spec(whole)
         except (ImportError, ValueError):
             break
         if spot is None:

@@ -220,7 +220,7 @@ def test_a_folder_may_have_any_name(tmp_path, name):
     run_dir = tmp_path / name
     run_dir.mkdir()
     (tmp_path / "aXb").mkdir()  # what a pattern would match too
-    checkpoint.check_place(run_dir, 10)
+    checkpoint.check_place(run_dir, 10, 0)
     for step in (5, 10):
         checkpoint.save(run_dir, step, state_of(step), ABOUT)
     state, step = checkpoint.restore(run_dir, target(), ABOUT)
@@ -232,9 +232,9 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 def test_a_folder_that_orbax_cannot_write_to_is_refused_before_anything_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "t[]"))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    checkpoint.check_place(tmp_path / "plain", 10)
+    checkpoint.check_place(tmp_path / "plain", 10, 0)
     with pytest.raises(UsageError, match="choose another folder"):
-        checkpoint.check_place(tmp_path / "p [v2]", 10)
+        checkpoint.check_place(tmp_path / "p [v2]", 10, 0)
 
 
 def test_a_checkpoint_under_another_number_is_damaged(run_dir, caplog):
@@ -262,10 +262,12 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(run_dir, tmp_path):
     checkpoint.verify(parent / "10")
     for step, ok in ((11, True), (12, False), (13, False), (77, False)):
         if ok:
-            checkpoint.check_place(run_dir, step)
+            checkpoint.check_place(run_dir, step, 0)
         else:
             with pytest.raises(UsageError, match="none of this run's; move it away"):
-                checkpoint.check_place(run_dir, step)
+                checkpoint.check_place(run_dir, step, 0)
+            with pytest.raises(UsageError, match="none of this run's; move it away"):
+                checkpoint.check_place(run_dir, 80, step)
             with pytest.raises(RunFailed, match="move it away"):
                 checkpoint.save(run_dir, step, state_of(step), ABOUT)
     assert {path: path.lstat().st_mtime_ns for path in before} == before

@@ -71,6 +71,15 @@ def test_without_its_checkpoints_a_run_starts_again_only_if_told_to(half, finish
     assert {key: record[key] for key in SAME} == {key: finished[1][key] for key in SAME}
 
 
+def test_a_run_that_ended_and_lost_its_checkpoints_says_so(done):
+    shutil.rmtree(done / "checkpoints")
+    assert loop.resume(done)["status"] == "ok"  # its record
+    with pytest.raises(UsageError, match=r"holds no checkpoint; xlab resume .* --from-scratch makes one"):
+        loop.evaluate(done)
+    loop.resume(done, from_scratch=True)
+    assert loop.evaluate(done)["step"] == 6
+
+
 def test_train_says_that_it_starts_again(half, caplog):
     shutil.rmtree(half / "checkpoints")
     loop.run(config_of(half))
@@ -248,6 +257,7 @@ def test_code_that_changed_since_it_was_trained_is_not_run(tmp_path):
     "choice",
     [
         {"attention": "{path}"},
+        {"attention": "{path}/."},
         {"attention": "full+{path}:window=3"},
         {"attention": "full,({path})"},
         {"attention": ["full", "{path}"]},
@@ -268,7 +278,7 @@ def test_a_file_that_names_code_runs_none(half, evil, monkeypatch, choice):
     tree = fill(choice)
     (half / "config.json").write_text(json.dumps(tree))
     for use in (loop.resume, loop.evaluate, loop.load):
-        with pytest.raises(UsageError, match=r"mine.py, of which no source is stored"):
+        with pytest.raises(UsageError, match=r"mine.py(/.)?, of which no source is stored"):
             use(half)
     with pytest.raises(UsageError, match=r"names code outside the package .*mine.py.*--trust"):
         configs.sweep([f"@{half / 'config.json'}"])

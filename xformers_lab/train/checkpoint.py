@@ -41,14 +41,17 @@ class Damaged(Exception):
     """A checkpoint that does not verify; the message names the file."""
 
 
-def check_place(run_dir: pathlib.Path, last: int) -> None:
-    """Raises UsageError where no checkpoint up to step `last` could be saved, before anything trains."""
+def check_place(run_dir: pathlib.Path, last: int, every: int) -> None:
+    """Raises UsageError where the checkpoint of step `last`, or of one of `every` so many (0: none), could not be
+    saved, before anything trains."""
     parent = run_dir / "checkpoints"
     if os.path.lexists(parent) and not parent.is_dir():
         raise UsageError(f"{parent}: checkpoints go there, and it is no folder; move it away")
     for path in parent.glob("*"):
-        if STEP.fullmatch(path.name) and int(path.name) <= last and not _written(path):
-            raise UsageError(f"{path}: a checkpoint may go there, and it is none of this run's; move it away")
+        step = int(path.name) if STEP.fullmatch(path.name) else -1
+        due = step == last or (every > 0 and 0 < step < last and step % every == 0)
+        if due and not _written(path):
+            raise UsageError(f"{path}: a checkpoint goes there, and it is none of this run's; move it away")
     try:
         with _plain(parent):
             pass

@@ -211,7 +211,7 @@ def _run(
     with records.locked(run_dir), contextlib.ExitStack() as stack:
         if (record := _finished(config, run_dir, from_scratch)) is not None:
             return record
-        checkpoint.check_place(run_dir, config.train.steps)
+        checkpoint.check_place(run_dir, config.train.steps, config.train.save_every)
         saved = checkpoint.steps(run_dir)
         if saved and not resume:
             raise UsageError(
