@@ -197,6 +197,12 @@ def test_an_edited_result_is_refused(done, change):
     assert loop.resume(done)["metric"] != 1.0  # made again, from the last checkpoint
 
 
+def test_a_result_that_cannot_be_read_is_made_again_and_said(done, finished, caplog):
+    (done / "result.json").write_text('{"id": ')
+    assert loop.resume(done)["metric"] == finished[1]["metric"]
+    assert "result.json: cannot be read, so it is made again" in caplog.text
+
+
 def test_a_seal_is_of_the_content_and_not_of_its_form(finished):
     record = json.loads((finished[0] / "result.json").read_text())
     assert broken(dict(reversed(record.items())), record["id"]) is None

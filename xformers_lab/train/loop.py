@@ -221,9 +221,9 @@ def _run(
         try:
             job = prepare(config, run_dir)
             state, step = _start(job, strict, from_scratch)
-            records.write_json(run_dir / "config.json", configs.to_dict(config))
             if outside := sources.of(configs.to_dict(config)):
                 records.write_json(run_dir / "sources.json", outside)
+            records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
             return _train(job, state, step, lambda: stack.enter_context(listening(stop)), progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -472,7 +472,10 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task], config: Config | No
     """The record of a run that came to its end, a non-finite loss too; raises UsageError where it is of other data than
     those of task() now, IntegrityError where it is not the run's own: that of `config`, by default that of the id that
     the folder has for a name."""
-    record = records.read_json(run_dir / "result.json") or {}
+    record = records.read_json(run_dir / "result.json")
+    if record is None and (run_dir / "result.json").exists():
+        logging.getLogger(__name__).warning("%s: cannot be read, so it is made again", run_dir / "result.json")
+    record = record or {}
     if record.get("status") not in SETTLED:
         return None
     identity = run_dir.name if config is None else configs.identity(config)

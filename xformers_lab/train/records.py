@@ -153,12 +153,12 @@ def typed(words: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: pathlib.Path) -> Iterator[None]:
-    """This process alone works in the folder; raises UsageError at once where another one does. A dead one's lock is
+    """This process alone works in the folder; raises UsageError where another one does. A dead one's lock is
     the system's to release. Meanwhile `still_there` knows the folder again."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(run_dir)
-        lock.acquire()
+        lock.acquire(timeout=0.2, poll_interval=0.05)  # `refuse_if_in_use` of another process holds it for a moment
     except filelock.Timeout:
         raise _in_use(run_dir) from None
     except OSError as error:
