@@ -12,6 +12,7 @@ from test_train import tiny
 
 from xformers_lab import config as configs
 from xformers_lab import sources
+from xformers_lab.cli import main
 from xformers_lab.compare import run as grid
 from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError
@@ -290,6 +291,21 @@ def test_a_file_that_names_code_runs_none(half, evil, monkeypatch, choice):
         configs.sweep([f"@{half / 'config.json'}"])
     assert patterns.figures([{"config": tree}]) == []
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench", "show"])
+def test_commands_ask_for_trust(evil, capsys, command):
+    path, marker = evil
+    (path.parent / "c.toml").write_text(f"attention = {str(path)!r}\n")
+    assert main([command, f"@{path.parent}/c.toml", "task=copy"]) == 2
+    assert "names code outside the package" in capsys.readouterr().err and not marker.exists()
+
+
+def test_a_file_is_run_if_trusted(evil, capsys):
+    path, marker = evil
+    (path.parent / "c.toml").write_text(f"attention = {str(path)!r}\n")
+    assert main(["show", f"@{path.parent}/c.toml", "task=copy", "--trust"]) == 0
+    assert marker.exists() and str(path) in capsys.readouterr().out.replace("\n", "")
 
 
 def test_modules_are_code_too(tmp_path, monkeypatch, half):

@@ -141,10 +141,12 @@ def _train(cell: Config, worker: Worker, stepped: Callable[[int, int, float | No
 
 
 def _keep(cell: Config, record: dict) -> None:
-    """A cell that failed leaves its reason in its folder, in the place of an older one; the row has it in any case."""
+    """A cell that failed leaves its reason in its folder, in the place of an older one. No folder is made for it, since
+    one that is gone was moved away; the row has the reason in any case."""
     if record["status"] != "interrupted" and stored(cell) is None:
         with contextlib.suppress(OSError):
-            files.replace_text(configs.folder(cell) / "result.json", json.dumps(record, indent=2) + "\n")
+            text = json.dumps(record, indent=2) + "\n"
+            files.replace_text(configs.folder(cell) / "result.json", text, folder=False)
 
 
 def _try(folder: pathlib.Path) -> None:

@@ -77,7 +77,7 @@ def save(run_dir: pathlib.Path, step: int, state: Any, about: dict) -> pathlib.P
     fresh, old = (folder.with_name(f"{step}.{os.getpid()}.{end}") for end in ("new", "old"))
     records.still_there(run_dir)
     try:
-        folder.parent.mkdir(exist_ok=True)  # the run's folder itself is there, or was moved away
+        folder.parent.mkdir(parents=not records.works_in(run_dir), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             sync(run_dir / "metrics.jsonl")  # no checkpoint of a step whose line the disk does not hold
         for path in folder.parent.iterdir():

@@ -78,7 +78,7 @@ def append(run_dir: pathlib.Path, line: dict) -> None:
     path = run_dir / "metrics.jsonl"
     try:
         # A run that is under way makes no new file: one that is gone took the lines before this one with it.
-        made = 0 if run_dir in _HELD else os.O_CREAT
+        made = 0 if works_in(run_dir) else os.O_CREAT
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | made, 0o666)
         with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
@@ -191,6 +191,11 @@ def refuse_if_in_use(run_dir: pathlib.Path) -> None:
         pass
 
 
+def works_in(run_dir: pathlib.Path) -> bool:
+    """Whether this process has `locked` the folder."""
+    return run_dir in _HELD
+
+
 def refuse_if_typed(words: Sequence[str], runs: pathlib.Path) -> None:
     """Raises UsageError where a process that was given the same words works in a run's folder under `runs`: which one
     they stand for, imports alone tell. Words that name files are left to these, since what is in them may change."""
@@ -205,7 +210,7 @@ def refuse_if_typed(words: Sequence[str], runs: pathlib.Path) -> None:
 def still_there(run_dir: pathlib.Path) -> None:
     """Raises RunFailed where a folder that is `locked` was moved, deleted or replaced meanwhile: what is written to its
     path now would be a part of nothing."""
-    if run_dir not in _HELD:
+    if not works_in(run_dir):
         return
     held = os.fstat(_HELD[run_dir])
     with contextlib.suppress(OSError):
