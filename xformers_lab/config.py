@@ -192,9 +192,14 @@ def decisive(config: Config) -> dict[str, Any]:
             continue
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["shelf"] and value != "auto":
-            digests = [spec.digest(field.metadata["shelf"], part) for part in spec.split(str(value), "+")]
+            parts = spec.split(str(value), "+")
+            digests = [spec.digest(field.metadata["shelf"], part) for part in parts]
             if any(digests):
                 leaves[f"{key} source"] = digests
+            outermost = {spec.parse(part).name for part in parts}
+            # Such as a normaliser of one's own, the option of a placement.
+            if inner := [digest for name, digest in sources.of(value).items() if name not in outermost]:
+                leaves[f"{key} option source"] = inner
     return leaves
 
 

@@ -329,6 +329,15 @@ def test_what_is_typed_runs_and_a_file_too_if_trusted(tmp_path):
     assert sources.loaded(configs.to_dict(typed))
 
 
+def test_the_source_of_a_choice_within_a_choice_is_a_part_of_what_a_run_is(tmp_path):
+    path = tmp_path / "mine.py"
+    ids = []
+    for text in ("# one", "# two"):
+        path.write_text(text)
+        ids.append(configs.identity(configs.single([f"norm=pre:normaliser=({path})"])))
+    assert ids[0] != ids[1]
+
+
 def test_data_are_no_code(tmp_path):
     (tmp_path / "text.py").write_text("raise SystemExit")
     assert sources.of({"task": f"lm:path={tmp_path}/text.py", "runs": f"{tmp_path}/text.py", "attention": "full"}) == {}
