@@ -503,7 +503,8 @@ def _named_rightly(config: Config, run_dir: pathlib.Path) -> None:
         raise UsageError(f"{run_dir}: belongs to another config ({changed}); give the old one back")
     raise IntegrityError(
         f"{run_dir}: has the id of another run for its name, since its config is that of {identity}: one of them was "
-        "changed, or the source of a choice outside the package; give it back, or the folder a name of its own"
+        "changed, the source of a choice outside the package, or the version of the laboratory; give it back, or the "
+        "folder a name of its own"
     )
 
 
