@@ -9,6 +9,8 @@ of older versions may lack keys or have others. Needs no jax.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -251,11 +253,28 @@ class Record:
     machine: Mapping[str, str] | None = fact("what measured it", always=BENCHED)
     config: Mapping = fact("the config")
     run_dir: str = fact("the run's folder", summary=True)
+    seal: str = fact("the sha256 of the rest, in result.json alone")
 
     def to_dict(self) -> dict[str, Any]:
         """The row: the fields that were set, in their order."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in values if value is not ABSENT}
+
+
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the sha256 of the rest of it, for a file: what is changed there later is told from what was
+    measured."""
+    rest = {key: value for key, value in row.items() if key != "seal"}
+    return {**rest, "seal": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def broken(row: Mapping[str, Any], identity: str) -> str | None:
+    """Why a stored row cannot stand for the run of that id, in words; None where it can."""
+    if row.get("id") != identity:
+        return f"it is of run {row.get('id')}, not of {identity}"
+    if "seal" not in row:
+        return "it has no seal: an older version or something else wrote it"
+    return None if row == sealed(row) else "it was changed since it was written (its seal does not match)"
 
 
 def keys(schema: type[Record] = Record) -> tuple[str, ...]:

@@ -7,13 +7,21 @@ import os
 import sys
 import traceback
 
-from xformers_lab.cli.parser import locate, parsed
 from xformers_lab.errors import LabError, UsageError, missing_device
+from xformers_lab.supervise.interrupt import ending
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; -> its exit code (0 ok, 1 our bug, 2 usage, 3 run failed, 4 integrity, 5 some cells failed)."""
-    chosen = parsed(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with ending(" ".join(["xlab", *arguments[:1]])):
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    from xformers_lab.cli.parser import locate, parsed  # here, for a signal may come while it imports
+
+    chosen = parsed(arguments)
     try:
         locate(chosen)
         return chosen.run(chosen)

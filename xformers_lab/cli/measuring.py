@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
 from xformers_lab.errors import UsageError
 
 # What `bench --pass` may say.
@@ -23,7 +23,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
     words = [word for word in chosen.words if word != "mode=decode"]
     chosen.passes = chosen.passes if words == chosen.words else "decode"
-    cells, varied = configs.sweep(words)
+    cells, varied = configs.sweep(words, trust=chosen.trust)
     from xformers_lab import progress
     from xformers_lab.bench import supervised
     from xformers_lab.report import table
@@ -47,7 +47,7 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _compare(chosen: argparse.Namespace) -> int:
     if not chosen.words:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
-    cells, varied = configs.sweep(chosen.words)
+    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
     from xformers_lab import progress
     from xformers_lab.compare import run
     from xformers_lab.report import table
@@ -144,14 +144,14 @@ COMMANDS = [
         "bench",
         _bench,
         "time attention mechanisms over lengths: speed, FLOPs, memory",
-        [WORDS, *BENCH, CSV, JSON],
+        [WORDS, *BENCH, TRUST, CSV, JSON],
         keys=True,
     ),
     Command(
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, CSV, JSON],
+        [WORDS, *COMPARE, TRUST, CSV, JSON],
         keys=True,
     ),
     Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),

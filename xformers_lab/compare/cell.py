@@ -34,6 +34,8 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
         return {"status": "failed", "reason": str(error)}
     except UsageError as error:
         return {"status": IMPOSSIBLE, "reason": str(error)}
+    except LabError as error:
+        return {"status": "failed", "reason": str(error)}
     except Exception as error:
         return {"status": "failed", "reason": in_words(error)[:500]}
     return {"status": "ok"}

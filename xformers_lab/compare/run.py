@@ -14,7 +14,7 @@ from xformers_lab import config as configs
 from xformers_lab import files, spec
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
-from xformers_lab.record import HELD, IMPOSSIBLE, SETTLED, STATUSES, Record, blank
+from xformers_lab.record import HELD, IMPOSSIBLE, SETTLED, STATUSES, Record, blank, broken
 from xformers_lab.supervise.process import Ended, Worker
 
 PAUSE = 2.0  # seconds between looks at the cells that another process trains
@@ -64,9 +64,10 @@ def stored(cell: Config) -> dict | None:
     path = configs.folder(cell) / "result.json"
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("status") in SETTLED else None
+    known = isinstance(record, dict) and record.get("status") in SETTLED and not broken(record, configs.identity(cell))
+    return record if known else None
 
 
 def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:
@@ -74,7 +75,9 @@ def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Re
     shown = dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])
     keys = {key: configs.get(cell, key) for key in shown}
     about = {"kind": "compare", "config": configs.to_dict(cell), "run_dir": str(configs.folder(cell))}
-    return {**blank("compare", schema), **record, **keys, **about}
+    row = {**blank("compare", schema), **record, **keys, **about}
+    row.pop("seal", None)  # it is of the record alone
+    return row
 
 
 def compare(
@@ -179,10 +182,12 @@ def _pause(worker: Worker) -> None:
 
 
 def _keep(cell: Config, record: dict) -> None:
-    """A cell that failed leaves its reason in its folder, in the place of an older one; the row has it in any case."""
+    """A cell that failed leaves its reason in its folder, in the place of an older one. No folder is made for it, since
+    one that is gone was moved away; the row has the reason in any case."""
     if record["status"] != "interrupted" and stored(cell) is None:
         with contextlib.suppress(OSError):
-            files.replace_text(configs.folder(cell) / "result.json", json.dumps(record, indent=2) + "\n")
+            text = json.dumps(record, indent=2) + "\n"
+            files.replace_text(configs.folder(cell) / "result.json", text, folder=False)
 
 
 def _try(folder: pathlib.Path) -> None:

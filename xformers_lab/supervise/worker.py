@@ -19,6 +19,7 @@ from xformers_lab.errors import LabError, UsageError, missing_device
 
 # Seconds that a worker has to save itself and end, once its driver is gone.
 ALONE = 600.0
+STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
 
 
 class Tell:
@@ -60,8 +61,11 @@ def main() -> int:
             answer = perform(question["do"], tell, **question["with"])
         except LabError as caught:
             error = {"exit_code": caught.exit_code, "text": str(caught)}
-        except KeyboardInterrupt:
-            error = {"exit_code": 130, "text": "stopped at once"}
+        except (KeyboardInterrupt, SystemExit) as caught:
+            code = 130 if isinstance(caught, KeyboardInterrupt) else caught.code
+            if code not in STOPPED:
+                raise
+            error = {"exit_code": code, "text": "stopped at once"}
         except Exception:
             if reason := missing_device():
                 error = {"exit_code": UsageError.exit_code, "text": reason}
