@@ -37,6 +37,7 @@ __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepar
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
+_HOW_READ = "reading"  # of what a task says of its data
 
 Progress = Callable[[int, int, dict], None]
 """Called as progress(step, total, metrics) after each step; metrics holds floats, `loss` among them."""
@@ -432,7 +433,8 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task]) -> dict | None:
     record = records.read_json(run_dir / "result.json") or {}
     if record.get("status") not in SETTLED:
         return None
-    was, now = record.get("data"), records.finite(json.loads(json.dumps(task().describe(), default=str)))
+    was, now = record.get("data"), records.finite(json.loads(json.dumps(_identifying(task()), default=str)))
+    was = {key: value for key, value in was.items() if key != _HOW_READ} if isinstance(was, dict) else was
     if isinstance(was, dict) and was != now:
         key = next(key for key in {**now, **was} if was.get(key) != now.get(key))
         raise UsageError(
@@ -455,7 +457,12 @@ def _finished(config: Config, run_dir: pathlib.Path) -> dict | None:
 
 
 def _fingerprint(task: Task) -> str:
-    return hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_identifying(task), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _identifying(task: Task) -> dict:
+    """What tells data from others: all that is said of them but how they were read."""
+    return {key: value for key, value in task.describe().items() if key != _HOW_READ}
 
 
 def _stored_config(run_dir: pathlib.Path) -> Config:

@@ -13,7 +13,8 @@ def run(tell: Tell, config: dict) -> dict:
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
 
-    check_config(chosen)
+    task = check_config(chosen)
+    tell.doing("preparing the config", reading=task.reading())
     from xformers_lab.train import loop
 
     return loop.run(chosen, **watched(tell, chosen))

@@ -1,0 +1,169 @@
+"""Which files of a folder are which split, and which are ignored."""
+
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from xformers_lab.errors import UsageError
+from xformers_lab.tasks import SPLITS, Split
+from xformers_lab.tasks._reading import compressed, files, names
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What speaks of data and is none.
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|copying|changelog|citation|classes|labels|class_?names|label_?names|checksums?)\b",
+    re.IGNORECASE,
+)
+_SETTINGS = {".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml"}
+_SCRIPTS = {".py", ".sh", ".pl", ".ipynb", ".bat", ".r", ".lua", ".js", ".rb", ".ps1"}
+_SCRIPTS |= {".c", ".h", ".cc", ".cpp", ".java", ".go", ".rs", ".ts", ".cu"}
+_NAMED = 4  # names in a line
+_LONGEST = 60  # letters of one
+
+
+class Layout(NamedTuple):
+    """Files by split (None: of no split, or all in one) and what is to be said of the others."""
+
+    files: dict[Split | None, list[pathlib.Path]]
+    notes: list[str]
+
+
+def bare(file: pathlib.Path) -> str:
+    """The name of a file without the endings that say that it is compressed."""
+    name = file.name
+    while name.lower().endswith(COMPRESSED):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def ending(file: pathlib.Path) -> str:
+    """The ending of a file's name, lower case, ".csv" of "rows.csv.gz"."""
+    return pathlib.PurePath(bare(file)).suffix.lower()
+
+
+def is_about(file: pathlib.Path) -> bool:
+    """Whether a file speaks of the data and is none of them: a read-me, a licence, a list of classes."""
+    return ending(file) in (".md", ".rst") or bool(_ABOUT.match(file.name))
+
+
+def ignored(root: pathlib.Path, left_out: Iterable[pathlib.Path], why: str = "") -> list[str]:
+    """A line that names the files that are not read."""
+    paths = [file.relative_to(root).as_posix() for file in left_out]
+    if not paths:
+        return []
+    return [f"ignored{why}: {listed(paths)}"]
+
+
+def shown(name: str) -> str:
+    """A name or a word of somebody's data for a message: not too long, and nothing in it that a terminal obeys."""
+    name = name if len(name) <= _LONGEST else name[:_LONGEST] + "..."
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+
+
+def listed(words: list[str], many: int | None = None) -> str:
+    """Names in a line: the first few of them, and how many more, of `many` in all (those in `words`)."""
+    more = (len(words) if many is None else many) - _NAMED
+    return ", ".join(map(shown, words[:_NAMED])) + (f" and {more} more" if more > 0 else "")
+
+
+def of_texts(task: str, root: pathlib.Path, all_files: list[pathlib.Path]) -> Layout:
+    """The splits of a folder of texts: by names that speak of them, train among these; else all files are of none.
+
+    Raises UsageError where data are held out and nothing is to train on, or train data are there in two forms.
+    """
+    named = _named(root, all_files)
+    if not named:
+        return Layout({None: all_files}, [])
+    splits = sorted(set(named.values()), key=SPLITS.index)
+    if "train" not in splits:
+        raise UsageError(
+            f"{task}: path={root}: there are {' and '.join(splits)} data but no train data: add them "
+            f"(train{next(iter(named)).suffix})"
+        )
+    named = _one_form(task, root, named)
+    by_split: dict[Split | None, list[pathlib.Path]] = {}
+    for file, split in named.items():
+        by_split.setdefault(split, []).append(file)
+    return Layout(by_split, ignored(root, [file for file in all_files if file not in named]))
+
+
+def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Path, Split]:
+    """The files that are of a split by their names or by that of their folder in the root; none where these names do
+    not make up a data set."""
+    data = [file for file in all_files if not is_about(file)]
+    by_folder: dict[pathlib.Path, Split] = {file: split for file in data if (split := _of_folder(root, file))}
+    splits: dict[pathlib.Path, Split] = {
+        file: split for file in data if (split := by_folder.get(file) or names.split_of(file.name))
+    }
+    data = [file for file in data if file in splits or ending(file)]
+    if splits and len(splits) == len(data) and (len(set(splits.values())) > 1 or "train" in splits.values()):
+        return splits
+    data = [file for file in data if not is_beside(file)]
+    in_folders: dict[pathlib.Path, Split] = {file: split for file, split in by_folder.items() if file in data}
+    top: dict[pathlib.Path, Split] = {
+        file: split for file in data if file.parent == root and (split := names.split_of(file.name))
+    }
+    if _is_set(set(in_folders.values())):
+        folders = set(in_folders.values())
+        in_folders.update((file, split) for file, split in top.items() if split not in folders)
+        return in_folders
+    patterns: dict[str, set[Split]] = {}
+    for file, split in top.items():
+        patterns.setdefault(names.pattern_of(bare(file)), set()).add(split)
+    whole = {split for file, split in top.items() if names.pattern_of(bare(file).partition(".")[0]) == "*"}
+    if any(map(_is_set, patterns.values())) or ("train" in whole and len(set(top.values())) > 1):
+        return top
+    return {}
+
+
+def _is_set(splits: set[Split]) -> bool:
+    """Whether splits make up a data set: train and what is held out, or, with train missing, both of the others."""
+    return len(splits) > 1
+
+
+def _of_folder(root: pathlib.Path, file: pathlib.Path) -> Split | None:
+    parts = file.relative_to(root).parts
+    return names.split_of(parts[0]) if len(parts) > 1 else None
+
+
+def is_beside(file: pathlib.Path) -> bool:
+    """Whether a file is of the kind that stands beside data: a script, settings, an archive."""
+    return ending(file) in _SCRIPTS | _SETTINGS or compressed.is_archive(compressed.head(file))
+
+
+def _one_form(task: str, root: pathlib.Path, named: dict[pathlib.Path, Split]) -> dict[pathlib.Path, Split]:
+    """Without the files whose split is there in the form of the train files too, as train.txt.raw beside train.txt."""
+    forms: dict[str, dict[Split, list[pathlib.Path]]] = {}
+    for file, split in named.items():
+        if _of_folder(root, file) is None:
+            forms.setdefault(names.form_of(bare(file)), {}).setdefault(split, []).append(file)
+    trained = [form for form in forms if "train" in forms[form]]
+    if not trained:
+        return named
+    if len(trained) > 1 and "txt" not in trained:
+        both = " and ".join(forms[form]["train"][0].name for form in trained[:2])
+        raise UsageError(f"{task}: path={root}: there are {both}: keep one form of the data")
+    chosen = forms["txt" if "txt" in trained else trained[0]]
+    others = {file for form in forms.values() if form is not chosen for split in form if split in chosen
+              for file in form[split]}  # fmt: skip
+    return {file: split for file, split in named.items() if file not in others}
+
+
+def of_classes(root: pathlib.Path) -> Layout:
+    """The splits of a folder of class folders: of train/GROUP/N and test/GROUP/N, NAME-train/GROUP/N and so on.
+
+    `files` holds a folder for each split, or several; {None: [root]} where the classes stand in the root itself.
+    """
+    tops = [folder for folder in files.folders(root) if files.below(folder)]
+    outer: dict[pathlib.Path, Split] = {
+        folder: split for folder in tops if (split := names.split_of(folder.name)) and files.folders(folder)
+    }
+    others = [folder for folder in tops if folder not in outer]
+    if not outer or (others and not _is_set(set(outer.values()))):
+        return Layout({None: [root]}, ignored(root, [file for file in files.below(root) if file.parent == root]))
+    by_split: dict[Split | None, list[pathlib.Path]] = {}
+    for folder, split in outer.items():
+        by_split.setdefault(split, []).append(folder)
+    loose = [file for file in files.below(root) if file.parent == root or file.parent in outer]
+    return Layout(by_split, ignored(root, [*others, *loose]))
