@@ -62,7 +62,9 @@ class Pixels(Task):
         sizes = splits.each(kept, lambda part: len(part[1]))
         for split, size in sizes.items():
             if not size:
-                raise UsageError(f"pixels: the {split} split of path={path} is empty: give more images")
+                raise UsageError(
+                    f"pixels: the {split} split of path={path} is empty{splits.empty(self.dropped)}: give more images"
+                )
         classes = splits.each(kept, lambda part: len(np.unique(part[1])))
         counts = splits.each(copies, len)
         self.read = account.record(corpus.account, sizes, counts, unit="image", classes=classes, overlap=overlap)

@@ -89,6 +89,7 @@ class Text(Task):
         for split, size in sizes.items():
             if not size:
                 words = ", ".join(f"{name}: {number}" for name, number in sizes.items())
+                words += splits.empty(self.dropped)
                 raise ValueError(f"the {split} split of {self.corpus.source} is empty ({words}): give more documents")
         self.outputs = len(self.corpus.classes)
         self.chance = 1 / self.outputs

@@ -141,6 +141,9 @@ class Translate(Task):
         fitting = [pair for pair in self.corpus.splits[split] if len(pair[0]) <= S and len(pair[1]) < T - S]
         if not fitting:
             many = len(self.corpus.splits[split])
+            if not many:
+                copies = splits.empty(self.dropped)
+                raise ValueError(f"the {split} split of {self.corpus.source} is empty{copies}: give more pairs")
             raise ValueError(
                 f"of {many} {split} pairs of {self.corpus.source} none has a source of at most {S} bytes and a "
                 f"translation of at most {T - S - 1}: use a larger seq_len"

@@ -89,32 +89,35 @@ def of_texts(task: str, root: pathlib.Path, all_files: list[pathlib.Path]) -> La
 
 
 def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Path, Split]:
-    """The files that are of a split by their names or by that of their folder in the root; none where these names do
+    """The files that are of a split by the name of their folder in the root, or by their own; none where these names do
     not make up a data set."""
     data = [file for file in all_files if not is_about(file)]
     by_folder: dict[pathlib.Path, Split] = {file: split for file in data if (split := _of_folder(root, file))}
     splits: dict[pathlib.Path, Split] = {
         file: split for file in data if (split := by_folder.get(file) or names.split_of(file.name))
     }
-    data = [file for file in data if file in splits or ending(file)]
-    if splits and len(splits) == len(data) and (len(set(splits.values())) > 1 or "train" in splits.values()):
-        return splits
-    data = [file for file in data if not is_beside(file)]
-    in_folders: dict[pathlib.Path, Split] = {file: split for file, split in by_folder.items() if file in data}
+    likely = {file for file in splits if not is_beside(file)}
+    in_folders: dict[pathlib.Path, Split] = {file: split for file, split in by_folder.items() if file in likely}
     top: dict[pathlib.Path, Split] = {
-        file: split for file in data if file.parent == root and (split := names.split_of(file.name))
+        file: split for file, split in splits.items() if file in likely and file.parent == root
     }
     if _is_set(set(in_folders.values())):
-        folders = set(in_folders.values())
-        in_folders.update((file, split) for file, split in top.items() if split not in folders)
-        return in_folders
+        return _and_missing(in_folders, top)
     patterns: dict[str, set[Split]] = {}
     for file, split in top.items():
         patterns.setdefault(names.pattern_of(bare(file)), set()).add(split)
     whole = {split for file, split in top.items() if names.pattern_of(bare(file).partition(".")[0]) == "*"}
-    if any(map(_is_set, patterns.values())) or ("train" in whole and len(set(top.values())) > 1):
-        return top
-    return {}
+    if any(map(_is_set, patterns.values())) or ("train" in whole and _is_set(set(top.values()))):
+        return _and_missing(top, in_folders)
+    everywhere = set(splits.values())
+    rest = [file for file in data if file not in splits and ending(file)]
+    return splits if not rest and (_is_set(everywhere) or "train" in everywhere) else {}
+
+
+def _and_missing(named: dict[pathlib.Path, Split], others: dict[pathlib.Path, Split]) -> dict[pathlib.Path, Split]:
+    """Named files, and those of the others whose split they lack."""
+    splits = set(named.values())
+    return {**named, **{file: split for file, split in others.items() if split not in splits}}
 
 
 def _is_set(splits: set[Split]) -> bool:

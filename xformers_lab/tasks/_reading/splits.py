@@ -67,6 +67,11 @@ def settle(task: str, source: str, copies: Mapping[Split, list[int]], overlap: s
     return each(copies, lambda numbers: numbers if overlap == "drop" else [])
 
 
+def empty(dropped: int) -> str:
+    """What is to be added to the message that a split is empty."""
+    return f", {dropped:,} were dropped for being held out too: overlap=keep keeps them" if dropped else ""
+
+
 def without(examples: Sequence[_Example], numbers: Sequence[int]) -> list[_Example]:
     """The examples but for those of these numbers."""
     left_out = set(numbers)
