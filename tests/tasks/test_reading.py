@@ -154,6 +154,10 @@ FILES = {"train.txt": PARTS["train"], "valid.txt": PARTS["validation"], "test.tx
     {"README.md": "read me", "LICENSE": "free", "SOURCE.md": "there"},
     {"old/train_old.txt": "old"},
     {"unsupervised.txt": "more"},
+    {"train_notes.txt": "notes", "test_notes.txt": "notes"},
+    {"test_hard.txt": "hard"},
+    {"data.tar.gz": gzip.compress(b"a" * 257 + b"ustar" + bytes(300))},
+    {"backup/train.txt": "old", "backup/test.txt": "old"},
     {"stats.csv": "a,b\n1,2\n"},
 ], ids=str)  # fmt: skip
 def test_named_splits_win_over_other_files(tmp_path, extra):
@@ -174,6 +178,19 @@ def test_names_of_splits(tmp_path, layout):
     put(tmp_path, {name: PARTS.get(split, b"else") for name, split in layout.items()})
     task = build(f"lm:path={tmp_path}", 8)
     assert {split: task.bytes[split].tobytes() for split in SPLITS} == PARTS
+
+
+@pytest.mark.parametrize("layout", [
+    {"train1.txt": "train", "train2.txt": "train", "valid.txt": "validation", "test.txt": "test"},
+    {"train.txt": "train", "valid.txt": "validation", "test_in.txt": "test", "test_out.txt": "test", "notes.txt": ""},
+    {"a_train.txt": "train", "b_train.txt": "train", "a_dev.txt": "validation", "a_test.txt": "test"},
+], ids=str)  # fmt: skip
+def test_files_of_one_split_are_read_together_and_it_says_so(tmp_path, layout):
+    put(tmp_path, {name: f"{name} of {split}\n" * 9 for name, split in layout.items()})
+    task = build(f"lm:path={tmp_path}:overlap=keep", 8)
+    for name, split in layout.items():
+        assert (name in task.bytes[split or "train"].tobytes().decode()) == bool(split)
+    assert "2 files together" in said(task) and ("ignored: notes.txt" in said(task)) == ("" in layout.values())
 
 
 def test_a_folder_of_code_is_no_data_set_of_named_splits(tmp_path):
@@ -226,6 +243,14 @@ def test_class_folders_that_are_called_like_splits(tmp_path):
              for label in ("train", "test", "car") for n in range(40)}  # fmt: skip
     task = build(f"text:path={put(tmp_path / 'deep', inner)}")
     assert task.corpus.classes == ("car", "test", "train") and len(documents(task)["test"]) == 120
+
+
+@pytest.mark.parametrize("beside", ["test/{}.txt", "images/{}.txt", "train/{}.txt"])
+def test_what_has_no_class_folders_beside_train_data_that_have_is_ignored(tmp_path, beside):
+    put(tmp_path, {f"train/{label}/{n}": text for n, (text, label) in enumerate(ROWS)})
+    put(tmp_path, {beside.format(n): f"unlabelled {n}" for n in range(9)})
+    task = build(f"text:path={tmp_path}")
+    assert task.corpus.classes == ("neg", "pos") and len(everything(task)) == 200 and "ignored" in said(task)
 
 
 @pytest.mark.parametrize("names, counts", [
@@ -400,6 +425,32 @@ def test_a_quoted_field_of_a_csv_that_swallows_rows_is_refused_with_its_line(tmp
     path = put(tmp_path, {"rows.csv": table(rows)}) / "rows.csv"
     message = refused(f"text:path={path}")
     assert f"line {line}:" in message and str(path) in message and "double the quotes" in message
+
+
+@pytest.mark.parametrize("content, message", [
+    (table(ROWS, ";"), "are fields apart by ';'"),
+    (table(ROWS, "\t"), "are fields apart by '\\t'"),
+    ("text,text,label\n" + "a,b,c\n" * 9, 'two columns "text"'),
+    ("label,text\n" + 'pos, "a, b"\n' * 9, "line 2 has 3 fields"),
+    (table(ROWS).encode("utf-16"), "UTF-16"),
+    ("a" * 200_000 + "\n" + "b\n", "header=false"),
+], ids=["semicolons", "tabs", "twice", "blank before a quote", "wide", "long"])  # fmt: skip
+def test_what_else_is_wrong_with_a_csv(tmp_path, content, message):
+    path = put(tmp_path, {"rows.csv": content}) / "rows.csv"
+    assert message in refused(f"text:path={path}") and len(refused(f"text:path={path}")) < 600
+
+
+def test_odd_columns_of_a_csv_are_no_trouble(tmp_path):
+    """Those of an index and of trailing commas have no names; a field may be long."""
+    rows = [(str(n), text, label, "") for n, (text, label) in enumerate([*ROWS, ("x" * 200_000, "pos")])]
+    path = put(tmp_path, {"rows.csv": table(rows, header=("", "text", "label", ""))}) / "rows.csv"
+    assert len(everything(build(f"text:path={path}"))) == 201
+
+
+def test_tables_of_one_split_have_the_same_columns(tmp_path):
+    put(tmp_path, {"train_a.csv": table(ROWS), "train_b.csv": table(ROWS, header=("sentence", "label"))})
+    message = refused(f"text:path={tmp_path}")
+    assert f"train_b.csv has other columns than {tmp_path / 'train_a.csv'}" in message
 
 
 def test_quoted_fields_of_a_csv(tmp_path):
@@ -587,6 +638,11 @@ def test_pairs_and_images_and_texts_are_compared_too(tmp_path):
     assert "1 of train" in refused(f"lm:path={tmp_path / 'lm'}:overlap=refuse", 32)
     put(tmp_path / "rows", {"train.csv": table(ROWS), "valid.csv": table(texts_of("v")), "test.csv": table(ROWS[:7])})
     assert copied(build(f"lm:path={tmp_path / 'rows'}")) == 7
+
+
+def test_a_split_that_copies_empty_says_so(tmp_path):
+    put(tmp_path, {"train.csv": table(ROWS), "test.csv": table(ROWS)})
+    assert "were dropped for being held out too: overlap=keep" in refused(f"text:path={tmp_path}")
 
 
 # ---- 8: stale data -----------------------------------------------------------------------------------------------

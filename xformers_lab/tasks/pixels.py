@@ -168,6 +168,9 @@ def _read(path: str, shrink: int) -> tuple[dict[Split | None, tuple[np.ndarray, 
                 sources[split].append(file)
     if not arrays:
         raise UsageError(f"pixels: path={path} has no images: {_GIVE}")
+    if "train" in arrays and None in arrays and not any(array.ndim in (3, 4) for array in arrays[None]):
+        del arrays[None]
+        notes.append(f"ignored: arrays of no split: {layout.listed([file.name for file in sources[None]])}")
     pairs: dict[Split | None, tuple[np.ndarray, np.ndarray]] = {}
     parts: dict[Split | None, account.Part] = {}
     for split, of_split in arrays.items():

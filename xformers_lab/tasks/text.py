@@ -262,8 +262,8 @@ def _labels(column: str, table: tables.Table) -> list[Label]:
             value = int(value)
         if not isinstance(value, (bool, int, str)):
             raise UsageError(f"{where} is {value!r}: a label is a whole number, a word, or true/false")
-        if names and isinstance(value, int) and 0 <= value < len(names):
-            value = names[value]
+        if names and isinstance(value, int):
+            value = names[value] if 0 <= value < len(names) else str(value)
         read.append(value)
     return read
 

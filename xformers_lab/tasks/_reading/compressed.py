@@ -10,8 +10,10 @@ from typing import IO
 
 from xformers_lab.errors import UsageError
 
-# The most bytes that a compressed file may expand to.
+# The most bytes that a compressed file may expand to; and, once it has come to so many bytes, how many times its own
+# size: text shrinks to a tenth, so what grows a hundred times as much is made to fill the memory.
 LIMIT = 4 * 2**30
+_FREE, _TIMES = 2**28, 100
 _CHUNK = 2**20
 
 _ARCHIVES = {
@@ -46,6 +48,7 @@ def content(task: str, file: pathlib.Path, limit: int | None = None) -> bytes:
             if expand is None:
                 return raw.read()
             chunks, size = [], 0
+            limit = min(limit, max(_FREE, _TIMES * file.stat().st_size))
             with expand(raw) as expanded:
                 while chunk := expanded.read(_CHUNK):
                     chunks.append(chunk)

@@ -103,11 +103,18 @@ def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Pa
     }
     if _is_set(set(in_folders.values())):
         return _and_missing(in_folders, top)
-    patterns: dict[str, set[Split]] = {}
+    patterns: dict[str, dict[pathlib.Path, Split]] = {}
     for file, split in top.items():
-        patterns.setdefault(names.pattern_of(bare(file)), set()).add(split)
-    whole = {split for file, split in top.items() if names.pattern_of(bare(file).partition(".")[0]) == "*"}
-    if any(map(_is_set, patterns.values())) or ("train" in whole and _is_set(set(top.values()))):
+        patterns.setdefault(names.pattern_of(bare(file)), {})[file] = split
+    plain: dict[pathlib.Path, Split] = {}
+    for pattern, of_pattern in patterns.items():
+        if pattern.startswith("*."):
+            plain.update(of_pattern)
+    whole = set(plain.values())
+    if "train" in whole and _is_set(whole):  # train.txt and test.txt before train_notes.txt and test_notes.txt
+        return _and_missing(_and_missing(plain, top), in_folders)
+    alike = any(_is_set(set(of_pattern.values())) for of_pattern in patterns.values())
+    if _is_set(set(top.values())) and ("train" in whole or alike):
         return _and_missing(top, in_folders)
     everywhere = set(splits.values())
     rest = [file for file in data if file not in splits and ending(file)]
@@ -163,7 +170,10 @@ def of_classes(root: pathlib.Path) -> Layout:
         folder: split for folder in tops if (split := names.split_of(folder.name)) and files.folders(folder)
     }
     others = [folder for folder in tops if folder not in outer]
-    if not outer or (others and not _is_set(set(outer.values()))):
+    classes = [folder for folder in others if names.split_of(folder.name) is None]
+    # A folder called train may be that of a class, if others are too.
+    alone = not _is_set(set(outer.values())) and classes
+    if not outer or (alone and (any(map(files.folders, classes)) or all(len(files.folders(top)) < 2 for top in outer))):
         return Layout({None: [root]}, ignored(root, [file for file in files.below(root) if file.parent == root]))
     by_split: dict[Split | None, list[pathlib.Path]] = {}
     for folder, split in outer.items():

@@ -42,8 +42,9 @@ def form_of(name: str) -> str:
 
 
 def pattern_of(name: str) -> str:
-    """A file's name without the word that means a split: the same for those that belong together."""
-    return re.sub(_WORD, lambda match: "*" if match[0].lower() in _SPLITS else match[0], name)
+    """A file's name without numbers and the word that means a split: the same for those that belong together."""
+    bare = re.sub(_WORD, lambda match: "*" if match[0].lower() in _SPLITS else match[0], name)
+    return re.sub("[0-9_-]+", "", bare)
 
 
 def _words(name: str) -> list[str]:

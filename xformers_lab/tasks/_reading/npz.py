@@ -31,7 +31,8 @@ def arrays(task: str, file: pathlib.Path) -> tuple[list[tuple[str, np.ndarray]],
                     raise UsageError(f"{task}: {file} expands to more than {compressed.LIMIT:,} bytes")
                 with archive.open(member) as opened:
                     named.append((member.filename.removesuffix(".npy"), _array(task, file, member, opened)))
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, MemoryError,
+            SyntaxError, TypeError, KeyError, OverflowError) as error:  # fmt: skip
         raise UsageError(f"{task}: cannot read {file}: {error}") from error
     if len({name for name, _ in named}) < len(named):
         raise UsageError(f"{task}: cannot read {file}: two of its arrays have the same name")

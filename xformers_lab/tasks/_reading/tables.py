@@ -76,6 +76,13 @@ def read(task: str, path: pathlib.Path, chosen: list[pathlib.Path], header: bool
     name = lambda file: file.relative_to(path).as_posix()
     for file in placed:
         tables.setdefault(splits[file], []).append(_table(task, file, header, name(file)))
+    for of_split in tables.values() if kinds <= {"csv", "tsv"} else ():
+        for one in of_split[1:]:
+            if set(one.columns) != set(of_split[0].columns):
+                first = of_split[0].name
+                raise UsageError(
+                    f"{task}: path={path}: {one.name} has other columns than {first}: keep tables of one kind"
+                )
     others = [file for file in chosen if file not in placed]
     columns = {tuple(table.columns) for part in tables.values() for table in part}
     for file in others:
