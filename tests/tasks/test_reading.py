@@ -172,6 +172,8 @@ def test_named_splits_win_over_other_files(tmp_path, extra):
     {"train/a/1": "train", "valid/a/1": "validation", "test/b/2": "test", "extra/b": ""},
     {"corpus-train/1.txt": "train", "corpus-dev/1.txt": "validation", "corpus-test/2.txt": "test", "run.sh": ""},
     {"my_train.txt": "train", "my_dev.txt": "validation", "my_test.txt": "test", "other.txt": ""},
+    {"train": "train", "valid": "validation", "test": "test", "notes": "", "notes.txt": ""},
+    {"train/1.txt": "train", "valid.txt": "validation", "test.txt": "test", "notes.txt": ""},
     {"Train.txt": "train", "VALID.TXT": "validation", "testSet.txt": "test"},
 ], ids=str)  # fmt: skip
 def test_names_of_splits(tmp_path, layout):
@@ -208,6 +210,7 @@ def test_two_forms_of_the_train_data_are_refused(tmp_path):
     ("lm", ["valid.txt", "test.txt"]),
     ("lm", ["valid.txt", "test.txt", "notes.txt"]),
     ("lm", ["dev/a", "test/b"]),
+    ("lm", ["test.txt", "corpus.txt"]),
     ("text", ["valid.csv", "test.csv"]),
     ("text", ["dev/pos/1", "dev/neg/1", "test/pos/1", "test/neg/2"]),
     ("translate", ["valid.de", "valid.en", "test.de", "test.en"]),

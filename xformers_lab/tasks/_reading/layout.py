@@ -108,13 +108,13 @@ def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Pa
         patterns.setdefault(names.pattern_of(bare(file)), {})[file] = split
     plain: dict[pathlib.Path, Split] = {}
     for pattern, of_pattern in patterns.items():
-        if pattern.startswith("*."):
+        if pattern.partition(".")[0] == "*":
             plain.update(of_pattern)
-    whole = set(plain.values())
-    if "train" in whole and _is_set(whole):  # train.txt and test.txt before train_notes.txt and test_notes.txt
-        return _and_missing(_and_missing(plain, top), in_folders)
-    alike = any(_is_set(set(of_pattern.values())) for of_pattern in patterns.values())
-    if _is_set(set(top.values())) and ("train" in whole or alike):
+    if plain:  # train.txt and test.txt before train_notes.txt and test_notes.txt; held-out data are never trained on
+        completed = _and_missing(_and_missing(plain, top), in_folders)
+        if _is_set(set(completed.values())) or "train" not in completed.values():
+            return completed
+    if any(_is_set(set(of_pattern.values())) for of_pattern in patterns.values()):
         return _and_missing(top, in_folders)
     everywhere = set(splits.values())
     rest = [file for file in data if file not in splits and ending(file)]
