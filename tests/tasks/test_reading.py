@@ -352,6 +352,20 @@ def test_which_split_a_name_speaks_of(name, split):
     assert names.split_of(name) == split
 
 
+@pytest.mark.parametrize("task, option", [("lm", ":column=text"), ("lm", ""), ("text", "")])
+def test_tables_named_by_split_win_over_other_files(tmp_path, task, option):
+    put(tmp_path, {"train.csv": table(ROWS), "test.csv": table(texts_of("test")), "notes.txt": "of my own"})
+    put(tmp_path, {"docs/a.txt": "more", "docs/b.txt": "of it", "all.zip": b"PK\x03\x04", "prepare.py": "print()"})
+    built = build(f"{task}:path={tmp_path}{option}")
+    assert [entry["rows"] for entry in built.describe()["reading"]["splits"]] == [200, 200, 60]
+    assert "ignored: all.zip, docs/a.txt, docs/b.txt, notes.txt and 1 more" in said(built)
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path):
+    put(tmp_path, {f"{split}/{n}.txt": f"{split} {n}" for split in ("train", "test") for n in range(40)})
+    assert "no sub-folder with documents" in refused(f"text:path={tmp_path}")
+
+
 # ---- 4: lines ----------------------------------------------------------------------------------------------------
 
 
@@ -697,6 +711,9 @@ def test_links_that_lead_nowhere(tmp_path):
     put(tmp_path / "folder", {**{f"{n}.txt": f"text {n}\n" * 9 for n in range(60)}})
     (tmp_path / "folder" / "more").symlink_to(tmp_path / "folder")
     assert "links that are not followed: more" in said(build(f"lm:path={tmp_path / 'folder'}", 8))
+    put(tmp_path / "splits", {"train.csv": table(ROWS)})
+    (tmp_path / "splits" / "test.csv").symlink_to(tmp_path / "splits" / "test.csv")
+    assert "links that are not followed: test.csv" in said(build(f"text:path={tmp_path / 'splits'}"))
 
 
 def npy(array) -> bytes:

@@ -202,7 +202,6 @@ def _of_files(source: str, root: pathlib.Path, placed: layout.Layout) -> Corpus:
     """The texts of files, by their splits, else by a hash of their names. Files with the same content count once."""
     documents: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
     parts: dict[Split | None, account.Part] = {}
-    notes = list(placed.notes)
     for split, names in placed.files.items():
         seen: set[bytes] = set()
         part = account.Part()
@@ -214,9 +213,7 @@ def _of_files(source: str, root: pathlib.Path, placed: layout.Layout) -> Corpus:
                 seen.add(content)
                 documents[split or _splits.of_bytes(os.fsencode(name))].append(content)
         parts[split] = part
-    if links := files.unread_links(root):
-        notes.append(f"links that are not followed: {layout.listed(links)}")
-    read = account.Account(parts, tuple(notes))
+    read = account.Account(parts, tuple(placed.notes))
     if None in placed.files:
         return Corpus(source, documents, read, "by a hash of file names")
     missing: tuple[Split, ...] = tuple(split for split in SPLITS[1:] if split not in placed.files)

@@ -177,7 +177,9 @@ def load(
 
 
 def _tables(root: pathlib.Path) -> list[pathlib.Path]:
-    """The tables of a folder without class folders, which hold documents of another kind."""
+    """The tables of a folder whose splits they are, or of one without class folders, which hold other documents."""
+    if named := tables.of_splits(root):
+        return named
     all_files = files.below(root)
     deep = [file for file in all_files if file.parent != root]
     documents = [
@@ -207,8 +209,6 @@ def _foldered(path: str, root: pathlib.Path) -> Corpus:
         names = tuple(file.relative_to(root).as_posix() for file, _ in labelled)
         parts[split] = account.Part(names, len(names), None, sum(len(document) for document, _ in documents[split]))
     notes = [*placed.notes, *([f"ignored: {unlabelled:,} documents without label"] if unlabelled else [])]
-    if links := files.unread_links(root):
-        notes.append(f"links that are not followed: {layout.listed(links)}")
     return _corpus(path, documents, account.Account(parts, tuple(notes)), None)
 
 

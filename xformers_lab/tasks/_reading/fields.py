@@ -39,7 +39,7 @@ def from_csv(task: str, file: pathlib.Path, content: bytes, header: bool) -> Row
     line = 1
     try:
         for record in reader:
-            if record:
+            if len(record) > 1 or "".join(record).strip():
                 records.append(record)
                 at.append(line)
                 ends.append(reader.line_num)
@@ -62,7 +62,7 @@ def from_tsv(task: str, file: pathlib.Path, content: bytes, header: bool) -> Row
     """Fields with tabs between. A quote is a letter like any other, but where every cell of a column is quoted."""
     split = lines.split(task, file, content)
     lines.decoded(task, file, content)
-    pairs = [(line.decode().split("\t"), at) for at, line in enumerate(split, 1) if line]
+    pairs = [(line.decode().split("\t"), at) for at, line in enumerate(split, 1) if line.strip()]
     records, at = [record for record, _ in pairs], [at for _, at in pairs]
     _check_width(task, file, records, at, header, "tab")
     body, notes = records[header:], []

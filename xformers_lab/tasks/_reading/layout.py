@@ -47,12 +47,12 @@ def is_about(file: pathlib.Path) -> bool:
     return ending(file) in (".md", ".rst") or bool(_ABOUT.match(file.name))
 
 
-def ignored(root: pathlib.Path, left_out: Iterable[pathlib.Path], why: str = "") -> list[str]:
-    """A line that names the files that are not read."""
+def ignored(root: pathlib.Path, left_out: Iterable[pathlib.Path]) -> list[str]:
+    """A line that names the files that are not read, and one that names links that are not followed."""
     paths = [file.relative_to(root).as_posix() for file in left_out]
-    if not paths:
-        return []
-    return [f"ignored{why}: {listed(paths)}"]
+    links = files.unread_links(root)
+    notes = [f"ignored: {listed(paths)}"] if paths else []
+    return notes + ([f"links that are not followed: {listed(links)}"] if links else [])
 
 
 def shown(name: str) -> str:
@@ -74,7 +74,7 @@ def of_texts(task: str, root: pathlib.Path, all_files: list[pathlib.Path]) -> La
     """
     named = _named(root, all_files)
     if not named:
-        return Layout({None: all_files}, [])
+        return Layout({None: all_files}, ignored(root, []))
     splits = sorted(set(named.values()), key=SPLITS.index)
     if "train" not in splits:
         raise UsageError(
@@ -173,6 +173,9 @@ def of_classes(root: pathlib.Path) -> Layout:
     classes = [folder for folder in others if names.split_of(folder.name) is None]
     # A folder called train may be that of a class, if others are too.
     alone = not _is_set(set(outer.values())) and classes
+    if tops and not outer and not classes:  # splits without class folders
+        outer = {folder: split for folder in tops if (split := names.split_of(folder.name))}
+        others = []
     if not outer or (alone and (any(map(files.folders, classes)) or all(len(files.folders(top)) < 2 for top in outer))):
         return Layout({None: [root]}, ignored(root, [file for file in files.below(root) if file.parent == root]))
     by_split: dict[Split | None, list[pathlib.Path]] = {}

@@ -53,9 +53,18 @@ def is_table(file: pathlib.Path) -> bool:
 
 
 def of_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The tables below a folder that holds no other data; what only speaks of data does not count."""
+    """The tables below a folder that holds no other data, what only speaks of data aside; or whose splits they are."""
     data = [file for file in files.below(folder) if not layout.is_about(file) and layout.ending(file)]
-    return data if all(map(is_table, data)) else []
+    return data if all(map(is_table, data)) else of_splits(folder)
+
+
+def of_splits(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The tables below a folder, if some in it are train data and others are held out, and no other file is either."""
+    all_files = [file for file in files.below(folder) if not layout.is_about(file)]
+    tables = [file for file in all_files if is_table(file)]
+    splits = {names.split_of(layout.bare(file)) for file in tables if file.parent == folder} - {None}
+    others = [file for file in all_files if not (is_table(file) or layout.is_beside(file)) and _split(folder, file)]
+    return tables if "train" in splits and len(splits) > 1 and not others else []
 
 
 def read(task: str, path: pathlib.Path, chosen: list[pathlib.Path], header: bool = True) -> Source:
