@@ -18,6 +18,7 @@ _ABOUT = re.compile(
 _SETTINGS = {".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml"}
 _SCRIPTS = {".py", ".sh", ".pl", ".ipynb", ".bat", ".r", ".lua", ".js", ".rb", ".ps1"}
 _SCRIPTS |= {".c", ".h", ".cc", ".cpp", ".java", ".go", ".rs", ".ts", ".cu"}
+_FORMS = {"txt", "raw", "tokens", "tok", "bpe", "ids"}
 _NAMED = 4  # names in a line
 _LONGEST = 60  # letters of one
 
@@ -143,20 +144,29 @@ def is_beside(file: pathlib.Path) -> bool:
 
 
 def _one_form(task: str, root: pathlib.Path, named: dict[pathlib.Path, Split]) -> dict[pathlib.Path, Split]:
-    """Without the files whose split is there in the form of the train files too, as train.txt.raw beside train.txt."""
+    """Without the files whose split is there in a plainer form too, as train.txt.raw and train.json beside train.txt.
+
+    Raises UsageError where it is not known which one is plainer, as of .raw and .tokens.
+    """
     forms: dict[str, dict[Split, list[pathlib.Path]]] = {}
     for file, split in named.items():
         if _of_folder(root, file) is None:
             forms.setdefault(names.form_of(bare(file)), {}).setdefault(split, []).append(file)
-    trained = [form for form in forms if "train" in forms[form]]
-    if not trained:
-        return named
-    if len(trained) > 1 and "txt" not in trained:
+    trained = sorted((form for form in forms if "train" in forms[form]), key=len)
+    if len(trained) > 1 and set(trained) <= _FORMS - {"txt"}:
         both = " and ".join(forms[form]["train"][0].name for form in trained[:2])
         raise UsageError(f"{task}: path={root}: there are {both}: keep one form of the data")
-    chosen = forms["txt" if "txt" in trained else trained[0]]
-    others = {file for form in forms.values() if form is not chosen for split in form if split in chosen
-              for file in form[split]}  # fmt: skip
+    if not trained:
+        return named
+    plain = "txt" if "txt" in trained else trained[0]
+    others = {
+        file
+        for form, of_form in forms.items()
+        if form != plain and (plain == "txt" or form.startswith(f"{plain}."))
+        for split, of_split in of_form.items()
+        if split in forms[plain]
+        for file in of_split
+    }
     return {file: split for file, split in named.items() if file not in others}
 
 
