@@ -70,8 +70,10 @@ class Train:
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
-    eval_every: int = knob(0, "validate every so many steps (0: only at the end)", least=0)
-    eval_batches: int = knob(8, "batches per validation", least=1)
+    eval_every: int = knob(0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0)
+    eval_batches: int | typing.Literal["all"] = knob(
+        "all", "examples to score: all of the split (256 of one without end), or so many times 32", least=1
+    )
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
     layout: typing.Literal["jit", "pmap", "experts"] = knob(
         "jit", "data-parallel over all devices: jit over a mesh, pmap, or jit with an ffn's experts shared out too"
@@ -82,7 +84,7 @@ class Train:
 class Config:
     task: str = knob("mqar", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**28)
-    seed: int = knob(0, "seed of parameters and data", least=0, below=2**32)
+    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
         None,
@@ -132,10 +134,11 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     _, field, kind = LEAVES[key]
     value = spec.coerce(value, kind, where)
     least, below = field.metadata["least"], field.metadata["below"]
-    if value is not None and least is not None and value < least:
+    number = value if isinstance(value, (int, float)) else None
+    if number is not None and least is not None and number < least:
         raise UsageError(f"{where}: {key} must be at least {least}")
     below = LARGEST if below is None and isinstance(value, int) else below
-    if value is not None and below is not None and value >= below:
+    if number is not None and below is not None and number >= below:
         raise UsageError(f"{where}: {key} must be below {below:,}")
     if field.metadata["shelf"]:
         canonical(key, value, where)

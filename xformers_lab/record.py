@@ -117,8 +117,13 @@ class Record:
     higher_is_better: bool = fact("its direction")
     chance: float | None = fact("what guessing scores", summary=True)
     split: str = fact("what an evaluation scored: train, validation or test", summary=True)
-    batches: int = fact("how many batches of it")
-    step: int = fact("the step that was evaluated, or after which a run was ended")
+    examples: int = fact("how many examples of the split were scored")
+    examples_of: int | None = fact("how many it has, None where they are drawn without end")
+    metric_interval: Sequence[float] | None = fact(
+        "where the metric of all its examples lies with 95 %, None where all were scored"
+    )
+    majority: float | None = fact("the share of the most frequent answer, where the metric is accuracy")
+    step: int = fact("the step that the metric is of, or after which a run was ended")
 
     tokens_per_second: float | None = figure(
         "tokens/s",
@@ -216,6 +221,7 @@ class Record:
     by_position: Mapping[str, Sequence] = fact("what it reports of each token: a mean for every position")
     curve: Sequence = fact("[step, mean training loss since the last point]")
     validation: Sequence = fact("[step, loss, metric] of each validation")
+    validation_examples: int | None = fact("how many examples each of them scored")
     plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)

@@ -257,7 +257,16 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none" and types.NoneType in arguments):
             return None
-        return coerce(value, next(a for a in arguments if a is not types.NoneType), where)
+        words = [word for a in arguments if typing.get_origin(a) is typing.Literal for word in typing.get_args(a)]
+        if isinstance(value, str) and value.lower() in words:
+            return value.lower()
+        kind = next(a for a in arguments if a is not types.NoneType)
+        try:
+            return coerce(value, kind, where)
+        except UsageError:
+            if not words:
+                raise
+            raise UsageError(f'{where} wants {_WANTED[kind]} or {" or ".join(words)}, got "{value}"') from None
     if origin is typing.Literal:
         if value not in arguments:
             raise UsageError(f'{where}: unknown value "{value}": {nearest(str(value), map(str, arguments))}')

@@ -9,6 +9,7 @@ import pytest
 from agreement import assert_close
 
 from xformers_lab import spec
+from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
@@ -17,17 +18,13 @@ from xformers_lab.attention._engine.order import NATURAL, Runs
 from xformers_lab.attention._engine.pattern import (
     All,
     Band,
-    BlockLocal,
     Causal,
-    Dilated,
-    Fixed,
     Global,
-    Local2D,
-    Pattern,
     Residue,
-    Tree,
+    block_local,
+    dilated_band,
 )
-from xformers_lab.attention._engine.random_blocks import Random
+from xformers_lab.attention.sparse import Local2D, Random, parsed
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
 
@@ -171,9 +168,9 @@ PATTERNS = {
     "causal band": Band(5) & Causal(),
     "strided": Band(4) | Residue(4),
     "causal strided": (Band(4) | Residue(4)) & Causal(),
-    "grid": BlockLocal(6) | Residue(6),
-    "causal grid": (BlockLocal(6) | Residue(6)) & Causal(),
-    "row": BlockLocal(5),
+    "grid": block_local(6) | Residue(6),
+    "causal grid": (block_local(6) | Residue(6)) & Causal(),
+    "row": block_local(5),
     "column": Residue(5),
     "outside": ~Band(2),
     "hole": Band(9) & ~Band(3) & Causal(),
@@ -182,12 +179,12 @@ PATTERNS = {
     "sinks": (Band(3) | Global(2, queries=False)) & Causal(),
     "random": Random(4, 2, 8),
     "causal random": Random(4, 2, 8, seed=2) & Causal(),
-    "bigbird": BlockLocal(4) | Global(3) | Random(4, 1, 8, seed=1),
-    "fixed": Fixed(6, 2) & Causal(),
+    "bigbird": block_local(4) | Global(3) | Random(4, 1, 8, seed=1),
+    "fixed": parsed("fixed(6,2)", 32) & Causal(),
     "plane": Local2D(6, 1, 2),
     "causal plane": Local2D(5, 2, 1) & Causal(),
-    "dilated": Dilated(2, 3),
-    "causal tree": Tree(2, 3) & Causal(),
+    "dilated": dilated_band(2, 3),
+    "causal tree": parsed("tree(2,3)", 32) & Causal(),
 }
 SHAPES = [(29, 29), (7, 29), (29, 7), (24, 24), (1, 13), (3, 3)]
 

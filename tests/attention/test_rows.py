@@ -13,8 +13,8 @@ from xformers_lab.attention._engine.block_sparse import batch, block_sparse
 from xformers_lab.attention._engine.block_sparse.layout import Sizes, layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.pattern import Band, Global
-from xformers_lab.attention._engine.random_blocks import Random
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED
+from xformers_lab.attention.sparse import Random
 from xformers_lab.check.subject import Wave
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.nn.plan import Plan

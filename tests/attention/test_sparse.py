@@ -8,9 +8,8 @@ import pytest
 
 from xformers_lab import cli, drawing, spec
 from xformers_lab.attention._engine.block_sparse.layout import layout
-from xformers_lab.attention._engine.pattern import Band, Causal, Global, Local2D, Residue
-from xformers_lab.attention._engine.random_blocks import Random
-from xformers_lab.attention.sparse import WORDS, parsed
+from xformers_lab.attention._engine.pattern import Band, Causal, Global, Residue
+from xformers_lab.attention.sparse import WORDS, Local2D, Random, parsed
 from xformers_lab.nn.size import Size
 
 Q, K = np.arange(24)[:, None], np.arange(24)[None]

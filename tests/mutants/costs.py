@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from xformers_lab.attention import Cost, KeepsKeys, OneHead, Patterned
-from xformers_lab.attention._engine.pattern import BlockLocal
+from xformers_lab.attention._engine.pattern import block_local
 from xformers_lab.attention.adaptive_span import AdaptiveSpan
 from xformers_lab.attention.axial import Axial
 from xformers_lab.attention.linear import Linear
@@ -101,7 +101,7 @@ class RunsDecodedByDistance(KeepsKeys, Patterned):
     kind = "sparse by position"
 
     def __init__(self, size, *, rngs):
-        super().__init__(size, BlockLocal(5), rngs=rngs)
+        super().__init__(size, block_local(5), rngs=rngs)
 
 
 class GridDecodedByDistance(KeepsKeys, Axial):

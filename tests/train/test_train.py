@@ -17,7 +17,7 @@ from xformers_lab import config as configs
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
-from xformers_lab.train import loop, optimizer, prefetch, records
+from xformers_lab.train import checkpoint, loop, optimizer, prefetch, records
 from xformers_lab.train.layout import layout_of, sharing
 from xformers_lab.train.state import init, merge, shapes, structure
 from xformers_lab.train.step import make_train_step
@@ -203,14 +203,19 @@ def test_same_config_same_bits(task_file, tmp_path):
 
 def test_a_run_that_stays_non_finite_fails(task_file, tmp_path, monkeypatch):
     monkeypatch.setenv("SPOIL", ",".join(map(str, range(3, 40))))
-    config = tiny(task_file, tmp_path, steps=40)
+    flat = {"schedule": "constant", "warmup": 0}
+    config = tiny(task_file, tmp_path, steps=40, **flat)
     with pytest.raises(loop.Diverged, match="non-finite at step 4 ") as caught:
         loop.run(config)
     assert caught.value.exit_code == 3
     record = json.loads((configs.folder(config) / "result.json").read_text())
     assert record["status"] == "nan" and record["metric"] is None and "step 4" in record["reason"]
     assert [step for step, _ in record["curve"]] == [1, 2, 3]
-    assert not list((configs.folder(config) / "checkpoints").glob("*"))
+    # Nothing was saved on the way: the parameters before the fault are.
+    (step,) = checkpoint.steps(configs.folder(config))
+    assert f"kept as the checkpoint of step {step}" in record["reason"]
+    before = loop.run(tiny(task_file, tmp_path, steps=3, **flat))
+    assert loop.evaluate(configs.folder(config))["loss"] == pytest.approx(before["loss"])
     with pytest.raises(loop.Diverged, match="as stored"):
         loop.run(config, progress=lambda *_: pytest.fail("trained again"))
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
-from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Absent
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear

@@ -6,7 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned
-from xformers_lab.attention._engine.pattern import BlockLocal, Pattern, Residue
+from xformers_lab.attention._engine.pattern import Pattern, Residue, block_local
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -79,7 +79,7 @@ def _axes(axis: str, count: int) -> tuple[int, ...]:
 def _along(shape: tuple[int, ...], axis: int) -> Pattern:
     """Positions that agree in every coordinate but one."""
     step = math.prod(shape[axis + 1 :])
-    run = BlockLocal(step * shape[axis])
+    run = block_local(step * shape[axis])
     if step == 1:
         return run
     return Residue(step) if axis == 0 else run & Residue(step)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, OneHead
-from xformers_lab.attention._engine.landmarks import EXACT, dominant_inverse, means, probabilities, segments
+from xformers_lab.attention._engine.landmarks import EXACT, means, probabilities, segments
+from xformers_lab.attention._engine.products import inverts
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -63,7 +64,7 @@ class Csalr(OneHead):
         if there is not None:
             right = jnp.where(there[:, None], right, 0)
         left = probabilities(q, k_mean, there) + IDENTITY * member.T
-        return jnp.dot(left, dominant_inverse(middle) @ right).astype(v.dtype)
+        return jnp.dot(left, _dominant_inverse(middle) @ right).astype(v.dtype)
 
     def reference(self, q, k, v, *, valid=None):
         T = len(q)
@@ -86,8 +87,26 @@ class Csalr(OneHead):
         return Cost(flops=12 * T * m * H, memory=T * max(m, H), state=0)
 
 
+@inverts
+def _dominant_inverse(a):
+    """The inverse of matrices (..., m, m) whose diagonal outweighs the rest of its row, by Gauss-Jordan elimination.
+
+    Such a matrix needs no pivots. `jnp.linalg.inv` would serve, but two of its batched triangular solves in one program
+    starve XLA:CPU's thread pool (jaxlib 0.10.2), and neither ends.
+    """
+
+    def eliminate(a, _):
+        # In place, with the pivot in the first row and column, which then go last: after m steps all are back.
+        pivot, row, column, rest = a[..., :1, :1], a[..., :1, 1:], a[..., 1:, :1], a[..., 1:, 1:]
+        row = row / pivot
+        above = jnp.concatenate([rest - column * row, -column / pivot], -1)
+        return jnp.concatenate([above, jnp.concatenate([row, 1 / pivot], -1)], -2), None
+
+    return jax.lax.scan(eliminate, a, length=a.shape[-1])[0]
+
+
 def _inverse(a):
-    """Row by row from (A | I) to (I | A^-1). Not `jnp.linalg.inv`: see `dominant_inverse`."""
+    """Row by row from (A | I) to (I | A^-1). Not `jnp.linalg.inv`: see `_dominant_inverse`."""
 
     def clear_column(i, rows):
         row = rows[i] / rows[i, i]

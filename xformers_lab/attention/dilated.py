@@ -2,7 +2,7 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned, near_block
-from xformers_lab.attention._engine.pattern import Dilated as Pattern
+from xformers_lab.attention._engine.pattern import dilated_band
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -34,7 +34,7 @@ class Dilated(Patterned):
             raise Refused(f"window must be at least 1, got {window}")
         if dilation < 1:
             raise Refused(f"dilation must be at least 1, got {dilation}")
-        super().__init__(size, Pattern(window, dilation), rngs=rngs)
+        super().__init__(size, dilated_band(window, dilation), rngs=rngs)
         self.window, self.dilation = window, dilation
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned, run_block
 from xformers_lab.attention._engine.algebra import WHOLE, Pattern, settled
 from xformers_lab.attention._engine.order import PAD, Order
-from xformers_lab.attention._engine.pattern import BlockLocal
+from xformers_lab.attention._engine.pattern import block_local
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -105,7 +105,7 @@ class Fixed(Patterned):
         if not 1 <= summary <= stride:
             raise Refused(f"summary must be from 1 to stride={stride}, got {summary}")
         shifts = [head % (stride // summary) * summary if heads == "own" else 0 for head in range(size.heads)]
-        each = [BlockLocal(stride) | Summary(stride, stride - shift - summary, stride - shift) for shift in shifts]
+        each = [block_local(stride) | Summary(stride, stride - shift - summary, stride - shift) for shift in shifts]
         super().__init__(size, tuple(each) if heads == "own" else each[0], rngs=rngs)
         self.stride, self.summary = stride, summary
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Absent
 from xformers_lab.nn.size import Size
 
 # A Gaussian's weight this many standard deviations away is 1.5e-8 of the centre's: less than float32 rounds off.

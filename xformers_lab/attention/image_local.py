@@ -8,7 +8,7 @@ from flax import nnx
 from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned, run_block
 from xformers_lab.attention._engine.algebra import Pattern, settled
-from xformers_lab.attention._engine.order import NATURAL, Runs, Tiles
+from xformers_lab.attention._engine.order import NATURAL, Tiles, columns_of
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -59,7 +59,7 @@ class Plane(Pattern):
     def state(self, q, k):
         asked, held = ((run.low // self.columns, run.high // self.columns) for run in (q, k))
         rows = _around(asked, held, self.height, self.above)
-        asked, held = (_columns(run, self.columns) for run in (q, k))
+        asked, held = (columns_of(run, self.columns) for run in (q, k))
         return np.minimum(rows, _around(asked, held, self.width, self.aside))
 
     def spans(self, low, high):
@@ -75,14 +75,6 @@ def _around(asked, held, size: int, memory: int):
     end = size + memory
     possible = (held[1] >= first - memory) & (held[0] < last + end)
     return settled(possible, (held[0] >= last - memory) & (held[1] < first + end))
-
-
-def _columns(run: Runs, columns: int):
-    """The first and the last column that blocks of positions touch."""
-    if run.left is not None:
-        return run.left, run.right
-    one_row = run.low // columns == run.high // columns
-    return np.where(one_row, run.low % columns, 0), np.where(one_row, run.high % columns, columns - 1)
 
 
 class ImageLocal(Patterned):

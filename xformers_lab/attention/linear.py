@@ -2,20 +2,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.linear.features import (
     EXACT,
     divided,
-    dpfp,
     elu,
     empty_state,
     exponential,
     one_more,
     sums,
-    taylor,
-    turned,
 )
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -23,6 +21,33 @@ from xformers_lab.nn.size import Size
 EPSILON = 1e-6
 # exp(k) of the softmax over positions: beyond this a key's channel counts as this.
 CLIP = 40.0
+
+
+def dpfp(x, nu: int):
+    """Products of every channel of relu([x, -x]) with those 1 .. nu before it: 2 H nu features."""
+    both = jax.nn.relu(jnp.concatenate([x, -x], -1))
+    return jnp.concatenate([both * jnp.roll(both, shift, -1) for shift in range(1, nu + 1)], -1)
+
+
+def taylor(x):
+    """phi(q) . phi(k) = 1 + q . k + (q . k)^2 / 2, each product of two channels once: 1 + H + H (H // 2 + 1) features.
+
+    Channel i is multiplied by channel i + j modulo H for j up to H / 2: slices, where an upper triangle is a gather.
+    """
+    T, H = x.shape
+    twice, half = jnp.concatenate([x, x], -1), H // 2
+    pairs = jnp.stack([x * twice[:, shift : shift + H] for shift in range(half + 1)], 1)
+    # Squares count half; so do the pairs half a turn apart, which come twice.
+    weight = np.where((np.arange(half + 1) == 0) | (2 * np.arange(half + 1) == H), 0.5**0.5, 1)
+    pairs = pairs * jnp.asarray(weight, x.dtype)[:, None]
+    return jnp.concatenate([jnp.ones((T, 1), x.dtype), x, pairs.reshape(T, -1)], -1)
+
+
+def turned(x, at, length: int):
+    """relu(x) times the cosine and the sine of its position's angle: weights fall as cos(pi (i - j) / 2 length)."""
+    angle = (jnp.pi / 2 / length * at)[:, None]
+    x = jax.nn.relu(x)
+    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], -1).astype(x.dtype)
 
 
 class Linear(Stepwise):

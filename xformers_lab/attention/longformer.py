@@ -9,7 +9,7 @@ from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
-from xformers_lab.attention._engine.pattern import All, Band, Causal, Dilated, Global, Pattern
+from xformers_lab.attention._engine.pattern import All, Band, Causal, Global, Pattern, dilated_band
 from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
@@ -222,7 +222,7 @@ class Longformer(GlobalTokens):
             raise Refused(f"dilation must be at least 1, got {dilation}")
         if projections == "own" and not tokens:
             raise Refused("projections=own are those of global tokens, and tokens=0 leaves none")
-        near = Band(window) if dilation == 1 else Dilated(window, dilation)
+        near = Band(window) if dilation == 1 else dilated_band(window, dilation)
         reach, own = window * dilation, projections != "shared"
         super().__init__(size, near, tokens=tokens, reach=reach, own=own, rngs=rngs)
         self.window = window

@@ -4,6 +4,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.linear.features import (
@@ -12,7 +13,6 @@ from xformers_lab.attention._engine.linear.features import (
     empty_state,
     exponential,
     one_more,
-    orthogonal,
     sums,
 )
 from xformers_lab.attention._engine.softmax import MASKED
@@ -21,6 +21,28 @@ from xformers_lab.nn.size import Size
 
 # Added to every feature of the relu kernel, so that no query is without weights.
 FLOOR = 1e-3
+
+
+def orthogonal(key, count: int, size: int):
+    """Uniformly distributed orthogonal matrices (count, size, size).
+
+    Gram-Schmidt on Gaussian columns gives the factor Q whose R has a positive diagonal, which is uniform (Mezzadri,
+    2006); once more takes away what rounding left. Not `jnp.linalg.qr`: where several of a training step run at once
+    on CPU, they starve XLA's thread pool (jaxlib 0.10.2), and none ends.
+    """
+
+    def add(columns, step):
+        column, at = step
+        for _ in range(2):
+            column -= jnp.einsum("nj,njs->ns", jnp.einsum("ns,njs->nj", column, columns), columns)
+        column *= lax.rsqrt(jnp.square(column).sum(-1, keepdims=True))
+        return columns.at[:, at].set(column), None
+
+    gaussian = jax.random.normal(key, (count, size, size))
+    steps = jnp.moveaxis(gaussian, 2, 0), jnp.arange(size)
+    with jax.default_matmul_precision("highest"):
+        columns, _ = lax.scan(add, jnp.zeros_like(gaussian), steps)
+    return jnp.swapaxes(columns, 1, 2)
 
 
 class Performer(Stepwise):

@@ -7,10 +7,10 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
-from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.by_content import batched, in_blocks, merged, order_by, scores_at_once
 from xformers_lab.attention._engine.softmax import hiding, softmax_average
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Absent
 from xformers_lab.nn.size import Size
 
 # Taken from a token's score with itself, so that it counts where there is nothing else.

@@ -8,13 +8,13 @@ from jax import lax
 
 from xformers_lab.attention import Call, Complexity, Cost, Stepwise
 from xformers_lab.attention._base.patterned import Patterned
-from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.pattern import All
 from xformers_lab.attention._engine.products import weighted
 from xformers_lab.attention._engine.query_blocks import BLOCK, by_blocks, masked
 from xformers_lab.attention._engine.softmax import exponentials, masked_softmax, softmax_average
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Absent
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 

@@ -54,13 +54,14 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
 
 
 def _eval(chosen: argparse.Namespace) -> int:
-    if chosen.batches is not None and chosen.batches < 1:
-        raise UsageError(f"--batches {chosen.batches}: at least 1")
+    batches = chosen.batches
+    if batches is not None:
+        batches = configs.typed("eval_batches", batches, f"--batches {batches}")
     folder = _run_dir(chosen)
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
-    record = loop.evaluate(folder, split=chosen.split, batches=chosen.batches)
+    record = loop.evaluate(folder, split=chosen.split, batches=batches)
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -136,7 +137,7 @@ RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` f
 RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
-BATCHES = argument("--batches", type=int, default=None, help="number of batches (default: the run's eval_batches)")
+BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
 HOW_TO_GENERATE = [
     argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),
     argument("--new", type=int, default=64, help="tokens to add (default: 64)"),

@@ -4,6 +4,9 @@ A task is built as `Task(setting, *, option=default)` and gives
 
 * `batch(split, step)`: a pure function of (seed, split, step); no iterator, no hidden state. The three splits share no
   example: generated tasks draw each split from its own part of the example space (see `_splits`), corpora by file.
+* `examples(split)`: how many examples a split has, where it has an end, and then `take(split, numbers)`: those of these
+  numbers, counted from 0, as a batch. So an evaluation scores each example once, whatever batch and seed are. A task
+  without them is scored on `batch` of the same task with batch=32 and seed=0.
 * `vocab`: number of input symbols; `outputs`: number of classes of a prediction; `target`: "token" (one prediction per
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
@@ -16,7 +19,7 @@ A task is built as `Task(setting, *, option=default)` and gives
 * `image`: rows and columns, where the inputs are the grey levels (below `vocab`) of one image, row by row; else None.
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
-  text begins. It is a pure function like `batch`.
+  text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
   they were read, which is no part of what identifies them.
@@ -50,7 +53,8 @@ class Batch:
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
     shaped like targets, 0 where no answer counts; valid (B, T) bool, False at padding, or None where a task never pads;
-    fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
+    fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is). counted
+    (B,) bool is the lab's: False for the rows that fill up the last batch of an evaluation (None: all count).
     """
 
     inputs: np.ndarray | jax.Array
@@ -58,6 +62,7 @@ class Batch:
     weights: np.ndarray | jax.Array
     valid: np.ndarray | jax.Array | None = None
     fresh: np.ndarray | jax.Array | None = None
+    counted: np.ndarray | jax.Array | None = None
 
 
 class Task:
@@ -83,6 +88,14 @@ class Task:
     def batch(self, split: Split, step: int) -> Batch:
         """The batch of a step of a split; the same whenever it is called."""
         raise NotImplementedError(f"{type(self).__name__} must define batch(split, step)")
+
+    def examples(self, split: Split) -> int | None:
+        """How many examples a split has; None where they are drawn without end."""
+        return None
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        """The examples of these numbers (n,), each from 0 to below `examples(split)`, as a batch of n rows."""
+        raise NotImplementedError(f"{type(self).__name__} has examples: define take(split, numbers)")
 
     def segment(self, split: Split, step: int) -> Batch:
         """The batch of a step whose rows go on where those of the step before ended."""

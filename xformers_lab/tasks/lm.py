@@ -97,6 +97,13 @@ class Lm(Task):
         starts = rng.integers(0, len(content) - self.setting.seq_len, self.setting.batch)
         return self._windows(split, starts)
 
+    def examples(self, split: Split) -> int:
+        """Windows that follow one another: together they predict every byte but the first, each once."""
+        return -(-(len(self.bytes[split]) - 1) // self.setting.seq_len)
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        return self._windows(split, numbers * self.setting.seq_len)
+
     def segment(self, split: Split, step: int) -> Batch:
         T, B, room = self.setting.seq_len, self.setting.batch, len(self.bytes[split]) - 1
         each = room // (B * T)  # segments that every row reads before all begin anew
@@ -111,9 +118,11 @@ class Lm(Task):
         return dataclasses.replace(self._windows(split, starts), fresh=np.full(B, number == 0))
 
     def _windows(self, split: Split, starts: np.ndarray) -> Batch:
+        """What a window lacks at the end of the split is filled up, without weight; nothing before it looks there."""
         content = self.bytes[split]
-        windows = content[starts[:, None] + np.arange(self.setting.seq_len + 1)].astype(np.int32)
-        return Batch(windows[:, :-1], windows[:, 1:], np.ones((self.setting.batch, self.setting.seq_len), np.float32))
+        places = starts[:, None] + np.arange(self.setting.seq_len + 1)
+        windows = content[np.minimum(places, len(content) - 1)].astype(np.int32)
+        return Batch(windows[:, :-1], windows[:, 1:], (places[:, 1:] < len(content)).astype(np.float32))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -80,11 +80,17 @@ class Pixels(Task):
 
     def batch(self, split: Split, step: int) -> Batch:
         """Images in an order shuffled anew for every pass over the split: each comes once a pass."""
-        pixels, labels = self.corpus.splits[split]
         count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), len(labels))
+        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
         chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return Batch(pixels[chosen].astype(np.int32), labels[chosen], np.ones(count, np.float32))
+        return self.take(split, np.array(chosen))
+
+    def examples(self, split: Split) -> int:
+        return len(self.corpus.splits[split][1])
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        pixels, labels = self.corpus.splits[split]
+        return Batch(pixels[numbers].astype(np.int32), labels[numbers], np.ones(len(numbers), np.float32))
 
     def describe(self) -> dict:
         """Source, size, classes, images per split, copies dropped, share of the most frequent class, sha256 of all."""

@@ -97,15 +97,21 @@ class Text(Task):
 
     def batch(self, split: Split, step: int) -> Batch:
         """Documents in an order shuffled anew for every pass over the split: each comes once a pass."""
-        documents, labels = self.corpus.splits[split]
-        count, length = self.setting.batch, self.setting.seq_len
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), len(labels))
+        count = self.setting.batch
+        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
         chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        inputs = np.zeros((count, length), np.int32)
-        for row, document in enumerate(chosen):
+        return self.take(split, np.array(chosen))
+
+    def examples(self, split: Split) -> int:
+        return len(self.corpus.splits[split][1])
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        (documents, labels), length = self.corpus.splits[split], self.setting.seq_len
+        inputs = np.zeros((len(numbers), length), np.int32)
+        for row, document in enumerate(numbers):
             content = np.frombuffer(documents[document][:length], np.uint8)
             inputs[row, : len(content)] = content + np.int32(1)
-        return Batch(inputs, labels[chosen], np.ones(count, np.float32), inputs > 0)
+        return Batch(inputs, labels[numbers], np.ones(len(numbers), np.float32), inputs > 0)
 
     def describe(self) -> dict:
         """Source, classes, documents per split, copies dropped, share of the most frequent class, sha256 of it all."""

@@ -96,12 +96,18 @@ class Translate(Task):
 
     def batch(self, split: Split, step: int) -> Batch:
         """Pairs in an order shuffled anew for every pass over the split: each comes once a pass."""
-        tokens, ends = self.rows[split]
-        B, S, T = self.setting.batch, self.source_length, self.setting.seq_len
-        passes, places = np.divmod(np.arange(step * B, (step + 1) * B), len(tokens))
+        count = self.setting.batch
+        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
         chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        whole = tokens[chosen].astype(np.int32)
-        wanted = (np.arange(T)[None] >= S) & (np.arange(T)[None] < ends[chosen][:, None])
+        return self.take(split, np.array(chosen))
+
+    def examples(self, split: Split) -> int:
+        return len(self.rows[split][0])
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        (tokens, ends), S, T = self.rows[split], self.source_length, self.setting.seq_len
+        whole = tokens[numbers].astype(np.int32)
+        wanted = (np.arange(T)[None] >= S) & (np.arange(T)[None] < ends[numbers][:, None])
         return Batch(whole[:, :-1], whole[:, 1:], wanted.astype(np.float32))
 
     def encode(self, text: str) -> list[int]:

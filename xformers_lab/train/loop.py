@@ -5,6 +5,7 @@ The record that `run` returns and leaves in result.json is the row that a report
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -15,12 +16,11 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
 from xformers_lab import config as configs
-from xformers_lab.config import Config
+from xformers_lab.config import Config, edit
 from xformers_lab.errors import RunFailed, UsageError, ran_out_of_memory
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
@@ -28,9 +28,9 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, optimizer, prefetch, records
+from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, records
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
-from xformers_lab.train.state import TrainState, abstract, empty, init, merge, shapes
+from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepare", "resume", "run"]
 
@@ -38,6 +38,7 @@ PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
 _HOW_READ = "reading"  # of what a task says of its data
+_MEND = "try a smaller lr, clip=1, or dtype=float32"
 
 Progress = Callable[[int, int, dict], None]
 """Called as progress(step, total, metrics) after each step; metrics holds floats, `loss` among them."""
@@ -49,7 +50,8 @@ Doing = Callable[[str, int], None]
 
 
 class Diverged(RunFailed):
-    """The loss or a gradient stayed non-finite; `status` is what the run's row says, `record` that row."""
+    """The loss of training stayed non-finite, or that of an evaluation was; `status` is what the run's row says,
+    `record` that row."""
 
     status = "nan"
     record: dict
@@ -95,29 +97,28 @@ def resume(
     return _run(_stored_config(run_dir), run_dir, True, progress, stop, doing)
 
 
-def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: int | None = None) -> dict:
-    """Score the newest good checkpoint of a run on `batches` batches of a split (default: the run's eval_batches).
+def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: evaluation.Wanted | None = None) -> dict:
+    """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
+    run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding.
+    layers: a mean for every position of the sequence, None where all are padding. Raises Diverged where the loss is no
+    number.
     """
     run_dir = pathlib.Path(run_dir)
     job = prepare(_stored_config(run_dir), run_dir)
     if not checkpoint.steps(run_dir):
         raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
-    count = job.config.train.eval_batches if batches is None else batches
-    loss, metric, means = _score(job, state, split, count, lambda: 0, lambda what: None)
+    wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
+    score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
     record = Record(
         id=configs.identity(job.config),
         run_dir=str(run_dir),
         split=split,
-        batches=count,
         step=step,
-        loss=loss,
-        metric=metric,
-        **_reported(means),
-        by_position=means["tokens"],
+        **_reported(score),
+        by_position=score.tokens,
         **_declared(job.task),
     )
     return records.finite(record.to_dict())
@@ -137,8 +138,8 @@ def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
 class _Job:
     """What a config stands for: everything that does not change while it trains.
 
-    segments: whether batches follow one another, for what the model remembers to carry over; scored: not empty once
-    `score` is compiled.
+    segments: whether batches follow one another, for what the model remembers to carry over; rebuilt: the task with
+    another size of batch, and seed 0; scored: not empty once `score` is compiled.
     """
 
     config: Config
@@ -150,13 +151,14 @@ class _Job:
     score: Callable
     about: dict
     segments: bool
+    rebuilt: Callable[[int], Task]
     scored: list[bool] = dataclasses.field(default_factory=list)
 
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
 
-    def place(self, split: Split) -> Callable[[int], Batch]:
-        return lambda step: self.layout.place_batch(prefetch.checked(self.task, split, step, self.segments))
+    def training_batch(self, step: int) -> Batch:
+        return self.layout.place_batch(prefetch.checked(self.task, "train", step, self.segments))
 
 
 def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
@@ -181,6 +183,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         compile_eval_step(task, graph, layout),
         about,
         segments,
+        functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
     )
 
 
@@ -242,19 +245,19 @@ def _train(
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", stop_signal())
 
-    def score(split: Split) -> tuple[float, float, dict]:
-        return _score(job, state, split, train.eval_batches, stop_signal, lambda what: doing(what, step))
+    def score(split: Split, most: int | None = None) -> evaluation.Score:
+        return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
 
     def validate(line: dict) -> dict:
-        loss, metric, _ = score("validation")
-        return line | {"validation_loss": loss, "validation_metric": metric}
+        valued = score("validation", evaluation.WATCHED)
+        return line | {"validation_loss": valued.loss, "validation_metric": valued.metric}
 
     try:
         # The last process was stopped while it validated.
         if log.lines and due(train.eval_every, start) and "validation_loss" not in log.lines[-1]:
             log.replace_last(validate(log.lines[-1]))
         doing("training", start)
-        batches = prefetch.ahead(job.place("train"), range(start, train.steps))
+        batches = prefetch.ahead(job.training_batch, range(start, train.steps))
         pending = None  # the last step and its metrics, which the device may still be computing
         with contextlib.closing(batches):
             for step, batch in enumerate(batches, start + 1):
@@ -276,58 +279,75 @@ def _train(
                     doing("training", step)
                 if stop_signal():
                     raise stopped()
-        loss, metric, means = score("test")
+        if int(state.skipped) == train.steps:
+            raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
+        tested = score("test")
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
-    except Diverged as error:
+    except Diverged as diverged:
+        error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
-        raise
-    if not (math.isfinite(loss) and math.isfinite(metric)):
-        error = Diverged(f"the loss on the test split is non-finite after step {step}; try a smaller lr")
-        error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
-        raise error
-    return _finish(job, state, compiled, log, peak, status="ok", loss=loss, metric=metric, **_reported(means))
+        raise error from None
+    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested))
+
+
+def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
+    """Save the parameters of a run that diverged, which are the last finite ones -> where they are, in words."""
+    step = int(state.step)
+    doing("saving", step)
+    try:
+        if step not in checkpoint.steps(job.run_dir):
+            checkpoint.save(job.run_dir, step, state, job.about)
+    except RunFailed as error:
+        return f"its last parameters could not be kept ({error})"
+    return f"its last finite parameters are kept as the checkpoint of step {step}"
 
 
 def _score(
-    job: _Job, state: TrainState, split: Split, count: int, stop_signal: Callable[[], int], doing: Callable[[str], None]
-) -> tuple[float, float, dict]:
-    """The mean loss in nats, the metric, and the means of all that `make_eval_step` sums up, over the first `count`
-    batches of a split; raises _Stopped when `stop_signal()` is not 0."""
+    job: _Job,
+    state: TrainState,
+    split: Split,
+    wanted: evaluation.Wanted,
+    most: int | None,
+    stop_signal: Callable[[], int],
+    doing: Callable[[str], None],
+) -> evaluation.Score:
+    """Score a split as `evaluation` has it; raises _Stopped when `stop_signal()` is not 0, and Diverged where the loss
+    or the metric is no number."""
     doing(f"preparing the {split} split")
-    totals = None
-    pending = None
-    state = dataclasses.replace(state, memory=empty(state.memory))
-    with contextlib.closing(prefetch.ahead(job.place(split), range(count))) as batches:
-        for batch in batches:
-            doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
-            sums, memory = job.score(state, batch)
-            if not job.scored:
-                job.scored.append(True)
-            state = dataclasses.replace(state, memory=memory)
-            if pending is not None:
-                totals = _added(totals, pending)
-            pending = sums
-            if stop_signal():
-                raise _Stopped
-    totals = _added(totals, pending)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = jax.tree.map(lambda pair: (pair[0] / pair[1]).tolist(), totals)
-    return means["loss"], float(job.task.finish(means["metric"])), means
+
+    def evaluate(state: TrainState, batch: Batch) -> tuple:
+        doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
+        scored = job.score(state, batch)
+        if not job.scored:
+            job.scored.append(True)
+        if stop_signal():
+            raise _Stopped
+        return scored
+
+    sample = evaluation.sample(job.task, job.rebuilt, split, wanted, most, job.segments)
+    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state)
+    if score.answers == 0:
+        raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
+    if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
+        raise Diverged(f"the loss on the {split} split is non-finite after step {int(state.step)}; {_MEND}")
+    return score
 
 
-def _added(totals, sums):
-    """The sums so far, and those of one more batch: an array of a total and its weight for each (total, weight)."""
-    pairs = jax.tree.map(
-        lambda pair: np.array(pair, float), jax.device_get(sums), is_leaf=lambda node: type(node) is tuple
-    )
-    return pairs if totals is None else jax.tree.map(np.add, totals, pairs)
-
-
-def _reported(means: dict) -> dict:
-    """What a model says of itself, for a record: the layers that a token passed through, and all it reports."""
-    return {"computation": means["scalars"].get("computation"), "aux": means["scalars"]}
+def _reported(score: evaluation.Score) -> dict:
+    """A score, for a record, and what the model says of itself: the layers that a token passed through, and all else
+    that it reports."""
+    return {
+        "loss": score.loss,
+        "metric": score.metric,
+        "metric_interval": score.interval,
+        "examples": score.examples,
+        "examples_of": score.of,
+        "majority": score.majority,
+        "computation": score.scalars.get("computation"),
+        "aux": score.scalars,
+    }
 
 
 class _Log:
@@ -364,8 +384,8 @@ class _Log:
         if all(recent.get("skipped") for recent in self.lines[-PATIENCE:]) and len(self.lines) >= PATIENCE:
             first = self.lines[-PATIENCE]["step"]
             raise Diverged(
-                f"loss or gradient became non-finite at step {first} and stayed so for {PATIENCE} steps; "
-                "the parameters before it are kept; try a smaller lr, clip=1, or dtype=float32"
+                f"loss, gradient or parameters became non-finite at step {first} and stayed so for {PATIENCE} steps; "
+                f"{_MEND}"
             )
 
     def replace_last(self, line: dict) -> None:
@@ -379,11 +399,12 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
     seconds = [line["seconds"] for line in log.lines if line.get("seconds")]
     median = statistics.median(seconds) if seconds else None
     validated = [line for line in log.lines if "validation_loss" in line]
+    of, wanted = job.task.examples("validation"), config.train.eval_batches
     record = Record(
         id=configs.identity(config),
         run_dir=str(job.run_dir),
         kind="compare",
-        **({"loss": None, "metric": None} | outcome),
+        **(dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority")) | outcome),
         **_declared(job.task),
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
@@ -393,10 +414,12 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
+        step=int(state.step),
         steps=int(state.step),
         skipped=int(state.skipped),
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
+        validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),
@@ -412,8 +435,8 @@ def _declared(task: Task) -> dict:
 
 
 def _curve(lines: list[dict]) -> list[list]:
-    """[step, mean training loss since the last point], at most POINTS of them; skipped steps have no loss."""
-    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    """[step, mean training loss since the last point], at most POINTS of them, without skipped steps."""
+    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None and not line.get("skipped")]
     width = max(1, math.ceil(len(losses) / POINTS))
     groups = [losses[start : start + width] for start in range(0, len(losses), width)]
     return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]

@@ -28,6 +28,12 @@ def checked(task: Task, split: Split, step: int, segments: bool = False) -> Batc
     """The batch of a step; raises UsageError where it breaks the task's own declaration, for a device would clamp an id
     beyond its table without a word."""
     batch = task.segment(split, step) if segments else task.batch(split, step)
+    check(task, batch, f"{split} batch {step}")
+    return batch
+
+
+def check(task: Task, batch: Batch, where: str) -> None:
+    """Raises UsageError where a batch breaks the task's declaration; `where` names it."""
     setting, name = task.setting, type(task).__name__
     per_sequence = (setting.batch,)
     per_token = (setting.batch, setting.seq_len)
@@ -36,10 +42,9 @@ def checked(task: Task, split: Split, step: int, segments: bool = False) -> Batc
     for field, shape in shapes.items():
         value = getattr(batch, field)
         if value is not None and np.shape(value) != shape:
-            raise UsageError(f"task {name}: {field} of {split} batch {step} is {np.shape(value)}, not {shape}")
+            raise UsageError(f"task {name}: {field} of {where} is {np.shape(value)}, not {shape}")
     for field, limit, bound in (("inputs", task.vocab, "vocab"), ("targets", task.outputs, "outputs")):
         low, high = int(np.min(getattr(batch, field))), int(np.max(getattr(batch, field)))
         if low < 0 or high >= limit:
             wrong = low if low < 0 else high
-            raise UsageError(f"task {name}: {field} of {split} batch {step} hold {wrong}, but {bound}={limit}")
-    return batch
+            raise UsageError(f"task {name}: {field} of {where} hold {wrong}, but {bound}={limit}")

@@ -11,11 +11,15 @@ import optax
 from flax import nnx
 
 from xformers_lab.config import Config
+from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 from xformers_lab.nn import backward
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.state import TrainState, begun, merge, split
+
+# What a line of metrics.jsonl says of every step.
+RESERVED = {"step", "loss", "total", "weight", "grad_norm", "ok", "seconds", "skipped"}
 
 
 def stream(seed: jax.Array | int, step: jax.Array | int, name: str) -> jax.Array:
@@ -35,10 +39,11 @@ def make_train_step(
 
     batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
     weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
-    divided once. Auxiliary losses and scalars are the mean of the parts', each weighted as its targets are; metrics
-    hold them as `Aux.metrics` names them, and the weighted loss of each further prediction as one of the losses. A step
-    whose loss or gradient is not finite changes nothing but `step` and `skipped`; texts that begin with it have begun
-    all the same.
+    divided once. Auxiliary losses and scalars are the mean of the parts', each weighted as its targets are. In the
+    metrics "loss" is the task's alone, as an evaluation has it; "total" is what was minimised, where that is more; the
+    auxiliaries stand there as `Aux.metrics` names them, the weighted loss of each further prediction among the losses.
+    A step whose loss or gradient is not finite, or that would leave a value that is not, changes nothing but `step` and
+    `skipped`; texts that begin with it have begun all the same.
     """
 
     def objective(params, statistics, extra, memory, batch: Batch, key):
@@ -50,8 +55,12 @@ def make_train_step(
         predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
         sums |= Aux(losses=predicted)
         total = loss + sum(sums.losses.values())
+        reported = sums.metrics()
+        if taken := RESERVED & reported.keys():
+            raise UsageError(f'the model reports "{min(taken)}", which metrics have of every step: choose another name')
+        totals = {"total": total} if sums.losses else {}
         seeded = total + backward.surrogate_loss(statistics, backward.values(model))
-        return seeded, (split(model)[2:], {"loss": total, "weight": weight, **sums.metrics()})
+        return seeded, (split(model)[2:], {"loss": loss, "weight": weight} | totals | reported)
 
     def part(params, extra, memory, batch: Batch, key):
         statistics = backward.values(merge(graph, params, extra, memory))
@@ -75,14 +84,21 @@ def make_train_step(
         grads, metrics = jax.tree.map(lambda total: total / weight, (grads, sums))
         norm = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state.opt, state.params)
-        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
         params = optax.apply_updates(state.params, updates)
-        params, extra, memory, opt = keep((params, extra, memory, opt), (state.params, state.extra, before, state.opt))
+        after = params, extra, memory, opt
+        ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
+        params, extra, memory, opt = keep(after, (state.params, state.extra, before, state.opt))
         state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
     return train_step
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number in a tree is finite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in floats), jnp.array(True))
 
 
 def in_parts(part: Callable, extra: Any, memory: Any, batch: Batch, key: jax.Array, count: int) -> tuple[Any, Any, Any]:
@@ -117,20 +133,35 @@ def agree(extra: Any, axis: str) -> Any:
 
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], tuple]:
     """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, under "scalars" the same of each
-    auxiliary scalar, under "tokens" of each figure of tokens for each position, (T,); and the state's memory after the
-    batch. Without randomness or other change."""
+    auxiliary scalar, under "tokens" of each figure of tokens for each position, (T,), under "moments" those of the
+    metric over examples (see `moments_of`); and the state's memory after the batch. Without randomness or other change.
+    Rows that are not `counted` leave no trace, but in a scalar that is no mean over tokens."""
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
         model = merge(graph, state.params, state.extra, begun(state.memory, batch.fresh))
         logits, aux = run(model, batch)
-        sums: dict[str, Any] = {"loss": task.loss(logits, batch), "metric": task.metric(logits, batch)}
+        each = jax.vmap(lambda logits, row: task.metric(*jax.tree.map(lambda x: x[None], (logits, row))))(logits, batch)
+        sums: dict[str, Any] = {"loss": task.loss(logits, batch), "metric": tuple(part.sum() for part in each)}
+        sums["moments"] = moments_of(*each, batch.inputs.shape[1])
         weight = sums["loss"][1]
         sums["scalars"] = {name: (value * weight, weight) for name, value in aux.scalars.items()}
-        known = {name: ~jnp.isnan(values) for name, values in aux.tokens.items()}
-        sums["tokens"] = {
-            name: (jnp.where(known[name], values, 0).sum(0), known[name].sum(0)) for name, values in aux.tokens.items()
-        }
+        sums["tokens"] = {name: _known(values, batch.counted) for name, values in aux.tokens.items()}
+        sums["scalars"] |= {name: (total.sum(), count.sum()) for name, (total, count) in sums["tokens"].items()}
         sums = sums if axis is None else jax.lax.psum(sums, axis)
         return sums, split(model)[3]
 
     return eval_step
+
+
+def moments_of(sums: jax.Array, weights: jax.Array, length: int) -> tuple[jax.Array, ...]:
+    """Of the metric's sums s (B,) and their weights w (B,), one of each example, both divided by the length so that
+    squares stay small: how many w are not 0, and the sums of s, w, ss, sw and ww."""
+    s, w = sums / length, weights / length
+    return (w != 0).sum(), s.sum(), w.sum(), (s * s).sum(), (s * w).sum(), (w * w).sum()
+
+
+def _known(values: jax.Array, counted: Any) -> tuple[jax.Array, jax.Array]:
+    """The sum over the batch of figures of tokens (B, T), NaN where there is none, and how many they are, both (T,)."""
+    known = ~jnp.isnan(values)
+    known = known if counted is None else known & jnp.asarray(counted)[:, None]
+    return jnp.where(known, values, 0).sum(0), known.sum(0)

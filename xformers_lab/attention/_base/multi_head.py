@@ -12,8 +12,8 @@ from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
 from xformers_lab.attention._base.call import Call, Method
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.attention._base.samples import apart, step_apart
-from xformers_lab.attention._engine.absent import Absent
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Absent
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required

@@ -1,4 +1,4 @@
-"""What attention mechanisms run on. Nothing here knows of a mechanism.
+"""What several attention mechanisms run on. Nothing here knows of a mechanism; what one alone needs stands in its file.
 
 softmax.py         the masked softmax, and the value of a masked score
 dense.py           softmax attention by definition, for references
@@ -9,7 +9,7 @@ block_sparse/      softmax attention over a pattern, touching only its live bloc
 query_blocks.py    all keys, one block of queries at a time, for weights and maps that are no plain softmax
 by_content.py      queries grouped by the block of keys that they chose
 windows.py slots.py landmarks.py    keys pooled, a few learned slots, low rank through landmarks
-linear/            feature maps and chunked recurrences
+linear/            sums over features of keys, and chunked recurrences
 heads.py           how heads and samples are mapped, in a batch or in a loop
 fused.py           fused kernels of accelerators
 """

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xformers_lab.attention._engine.products import EXACT, inverts
+from xformers_lab.attention._engine.products import EXACT
 from xformers_lab.attention._engine.softmax import masked_softmax
 
 
@@ -53,21 +53,3 @@ def inverse(a, iterations: int, scale=None):
         return product(z, 13 * eye - product(az, 15 * eye - product(az, 7 * eye - az))) / 4, None
 
     return lax.scan(step, a.T * scale, length=iterations)[0]
-
-
-@inverts
-def dominant_inverse(a):
-    """The inverse of matrices (..., m, m) whose diagonal outweighs the rest of its row, by Gauss-Jordan elimination.
-
-    Such a matrix needs no pivots. `jnp.linalg.inv` would serve, but two of its batched triangular solves in one program
-    starve XLA:CPU's thread pool (jaxlib 0.10.2), and neither ends.
-    """
-
-    def eliminate(a, _):
-        # In place, with the pivot in the first row and column, which then go last: after m steps all are back.
-        pivot, row, column, rest = a[..., :1, :1], a[..., :1, 1:], a[..., 1:, :1], a[..., 1:, 1:]
-        row = row / pivot
-        above = jnp.concatenate([rest - column * row, -column / pivot], -1)
-        return jnp.concatenate([above, jnp.concatenate([row, 1 / pivot], -1)], -2), None
-
-    return lax.scan(eliminate, a, length=a.shape[-1])[0]

@@ -67,25 +67,6 @@ class Remainders(Order):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Order):
-    """Queries in the natural order; of the keys only the last `count` of every `stride`."""
-
-    stride: int
-    count: int
-
-    def keys(self, stop, block):
-        at = np.arange(stop)
-        return _padded([at[at % self.stride >= self.stride - self.count]], block)
-
-    def _before(self, at):
-        """How many chosen keys come before a position."""
-        return at // self.stride * self.count + np.maximum(at % self.stride - (self.stride - self.count), 0)
-
-    def find(self, q, first, last, stop, block):
-        return self._before(first) // block, (self._before(last + 1) - 1) // block
-
-
-@dataclasses.dataclass(frozen=True)
 class Tiles(Order):
     """On a grid of `columns`, row by row: tile after tile of `height` rows and `width` columns."""
 
@@ -120,6 +101,15 @@ def runs(order: Order, positions: np.ndarray, block: int) -> Runs:
         columns = blocks % order.columns
         sides = columns.min(1), columns.max(1)
     return Runs(order, blocks.min(1), high, *sides)
+
+
+def columns_of(run: Runs, columns: int):
+    """The first and the last column of a grid of `columns` that blocks of positions touch."""
+    inside = isinstance(run.order, Tiles) and run.order.columns == columns
+    if inside and run.left is not None and run.right is not None:
+        return run.left, run.right
+    one_row = run.low // columns == run.high // columns
+    return np.where(one_row, run.low % columns, 0), np.where(one_row, run.high % columns, columns - 1)
 
 
 def _padded(lists: list[np.ndarray], block: int) -> np.ndarray:

@@ -7,13 +7,11 @@ which keys come into question at all, so that it never looks at the others.
 """
 
 import dataclasses
-import functools
-import operator
 
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, FAR, WHOLE, Pattern, everything, settled
-from xformers_lab.attention._engine.order import NATURAL, Chosen, Order, Remainders, Runs, Tiles
+from xformers_lab.attention._engine.order import NATURAL, Remainders
 
 # No two positions are so far apart.
 FARTHEST = 1 << 29
@@ -64,7 +62,7 @@ class Band(Measured):
         return abs(q - k) <= self.width
 
     def state(self, q, k):
-        return _apart((q.low, q.high), (k.low, k.high), self.width, self.width)
+        return apart((q.low, q.high), (k.low, k.high), self.width, self.width)
 
     def spans(self, low, high):
         return [(low - self.width, high + self.width)]
@@ -84,7 +82,7 @@ class Blocks(Measured):
 
     def state(self, q, k):
         q_run, k_run = ((at.low // self.size, at.high // self.size) for at in (q, k))
-        return _apart(q_run, k_run, self.before, self.after)
+        return apart(q_run, k_run, self.before, self.after)
 
     def spans(self, low, high):
         return [((low // self.size - self.before) * self.size, (high // self.size + self.after + 1) * self.size - 1)]
@@ -144,150 +142,19 @@ class Global(Measured):
         return [(np.where(all_keys, first, few[0]), np.where(all_keys, last, few[1]))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Summaries(Measured):
-    """The last `count` positions of every run of `stride`, seen by every query."""
-
-    stride: int
-    count: int
-
-    @property
-    def order(self):
-        return Chosen(self.stride, self.count) if self.count < self.stride else NATURAL
-
-    def __call__(self, q, k):
-        return (k % self.stride >= self.stride - self.count) & (q == q)
-
-    def state(self, q, k):
-        if k.order == self.order:  # of chosen keys alone, or where every key is one
-            return super().state(q, k) * 0 + WHOLE
-        start, least = k.low // self.stride * self.stride, self.stride - self.count
-        certain = (k.low >= start + least) & (k.high < start + self.stride) | (self.count >= self.stride)
-        return settled((k.high >= start + least) & (q.low == q.low), certain & (q.low == q.low))
-
-
-@dataclasses.dataclass(frozen=True)
-class Local2D(Measured):
-    """On a grid of `columns`, row by row: keys at most `height` rows and `width` columns away."""
-
-    columns: int
-    height: int
-    width: int
-
-    @property
-    def order(self):
-        """Tiles of 8 x 8 where so many fewer keys come with the blocks that are live, as on a wide grid."""
-        tiles = 64 * (1 + 2 * -(-self.height // 8)) * (1 + 2 * -(-self.width // 8))
-        rows = 2 * self.height + max(1, -(-64 // self.columns))
-        natural = rows * min(self.columns, 64 * (1 + 2 * -(-self.width // 64)))
-        return Tiles(self.columns, 8, 8) if tiles < natural and self.columns >= 8 else NATURAL
-
-    def __call__(self, q, k):
-        rows, columns = q // self.columns - k // self.columns, q % self.columns - k % self.columns
-        return (abs(rows) <= self.height) & (abs(columns) <= self.width)
-
-    def state(self, q, k):
-        q_rows, k_rows = ((at.low // self.columns, at.high // self.columns) for at in (q, k))
-        rows = _apart(q_rows, k_rows, self.height, self.height)
-        return np.minimum(rows, _apart(_sides(q, self.columns), _sides(k, self.columns), self.width, self.width))
-
-    def spans(self, low, high):
-        away = self.height * self.columns + min(self.width, self.columns)
-        return [(low - away, high + away)]
-
-
-class Composed(Pattern):
-    """A pattern that is another one under its own name: `same()`."""
-
-    def same(self) -> Pattern:
-        raise NotImplementedError
-
-    @property
-    def order(self) -> Order:
-        return self.same().order
-
-    def __call__(self, q, k):
-        return self.same()(q, k)
-
-    def state(self, q, k):
-        return self.same().state(q, k)
-
-    def spans(self, low, high):
-        return self.same().spans(low, high)
-
-    def parts(self):
-        return self.same().parts()
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockLocal(Composed):
+def block_local(size: int) -> Pattern:
     """Keys in the same run of `size` consecutive positions."""
-
-    size: int
-
-    def same(self):
-        return Blocks(self.size, 0, 0)
+    return Blocks(size, 0, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Dilated(Composed):
+def dilated_band(width: int, dilation: int) -> Pattern:
     """Keys a multiple of `dilation` away, at most `width` of them on each side."""
-
-    width: int
-    dilation: int
-
-    def same(self):
-        reach = Band(self.width * self.dilation)
-        return reach & Residue(self.dilation) if self.dilation > 1 else reach
+    reach = Band(width * dilation)
+    return reach & Residue(dilation) if dilation > 1 else reach
 
 
-@dataclasses.dataclass(frozen=True)
-class Fixed(Composed):
-    """Keys in the query's own run of `stride` positions, and the last `summary` positions of every run."""
-
-    stride: int
-    summary: int
-
-    def same(self):
-        return BlockLocal(self.stride) | Summaries(self.stride, self.summary)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree(Composed):
-    """Keys at most `width` away, and beyond that the last position of every span of 2, 4, 8, ... positions.
-
-    Spans double where the distance does, `levels` times: the view a query of BP-Transformer has, one position for a
-    span.
-    """
-
-    width: int
-    levels: int
-
-    def _levels(self) -> list[Pattern]:
-        rings = [
-            Band(self.width * 2**level) & ~Band(self.width * 2 ** (level - 1)) & Summaries(2**level, 1)
-            for level in range(1, min(self.levels, FARTHEST.bit_length()) + 1)
-        ]
-        return [Band(self.width), *rings]
-
-    def same(self):
-        return functools.reduce(operator.or_, self._levels())
-
-    def parts(self):
-        return self._levels()  # distances differ, so they are disjoint
-
-
-def _apart(q, k, before: int, after: int):
+def apart(q, k, before: int, after: int):
     """The state of key - query between -before and after, from the first and the last of both."""
     possible = (k[0] - q[1] <= after) & (q[0] - k[1] <= before)
     certain = (k[1] - q[0] <= after) & (q[1] - k[0] <= before)
     return settled(possible, certain)
-
-
-def _sides(run: Runs, columns: int):
-    """The first and the last column that a run of positions touches."""
-    inside = isinstance(run.order, Tiles) and run.order.columns == columns
-    if inside and run.left is not None and run.right is not None:
-        return run.left, run.right
-    one_row = run.low // columns == run.high // columns
-    return np.where(one_row, run.low % columns, 0), np.where(one_row, run.high % columns, columns - 1)

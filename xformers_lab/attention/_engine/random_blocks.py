@@ -49,29 +49,6 @@ class OfRuns(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(OfRuns):
-    """The runs are cut into `count` shares of (nearly) equal size and one is drawn from each, so that the draws differ.
-
-    A draw is a hash of indices: there is no table, however long a sequence is.
-    """
-
-    size: int
-    count: int
-    blocks: int
-    seed: int = 0
-
-    def linked(self, run, other):
-        return (other == self._draw(run, other * self.count // self.blocks)) & (other >= 0) & (other < self.blocks)
-
-    def _draw(self, run, share):
-        first, stop = -(-share * self.blocks // self.count), -(-(share + 1) * self.blocks // self.count)
-        return first + hashed(run, share, self.seed, stop - first)
-
-    def drawn(self, run):
-        return self._draw(run[..., None], np.arange(self.count))
-
-
-@dataclasses.dataclass(frozen=True)
 class RandomBlocks(OfRuns):
     """A run sees itself, `near` neighbours on each side, `count` random ones out of all others, and, of the first and
     the last `ends` runs, all see and are seen by all."""
@@ -106,17 +83,6 @@ class RandomBlocks(OfRuns):
             sees_all = (first < self.ends) | (last >= tail)
             spans += [(least, least * 0 + self.ends - 1), (np.where(sees_all, least, tail), most)]
         return spans
-
-
-def hashed(a, b, seed: int, below):
-    """A number from 0 to below - 1 (0 where below < 1) for every pair of integers: the same with numpy and with jax."""
-    word = lambda x: x.astype(np.uint32)
-    with np.errstate(over="ignore"):  # numpy warns where numbers without axes wrap around
-        mixed = word(a) * np.uint32(0x9E3779B1) ^ word(b) * np.uint32(0x85EBCA6B) ^ np.uint32(seed * 0xC2B2AE35 % 2**32)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            mixed = (mixed ^ mixed >> np.uint32(shift)) * np.uint32(factor)
-        mixed = mixed ^ mixed >> np.uint32(16)
-    return (mixed % word(below.clip(1))).astype(below.dtype)
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,55 +26,6 @@ def elu(x):
     return jax.nn.elu(x) + 1
 
 
-def dpfp(x, nu: int):
-    """Products of every channel of relu([x, -x]) with those 1 .. nu before it: 2 H nu features."""
-    both = jax.nn.relu(jnp.concatenate([x, -x], -1))
-    return jnp.concatenate([both * jnp.roll(both, shift, -1) for shift in range(1, nu + 1)], -1)
-
-
-def taylor(x):
-    """phi(q) . phi(k) = 1 + q . k + (q . k)^2 / 2, each product of two channels once: 1 + H + H (H // 2 + 1) features.
-
-    Channel i is multiplied by channel i + j modulo H for j up to H / 2: slices, where an upper triangle is a gather.
-    """
-    T, H = x.shape
-    twice, half = jnp.concatenate([x, x], -1), H // 2
-    pairs = jnp.stack([x * twice[:, shift : shift + H] for shift in range(half + 1)], 1)
-    # Squares count half; so do the pairs half a turn apart, which come twice.
-    weight = np.where((np.arange(half + 1) == 0) | (2 * np.arange(half + 1) == H), 0.5**0.5, 1)
-    pairs = pairs * jnp.asarray(weight, x.dtype)[:, None]
-    return jnp.concatenate([jnp.ones((T, 1), x.dtype), x, pairs.reshape(T, -1)], -1)
-
-
-def turned(x, at, length: int):
-    """relu(x) times the cosine and the sine of its position's angle: weights fall as cos(pi (i - j) / 2 length)."""
-    angle = (jnp.pi / 2 / length * at)[:, None]
-    x = jax.nn.relu(x)
-    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], -1).astype(x.dtype)
-
-
-def orthogonal(key, count: int, size: int):
-    """Uniformly distributed orthogonal matrices (count, size, size).
-
-    Gram-Schmidt on Gaussian columns gives the factor Q whose R has a positive diagonal, which is uniform (Mezzadri,
-    2006); once more takes away what rounding left. Not `jnp.linalg.qr`: where several of a training step run at once
-    on CPU, they starve XLA's thread pool (jaxlib 0.10.2), and none ends.
-    """
-
-    def add(columns, step):
-        column, at = step
-        for _ in range(2):
-            column -= jnp.einsum("nj,njs->ns", jnp.einsum("ns,njs->nj", column, columns), columns)
-        column *= lax.rsqrt(jnp.square(column).sum(-1, keepdims=True))
-        return columns.at[:, at].set(column), None
-
-    gaussian = jax.random.normal(key, (count, size, size))
-    steps = jnp.moveaxis(gaussian, 2, 0), jnp.arange(size)
-    with jax.default_matmul_precision("highest"):
-        columns, _ = lax.scan(add, jnp.zeros_like(gaussian), steps)
-    return jnp.swapaxes(columns, 1, 2)
-
-
 def exponential(e):
     """exp(e) as features of at most 1 and the logarithm (T,) of what they are to be multiplied by."""
     log = lax.stop_gradient(e.max(-1))
