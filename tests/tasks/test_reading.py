@@ -473,6 +473,15 @@ def test_tables_of_one_split_have_the_same_columns(tmp_path):
     assert f"train_b.csv has other columns than {tmp_path / 'train_a.csv'}" in message
 
 
+@pytest.mark.parametrize("task, header", [("text:text_column=text", "label,text"), ("lm:column=text", "number,text")])
+def test_a_quoted_field_at_the_end_of_a_row_that_swallows_rows(tmp_path, task, header):
+    rows = [(label if "label" in header else str(n), {50: '"bare', 60: 'size 5"'}.get(n, f"text {n}"))
+            for n, (_, label) in enumerate(ROWS)]  # fmt: skip
+    path = put(tmp_path, {"rows.csv": table(rows, header=header.split(","))}) / "rows.csv"
+    name, _, column = task.partition(":")
+    assert "line 52: a quoted field" in refused(f"{name}:path={path}:{column}")
+
+
 def test_quoted_fields_of_a_csv(tmp_path):
     rows = [(f'he said ""{n}"", twice\nand left\r\n{n}', label) for n, (_, label) in enumerate(ROWS)]
     path = put(tmp_path, {"rows.csv": table([(f'"{text}"', label) for text, label in rows])}) / "rows.csv"

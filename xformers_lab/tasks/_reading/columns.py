@@ -22,7 +22,7 @@ def pick(task: str, option: str, wanted: str | None, usual: Iterable[str], table
     if table.headed and len(known) == 1 and (mark := next((mark for mark in ";\t|" if mark in known[0]), None)):
         hint = f"; are fields apart by {mark!r}? they must be by commas in .csv, by tabs in .tsv"
     raise UsageError(
-        f"{task}: which column is it? give {option}=... (columns: {', '.join(map(shown, known[:20]))}) for {table.name}"
+        f"{task}: which column is it? give {option}=... (columns: {', '.join(map(shown, known[:8]))}) for {table.name}"
         f"{header}{hint}"
     )
 

@@ -54,7 +54,7 @@ def from_csv(task: str, file: pathlib.Path, content: bytes, header: bool) -> Row
     if lone:
         records = [[field.replace(_RETURN, "\r") for field in record] for record in records]
     _check_width(task, file, records, at, header, "comma")
-    _check_swallowed(task, file, text.split("\n"), records, at, ends)
+    _check_swallowed(task, file, text.split("\n"), records[header:], at[header:], ends[header:])
     return _rows(task, file, records, at, reader.line_num, header, [])
 
 
@@ -176,10 +176,10 @@ def _check_swallowed(
 ) -> None:
     """Raises UsageError at a quoted field over several lines of which each looks like a row of its own.
 
-    So it does where it has as many commas as a row and, in one column, what rows of one line have there: a quote that
-    nobody meant to open a field swallows rows up to the next quote.
+    So it does where it has as many commas as a row and, in one column, what rows of one line have there, or numbers as
+    these do: a quote that nobody meant to open a field swallows rows up to the next quote.
     """
-    width = len(records[0])
+    width = len(records[0]) if records else 0
     spread = [number for number, (first, last) in enumerate(zip(at, ends, strict=True)) if last > first]
     if not spread or width < 2:
         return
@@ -191,7 +191,9 @@ def _check_swallowed(
     for number in spread:
         within = [line.removesuffix("\r").split(",") for line in split[at[number] - 1 : ends[number]]]
         if all(len(line) == width for line in within) and any(
-            all(line[column] in usual[column] for line in within) for column in range(width)
+            all(line[column] in usual[column] for line in within)
+            or (usual[column] and all(map(str.isdecimal, [*usual[column], *(line[column] for line in within)])))
+            for column in range(width)
         ):
             raise UsageError(
                 f"{task}: {file} cannot be read: line {at[number]}: a quoted field that begins there goes on to line "
