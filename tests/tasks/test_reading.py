@@ -204,6 +204,11 @@ def test_a_folder_of_code_is_no_data_set_of_named_splits(tmp_path):
     assert task.files == 62 and "ignored" not in said(task)
 
 
+def test_of_many_files_one_may_be_called_test(tmp_path):
+    put(tmp_path, {f"{name}.txt": f"text of {name}\n" * 9 for name in ("test", *map(str, range(60)))})
+    assert build(f"lm:path={tmp_path}", 8).files == 61
+
+
 def test_two_forms_of_the_train_data_are_refused(tmp_path):
     put(tmp_path, {f"wiki.{name}.{form}": name * 9 for name in ("train", "test") for form in ("raw", "tokens")})
     assert "keep one form" in refused(f"lm:path={tmp_path}", 8)

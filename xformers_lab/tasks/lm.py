@@ -203,7 +203,7 @@ def corpus(
     content = lines.text_bytes("lm", place)
     ends = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
     parts: dict[Split, list[bytes]] = {split: [content[ends[i] : ends[i + 1]]] for i, split in enumerate(SPLITS)}
-    read = account.Account({None: _part(content, place.name)})
+    read = account.Account({None: account.Part((place.name,), _lines(content), _lines(content), len(content))})
     return Corpus(path, parts, read, "by position", compared="nothing")
 
 
@@ -213,15 +213,16 @@ def _of_files(source: str, root: pathlib.Path, placed: layout.Layout) -> Corpus:
     parts: dict[Split | None, account.Part] = {}
     for split, names in placed.files.items():
         seen: set[bytes] = set()
-        part = account.Part()
+        shown, ended, size = [], 0, 0
         for file in names:
             content, name = lines.text_bytes("lm", file), file.relative_to(root).as_posix()
-            again = content in seen
-            part += dataclasses.replace(_part(content, name), dropped={"copies of a file": 1} if again else {})
-            if not again:
+            shown.append(name)
+            ended, size = ended + _lines(content), size + len(content)
+            if content not in seen:
                 seen.add(content)
                 documents[split or _splits.of_bytes(os.fsencode(name))].append(content)
-        parts[split] = part
+        copies = {"copies of a file": len(names) - len(seen)} if len(seen) < len(names) else {}
+        parts[split] = account.Part(tuple(shown), ended, ended, size, copies)
     read = account.Account(parts, tuple(placed.notes))
     if None in placed.files:
         return Corpus(source, documents, read, "by a hash of file names")
@@ -251,9 +252,9 @@ def _of_tables(path: str, source: tables.Source, wanted: str | None) -> Corpus:
     return Corpus(path, splits.complete("lm", documents, lambda text: text), read, compared=compared)
 
 
-def _part(content: bytes, name: str) -> account.Part:
-    count = content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
-    return account.Part((name,), count, count, len(content))
+def _lines(content: bytes) -> int:
+    """How many lines a text has; the last one need not end."""
+    return content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
 
 
 def _settled(corpus: Corpus, length: int, overlap: str) -> tuple[dict[Split, list[bytes]], dict[Split, int]]:

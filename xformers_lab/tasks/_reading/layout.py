@@ -21,6 +21,7 @@ _SCRIPTS |= {".c", ".h", ".cc", ".cpp", ".java", ".go", ".rs", ".ts", ".cu"}
 _FORMS = {"txt", "raw", "tokens", "tok", "bpe", "ids"}
 _NAMED = 4  # names in a line
 _LONGEST = 60  # letters of one
+_MANY = 10  # files, of which a single one that is called test.txt is one like any other
 
 
 class Layout(NamedTuple):
@@ -113,7 +114,7 @@ def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Pa
             plain.update(of_pattern)
     if plain:  # train.txt and test.txt before train_notes.txt and test_notes.txt; held-out data are never trained on
         completed = _and_missing(_and_missing(plain, top), in_folders)
-        if _is_set(set(completed.values())) or "train" not in completed.values():
+        if _is_set(set(completed.values())) or ("train" not in completed.values() and len(data) < _MANY):
             return completed
     if any(_is_set(set(of_pattern.values())) for of_pattern in patterns.values()):
         return _and_missing(top, in_folders)
