@@ -219,6 +219,7 @@ def test_two_forms_of_the_train_data_are_refused(tmp_path):
     ("lm", ["valid.txt", "test.txt", "notes.txt"]),
     ("lm", ["dev/a", "test/b"]),
     ("lm", ["test.txt", "corpus.txt"]),
+    ("lm", ["test/1.txt", "corpus.txt"]),
     ("text", ["valid.csv", "test.csv"]),
     ("text", ["dev/pos/1", "dev/neg/1", "test/pos/1", "test/neg/2"]),
     ("translate", ["valid.de", "valid.en", "test.de", "test.en"]),

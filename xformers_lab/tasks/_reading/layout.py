@@ -112,12 +112,18 @@ def _named(root: pathlib.Path, all_files: list[pathlib.Path]) -> dict[pathlib.Pa
     for pattern, of_pattern in patterns.items():
         if pattern.partition(".")[0] == "*":
             plain.update(of_pattern)
-    if plain:  # train.txt and test.txt before train_notes.txt and test_notes.txt; held-out data are never trained on
-        completed = _and_missing(_and_missing(plain, top), in_folders)
-        if _is_set(set(completed.values())) or ("train" not in completed.values() and len(data) < _MANY):
-            return completed
+    few = len(data) < _MANY
+    completed: dict[pathlib.Path, Split] = {}  # train_notes.txt is not read beside train.txt
+    deep: dict[pathlib.Path, Split] = {file: split for file, split in splits.items() if few and file in likely}
+    for part in (plain, in_folders, top, deep):
+        completed = _and_missing(completed, part)
+    whole = set(completed.values())
+    if (plain or in_folders) and _is_set(whole):
+        return completed
     if any(_is_set(set(of_pattern.values())) for of_pattern in patterns.values()):
         return _and_missing(top, in_folders)
+    if few and whole - {"train"}:  # what is held out is never trained on
+        return completed
     everywhere = set(splits.values())
     rest = [file for file in data if file not in splits and ending(file)]
     return splits if not rest and (_is_set(everywhere) or "train" in everywhere) else {}
