@@ -34,12 +34,6 @@ def differing(tree: Any, trusted: Mapping[str, Any]) -> str | None:
     return None
 
 
-def loaded(tree: Any) -> bool:
-    """Whether all that a mapping names outside the package is imported already."""
-    names = (spec.module_of(_located(name)) if _is_python(name) else name for name in of(tree))
-    return all(name in sys.modules for name in names)
-
-
 def _named(value: Any) -> Iterator[str]:
     """The names in a value of whatever type: a file may hold anything."""
     if isinstance(value, Mapping):

@@ -326,7 +326,6 @@ def test_what_is_typed_runs_and_a_file_too_if_trusted(tmp_path):
     assert configs.single([f"@{tmp_path}/c.toml"], trust=True) == typed
     (tmp_path / "recipe.py").write_text(f"configs = [{{'attention': {str(tmp_path / 'mine.py')!r}}}]\n")
     assert configs.single([f"@{tmp_path}/recipe.py"]) == typed  # Python that was typed may name Python
-    assert sources.loaded(configs.to_dict(typed))
 
 
 def test_the_source_of_a_choice_within_a_choice_is_a_part_of_what_a_run_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import sys
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument
@@ -42,6 +43,8 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
     with Worker() as worker, progress.steps(title) as step:
 
         def heard(message: dict) -> None:
+            for line in message.get("reading", ()):
+                print(line, file=sys.stderr, flush=True)
             if "loss" in message:
                 step(message["step"], message["total"], message)
 

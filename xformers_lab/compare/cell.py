@@ -17,9 +17,10 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     from xformers_lab.model import build_task, check_config
     from xformers_lab.train import layout, loop
 
+    reading: list[str] = []
     with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
-        build_task(cell)
-    tell.doing("checking the config")
+        reading = build_task(cell).reading()
+    tell.doing("checking the config", reading=reading)
     try:
         task = check_config(cell)
         if loop.settled(configs.folder(cell), lambda: task) is None:

@@ -38,7 +38,13 @@ def check_cells(
     impossible = []
     deadly: dict[str, dict] = {}  # mechanisms whose kit ended its process: each is waited for once
 
+    said: set[str] = set()
+
     def heard(message: dict) -> None:
+        for line in message.get("reading", ()):
+            if line not in said:  # cells share their data
+                said.add(line)
+                announce(line)
         if "kit" in message:
             announce(message["doing"])
 

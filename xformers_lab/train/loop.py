@@ -39,6 +39,7 @@ __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepar
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
+_HOW_READ = "reading"  # of what a task says of its data
 _MEND = "try a smaller lr, clip=1, or dtype=float32"
 
 Progress = Callable[[int, int, dict], None]
@@ -182,7 +183,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         raise UsageError(
             "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=jit"
         )
-    details = {"config": configs.decisive(config), "data": json.loads(json.dumps(task.describe(), default=str))}
+    details = {"config": configs.decisive(config), "data": json.loads(json.dumps(_identifying(task), default=str))}
     about = {"config": configs.identity(config), "data": _fingerprint(task), "details": details}
     return _Job(
         config,
@@ -511,7 +512,8 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task], config: Config | No
         raise IntegrityError(
             f"{run_dir / 'result.json'}: {wrong}; delete that file, and the run makes it again from its last checkpoint"
         )
-    was, now = record.get("data"), records.finite(json.loads(json.dumps(task().describe(), default=str)))
+    was, now = record.get("data"), records.finite(json.loads(json.dumps(_identifying(task()), default=str)))
+    was = {key: value for key, value in was.items() if key != _HOW_READ} if isinstance(was, dict) else was
     if isinstance(was, dict) and was != now:
         key = next(key for key in {**now, **was} if was.get(key) != now.get(key))
         raise UsageError(
@@ -552,7 +554,12 @@ def _finished(config: Config, run_dir: pathlib.Path, from_scratch: bool = False)
 
 
 def _fingerprint(task: Task) -> str:
-    return hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_identifying(task), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _identifying(task: Task) -> dict:
+    """What tells data from others: all that is said of them but how they were read."""
+    return {key: value for key, value in task.describe().items() if key != _HOW_READ}
 
 
 def _stored_config(run_dir: pathlib.Path, trust: bool) -> Config:

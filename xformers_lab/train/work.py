@@ -15,7 +15,8 @@ def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
 
-    check_config(chosen)
+    task = check_config(chosen)
+    tell.doing("preparing the config", reading=task.reading())
     from xformers_lab.train import loop
 
     records.typed(words)
