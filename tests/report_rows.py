@@ -67,6 +67,7 @@ def sample(names=ATTENTIONS, seeds=(0,), lengths=(64, 128, 256)) -> list[dict]:
                     metric += 0.001 * seed * (1 + rank)
                     speed = 1e5 * (1 + rank) * (64 / seq_len if rank == 0 else 1)
                     costs = {
+                        "seconds_min": 60 * seq_len / speed,
                         "seconds_median": 64 * seq_len / speed,
                         "flops": 10**7 * seq_len,
                         "temp_bytes": 2**14 * seq_len,

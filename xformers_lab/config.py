@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xformers_lab import spec
+from xformers_lab import sources, spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
@@ -179,23 +179,39 @@ def from_dict(tree: Mapping, where: str = "config") -> Config:
     return edit(Config(), **{key: value for key, (value,) in axes.items()})
 
 
-def stored(path: pathlib.Path) -> Config:
-    """The config that a run left in a file; raises UsageError where it is none."""
-    return from_dict(_tree(path, str(path)), str(path))
+def stored(path: pathlib.Path, *, trust: bool = False) -> Config:
+    """The config that a run left in a file; raises UsageError where it is none, or names code outside the package that
+    is not what the run was trained with, unless `trust`."""
+    tree = _tree(path, str(path))
+    record = path.with_name("sources.json")
+    trusted = _tree(record, str(record)) if not trust and record.is_file() else {}
+    if not trust and (outside := sources.differing(tree, trusted)):
+        raise UsageError(f"{path}: names {outside}: look at what it is, then --trust runs it")
+    return from_dict(tree, str(path))
 
 
 def identity(config: Config) -> str:
     """The run's id: a hash of everything that decides its result, with the source of choices outside the package."""
+    return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """Everything that decides a run's result: each leaf spelled out, and a hash of the source of a choice outside."""
     leaves = {}
     for key, (_, field, _) in LEAVES.items():
         if field.metadata["same_result"]:
             continue
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["shelf"] and value != "auto":
-            sources = [spec.digest(field.metadata["shelf"], part) for part in spec.split(str(value), "+")]
-            if any(sources):
-                leaves[f"{key} source"] = sources
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+            parts = spec.split(str(value), "+")
+            digests = [spec.digest(field.metadata["shelf"], part) for part in parts]
+            if any(digests):
+                leaves[f"{key} source"] = digests
+            outermost = {spec.parse(part).name for part in parts}
+            # Such as a normaliser of one's own, the option of a placement.
+            if inner := [digest for name, digest in sources.of(value).items() if name not in outermost]:
+                leaves[f"{key} option source"] = inner
+    return leaves
 
 
 def folder(config: Config) -> pathlib.Path:
@@ -206,17 +222,17 @@ def folder(config: Config) -> pathlib.Path:
 # ---- sweeps: every axis is a list of values ---------------------------------------------------------------------
 
 
-def sweep(words: Iterable[str]) -> tuple[list[Config], list[str]]:
+def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str]]:
     """The grid of configs that command-line words describe, and the keys that vary.
 
     Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
     recipe `@file.py` that defines `configs`. Later words win over earlier ones. A value with a comma in it stands in
-    brackets.
+    brackets. A file of keys and values that names code outside the package is refused, unless `trust`.
     """
     bases, axes = [{}], {}
     for word in words:
         if word.startswith("@"):
-            listed = load(word[1:])
+            listed = load(word[1:], trust=trust)
             if len(listed) == 1:
                 axes |= listed[0]
             else:
@@ -255,9 +271,9 @@ def varied(configs: list[Config]) -> list[str]:
     ]
 
 
-def single(words: Iterable[str]) -> Config:
+def single(words: Iterable[str], *, trust: bool = False) -> Config:
     """The one config of command-line words; a sweep is refused."""
-    configs, differing = sweep(words)
+    configs, differing = sweep(words, trust=trust)
     if len(configs) != 1:
         raise UsageError(
             f"this command takes one config, but {', '.join(differing)} has several values; use compare or bench"
@@ -294,12 +310,21 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
     return axes
 
 
-def load(name: str) -> list[dict[str, list]]:
-    """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place."""
+def load(name: str, *, trust: bool = False) -> list[dict[str, list]]:
+    """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place, and where a
+    file that is no Python names Python outside the package, unless `trust`."""
     path = spec.located(name, f"@{name}")
     if not path.is_file():
         raise UsageError(f'@{name}: no file "{name}"')
-    return _recipe(path) if path.suffix == ".py" else [axes_of(_tree(path, name), name)]
+    if path.suffix == ".py":
+        return _recipe(path)
+    tree = _tree(path, name)
+    if not trust and (outside := ", ".join(sources.of(tree))):
+        raise UsageError(
+            f"@{name}: names code outside the package ({outside}): look at what it is, then --trust runs it, "
+            "or name it on the command line itself"
+        )
+    return [axes_of(tree, name)]
 
 
 def _tree(path: pathlib.Path, name: str) -> Mapping:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from xformers_lab.terminal import shortened
 
 _PACKAGE = pathlib.Path(__file__).parent
+STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
 LONGEST_NAME = 100  # characters; nothing longer is a misspelt name
 
 
@@ -37,6 +38,10 @@ class UsageError(LabError):
 
 class BrokenChoice(UsageError):
     """A choice from outside the package raised what a choice should not: the message says what, and in which line."""
+
+
+class InUse(UsageError):
+    """Another process works in the folder of a run: it is to be waited for, or left to that one."""
 
 
 class Refused(ValueError):
@@ -126,6 +131,8 @@ def contained() -> Iterator[None]:
                 raise
             raise BrokenChoice(in_words(error)) from error
         except BaseException as error:
+            if signalled and stopped_by(error) is not None:
+                raise
             raise KeyboardInterrupt if signalled else BrokenChoice(in_words(error)) from error
 
 
@@ -148,6 +155,13 @@ def _noted(signalled: list[int]) -> Iterator[None]:
         for number, (noting, handler) in replaced.items():
             if signal.getsignal(number) is noting:
                 signal.signal(number, handler)
+
+
+def stopped_by(error: BaseException) -> int | None:
+    """The exit code of what a signal's handler raises, None of everything else."""
+    if type(error) is KeyboardInterrupt:
+        return STOPPED[0]
+    return error.code if isinstance(error, SystemExit) and error.code in STOPPED else None
 
 
 def foreign(error: BaseException) -> str | None:

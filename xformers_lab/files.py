@@ -2,16 +2,20 @@
 
 import os
 import pathlib
+import secrets
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file, in place of an older one, once the disk holds all of it; its folder is made. Raises OSError, with
-    the older one as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may write the same file, such as the verdict on a mechanism, at the same time.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def replace_text(path: pathlib.Path, text: str, *, folder: bool = True) -> None:
+    """Write a file, in place of an older one, once the disk holds all of it; its folder is made if `folder`. Raises
+    OSError, with the older one as it was."""
+    if folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may write the same file, such as the verdict on a mechanism, at the same time. "x" opens no file
+    # that is there, and follows no link.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    file = temporary.open("x", encoding="utf-8")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -32,3 +32,11 @@ def memory() -> int | None:
         except (OSError, ValueError):
             continue
     return total
+
+
+def load() -> float | None:
+    """How many processes wanted a core of the machine, on average over the last minute; None where no system tells."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None

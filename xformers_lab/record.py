@@ -9,6 +9,8 @@ of older versions may lack keys or have others. Needs no jax.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,11 +28,15 @@ STATUSES = {
 SETTLED = ("ok", "nan")
 # What a check says of a config that cannot be: no row ends so, since the command ends, or the row is "refused".
 IMPOSSIBLE = "impossible"
+# What a worker says of a cell that another process trains: no row ends so, since a comparison waits for it.
+HELD = "held"
 
 # Keys that say where a row stands on a page; every other varied key is part of the name of its series.
 PLACES = ("task", "pass", "seq_len", "seed", "kind")
 # The figure that says how fast a row of each kind is: of a bench the time of one pass.
 SPEED = {"compare": "tokens_per_second", "bench": "seconds_median"}
+# Median over least time of equal work: above it something else was busy on the machine.
+BUSY = 1.3
 
 Kind = Literal["compare", "bench"]
 Form = Literal["count", "duration", "power", "score", "significant", "size"]
@@ -146,6 +152,22 @@ class Record:
     seconds_min: float | None = figure(
         "least time", "duration", "The shortest of those runs.", better=-1, narrow=None, summary=False
     )
+    seconds_ratio: float | None = figure(
+        "time/least",
+        "significant",
+        f"Median over least time: above {BUSY} something else was busy, or the work is uneven, and a warning says so.",
+        better=-1,
+        narrow=None,
+        summary=False,
+    )
+    load: float | None = figure(
+        "load",
+        "significant",
+        "Processes that wanted a core of the machine, on average over the last minute of the timing, its own among "
+        "them.",
+        narrow=None,
+        summary=False,
+    )
     temp_bytes: int | None = figure("", "size", "temporary buffers that XLA plans", better=-1)
     peak_bytes: int | None = figure(
         "memory",
@@ -204,7 +226,8 @@ class Record:
     exponent: float | None = figure(
         "time ~",
         "power",
-        "How the least time grows with the length N: slope of a line through its logarithm.",
+        "How the least time grows with the length N: slope of a line through its logarithm, over three lengths or "
+        "more.",
         better=-1,
         narrow=2,
         always=BENCHED,
@@ -216,6 +239,7 @@ class Record:
         "memory ~", "power", "How the memory grows with the length N.", better=-1, narrow=2, always=BENCHED
     )
 
+    seconds_rounds: Sequence[float] = fact("seconds of each timed round, which cells of a length take turns in")
     skipped: int = fact("steps that were skipped since their loss or gradient was not finite")
     aux: Mapping[str, float] = fact("what else the model reports: a mean by its name")
     by_position: Mapping[str, Sequence] = fact("what it reports of each token: a mean for every position")
@@ -229,11 +253,28 @@ class Record:
     machine: Mapping[str, str] | None = fact("what measured it", always=BENCHED)
     config: Mapping = fact("the config")
     run_dir: str = fact("the run's folder", summary=True)
+    seal: str = fact("the sha256 of the rest, in result.json alone")
 
     def to_dict(self) -> dict[str, Any]:
         """The row: the fields that were set, in their order."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in values if value is not ABSENT}
+
+
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the sha256 of the rest of it, for a file: what is changed there later is told from what was
+    measured."""
+    rest = {key: value for key, value in row.items() if key != "seal"}
+    return {**rest, "seal": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def broken(row: Mapping[str, Any], identity: str) -> str | None:
+    """Why a stored row cannot stand for the run of that id, in words; None where it can."""
+    if row.get("id") != identity:
+        return f"it is of run {row.get('id')}, not of {identity}"
+    if "seal" not in row:
+        return "it has no seal: an older version or something else wrote it"
+    return None if row == sealed(row) else "it was changed since it was written (its seal does not match)"
 
 
 def keys(schema: type[Record] = Record) -> tuple[str, ...]:

@@ -265,6 +265,16 @@ def build(shelf: str, text: str, size: Any = None, *, where: str = "", **kwargs:
         raise UsageError(f"{where}: {error}") from error
 
 
+def at_hand(shelf: str, text: str) -> bool:
+    """Whether a choice can be looked up without running a file that this process has not run: it is the package's own,
+    or from a file that was imported before."""
+    try:
+        name = parse(text).name
+        return name in names(shelf) or (_is_file(name) and module_of(located(name, name)) in sys.modules)
+    except UsageError:
+        return False
+
+
 def digest(shelf: str, text: str) -> str | None:
     """A hash of the source behind a choice that lives outside the package, None inside: it is part of a run's id."""
     module = _module(shelf, parse(text).name, text)
@@ -390,11 +400,17 @@ def _is_file(name: str) -> bool:
     return name.endswith(".py") or "/" in name
 
 
+def module_of(path: pathlib.Path) -> str:
+    """The name that the module of a Python file has once it is imported. It is the path's own, for two files may be
+    called alike, and a module that Python knows is never hidden."""
+    path = path.expanduser().resolve()
+    return f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
+
+
 @functools.cache
 def _from_file(path: pathlib.Path) -> types.ModuleType:
-    # Registered as an import would: dataclasses and annotations look their module up. The name is the path's own, for
-    # two files may be called alike, and a module that Python knows is never hidden.
-    name = f"_xlab_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}_{path.stem}"
+    # Registered as an import would: dataclasses and annotations look their module up.
+    name = module_of(path)
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(module_spec)

@@ -227,7 +227,7 @@ def test_a_real_interruption_of_a_recipe_interrupts(tmp_path, what):
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "1\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[1] == "xlab compare: interrupted\n"
+        assert process.communicate(timeout=30)[1].strip() == "xlab compare: interrupted"
     assert process.returncode == 130
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from xformers_lab import config, progress, spec
+from xformers_lab import config, doctor, progress, spec
 from xformers_lab.cli import main, measuring
 from xformers_lab.errors import nearest
 from xformers_lab.measure import speed
@@ -175,9 +175,11 @@ def test_train_resume_eval(capsys, tmp_path):
     assert scored["metric"] == pytest.approx(record["metric"])
 
 
-def test_doctor(capsys):
-    findings = run(capsys, "doctor")
-    assert all(finding["ok"] for finding in findings)
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setattr(doctor.hardware, "load", lambda: 99.0)
+    monkeypatch.setattr(doctor, "_spread", lambda: 1.1)
+    findings = run(capsys, "doctor")  # other work on the machine is no fault of the installation
+    assert [finding["what"] for finding in findings if finding["ok"] is not True] == ["cores"]
     assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,11 +18,12 @@ from xformers_lab.compare import cell, run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.model import check_config
+from xformers_lab.record import HELD
 from xformers_lab.supervise import interrupt
 from xformers_lab.supervise.process import Worker
 from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import lm
-from xformers_lab.train import loop
+from xformers_lab.train import loop, records
 
 TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
 WORDS = [f"{key}={value}" for key, value in TINY.items() if key != "task"]
@@ -204,6 +206,91 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_p
         ignore = lambda *_: None
         run.compare([tiny(tmp_path)], [], worker, ended={}, started=ignore, stepped=ignore, finished=ignore)
     assert worker.process is None
+
+
+@pytest.fixture
+def two_cells(tmp_path, monkeypatch):
+    """A comparison of two cells of which another process holds the first: compare(release) calls release() once the
+    other cell is done -> the rows, and which cells were asked for."""
+    monkeypatch.setattr(run, "PAUSE", 0.0)
+    cells, held, asked, results = [tiny(tmp_path, seed=seed) for seed in (0, 1)], [0], [], {}
+
+    def train(cell, worker, stepped):
+        asked.append(cell.seed)
+        return {"status": HELD, "reason": "process 1"} if cell.seed in held else {"status": "ok", "metric": cell.seed}
+
+    monkeypatch.setattr(run, "_train", train)
+    monkeypatch.setattr(run, "stored", results.get)
+
+    def compare(release):
+        def finished(count, row):
+            if count == 0:
+                release(cells[0], held, results)
+
+        words = []
+        with Worker() as worker:
+            ignore = lambda *_: None
+            rows = run.compare(
+                cells, ["seed"], worker, ended={}, started=ignore, stepped=ignore, finished=finished,
+                announce=words.append,
+            )  # fmt: skip
+        assert words == ["waiting for 1 cell that another process trains; Ctrl-C ends the waiting"]
+        return rows, asked
+
+    return compare
+
+
+def result(cell, **record):
+    path = configs.folder(cell) / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it_and_its_record_taken(two_cells):
+    rows, asked = two_cells(lambda cell, held, results: results.update({cell: {"status": "ok", "metric": 0.5}}))
+    assert [row["metric"] for row in rows] == [0.5, 1] and asked == [0, 1]
+
+
+def test_a_cell_that_another_process_failed_meanwhile_is_a_row_and_not_tried_again(two_cells):
+    rows, asked = two_cells(lambda cell, held, results: result(cell, status="oom", reason="no room"))
+    assert [row["status"] for row in rows] == ["oom", "ok"] and rows[0]["reason"] == "no room" and asked == [0, 1]
+
+
+def test_a_cell_that_another_process_gave_up_is_trained_here(two_cells):
+    rows, asked = two_cells(lambda cell, held, results: held.clear())
+    assert [row["status"] for row in rows] == ["ok", "ok"] and asked == [0, 1, 0]
+
+
+def test_an_older_failure_is_tried_again(tmp_path):
+    cell = tiny(tmp_path)
+    result(cell, status="failed", reason="older")
+    assert run._failed_since(time.time() + 5, cell) is None
+    assert (run._failed_since(0.0, cell) or {})["reason"] == "older"
+
+
+@pytest.mark.full
+def test_two_comparisons_share_the_cells_of_a_folder(tmp_path):
+    """Each one ends with all rows, each cell is trained once, and none is marked failed."""
+    words = ["task=copy", *WORDS, "seed=0..3", "steps=200", f"runs={tmp_path}/runs", "--json"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "xformers_lab", "compare", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    ends = [(*process.communicate(timeout=300), process.returncode) for process in both]
+    assert [code for *_, code in ends] == [0, 0], ends
+    first, second = (json.loads(out) for out, _, _ in ends)
+    assert first == second and [row["status"] for row in first] == ["ok"] * 4
+    assert all(len(path.read_text().splitlines()) == 200 for path in tmp_path.glob("runs/*/*/metrics.jsonl"))
+
+
+def test_a_folder_in_use_is_said_to_be_held(tmp_path):
+    config = tiny(tmp_path)
+    with records.locked(configs.folder(config)):
+        record = cell.train(Tell(io.StringIO()), configs.to_dict(config))
+    assert record["status"] == HELD and "is running this" in record["reason"]
 
 
 def test_a_result_of_other_data_is_not_taken_for_this_one(tmp_path, caplog):

@@ -13,6 +13,7 @@ LAYERS = [
     "errors files hardware record drawing",
     "nn",
     "spec",
+    "sources",
     "attention._engine",
     "attention._base",
     "attention position ffn tasks",

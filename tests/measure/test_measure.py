@@ -145,7 +145,14 @@ def test_fit_is_exact_on_power_laws():
 
 
 @pytest.mark.parametrize(
-    "lengths, values", [([8], [1]), ([8, 8], [1, 2]), ([8, 16], [0, 1]), ([8, 16], [1, float("nan")])]
+    "lengths, values",
+    [
+        ([8], [1]),
+        ([8, 8], [1, 2]),
+        ([8, 16], [1, 2]),  # a line goes through any two points
+        ([8, 16, 32], [0, 1, 2]),
+        ([8, 16, 32], [1, 2, float("nan")]),
+    ],
 )
 def test_fit_refuses_what_has_no_slope(lengths, values):
     with pytest.raises(ValueError, match="exponent needs"):
@@ -255,7 +262,7 @@ def clock(monkeypatch):
 
 def test_warm_up_is_not_timed(clock):
     timing = speed.interleaved({"a": clock.takes(9.0, 1.0, 5.0, 2.0)}, rounds=3)["a"]
-    assert timing == speed.Timing(1.0, 2.0)
+    assert timing == speed.Timing(1.0, 2.0, (1.0, 5.0, 2.0))
 
 
 def test_short_calls_repeat_to_fill_a_round(clock):
@@ -288,7 +295,7 @@ def test_a_case_that_raises_ends_alone(clock):
 
     timings = speed.interleaved({"a": broken, "b": clock.takes(1.0), "c": breaks_later}, rounds=4)
     assert isinstance(timings["a"], MemoryError) and isinstance(timings["c"], IndexError)
-    assert timings["b"] == speed.Timing(1.0, 1.0)
+    assert timings["b"] == speed.Timing(1.0, 1.0, (1.0,) * 4)
 
 
 def test_machine_says_what_measured():
@@ -330,11 +337,11 @@ def mine(tmp_path):
 
 def test_rows_of_two_mechanisms():
     messages = []
-    rows = bench(grid("attention=full,linear", "seq_len=16,32"), rounds=2, check=False, progress=messages.append)
+    rows = bench(grid("attention=full,linear", "seq_len=8,16,32"), rounds=2, check=False, progress=messages.append)
     assert [(row["attention"], row["seq_len"], row["pass"]) for row in rows] == [
         (attention, length, direction)
         for attention in ("full", "linear")
-        for length in (16, 32)
+        for length in (8, 16, 32)
         for direction in PASSES[:2]
     ]
     for row in rows:
@@ -343,10 +350,12 @@ def test_rows_of_two_mechanisms():
         assert row["tokens_per_second"] == pytest.approx(2 * row["seq_len"] / row["seconds_median"])
         assert row["parameters"] == 4 * 16 * 16 and row["timed"] == "mix" and row["causal"] is True
         assert row["temp_bytes"] >= 0 and row["flops"] > 0 and np.isfinite(row["exponent"])
+        assert len(row["seconds_rounds"]) == 2 and min(row["seconds_rounds"]) == row["seconds_min"]
+        assert row["seconds_ratio"] == row["seconds_median"] / row["seconds_min"] and row["load"] >= 0
         assert row["config"]["seq_len"] == row["seq_len"]
     full = [row for row in rows if row["attention"] == "full"]
-    assert [row["flops"] for row in full] == [2 * 2 * n * n * 16 * 2 * times for n in (16, 32) for times in (1, 3.5)]
-    assert [row["exponent_flops"] for row in full] == pytest.approx([2.0] * 4)
+    assert [row["flops"] for row in full] == [2 * 2 * n * n * 16 * 2 * times for n in (8, 16, 32) for times in (1, 3.5)]
+    assert [row["exponent_flops"] for row in full] == pytest.approx([2.0] * 6)
     assert any("timing 4 cells at 32 tokens, round 2 of 2" in text for text in messages)
 
 

@@ -239,3 +239,173 @@ def test_a_record_is_written_for_people():
 
 def test_no_rows_is_said():
     assert printed([], []) == "There are no rows to show.\n"
+
+
+# ---- a first row without figures --------------------------------------------------------------------------------
+
+
+def test_a_failed_first_row_takes_nothing_from_the_others():
+    text = printed([failed("oom", "no room"), cell("linear")], ["attention"])
+    head, first, second = (line.split() for line in text.splitlines()[2:5])
+    assert {"accuracy", "tok/s", "FLOPs", "parameters"} <= {*head}
+    assert first == ["full", "out", "of", "memory"] and {"0.900", "100k", "132k"} <= {*second}
+    text = printed([failed("oom", "no room"), cell("linear"), cell("axial")], ["attention"])
+    assert "tok/s 100k · time 12 ms" in text and "parameters 132k" in text
+
+
+# ---- what differs beside what is compared -----------------------------------------------------------------------
+
+
+def of_group(cells, keys):
+    (group,) = rows.groups(cells, keys)
+    return notes.of_group(group)
+
+
+def test_rows_of_unequal_size_are_named_with_their_ratios(tmp_path):
+    sizes = {"full": 100_000, "linformer": 147_000, "nsa": 223_000, "rope": 101_000, "lstm": 70_000}
+    cells = [cell(name, parameters=size) for name, size in sizes.items()]
+    (note,) = of_group(cells, ["attention"])
+    assert note == (
+        "Parameters differ by more than 2 % at 64 tokens: nsa 2.23 times, linformer 1.47 times and lstm 0.7 times "
+        "those of full."
+    )
+    assert note in " ".join(printed(cells, ["attention"], width=60, terminal=True).split())
+    assert note in written(tmp_path / "r.html", cells, ["attention"])
+    assert of_group(cells[:1] + cells[3:4], ["attention"]) == []  # 1 %
+    # Each is within 2 % of the first, and not of the other.
+    spread = [cell(name, flops=flops) for name, flops in (("full", 1000), ("a", 985), ("b", 1015))]
+    assert of_group(spread, ["attention"]) == [
+        "FLOPs differ by more than 2 % at 64 tokens: a 0.985 times and b 1.01 times those of full."
+    ]
+
+
+def test_sizes_that_change_with_length_and_widths_are_told_too():
+    cells = [cell("full", seq_len=n, parameters=p, flops=n) for n, p in ((32, 100), (128, 106))]
+    assert of_group(cells, KEYS) == [
+        "Parameters change with the length, from the shortest to the longest: 1.06 times (full)."
+    ]
+    assert "Widths (dim) differ by more than 2 %: dim=64 2 times those of dim=32." in of_group(
+        [cell(dim=width) for width in (32, 64)], ["dim"]
+    )
+
+
+def test_a_busy_machine_is_a_warning_beside_the_times(tmp_path):
+    cells = [cell("full", seconds_min=0.008, load=3.25), cell("linear"), cell("axial", seconds_ratio=1.2)]
+    (note,) = of_group(cells, ["attention"])
+    assert note.startswith("Warning: median over least time above 1.3") and "1.50 (full at 64 tokens)" in note
+    assert note.endswith("load up to 3.2.") and note in printed(cells, ["attention"])
+    page = written(tmp_path / "r.html", cells, ["attention"])
+    assert "time/least" in page and ">load<" in page
+
+
+# ---- what is noise is not crowned -------------------------------------------------------------------------------
+
+
+def timed(name, *rounds):
+    return bench(name, 64, sorted(rounds)[len(rounds) // 2], 1.0) | {
+        "seconds_min": min(rounds),
+        "seconds_rounds": list(rounds),
+        "exponent": None,
+    }
+
+
+def test_speeds_of_a_bench_are_told_apart_by_their_rounds():
+    """A disturbance that hits the rounds of all alike does not hide a difference; one of its own size does."""
+    keys = ["attention", "pass"]
+    apart = [timed("full", 1.0, 2.0, 1.1, 1.0), timed("local", 0.9, 1.8, 0.99, 0.9)]
+    assert "990 ms *" in printed(apart, keys)
+    assert "is local" in " ".join(findings.sentences(rows.groups(apart, keys)[0]))
+    alike = [timed("full", 1.0, 1.3, 1.1, 1.0), timed("local", 1.05, 1.0, 1.2, 0.98), timed("slow", 5, 5.1, 5, 5.2)]
+    assert [line.split()[0] for line in printed(alike, keys).splitlines() if line.endswith(" *")] == ["full", "local"]
+    assert "Not told from it by speed: full." in findings.sentences(rows.groups(alike, keys)[0])
+    text = printed(alike[:2], keys)
+    assert " *" not in text
+    assert "nothing tells the speeds apart from noise" in " ".join(findings.sentences(rows.groups(alike[:2], keys)[0]))
+    assert " *" not in printed([timed("full", 1.0), timed("local", 0.9)], keys)  # one round tells nothing
+
+
+def test_speeds_of_training_are_told_apart_by_seeds_or_by_the_noise_of_each_run():
+    speeds = {"full": (100e3, 101e3, 99e3), "linear": (100.5e3, 100e3, 100e3), "axial": (50e3, 51e3, 50e3)}
+    cells = [cell(n, seed=s, tokens_per_second=v) for n, many in speeds.items() for s, v in enumerate(many)]
+    (group,) = rows.groups(cells, ["attention", "seed"])
+    assert {point.series for point in group.leading(64, group.speed)} == {"full", "linear"}
+    one = [cell("full"), cell("linear", tokens_per_second=115e3)]  # median / least is 1.2 in both
+    assert "k *" not in printed(one, ["attention"])
+    one[1]["tokens_per_second"] = 125e3
+    assert "125k *" in printed(one, ["attention"])
+
+
+@pytest.mark.parametrize("key, values", [("lr", (0.001, 0.003)), ("seed", (0, 1)), ("steps", (10, 20))])
+def test_rows_of_one_program_are_not_ranked_by_speed(key, values):
+    cells = [cell(**{key: value}, metric=value, tokens_per_second=1e5 * (1 + at)) for at, value in enumerate(values)]
+    text = printed(cells, [key])
+    assert "k *" not in text
+    (group,) = rows.groups(cells, [key])
+    assert not any("astest" in sentence for sentence in findings.sentences(group))
+    # Beside another program they are one.
+    cells += [row | {"attention": "linear", "tokens_per_second": 1e6} for row in cells]
+    (group,) = rows.groups(cells, ["attention", key])
+    assert {point.program for point in group.leading(64, group.speed)} == {"linear"}
+    assert "Fastest to train is linear" in " ".join(findings.sentences(group))
+
+
+def test_nothing_is_marked_where_all_are_alike_or_none_beats_a_guess():
+    assert " *" not in printed([cell("full"), cell("linear")], ["attention"])
+    assert " *" not in printed([cell("full", metric=0.12), cell("linear", metric=0.1)], ["attention"])
+
+
+# ---- what a metric is of ----------------------------------------------------------------------------------------
+
+
+UNEQUAL = {"metric_name": "accuracy", "chance": 0.5, "majority": 0.947}
+
+
+def test_the_majority_stands_beside_chance_where_classes_are_unequal(tmp_path):
+    cells = [cell("full", metric=0.945, **UNEQUAL), cell("linear", metric=0.94, **UNEQUAL)]
+    text = printed(cells, ["attention"])
+    assert "chance 0.500 · majority 0.947" in text and " *" not in text
+    (sentence, *_) = findings.sentences(rows.groups(cells, ["attention"])[0])
+    assert "no variant does better than a guess" in sentence and "(chance 0.500 · majority 0.947)" in sentence
+    page = written(tmp_path / "r.html", cells, ["attention"])
+    assert ">majority</button>" in page and "always the most frequent class, 0.947" in page
+    for row in cells:
+        row["majority"] = 0.5
+    assert "majority" not in printed(cells, ["attention"])
+    assert ">majority</button>" not in written(tmp_path / "r.html", cells, ["attention"])
+
+
+def test_a_sample_is_said_and_its_error_is_in_the_interval(tmp_path):
+    part = {"examples": 256, "examples_of": 1821, "chance": 0.5, "step": 300}
+    cells = [
+        cell("full", metric=0.9, metric_interval=[0.857, 0.931], **part),
+        cell("linear", metric=0.89, metric_interval=[0.846, 0.923], **part),
+        cell("axial", metric=0.7, metric_interval=[0.641, 0.753], **part),
+    ]
+    text = printed(cells, ["attention"])
+    assert "scored 256 of 1,821 · after step 300" in text and "0.900 ± 0.043 *" in text and "0.890 ± 0.044 *" in text
+    assert "0.700 ± 0.059 *" not in text
+    sentences = " ".join(findings.sentences(rows.groups(cells, ["attention"])[0]))
+    assert "Not distinguishable from full (95 % interval): linear." in sentences
+    page = written(tmp_path / "r.html", cells, ["attention"])
+    assert "256 of 1,821" in page and "0.900 [0.857, 0.931] accuracy" in page
+    whole = [row | {"examples": 1821, "metric_interval": None} for row in cells]
+    assert "of 1,821" not in printed(whole, ["attention"]) and "±" not in printed(whole, ["attention"])
+    endless = [row | {"examples_of": None} for row in cells]
+    assert "scored" not in printed(endless, ["attention"])
+
+
+def test_the_error_of_a_sample_does_not_shrink_with_the_seeds():
+    """All seeds score the same examples."""
+    cells = [cell(seed=seed, metric=0.9, metric_interval=[0.86, 0.94]) for seed in range(50)]
+    (group,) = rows.groups(cells, ["seed"])
+    estimate = group.points[0].estimate("metric")
+    assert estimate is not None and estimate.half == pytest.approx(0.04)
+
+
+def test_validation_and_the_step_of_a_metric_are_in_the_summary_of_a_run():
+    page = io.StringIO()
+    more = {"step": 300, "validation": [[100, 0.9, 0.5], [300, 0.31, 0.912]], "examples": 256, "examples_of": 1821}
+    pages.print_record(cell(**more, metric_interval=[0.857, 0.931]), Console(file=page, width=80))
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in page.getvalue().splitlines()[1:])
+    assert lines["examples"] == "256 of 1,821" and lines["after step"] == "300"
+    assert lines["validation"] == "0.912, loss 0.310, at step 300" and lines["95 % interval"] == "0.857 to 0.931"

@@ -100,6 +100,28 @@ def test_ticks_are_round_few_and_inside(low, high):
         assert all(low <= mark <= high for mark in marks)
 
 
+def test_validation_is_drawn_over_its_steps():
+    points = [[100, 1.5, 0.4], [200, None, None], [300, 0.9, 0.8]]
+    cells = [cell("full", validation=points), cell("linear", validation=[[300, 1.0, 0.7]])]
+    drawn = {chart.title: chart for chart in charts.of_group(rows.groups(cells, KEYS)[0], ["full", "linear"], KEYS)}
+    scores = drawn["Validation accuracy"].spec["data"]["values"]
+    assert [(item["step"], item["loss"]) for item in scores] == [([100, 300], [0.4, 0.8]), ([300], [0.7])]
+    assert drawn["Validation accuracy"].note.startswith("Higher is better; on the validation split")
+    assert drawn["Validation loss"].spec["data"]["values"][0]["loss"] == [1.5, 0.9]
+    assert drawn["Validation loss"].spec["layer"][0]["mark"]["point"]
+    once = [cell("full", validation=points[:1])]
+    titles = [chart.title for chart in charts.of_group(rows.groups(once, KEYS)[0], ["full"], KEYS)]
+    assert "Validation accuracy" not in titles and "Training loss" in titles
+
+
+def test_the_table_says_of_which_step_a_metric_is(tmp_path):
+    cells = [cell("full", validation=[[250, 0.31, 0.912]], step=300), cell("linear", steps=200, seconds_ratio=1.1)]
+    page = written(tmp_path / "r.html", cells, KEYS)
+    body = page[page.index("<thead>") : page.index("</tbody>")]
+    assert ">after step</button>" in body and "0.912 (loss 0.310) at step 250" in body
+    assert "<span>300</span>" in body and "<span>200</span>" in body
+
+
 # ---- the file ---------------------------------------------------------------------------------------------------
 
 

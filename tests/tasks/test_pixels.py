@@ -314,4 +314,8 @@ def test_patches_learn_which_half_is_lit(tmp_path, drawn, capsys):
     small = ["seq_len=24", "dim=16", "heads=2", "layers=1", "batch=16", "eval_batches=2", "steps=30", "warmup=0"]
     chosen = [f"task=pixels:path={tmp_path / 'images.npz'}", "model=vit:patch=2", "position=grid", "lr=0.01"]
     assert main(["train", f"runs={tmp_path / 'runs'}", *small, *chosen, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metric"] > 0.9
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert record["metric"] > 0.9
+    assert f"train: {record['data']['train_images']} images, 2 classes" in printed.err, "it says what was read"
+    assert sum(entry["examples"] for entry in record["data"]["reading"]["splits"]) == COUNT

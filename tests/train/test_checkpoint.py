@@ -2,9 +2,12 @@
 
 import json
 import logging
+import os
 import pathlib
 import random
+import resource
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +167,24 @@ def test_another_run_or_model_is_refused(run_dir):
         checkpoint.restore(run_dir, full, ABOUT)
 
 
+def test_what_changed_is_named(tmp_path):
+    details = {"config": {"lr": 0.001, "batch": 8, "attention source": ["a"]}, "data": {"files": ["a.txt"], "size": 3}}
+    checkpoint.save(tmp_path, 5, {"x": jnp.float32(1)}, ABOUT | {"details": details})
+    like = {"x": jax.ShapeDtypeStruct((), jnp.float32, sharding=target()["half"].sharding)}
+    changed = {
+        "config": {"lr": 0.01, "batch": 8, "attention source": ["b"], "clip": 1.0},
+        "data": {"files": ("b.txt",)},
+    }
+    words = r"another config \(the attention source changed, lr was 0.001, is 0.01, clip was None, is 1.0\)"
+    with pytest.raises(UsageError, match=words):
+        checkpoint.restore(tmp_path, like, ABOUT | {"config": "other", "details": changed})
+    with pytest.raises(
+        UsageError, match=r"another data \(files was \['a.txt'\], is \['b.txt'\], size was 3, is None\)"
+    ):
+        checkpoint.restore(tmp_path, like, ABOUT | {"data": "other", "details": changed})
+    assert checkpoint.restore(tmp_path, like, ABOUT | {"details": changed})[1] == 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_are_never_saved(run_dir, value):
     state = state_of(15)
@@ -187,3 +208,125 @@ def test_a_save_that_fails_half_way_leaves_the_others(run_dir, monkeypatch):
     assert checkpoint.restore(run_dir, target(), ABOUT)[1] == 10
     checkpoint.save(run_dir, 15, state_of(15), ABOUT)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["10", "15"]
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+ODD = ["p [v2]", "a[0]", "[", "a\\b", "a*b", "a?b", "{a,b}", "é ü 中", "a%20b", "~x", "x.", "#;$'\"", "new\nline"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_may_have_any_name(tmp_path, name):
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    (tmp_path / "aXb").mkdir()  # what a pattern would match too
+    checkpoint.check_place(run_dir, 10, 0)
+    for step in (5, 10):
+        checkpoint.save(run_dir, step, state_of(step), ABOUT)
+    state, step = checkpoint.restore(run_dir, target(), ABOUT)
+    assert step == 10 and same(state, state_of(10))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["10", "5"]
+    assert not list((tmp_path / "aXb").iterdir())
+
+
+def test_a_folder_that_orbax_cannot_write_to_is_refused_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "t[]"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    checkpoint.check_place(tmp_path / "plain", 10, 0)
+    with pytest.raises(UsageError, match="choose another folder"):
+        checkpoint.check_place(tmp_path / "p [v2]", 10, 0)
+
+
+def test_a_checkpoint_under_another_number_is_damaged(run_dir, caplog):
+    shutil.copytree(run_dir / "checkpoints" / "10", run_dir / "checkpoints" / "25")
+    state, step = checkpoint.restore(run_dir, target(), ABOUT)
+    assert step == 10 and same(state, state_of(10))
+    assert "it is the checkpoint of step 10, under another number" in caplog.text
+
+
+def test_what_is_not_ours_is_neither_read_nor_deleted(run_dir, tmp_path):
+    parent = run_dir / "checkpoints"
+    elsewhere = pathlib.Path(shutil.copytree(parent / "10", tmp_path / "elsewhere"))
+    (parent / "77").write_text("mine")
+    (parent / "12").symlink_to(elsewhere)
+    (parent / "4.old").symlink_to(elsewhere)
+    for name in ("\u0665", "019", "-3", "1e3", "notes.new", "notes.old", "13", "8.new"):
+        (parent / name).mkdir()
+        (parent / name / "notes").write_text("mine")
+    before = {path: path.lstat().st_mtime_ns for path in parent.rglob("*") if path.relative_to(parent).parts[0] != "5"}
+    assert checkpoint.steps(run_dir) == [5, 10]
+    assert checkpoint.restore(run_dir, target(), ABOUT)[1] == 10
+    checkpoint.save(run_dir, 15, state_of(15), ABOUT)
+    assert checkpoint.steps(run_dir) == [10, 15]
+    assert {path: path.lstat().st_mtime_ns for path in before} == before
+    checkpoint.verify(parent / "10")
+    for step, ok in ((11, True), (12, False), (13, False), (77, False)):
+        if ok:
+            checkpoint.check_place(run_dir, step, 0)
+        else:
+            with pytest.raises(UsageError, match="none of this run's; move it away"):
+                checkpoint.check_place(run_dir, step, 0)
+            with pytest.raises(UsageError, match="none of this run's; move it away"):
+                checkpoint.check_place(run_dir, 80, step)
+            with pytest.raises(RunFailed, match="move it away"):
+                checkpoint.save(run_dir, step, state_of(step), ABOUT)
+    assert {path: path.lstat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("place", ["notes", "state/notes"])
+def test_a_checkpoint_with_a_users_file_in_it_stays(run_dir, caplog, place):
+    (run_dir / "checkpoints" / "5" / place).write_text("mine")
+    checkpoint.save(run_dir, 15, state_of(15), ABOUT)
+    assert (run_dir / "checkpoints" / "5" / place).read_text() == "mine" and "not deleted" in caplog.text
+
+
+# ---- what Orbax does ------------------------------------------------------------------------------------------------
+
+
+def test_arrays_that_cannot_be_read_are_damage(run_dir, caplog):
+    """Their files are as the manifest says: they were written so."""
+    folder = run_dir / "checkpoints" / "10"
+    manifest = checkpoint.verify(folder)
+    for path in files(run_dir, 10):
+        if path.name != "MANIFEST.json":
+            path.unlink()
+    manifest["files"] = {}
+    (folder / "MANIFEST.json").write_text(checkpoint._sealed(manifest))
+    state, step = checkpoint.restore(run_dir, target(), ABOUT)
+    assert step == 5 and same(state, state_of(5)) and "its arrays cannot be read" in caplog.text
+
+
+def test_what_does_not_read_back_deletes_nothing(run_dir, monkeypatch):
+    read = checkpoint._arrays
+    monkeypatch.setattr(checkpoint, "_arrays", lambda folder, like: read(folder, like) | {"half": jnp.zeros(3)})
+    with pytest.raises(RunFailed, match="half reads back otherwise"):
+        checkpoint.save(run_dir, 15, state_of(15), ABOUT)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["10", "5"]
+    assert checkpoint.restore(run_dir, target(), ABOUT)[1] == 10
+
+
+def test_a_full_disk_is_one_message(run_dir, capfd):
+    """A limit on the size of a file stands in for it: Orbax meets both in the same place."""
+    state = {f"x{n}": jax.random.normal(jax.random.key(n), (64, 64)) for n in range(20)}
+    checkpoint.save(run_dir, 11, state, ABOUT)  # what compiles is compiled
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"cannot save step 15 \(.*\); earlier checkpoints are intact") as caught:
+            checkpoint.save(run_dir, 15, state, ABOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert capfd.readouterr() == ("", "")
+    assert checkpoint.steps(run_dir) == [10, 11] and checkpoint.verify(run_dir / "checkpoints" / "11")["step"] == 11
+
+
+@pytest.mark.parametrize("lacking", ["step", "files", "about", "schema"])
+def test_a_sealed_text_that_is_no_manifest_is_damage(run_dir, lacking):
+    folder = run_dir / "checkpoints" / "10"
+    manifest = checkpoint.verify(folder)
+    manifest[lacking] = None
+    (folder / "MANIFEST.json").write_text(checkpoint._sealed(manifest))
+    with pytest.raises(Damaged, match=lacking):
+        checkpoint.verify(folder)

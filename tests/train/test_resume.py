@@ -143,7 +143,7 @@ def test_what_cannot_be_resumed_says_why(words, tmp_path):
     path = folder / "config.json"
     text = path.read_text()
     path.write_text(text.replace('"lr": 0.001', '"lr": 0.01'))
-    with pytest.raises(UsageError, match="belongs to another config"):
+    with pytest.raises(UsageError, match=r"belongs to another config \(lr was 0.001, is 0.01\)"):
         loop.resume(folder)
     path.write_text(text.replace('"lr"', '"learning"'))
     with pytest.raises(UsageError, match="unknown key"):

@@ -50,8 +50,9 @@ def bench(
     "decode" is one more token behind it, with state_bytes, the size of its cache. tokens_per_second is B T
     (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
     the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
-    the lengths of an otherwise equal config, None with fewer than two. What has no figure is None. checked says whether
-    the mechanism's conformance was to be checked, machine what measured.
+    the lengths of an otherwise equal config, None with fewer than three. seconds_rounds has the time of each round.
+    What has no figure is None. checked says whether the mechanism's conformance was to be checked, machine what
+    measured.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
@@ -254,6 +255,7 @@ def measure(
             continue
         tokens = cell.config.train.batch * (1 if cell.direction == "decode" else cell.config.seq_len)
         cell.row.update(dataclasses.asdict(timing), status="ok", tokens_per_second=tokens / timing.seconds_median)
+        cell.row.update(speed.disturbance(timing.seconds_rounds))
 
 
 def _compile(cell: Cell):

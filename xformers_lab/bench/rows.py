@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xformers_lab import record, spec
 from xformers_lab.config import Config, get, to_dict, varied
 from xformers_lab.errors import BrokenChoice, UsageError, nearest, ran_out_of_memory
-from xformers_lab.measure.exponent import fit
+from xformers_lab.measure.exponent import LEAST, fit
 
 PASSES = ("forward", "forward+backward", "prefill", "decode")
 
@@ -67,7 +67,10 @@ def interrupted(cells: Sequence[Cell]) -> None:
 
 
 def exponents(cells: Sequence[Cell]) -> None:
-    """Fit how each mechanism's costs grow over the lengths it was measured at; all its rows get the same figures."""
+    """Fit how each mechanism's costs grow over the lengths it was measured at; all its rows get the same figures.
+
+    None where it was measured at too few of them for a line to be more than its ends.
+    """
     series: dict[tuple, list[dict]] = {}
     for cell in cells:
         series.setdefault((dataclasses.replace(cell.config, seq_len=0), cell.direction), []).append(cell.row)
@@ -75,7 +78,7 @@ def exponents(cells: Sequence[Cell]) -> None:
         held = "peak_bytes" if any("peak_bytes" in row for row in rows) else "temp_bytes"
         for name, key in (("exponent", "seconds_min"), ("exponent_flops", "flops"), ("exponent_bytes", held)):
             points = {row["seq_len"]: row[key] for row in rows if row["status"] == "ok" and row[key]}
-            if len(points) > 1:
+            if len(points) >= LEAST:
                 slope = fit(list(points), list(points.values()))
                 for row in rows:
                     row[name] = slope

@@ -9,8 +9,8 @@ import os
 import sys
 import traceback
 
-from xformers_lab.cli.parser import locate, parsed
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device
+from xformers_lab.supervise.interrupt import ending
 from xformers_lab.terminal import LINES, message, visible
 
 
@@ -28,7 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Visible())
-    chosen = parsed(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with ending(message(" ".join(["xlab", *arguments[:1]]))):
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    from xformers_lab.cli.parser import locate, parsed  # here, for a signal may come while it imports
+
+    chosen = parsed(arguments)
     say = lambda text: print(f"xlab {chosen.command}: {message(text)}", file=sys.stderr)
     try:
         locate(chosen)

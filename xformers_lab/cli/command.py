@@ -50,6 +50,7 @@ def argument(name: str, *, path: Literal["folder", "file"] | None = None, **opti
 
 WORDS = argument("words", nargs="*", metavar="key=value")
 JSON = argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+TRUST = argument("--trust", action="store_true", help="run code outside the package that a file names")
 
 
 def answer(chosen: argparse.Namespace, value: Any, table: Callable[[], object]) -> int:

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, Command, answer, argument
+from xformers_lab.cli.command import JSON, TRUST, Command, answer, argument
 from xformers_lab.errors import UsageError
 
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
@@ -17,7 +17,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
     findings = doctor.examine()
     code = answer(chosen, findings, lambda: listing.print_listing(findings))
-    return code if all(finding["ok"] for finding in findings) else 3
+    return 3 if any(finding["ok"] is False for finding in findings) else code
 
 
 def _list(chosen: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def _show(chosen: argparse.Namespace) -> int:
     if "=" in name.partition(":")[0] or name.startswith("@"):
         if chosen.svg:
             raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
-        config = configs.single(chosen.words)
+        config = configs.single(chosen.words, trust=chosen.trust)
         rows = catalogue.resolved(config)
         return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: listing.print_listing(rows))
     page = catalogue.page(name, rest)
@@ -64,6 +64,6 @@ COMMANDS = [
         "show",
         _show,
         "what a choice is, with its options and drawing; or a whole config, resolved",
-        [CHOICE, SVG, JSON],
+        [CHOICE, SVG, TRUST, JSON],
     ),
 ]

@@ -2,13 +2,12 @@
 
 import argparse
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
 
@@ -24,7 +23,7 @@ BENCH_PASSES = {
 def _bench(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
-    cells, varied = configs.sweep(chosen.words)
+    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
     from xformers_lab import progress
     from xformers_lab.bench import supervised
     from xformers_lab.report import table
@@ -48,7 +47,7 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _compare(chosen: argparse.Namespace) -> int:
     if not chosen.words:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
-    cells, varied = configs.sweep(chosen.words)
+    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
     from xformers_lab import progress
     from xformers_lab.compare import run
     from xformers_lab.report import table
@@ -63,7 +62,7 @@ def _compare(chosen: argparse.Namespace) -> int:
         print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
         with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
             callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, ended=records, **callbacks)
+            rows = run.compare(cells, varied, worker, ended=records, announce=announce, **callbacks)
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
@@ -82,16 +81,10 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
+    from xformers_lab.report import saved
+
     path = pathlib.Path(chosen.runs) / "compare.json"
-    try:
-        saved = json.loads(path.read_text())
-        rows, varied, command = saved["rows"], saved["varied"], saved["command"]
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no comparison there yet; run xlab compare, or name its folder with --runs") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path}: not a saved comparison ({type(error).__name__}: {error}); run xlab compare again"
-        ) from None
+    rows, varied, command = saved.read(path)
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
     _write_csv(rows, varied, chosen.csv)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
@@ -157,14 +150,14 @@ COMMANDS = [
         "bench",
         _bench,
         "time attention mechanisms over lengths: speed, FLOPs, memory",
-        [WORDS, *BENCH, CSV, JSON],
+        [WORDS, *BENCH, TRUST, CSV, JSON],
         keys=True,
     ),
     Command(
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, CSV, JSON],
+        [WORDS, *COMPARE, TRUST, CSV, JSON],
         keys=True,
     ),
     Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),

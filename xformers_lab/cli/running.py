@@ -4,9 +4,10 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, WORDS, Command, answer, argument
+from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.terminal import LINES, visible
+from xformers_lab.train import records
 
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -14,22 +15,27 @@ SEARCHING = ("length_penalty",)
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    config = configs.single(chosen.words)
+    runs = [word.partition("=")[2] for word in chosen.words if word.startswith("runs=")]
+    records.refuse_if_typed(chosen.words, configs.spec.located((runs or ["runs"])[-1], "runs"))
+    config = configs.single(chosen.words, trust=chosen.trust)
     title = f"{config.task} · {config.model.attention} · {config.seq_len}"
-    job = {"stall": config.stall, "config": configs.to_dict(config)}
+    job = {"stall": config.stall, "config": configs.to_dict(config), "words": chosen.words}
     return _trained(chosen, title, configs.folder(config), "train.work.run", job)
 
 
 def _resume(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
-    stall = configs.stored(folder / "config.json").stall
+    records.refuse_if_in_use(folder)
+    stall = configs.stored(folder / "config.json", trust=chosen.trust).stall
     if chosen.stall is not None:
         stall = configs.typed("stall", chosen.stall, f"--stall {chosen.stall}")
-    return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", {"stall": stall, "run_dir": str(folder)})
+    job = {"stall": stall, "run_dir": str(folder), "trust": chosen.trust, "from_scratch": chosen.from_scratch}
+    return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", job)
 
 
 def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
     """Have a worker train, and print the record."""
+    records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
     from xformers_lab import progress
     from xformers_lab.report import pages
     from xformers_lab.supervise.process import Ended, Worker
@@ -37,6 +43,8 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
     with Worker() as worker, progress.steps(title) as step:
 
         def heard(message: dict) -> None:
+            for line in message.get("reading", ()):
+                progress.say(line)
             if "loss" in message:
                 step(message["step"], message["total"], message)
             elif "doing" in message:
@@ -61,7 +69,7 @@ def _eval(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
-    record = loop.evaluate(folder, split=chosen.split, batches=batches)
+    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust)
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -77,7 +85,7 @@ def _generate(chosen: argparse.Namespace) -> int:
         raise UsageError(f"{_flags(searching)}: it is of beam search; give --beams, or leave it out")
     seed = drawing.pop("seed", 0)
     sampling = generate.Sampling(**drawing)
-    config, task, model = loop.load(folder)
+    config, task, model = loop.load(folder, trust=chosen.trust)
     try:
         encoded = [task.encode(prompt) for prompt in chosen.prompt]
         stops = [task.encode(text) for text in chosen.stop or ()]
@@ -136,6 +144,9 @@ def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:
 RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` for the newest one")
 RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
+SCRATCH = argument(
+    "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
+)
 SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
 HOW_TO_GENERATE = [
@@ -155,13 +166,15 @@ HOW_TO_GENERATE = [
     ),
 ]
 COMMANDS = [
-    Command("train", _train, "train one config", [WORDS, JSON], keys=True),
-    Command("resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, RUNS, JSON]),
-    Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, RUNS, JSON]),
+    Command("train", _train, "train one config", [WORDS, TRUST, JSON], keys=True),
+    Command(
+        "resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, SCRATCH, TRUST, RUNS, JSON]
+    ),
+    Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, TRUST, RUNS, JSON]),
     Command(
         "generate",
         _generate,
         "continue prompts with the newest checkpoint of a run",
-        [RUN_DIR, *HOW_TO_GENERATE, RUNS, JSON],
+        [RUN_DIR, *HOW_TO_GENERATE, TRUST, RUNS, JSON],
     ),
 ]

@@ -5,8 +5,8 @@ import functools
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import BrokenChoice, LabError, UsageError, in_words, ran_out_of_memory
-from xformers_lab.record import IMPOSSIBLE
+from xformers_lab.errors import BrokenChoice, InUse, LabError, UsageError, in_words, ran_out_of_memory, stopped_by
+from xformers_lab.record import HELD, IMPOSSIBLE
 from xformers_lab.supervise.worker import Tell
 
 
@@ -17,9 +17,10 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     from xformers_lab.model import build_task, check_config
     from xformers_lab.train import layout, loop
 
+    reading: list[str] = []
     with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
-        build_task(cell)
-    tell.doing("checking the config")
+        reading = build_task(cell).reading()
+    tell.doing("checking the config", reading=reading)
     try:
         task = check_config(cell)
         if loop.settled(configs.folder(cell), lambda: task) is None:
@@ -34,13 +35,16 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
         return {"status": "failed", "reason": str(error)}
     except UsageError as error:
         return {"status": IMPOSSIBLE, "reason": str(error)}
+    except LabError as error:
+        return {"status": "failed", "reason": str(error)}
     except Exception as error:
         return {"status": "failed", "reason": in_words(error)[:500]}
     return {"status": "ok"}
 
 
 def train(tell: Tell, config: dict) -> dict:
-    """The record of one cell; a cell that cannot be trained gives a record that says why. Raises Interrupted."""
+    """The record of one cell; a cell that cannot be trained gives a record that says why, one that another process
+    trains HELD. Raises Interrupted."""
     cell = configs.from_dict(config)
     from xformers_lab.train import loop, work
 
@@ -50,12 +54,14 @@ def train(tell: Tell, config: dict) -> dict:
         raise
     except loop.Diverged as error:
         return error.record
+    except InUse as error:
+        return {"status": HELD, "reason": str(error)}
     except LabError as error:
         return {"status": getattr(error, "status", "failed"), "reason": str(error)}
     except Exception as error:
         return {"status": "oom" if ran_out_of_memory(error) else "failed", "reason": in_words(error)[:500]}
     except BaseException as error:
-        if type(error) is KeyboardInterrupt:
+        if stopped_by(error) is not None:
             raise
         return {"status": "failed", "reason": in_words(error)[:500]}  # the exit of a choice of the user's own
 

@@ -7,14 +7,17 @@ import contextlib
 import json
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable
 
 from xformers_lab import config as configs
 from xformers_lab import files, spec
 from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
-from xformers_lab.record import IMPOSSIBLE, SETTLED, Record, blank
+from xformers_lab.record import HELD, IMPOSSIBLE, SETTLED, STATUSES, Record, blank, broken
 from xformers_lab.supervise.process import Ended, Worker
+
+PAUSE = 2.0  # seconds between looks at the cells that another process trains
 
 
 def check_cells(
@@ -35,7 +38,13 @@ def check_cells(
     impossible = []
     deadly: dict[str, dict] = {}  # mechanisms whose kit ended its process: each is waited for once
 
+    said: set[str] = set()
+
     def heard(message: dict) -> None:
+        for line in message.get("reading", ()):
+            if line not in said:  # cells share their data
+                said.add(line)
+                announce(line)
         if "kit" in message:
             announce(message["doing"])
 
@@ -61,9 +70,10 @@ def stored(cell: Config) -> dict | None:
     path = configs.folder(cell) / "result.json"
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("status") in SETTLED else None
+    known = isinstance(record, dict) and record.get("status") in SETTLED and not broken(record, configs.identity(cell))
+    return record if known else None
 
 
 def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:
@@ -71,7 +81,9 @@ def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Re
     shown = dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])
     keys = {key: configs.get(cell, key) for key in shown}
     about = {"kind": "compare", "config": configs.to_dict(cell), "run_dir": str(configs.folder(cell))}
-    return {**blank("compare", schema), **record, **keys, **about}
+    row = {**blank("compare", schema), **record, **keys, **about}
+    row.pop("seal", None)  # it is of the record alone
+    return row
 
 
 def compare(
@@ -83,25 +95,45 @@ def compare(
     started: Callable[[int, Config], None],
     stepped: Callable[[int, int, float | None], None],
     finished: Callable[[int, dict], None],
+    announce: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
     """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> the rows in
     the order of `cells`; worker.stopped says whether all were reached.
 
-    started(index, cell), stepped(step, total, loss) and finished(index, row) report progress. Raises UsageError, before
-    any trains, where a folder of runs cannot be written.
+    A cell that another process trains, another comparison in the same folder, say, is left to it; its record is waited
+    for at the end, and where it leaves none the cell is trained here. What another one fails while this one runs is
+    not tried again.
+
+    started(index, cell), stepped(step, total, loss) and finished(count, row) report progress, where count cells had
+    their row before; announce(text) says what is waited for. Raises UsageError, before any trains, where a folder of
+    runs cannot be written.
     """
     for runs in dict.fromkeys(cell.runs for cell in cells):
         _try(pathlib.Path(runs))
-    rows: list[dict] = []
-    for index, cell in enumerate(cells):
-        record = ended.get(cell) or stored(cell)
-        if record is None:
-            started(index, cell)
-            record = _train(cell, worker, stepped)
-            _keep(cell, record)
-        rows.append(row(cell, record, varied))
-        finished(index, rows[-1])
-    return rows
+    rows: dict[int, dict] = {}
+    began, left, waiting = time.time(), list(range(len(cells))), False
+    while left:
+        held = []
+        for index in left:
+            cell = cells[index]
+            record = ended.get(cell) or stored(cell) or _failed_since(began, cell)
+            if record is None:
+                started(index, cell)
+                record = _train(cell, worker, stepped)
+                if record["status"] == HELD:
+                    held.append(index)
+                    continue
+                _keep(cell, record)
+            rows[index] = row(cell, record, varied)
+            finished(len(rows) - 1, rows[index])
+        if held and not waiting:
+            count = f"{len(held)} cell{'s' * (len(held) > 1)}"
+            announce(f"waiting for {count} that another process trains; Ctrl-C ends the waiting")
+            waiting = True
+        if held:
+            _pause(worker)
+        left = held
+    return [rows[index] for index in range(len(cells))]
 
 
 def save_table(rows: list[dict], varied: list[str], command: str, runs: str) -> pathlib.Path:
@@ -137,11 +169,31 @@ def _train(cell: Config, worker: Worker, stepped: Callable[[int, int, float | No
         return ended.record
 
 
+def _failed_since(began: float, cell: Config) -> dict | None:
+    """The record of a cell that another process failed after `began` (seconds since the epoch), or None."""
+    path = configs.folder(cell) / "result.json"
+    try:
+        record = json.loads(path.read_text()) if path.stat().st_mtime >= began else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    failed = isinstance(record, dict) and record.get("status") in STATUSES and record["status"] not in SETTLED
+    return record if failed else None
+
+
+def _pause(worker: Worker) -> None:
+    """Wait for a while; a signal ends it."""
+    until = time.monotonic() + PAUSE
+    while time.monotonic() < until and not worker.stopped:
+        time.sleep(0.1)
+
+
 def _keep(cell: Config, record: dict) -> None:
-    """A cell that failed leaves its reason in its folder, in the place of an older one; the row has it in any case."""
+    """A cell that failed leaves its reason in its folder, in the place of an older one. No folder is made for it, since
+    one that is gone was moved away; the row has the reason in any case."""
     if record["status"] != "interrupted" and stored(cell) is None:
         with contextlib.suppress(OSError):
-            files.replace_text(configs.folder(cell) / "result.json", json.dumps(record, indent=2) + "\n")
+            text = json.dumps(record, indent=2) + "\n"
+            files.replace_text(configs.folder(cell) / "result.json", text, folder=False)
 
 
 def _try(folder: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +25,14 @@ class Timing:
 
     seconds_min: float
     seconds_median: float
+    seconds_rounds: tuple[float, ...] = dataclasses.field(default=(), compare=False)
+
+
+def disturbance(seconds: Sequence[float]) -> dict[str, float | None]:
+    """What a row says of how quiet the machine was: seconds_ratio, median / minimum of the times of equal work, None
+    for fewer than two; and load, that of the machine now."""
+    ratio = statistics.median(seconds) / min(seconds) if len(seconds) > 1 and min(seconds) > 0 else None
+    return {"seconds_ratio": ratio, "load": hardware.load()}
 
 
 def compile_timed(fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tuple[jax.stages.Compiled, float]:
@@ -76,7 +84,9 @@ def interleaved(
             except Exception as error:
                 results[case] = error
                 del seconds[case]
-    return results | {case: Timing(min(taken), statistics.median(taken)) for case, taken in seconds.items()}
+    return results | {
+        case: Timing(min(taken), statistics.median(taken), tuple(taken)) for case, taken in seconds.items()
+    }
 
 
 def machine() -> dict[str, str]:

@@ -86,8 +86,7 @@ def of_group(
     two that say how fast, the one of this kind of rows), and after training what the metric costs."""
     quality = _metric(group)
     direction = "higher is better" if group.better("metric") > 0 else "lower is better"
-    chance = human.number(group.first("chance"))
-    charts = [_by_length(group, names, quality, _capital(quality.title), direction, chance)]
+    charts = [_by_length(group, names, quality, _capital(quality.title), direction, group.guess)]
     for figure in figures:
         if figure.chart and (figure.name == group.speed or figure.name not in SPEED.values()):
             title = _memory_title(group) if figure.name == "memory" else figure.chart
@@ -97,7 +96,7 @@ def of_group(
         charts += [
             _trade(group, names, quality, speed, "speed", "training tokens/s", "right"),
             _spent(group, names, quality),
-            _curves(group, names, varied),
+            *_curves(group, names, varied, quality.title),
         ]
     return [chart for chart in charts if chart is not None]
 
@@ -128,7 +127,7 @@ def _by_length(
         title = f"{title} at {lengths[0]:,} tokens"
     else:
         title = f"{title} by length"
-    near, words = _chance(data, chance)
+    near, words = _chance(group, data, chance)
     if measure.log:
         logarithmic = f"{'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
         note = f"{note}; {logarithmic}" if note else logarithmic
@@ -186,7 +185,7 @@ def _trade(
     lengths = sorted({item["length"] for item in data})
     low, high = min(item["cost"] for item in data), max(item["cost"] for item in data)
     x = _axis(cost, (low, high), None, title=axis, grid=False) | {"field": "cost"}
-    chance, words = _chance(data, human.number(group.first("chance")))
+    chance, words = _chance(group, data, group.guess)
     y = _axis(quality, _ends(data, chance), chance)
     layers = [
         _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
@@ -203,22 +202,46 @@ def _trade(
     return Chart(title, f"{note}{words}.", spec, lengths if len(lengths) > 1 else [])
 
 
-def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> Chart | None:
-    """Training loss over the steps at one length, a line for each cell."""
-    curves = [(row, row["curve"]) for row in group.rows if row.get("curve")]
+def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str], metric: str) -> list[Chart | None]:
+    """What was measured while training went on, over the steps at one length, a line for each cell: the training loss,
+    and loss and metric of validation where it took place more than once."""
+    training = [(row, [(step, loss) for step, loss in row.get("curve") or []]) for row in group.rows]
+    better = _capital(DIRECTIONS[group.better("metric")])
+    charts = [_over_steps(group, names, varied, training, "Training loss", "Cross-entropy in nats; lower is better")]
+    if max((len(rows.validation(row)) for row in group.rows), default=0) > 1:
+        losses = [(row, [(step, loss) for step, loss, _ in rows.validation(row)]) for row in group.rows]
+        scores = [(row, [(step, score) for step, _, score in rows.validation(row)]) for row in group.rows]
+        note = "On the validation split, at the steps that have a point"
+        charts += [
+            _over_steps(group, names, varied, losses, "Validation loss", f"{note}; lower is better", points=True),
+            _over_steps(group, names, varied, scores, f"Validation {metric}", f"{better}; {note.lower()}", points=True),
+        ]
+    return charts
+
+
+def _over_steps(
+    group: rows.Group,
+    names: Sequence[str],
+    varied: Sequence[str],
+    measured: list[tuple[dict, list[tuple]]],
+    title: str,
+    note: str,
+    *,
+    points: bool = False,
+) -> Chart | None:
+    """measured: each row with (step, value) pairs; points: whether each pair is marked."""
+    curves = [(row, curve) for row, curve in measured if curve]
     if not curves:
         return None
     most = max(8, min(100, CURVE_POINTS // len(curves)))
     data = []
     for row, curve in curves:
-        points = [
-            (step, loss) for step, loss in curve if human.number(loss) is not None and human.number(step) is not None
-        ]
-        if points:
-            points = [*points[: -1 : max(1, math.ceil(len(points) / most))], points[-1]]
+        pairs = [pair for pair in curve if all(human.number(value) is not None for value in pair)]
+        if pairs:
+            pairs = [*pairs[: -1 : max(1, math.ceil(len(pairs) / most))], pairs[-1]]
             series = rows.series(row, varied)
             at = {"series": names.index(series), "name": series, "length": rows.length(row) or 0, "cell": len(data)}
-            data.append(at | {"step": [step for step, _ in points], "loss": [_short(loss) for _, loss in points]})
+            data.append(at | {"step": [step for step, _ in pairs], "loss": [_short(value) for _, value in pairs]})
     if not data:
         return None
     lengths = sorted({item["length"] for item in data})
@@ -230,7 +253,7 @@ def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> C
     }
     y = {"field": "loss", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": None, "tickCount": 5}}
     line = {
-        "mark": {"type": "line", "strokeWidth": 1.5, "clip": True},
+        "mark": {"type": "line", "strokeWidth": 1.5, "clip": True, "point": points},
         "encoding": {"x": x, "y": y, "detail": {"field": "cell"}, "tooltip": _tip("name")} | _ink(names, shape=False),
     }
     spec = _chart([line], data, 250)
@@ -239,7 +262,7 @@ def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str]) -> C
     if chosen:
         spec["params"].append({"name": "at", "value": lengths[-1]})
     stopped = "" if all(rows.ok(row) for row, _ in curves) else "; cells that failed are drawn as far as they came"
-    return Chart("Training loss", f"Cross-entropy in nats; lower is better{stopped}.", spec, lengths if chosen else [])
+    return Chart(title, f"{note}{stopped}.", spec, lengths if chosen else [])
 
 
 # ---- their parts ------------------------------------------------------------------------------------------------
@@ -343,16 +366,19 @@ def _names_axis() -> dict:
     return {"field": "name", "type": "nominal", "sort": None, "axis": axis}
 
 
-def _chance(data: list[dict], chance: float | None) -> tuple[float | None, str]:
-    """The chance level to draw, and words for it; one far from all values, which it would flatten, is words alone."""
-    if chance is None:
+def _chance(group: rows.Group, data: list[dict], level: float | None) -> tuple[float | None, str]:
+    """What a guess scores, to draw, and words for it; where that is far from all values, which it would flatten, words
+    alone."""
+    if level is None:
         return None, ""
+    what = "chance" if level == human.number(group.first("chance")) else "always the most frequent class"
+    drawn = f"; dashed: {what}, {human.score(level)}"
     low, high = min(item["value"] for item in data), max(item["value"] for item in data)
-    if low >= 0 and high <= 1 and 0 <= chance <= 1:
-        return chance, f"; dashed: chance, {human.score(chance)}"
-    if max(high, chance) - min(low, chance) > 4 * max(high - low, 1e-9):
-        return None, f"; chance, {human.score(chance)}, lies {'above' if chance > high else 'below'} the picture"
-    return chance, f"; dashed: chance, {human.score(chance)}"
+    if low >= 0 and high <= 1 and 0 <= level <= 1:
+        return level, drawn
+    if max(high, level) - min(low, level) > 4 * max(high - low, 1e-9):
+        return None, f"; {what}, {human.score(level)}, lies {'above' if level > high else 'below'} the picture"
+    return level, drawn
 
 
 def _ends(data: list[dict], chance: float | None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from xformers_lab import files
 from xformers_lab.errors import UsageError
@@ -74,6 +74,7 @@ def write_report(
         groups=groups,
         legend=charts.look(names),
         patterns=patterns.figures(cells),
+        undrawn=human.listing(patterns.left_out(cells)),
         table=_table(cells, varied_keys, columns(schema)),
         best=_what_is_bold(cells),
         command=command,
@@ -100,6 +101,7 @@ def _section(group: rows.Group, drawn: Sequence[charts.Chart], varied: Sequence[
     return {
         "title": group.title,
         "findings": findings.sentences(group),
+        "notes": [human.plain(note) for note in notes.of_group(group)],
         "charts": shown,
         "missing": missing[:8],
         "more": max(0, len(missing) - 8),
@@ -121,7 +123,11 @@ def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Fi
     keys += [key for key in rows.named_by(varied) if key not in keys]
     measured = [figure for figure in measured if any(rows.measure(row, figure.name) is not None for row in results)]
     scored = any(rows.measure(row, "metric") is not None for row in results)
-    heads = [*keys, *(["metric", "chance"] if scored else []), *(figure.heading for figure in measured), "outcome"]
+    about = [name for name, words in ABOUT.items() if scored and any(words(row) for row in results)]
+    scores = ["metric", *about, "chance"] if scored else []
+    if any(group.majority is not None for group in groups):
+        scores.append("majority")
+    heads = [*keys, *scores, *(figure.heading for figure in measured), "outcome"]
     lines = []
     for group in groups:
         best = _best(group)
@@ -134,12 +140,13 @@ def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Fi
                 cells.append(
                     _number(
                         metric,
-                        f"{human.score(metric)} {name}" if metric is not None else human.NONE,
+                        f"{human.score(metric)}{_interval(row)} {name}" if metric is not None else human.NONE,
                         mine in best["metric"],
                     )
                 )
-                chance = human.number(group.first("chance"))
-                cells.append(_number(chance, human.score(chance)))
+                cells += [Cell(text, text) for text in (ABOUT[head](row) or human.NONE for head in about)]
+                guesses = {"chance": human.number(group.first("chance")), "majority": group.majority}
+                cells += [_number(share, human.score(share)) for head, share in guesses.items() if head in scores]
             for figure in measured:
                 value = rows.measure(row, figure.name)
                 cells.append(_number(value, human.in_column(figure, value), mine in best.get(figure.name, ())))
@@ -153,6 +160,32 @@ def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Fi
     return {"heads": [human.plain(head) for head in heads], "numbers": numbers, "lines": lines}
 
 
+def _interval(row: dict) -> str:
+    """The interval that scoring a sample leaves around the metric, where it is known: " [0.861, 0.931]"."""
+    if not rows.sampling(row):
+        return ""
+    low, high = row["metric_interval"]
+    return f" [{human.score(low)}, {human.score(high)}]"
+
+
+def _step(row: dict) -> str:
+    at = rows.scored_at(row)
+    return "" if at is None else f"{at:,}"
+
+
+def _validated(row: dict) -> str:
+    """The last validation: "0.912 (loss 0.310) at step 200"; empty where there was none."""
+    points = rows.validation(row)
+    if not points:
+        return ""
+    step, loss, metric = points[-1]
+    return f"{human.score(metric)} (loss {human.score(loss)}) at step {step:,}"
+
+
+# What else the table says of a metric, by its heading.
+ABOUT: Mapping[str, Callable[[dict], str]] = {"scored": rows.scored, "after step": _step, "validation": _validated}
+
+
 def _best(group: rows.Group) -> dict[str, set]:
     """For the metric and the speed: the series and length of each point that is the best of its length."""
     lengths = {point.seq_len for point in group.points}
@@ -162,8 +195,9 @@ def _best(group: rows.Group) -> dict[str, set]:
 
 def _what_is_bold(results: Sequence[dict]) -> str:
     where = "at its pass and length" if any(row.get("kind") == "bench" for row in results) else "at its task and length"
-    tested = ", by the mean over the seeds; of the metric also what the paired 95 % interval does not tell from it"
-    return f"best {where}" + (tested if rows.seeds(results) > 1 else "")
+    means = ", by the mean over the seeds" if rows.seeds(results) > 1 else ""
+    tested = max((rows.tested(group) for group in rows.groups(results, ())), key=len, default="")
+    return f"best {where}{means}{tested}"
 
 
 def _machines(results: Sequence[dict]) -> list[dict]:
@@ -234,9 +268,19 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
     how = {}
     if has("metric"):
         metrics = sorted({human.plain(row["metric_name"]) for row in cells if row.get("metric_name")})
-        how[human.listing(metrics) or "metric"] = "Measured after training, on examples that training never saw."
+        how[human.listing(metrics) or "metric"] = (
+            "Measured after the step that the table names, on examples that training never saw."
+        )
+    if any(rows.partly(row) for row in cells):
+        how["scored"] = "Of how many examples of the test split the metric is, where a part of it was scored."
+    if any(map(rows.sampling, cells)):
+        how["[low, high]"] = "95 % interval of the metric over which examples were scored; part of ± and of the bars."
     if any(human.number(row.get("chance")) is not None for row in cells):
         how["chance"] = "What guessing scores on the task."
+    if any(human.number(row.get("majority")) is not None for row in cells):
+        how["majority"] = "The share of the most frequent class: what always saying it scores."
+    if any(map(rows.validation, cells)):
+        how["validation"] = "The metric on the validation split at the last step at which it was taken, and its loss."
     decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in cells) else ""
     words = {"step": "pass" if bench else "training step", "decoded": decoded}
     words["whole"] = "layer with its projections" if bench else "model"

@@ -11,9 +11,13 @@ NONE = "\N{EN DASH}"
 
 def number(value: object) -> float | None:
     """A finite number, or None for everything else (missing, text, truth values, NaN, infinity)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        finite = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return finite if math.isfinite(finite) else None
 
 
 def count(value: object) -> str:

@@ -48,6 +48,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), quantile(n - 1) * statistics.stdev(values) / math.sqrt(n), n)
 
 
+def joined(estimate: Estimate, half: float) -> Estimate:
+    """An estimate with the half-width of another error, independent of the first."""
+    return estimate._replace(half=math.hypot(estimate.half or 0.0, half)) if half else estimate
+
+
 def difference(first: Mapping, second: Mapping) -> Estimate | None:
     """The mean of first - second over the seeds both have (seed -> value); None where they share fewer than two."""
     shared = [first[seed] - second[seed] for seed in first if seed in second]

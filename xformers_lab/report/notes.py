@@ -1,8 +1,13 @@
 """What must be known before the numbers are compared: written under the table and at the head of the page."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
+from xformers_lab.record import BUSY
 from xformers_lab.report import human, rows
+
+# Costs of two rows whose ratio is greater are not the same.
+UNEQUAL = 1.02
 
 # Passes of a bench that are timed with all that a layer does.
 WHOLE = ("call", "decode", "decode_several")
@@ -12,6 +17,12 @@ def of(cells: Sequence[dict]) -> list[str]:
     """One sentence for each thing in which cells beside each other differ, or that was left out."""
     timed = [row for row in cells if rows.ok(row)]
     return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed), *_unseen(timed)]
+
+
+def of_group(group: rows.Group) -> list[str]:
+    """One sentence for each thing in which the rows of one table differ beside what was varied, or that makes their
+    times uncertain."""
+    return [*_unequal(group), *_busy(group)]
 
 
 def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
@@ -24,6 +35,91 @@ def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
         else:
             counted[at] = machine, counted[at][1] + 1
     return counted
+
+
+def _unequal(group: rows.Group) -> list[str]:
+    """Widths, parameters and FLOPs that are not the same in all rows: a comparison of one thing is of these as well."""
+    widths = _differing(_by_program(group.points, "dim"))
+    lines = [f"Widths (dim) differ by more than 2 %: {widths}."] if widths else []
+    for name, words in (("parameters", "Parameters"), ("flops", "FLOPs")):
+        if apart := _at_lengths(group, name):
+            lines.append(f"{words} differ by more than 2 %{apart}.")
+    lengths = [
+        _by_program([point for point in group.points if point.seq_len == at], "parameters") for at in group.lengths
+    ]
+    sizes = {program: [size[program] for size in lengths if program in size] for size in lengths for program in size}
+    grown = [f"{_times(mine[-1] / mine[0])} ({program})" for program, mine in sizes.items() if _unlike(mine)]
+    if grown:
+        times = human.listing(grown, 4)
+        lines.append(f"Parameters change with the length, from the shortest to the longest: {times}.")
+    return lines
+
+
+def _by_program(points: Sequence[rows.Point], name: str) -> dict[str, float]:
+    """What each program has of a figure, or of a key of its config; rows that differ in their training alone have the
+    same. Without what is not known or not positive."""
+    known: dict[str, float] = {}
+    for point in points:
+        estimate = point.estimate(name)
+        number = estimate.mean if estimate else human.number(rows.value(point.rows[0], name)) if point.rows else None
+        if number is not None and number > 0:
+            known.setdefault(point.program, number)
+    return known
+
+
+def _unlike(numbers: Collection[float]) -> bool:
+    return bool(numbers) and max(numbers) > UNEQUAL * min(numbers)
+
+
+def _at_lengths(group: rows.Group, name: str) -> str:
+    """Who differs in a figure from the first row of its length, at the length where they differ most; empty where
+    nowhere."""
+    lengths = {}
+    for at in dict.fromkeys(point.seq_len for point in group.points):
+        figures = _by_program([point for point in group.points if point.seq_len == at], name)
+        if _unlike(figures.values()):
+            lengths[at] = max(figures.values()) / min(figures.values()), figures
+    if not lengths:
+        return ""
+    at = max(lengths, key=lambda length: lengths[length][0])
+    more = "" if len(lengths) == 1 else f" (also at {len(lengths) - 1} other length{'s' * (len(lengths) > 2)})"
+    place = "" if at is None else f" at {at:,} tokens"
+    return f"{place}: {_differing(lengths[at][1])}{more}"
+
+
+def _differing(known: Mapping[str, float]) -> str:
+    """ "linformer 1.47 times those of full": what is not the first one's; empty where all agree within 2 %."""
+    if not _unlike(known.values()):
+        return ""
+    first, *others = known
+    ratios = {name: known[name] / known[first] for name in others}
+    apart = {name: ratio for name, ratio in ratios.items() if not 1 / UNEQUAL <= ratio <= UNEQUAL}
+    # Two that differ from each other may each be close to the first.
+    apart = apart or dict(sorted(ratios.items(), key=lambda item: item[1])[:: max(1, len(ratios) - 1)])
+    names = sorted(apart, key=lambda name: -abs(math.log(apart[name])))
+    return human.listing([f"{name} {_times(apart[name])}" for name in names]) + f" those of {first}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times"
+
+
+def _busy(group: rows.Group) -> list[str]:
+    """Cells whose times of equal work spread, so that something else was busy."""
+    spread: dict[str, float] = {}
+    for point in group.points:
+        for row in point.rows:
+            ratio = rows.ratio(row)
+            if ratio is not None and ratio > BUSY:
+                name = point.series + ("" if point.seq_len is None else f" at {point.seq_len:,} tokens")
+                spread[name] = max(ratio, spread.get(name, 0.0))
+    if not spread:
+        return []
+    worst = sorted(spread, key=lambda name: -spread[name])
+    cells = human.listing([f"{spread[name]:.2f} ({name})" for name in worst], 4)
+    loads = [load for row in group.rows if (load := rows.measure(row, "load")) is not None]
+    load = f"; load up to {max(loads):.1f}" if loads else ""
+    return [f"Warning: median over least time above {BUSY}, so the machine was busy or the work uneven: {cells}{load}."]
 
 
 def _unchecked(timed: Sequence[dict]) -> list[str]:

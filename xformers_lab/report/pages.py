@@ -8,7 +8,7 @@ from rich.text import Text
 
 from xformers_lab.check import SAME
 from xformers_lab.record import Record, figures, summary
-from xformers_lab.report import human
+from xformers_lab.report import human, rows
 from xformers_lab.report.listing import print_listing
 from xformers_lab.terminal import markup, visible
 
@@ -94,10 +94,31 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
         value = record.get(key)
         if value is not None:
             lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
+        if key == "metric":
+            lines += [{"": name, "value": words} for name, words in _of_metric(record).items() if words]
     print_listing(lines, console)
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
         print_listing(along(by_position), console)
+
+
+def _of_metric(record: dict) -> dict[str, str]:
+    """What else a summary tells of a metric, by name; empty words for what the record does not say."""
+    step, majority, validated = (
+        rows.scored_at(record),
+        human.number(record.get("majority")),
+        rows.validation(record)[-1:],
+    )
+    low, high = record["metric_interval"] if rows.sampling(record) else (None, None)
+    return {
+        "95 % interval": "" if low is None else f"{human.score(low)} to {human.score(high)}",
+        "examples": rows.scored(record),
+        "after step": "" if step is None else f"{step:,}",
+        "majority": "" if majority is None else human.score(majority),
+        "validation": "".join(
+            f"{human.score(metric)}, loss {human.score(loss)}, at step {at:,}" for at, loss, metric in validated
+        ),
+    }
 
 
 def along(by_position: dict[str, list]) -> list[dict]:

@@ -1,6 +1,8 @@
 """Rows in groups, series and points: what belongs in one chart, on one line, at one length."""
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,15 +10,23 @@ from xformers_lab import record
 from xformers_lab.record import PLACES
 from xformers_lab.report import human, intervals
 
+# Keys that change what a program is run on, and how often, but not the program.
+TRAINING = ("lr", "schedule", "warmup", "steps", "eval_every", "eval_batches", "save_every", "runs", "stall")
+# Keys that change the program only between zero and anything else.
+SWITCHES = ("clip", "weight_decay", "dropout")
+# The least ratio of two speeds that one run each can tell apart, however steady its times were.
+LEAST_RATIO = 1.05
+
 
 def value(row: dict, key: str) -> Any:
     """The value of a swept key: from the top of the row, else from its config; None where the row has neither."""
     if key in row:
         return row[key]
     config = row.get("config") or {}
-    for section in (config, config.get("model") or {}, config.get("train") or {}):
-        if key in section and not isinstance(section[key], Mapping):  # "model" is a section and a key in it
-            return section[key]
+    for section in (config, config.get("model"), config.get("train")):
+        known = section.get(key) if isinstance(section, Mapping) else None
+        if known is not None and not isinstance(known, Mapping):  # "model" is a section and a key in it
+            return known
     return None
 
 
@@ -31,6 +41,66 @@ def measure(row: dict, name: str) -> float | None:
         return None
     figure = record.FIGURES.get(name)
     return human.number(figure.value(row) if figure else row.get(name))
+
+
+def sampling(row: dict) -> float:
+    """Half the width of the interval that scoring a sample of the test split leaves around the metric; its wider
+    side, and 0 where the row has none."""
+    bounds, mean = row.get("metric_interval"), measure(row, "metric")
+    if mean is None or not isinstance(bounds, Sequence) or len(bounds) != 2:
+        return 0.0
+    low, high = map(human.number, bounds)
+    return 0.0 if low is None or high is None else max(mean - low, high - mean, 0.0)
+
+
+def scored(row: dict) -> str:
+    """On how many examples the metric was taken: "256 of 1,821" where a part of the split was scored; empty where the
+    row does not say."""
+    examples, every = human.number(row.get("examples")), human.number(row.get("examples_of"))
+    if examples is None:
+        return ""
+    return f"{examples:,.0f}" if every is None or examples >= every else f"{examples:,.0f} of {every:,.0f}"
+
+
+def partly(row: dict) -> bool:
+    """Whether a part of the split was scored, and not all of it."""
+    examples, every = human.number(row.get("examples")), human.number(row.get("examples_of"))
+    return examples is not None and every is not None and examples < every
+
+
+def validation(row: dict) -> list[tuple[int, float | None, float | None]]:
+    """(step, loss, metric) of each validation, None for what was not finite."""
+    points = [tuple(map(human.number, point)) for point in row.get("validation") or []]
+    return [(int(step), loss, metric) for step, loss, metric in points if step is not None]
+
+
+def scored_at(row: dict) -> int | None:
+    """The step that the metric is of."""
+    step = human.number(row.get("step", row.get("steps"))) if ok(row) else None
+    return None if step is None or measure(row, "metric") is None else int(step)
+
+
+def numbers(rows: Iterable[dict], name: str) -> list[float]:
+    """What the rows have of a measure, without those that have none."""
+    return [number for row in rows if (number := measure(row, name)) is not None]
+
+
+def ratio(row: dict) -> float | None:
+    """Median over least time of the row's equal work: what noise its speed has; None where it is not known."""
+    known = measure(row, "seconds_ratio")
+    if known is not None or row.get("seconds_rounds"):
+        return known
+    median, least = measure(row, "seconds_median"), measure(row, "seconds_min")
+    return None if median is None or not least else median / least
+
+
+def program(row: dict, varied: Sequence[str]) -> str:
+    """What tells the row's program from those of other rows, as `series` says it; rows that differ in how they are
+    trained alone, with another lr, say, run the same one."""
+    words = [key for key in varied if key not in TRAINING]
+    apart = [f"{key} {'> 0' if value(row, key) else '= 0'}" for key in varied if key in SWITCHES]
+    name = series(row, [key for key in words if key not in SWITCHES])
+    return human.plain(" · ".join([name, *apart]))
 
 
 def series(row: dict, varied: Sequence[str]) -> str:
@@ -77,6 +147,7 @@ class Point:
     seq_len: int | None
     rows: list[dict]
     failed: list[dict]
+    program: str = ""
 
     def seeds(self, name: str) -> dict:
         """Seed -> value of a measure."""
@@ -84,9 +155,17 @@ class Point:
         return {seed: number for seed, number in numbers.items() if number is not None}
 
     def estimate(self, name: str) -> intervals.Estimate | None:
-        """Mean and interval of a measure over the seeds, or None where no seed has it."""
+        """Mean and interval of a measure over the seeds, or None where no seed has it. In the metric's is the error of
+        scoring a sample too: all seeds score the same one, so it does not shrink with their number."""
         numbers = list(self.seeds(name).values())
-        return intervals.estimate(numbers) if numbers else None
+        if not numbers:
+            return None
+        return intervals.joined(intervals.estimate(numbers), self.sampling if name == "metric" else 0.0)
+
+    @property
+    def sampling(self) -> float:
+        """The mean over the seeds of what `sampling` says of a row."""
+        return statistics.fmean(sampling(row) for row in self.rows) if self.rows else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +207,74 @@ class Group:
         measured = [point for point in self.points if point.seq_len == seq_len and point.estimate(name)]
         return sorted(measured, key=lambda point: -self.better(name) * _mean(point, name))
 
+    @property
+    def guess(self) -> float | None:
+        """What is to be beaten without looking at the input: chance, or always saying the most frequent class where
+        that scores more."""
+        chance, majority = human.number(self.first("chance")), self.majority
+        return chance if majority is None or self.better("metric") < 0 else max(majority, chance or 0.0)
+
+    @property
+    def majority(self) -> float | None:
+        """The share of the most frequent class; None where the classes are equal, so that it says what chance does."""
+        chance, majority = human.number(self.first("chance")), human.number(self.first("majority"))
+        return None if majority is None or human.score(majority) == human.score(chance) else majority
+
+    def beats(self, point: Point) -> bool:
+        """Better than a guess: the whole interval where there is one, else the value; any value where none is known."""
+        estimate, guess = point.estimate("metric"), self.guess
+        if estimate is None or guess is None:
+            return estimate is not None
+        return estimate.low > guess if self.better("metric") > 0 else estimate.high < guess
+
+    def programs(self, seq_len: int | None) -> list[Point]:
+        """The points at one length with a speed, those that run the same program as one; the fastest first. Its series
+        is what tells the program apart."""
+        pools: dict[str, Point] = {}
+        for point in self.at(seq_len, self.speed):
+            pool = pools.setdefault(point.program, Point(point.program, seq_len, [], [], point.program))
+            pool.rows.extend(point.rows)
+        return sorted(pools.values(), key=lambda pool: -self.better(self.speed) * _pooled(pool, self.speed))
+
+    def same_metric(self, first: Point, second: Point) -> bool | None:
+        """Whether nothing tells two points' metrics apart: their difference, paired by seed, and what scoring a sample
+        leaves open, is no greater than its 95 % interval. None where there is neither."""
+        paired = intervals.difference(first.seeds("metric"), second.seeds("metric"))
+        sampled = math.hypot(first.sampling, second.sampling)
+        if paired is None:
+            return abs(_mean(first, "metric") - _mean(second, "metric")) <= sampled if sampled else None
+        return abs(paired.mean) <= math.hypot(paired.half or 0.0, sampled)
+
+    def same_speed(self, first: Point, second: Point) -> bool:
+        """Whether noise explains the difference between two programs of `programs`: its 95 % interval, paired by round
+        of a bench or by seed, holds zero. Few seeds have a wide one, and one none: there the runs of one program must
+        all be faster than those of the other, by more than any median differs from its least time."""
+        apart = intervals.differ(_trials(first, self.speed), _trials(second, self.speed))
+        if apart or (self.bench and apart is False):
+            return not apart
+        one, other = (sorted(numbers(pool.rows, self.speed)) for pool in (first, second))
+        low, high = (one, other) if one[-1] < other[0] else (other, one)
+        noise = max(LEAST_RATIO, *(ratio(row) or record.BUSY for row in (*first.rows, *second.rows)))
+        return high[0] <= low[-1] * noise
+
     def best(self, seq_len: int | None, name: str) -> list[Point]:
         """The points at one length that share the best mean; empty with fewer than two to choose from."""
         ranked = self.at(seq_len, name)
         return [point for point in ranked if _mean(point, name) == _mean(ranked[0], name)] if len(ranked) > 1 else []
 
     def leading(self, seq_len: int | None, name: str) -> list[Point]:
-        """The points to mark: the best, and of a metric those that its seeds cannot tell from the best."""
-        best, ranked = self.best(seq_len, name), self.at(seq_len, name)
-        if not best or name != "metric":
-            return best
-        alike = lambda point: intervals.differ(best[0].seeds(name), point.seeds(name)) is False
-        return best + [point for point in ranked[len(best) :] if alike(point)]
+        """The points to mark: the best by the metric or the speed, and those that nothing tells from the best. None
+        where that is all of them, or of the metric where a guess does as well."""
+        ranked = self.at(seq_len, name)
+        if name == self.speed:
+            programs = self.programs(seq_len)
+            fast = {pool.program for pool in programs if pool is programs[0] or self.same_speed(programs[0], pool)}
+            lead = [point for point in ranked if point.program in fast]
+        else:
+            best = self.best(seq_len, name)
+            lead = best + [point for point in ranked[len(best) :] if best and self.same_metric(best[0], point)]
+            lead = [point for point in lead if self.beats(point)]
+        return lead if len(lead) < len(ranked) else []
 
 
 def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
@@ -154,6 +289,16 @@ def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
         Group(task, direction, bench, sorted(mine, key=_length), _points(sorted(mine, key=_length), varied))
         for (task, direction, bench), mine in split.items()
     ]
+
+
+def tested(group: Group) -> str:
+    """What a group marks beside the best, in words: what an interval over seeds, rounds or test examples does not tell
+    from it. Empty where there is none of these."""
+    trials = [len(row["seconds_rounds"]) for row in group.rows if isinstance(row.get("seconds_rounds"), Sequence)]
+    paired = seeds(group.rows) > 1 or max(trials, default=0) > 1
+    if not paired and not any(map(sampling, group.rows)):
+        return ""
+    return f", or not told from it by the {'paired ' if paired else ''}95 % interval"
 
 
 def seeds(rows: Iterable[dict]) -> int:
@@ -171,7 +316,7 @@ def _points(rows: Iterable[dict], varied: Sequence[str]) -> list[Point]:
     split: dict[tuple, Point] = {}
     for row in rows:
         key = (series(row, varied), length(row))
-        point = split.setdefault(key, Point(*key, [], []))
+        point = split.setdefault(key, Point(*key, [], [], program(row, varied)))
         (point.rows if ok(row) else point.failed).append(row)
     return list(split.values())
 
@@ -183,3 +328,21 @@ def _length(row: dict) -> int:
 def _mean(point: Point, name: str) -> float:
     estimate = point.estimate(name)
     return estimate.mean if estimate else float("nan")
+
+
+def _pooled(pool: Point, name: str) -> float:
+    """The mean of a measure over all rows of a program."""
+    return statistics.fmean(numbers(pool.rows, name))
+
+
+def _trials(pool: Point, name: str) -> dict:
+    """Logarithms of a program's speeds, by what a trial shares with one of another program: the round of a bench, else
+    the seed and how it was trained. A difference of them is a ratio."""
+    if len(pool.rows) == 1 and isinstance(rounds := pool.rows[0].get("seconds_rounds"), Sequence):
+        numbers = {at: human.number(seconds) for at, seconds in enumerate(rounds)}
+    else:
+        numbers = {
+            tuple(str(value(row, key)) for key in ("seed", *TRAINING, *SWITCHES)): measure(row, name)
+            for row in pool.rows
+        }
+    return {key: math.log(number) for key, number in numbers.items() if number is not None and number > 0}

@@ -40,8 +40,13 @@ class Column:
 
     @property
     def constant(self) -> bool:
-        """Whether all lines say the same; the blank of a failed cell says nothing."""
-        return len(self.texts) > 1 and len(set(self.texts) - {""}) == 1
+        """Whether several lines say something, and all of them the same; the blank of a failed cell says nothing."""
+        return len(self.said) > 1 and len(set(self.said)) == 1
+
+    @property
+    def said(self) -> list[str]:
+        """The texts that are not blank."""
+        return [text for text in self.texts if text.strip()]
 
     @property
     def width(self) -> int:
@@ -72,35 +77,32 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
     lines = _lines(group)
     every = _columns(group, lines, varied, measured)
     shown = [column for column in every if not column.constant]
-    above = [f"{column.title} {column.texts[0].strip()}" for column in every if column.constant]
-    chance = human.number(group.first("chance"))
-    if chance is not None:
-        above.insert(0, f"chance {human.score(chance)}")
+    guesses = findings.guesses(group)
+    above = [guesses] if guesses else []
+    above += [f"{column.title} {column.said[0].strip()}" for column in every if column.constant]
     _say(console, group.title, "bold")
     if above:
         _say(console, " · ".join(above), "dim")
     left_out = _fit(shown, console.width) if console.is_terminal else []
     _print_table([column for column in shown if column not in left_out], lines, console)
     if any(line.best for line in lines):
-        scored = rows.seeds(group.rows) > 1 and any("metric" in line.best for line in lines)
-        name = human.plain(group.first("metric_name", "metric"))
-        tested = f"; of {name} also what the paired 95 % interval does not tell from it" if scored else ""
-        _say(console, f"* best at its length{tested}", "dim")
+        _say(console, f"* best at its length{rows.tested(group)}", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
+    for note in notes.of_group(group):
+        _say(console, f"note: {human.plain(note)}", "dim")
     for line in lines:
         if not line.ok:
             _say(console, f"{rows.label(line.cells[0], varied)}: {human.outcome(line.cells[0])}", "red")
 
 
 def _lines(group: rows.Group) -> list[Line]:
-    lines = []
+    lines, names = [], ("metric", group.speed)
+    lengths = {point.seq_len for point in group.points}
+    lead = {name: {id(point) for at in lengths for point in group.leading(at, name)} for name in names}
     for point in sorted(group.points, key=lambda point: point.seq_len or 0):
         if point.rows:
-            names = ("metric", group.speed)
-            lines.append(
-                Line(point.rows, frozenset(name for name in names if point in group.leading(point.seq_len, name)))
-            )
+            lines.append(Line(point.rows, frozenset(name for name in names if id(point) in lead[name])))
         lines += [Line([row]) for row in point.failed]
     return lines
 
@@ -115,8 +117,17 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str], measur
     if rows.seeds(group.rows) > 1:
         seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
         named.append(Column("seeds", seeds, 2))
+    # Seeds may differ in how many examples were scored, and after which step: each is said.
+    said = lambda words: [
+        human.listing(list(dict.fromkeys(filter(None, map(words, line.cells))))) if line.ok else "" for line in lines
+    ]
+    sampled = any(rows.partly(row) for row in group.rows)
+    step = lambda row: "" if (at := rows.scored_at(row)) is None else f"{at:,}"
+    about = [Column("scored", said(rows.scored), 1)] if sampled else []
+    about += [Column("after step", said(step), 7)] if "steps" not in varied else []
     measures = [
         Column(human.plain(group.first("metric_name", "metric")), _measured(lines, "metric", human.score)),
+        *about,
         *(
             Column(
                 figure.short,

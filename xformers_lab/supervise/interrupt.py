@@ -53,6 +53,42 @@ def handling(note: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def ending(name: str) -> Iterator[None]:
+    """Meanwhile Ctrl-C and SIGTERM end the process at once, in one line, whatever it is in the middle of: imports,
+    which may swallow an exception, or native code that compiles and returns to no handler. Where something is to be
+    saved, `handling` takes over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    once = threading.Lock()
+
+    def end(number: int, frame=None) -> None:
+        if once.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{name}: interrupted\n".encode())
+            os._exit(128 + number)
+
+    def hear(reads: socket.socket) -> None:
+        while number := reads.recv(1):
+            if signal.getsignal(number[0]) is end:
+                end(number[0])
+        reads.close()
+
+    reads, writes = socket.socketpair()
+    writes.setblocking(False)
+    threading.Thread(target=hear, args=(reads,), name="signals at once", daemon=True).start()
+    heard = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(heard)
+        writes.close()
+
+
+@contextlib.contextmanager
 def listening(stop: Callable[[], bool] | None = None) -> Iterator[Callable[[], int]]:
     """Gives a function that tells which signal asked to stop, 0 for none; `stop` may ask too, and counts as Ctrl-C.
 
@@ -62,7 +98,7 @@ def listening(stop: Callable[[], bool] | None = None) -> Iterator[Callable[[], i
 
     def note(number: int) -> None:
         if heard:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if heard[0] == signal.SIGINT else SystemExit(128 + heard[0])
         heard.append(number)
 
     with handling(note):

@@ -26,7 +26,8 @@ class Clock:
     """What a worker says that it does, and for how long it has said nothing.
 
     message: its latest one about that, {"doing": words, ...}; step, total: the last completed step and how many there
-    will be, where a message had them. quiet: seconds without a message, waited: seconds since the work began.
+    will be, where a message had them. begun: whether it did anything step by step, which may be lost. quiet: seconds
+    without a message, waited: seconds since the work began.
     """
 
     def __init__(self, stall: float | None = None, limit: float | None = None):
@@ -35,6 +36,7 @@ class Clock:
         self.stall, self.limit = stall, limit
         self.message: Mapping = {"doing": "starting"}
         self.step = self.total = None
+        self.begun = False
         self.quiet = self.waited = 0.0
         self._seconds: dict[tuple, collections.deque[float]] = {}
 
@@ -64,6 +66,7 @@ class Clock:
         if "doing" not in message:
             return
         before, stepped, self.message = self.subject, self.stepping, message
+        self.begun = self.begun or self.stepping
         self.step, self.total = message.get("step", self.step), message.get("total", self.total)
         if stepped and self.kind == before[0]:
             self._seconds.setdefault(before, collections.deque(maxlen=RECENT)).append(took)

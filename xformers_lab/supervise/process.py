@@ -162,8 +162,10 @@ class Worker:
 
     def _stop(self, number: int) -> None:
         again, self.stopped = self.stopped, self.stopped or number
+        notice = self.notice if self.clock.begun else ENDS  # before, there is nothing to save
+        late = "; it compiles now, which comes first" if self.clock.doing == "compiling the evaluation" else ""
         with contextlib.suppress(OSError):  # not print: a handler may interrupt another one
-            os.write(2, b"\n" if again else f"\nstopping: {self.notice}\n".encode())
+            os.write(2, b"\n" if again else f"\nstopping: {notice}{late}\n".encode())
         if again:
             self._kill()
         elif self.process is not None:
@@ -216,7 +218,7 @@ class Worker:
         code, text = error["exit_code"], error["text"]
         if code > 128:  # a signal had it stop, this driver's or somebody else's
             self.stopped = self.stopped or code - 128
-            return Ended("interrupted", text.removeprefix("interrupted: "), self.clock, code)
+            return self._interrupted(text.removeprefix("interrupted: "))
         raised = KINDS.get(code, LabError)(text)
         return raised
 

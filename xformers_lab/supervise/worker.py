@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device
+from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device, stopped_by
 
 # Seconds that a worker has to save itself and end, once its driver is gone.
 ALONE = 600.0
@@ -61,10 +61,10 @@ def main() -> int:
         except LabError as caught:
             error = {"exit_code": caught.exit_code, "text": str(caught)}
         except BaseException as caught:
-            # An exit that is no Exception is none of ours.
+            # An exit that is no Exception, nor a signal's, is none of ours.
             exits = "" if isinstance(caught, Exception) else in_words(caught)
-            if type(caught) is KeyboardInterrupt:
-                error = {"exit_code": 130, "text": "stopped at once"}
+            if (code := stopped_by(caught)) is not None:
+                error = {"exit_code": code, "text": "stopped at once"}
             elif reason := missing_device() or foreign(caught) or exits:
                 error = {"exit_code": UsageError.exit_code, "text": reason}
             else:

@@ -21,7 +21,9 @@ A task is built as `Task(setting, *, option=default)` and gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
-* `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus).
+* `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
+  they were read, which is no part of what identifies them.
+* `reading()`: the same in words, a line for each split, which is said once the data are loaded.
 """
 
 import dataclasses
@@ -116,6 +118,10 @@ class Task:
     def describe(self) -> dict:
         """What the data are, as JSON has it."""
         return {}
+
+    def reading(self) -> list[str]:
+        """What was read of data that come from elsewhere: a line for each split, and one for each thing left out."""
+        return []
 
     def loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(sum of weighted cross-entropies in nats, sum of weights): sums, so that parts of a batch add up exactly."""

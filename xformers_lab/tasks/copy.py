@@ -42,10 +42,14 @@ class Copy(Task):
         (string,) = select(split, count, lambda n: (rng.integers(1, self.symbols + 1, (n, half)),))
         whole = np.zeros((count, length + 1), np.int32)
         whole[:, 1 : half + 1] = string
-        whole[:, half + 2 : 2 * half + 2] = string
+        whole[:, half + 2 : 2 * half + 2] = self.answer(string)
         weights = np.zeros((count, length), np.float32)
         weights[:, half + 1 : 2 * half + 1] = 1
         return Batch(whole[:, :-1], whole[:, 1:], weights)
+
+    def answer(self, string: np.ndarray) -> np.ndarray:
+        """What is asked for, (n, h) symbols for strings (n, h)."""
+        return string
 
     def describe(self) -> dict:
         return {"source": "generated", "symbols": self.symbols, "string_length": self.half}

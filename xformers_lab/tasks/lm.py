@@ -7,14 +7,16 @@ import math
 import os
 import pathlib
 import platform
-import re
 import sysconfig
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _sources, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks._reading import account, columns, files, layout, lines, saved, splits, tables
+from xformers_lab.tasks._reading.splits import Overlap
 
 # Parts of the standard library that are no plain source of it: tests, applications, what this machine generated.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3"}
@@ -26,11 +28,13 @@ class Lm(Task):
 
     The corpus is the bytes of a file, of every file in a folder, of a column of a table (csv, json, parquet) or of a
     data set on the hub; by default it is the source of Python's own standard library, without its tests, real text that
-    every machine has. A folder is split by file and a table by document, through a hash of the name or the text (80 /
-    10 / 10), and files with the same content count once; a folder of which every file or sub-folder is named by its
-    split (train.txt, valid.txt, test.txt) keeps these splits, and a missing one is the last tenth of train; a single
-    file is cut into its first 90 %, the next 5 % and the last 5 %; a table or hub data set that has splits of its own
-    keeps them, and a missing one is taken from train by document. A sequence is a window of seq_len + 1 bytes at a
+    every machine has. Compressed files are expanded. A folder is split by file and a table by document, through a hash
+    of the name or the text (80 / 10 / 10), and files with the same content count once; a folder with files or
+    sub-folders that are named by their split (train.txt, valid.txt, test.txt) keeps these splits and ignores other
+    files, and a missing split is the last tenth of train; a single file is cut into its first 90 %, the next 5 % and
+    the last 5 %; a table or hub data set that has splits of its own keeps them, and a missing one is taken from train
+    by document. A document that is held out too is dropped from the training data, and, from files that are named by
+    their split, a line of seq_len bytes or more. A sequence is a window of seq_len + 1 bytes at a
     random place of its split; it may span the end of a document. With a memory, every row of the batch reads a part of
     its own of the split from its first byte to its last, one segment a step, and begins anew, a little shifted, when
     all have been read; nothing is forgotten at the end of a document, as in Transformer-XL.
@@ -39,7 +43,9 @@ class Lm(Task):
         path: a file or folder (none, and no hub: the standard library's source)
         hub: a data set on the hub, such as Salesforce/wikitext
         config: which configuration of the hub data set
-        column: the column that holds the text, in a table or hub data set
+        column: the column that holds the text, in a table or hub data set; title+body joins two
+        header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
+        overlap: what becomes of training documents that are held out too: keep, drop, or refuse
 
     Metric: bits per byte, lower is better. Chance: 8.0, a uniform guess among 256 bytes.
     """
@@ -58,6 +64,8 @@ class Lm(Task):
         hub: str | None = None,
         config: str | None = None,
         column: str | None = None,
+        header: bool = True,
+        overlap: Overlap = "drop",
     ):
         super().__init__(setting)
         if path is not None and hub is not None:
@@ -66,7 +74,17 @@ class Lm(Task):
             raise ValueError(f"config={config} is for a hub data set: give hub=... too, or drop it")
         if column is not None and path is None and hub is None:
             raise ValueError(f"column={column} is for a table: give path=... or hub=... too, or drop it")
-        self.source, self.files, self.bytes = corpus(path, hub, config, column)
+        if not header and path is None:
+            raise ValueError("header=false is for a csv file: give path=... too, or drop it")
+        read = corpus(path, hub, config, column, header, files.stamp("lm", path))
+        parts, counts = _settled(read, setting.seq_len, overlap)
+        self.source, self.files = read.source, 1 if read.how == "by position" else sum(map(len, parts.values()))
+        self.bytes: dict[Split, np.ndarray] = {
+            split: np.frombuffer(texts[0], np.uint8) if read.how == "by position" else _joined(texts)
+            for split, texts in parts.items()
+        }
+        sizes = splits.each(self.bytes, len)
+        self.read = account.record(read.account, sizes, counts, unit="byte", how=read.how, overlap=overlap)
         for split, content in self.bytes.items():
             if len(content) <= setting.seq_len:
                 raise ValueError(
@@ -125,88 +143,165 @@ class Lm(Task):
             b"".join(hashlib.sha256(content.tobytes()).digest() for content in self.bytes.values())
         )
         sizes = {f"{split}_bytes": len(content) for split, content in self.bytes.items()}
-        return {"source": self.source, "documents": self.files, **sizes, "sha256": fingerprint.hexdigest()}
+        identity = {"source": self.source, "documents": self.files, **sizes, "sha256": fingerprint.hexdigest()}
+        return identity | {"reading": self.read}
+
+    def reading(self) -> list[str]:
+        return account.words(self.read)
+
+
+class Corpus(NamedTuple):
+    """Documents of each split, in their order.
+
+    missing: splits that the source lacks, which are taken from the end of its train text; compared: what must not stand
+    in two splits, whole documents, documents that fill all that the model sees ("pieces" of a text), or documents and
+    such lines ("lines").
+    """
+
+    source: str
+    splits: dict[Split, list[bytes]]
+    account: account.Account
+    how: str = "by a hash"
+    missing: tuple[Split, ...] = ()
+    compared: Literal["nothing", "documents", "pieces", "lines"] = "documents"
 
 
 @functools.lru_cache(maxsize=4)
 def corpus(
-    path: str | None, hub: str | None, config: str | None, column: str | None
-) -> tuple[str, int, dict[Split, np.ndarray]]:
-    """(what it is, number of documents, the bytes of each split); read once per process."""
+    path: str | None, hub: str | None, config: str | None, column: str | None, header: bool, stamp: str | None
+) -> Corpus:
+    """Read and split the documents; once per process, and again where the stamp of the files is another."""
     if hub is not None:
-        return f"hub {hub}", *_joined(_from_columns(_sources.hub("lm", hub, config), column))
+        return _of_tables(f"hub {hub}", saved.from_hub("lm", hub, config), column)
     if path is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         names = [
-            file for file in _sources.files(root, _NOT_SOURCE) if file.suffix == ".py" and "_sysconfig" not in file.name
+            file for file in files.below(root, _NOT_SOURCE) if file.suffix == ".py" and "_sysconfig" not in file.name
         ]
         if not names:
             raise UsageError(f"lm: this Python has no source of its standard library in {root}: give path=...")
-        return f"Python {platform.python_version()} standard library", *_joined(_from_files(root, names))
-    place = _sources.existing("lm", path)
-    if _sources.is_table(place):
-        return path, *_joined(_from_columns(_sources.tables("lm", place), column))
-    if column is not None:
-        raise UsageError(f"lm: column={column} is for a table, but path={path} is no csv, json or parquet")
+        source = f"Python {platform.python_version()} standard library"
+        return _of_files(source, root, layout.Layout({None: names}, []))
+    place = files.existing("lm", path)
+    if place.is_dir() and saved.is_saved(place):
+        return _of_tables(path, saved.from_folder("lm", place), column)
+    chosen = [place] if place.is_file() and tables.is_table(place) else []
     if place.is_dir():
-        names = _sources.files(place)
+        chosen = tables.of_folder(place)
+        if not chosen and (column is not None or not header):
+            chosen = [file for file in files.below(place) if tables.is_table(file)]
+    if chosen:
+        return _of_tables(path, tables.read("lm", place, chosen, header), column)
+    if column is not None or not header:
+        option = f"column={column}" if column is not None else "header=false"
+        raise UsageError(f"lm: {option} is for a table, but path={path} is no csv, json or parquet")
+    if place.is_dir():
+        names = files.below(place)
         if not names:
             raise UsageError(f"lm: path={path} is a folder without files")
-        return path, *_joined(_from_files(place, names))
-    content = np.frombuffer(_sources.read("lm", place), np.uint8)
+        return _of_files(path, place, layout.of_texts("lm", place, names))
+    content = lines.text_bytes("lm", place)
     ends = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
-    return path, 1, {split: content[ends[i] : ends[i + 1]] for i, split in enumerate(SPLITS)}
+    parts: dict[Split, list[bytes]] = {split: [content[ends[i] : ends[i + 1]]] for i, split in enumerate(SPLITS)}
+    read = account.Account({None: account.Part((place.name,), _lines(content), _lines(content), len(content))})
+    return Corpus(path, parts, read, "by position", compared="nothing")
 
 
-def _from_files(root: pathlib.Path, names: list[pathlib.Path]) -> dict[Split, list[bytes]]:
+def _of_files(source: str, root: pathlib.Path, placed: layout.Layout) -> Corpus:
+    """The texts of files, by their splits, else by a hash of their names. Files with the same content count once."""
     documents: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
-    seen: set[bytes] = set()
-    named = _named(root, names)
-    # Of copies the one held out stays.
-    for file in sorted(named, key=lambda file: -SPLITS.index(named[file])) or names:
-        content = _sources.read("lm", file)
-        if content not in seen:
-            seen.add(content)
-            hashed = _splits.of_bytes(os.fsencode(file.relative_to(root).as_posix()))
-            documents[named.get(file, hashed)].append(content)
-    for split in SPLITS[1:] if named else ():
-        if not documents[split]:
-            text = b"".join(documents["train"])
-            end = len(text) * 9 // 10
-            documents["train"], documents[split] = [text[:end]], [text[end:]]
-    return documents
+    parts: dict[Split | None, account.Part] = {}
+    for split, names in placed.files.items():
+        seen: set[bytes] = set()
+        shown, ended, size = [], 0, 0
+        for file in names:
+            content, name = lines.text_bytes("lm", file), file.relative_to(root).as_posix()
+            shown.append(name)
+            ended, size = ended + _lines(content), size + len(content)
+            if content not in seen:
+                seen.add(content)
+                documents[split or _splits.of_bytes(os.fsencode(name))].append(content)
+        copies = {"copies of a file": len(names) - len(seen)} if len(seen) < len(names) else {}
+        parts[split] = account.Part(tuple(shown), ended, ended, size, copies)
+    read = account.Account(parts, tuple(placed.notes))
+    if None in placed.files:
+        return Corpus(source, documents, read, "by a hash of file names")
+    missing: tuple[Split, ...] = tuple(split for split in SPLITS[1:] if split not in placed.files)
+    return Corpus(source, documents, read, "as the last tenth", missing, "lines")
 
 
-def _named(root: pathlib.Path, names: list[pathlib.Path]) -> dict[pathlib.Path, Split]:
-    """The split that each file's name, or that of its folder in the root, speaks of; nothing unless all do but for a
-    read-me, train among them."""
-    named: dict[pathlib.Path, Split] = {}
-    for file in names:
-        path = file.relative_to(root)
-        words = re.findall("[a-z]+", f"{path.parts[0]} {path.name}".lower())
-        splits: list[Split] = [split for word in words if (split := _sources.split_name(word)) is not None]
-        if splits:
-            named[file] = splits[0]
-        elif path.suffix.lower() not in (".md", ""):
-            return {}
-    return named if "train" in named.values() else {}
-
-
-def _from_columns(columns: dict[Split | None, _sources.Columns], wanted: str | None) -> dict[Split, list[bytes]]:
-    documents = {}
-    for split, table in columns.items():
-        name = _sources.pick("lm", "column", wanted, _COLUMNS, table)
-        documents[split] = _sources.texts("lm", name, table[name], blank=True)
+def _of_tables(path: str, source: tables.Source, wanted: str | None) -> Corpus:
+    documents: dict[Split | None, list[bytes]] = {}
+    parts: dict[Split | None, account.Part] = {}
+    for split, of_split in source.tables.items():
+        documents[split], parts[split] = [], account.Part()
+        for table in of_split:
+            documents[split] += columns.texts("lm", "column", wanted, _COLUMNS, table, blank=True)[1]
+            parts[split] += table.part
+    # Rows may be lines, blank ones too.
+    blank: dict[Split | None, int] = {split: texts.count(b"") for split, texts in documents.items()}
     if len(documents) < len(SPLITS):
-        # Rows may be lines, blank ones too; hashed, all the blank ones would pile up in one split.
-        documents = {split: [text for text in texts if text] for split, texts in documents.items()}
-    return _sources.resplit("lm", documents, lambda text: text)
+        # Hashed, all the blank ones would pile up in one split.
+        for split, texts in documents.items():
+            documents[split] = [text for text in texts if text]
+        for split, many in blank.items():
+            if many:
+                parts[split] = dataclasses.replace(parts[split], dropped={"blank": many})
+    read = account.Account(parts, tuple(source.notes))
+    compared = "pieces" if any(blank.values()) else "documents"
+    return Corpus(path, splits.complete("lm", documents, lambda text: text), read, compared=compared)
 
 
-def _joined(documents: dict[Split, list[bytes]]) -> tuple[int, dict[Split, np.ndarray]]:
-    """The documents of each split one after the other, each ending in a newline."""
-    whole = {}
-    for split in SPLITS:
-        text = b"".join(content if content.endswith(b"\n") else content + b"\n" for content in documents[split])
-        whole[split] = np.frombuffer(text, np.uint8)
-    return sum(len(documents[split]) for split in SPLITS), whole
+def _lines(content: bytes) -> int:
+    """How many lines a text has; the last one need not end."""
+    return content.count(b"\n") + (not content.endswith(b"\n") and content != b"")
+
+
+def _settled(corpus: Corpus, length: int, overlap: str) -> tuple[dict[Split, list[bytes]], dict[Split, int]]:
+    """The documents of all splits, without what is held out too, and how many documents and lines that was.
+
+    Where the files have splits of their own, a line of `length` bytes or more counts too: it fills all that the model
+    sees. A split that the source lacks is the last tenth of its train text.
+    """
+    parts: dict[Split, list[bytes]] = dict(corpus.splits)
+    counts: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    if corpus.compared != "nothing":
+        shortest = length if corpus.compared == "pieces" else 1
+        keys = splits.each(parts, lambda texts: [_key(text, shortest) for text in texts])
+        parts, counts = _without_shared(corpus.source, parts, keys, overlap)
+    if corpus.compared == "lines":
+        broken = splits.each(parts, lambda texts: b"".join(map(_ended, texts)).split(b"\n"))
+        keys = splits.each(broken, lambda of_split: [_key(line, length) for line in of_split])
+        rest, more = _without_shared(corpus.source, broken, keys, overlap)
+        for split, many in more.items():
+            parts[split] = [b"\n".join(rest[split])] if many else parts[split]
+            counts[split] += many
+    for split in corpus.missing:
+        text = b"".join(parts["train"])
+        end = len(text) * 9 // 10
+        parts["train"], parts[split] = [text[:end]], [text[end:]]
+    return parts, counts
+
+
+def _without_shared(
+    source: str, parts: dict[Split, list[bytes]], keys: dict[Split, list[bytes | None]], overlap: str
+) -> tuple[dict[Split, list[bytes]], dict[Split, int]]:
+    copies = splits.shared(keys)
+    dropped = splits.settle("lm", source, copies, overlap)
+    rest: dict[Split, list[bytes]] = {split: splits.without(texts, dropped[split]) for split, texts in parts.items()}
+    return rest, splits.each(copies, len)
+
+
+def _key(text: bytes, shortest: int) -> bytes | None:
+    """What a document or line is compared by; None where it is too short to be."""
+    stripped = text.strip()
+    return stripped if len(stripped) >= shortest else None
+
+
+def _ended(text: bytes) -> bytes:
+    return text if text.endswith(b"\n") else text + b"\n"
+
+
+def _joined(documents: list[bytes]) -> np.ndarray:
+    """The documents one after the other, each ending in a newline."""
+    return np.frombuffer(b"".join(map(_ended, documents)), np.uint8)

@@ -1,18 +1,17 @@
 """Pixels: classify images that are read as sequences."""
 
 import functools
-import gzip
 import hashlib
 import math
 import pathlib
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _sources, _splits
+from xformers_lab.tasks import Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks._reading import account, compressed, files, labels, layout, names, npz, splits
+from xformers_lab.tasks._reading.splits import Overlap
 
 LEVELS = 256
 # Red, green and blue in what the eye takes for brightness (ITU-R BT.601).
@@ -34,6 +33,7 @@ class Pixels(Task):
     Options:
         path: a folder of idx or npz files, or one npz file
         shrink: squares of so many pixels a side become one pixel, their mean
+        overlap: what becomes of training images that are held out too: keep, drop, or refuse
 
     Metric: accuracy. Chance: 1 / classes.
     """
@@ -42,13 +42,32 @@ class Pixels(Task):
     kinds = ("encoder", "decoder")
     vocab = LEVELS
 
-    def __init__(self, setting: Setting, *, path: str | None = None, shrink: int = 1):
+    def __init__(self, setting: Setting, *, path: str | None = None, shrink: int = 1, overlap: Overlap = "drop"):
         super().__init__(setting)
         if path is None:
             raise ValueError(f"images are read from disk: {_GIVE} as path=...")
         if shrink < 1:
             raise ValueError(f"shrink must be at least 1, got {shrink}")
-        self.corpus = load(path, shrink)
+        corpus = load(path, shrink, files.stamp("pixels", path))
+        copies = splits.shared(
+            {split: [row.tobytes() for row in pixels] for split, (pixels, _) in corpus.splits.items()}
+        )
+        dropped = splits.settle("pixels", path, copies, overlap)
+        kept: dict[Split, tuple[np.ndarray, np.ndarray]] = {
+            split: (np.delete(pixels, dropped[split], 0), np.delete(answers, dropped[split]))
+            for split, (pixels, answers) in corpus.splits.items()
+        }
+        self.corpus = corpus._replace(splits=kept)
+        self.dropped = sum(map(len, dropped.values()))
+        sizes = splits.each(kept, lambda part: len(part[1]))
+        for split, size in sizes.items():
+            if not size:
+                raise UsageError(
+                    f"pixels: the {split} split of path={path} is empty{splits.empty(self.dropped)}: give more images"
+                )
+        classes = splits.each(kept, lambda part: len(np.unique(part[1])))
+        counts = splits.each(copies, len)
+        self.read = account.record(corpus.account, sizes, counts, unit="image", classes=classes, overlap=overlap)
         self.image = rows, columns = self.corpus.shape
         if setting.seq_len != rows * columns:
             raise ValueError(
@@ -76,18 +95,22 @@ class Pixels(Task):
     def describe(self) -> dict:
         """Source, size, classes, images per split, copies dropped, share of the most frequent class, sha256 of all."""
         fingerprint = hashlib.sha256()
-        for pixels, labels in self.corpus.splits.values():
-            fingerprint.update(pixels.tobytes() + labels.tobytes())
+        for pixels, answers in self.corpus.splits.values():
+            fingerprint.update(pixels.tobytes() + answers.tobytes())
         counts = np.bincount(self.corpus.splits["test"][1])
         return {
             "source": self.corpus.source,
             "pixels": "x".join(map(str, self.corpus.shape)),
             "classes": list(self.corpus.classes),
             **{f"{split}_images": len(labels) for split, (_, labels) in self.corpus.splits.items()},
-            "copies_dropped": self.corpus.dropped,
+            "copies_dropped": self.dropped,
             "majority": round(float(counts.max() / counts.sum()), 4),
             "sha256": fingerprint.hexdigest(),
+            "reading": self.read,
         }
+
+    def reading(self) -> list[str]:
+        return account.words(self.read)
 
     def _shuffled(self, split: Split, one: int) -> np.ndarray:
         return _splits.generator(self.setting.seed, split, one).permutation(len(self.corpus.splits[split][1]))
@@ -100,80 +123,79 @@ class Images(NamedTuple):
     shape: tuple[int, int]
     classes: tuple[str, ...]
     splits: dict[Split, tuple[np.ndarray, np.ndarray]]
-    dropped: int
+    account: account.Account
 
 
 @functools.lru_cache(maxsize=4)
-def load(path: str, shrink: int) -> Images:
-    """Read, shrink, check and split the images; once per process."""
-    arrays = _read(path, shrink)
+def load(path: str, shrink: int, stamp: str | None) -> Images:
+    """Read, shrink, check and split the images; once per process, and again where the stamp of the files is another."""
+    arrays, read = _read(path, shrink)
     shapes = {images.shape[1:] for images, _ in arrays.values()}
     if len(shapes) > 1:
         raise UsageError(f"pixels: path={path} mixes images of {' and '.join(sorted(map(_times, shapes)))} pixels")
-    kinds = sorted({int(label) for _, labels in arrays.values() for label in labels})
+    kinds = sorted({int(label) for _, answers in arrays.values() for label in answers})
     if len(kinds) < 2:
         raise UsageError(f"pixels: path={path} has {len(kinds)} class(es): there must be 2 or more")
+    of_split: dict[Split | None, list[int]] = {split: answers.tolist() for split, (_, answers) in arrays.items()}
+    labels.check_known("pixels", f"path={path}", of_split)
     pairs: dict[Split | None, list[tuple[bytes, int]]] = {}
-    for split, (images, labels) in arrays.items():
-        pairs[split] = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
-    parts = _sources.resplit("pixels", pairs, lambda pair: pair[0])
+    for split, (images, answers) in arrays.items():
+        pairs[split] = [(image.tobytes(), int(label)) for image, label in zip(images, answers, strict=True)]
+    parts = splits.complete("pixels", pairs, lambda pair: pair[0])
     (shape,) = shapes
-    seen: set[bytes] = set()
-    splits, count = {}, 0
-    for split in reversed(SPLITS):
-        new = [(image, label) for image, label in parts[split] if image not in seen]
-        seen.update(image for image, _ in new)
-        if not new:
-            raise UsageError(f"pixels: the {split} split of path={path} is empty: give more images")
-        pixels = np.frombuffer(b"".join(image for image, _ in new), np.uint8).reshape(len(new), -1)
-        splits[split] = pixels, np.searchsorted(kinds, [label for _, label in new]).astype(np.int32)
-        count += len(new)
-    dropped = sum(map(len, parts.values())) - count
-    return Images(path, shape, tuple(map(str, kinds)), {split: splits[split] for split in SPLITS}, dropped)
+    numbered = {}
+    for split, part in parts.items():
+        pixels = np.frombuffer(b"".join(image for image, _ in part), np.uint8).reshape(len(part), math.prod(shape))
+        numbered[split] = pixels, np.searchsorted(kinds, [label for _, label in part]).astype(np.int32)
+    return Images(path, shape, tuple(map(str, kinds)), numbered, read.saying(labels.warnings(of_split)))
 
 
-def _read(path: str, shrink: int) -> dict[Split | None, tuple[np.ndarray, np.ndarray]]:
+def _read(path: str, shrink: int) -> tuple[dict[Split | None, tuple[np.ndarray, np.ndarray]], account.Account]:
     """Images (N, rows, columns) uint8 and labels (N,) of each split; None where they are of no named split."""
-    place = _sources.existing("pixels", path)
+    place = files.existing("pixels", path)
     arrays: dict[Split | None, list[np.ndarray]] = {}
-    for file in _sources.files(place) if place.is_dir() else [place]:
+    sources: dict[Split | None, list[pathlib.Path]] = {}
+    notes, ignored = [], []
+    for file in files.below(place) if place.is_dir() else [place]:
         if file.suffix == ".npz":
-            for split, array in _npz(file):
-                arrays.setdefault(split, []).append(array)
+            members, odd = npz.arrays("pixels", file)
+            notes += [f"{file.name}: ignored: {layout.listed(odd)}"] if odd else []
+            named: list[tuple[Split | None, np.ndarray]] = [
+                (_split(name) or _split(file.stem), array) for name, array in members
+            ]
         elif "idx" in file.name:
-            arrays.setdefault(_split(file.name.replace(".", "-")), []).append(_idx(file))
+            named = [(_split(file.name.replace(".", "-")), _idx(file))]
+        else:
+            ignored.append(file)
+            continue
+        for split, array in named:
+            arrays.setdefault(split, []).append(array)
+            if file not in sources.setdefault(split, []):
+                sources[split].append(file)
     if not arrays:
         raise UsageError(f"pixels: path={path} has no images: {_GIVE}")
+    if "train" in arrays and None in arrays and not any(array.ndim in (3, 4) for array in arrays[None]):
+        del arrays[None]
+        notes.append(f"ignored: arrays of no split: {layout.listed([file.name for file in sources[None]])}")
     pairs: dict[Split | None, tuple[np.ndarray, np.ndarray]] = {}
+    parts: dict[Split | None, account.Part] = {}
     for split, of_split in arrays.items():
-        images, labels = _pair(path, split, of_split)
-        pairs[split] = _shrunk(images, shrink), labels
-    return pairs
+        images, answers = _pair(path, split, of_split)
+        pairs[split] = _shrunk(images, shrink), answers
+        shown = tuple(file.name for file in sources[split])
+        parts[split] = account.Part(shown, len(answers), None, sum(array.nbytes for array in of_split))
+    notes += layout.ignored(place, ignored) if place.is_dir() else []
+    return pairs, account.Account(parts, tuple(notes))
 
 
 def _split(name: str) -> Split | None:
     """The split that one of the words of a file's or an array's name means."""
-    words = name.lower().replace("_", "-").split("-")
-    return next((split for word in words if (split := "test" if word == "t10k" else _sources.split_name(word))), None)
-
-
-def _npz(file: pathlib.Path) -> list[tuple[Split | None, np.ndarray]]:
-    if not zipfile.is_zipfile(file):
-        raise UsageError(f"pixels: cannot read {file}: it is no npz file, or not all of one")
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return [(_split(name) or _split(file.stem), arrays[name]) for name in arrays.files]
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"pixels: cannot read {file}: {error}") from error
+    return "test" if "t10k" in name.lower() else names.split_of(name)
 
 
 def _idx(file: pathlib.Path) -> np.ndarray:
     """The array of an idx file: two zeros, the type (8: bytes), the number of axes, their sizes, the values."""
-    content = _sources.read("pixels", file)
-    try:
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"pixels: cannot read {file}: {error}") from error
+    content = compressed.content("pixels", file)
     start = 4 + 4 * (content[3] if len(content) > 3 else 0)
     shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
     if content[:3] != b"\0\0\x08" or len(content) != start + math.prod(shape):
@@ -184,11 +206,11 @@ def _idx(file: pathlib.Path) -> np.ndarray:
 def _pair(path: str, split: Split | None, arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The images and the labels among the arrays of a split, whatever they are called."""
     where = f"pixels: path={path}" + (f", {split}" if split else "")
-    images, labels = ([array for array in arrays if array.ndim in axes] for axes in ((3, 4), (1,)))
-    if len(images) != 1 or len(labels) != 1 or len(images[0]) != len(labels[0]):
+    images, answers = ([array for array in arrays if array.ndim in axes] for axes in ((3, 4), (1,)))
+    if len(images) != 1 or len(answers) != 1 or len(images[0]) != len(answers[0]):
         shapes = ", ".join(sorted(_times(array.shape) for array in arrays))
         raise UsageError(f"{where}: there must be images NxRxC and as many labels N, but there are arrays of {shapes}")
-    (pixels,), (classes,) = images, labels
+    (pixels,), (classes,) = images, answers
     for name, array in (("images", pixels), ("labels", classes)):
         if array.dtype.kind not in "iu":
             raise UsageError(f"{where}: {name} must be whole numbers, got {array.dtype}")

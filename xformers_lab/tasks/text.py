@@ -4,21 +4,22 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _sources, _splits
+from xformers_lab.tasks import Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks._reading import account, columns, files, labels, layout, lines, saved, splits, tables
+from xformers_lab.tasks._reading.splits import Overlap
 
 _DEFAULT_HUB = "stanfordnlp/imdb"
 _TEXTS = ("text", "sentence", "review", "content", "document", "body", "description")
 _LABELS = ("label", "labels", "class", "category", "sentiment", "target", "y")
 # The folder of unlabelled documents in IMDb's archive.
 _UNLABELLED = "unsup"
-# What benchmarks put for the labels of a test split that they keep secret; such a split is none.
-_HIDDEN = -1
-
+_WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
 
 Label = int | str
 
@@ -31,16 +32,19 @@ class Text(Task):
     files for each class; or one with such folders in train/ and test/, like IMDb's archive. A document is its bytes
     + 1, cut off at seq_len, padded at the end with 0. Test data that the source sets apart stay test data: validation
     is a tenth of the training documents (Long Range Arena validated on its test data). Without them, documents are
-    split 80 / 10 / 10. Documents go by a hash of their whole text, so copies stay together; a copy of a test document
-    is dropped from the training data. A split whose labels are hidden (all -1, as in GLUE) counts as missing.
+    split 80 / 10 / 10. Documents go by a hash of their whole text, so copies stay together. A document that is held out
+    too, as the model sees it (cut off, without blanks around), is dropped from the training data. A split whose labels
+    are hidden (no such column, or all -1, as in GLUE) counts as missing; a label that only held-out data have is
+    refused. Fields of tables are text as it stands, and only an empty one is missing.
 
     Options:
         path: a csv, json or parquet file, or a folder (none: the hub)
         hub: a data set on the hub (none, and no path: stanfordnlp/imdb)
         config: which configuration of the hub data set
-        text_column: the column that holds the text (none: one called text, sentence, review, ...)
+        text_column: the column that holds the text (none: one called text, sentence, review, ...); title+body joins two
         label_column: the column that holds the class (none: one called label, class, sentiment, ...)
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
+        overlap: what becomes of training documents that are held out too: keep, drop, or refuse
 
     Metric: accuracy. Chance: 1 / classes.
     """
@@ -59,6 +63,7 @@ class Text(Task):
         text_column: str | None = None,
         label_column: str | None = None,
         header: bool = True,
+        overlap: Overlap = "drop",
     ):
         super().__init__(setting)
         if path is not None and hub is not None:
@@ -67,11 +72,25 @@ class Text(Task):
             raise ValueError(f"config={config} is for a hub data set: give hub=... instead of path=..., or drop it")
         if not header and path is None:
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
-        self.corpus = load(path, hub, config, text_column, label_column, header)
-        for split, (_, labels) in self.corpus.splits.items():
-            if not len(labels):
-                sizes = ", ".join(f"{name}: {len(answers)}" for name, (_, answers) in self.corpus.splits.items())
-                raise ValueError(f"the {split} split of {self.corpus.source} is empty ({sizes}): give more documents")
+        corpus = load(path, hub, config, text_column, label_column, header, files.stamp("text", path))
+        length = setting.seq_len
+        copies = splits.shared(splits.each(corpus.splits, lambda part: [text[:length].strip() for text in part[0]]))
+        dropped = splits.settle("text", corpus.source, copies, overlap)
+        kept: dict[Split, tuple[list[bytes], np.ndarray]] = {
+            split: (splits.without(texts, dropped[split]), np.delete(answers, dropped[split]))
+            for split, (texts, answers) in corpus.splits.items()
+        }
+        self.corpus = dataclasses.replace(corpus, splits=kept)
+        self.dropped = sum(map(len, dropped.values()))
+        sizes = splits.each(kept, lambda part: len(part[1]))
+        classes = splits.each(kept, lambda part: len(np.unique(part[1])))
+        counts = splits.each(copies, len)
+        self.read = account.record(corpus.account, sizes, counts, unit="document", classes=classes, overlap=overlap)
+        for split, size in sizes.items():
+            if not size:
+                words = ", ".join(f"{name}: {number}" for name, number in sizes.items())
+                words += splits.empty(self.dropped)
+                raise ValueError(f"the {split} split of {self.corpus.source} is empty ({words}): give more documents")
         self.outputs = len(self.corpus.classes)
         self.chance = 1 / self.outputs
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
@@ -99,17 +118,21 @@ class Text(Task):
         sizes = {f"{split}_documents": len(labels) for split, (_, labels) in self.corpus.splits.items()}
         counts = np.bincount(self.corpus.splits["test"][1])
         fingerprint = hashlib.sha256()
-        for documents, labels in self.corpus.splits.values():
-            for document, label in zip(documents, labels, strict=True):
+        for documents, answers in self.corpus.splits.values():
+            for document, label in zip(documents, answers, strict=True):
                 fingerprint.update(b"%d %d " % (label, len(document)) + document)
         return {
             "source": self.corpus.source,
             "classes": list(self.corpus.classes),
             **sizes,
-            "copies_dropped": self.corpus.dropped,
+            "copies_dropped": self.dropped,
             "majority": round(float(counts.max() / counts.sum()), 4),
             "sha256": fingerprint.hexdigest(),
+            "reading": self.read,
         }
+
+    def reading(self) -> list[str]:
+        return account.words(self.read)
 
     def _shuffled(self, split: Split, one: int) -> np.ndarray:
         return _splits.generator(self.setting.seed, split, one).permutation(len(self.corpus.splits[split][1]))
@@ -122,7 +145,7 @@ class Corpus:
     source: str
     classes: tuple[str, ...]
     splits: dict[Split, tuple[list[bytes], np.ndarray]]
-    dropped: int
+    account: account.Account
 
 
 @functools.lru_cache(maxsize=4)
@@ -133,109 +156,166 @@ def load(
     text_column: str | None,
     label_column: str | None,
     header: bool,
+    stamp: str | None,
 ) -> Corpus:
-    """Read, check and split the documents; once per process."""
+    """Read, check and split the documents; once per process, and again where the stamp of the files is another."""
+    names = text_column, label_column
     if path is None:
         source = hub if hub is not None else _DEFAULT_HUB
-        columns = _sources.hub("text", source, config)
-        return _corpus(f"hub {source}", _labelled(columns, text_column, label_column))
-    place = _sources.existing("text", path)
-    if _sources.is_table(place):
-        return _corpus(path, _labelled(_sources.tables("text", place, header), text_column, label_column))
+        return _labelled(f"hub {source}", saved.from_hub("text", source, config), *names)
+    place = files.existing("text", path)
+    if place.is_dir() and saved.is_saved(place):
+        return _labelled(path, saved.from_folder("text", place), *names)
+    if place.is_file():
+        if not tables.is_table(place):
+            kinds = ", ".join(sorted(tables.KINDS))
+            raise UsageError(
+                f'text: path={path}: unknown kind "{place.suffix}": give a file of kind {kinds}, or a folder'
+            )
+        return _labelled(path, tables.read("text", place, [place], header), *names)
+    if chosen := _tables(place):
+        return _labelled(path, tables.read("text", place, chosen, header), *names)
     if text_column is not None or label_column is not None or not header:
         raise UsageError(
             f"text: path={path} is no table: text_column, label_column and header are for csv, json and parquet"
         )
-    if place.is_file():
-        kinds = ", ".join(sorted(_sources.KINDS))
-        raise UsageError(f'text: path={path}: unknown kind "{place.suffix}": give a file of kind {kinds}, or a folder')
-    return _corpus(path, _foldered(place))
+    return _foldered(path, place)
 
 
-def _foldered(root: pathlib.Path) -> dict[Split | None, list[tuple[bytes, Label]]]:
+def _tables(root: pathlib.Path) -> list[pathlib.Path]:
+    """The tables of a folder whose splits they are, or of one without class folders, which hold other documents."""
+    if named := tables.of_splits(root):
+        return named
+    all_files = files.below(root)
+    deep = [file for file in all_files if file.parent != root]
+    documents = [
+        file for file in deep if not (tables.is_table(file) or layout.is_about(file) or layout.is_beside(file))
+    ]
+    return [] if documents else [file for file in all_files if tables.is_table(file)]
+
+
+def _foldered(path: str, root: pathlib.Path) -> Corpus:
     """The documents of a folder, with the name of their sub-folder as the class."""
-    parts = {_sources.split_name(folder.name): folder for folder in _folders(root)}
-    parts = {split: folder for split, folder in parts.items() if split is not None} or {None: root}
-    documents = {}
-    for split, part in parts.items():
-        files = [
-            (file, folder.name)
-            for folder in _folders(part)
-            if folder.name != _UNLABELLED
-            for file in _sources.files(folder)
-        ]
-        documents[split] = [(_sources.read("text", file), label) for file, label in files]
-        if not files:
-            raise UsageError(f"text: path={part} has no sub-folder with documents: make one for each class")
-        empty = [file for (file, _), (document, _) in zip(files, documents[split], strict=True) if not document]
+    placed = layout.of_classes(root)
+    documents: dict[Split | None, list[tuple[bytes, Label]]] = {}
+    parts: dict[Split | None, account.Part] = {}
+    unlabelled = 0
+    for split, tops in placed.files.items():
+        classes = [folder for top in tops for folder in files.folders(top)]
+        labelled = [(file, folder.name) for folder in classes if folder.name != _UNLABELLED
+                    for file in files.below(folder)]  # fmt: skip
+        unlabelled += sum(len(files.below(folder)) for folder in classes if folder.name == _UNLABELLED)
+        if not labelled:
+            raise UsageError(f"text: path={tops[0]} has no sub-folder with documents: make one for each class")
+        documents[split] = [(lines.text_bytes("text", file), label) for file, label in labelled]
+        empty = [file for (file, _), (document, _) in zip(labelled, documents[split], strict=True) if not document]
         if empty:
             more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise UsageError(f"text: {empty[0]} is empty{more}: every document needs text")
-    return documents
+        names = tuple(file.relative_to(root).as_posix() for file, _ in labelled)
+        parts[split] = account.Part(names, len(names), None, sum(len(document) for document, _ in documents[split]))
+    notes = [*placed.notes, *([f"ignored: {unlabelled:,} documents without label"] if unlabelled else [])]
+    return _corpus(path, documents, account.Account(parts, tuple(notes)), None)
 
 
-def _folders(root: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+def _labelled(path: str, source: tables.Source, text_column: str | None, label_column: str | None) -> Corpus:
+    """The corpus of tables with a column of text and one of labels."""
+    documents: dict[Split | None, list[tuple[bytes, Label]]] = {}
+    parts: dict[Split | None, account.Part] = {}
+    classes, notes = None, list(source.notes)
+    for split, of_split in source.tables.items():
+        part, rows = account.Part(), []
+        held_out = split in ("validation", "test") and "train" in source.tables
+        if held_out and all(_hidden(table, label_column) for table in of_split):
+            shown = layout.listed([name for table in of_split for name in table.part.files])
+            notes.append(f"{split}: {shown} has no labels: such a split counts as missing")
+            continue
+        for table in of_split:
+            text, texts = columns.texts("text", "text_column", text_column, _TEXTS, table)
+            label = columns.pick("text", "label_column", label_column, _LABELS, table)
+            if text == label:
+                raise UsageError(
+                    f'text: column "{text}" cannot be both text and label: give text_column=... and label_column=...'
+                )
+            classes = table.classes.get(label, classes)
+            rows += zip(texts, _labels(label, table), strict=True)
+            part += table.part
+        documents[split], parts[split] = rows, part
+    return _corpus(path, documents, account.Account(parts, tuple(notes)), classes)
 
 
-def _labelled(
-    columns: dict[Split | None, _sources.Columns], text_column: str | None, label_column: str | None
-) -> dict[Split | None, list[tuple[bytes, Label]]]:
-    """(text, label) of every row of the tables."""
-    labelled = {}
-    for split, table in columns.items():
-        text = _sources.pick("text", "text_column", text_column, _TEXTS, table)
-        label = _sources.pick("text", "label_column", label_column, _LABELS, table)
-        if text == label:
-            raise UsageError(
-                f'text: column "{text}" cannot be both text and label: give text_column=... and label_column=...'
-            )
-        documents = _sources.texts("text", text, table[text])
-        labels = _labels(label, table[label])
-        if set(labels) != {_HIDDEN} or len(columns) == 1:
-            labelled[split] = list(zip(documents, labels, strict=True))
-    return labelled
+def _hidden(table: tables.Table, label_column: str | None) -> bool:
+    """Whether the labels of a table are kept secret: there is no such column, it is empty, or it holds -1 alone."""
+    wanted = label_column if label_column in table.columns else None
+    label = wanted if label_column is not None else columns.usual_column(_LABELS, table)
+    hidden = (None, labels.HIDDEN, str(labels.HIDDEN))
+    return label is None or all(value in hidden for value in table.values(label))
 
 
-def _labels(column: str, values: Sequence) -> list[Label]:
-    """The labels as they are, whole floats as integers; raises UsageError at one that is missing or no class."""
-    labels = []
-    for row, value in enumerate(values[:], 1):
+def _labels(column: str, table: tables.Table) -> list[Label]:
+    """The labels without blanks around, whole floats as integers, numbers of named classes as their names.
+
+    Raises UsageError at one that is missing or no class.
+    """
+    read: list[Label] = []
+    names = table.classes.get(column, ())
+    for row, value in enumerate(table.values(column)):
+        value = value.strip() if isinstance(value, str) else value
+        where = f'text: {table.where(row)}: column "{column}", row {row + 1}'
         if value is None or value != value or value == "":
-            raise UsageError(f'text: column "{column}", row {row} has no label: every document needs one')
+            raise UsageError(f"{where} has no label: every document needs one")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, (bool, int, str)):
-            raise UsageError(
-                f'text: column "{column}", row {row} is {value!r}: a label is a whole number, a word, or true/false'
-            )
-        labels.append(value)
-    return labels
+            raise UsageError(f"{where} is {value!r}: a label is a whole number, a word, or true/false")
+        if names and isinstance(value, int):
+            value = names[value] if 0 <= value < len(names) else str(value)
+        read.append(value)
+    return read
 
 
-def _corpus(source: str, documents: dict[Split | None, list[tuple[bytes, Label]]]) -> Corpus:
-    """Split the documents and drop copies: what is in test from the other splits, what is in validation from train."""
-    labels = {label for part in documents.values() for _, label in part}
+def _corpus(
+    source: str,
+    documents: dict[Split | None, list[tuple[bytes, Label]]],
+    read: account.Account,
+    names: Sequence[str] | None,
+) -> Corpus:
+    """Number the classes and split the documents; names: of the classes in their order, where the source has one."""
+    documents = _numbers(documents)
+    kinds = {label for part in documents.values() for _, label in part}
     total = sum(map(len, documents.values()))
-    if len({type(label) for label in labels}) > 1:
+    if len({type(label) for label in kinds}) > 1:
         raise UsageError(
-            f"text: the labels of {source} mix numbers and words: {', '.join(sorted(map(repr, labels))[:6])}"
+            f"text: the labels of {source} mix numbers and words: {', '.join(sorted(map(repr, kinds))[:6])}"
         )
-    if len(labels) < 2:
-        raise UsageError(f"text: {source} has {len(labels)} class(es) in {total} documents: there must be 2 or more")
-    if 2 * len(labels) > total:
+    if len(kinds) < 2:
+        raise UsageError(f"text: {source} has {len(kinds)} class(es) in {total} documents: there must be 2 or more")
+    if 2 * len(kinds) > total:
         raise UsageError(
-            f"text: {source} has {len(labels)} classes in {total} documents, too many to learn: "
+            f"text: {source} has {len(kinds)} classes in {total} documents, too many to learn: "
             "give label_column=... with the name of another column, or more documents"
         )
-    classes = sorted(labels, key=lambda label: (0, label) if isinstance(label, str) else (label, ""))
+    of_split: dict[Split | None, list[Label]] = {
+        split: [label for _, label in part] for split, part in documents.items()
+    }
+    labels.check_known("text", source, of_split)
+    order = {name: at for at, name in enumerate(names or ())}
+    key = lambda label: (order.get(label, len(order)), label) if isinstance(label, str) else (label, "")
+    classes = sorted(kinds, key=key)
     number = {label: index for index, label in enumerate(classes)}
-    parts = _sources.resplit("text", documents, lambda document: document[0])
-    seen: set[bytes] = set()
-    splits, count = {}, 0
-    for split in reversed(SPLITS):
-        new = [(text, label) for text, label in parts[split] if text not in seen]
-        seen.update(text for text, _ in new)
-        count += len(new)
-        splits[split] = ([text for text, _ in new], np.array([number[label] for _, label in new], np.int32))
-    return Corpus(source, tuple(map(str, classes)), {split: splits[split] for split in SPLITS}, total - count)
+    parts = splits.complete("text", documents, lambda document: document[0])
+    arrays: dict[Split, tuple[list[bytes], np.ndarray]] = {
+        split: ([text for text, _ in part], np.array([number[label] for _, label in part], np.int32))
+        for split, part in parts.items()
+    }
+    return Corpus(source, tuple(map(str, classes)), arrays, read.saying(labels.warnings(of_split)))
+
+
+def _numbers(documents: dict[Split | None, list[tuple[bytes, Label]]]) -> dict[Split | None, list[tuple[bytes, Label]]]:
+    """Labels that are all spelled as whole numbers become these numbers, so that their order is that of numbers."""
+    spelled = {label for part in documents.values() for _, label in part}
+    if not all(isinstance(label, str) and _WHOLE.fullmatch(label) for label in spelled):
+        return documents
+    return {
+        split: [(text, int(str(label).partition(".")[0])) for text, label in part] for split, part in documents.items()
+    }

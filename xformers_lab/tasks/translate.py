@@ -1,24 +1,25 @@
 """Translate: pairs of sentences, byte by byte."""
 
 import functools
-import gzip
 import hashlib
 import math
 import pathlib
-import zlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _sources, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks._reading import account, columns, files, layout, lines, names, saved, splits, tables
+from xformers_lab.tasks._reading.splits import Overlap
 
 # Symbols before the 256 bytes: what fills a sentence up, what begins a translation, what ends it.
 BLANK, BEGIN, END, BYTES = 0, 1, 2, 3
 _GIVE = "give a folder with pairs of files like train.de and train.en (also .gz), or a table with a column for each"
 
 Pair = tuple[bytes, bytes]
+Read = tuple[dict[Split | None, list[Pair]], account.Account]
 
 
 class Translate(Task):
@@ -28,9 +29,9 @@ class Translate(Task):
     A sequence is `source, blanks, BEGIN, translation, END, blanks`: the first half of seq_len, rounded down, is the
     source's, which an encoder-decoder reads, and the model is asked for the translation and its end alone. Pairs of
     which a side does not fit are left out and counted. Read are pairs of files with a sentence in every line, named by
-    split and language (train.de and train.en, also .gz), or two columns of a table (csv, json, parquet) or hub data
-    set. A split that the data lack is taken from train by a hash of the pair; a pair of test or validation data is
-    dropped from the data trained on.
+    split and language (train.de and train.en, also compressed), or two columns of a table (csv, json, parquet) or hub
+    data set. Several files of one split are read together. A split that the data lack is taken from train by a hash of
+    the pair; a pair of test or validation data is dropped from the data trained on. A line ends at a line feed alone.
 
     Options:
         path: a folder of pairs of files, or a table
@@ -38,6 +39,8 @@ class Translate(Task):
         config: which configuration of the hub data set
         source: the language translated from: the ending of its files, or its column
         target: the language translated to
+        header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
+        overlap: what becomes of training pairs that are held out too: keep, drop, or refuse
 
     Metric: bits per byte of the translation, its end counted as one; lower is better. Chance: a uniform guess.
     """
@@ -58,6 +61,8 @@ class Translate(Task):
         config: str | None = None,
         source: str = "de",
         target: str = "en",
+        header: bool = True,
+        overlap: Overlap = "drop",
     ):
         super().__init__(setting)
         if (path is None) == (hub is None):
@@ -67,8 +72,26 @@ class Translate(Task):
         if source == target:
             raise ValueError(f"source={source} and target={target} are the same: there is nothing to translate")
         self.source_length = setting.seq_len // 2
-        self.corpus = load(path, hub, config, source, target)
-        self.rows = {split: self._fitting(split) for split in SPLITS}
+        if not header and path is None:
+            raise ValueError("header=false is for a csv file: give path=... too, or drop it")
+        corpus = load(path, hub, config, source, target, header, files.stamp("translate", path))
+        copies = splits.shared(splits.each(corpus.splits, lambda pairs: list(map(_stripped, pairs))))
+        dropped = splits.settle("translate", corpus.source, copies, overlap)
+        kept: dict[Split, list[Pair]] = {
+            split: splits.without(pairs, dropped[split]) for split, pairs in corpus.splits.items()
+        }
+        self.corpus = corpus._replace(splits=kept)
+        self.dropped = sum(map(len, dropped.values()))
+        self.rows: dict[Split, tuple[np.ndarray, np.ndarray]] = {split: self._fitting(split) for split in SPLITS}
+        sizes = splits.each(self.rows, lambda part: len(part[0]))
+        longer = [
+            f"{split}: {many:,} pairs left out: a side does not fit into seq_len={setting.seq_len}"
+            for split, pairs in kept.items()
+            if (many := len(pairs) - sizes[split])
+        ]
+        counts = splits.each(copies, len)
+        read = corpus.account.saying(longer)
+        self.read = account.record(read, sizes, counts, unit="pair", overlap=overlap)
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def batch(self, split: Split, step: int) -> Batch:
@@ -109,10 +132,14 @@ class Translate(Task):
         fingerprint = hashlib.sha256(b"".join(tokens.tobytes() for tokens, _ in self.rows.values()))
         sizes = {f"{split}_pairs": len(tokens) for split, (tokens, _) in self.rows.items()}
         longer = sum(map(len, self.corpus.splits.values())) - sum(sizes.values())
-        names = {"source": self.corpus.source, "languages": self.corpus.languages}
-        return {**names, **sizes, "too_long": longer, "copies_dropped": self.corpus.dropped} | {
-            "sha256": fingerprint.hexdigest()
+        about = {"source": self.corpus.source, "languages": self.corpus.languages}
+        return {**about, **sizes, "too_long": longer, "copies_dropped": self.dropped} | {
+            "sha256": fingerprint.hexdigest(),
+            "reading": self.read,
         }
+
+    def reading(self) -> list[str]:
+        return account.words(self.read)
 
     def _fitting(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n, seq_len + 1) of the pairs that fit, uint16, and where each asks for its end, plus one (n,)."""
@@ -120,6 +147,9 @@ class Translate(Task):
         fitting = [pair for pair in self.corpus.splits[split] if len(pair[0]) <= S and len(pair[1]) < T - S]
         if not fitting:
             many = len(self.corpus.splits[split])
+            if not many:
+                copies = splits.empty(self.dropped)
+                raise ValueError(f"the {split} split of {self.corpus.source} is empty{copies}: give more pairs")
             raise ValueError(
                 f"of {many} {split} pairs of {self.corpus.source} none has a source of at most {S} bytes and a "
                 f"translation of at most {T - S - 1}: use a larger seq_len"
@@ -137,77 +167,112 @@ class Translate(Task):
 
 
 class Corpus(NamedTuple):
-    """Pairs of sentences of each split, UTF-8; dropped: copies of pairs held out."""
+    """Pairs of sentences of each split, UTF-8."""
 
     source: str
     languages: str
     splits: dict[Split, list[Pair]]
-    dropped: int
+    account: account.Account
+
+
+def _stripped(pair: Pair) -> Pair:
+    return pair[0].strip(), pair[1].strip()
 
 
 @functools.lru_cache(maxsize=4)
-def load(path: str | None, hub: str | None, config: str | None, source: str, target: str) -> Corpus:
-    """Read the pairs of all splits; once per process."""
-    if hub is not None:
-        pairs, where = _from_columns(_sources.hub("translate", hub, config), source, target), f"hub {hub}"
+def load(
+    path: str | None, hub: str | None, config: str | None, source: str, target: str, header: bool, stamp: str | None
+) -> Corpus:
+    """Read the pairs of all splits; once per process, and again where the stamp of the files is another."""
+    if path is None:
+        assert hub is not None
+        where, (pairs, read) = f"hub {hub}", _of_tables(saved.from_hub("translate", hub, config), source, target)
     else:
-        assert path is not None
-        place, where = _sources.existing("translate", path), path
-        if _sources.is_table(place):
-            pairs = _from_columns(_sources.tables("translate", place), source, target)
-        else:
-            pairs = _from_files(path, place, source, target)
-    parts = _sources.resplit("translate", pairs, lambda pair: b"\n".join(pair))
-    held, splits = set(), {}
-    for split in reversed(SPLITS):
-        splits[split] = [pair for pair in parts[split] if pair not in held]
-        held.update(splits[split])
-    dropped = sum(map(len, parts.values())) - sum(map(len, splits.values()))
-    return Corpus(where, f"{source}-{target}", {split: splits[split] for split in SPLITS}, dropped)
+        where, (pairs, read) = path, _of_path(path, source, target, header)
+    parts = splits.complete("translate", pairs, lambda pair: b"\n".join(pair))
+    return Corpus(where, f"{source}-{target}", parts, read)
 
 
-def _from_columns(
-    columns: dict[Split | None, _sources.Columns], source: str, target: str
-) -> dict[Split | None, list[Pair]]:
-    pairs = {}
-    for split, table in columns.items():
-        names = (_sources.pick("translate", *side, (), table) for side in (("source", source), ("target", target)))
-        sides = (_sources.texts("translate", name, table[name]) for name in names)
-        pairs[split] = list(zip(*sides, strict=True))
-    return pairs
+def _of_path(path: str, source: str, target: str, header: bool) -> Read:
+    place = files.existing("translate", path)
+    if place.is_dir() and saved.is_saved(place):
+        return _of_tables(saved.from_folder("translate", place), source, target)
+    if place.is_file():
+        if not tables.is_table(place):
+            raise UsageError(f"translate: path={path} is no table: {_GIVE}")
+        return _of_tables(tables.read("translate", place, [place], header), source, target)
+    all_files = files.below(place)
+    stems = _stems(all_files, source, target)
+    chosen = [file for file in all_files if tables.is_table(file)]
+    if not any(len(sides) == 2 for sides in stems.values()) and chosen:
+        return _of_tables(tables.read("translate", place, chosen, header), source, target)
+    if not header:
+        raise UsageError(f"translate: header=false is for a csv, but path={path} is none")
+    return _of_files(path, place, stems, source, target)
 
 
-def _from_files(path: str, folder: pathlib.Path, source: str, target: str) -> dict[Split | None, list[Pair]]:
-    """Every pair of files whose names differ in the language alone."""
+def _of_tables(read: tables.Source, source: str, target: str) -> Read:
+    pairs: dict[Split | None, list[Pair]] = {}
+    parts: dict[Split | None, account.Part] = {}
+    for split, of_split in read.tables.items():
+        pairs[split], parts[split] = [], account.Part()
+        for table in of_split:
+            sides = [
+                columns.texts("translate", option, wanted, (), table)[1]
+                for option, wanted in (("source", source), ("target", target))
+            ]
+            pairs[split] += zip(*sides, strict=True)
+            parts[split] += table.part
+    return pairs, account.Account(parts, tuple(read.notes))
+
+
+def _stems(all_files: list[pathlib.Path], source: str, target: str) -> dict[str, dict[str, pathlib.Path]]:
+    """The files that end in one of the languages, by what stands before it."""
     sides: dict[str, dict[str, pathlib.Path]] = {}
-    for file in _sources.files(folder) if folder.is_dir() else []:
-        stem, _, language = file.name.removesuffix(".gz").rpartition(".")
+    for file in all_files:
+        stem, _, language = layout.bare(file).rpartition(".")
         if language in (source, target):
             other = sides.setdefault(stem, {}).setdefault(language, file)
-            if other.parent != file.parent:
+            if other != file:
                 raise UsageError(
                     f"translate: {other} and {file} have the same name: keep one, or give path= its folder"
                 )
-    pairs = {stem: files for stem, files in sides.items() if len(files) == 2}
+    return sides
+
+
+def _of_files(
+    path: str, root: pathlib.Path, stems: dict[str, dict[str, pathlib.Path]], source: str, target: str
+) -> Read:
+    """Every pair of files whose names differ in the language alone."""
+    pairs = {stem: sides for stem, sides in stems.items() if len(sides) == 2}
     if not pairs:
         raise UsageError(f"translate: path={path} has no pair of files ending in .{source} and .{target}: {_GIVE}")
+    of_no_split = [stem for stem in pairs if names.split_of(stem) is None]
+    if of_no_split and len(of_no_split) < len(pairs):
+        raise UsageError(
+            f"translate: path={path}: {of_no_split[0]}.{source} is of no split beside files that are: name each like "
+            f"train.{source}, valid.{source}, test.{source}, or none"
+        )
     sentences: dict[Split | None, list[Pair]] = {}
-    for stem, files in pairs.items():
-        first, second = (_lines(files[language]) for language in (source, target))
+    parts: dict[Split | None, account.Part] = {}
+    for stem, sides in pairs.items():
+        contents = [lines.text_bytes("translate", sides[language]) for language in (source, target)]
+        first, second = (
+            [line.strip() for line in lines.split("translate", sides[language], content)]
+            for language, content in zip((source, target), contents, strict=True)
+        )
         if len(first) != len(second):
             raise UsageError(
-                f"translate: {files[source]} has {len(first)} lines and {files[target]} {len(second)}: "
+                f"translate: {sides[source]} has {len(first)} lines and {sides[target]} {len(second)}: "
                 "they must be pairs"
             )
         whole = [pair for pair in zip(first, second, strict=True) if all(pair)]
-        sentences.setdefault(_sources.split_name(stem), []).extend(whole)
-    return sentences
-
-
-def _lines(file: pathlib.Path) -> list[bytes]:
-    content = _sources.read("translate", file)
-    try:
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"translate: cannot read {file}: {error}") from error
-    return [line.strip() for line in content.splitlines()]
+        split = names.split_of(stem)
+        sentences.setdefault(split, []).extend(whole)
+        blank = {"a side is blank": len(first) - len(whole)} if len(whole) < len(first) else {}
+        name = f"{sides[source].relative_to(root).as_posix()} + .{target}"
+        part = account.Part((name,), len(first), len(first), sum(map(len, contents)), blank)
+        parts[split] = parts.get(split, account.Part()) + part
+    read = {file for sides in pairs.values() for file in sides.values()}
+    notes = layout.ignored(root, [file for file in files.below(root) if file not in read])
+    return sentences, account.Account(parts, tuple(notes))

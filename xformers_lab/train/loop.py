@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ import optax
 from flax import nnx
 
 from xformers_lab import config as configs
+from xformers_lab import sources
 from xformers_lab.config import Config, edit
-from xformers_lab.errors import RunFailed, UsageError, ran_out_of_memory
+from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_of_memory
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
-from xformers_lab.record import SETTLED, Record
+from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, records
@@ -37,6 +39,7 @@ __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepar
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
+_HOW_READ = "reading"  # of what a task says of its data
 _MEND = "try a smaller lr, clip=1, or dtype=float32"
 
 Progress = Callable[[int, int, dict], None]
@@ -78,8 +81,8 @@ def run(
 
     Raises UsageError where the folder holds an unfinished run with checkpoints and `resume` is False, or one that was
     trained on other data, or where another process runs it; RunFailed where it diverges (the record says so too) or
-    memory or disk run out; Interrupted, after saving, on Ctrl-C, SIGTERM, or when `stop()` is true; IntegrityError
-    where no checkpoint verifies.
+    memory or disk run out; Interrupted, after saving, on Ctrl-C, SIGTERM, or when `stop()` is true (before the first
+    step a signal does what it does elsewhere); IntegrityError where what it left cannot be trusted.
     """
     return _run(config, configs.folder(config), resume, progress, stop, doing)
 
@@ -87,27 +90,38 @@ def run(
 def resume(
     run_dir: pathlib.Path | str,
     *,
+    trust: bool = False,
+    from_scratch: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     doing: Doing | None = None,
 ) -> dict:
-    """Continue the run in a folder from its newest good checkpoint, bit for bit on CPU; raises as `run` does."""
+    """Continue the run in a folder from its newest good checkpoint, bit for bit on CPU; raises as `run` does.
+
+    trust: run code outside the package that its config names, though it is not what the run was trained with.
+    Raises IntegrityError where checkpoints or lines of metrics.jsonl that were there are lost or damaged;
+    with `from_scratch` it begins at step 1 again there.
+    """
     run_dir = pathlib.Path(run_dir)
-    return _run(_stored_config(run_dir), run_dir, True, progress, stop, doing)
+    return _run(_stored_config(run_dir, trust), run_dir, True, progress, stop, doing, not from_scratch, from_scratch)
 
 
-def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: evaluation.Wanted | None = None) -> dict:
+def evaluate(
+    run_dir: pathlib.Path | str,
+    *,
+    split: Split = "test",
+    batches: evaluation.Wanted | None = None,
+    trust: bool = False,
+) -> dict:
     """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
     run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding. Raises Diverged where the loss is no
-    number.
+    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
+    Diverged where the loss is no number.
     """
     run_dir = pathlib.Path(run_dir)
-    job = prepare(_stored_config(run_dir), run_dir)
-    if not checkpoint.steps(run_dir):
-        raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
+    job = _trained(run_dir, trust)
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
@@ -123,12 +137,10 @@ def evaluate(run_dir: pathlib.Path | str, *, split: Split = "test", batches: eva
     return records.finite(record.to_dict())
 
 
-def load(run_dir: pathlib.Path | str) -> tuple[Config, Task, Model]:
-    """The config, task and model of a run, with the parameters of its newest good checkpoint."""
+def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
+    """The config, task and model of a run, with the parameters of its newest good checkpoint; trust: as in `resume`."""
     run_dir = pathlib.Path(run_dir)
-    job = prepare(_stored_config(run_dir), run_dir)
-    if not checkpoint.steps(run_dir):
-        raise UsageError(f"{run_dir}: holds no checkpoint yet; train it with xlab resume {run_dir}")
+    job = _trained(run_dir, trust)
     state, _ = checkpoint.restore(run_dir, job.target(), job.about)
     return job.config, job.task, merge(job.graph, state.params, state.extra, state.memory)
 
@@ -171,7 +183,8 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         raise UsageError(
             "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=jit"
         )
-    about = {"config": configs.identity(config), "data": _fingerprint(task)}
+    details = {"config": configs.decisive(config), "data": json.loads(json.dumps(_identifying(task), default=str))}
+    about = {"config": configs.identity(config), "data": _fingerprint(task), "details": details}
     return _Job(
         config,
         run_dir,
@@ -193,14 +206,20 @@ def _run(
     progress: Progress | None,
     stop: Callable[[], bool] | None,
     doing: Doing | None,
+    strict: bool = False,
+    from_scratch: bool = False,
 ) -> dict:
+    """strict: what was lost of the run is an error, where there is nothing to go on from too; from_scratch: it begins
+    at step 1 again."""
     progress, doing = progress or (lambda step, total, metrics: None), doing or (lambda what, step: None)
     doing("preparing", 0)
-    if (record := _finished(config, run_dir)) is not None:
+    _named_rightly(config, run_dir)
+    if (record := _finished(config, run_dir, from_scratch)) is not None:
         return record
-    with records.locked(run_dir), listening(stop) as stop_signal:
-        if (record := _finished(config, run_dir)) is not None:
+    with records.locked(run_dir), contextlib.ExitStack() as stack:
+        if (record := _finished(config, run_dir, from_scratch)) is not None:
             return record
+        checkpoint.check_place(run_dir, config.train.steps, config.train.save_every)
         saved = checkpoint.steps(run_dir)
         if saved and not resume:
             raise UsageError(
@@ -209,23 +228,49 @@ def _run(
             )
         try:
             job = prepare(config, run_dir)
-            if saved:
-                state, step = checkpoint.restore(run_dir, job.target(), job.about)
-            else:
-                state, step = job.layout.place_state(init(config, job.task, job.tx)), 0
+            state, step = _start(job, strict, from_scratch)
+            if outside := sources.of(configs.to_dict(config)):
+                records.write_json(run_dir / "sources.json", outside)
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
-            return _train(job, state, step, stop_signal, progress, doing)
+            return _train(job, state, step, lambda: stack.enter_context(listening(stop)), progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
 
+def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int]:
+    """The state to go on from and its step: the newest good checkpoint's, or that before the first step."""
+    run_dir = job.run_dir
+    try:
+        if checkpoint.steps(run_dir):
+            state, step = checkpoint.restore(run_dir, job.target(), job.about)
+            if int(state.step) != step:
+                raise IntegrityError(f"{run_dir}: the checkpoint of step {step} holds the state of step {state.step}")
+            if lost := records.missing(run_dir, step):
+                raise IntegrityError(
+                    f"{run_dir / 'metrics.jsonl'}: the lines of steps {lost} are missing or damaged, though the "
+                    f"checkpoint is of step {step}; give them back, or start again with xlab resume {run_dir} "
+                    "--from-scratch"
+                )
+            return state, step
+        if lines := records.read(run_dir):
+            lost = f"{run_dir}: trained to step {lines[-1]['step']} and holds no checkpoint (deleted, or not yet saved)"
+            if strict:
+                raise IntegrityError(f"{lost}; start again with xlab resume {run_dir} --from-scratch")
+            logging.getLogger(__name__).warning("%s: it starts again at step 1", lost)
+    except IntegrityError as error:
+        if not from_scratch:
+            raise
+        logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
+    return job.layout.place_state(init(job.config, job.task, job.tx)), 0
+
+
 def _train(
-    job: _Job, state: TrainState, start: int, stop_signal: Callable[[], int], progress: Progress, doing: Doing
+    job: _Job, state: TrainState, start: int, listen: Callable[[], Callable[[], int]], progress: Progress, doing: Doing
 ) -> dict:
-    """From the state after step `start` to the last one, then the record."""
+    """From the state after step `start` to the last one, then the record; `listen` begins to hear signals."""
     train, step = job.config.train, start
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
@@ -233,6 +278,7 @@ def _train(
     compiled = compile_train_step(
         job.config, job.task, job.graph, job.tx, job.layout, state, prefetch.checked(job.task, "train", 0, job.segments)
     )
+    stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
     def save() -> None:
@@ -408,6 +454,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
         seconds_median=median,
+        **speed.disturbance(seconds),
         compile_seconds=compiled.compile_seconds,
         flops=compiled.flops,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -424,8 +471,9 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         machine=speed.machine(),
         config=configs.to_dict(config),
     ).to_dict()
+    record = sealed(records.finite(json.loads(json.dumps(record))))
     records.write_json(job.run_dir / "result.json", record)
-    return records.finite(record)
+    return record
 
 
 def _declared(task: Task) -> dict:
@@ -449,13 +497,23 @@ def _peak(compiled: Compiled, before: int | None) -> dict:
     return {"peak_bytes": after if after > before else compiled.peak_bytes}
 
 
-def settled(run_dir: pathlib.Path, task: Callable[[], Task]) -> dict | None:
+def settled(run_dir: pathlib.Path, task: Callable[[], Task], config: Config | None = None) -> dict | None:
     """The record of a run that came to its end, a non-finite loss too; raises UsageError where it is of other data than
-    those of task() now."""
-    record = records.read_json(run_dir / "result.json") or {}
+    those of task() now, IntegrityError where it is not the run's own: that of `config`, by default that of the id that
+    the folder has for a name."""
+    record = records.read_json(run_dir / "result.json")
+    if record is None and (run_dir / "result.json").exists():
+        logging.getLogger(__name__).warning("%s: cannot be read, so it is made again", run_dir / "result.json")
+    record = record or {}
     if record.get("status") not in SETTLED:
         return None
-    was, now = record.get("data"), records.finite(json.loads(json.dumps(task().describe(), default=str)))
+    identity = run_dir.name if config is None else configs.identity(config)
+    if wrong := broken(record, identity):
+        raise IntegrityError(
+            f"{run_dir / 'result.json'}: {wrong}; delete that file, and the run makes it again from its last checkpoint"
+        )
+    was, now = record.get("data"), records.finite(json.loads(json.dumps(_identifying(task()), default=str)))
+    was = {key: value for key, value in was.items() if key != _HOW_READ} if isinstance(was, dict) else was
     if isinstance(was, dict) and was != now:
         key = next(key for key in {**now, **was} if was.get(key) != now.get(key))
         raise UsageError(
@@ -465,9 +523,27 @@ def settled(run_dir: pathlib.Path, task: Callable[[], Task]) -> dict | None:
     return record
 
 
-def _finished(config: Config, run_dir: pathlib.Path) -> dict | None:
-    """The record of a run that came to its end; raises Diverged where that end was a non-finite loss."""
-    record = settled(run_dir, lambda: build_task(config))
+def _named_rightly(config: Config, run_dir: pathlib.Path) -> None:
+    """Raises IntegrityError where a folder has the id of another run for its name, and UsageError where its checkpoint
+    tells what changed; any other name is free."""
+    identity = configs.identity(config)
+    if run_dir.name == identity or not re.fullmatch("[0-9a-f]{12}", run_dir.name):
+        return
+    if changed := checkpoint.differences(checkpoint.details(run_dir, "config"), configs.decisive(config)):
+        raise UsageError(f"{run_dir}: belongs to another config ({changed}); give the old one back")
+    raise IntegrityError(
+        f"{run_dir}: has the id of another run for its name, since its config is that of {identity}: one of them was "
+        "changed, the source of a choice outside the package, or the version of the laboratory; give it back, or the "
+        "folder a name of its own"
+    )
+
+
+def _finished(config: Config, run_dir: pathlib.Path, from_scratch: bool = False) -> dict | None:
+    """The record of a run that came to its end; raises Diverged where that end was a non-finite loss, IntegrityError
+    where the record cannot be this run's."""
+    if from_scratch and not checkpoint.steps(run_dir):
+        return None
+    record = settled(run_dir, lambda: build_task(config), config)
     if record is not None and record["status"] == Diverged.status:
         error = Diverged(f"{record.get('reason')} (as stored in {run_dir / 'result.json'})")
         error.record = record
@@ -478,11 +554,27 @@ def _finished(config: Config, run_dir: pathlib.Path) -> dict | None:
 
 
 def _fingerprint(task: Task) -> str:
-    return hashlib.sha256(json.dumps(task.describe(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_identifying(task), sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _stored_config(run_dir: pathlib.Path) -> Config:
+def _identifying(task: Task) -> dict:
+    """What tells data from others: all that is said of them but how they were read."""
+    return {key: value for key, value in task.describe().items() if key != _HOW_READ}
+
+
+def _stored_config(run_dir: pathlib.Path, trust: bool) -> Config:
     path = run_dir / "config.json"
     if not path.is_file():
         raise UsageError(f"{run_dir}: no run there (a run's folder holds config.json)")
-    return configs.stored(path)
+    return configs.stored(path, trust=trust)
+
+
+def _trained(run_dir: pathlib.Path, trust: bool) -> _Job:
+    """What the config of a run with a checkpoint stands for."""
+    config = _stored_config(run_dir, trust)
+    if not checkpoint.steps(run_dir):
+        ended = records.read_json(run_dir / "result.json") is not None
+        again = f"xlab resume {run_dir} --from-scratch makes one" if ended else f"train it with xlab resume {run_dir}"
+        raise UsageError(f"{run_dir}: holds no checkpoint{'' if ended else ' yet'}; {again}")
+    _named_rightly(config, run_dir)
+    return prepare(config, run_dir)

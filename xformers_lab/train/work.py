@@ -1,30 +1,34 @@
 """What a worker does for train and resume, and how it says so."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.supervise.worker import Tell
+from xformers_lab.train import records
 
 
-def run(tell: Tell, config: dict) -> dict:
-    """Check a config, then train it; -> the record. Raises as `loop.run` does."""
+def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
+    """Check a config, of which `words` were typed, then train it; -> the record. Raises as `loop.run` does."""
     chosen = configs.from_dict(config)
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
 
-    check_config(chosen)
+    task = check_config(chosen)
+    tell.doing("preparing the config", reading=task.reading())
     from xformers_lab.train import loop
 
+    records.typed(words)
     return loop.run(chosen, **watched(tell, chosen))
 
 
-def resume(tell: Tell, run_dir: str) -> dict:
+def resume(tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False) -> dict:
     """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
-    chosen = configs.stored(pathlib.Path(run_dir) / "config.json")
+    chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
     from xformers_lab.train import loop
 
-    return loop.resume(run_dir, **watched(tell, chosen))
+    return loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **watched(tell, chosen))
 
 
 def watched(tell: Tell, config: configs.Config) -> dict[str, Any]:
