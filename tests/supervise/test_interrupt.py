@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xformers_lab.supervise import worker
+from xformers_lab.errors import contained, stopped_by
 from xformers_lab.supervise.interrupt import REPEATED, ending, listening
 from xformers_lab.supervise.process import Ended, Worker
 
@@ -60,7 +60,19 @@ def test_a_worker_that_was_stopped_twice_says_by_what(monkeypatch):
         child.stopped = signal.SIGTERM
         error = child._error({"exit_code": 130, "text": "stopped at once"})
         assert isinstance(error, Ended) and error.exit_code == 143
-    assert worker.STOPPED == (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert stopped_by(KeyboardInterrupt()) == 128 + signal.SIGINT
+    assert stopped_by(SystemExit(143)) == 128 + signal.SIGTERM
+    assert [stopped_by(error) for error in (SystemExit(), SystemExit(3), GeneratorExit(), ValueError())] == [None] * 4
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_second_signal_amid_other_peoples_code_is_no_fault_of_theirs(number, kind):
+    with pytest.raises(kind), listening() as heard, contained():
+        os.kill(os.getpid(), number)
+        time.sleep(REPEATED + 0.1)
+        assert heard() == number
+        os.kill(os.getpid(), number)
+        time.sleep(1)
 
 
 def test_a_signal_while_it_compiles_does_not_wait_for_the_compiler(tmp_path):
