@@ -162,7 +162,7 @@ def test_every_choice_of_every_shelf_builds_from_its_name():
             model_gives: dict[str, Any] = {"causal": False} if shelf == "position" else {}
             spec.build(shelf, name, Size(length=16, dim=8, heads=2), **model_gives)
     for name in set(spec.names("task")) - {"text", "pixels", "translate"}:  # they need a data set
-        spec.build("task", name, Setting(seq_len=128, batch=2))
+        spec.build("task", name, Setting(seq_len=256, batch=2))
 
 
 def test_every_option_and_key_has_a_help():
