@@ -820,3 +820,14 @@ def test_how_data_were_read_is_no_part_of_what_identifies_them(tmp_path):
 
 def test_generated_tasks_read_nothing():
     assert build("copy").reading() == [] and "reading" not in build("copy").describe()
+
+
+def test_a_folder_of_one_text_is_read_like_the_text(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(2000))
+    (tmp_path / "input.txt").write_text(text)
+    (tmp_path / "SOURCE.md").write_text("where it is from\n")
+    folder, file = (
+        spec.build("task", f"lm:path={path}", Setting(64, 4)) for path in (tmp_path, tmp_path / "input.txt")
+    )
+    assert folder.describe()["sha256"] == file.describe()["sha256"]
+    assert "ignored: SOURCE.md" in folder.reading()

@@ -31,13 +31,13 @@ class Lm(Task):
     every machine has. Compressed files are expanded. A folder is split by file and a table by document, through a hash
     of the name or the text (80 / 10 / 10), and files with the same content count once; a folder with files or
     sub-folders that are named by their split (train.txt, valid.txt, test.txt) keeps these splits and ignores other
-    files, and a missing split is the last tenth of train; a single file is cut into its first 90 %, the next 5 % and
-    the last 5 %; a table or hub data set that has splits of its own keeps them, and a missing one is taken from train
-    by document. A document that is held out too is dropped from the training data, and, from files that are named by
-    their split, a line of seq_len bytes or more. A sequence is a window of seq_len + 1 bytes at a
-    random place of its split; it may span the end of a document. With a memory, every row of the batch reads a part of
-    its own of the split from its first byte to its last, one segment a step, and begins anew, a little shifted, when
-    all have been read; nothing is forgotten at the end of a document, as in Transformer-XL.
+    files, and a missing split is the last tenth of train; a single file, alone in a folder or not, is cut into its
+    first 90 %, the next 5 % and the last 5 %; a table or hub data set that has splits of its own keeps them, and a
+    missing one is taken from train by document. A document that is held out too is dropped from the training data, and,
+    from files that are named by their split, a line of seq_len bytes or more. A sequence is a window of seq_len + 1
+    bytes at a random place of its split; it may span the end of a document. With a memory, every row of the batch reads
+    a part of its own of the split from its first byte to its last, one segment a step, and begins anew, a little
+    shifted, when all have been read; nothing is forgotten at the end of a document, as in Transformer-XL.
 
     Options:
         path: a file or folder (none, and no hub: the standard library's source)
@@ -199,12 +199,21 @@ def corpus(
         names = files.below(place)
         if not names:
             raise UsageError(f"lm: path={path} is a folder without files")
-        return _of_files(path, place, layout.of_texts("lm", place, names))
-    content = lines.text_bytes("lm", place)
+        placed = layout.of_texts("lm", place, names)
+        # A hash of one name would leave two splits without a text.
+        alone = len(placed.files.get(None, ())) == len(placed.files) == 1
+        return _of_one(path, placed.files[None][0], placed.notes) if alone else _of_files(path, place, placed)
+    return _of_one(path, place, [])
+
+
+def _of_one(source: str, file: pathlib.Path, notes: list[str]) -> Corpus:
+    """The text of one file, cut into splits by position."""
+    content = lines.text_bytes("lm", file)
     ends = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
     parts: dict[Split, list[bytes]] = {split: [content[ends[i] : ends[i + 1]]] for i, split in enumerate(SPLITS)}
-    read = account.Account({None: account.Part((place.name,), _lines(content), _lines(content), len(content))})
-    return Corpus(path, parts, read, "by position", compared="nothing")
+    part = account.Part((file.name,), _lines(content), _lines(content), len(content))
+    read = account.Account({None: part}, tuple(notes))
+    return Corpus(source, parts, read, "by position", compared="nothing")
 
 
 def _of_files(source: str, root: pathlib.Path, placed: layout.Layout) -> Corpus:

@@ -76,7 +76,10 @@ def of_texts(task: str, root: pathlib.Path, all_files: list[pathlib.Path]) -> La
     """
     named = _named(root, all_files)
     if not named:
-        return Layout({None: all_files}, ignored(root, []))
+        # One text and what is said about it are that text; among several, a readme may be one of them.
+        texts = [file for file in all_files if not is_about(file)]
+        texts = texts if len(texts) == 1 else all_files
+        return Layout({None: texts}, ignored(root, [file for file in all_files if file not in texts]))
     splits = sorted(set(named.values()), key=SPLITS.index)
     if "train" not in splits:
         raise UsageError(
