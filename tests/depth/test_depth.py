@@ -64,14 +64,14 @@ def test_universal_is_its_layer_again_and_again(code, position):
     """With waves for positions, these are added before each step, as the code of the step is."""
     model, tokens = model_of(f"universal:code={code}", layers=3, position=position)
     block, D = model.stack.blocks[0], 16
-    x = model.place(model.position, model.embedding(tokens), jnp.arange(12), valid=None)
+    x = model.position.embed(model.embedding(tokens), jnp.arange(12))
     context = Context(model.position)
     waves = lambda angle: np.stack([np.sin(angle), np.cos(angle)], -1).reshape(*angle.shape[:-1], D)
     expected, scale = x, 10_000 ** (np.arange(0, D, 2) / D)
     for number in (1, 2, 3):
-        again = code and position == "sinusoidal" and number > 1
-        expected = expected + code * waves(number / scale)
-        expected = expected + again * waves(np.arange(12)[:, None] / scale)[None]
+        if code and position == "sinusoidal" and number > 1:
+            expected = (expected + waves(np.arange(12)[:, None] / scale)[None]) / 1.5**0.5
+        expected = expected + 0.2 * code * waves(number / scale)
         expected = block(expected, {}, context)[0]
     np.testing.assert_allclose(model.stack(x, context)[0], expected, atol=1e-5)
 
@@ -120,7 +120,7 @@ def test_steps_of_every_position_are_told():
             x, halting = depth._halted(x, y, number, halting)
         return halting
 
-    x = model.place(model.position, model.embedding(tokens), jnp.arange(12), valid=None)
+    x = model.position.embed(model.embedding(tokens), jnp.arange(12))
     aux, halting = run(model, tokens)[1], jax.jit(by_hand)(x)
     np.testing.assert_array_equal(aux.tokens["steps"], halting["steps"])
     np.testing.assert_array_equal(aux.tokens["computation"], 2 * halting["steps"])

@@ -1,6 +1,7 @@
 import jax
 from flax import nnx
 
+from xformers_lab.nn.embedding import ADDED, START, marked
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
@@ -12,7 +13,8 @@ class Learned(Position):
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
-        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.length, size.dim)))
+        self.scale = ADDED / START
+        self.table = nnx.Param(nnx.initializers.normal(START)(rngs.params(), (size.length, size.dim)), decays=False)
 
     def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
-        return x + self.table[at].astype(x.dtype)
+        return marked(x, self.table[at] * self.scale)
