@@ -16,7 +16,8 @@ class Grid(Position):
     arXiv 1904.10509, section 5.3).
 
     x_t + rows[t // width] + columns[t mod width]: tables of rows + columns vectors in place of rows * columns. What
-    stands in front of an image, a class token, has no place on the plane and gets nothing.
+    stands in front of an image, a class token, has no place on the plane and gets nothing. Of all others the sum is
+    divided by sqrt(3/2), which keeps its size (nn/embedding.py).
 
     Options:
         width: columns of the plane; none: the image's, or the root of the length, rounded up

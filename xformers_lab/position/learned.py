@@ -7,7 +7,10 @@ from xformers_lab.position import Position
 
 
 class Learned(Position):
-    """A learned vector for every position, added to the embeddings (Gehring et al., 2017, arXiv 1705.03122)."""
+    """A learned vector for every position, added to the embeddings (Gehring et al., 2017, arXiv 1705.03122).
+
+    (x_t + p_t) / sqrt(3/2): with p half of x in mean square at the start, the sum has the size of x (nn/embedding.py).
+    """
 
     embeds = True
 

@@ -13,8 +13,7 @@ from xformers_lab.check.tiny import Inside, Tiny
 from xformers_lab.config import edit
 from xformers_lab.model import size_of
 from xformers_lab.model._block import Block
-from xformers_lab.model.decoder import Decoder
-from xformers_lab.model.encoder import Encoder
+from xformers_lab.model._transformer import Transformer
 from xformers_lab.train import checkpoint, optimizer
 
 
@@ -61,7 +60,9 @@ def _first_input(model: Tiny, position: str) -> float:
         rows = jnp.square(x.astype(jnp.float32)).mean(-1)
         jax.debug.callback(lambda size: seen.append(float(size)), jnp.sqrt(rows.sum() / (rows > 0).sum()))
 
-    class Watching(Decoder if model.causal else Encoder):
+    class Watching(Transformer):
+        causal = model.causal
+
         def block(self, size, attention, **options):
             return Watched(size, attention, **options)
 
