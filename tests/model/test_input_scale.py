@@ -14,6 +14,9 @@ from test_golden_models import Squares
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
 from xformers_lab.model import build_model, build_task
+from xformers_lab.train import optimizer, prefetch
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
 
 SMALL = {"task": "copy:symbols=200", "seq_len": 65, "dim": 64, "batch": 8, "layers": 4}
 
@@ -122,3 +125,18 @@ def test_no_model_is_sure_of_anything_at_the_start(changes):
     # Of tokens that predict tokens, none predicts itself.
     if "tied" in changes.get("model", ""):
         assert float(np.abs(logits).max()) < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["learned", "conv"])
+def test_a_transformer_learns_to_recall(position):
+    """The setting that the README and the page of tasks name, with full attention."""
+    words = {"task": "mqar:pairs=4", "ffn": "none", "batch": 64, "lr": 3e-3, "steps": 600, "position": position}
+    config = edit(Config(), **words)
+    task = build_task(config)
+    tx = optimizer.of(config, task)
+    state, metrics = init(config, task, tx), {}
+    step = jax.jit(make_train_step(config, task, structure(config, task), tx))
+    for at in range(600):
+        state, metrics = step(state, prefetch.checked(task, "train", at))
+    assert float(metrics["loss"]) < 0.1
