@@ -144,12 +144,47 @@ class Fault(Fixed):
     def __call__(self, x, context, *, key=None):
         return super().__call__(x, context, key=key)[0], Aux()
 """),
-    "stacks layers without a mark of their axis": ("depth", "matrices_decay", """
+    "adds waves as large as the tokens": ("position", "unit_size", """
+class Fault(Position):
+    embeds = True
+    def embed(self, x, at, *, valid=None):
+        waves = jnp.sin(at[:, None] / (1 + jnp.arange(x.shape[-1])))
+        return x + (2**0.5 * waves).astype(x.dtype)
+"""),
+    "grows with the position": ("position", "unit_size", """
+class Fault(Position):
+    embeds = True
+    def embed(self, x, at, *, valid=None):
+        return x + (0.02 * at[:, None]).astype(x.dtype)
+"""),
+    "adds a vector that it draws small, and no more": ("position", "unit_size", """
+from xformers_lab.nn.embedding import marked
+class Fault(Position):
+    embeds = True
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.length, size.dim)), decays=False)
+    def embed(self, x, at, *, valid=None):
+        return marked(x, self.table[at])
+"""),
+    "makes tokens larger": ("depth", "unit_size", """
+class Fault(Fixed):
+    def __call__(self, x, context, *, key=None):
+        return super().__call__(50 * x, context, key=key)
+"""),
+    "adds to the tokens": ("depth", "unit_size", """
+class Fault(Fixed):
+    def __call__(self, x, context, *, key=None):
+        return super().__call__(x + jnp.ones_like(x), context, key=key)
+"""),
+    "has gains that decay": ("depth", "matrices_decay", """
 class Fault(Fixed):
     def __init__(self, size, *, make_block, period, rngs):
         super().__init__(size, make_block=make_block, period=period, rngs=rngs)
-        make = nnx.split_rngs(splits=size.layers)(nnx.vmap(lambda rngs: make_block(0, rngs)))
-        self.periods, self.rest = nnx.List([make(rngs)]), nnx.List([])
+        self.scale = nnx.Param(jnp.ones((size.heads, size.head)))
+    def __call__(self, x, context, *, key=None):
+        x, aux = super().__call__(x, context, key=key)
+        return x * self.scale[...].reshape(-1).astype(x.dtype), aux
 """),
 }  # fmt: skip
 

@@ -83,6 +83,25 @@ def build(vocab: int, outputs: int, task: type[Words] = Words, **chosen) -> Any:
     return build_model(config, task(vocab, outputs))
 
 
+def put_tokens(model, table) -> None:
+    """Embeddings that are used as they are, as these models' are: not multiplied up to unit size, nor is the sum with
+    positions divided by sqrt(3/2) (see nn/embedding.py)."""
+    put(model.embedding, embedding=table)
+    model.embedding.scale = model.embedding.share = 1.0
+
+
+def put_positions(model, table) -> None:
+    """`put_tokens` for learned positions, which come after it."""
+    put(model.position, table=table)
+    model.position.scale, whole = 1.5**0.5, model.embedding
+    if hasattr(whole, "scale"):
+        whole.scale = 1.5**0.5
+    else:
+        project, token = whole.project, whole.token
+        put_linear(project, (1.5**0.5 * project.kernel[...], 1.5**0.5 * project.bias[...]))
+        put(whole, token=1.5**0.5 * token[...])
+
+
 def run(model, inputs):
     """Logits of one call, compiled cheaply."""
     graph, variables = nnx.split(model)
@@ -112,9 +131,9 @@ def gpt2(w: Weights, **changed):
     }
     model = build(50, 50, **(chosen | changed))
     block = model.stack.periods[0]
-    put(model.embedding, embedding=w("transformer.wte.weight"))
+    put_tokens(model, w("transformer.wte.weight"))
     if "position" not in changed:
-        put(model.position, table=w("transformer.wpe.weight"))
+        put_positions(model, w("transformer.wpe.weight"))
     kernel, bias = w.linear("transformer.h.{}.attn.c_attn", transposed=False)
     three = zip(jnp.split(kernel, 3, -1), jnp.split(bias, 3, -1), strict=True)
     put_attention(block.attention, *three, w.linear("transformer.h.{}.attn.c_proj", transposed=False))
@@ -155,7 +174,7 @@ def llama(w: Weights, **changed):
     }
     model = build(50, 50, **(chosen | changed))
     block, layer = model.stack.periods[0], "model.layers.{}"
-    put(model.embedding, embedding=w("model.embed_tokens.weight"))
+    put_tokens(model, w("model.embed_tokens.weight"))
     put(model.head, kernel=w("lm_head.weight").T, bias=jnp.zeros(50))
     put_attention(block.attention, *(w.linear(f"{layer}.self_attn.{name}_proj") for name in "qkvo"))
     for name in ("gate", "up", "down"):
@@ -258,7 +277,7 @@ def vit(w: Weights, pixels=None, **changed):
     if model.embedding.token is not None:
         put(model.embedding, token=w("vit.embeddings.cls_token")[0, 0])
         if "position" not in changed:
-            put(model.position, table=w("vit.embeddings.position_embeddings")[0])
+            put_positions(model, w("vit.embeddings.position_embeddings")[0])
     put_linear(model.head, w.linear("classifier"))
     put_attention(block.attention, *(w.linear(f"{layer}.attention.{name}_proj") for name in "qkvo"))
     put_linear(block.ffn.up, w.linear(f"{layer}.mlp.fc1"))

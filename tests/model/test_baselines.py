@@ -218,8 +218,6 @@ def test_seq2seq_is_a_slow_loop(options):
     valid = valid | (jnp.arange(13) >= model.source)
     if model.look is not None and model.look.v is not None:
         model.look.key.bias[...] = draw(8)
-    # Larger states than those at the start, so that what is looked at matters.
-    model.embedding.embedding[...] = draw(11, 8, seed=3)
     with jax.default_matmul_precision("highest"):
         fast = jax.jit(lambda tokens: model(tokens, valid=valid)[0])(tokens)
         np.testing.assert_allclose(fast, by_definition(model, tokens, valid), atol=1e-5)
@@ -228,7 +226,6 @@ def test_seq2seq_is_a_slow_loop(options):
 @pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
 def test_seq2seq_decodes_as_it_reads_the_whole(options):
     model, tokens = seq2seq(options)
-    model.embedding.embedding[...] = draw(11, 8, seed=3)
     step = lambda cache, token: model.step(cache, token)[::-1]
     logits = jax.jit(lambda tokens: jax.lax.scan(step, model.init_cache(3, 13), tokens.T)[1])(tokens).swapaxes(0, 1)
     whole = jax.jit(lambda tokens: model(tokens)[0])
@@ -249,7 +246,6 @@ def test_seq2seq_decodes_as_it_reads_the_whole(options):
 @pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
 def test_seq2seq_sees_neither_the_future_nor_padding(options):
     model, tokens = seq2seq(options)
-    model.embedding.embedding[...] = draw(11, 8, seed=3)
     run = jax.jit(lambda tokens, valid: model(tokens, valid=valid)[0])
     all_valid = jnp.ones(tokens.shape, bool)
     logits = run(tokens, all_valid)
@@ -283,7 +279,6 @@ def test_additive_attention_asks_before_the_cell_and_feeds_it():
     """Bahdanau et al.: what s_(t-1) finds is in s_t. What is seen of the source changes the cell's state, and the state
     before the first target is what asks."""
     model, tokens = seq2seq(":look=additive", layers=1)
-    model.embedding.embedding[...] = draw(11, 8, seed=3)
     states, seen = model.encode(tokens[:, :7])
     c = model.glimpse(states[0], seen, None)
     np.testing.assert_allclose(c, model.look(states[0]["h"][:, None], *seen, None)[:, 0], atol=1e-6)

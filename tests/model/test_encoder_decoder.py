@@ -184,7 +184,7 @@ def test_a_tied_head_is_the_table_of_embeddings(kind, tmp_path):
     count = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert count(apart) - count(model) == 11 * 16 + 11
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16)), jnp.float32)
-    expected = model.final.final(x, LayerContext()) @ model.embedding.embedding[...].T
+    expected = model.final.final(x, LayerContext()) @ model.embedding.embedding[...].T / (0.02 * 16)
     np.testing.assert_allclose(model.predict(x), expected, atol=1e-6)
     np.testing.assert_allclose(model.predict(x[:, 1]), expected[:, 1], atol=1e-6)
     config = edit(Config(), model=f"{kind}:tied=true", **SMALL)

@@ -17,6 +17,7 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.nn import backward
+from xformers_lab.nn.embedding import START
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.tasks import Setting, Task
 from xformers_lab.train import checkpoint, loop, optimizer
@@ -169,7 +170,7 @@ def at_initialisation(norm: str, layers: int):
     def drawn(path, leaf):
         name = jax.tree_util.keystr(path)
         if "kernel" in name or "embedding" in name:
-            spread = 0 if "query" in name else 1 if "embedding" in name else leaf.shape[-2] ** -0.5
+            spread = 0 if "query" in name else START if "embedding" in name else leaf.shape[-2] ** -0.5
             return jnp.asarray(spread * random.standard_normal((3, *leaf.shape)), jnp.float32)
         return jnp.full((3, *leaf.shape), float("scale" in name))
 

@@ -258,7 +258,8 @@ def test_choices_are_told_the_plane(tmp_path, drawn, kind):
     token = kind == "vit:patch=1"
     added = np.asarray(model.position.embed(jnp.zeros((1, 24 + token, 16)), jnp.arange(24 + token))[0])
     rows, columns = (np.asarray(table[...]) for table in (model.position.rows, model.position.columns))
-    expected = [np.zeros(16)] * token + [row + column for row in rows for column in columns]
+    scale = model.position.scale / 1.5**0.5
+    expected = [np.zeros(16)] * token + [scale * (row + column) for row in rows for column in columns]
     assert (len(rows), len(columns)) == (ROWS, COLUMNS)
     np.testing.assert_allclose(added, expected, atol=1e-6)
     if token:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_golden_models import Squares
 
 from xformers_lab import config as configs
 from xformers_lab.config import Config, edit
@@ -19,7 +18,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import checkpoint, loop, optimizer, prefetch, records
 from xformers_lab.train.layout import layout_of, sharing
-from xformers_lab.train.state import init, merge, shapes, structure
+from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
 # Unequal weights, so that a mean of means is wrong; batch 3 can be spoilt to see what a bad one does.
@@ -125,24 +124,6 @@ def test_learning_rate_warms_up_and_falls():
     assert 0 < np.asarray(rate(99)).item() < 0.001
     flat = optimizer.learning_rate(edit(Config(), steps=100, lr=1.0, warmup=0, schedule="constant").train)
     assert [np.asarray(flat(n)).item() for n in (0, 99)] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("changes", [
-    {"attention": "full"}, {"attention": "full+linear"}, {"model": "encoder_decoder"},
-    {"model": "decoder:tied=true"}, {"model": "vit", "seq_len": 144},
-], ids=str)  # fmt: skip
-def test_only_matrices_decay_stacked_or_not(task_file, changes):
-    """Also in the stack of an encoder that is not the model's only one."""
-    config = tiny("copy" if changes.get("model") == "encoder_decoder" else task_file, layers=3, **changes)
-    task = Squares(256, 5) if changes.get("model") == "vit" else build_task(config)
-    mask, params = optimizer.decays(build_model(config, task)), shapes(config, task)[1]
-    assert mask == optimizer.decays(merge(*shapes(config, task))), "with shapes for values, as a run has it"
-    assert jax.tree.structure(mask) == jax.tree.structure(params)
-    named = jax.tree_util.tree_leaves_with_path(mask)
-    decay = {jax.tree_util.keystr(path, simple=True, separator="."): on for path, on in named}
-    assert any("stack" in name and name.endswith("bias") for name in decay)
-    for name, on in decay.items():
-        assert on == (name.rpartition(".")[2] in ("kernel", "embedding", "table")), name
 
 
 def test_non_finite_gradients_change_nothing(task_file, monkeypatch):

@@ -59,7 +59,7 @@ class AdaptiveSpan(Local):
             raise Refused(f"penalty must be at least 0, got {penalty:g}")
         super().__init__(size, window=span, rngs=rngs)
         self.ramp, self.penalty = ramp, penalty
-        self.part = nnx.Param(jnp.full(size.heads, math.log(start / (1 - start))))
+        self.part = nnx.Param(jnp.full(size.heads, math.log(start / (1 - start))), decays=False)
 
     def per_head(self):
         return {"z": self.window * jax.nn.sigmoid(self.part[...])}

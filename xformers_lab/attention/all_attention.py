@@ -43,7 +43,7 @@ class AllAttention(Patterned):
             raise Refused(f"vectors must be at least 1, got {self.vectors}; attention=full has none")
         super().__init__(size, All(), rngs=rngs)
         draw = lambda: jax.random.normal(rngs.params(), (size.key_heads, self.vectors, size.head))
-        self.keys, self.values = nnx.Param(draw()), nnx.Param(draw())
+        self.keys, self.values = nnx.Param(draw(), decays=True), nnx.Param(draw(), decays=True)
 
     def scale_init(self, share: float) -> None:
         super().scale_init(share)

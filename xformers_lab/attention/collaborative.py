@@ -47,7 +47,7 @@ class Collaborative(Projected):
             Linear(size.dim, wide, use_bias=False, dtype=size.dtype, rngs=rngs)
             for wide in (R, R, size.key_heads * size.head)
         )
-        self.mixing = nnx.Param(jax.random.normal(rngs.params(), (size.heads, R)))
+        self.mixing = nnx.Param(jax.random.normal(rngs.params(), (size.heads, R)), decays=True)
 
     def project(self, x, source, turn_q, turn_k):
         q = self.query(x)[:, :, None] * self.mixing[...].astype(x.dtype)

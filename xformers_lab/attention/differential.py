@@ -43,8 +43,8 @@ class Differential(KeepsKeys, Full):
             raise Refused(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
         super().__init__(size, rngs=rngs)
         self.lambda_init = lambda_init
-        self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)))
-        self.gain = nnx.Param(jnp.ones(size.head))
+        self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)), decays=False)
+        self.gain = nnx.Param(jnp.ones(size.head), decays=False)
 
     def per_head(self):
         N = self.size.heads

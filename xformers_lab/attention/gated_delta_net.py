@@ -35,7 +35,9 @@ class GatedDeltaNet(DeltaNet):
         super().__init__(size, gate="silu", chunk=chunk, rngs=rngs)
         self.forget = Linear(size.dim, size.heads, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
         # Even up to 16, but never 0, whose logarithm no gradient would move.
-        self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (size.heads,), minval=1e-3, maxval=16.0)))
+        self.rate = nnx.Param(
+            jnp.log(jax.random.uniform(rngs.params(), (size.heads,), minval=1e-3, maxval=16.0)), decays=False
+        )
 
     def from_keys(self, x):
         fade = jax.nn.softplus(self.forget(x).astype(jnp.float32))

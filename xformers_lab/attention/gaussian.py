@@ -97,14 +97,14 @@ class Gaussian(KeepsKeys, Patterned):
         if kind == "distance":
             # The steepness starts at 1 / (2 sigma^2), like that of kind=fixed; softplus keeps both above zero.
             start = jnp.log(jnp.expm1(jnp.array([2 / width**2, HEIGHT])))
-            self.shape = nnx.Param(jnp.broadcast_to(start, (N, 2)))
+            self.shape = nnx.Param(jnp.broadcast_to(start, (N, 2)), decays=False)
             return
-        self.hidden = nnx.Param(matrix(rngs.params(), (N, H, H)))
-        self.centre = nnx.Param(vector(rngs.params(), (N, H)))
+        self.hidden = nnx.Param(matrix(rngs.params(), (N, H, H)), decays=True)
+        self.centre = nnx.Param(vector(rngs.params(), (N, H)), decays=False)
         if kind == "layer":
-            self.window_hidden = nnx.Param(matrix(rngs.params(), (N, H, H)))
+            self.window_hidden = nnx.Param(matrix(rngs.params(), (N, H, H)), decays=True)
         if kind != "fixed":
-            self.window = nnx.Param(vector(rngs.params(), (N, H)))
+            self.window = nnx.Param(vector(rngs.params(), (N, H)), decays=False)
 
     def per_head(self):
         names = [name for name in ("shape", "hidden", "centre", "window_hidden", "window") if hasattr(self, name)]

@@ -110,9 +110,9 @@ class Linear(Stepwise):
         self.features, self.nu, self.width, self.chunk = features, nu, width or size.head, chunk
         shape = (size.heads, 2, size.head, self.width)
         if features == "hedgehog":
-            self.maps = nnx.Param(jnp.broadcast_to(jnp.eye(*shape[2:]), shape))
+            self.maps = nnx.Param(jnp.broadcast_to(jnp.eye(*shape[2:]), shape), decays=True)
         elif features == "taylor" and width:
-            self.maps = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5)
+            self.maps = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5, decays=True)
         else:
             self.maps = None
 

@@ -48,7 +48,9 @@ class Linformer(OneHead):
             raise Refused(f"rank must be at least 1, got {rank}")
         super().__init__(size, rngs=rngs)
         self.rank, self.share = min(rank, size.length), share
-        draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), (*shape, self.rank, size.length)) * scale)
+        draw = lambda *shape: nnx.Param(
+            jax.random.normal(rngs.params(), (*shape, self.rank, size.length)) * scale, decays=True
+        )
         scale = size.length**-0.5
         if share == "none":
             self.project = draw(size.heads, 2)

@@ -45,7 +45,9 @@ class Lite(KeepsKeys, Full):
         super().__init__(size, rngs=rngs)
         self.width = width
         self.attending = max(1, min(size.heads - 1, round(share * size.heads)))
-        self.taps = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size.heads - self.attending, width)))
+        self.taps = nnx.Param(
+            0.1 * jax.random.normal(rngs.params(), (size.heads - self.attending, width)), decays=False
+        )
 
     def attend_heads(self, call: Call):
         many, (q, k, v, valid) = self.attending, (call.q, call.k, call.v, call.valid)

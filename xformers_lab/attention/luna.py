@@ -12,6 +12,7 @@ from xformers_lab.attention._engine.slots import attended
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
@@ -53,8 +54,8 @@ class Luna(MultiHead):
             raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.chunk = chunk
-        self.points = nnx.Param(jax.random.normal(rngs.params(), (packed, size.dim)))
-        self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.points = nnx.Param(jax.random.normal(rngs.params(), (packed, size.dim)), decays=False)
+        self.norm = LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
         linear = lambda width: Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs)
         self.pack_query = linear(size.dim)
         self.unpack_key, self.unpack_value = (linear(size.key_heads * size.head) for _ in range(2))

@@ -52,9 +52,9 @@ class Mamba2(Recurrent):
         self.query, self.key = (Shared(size, groups, heads // groups, rngs=rngs) for heads in (N, size.key_heads))
         self.gate, self.groups, self.chunk = gate_of(size, rngs), groups, chunk
         self.interval = Linear(size.dim, N, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
-        self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)))
-        self.skip = nnx.Param(jnp.ones(N))
-        self.scale = nnx.Param(jnp.ones((N, size.head)))
+        self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)), decays=False)
+        self.skip = nnx.Param(jnp.ones(N), decays=False)
+        self.scale = nnx.Param(jnp.ones((N, size.head)), decays=False)
 
     def per_head(self):
         return {"rate": -jnp.exp(self.rate[...]), "skip": self.skip[...]}

@@ -58,7 +58,7 @@ class Mca(Stepwise):
         super().__init__(size, rngs=rngs)
         self.kernel, self.stride, self.pool = kernel, stride, pool
         shape, scale = (size.heads, 2, kernel, size.head, size.head), (kernel * size.head) ** -0.5
-        self.taps = nnx.Param(jax.random.normal(rngs.params(), shape) * scale) if pool == "conv" else None
+        self.taps = nnx.Param(jax.random.normal(rngs.params(), shape) * scale, decays=True) if pool == "conv" else None
 
     def per_head(self):
         return {"taps": None if self.taps is None else self.taps[...]}

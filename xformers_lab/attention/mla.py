@@ -9,6 +9,7 @@ from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import RMSNorm
 from xformers_lab.nn.size import Size
 
 
@@ -56,7 +57,7 @@ class Mla(Projected):
             raise Refused(f"rotary must be even and at least 2, for positions turn pairs, got {self.rotary}")
         super().__init__(size, rngs=rngs)
         linear = lambda wide, out: Linear(wide, out, use_bias=False, dtype=size.dtype, rngs=rngs)
-        norm = lambda wide: nnx.RMSNorm(wide, dtype=size.dtype, rngs=rngs)
+        norm = lambda wide: RMSNorm(wide, dtype=size.dtype, rngs=rngs)
         self.query_down = linear(D, query_latent) if query_latent else None
         self.query_norm = norm(query_latent) if query_latent else None
         self.query = linear(query_latent or D, N * (H + self.rotary))

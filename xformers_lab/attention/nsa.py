@@ -89,9 +89,9 @@ class Nsa(Projected):
         self.gate = linear(3 * size.heads)
         # phi of keys and phi of values.
         H, wide = size.head, nnx.initializers.lecun_normal(batch_axis=0)
-        self.place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2, block, H)))
-        self.hidden = nnx.Param(wide(rngs.params(), (2, block * H, H)))
-        self.squeezed = nnx.Param(wide(rngs.params(), (2, H, H)))
+        self.place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2, block, H)), decays=False)
+        self.hidden = nnx.Param(wide(rngs.params(), (2, block * H, H)), decays=True)
+        self.squeezed = nnx.Param(wide(rngs.params(), (2, H, H)), decays=True)
 
     def project(self, x, source, turn_q, turn_k):
         """q (B, T, N, 2H): as it is and turned; k and v (B, S, K, 3H): compressed, selected and window."""

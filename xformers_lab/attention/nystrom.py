@@ -53,7 +53,9 @@ class Nystrom(OneHead):
         self.landmarks, self.iterations, self.kernel = landmarks, iterations, kernel
         if kernel:
             bound = kernel**-0.5
-            self.taps = nnx.Param(jax.random.uniform(rngs.params(), (size.heads, kernel), minval=-bound, maxval=bound))
+            self.taps = nnx.Param(
+                jax.random.uniform(rngs.params(), (size.heads, kernel), minval=-bound, maxval=bound), decays=False
+            )
         else:
             self.taps = None
 

@@ -11,6 +11,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
@@ -50,11 +51,11 @@ class Perceiver(MultiHead):
             raise Refused(f"steps must be at least 0, got {steps}")
         super().__init__(size, rngs=rngs)
         self.steps = steps
-        self.latents = nnx.Param(jax.random.normal(rngs.params(), (latents, size.dim)))
+        self.latents = nnx.Param(jax.random.normal(rngs.params(), (latents, size.dim)), decays=False)
         self.look = _Part(size, self_attention=False, rngs=rngs)
         self.talk = _Part(size, self_attention=True, rngs=rngs) if steps else None
         width = size.key_heads * size.head
-        self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.norm = LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
         self.latent_key, self.latent_value = (
             Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)
         )
@@ -98,7 +99,7 @@ class _Part(nnx.Module):
         self.size, self.query, self.out = size, linear(), linear()
         self.key, self.value = (linear(), linear()) if self_attention else (None, None)
         self.grow, self.shrink = (Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
-        self.norm, self.mlp_norm = (nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
+        self.norm, self.mlp_norm = (LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
 
     def __call__(self, L, k=None, v=None, valid=None, *, method: str):
         y = self.norm(L)

@@ -79,7 +79,9 @@ class Poolingformer(Local):
         heads = (size.heads, size.key_heads, size.key_heads) if reach else ()
         self.second = nnx.List([linear(number) for number in heads])
         shape, learned = (2, size.key_heads, size.head, kernel), reach and pool == "ldconv"
-        self.weigh = nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5) if learned else None
+        self.weigh = (
+            nnx.Param(jax.random.normal(rngs.params(), shape) * size.head**-0.5, decays=True) if learned else None
+        )
 
     def attend_heads(self, call: Call):
         T, S = call.q.shape[1], call.k.shape[1]

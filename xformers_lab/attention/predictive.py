@@ -55,8 +55,10 @@ class Predictive(MultiHead):
             raise Refused(f"kernel must be odd and at least 1, got {kernel}: try {max(kernel, 0) + 1}")
         super().__init__(size, rngs=rngs)
         self.residual, self.convolved, self.around = residual, convolved, kernel // 2
-        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, size.heads, size.heads)))
-        self.level = nnx.Param(jnp.zeros(size.heads))
+        self.kernel = nnx.Param(
+            nnx.initializers.he_normal()(rngs.params(), (kernel, kernel, size.heads, size.heads)), decays=True
+        )
+        self.level = nnx.Param(jnp.zeros(size.heads), decays=False)
 
     keeps_keys = False
 

@@ -65,7 +65,7 @@ class Rfa(Stepwise):
         super().__init__(size, rngs=rngs)
         self.features, self.kernel, self.redraw, self.chunk = features, kernel, redraw, chunk
         self.gate = Linear(size.dim, size.heads, dtype=size.dtype, rngs=rngs) if gate == "learned" else None
-        self.spread = nnx.Param(jnp.ones((size.heads, size.head)))
+        self.spread = nnx.Param(jnp.ones((size.heads, size.head)), decays=False)
         self.projection = nnx.Variable(jax.random.normal(rngs.params(), (size.heads, features, size.head)))
 
     def refusals(self):

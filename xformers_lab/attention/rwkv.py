@@ -43,7 +43,7 @@ class Rwkv(Recurrent):
             raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
         self.shift, self.chunk, D = shift, chunk, size.heads * size.head
-        per_head = lambda x: nnx.Param(x.reshape(size.heads, size.head).astype(jnp.float32))
+        per_head = lambda x: nnx.Param(x.reshape(size.heads, size.head).astype(jnp.float32), decays=False)
         at = jnp.arange(D) / max(1, D - 1)
         self.decay = per_head(8 * at**0.7 - 5)
         self.bonus = per_head(jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1))

@@ -10,6 +10,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
@@ -40,9 +41,9 @@ class Set(MultiHead):
         if points < 1:
             raise Refused(f"points must be at least 1, got {points}")
         super().__init__(size, rngs=rngs)
-        self.points = nnx.Param(jax.random.normal(rngs.params(), (points, size.dim)))
+        self.points = nnx.Param(jax.random.normal(rngs.params(), (points, size.dim)), decays=False)
         self.inner = Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs)
-        self.norm, self.inner_norm = (nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
+        self.norm, self.inner_norm = (LayerNorm(size.dim, dtype=size.dtype, rngs=rngs) for _ in range(2))
         width = size.key_heads * size.head
         self.point_key, self.point_value = (
             Linear(size.dim, width, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(2)

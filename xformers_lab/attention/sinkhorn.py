@@ -62,7 +62,7 @@ class Sinkhorn(Stepwise):
         super().__init__(size, rngs=rngs)
         self.block, self.temperature, self.iterations, self.noise = block, temperature, iterations, noise
         N, D, H, blocks = size.heads, size.dim, size.head, -(-size.length // block)
-        draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) * shape[1] ** -0.5)
+        draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) * shape[1] ** -0.5, decays=True)
         self.first, self.second = draw(N, D, H), draw(N, H, blocks)
 
     def per_head(self):

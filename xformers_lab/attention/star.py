@@ -12,6 +12,7 @@ from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softm
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.size import Size
 
 
@@ -40,7 +41,7 @@ class Star(MultiHead):
         self.relay_query, self.relay_key, self.relay_value, self.relay_out = (
             Linear(size.dim, size.dim, use_bias=False, dtype=size.dtype, rngs=rngs) for _ in range(4)
         )
-        self.relay_norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.relay_norm = LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
 
     def attend_heads(self, call: Call):
         if call.causal:

@@ -66,7 +66,7 @@ class Streaming(Patterned):
         kept = sinks + (logit == "learned")
         super().__init__(size, Band(window) | Global(kept, queries=False), rngs=rngs)
         self.window, self.sinks, self.kept, self.front = window, sinks, kept, kept - sinks
-        self.logit = nnx.Param(jnp.zeros(size.heads)) if logit == "learned" else None
+        self.logit = nnx.Param(jnp.zeros(size.heads), decays=False) if logit == "learned" else None
 
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         block = near_block(self.window, causal)

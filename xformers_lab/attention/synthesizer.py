@@ -72,13 +72,15 @@ class Synthesizer(Stepwise, Patterned):
         draw = lambda rows, columns, scale: scale * jax.random.normal(rngs.params(), (N, rows, columns))
         near = math.ceil(math.sqrt(L))
         if kind == "dense":
-            self.rows = nnx.Param(draw(L, H, H**-0.5))
+            self.rows = nnx.Param(draw(L, H, H**-0.5), decays=True)
         elif kind == "factorised_dense":
-            self.near, self.far = nnx.Param(draw(near, H, H**-0.5)), nnx.Param(draw(-(-L // near), H, H**-0.5))
+            self.near = nnx.Param(draw(near, H, H**-0.5), decays=True)
+            self.far = nnx.Param(draw(-(-L // near), H, H**-0.5), decays=True)
         elif kind == "factorised_random":
-            self.left, self.right = nnx.Param(draw(L, rank, rank**-0.25)), nnx.Param(draw(L, rank, rank**-0.25))
+            self.left = nnx.Param(draw(L, rank, rank**-0.25), decays=False)
+            self.right = nnx.Param(draw(L, rank, rank**-0.25), decays=False)
         else:
-            self.table = (nnx.Param if kind == "random" else nnx.Variable)(draw(L, L, 1.0))
+            self.table = (nnx.Param if kind == "random" else nnx.Variable)(draw(L, L, 1.0), decays=False)
 
     def per_head(self):
         names = [name for name in ("rows", "near", "far", "left", "right", "table") if hasattr(self, name)]

@@ -43,7 +43,7 @@ class TalkingHeads(MultiHead):
             raise Refused(f"spread is a standard deviation, got {spread:g}")
         super().__init__(size, rngs=rngs)
         near = lambda: jnp.eye(size.heads) + spread * jax.random.normal(rngs.params(), (size.heads,) * 2)
-        self.before, self.after = nnx.Param(near()), nnx.Param(near())
+        self.before, self.after = nnx.Param(near(), decays=True), nnx.Param(near(), decays=True)
 
     def attend_heads(self, call: Call):
         k, v = (jnp.repeat(y, call.q.shape[2] // y.shape[2], 2) for y in (call.k, call.v))

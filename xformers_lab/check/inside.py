@@ -21,6 +21,9 @@ from xformers_lab.train import checkpoint
 SAME, ANOTHER_WAY = 1e-5, 2e-4
 # Of gradients in bfloat16, relative to the largest of an array.
 HALF = 0.02
+# How far from 1 the root mean square of what reaches the first layer may be at the start, and what to do.
+UNIT = 0.1
+QUIETER = "at the start: add to them what is ADDED as large, by `marked` of nn/embedding.py"
 
 
 def documented(subject: Inside) -> None:

@@ -55,11 +55,12 @@ class Context:
 
 class Depth(nnx.Module):
     """own_layers: whether every layer has variables of its own, with a leading axis of layers, and runs once, on whole
-    batches, as a memory needs. adds_waves: whether it adds sines and cosines of its own to the states, as a position
-    may (see position/__init__.py); the model then brings its first states to their scale."""
+    batches, as a memory needs.
+
+    The states that it is given are of unit size at the start, and so are, within a tenth, those that it gives its first
+    layer (see nn/embedding.py)."""
 
     own_layers: ClassVar[bool] = False
-    adds_waves: bool = False
 
     @required
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):

@@ -11,6 +11,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
 
 
@@ -30,11 +31,6 @@ def build_stack(make_block: MakeBlock, indices: list[int], rngs: nnx.Rngs) -> An
         if isinstance(variable, nnx.Variable):
             variable.set_metadata(layer_axes=layer_axes(variable) + 1)
     return stacked
-
-
-def layer_axes(variable: nnx.Variable) -> int:
-    """How many leading axes of a variable count layers: 0 outside of a stack, 1 inside."""
-    return variable.get_metadata().get("layer_axes", 0)
 
 
 def initial_carries(blocks: Sequence[Any], B: int, T: int, S: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.size import Size
 
 
@@ -177,8 +178,8 @@ class Writer(nnx.Module):
     def __init__(self, size: Size, slots: int, temperature: float, *, rngs: nnx.Rngs):
         linear = lambda: Linear(size.dim, size.dim, use_bias=False, rngs=rngs)
         self.query, self.key, self.value = linear(), linear(), linear()
-        self.norm = nnx.LayerNorm(size.dim, rngs=rngs)
-        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (slots, size.dim)))
+        self.norm = LayerNorm(size.dim, rngs=rngs)
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (slots, size.dim)), decays=False)
         self.heads, self.temperature = size.heads, temperature
 
     def begin(self, B: int) -> jax.Array:

@@ -62,7 +62,7 @@ class RecurrentMemory(Depth):
         self.layers = Fixed(size, make_block=make, period=period, rngs=rngs)
         self.causal = [*self.layers.periods, *self.layers.rest][0].causal
         self.segment, self.tokens = segment, tokens
-        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, size.dim)))
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (tokens, size.dim)), decays=False)
         self.carried = Carried(tokens, size.dim, size.dtype) if carry else None
 
     def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:

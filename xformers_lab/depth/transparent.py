@@ -27,7 +27,7 @@ class Transparent(Fixed):
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         super().__init__(size, make_block=lambda index, rngs: Seen(make_block(index, rngs)), period=period, rngs=rngs)
-        self.mix = nnx.Param(jnp.zeros(size.layers + 1))
+        self.mix = nnx.Param(jnp.zeros(size.layers + 1), decays=False)
 
     def begin(self, x: jax.Array) -> Mix:
         """The state, the mix so far, the shares of layers, and the number of the next layer."""

@@ -11,6 +11,10 @@ from xformers_lab.nn.aux_results import Aux, by_token, computation, mean_of
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
+from xformers_lab.position._waves import waves
+
+# How large the waves of a step are beside those of positions: unit size stays that, nearly (nn/embedding.py).
+STEP = 0.2
 
 
 class Universal(Depth):
@@ -25,7 +29,8 @@ class Universal(Depth):
     loss gets ponder times the mean of steps plus remainder. "steps" reports the mean steps of a position,
     its figures of tokens those of each, which `xlab eval` prints along the sequence. All steps are computed for every
     position, so halting saves nothing in time here: "computation" counts what was needed, of each token, too.
-    Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step.
+    Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step; the
+    code of the step is a fifth as large.
 
     Options:
         act: whether positions halt on their own
@@ -51,7 +56,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise Refused(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
-        self.adds_waves = code
+        self.code = code
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -91,14 +96,11 @@ class Universal(Depth):
 
     def _marked(self, x, number, position: Position, at):
         """(B, T, D) plus the sinusoidal codes of a step's number and, after the first, of positions at (T,) anew."""
-        if not self.adds_waves:
+        if not self.code:
             return x
         if position.adds_waves:
             x = jnp.where(number > 0, position.embed(x, at), x)
-        D = x.shape[-1]
-        angle = (number + 1) / 10_000 ** (jnp.arange(0, D, 2) / D)
-        code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(-1)[:D]
-        return x + code.astype(x.dtype)
+        return x + STEP * waves(number + 1, x.shape[-1]).astype(x.dtype)
 
     def _running(self, x):
         """Sums of each position (B, T), or (B,): halting probability, steps taken, remainder, and the output so far."""

@@ -31,7 +31,7 @@ class AllAttention(Ffn):
         linear = functools.partial(Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
         self.query, self.down = linear(size.dim, size.heads * size.head), linear(size.heads * size.head, size.dim)
         draw = lambda: jax.random.normal(rngs.params(), (size.heads, vectors, size.head))
-        self.keys, self.values, self.size = nnx.Param(draw()), nnx.Param(draw()), size
+        self.keys, self.values, self.size = nnx.Param(draw(), decays=True), nnx.Param(draw(), decays=True), size
 
     def scale_init(self, share: float) -> None:
         scale_init(share, self.values, self.down)

@@ -42,8 +42,8 @@ class Hash(Ffn):
             raise Refused(f"experts must be at least 1, got {experts}")
         hidden = hidden_size(size, ratio)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)))
-        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)))
+        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
+        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
         self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
         self.experts, self.activation = experts, activation
 

@@ -62,8 +62,8 @@ class Moe(Ffn):
         hidden = hidden_size(size, ratio)
         self.router = Linear(size.dim, experts, use_bias=False, rngs=rngs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)))
-        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)))
+        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
+        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
         self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
         self.activation, self.balance, self.z = activation, balance, z
 

@@ -8,6 +8,7 @@ from xformers_lab.ffn import Ffn
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.size import Size
 
 
@@ -33,8 +34,8 @@ class ProductKey(Ffn):
             raise Refused(f"key must be even and at least 2, its halves score apart, got {key}")
         self.side, self.top, self.reads = side, top, reads
         self.query = Linear(size.dim, reads * key, dtype=size.dtype, rngs=rngs)
-        self.norm = nnx.LayerNorm(key, rngs=rngs)
-        draw = lambda std, *shape: nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape))
+        self.norm = LayerNorm(key, rngs=rngs)
+        draw = lambda std, *shape: nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape), decays=True)
         self.keys = draw((key // 2) ** -0.5, 2, reads, side, key // 2)
         self.values = draw(size.dim**-0.5, side * side, size.dim)
 

@@ -13,26 +13,22 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
+from xformers_lab.nn.embedding import Embedding
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
-# How large the embeddings of tokens are at the start: their standard deviation.
-EMBEDDED = 0.02
 Pool = Literal["mean", "first", "last"]
 
 
 class Transformer(Model):
     """Embedding, position, a stack of blocks, and a linear head on every position or on the pooled sequence.
 
-    inputs: how large the vectors of `input_layer` are at the start. Where something of a size of its own is added to
-    them, waves of positions or of steps, they are divided by it. pools: what a sequence is pooled by, if nothing is
-    said. tied: the table of embeddings is the head's matrix, too, which then has no bias (Press and Wolf, 2016, arXiv
-    1608.05859).
+    pools: what a sequence is pooled by, if nothing is said. tied: the table of embeddings is the head's matrix, too,
+    which then has no bias (Press and Wolf, 2016, arXiv 1608.05859).
     """
 
-    inputs: ClassVar[float] = EMBEDDED
     pools: ClassVar[Pool] = "mean"
 
     def __init__(
@@ -83,10 +79,8 @@ class Transformer(Model):
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
-        """What makes vectors (B, S, D), S the length of `size`, of the task's inputs (B, T)."""
-        return nnx.Embed(
-            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(EMBEDDED), rngs=rngs
-        )
+        """What makes vectors (B, S, D) of unit size, S the length of `size`, of the task's inputs (B, T)."""
+        return Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
 
     def block(self, size: Size, attention: str, **options) -> Block:
         """One layer of the stack."""
@@ -96,18 +90,11 @@ class Transformer(Model):
         inputs, valid = jax.tree.map(jnp.asarray, (inputs, valid))  # a task's own arrays are numpy's
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
-        x = self.place(self.position, x, jnp.arange(x.shape[1]), valid=valid)
+        x = self.position.embed(x, jnp.arange(x.shape[1]), valid=valid)
         x = drop(x, self.dropout, embed_key)
         context = Context(self.position, valid, self.predict, tokens=inputs if self.of_tokens else None)
         x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, valid=valid, train=key is not None), aux
-
-    def place(self, position, x, at, *, valid):
-        """Vectors of the input layer (B, T, D) with their positions at (T,), of unit size where waves are added."""
-        if position.adds_waves:
-            return position.embed(x / self.inputs, at, valid=valid)
-        x = position.embed(x, at, valid=valid)
-        return x / self.inputs if self.stack.adds_waves else x
 
     def predict(self, x, *, valid=None, train: bool = False):
         """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.
@@ -140,7 +127,7 @@ class Transformer(Model):
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
-        x = self.place(self.position, newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
+        x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         seen = {"source": source, "source_real": source_real, "tokens": tokens}
         context = Context(self.position, predict=self.predict, **seen)
         x, layers = self.stack.step(x, cache["layers"], context, at=at)
@@ -150,7 +137,7 @@ class Transformer(Model):
         (_, T), at, before = tokens.shape, cache["at"], self.position.before
         newest = jnp.concatenate([cache["before"][0], self.embedding(tokens)], 1)
         places = at + jnp.arange(-before, T)
-        x = self.place(self.position, newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
+        x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
         context = Context(self.position, predict=self.predict, tokens=tokens)
         x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}

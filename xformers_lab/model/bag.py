@@ -8,6 +8,7 @@ from xformers_lab.model import Model
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.embedding import Embedding
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
@@ -23,7 +24,7 @@ class Bag(Model):
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         refuse_unused("bag", config)
         self.target, self.dim, self.dropout = task.target, size.dim, config.model.dropout
-        self.embedding = nnx.Embed(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        self.embedding = Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
         self.layers = nnx.List(Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 

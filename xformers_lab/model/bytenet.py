@@ -9,7 +9,9 @@ from xformers_lab.model import Model
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.embedding import Embedding
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
@@ -31,12 +33,10 @@ class Bytenet(Model):
             raise Refused(f"kernel must be at least 2 and farthest at least 1, got {kernel} and {farthest}")
         refuse_unused("bytenet", config)
         self.target, self.dropout = task.target, config.model.dropout
-        self.embedding = nnx.Embed(
-            task.vocab, size.dim, dtype=size.dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
+        self.embedding = Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
         cycle = farthest.bit_length()
         self.blocks = nnx.List(ConvBlock(size, kernel, 2 ** (at % cycle), rngs) for at in range(size.layers))
-        self.norm = nnx.LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
+        self.norm = LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, inputs, *, valid=None, key=None):
@@ -71,10 +71,10 @@ class ConvBlock(nnx.Module):
     def __init__(self, size: Size, kernel: int, dilation: int, rngs: nnx.Rngs):
         half = max(1, size.dim // 2)
         self.dilation, self.reach, self.dtype = dilation, (kernel - 1) * dilation, size.dtype
-        self.norms = nnx.List(nnx.LayerNorm(width, dtype=size.dtype, rngs=rngs) for width in (size.dim, half, half))
+        self.norms = nnx.List(LayerNorm(width, dtype=size.dtype, rngs=rngs) for width in (size.dim, half, half))
         self.down = Linear(size.dim, half, dtype=size.dtype, rngs=rngs)
         self.up = Linear(half, size.dim, dtype=size.dtype, rngs=rngs)
-        self.taps = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, half, half)))
+        self.taps = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, half, half)), decays=True)
 
     def __call__(self, x, valid):
         x = self._before(x)

@@ -26,8 +26,8 @@ class Cell(nnx.Module):
         self.width, self.dtype = D, size.dtype
         self.input = Linear(inputs or D, 3 * D, dtype=size.dtype, rngs=rngs)
         draw = nnx.initializers.orthogonal()
-        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(3)], 1))
-        self.bias = nnx.Param(jnp.zeros(D))
+        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(3)], 1), decays=True)
+        self.bias = nnx.Param(jnp.zeros(D), decays=False)
 
     def __call__(self, x, valid):
         return self.run(x, valid)[0]

@@ -28,7 +28,7 @@ class Cell(nnx.Module):
         keeping = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[D : 2 * D].set(1.0)
         self.input = Linear(inputs or D, 4 * D, bias_init=keeping, dtype=size.dtype, rngs=rngs)
         draw = nnx.initializers.orthogonal()
-        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1))
+        self.recurrent = nnx.Param(jnp.concatenate([draw(rngs.params(), (D, D)) for _ in range(4)], 1), decays=True)
 
     def __call__(self, x, valid):
         return self.run(x, valid)[0]

@@ -185,7 +185,7 @@ class Look(nnx.Module):
         D, options = size.dim, {"dtype": size.dtype, "rngs": rngs}
         self.query = Linear(D, D, use_bias=False, **options) if additive else None
         self.key = Linear(D, D, **options) if additive else None
-        self.v = nnx.Param(nnx.initializers.normal(D**-0.5)(rngs.params(), (D,))) if additive else None
+        self.v = nnx.Param(nnx.initializers.normal(D**-0.5)(rngs.params(), (D,)), decays=False) if additive else None
 
     def keys(self, states):
         """What of the source is the same for every position of the target."""

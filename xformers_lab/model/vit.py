@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +28,6 @@ class Vit(Encoder):
     """
 
     of_tokens = False
-    inputs: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -64,8 +63,11 @@ class Patches(nnx.Module):
 
     def __init__(self, size: Size, image: tuple[int, int], *, patch: int, token: bool, levels: int, rngs: nnx.Rngs):
         self.image, self.patch, self.levels = image, patch, levels
-        self.project = Linear(patch * patch, size.dim, dtype=size.dtype, rngs=rngs)
-        self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.dim,))) if token else None
+        # Of unit size where all levels are as frequent: the mean square of numbers between 0 and 1 is a third.
+        draw = nnx.initializers.variance_scaling(3.0, "fan_in", "truncated_normal")
+        self.project = Linear(patch * patch, size.dim, kernel_init=draw, dtype=size.dtype, rngs=rngs)
+        first = nnx.initializers.normal(1.0)
+        self.token = nnx.Param(first(rngs.params(), (size.dim,)), decays=False) if token else None
 
     def __call__(self, inputs):
         x = self.project(self.cut(inputs).astype(jnp.float32) / (self.levels - 1))

@@ -13,6 +13,9 @@ class Linear(nnx.Linear):
     product of two matrices.
     """
 
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options, kernel_metadata={"decays": True}, bias_metadata={"decays": False})
+
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return rows.reshape(*inputs.shape[:-1], -1)

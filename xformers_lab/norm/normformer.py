@@ -62,7 +62,7 @@ class Scaled(nnx.Module):
     """A linear layer on heads (..., N H), each multiplied by a learned number."""
 
     def __init__(self, linear: nnx.Linear, heads: int):
-        self.linear, self.gain = linear, nnx.Param(jnp.ones(heads))
+        self.linear, self.gain = linear, nnx.Param(jnp.ones(heads), decays=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gain = jnp.repeat(self.gain[...].astype(x.dtype), x.shape[-1] // self.gain.shape[0])

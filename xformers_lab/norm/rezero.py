@@ -16,7 +16,7 @@ class Rezero(Norm):
     """
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.zeros(()))
+        self.scale = nnx.Param(jnp.zeros(()), decays=False)
 
     def branch(self, y: jax.Array, context: LayerContext) -> jax.Array:
         return self.scale[...].astype(y.dtype) * y

@@ -34,8 +34,7 @@ Bias = Callable[[jax.Array, jax.Array], jax.Array]
 class Position(nnx.Module):
     """embeds: whether it defines `embed`; turns: whether it defines `rotate`.
     before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
-    adds_waves: whether `embed` adds sines and cosines of the position alone, whose size no training moves: the model
-    then brings tokens to their scale, and a depth may add them again.
+    adds_waves: whether `embed` adds sines and cosines of the position alone: a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
     kept: None, or for a position that compares tokens the numbers that `of_keys` gives of a key for every query head;
     decoding keeps them."""
@@ -52,7 +51,8 @@ class Position(nnx.Module):
 
     def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
         """Token embeddings (B, T, D) at positions at (T,), valid (B, T) bool or None where nothing is padded -> (B, T,
-        D)."""
+        D). At the start tokens are of unit size, and so is, within a tenth, what becomes of them: `marked` of
+        nn/embedding.py adds vectors so."""
         return x
 
     def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:

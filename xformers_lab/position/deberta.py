@@ -55,7 +55,7 @@ class Deberta(Position):
         self.side = reach if buckets is None else buckets
         self.kept = 2 * self.side * self.of_key
         self.scale = ((1 + self.of_query + self.of_key) * size.head) ** -0.5
-        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (2 * self.side, size.dim)))
+        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (2 * self.side, size.dim)), decays=False)
         project = lambda: Linear(size.dim, size.heads * size.head, use_bias=False, rngs=rngs)
         self.key = project() if self.of_query else None
         self.query = project() if self.of_key else None

@@ -27,7 +27,7 @@ class Shaw(Position):
         if reach < 1:
             raise Refused(f"reach must be at least 1, got {reach}")
         super().__init__(size, rngs=rngs)
-        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (2 * reach + 1, size.head)))
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (2 * reach + 1, size.head)), decays=False)
 
     def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:
         products = jnp.einsum("btnh,dh->btnd", q, self.table[...].astype(q.dtype), preferred_element_type=jnp.float32)

@@ -1,17 +1,18 @@
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.errors import Refused
+from xformers_lab.nn.embedding import marked
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
+from xformers_lab.position._waves import waves
 
 
 class Sinusoidal(Position):
     """Fixed sines and cosines added to the embeddings (Vaswani et al., 2017, arXiv 1706.03762, section 3.5).
 
-    Channel 2i holds sin(t / base^(2i/D)), channel 2i + 1 the cosine. The model brings tokens to unit scale first, as
-    the paper does with its sqrt(D) (section 3.4).
+    Channel 2i holds sin(t / base^(2i/D)), channel 2i + 1 the cosine. Tokens are of unit size, as the paper's are by its
+    sqrt(D) (section 3.4); the sum is divided by sqrt(3/2), which brings it back to that.
 
     Options:
         base: the longest wavelength is base * 2 pi
@@ -27,7 +28,4 @@ class Sinusoidal(Position):
         self.base = base
 
     def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
-        D = self.size.dim
-        angle = at[:, None] * self.base ** (-jnp.arange(0, D, 2) / D)
-        waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(len(at), -1)[:, :D]
-        return x + waves.astype(x.dtype)
+        return marked(x, waves(at, self.size.dim, self.base))

@@ -43,7 +43,7 @@ class T5(Position):
             raise Refused(f"farthest={farthest} must be above {one_side // 2}, the distances with buckets of their own")
         super().__init__(size, rngs=rngs)
         self.farthest, self.sides = farthest, sides
-        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, buckets)))
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, buckets)), decays=False)
 
     def bias(self) -> "Buckets":
         return Buckets(self.table[...].astype(jnp.float32), self.farthest, self.sides == "both")

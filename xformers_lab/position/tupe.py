@@ -30,7 +30,7 @@ class Tupe(Position):
 
     def __init__(self, size: Size, *, relative: Literal["none", "t5"] = "none", causal: bool, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
-        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (size.length, size.dim)))
+        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (size.length, size.dim)), decays=False)
         project = lambda: Linear(size.dim, size.heads * size.head, use_bias=False, rngs=rngs)
         self.query, self.key = project(), project()
         self.relative = T5(size, causal=causal, rngs=rngs) if relative == "t5" else None

@@ -35,10 +35,10 @@ class Xl(Position):
         super().__init__(size, rngs=rngs)
         C = size.head + size.head % 2 if channels is None else channels
         self.waves = tuple(base ** (-2 * i / C) for i in range(C // 2))
-        small = lambda: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, size.head)))
+        small = lambda: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, size.head)), decays=False)
         self.u, self.v = small(), small()
         scaled = nnx.initializers.lecun_normal()(rngs.params(), (C, size.heads * size.head))
-        self.projection = nnx.Param(scaled.reshape(C, size.heads, size.head))
+        self.projection = nnx.Param(scaled.reshape(C, size.heads, size.head), decays=True)
 
     def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:
         """(q + v) W, its sine and cosine parts turned by the query's position."""

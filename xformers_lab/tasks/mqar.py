@@ -17,6 +17,9 @@ class Mqar(Task):
     proportional to power * i^(power - 1), without replacement: most questions come soon, some late. As in the authors'
     generator, except that vocab may be smaller than seq_len and seq_len may be odd. Splits share no list of pairs.
 
+    What is learned is found at once, after some hundred steps near chance. With ffn=none, batch=64 and lr=3e-3 full
+    attention with learned positions recalls all of pairs=4 in steps=600, all of pairs=8 in steps=1000.
+
     Options:
         pairs: how many keys, each with its value, a sequence holds
         vocab: how many tokens there are: the filler, keys, values

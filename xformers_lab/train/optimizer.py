@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from xformers_lab.config import Config, Train
-from xformers_lab.depth._stack import layer_axes
 from xformers_lab.model import Model
+from xformers_lab.nn import parameters
 from xformers_lab.tasks import Task
 from xformers_lab.train.state import merge, shapes
 
@@ -50,12 +50,6 @@ def learning_rate(train: Train) -> optax.Schedule:
 
 
 def decays(model: Model) -> Any:
-    """Which parameters of a model decay, a bool for each: those of two axes or more in their own layer. Kernels,
-    embeddings and position tables do; biases and the scales of norms do not.
-
-    An axis that counts the layers of a stack is none of a layer: a stacked bias is (L, D), and does not decay.
-    """
-    axes_of_layer = lambda variable: variable.ndim - layer_axes(variable)
-    variables = nnx.state(model, nnx.Param)
+    """Which parameters of a model decay, a bool for each: what each says itself, see `nn.parameters.decays`."""
     is_variable = lambda node: isinstance(node, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(lambda leaf: axes_of_layer(leaf) >= 2, variables, is_leaf=is_variable))
+    return nnx.to_pure_dict(jax.tree.map(parameters.decays, nnx.state(model, nnx.Param), is_leaf=is_variable))

@@ -14,6 +14,8 @@ from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
 SIZE = Size(12, dim=8, heads=2)
+# Wide enough for root mean squares that hardly vary from draw to draw.
+WIDE = Size(64, dim=128, heads=2)
 
 
 def subject(choice: str) -> Inside:
@@ -29,6 +31,21 @@ def declared(subject: Inside) -> None:
             raise Broken(f"it defines `{method}`: write `{says} = True` in its class")
         if getattr(kind, says) and not defines:
             raise Broken(f"it says `{says} = True`, but defines no `{method}`")
+
+
+def unit_size(subject: Inside) -> None:
+    """Tokens of unit size are of unit size after `embed`, at the start, wherever they stand; so positions differ in
+    what they say, and not in how loudly."""
+    position = spec.build("position", subject.name, WIDE, causal=True)
+    if not position.embeds:
+        raise NotApplicable("it adds nothing to tokens")
+    x = np.random.default_rng(0).standard_normal((32, WIDE.length, WIDE.dim)).astype(np.float32)
+    out = np.asarray(position.embed(jnp.asarray(x), jnp.arange(WIDE.length)), np.float32)
+    # By quarters of the length, for at its start a convolution, say, sees fewer tokens.
+    sizes = np.sqrt(np.square(out).reshape(len(x), 4, -1).mean((0, 2)))
+    if (worst := np.abs(sizes - 1)).max() > inside.UNIT:
+        at = worst.argmax()
+        raise Broken(f"tokens of unit size are of size {sizes[at]:.3g} in quarter {at + 1} of 4 {inside.QUIETER}")
 
 
 def turned(subject: Inside) -> None:
@@ -77,4 +94,4 @@ def _compared(position: Position):
     return jax.tree.map(lambda leaf: leaf[0], bias)
 
 
-PROPERTIES = [*inside.PROPERTIES, declared, turned, from_indices]
+PROPERTIES = [*inside.PROPERTIES, declared, unit_size, turned, from_indices]

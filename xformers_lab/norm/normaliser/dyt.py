@@ -13,8 +13,11 @@ class Dyt(nnx.Module):
     """
 
     def __init__(self, size: Size, *, start: float = 0.5, rngs: nnx.Rngs):
-        self.a = nnx.Param(jnp.asarray(start, jnp.float32))
-        self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
+        self.a = nnx.Param(jnp.asarray(start, jnp.float32), decays=False)
+        self.scale, self.bias = (
+            nnx.Param(jnp.ones(size.dim), decays=False),
+            nnx.Param(jnp.zeros(size.dim), decays=False),
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         squashed = jnp.tanh(self.a[...] * x.astype(jnp.float32))

@@ -41,7 +41,10 @@ class Powernorm(nnx.Module):
             raise Refused(f"decay is the share of the statistics that is kept, at least 0 and below 1, got {decay:g}")
         if warmup < 0:
             raise Refused(f"warmup is a number of training passes, at least 0, got {warmup}")
-        self.scale, self.bias = nnx.Param(jnp.ones(size.dim)), nnx.Param(jnp.zeros(size.dim))
+        self.scale, self.bias = (
+            nnx.Param(jnp.ones(size.dim), decays=False),
+            nnx.Param(jnp.zeros(size.dim), decays=False),
+        )
         self.square, self.nu = nnx.Variable(jnp.ones(size.dim)), Backward(jnp.zeros(size.dim))
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
         self.decay, self.warmup = decay, warmup

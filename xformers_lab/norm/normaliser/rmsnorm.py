@@ -1,8 +1,9 @@
 from flax import nnx
 
+from xformers_lab.nn import normalisation
 from xformers_lab.nn.size import Size
 
 
 def rmsnorm(size: Size, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Unit root mean square over channels, with a learned scale (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
-    return nnx.RMSNorm(size.dim, dtype=size.dtype, rngs=rngs)
+    return normalisation.RMSNorm(size.dim, dtype=size.dtype, rngs=rngs)

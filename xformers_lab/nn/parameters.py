@@ -1,0 +1,19 @@
+"""What a parameter says of itself, in its metadata: whether it decays, and how many of its axes count layers."""
+
+from flax import nnx
+
+
+def decays(parameter: nnx.Variable) -> bool:
+    """Whether weight decay pulls a parameter to 0: as it says itself, `nnx.Param(value, decays=True)`.
+
+    Matrices that states are multiplied with do, and the table of tokens. Whatever is added to states or scales them
+    (biases, gains, vectors of a position, a place or a head, rates) does not, however many axes it has. A parameter
+    that says nothing, in a file of the user's, decays where it has two axes or more in its own layer, as a kernel has.
+    """
+    says = parameter.get_metadata().get("decays")
+    return parameter.ndim - layer_axes(parameter) >= 2 if says is None else says
+
+
+def layer_axes(variable: nnx.Variable) -> int:
+    """How many leading axes of a variable count layers: 0 outside of a stack, 1 inside."""
+    return variable.get_metadata().get("layer_axes", 0)
