@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,3 +217,12 @@ def test_the_help_of_an_option_may_go_on(tmp_path):
     )
     helps = {name: option.help for name, option in spec.options(spec.entry("ffn", str(path))).items()}
     assert helps == {"first": "what it is, and: more of it", "second": "another", "third": ""}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").iterdir()), ids=lambda path: path.name)
+def test_every_recipe_can_be_run(path):
+    from xformers_lab.model import check_config
+
+    cells, varied = sweep([f"@{path}"])
+    assert len(cells) > 1 and varied
+    check_config(cells[0])
