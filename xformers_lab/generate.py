@@ -2,7 +2,7 @@
 
 Prompts of different lengths share a batch: all start at position 0, and a sequence whose prompt has ended goes on with
 its own tokens while the others still read theirs. So nothing is padded, and every mechanism decodes exactly what it
-would compute on the whole sequence. What all prompts have is read CHUNK tokens at a time (`Model.step_several`), the
+would compute on the whole sequence. What all prompts have is read many tokens at a time (`Model.step_several`), the
 rest of the longer ones in as few calls. Sources of an encoder, which sees them whole, are filled up and masked.
 """
 
@@ -21,7 +21,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 
 # Tokens of a prompt that are read in one call.
-CHUNK = 64
+AT_ONCE = 64
 # No token: the one that is drawn comes next.
 NEW = -1
 # The lowest temperature above 0: logits divided by less may overflow.
@@ -67,13 +67,15 @@ def generate(
     stop: Sequence[int] = (),
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    at_once: int = AT_ONCE,
 ) -> list[list[int]]:
     """Continue every prompt by up to `new` tokens -> the new tokens of each, a stop token included.
 
     sources: what an encoder reads for each prompt, the prompt being the target's beginning; a source may be shorter
     than those the model was trained with. Without them the first `model.source` tokens of a prompt are its source.
     length: positions the model was built for, which one with a memory may pass. on_token(prompt, token) is called as
-    tokens come, those that come while other prompts are still being read all at once. What is drawn depends on (seed,
+    tokens come, those that come while other prompts are still being read all at once. at_once: tokens of a prompt that
+    are read in one call, which changes no result. What is drawn depends on (seed,
     position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the model
     cannot decode.
     """
@@ -86,12 +88,12 @@ def generate(
     shortest, longest = (pick(map(len, prompts)) for pick in (min, max))
     cache = _cache(model, len(prompts), longest + new, sources)
     # What all prompts have is read many tokens at a time, but for the last of it, which a token follows.
-    at = (shortest - 1) // CHUNK * CHUNK
-    for start in range(0, at, CHUNK):
-        read = np.array([prompt[start : start + CHUNK] for prompt in prompts], np.int32)
+    at = (shortest - 1) // at_once * at_once
+    for start in range(0, at, at_once):
+        read = np.array([prompt[start : start + at_once] for prompt in prompts], np.int32)
         cache = _reader(graph)(variables, cache, read)
     steps = _sampled_steps(graph, sampling)
-    prompt_tokens = np.full((longest + CHUNK, len(prompts)), NEW, np.int32)
+    prompt_tokens = np.full((longest + at_once, len(prompts)), NEW, np.int32)
     for row, prompt in enumerate(prompts):
         prompt_tokens[: len(prompt), row] = prompt
     tokens = prompt_tokens[at]
@@ -99,8 +101,8 @@ def generate(
     done = np.zeros(len(prompts), bool)
     while not done.all():
         # In one call to the end of the longest prompt, then token by token, as `on_token` gets them.
-        count = min(max(longest - at, 1), CHUNK)
-        following = prompt_tokens[min(at + 1, longest) :][:CHUNK]
+        count = min(max(longest - at, 1), at_once)
+        following = prompt_tokens[min(at + 1, longest) :][:at_once]
         drawn, tokens, cache = steps(variables, cache, tokens, following, count, seed, model.source + at)
         for drawn_at, of_rows in enumerate(np.asarray(drawn)[:count], at + 1):
             for row, prompt in enumerate(prompts):
@@ -124,11 +126,12 @@ def beam_search(
     beams: int = 4,
     length_penalty: float = 0.6,
     stop: Sequence[int] = (),
+    at_once: int = AT_ONCE,
 ) -> tuple[list[int], float]:
     """The best continuation of one prompt by up to `new` tokens that `beams` parallel hypotheses find, and its score.
 
     The score is the sum of log probabilities over ((5 + n) / 6)^length_penalty for n tokens (Wu et al., 2016, arXiv
-    1609.08144, equation 14). source: what an encoder reads, as for `generate`. Raises UsageError as that does.
+    1609.08144, equation 14). source: what an encoder reads, at_once: as for `generate`. Raises UsageError as that does.
     """
     if beams < 1:
         raise UsageError(f"beams={beams}: at least 1")
@@ -138,13 +141,15 @@ def beam_search(
     _check([prompt], new, None if model.endless else length - model.source)
     graph, variables = nnx.split(model)
     step = _beam_step(graph)
-    begun = (len(prompt) - 1) // CHUNK * CHUNK
+    begun = (len(prompt) - 1) // at_once * at_once
     cache = _cache(model, beams, len(prompt) + new, [*sources] * beams)
     axes = _sample_axes(model, beams, len(prompt) + new)
-    for start in range(0, begun, CHUNK):
-        cache = _reader(graph)(variables, cache, np.tile(np.array(prompt[start : start + CHUNK], np.int32), (beams, 1)))
+    for start in range(0, begun, at_once):
+        cache = _reader(graph)(
+            variables, cache, np.tile(np.array(prompt[start : start + at_once], np.int32), (beams, 1))
+        )
     # The rest of the prompt, or the one newest token of every beam, in one call.
-    tokens, count = np.zeros((CHUNK, beams), np.int32), len(prompt) - begun
+    tokens, count = np.zeros((at_once, beams), np.int32), len(prompt) - begun
     tokens[:count] = np.array(prompt[begun:], np.int32)[:, None]
     # All beams are alike at first: only one may branch.
     totals, texts = np.where(np.arange(beams) == 0, 0.0, MASKED), [[] for _ in range(beams)]
@@ -196,7 +201,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def _reader(graph):
-    """read(variables, cache, tokens (B, CHUNK)) -> the new cache: all tokens of a prompt at once."""
+    """read(variables, cache, tokens (B, at_once)) -> the new cache: all tokens of a prompt at once."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def read(variables, cache, tokens):
@@ -207,8 +212,8 @@ def _reader(graph):
 
 @functools.lru_cache(maxsize=8)
 def _sampled_steps(graph, sampling: Sampling):
-    """steps(variables, cache, tokens (B,), following (CHUNK, B), count, seed, at) -> what was drawn at each of `count`
-    steps, (CHUNK, B), the tokens that come next, and the new cache.
+    """steps(variables, cache, tokens (B,), following (at_once, B), count, seed, at) -> what was drawn at each of
+    `count` steps, (at_once, B), the tokens that come next, and the new cache.
 
     After step i comes following[i], or where that is NEW what was drawn.
     """
@@ -234,7 +239,7 @@ def _sampled_steps(graph, sampling: Sampling):
 
 @functools.lru_cache(maxsize=8)
 def _beam_step(graph):
-    """step(variables, cache, tokens (CHUNK, B), count) -> log probabilities (B, V) after the first `count` of the
+    """step(variables, cache, tokens (at_once, B), count) -> log probabilities (B, V) after the first `count` of the
     tokens, and the new cache."""
 
     @functools.partial(jax.jit, donate_argnums=1)

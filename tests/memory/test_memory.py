@@ -11,7 +11,6 @@ from flax import nnx
 from test_resume import arrays, train
 
 from xformers_lab import config as configs
-from xformers_lab import generate as generation
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
@@ -433,20 +432,19 @@ def test_what_goes_by_places_is_not_decoded_behind_a_memory(text, attention):
         generate(model_of(tiny(text, attention=attention, position="none", dim=64)), [[1, 2]], new=1, length=T)
 
 
-def test_generation_goes_on_beyond_a_segment(text, monkeypatch):
+def test_generation_goes_on_beyond_a_segment(text):
     """Prompts of different lengths, one of them longer than a segment; what training remembered is not read."""
     model, prompts = model_of(tiny(text, layers=2)), [[1, 2], [3, 1, 4, 1, 5, 9, 2]]
     model(tokens(T))
     fresh = model_of(tiny(text, layers=2))
     generated = generate(model, prompts, new=9, length=T)
-    monkeypatch.setattr(generation, "CHUNK", 3)
-    assert generate(model, prompts[1:], new=9, length=T) == generated[1:]
+    assert generate(model, prompts[1:], new=9, length=T, at_once=3) == generated[1:]
     for prompt, new in zip(prompts, generated, strict=True):
         whole = prompt + new
         filled = jnp.asarray([whole + [0] * (-len(whole) % T)], jnp.int32)
         greedy = by_segments(fresh, filled)[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)
         assert greedy.tolist() == new and len(new) == 9
-    best, score = beam_search(fresh, prompts[1], new=6, length=T, beams=1)
+    best, score = beam_search(fresh, prompts[1], new=6, length=T, beams=1, at_once=3)
     assert best == generated[1][:6] and score < 0
 
 

@@ -35,10 +35,9 @@ def whole(model):
 
 
 @pytest.mark.parametrize("at_once, prompts", [(64, PROMPTS), (2, LONGER)])
-def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, prompts, monkeypatch):
+def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, prompts):
     """For prompts of different lengths in one batch, however many of their tokens are read in one call."""
-    monkeypatch.setattr(generation, "CHUNK", at_once)
-    generated = generate(model, prompts, new=8, length=24)
+    generated = generate(model, prompts, new=8, length=24, at_once=at_once)
     for prompt, tokens in zip(prompts, generated, strict=True):
         greedy = whole([*prompt, *tokens])[len(prompt) - 1 :].argmax(-1)
         assert len(tokens) == 8 and tokens == greedy[:8].tolist()
@@ -60,12 +59,11 @@ def test_stops_at_a_token_and_streams(model):
     assert seen == [(0, token) for token in stopped]
 
 
-def test_draws_follow_the_seed(model, monkeypatch):
-    draw = lambda seed: generate(model, LONGER, new=8, length=24, sampling=Sampling(1.5), seed=seed)
+def test_draws_follow_the_seed(model):
+    draw = lambda seed, **how: generate(model, LONGER, new=8, length=24, sampling=Sampling(1.5), seed=seed, **how)
     first = draw(1)
     assert first != draw(2)
-    monkeypatch.setattr(generation, "CHUNK", 4)
-    assert first == draw(1)
+    assert first == draw(1, at_once=4)
 
 
 def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
@@ -74,12 +72,11 @@ def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
     for make in compiled:
         counted = lambda *options, make=make: lambda *args: (calls.append(make.__name__), make(*options)(*args))[1]
         monkeypatch.setattr(generation, make.__name__, counted)
-    monkeypatch.setattr(generation, "CHUNK", 8)
     prompt = LONGER[2] + LONGER[1] + [7, 7]
-    generated = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24)
+    generated = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24, at_once=8)
     assert calls == ["_reader"] * 2 + ["_sampled_steps"] * 3
     calls.clear()
-    assert beam_search(model, prompt, new=3, length=24, beams=1)[0] == generated[0]
+    assert beam_search(model, prompt, new=3, length=24, beams=1, at_once=8)[0] == generated[0]
     assert calls == ["_reader"] * 2 + ["_beam_step"] * 3
 
 
