@@ -65,11 +65,11 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = knob(300, "optimizer steps", least=1)
-    batch: int = knob(32, "sequences per step B, over all devices", least=1, below=2**24)
+    steps: int = knob(400, "optimizer steps", least=1)
+    batch: int = knob(64, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
-    lr: float = knob(1e-3, "peak learning rate", least=0)
+    lr: float = knob(3e-3, "peak learning rate", least=0)
     schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
@@ -86,7 +86,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    task: str = knob("mqar", "data, loss and metric", shelf="task")
+    task: str = knob("mqar:pairs=4", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
     seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)

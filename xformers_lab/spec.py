@@ -297,7 +297,7 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         try:
             return coerce(value, kind, where)
         except UsageError:
-            if not words:
+            if not words or kind not in _WANTED:
                 raise
             raise UsageError(f'{where} wants {_WANTED[kind]} or {" or ".join(words)}, got "{_seen(value)}"') from None
     if origin is typing.Literal:

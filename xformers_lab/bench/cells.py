@@ -24,7 +24,7 @@ from xformers_lab.bench import rows
 from xformers_lab.bench.rows import PASSES, Cell
 from xformers_lab.config import Config
 from xformers_lab.errors import BrokenChoice, UsageError, contained
-from xformers_lab.generate import CHUNK
+from xformers_lab.generate import AT_ONCE
 from xformers_lab.measure import speed
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.measure.memory import available_bytes, compiled_memory
@@ -163,7 +163,7 @@ def subject(config: Config, direction: str) -> Subject:
 
 
 def _prefill(layer: MultiHead, inputs: dict, whole: bool):
-    """The outputs and the cache behind a context, inputs (B, T, ...), read CHUNK tokens at a time."""
+    """The outputs and the cache behind a context, inputs (B, T, ...), read AT_ONCE tokens at a time."""
     some = next(iter(inputs.values()))
     B, T, *_ = some.shape
 
@@ -175,9 +175,9 @@ def _prefill(layer: MultiHead, inputs: dict, whole: bool):
             out, cache = layer.decode_heads_several(cache, Call(**tokens))
         return cache, out
 
-    parts, left = divmod(T, CHUNK)
-    in_parts = lambda x: jnp.swapaxes(x[:, : T - left].reshape(B, parts, CHUNK, *x.shape[2:]), 0, 1)
-    chunks = CHUNK * jnp.arange(parts), jax.tree.map(in_parts, inputs)
+    parts, left = divmod(T, AT_ONCE)
+    in_parts = lambda x: jnp.swapaxes(x[:, : T - left].reshape(B, parts, AT_ONCE, *x.shape[2:]), 0, 1)
+    chunks = AT_ONCE * jnp.arange(parts), jax.tree.map(in_parts, inputs)
     cache, out = lax.scan(part, layer.init_cache(B, T, some.dtype), chunks)
     if not left:
         return out, cache
