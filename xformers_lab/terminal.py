@@ -1,5 +1,6 @@
 """Text of other people's making as a terminal may show it: nothing in it steers the terminal, and it is not endless."""
 
+import logging
 import re
 
 # Longest run of characters without a space that a message shows whole, as a path may be, and longest message.
@@ -11,6 +12,23 @@ _STEERING = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
+
+
+class _Visible(logging.Formatter):
+    """What is logged, which names paths, as a terminal may show it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), LINES)
+
+
+def log_in_lines() -> None:
+    """Have what this process logs said as plain lines on stderr. Without a handler of ours, the first library that logs
+    something would install its own, which writes names of modules before every line."""
+    handler = logging.lastResort
+    if handler is not None:
+        handler.setFormatter(_Visible())
+        if not logging.root.handlers:
+            logging.root.addHandler(handler)
 
 
 def visible(text: object, keep: str = "") -> str:

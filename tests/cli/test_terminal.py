@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from rich.console import Console
 
 from xformers_lab import progress, terminal
@@ -150,3 +151,12 @@ def test_a_pipe_that_nobody_reads(words):
     done = subprocess.run([sys.executable, "-m", "xformers_lab", *words.split()], stdout=writes, stderr=subprocess.PIPE)
     os.close(writes)
     assert done.returncode in (0, 141) and done.stderr == b""
+
+
+def test_what_is_logged_is_a_plain_line_whoever_else_sets_up_logging():
+    program = (
+        "import logging; from xformers_lab.terminal import log_in_lines; log_in_lines(); "
+        "logging.basicConfig(); logging.getLogger('xformers_lab.train').warning('starts again in \\x1b[2J')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stderr == "starts again in \\x1b[2J\n"

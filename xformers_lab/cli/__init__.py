@@ -4,21 +4,13 @@
 """
 
 import io
-import logging
 import os
 import sys
 import traceback
 
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device
 from xformers_lab.supervise.interrupt import ending
-from xformers_lab.terminal import LINES, message, visible
-
-
-class _Visible(logging.Formatter):
-    """What the laboratory logs, which names paths, as a terminal may show it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record), LINES)
+from xformers_lab.terminal import LINES, log_in_lines, message, visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what an encoding has no sign for is shown escaped too
             stream.reconfigure(errors="backslashreplace")
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_Visible())
+    log_in_lines()
     arguments = sys.argv[1:] if arguments is None else arguments
     with ending(message(" ".join(["xlab", *arguments[:1]]))):
         return _run(arguments)

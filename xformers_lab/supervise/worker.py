@@ -16,6 +16,7 @@ import traceback
 from typing import Any, TextIO
 
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device, stopped_by
+from xformers_lab.terminal import log_in_lines
 
 # Seconds that a worker has to save itself and end, once its driver is gone.
 ALONE = 600.0
@@ -51,6 +52,7 @@ def main() -> int:
     replies, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log_in_lines()
     tell = Tell(replies)
     threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
     for line in questions:
