@@ -9,7 +9,7 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention._base.recurrent import unit
-from xformers_lab.attention._engine.linear.gated import aligned, channel_decay, delta_rule, one_by_one, scalar_decay
+from xformers_lab.attention._engine.linear.gated import aligned, by_definition, channel_decay, delta_rule, scalar_decay
 from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.errors import UsageError
 
@@ -196,7 +196,7 @@ def test_padding_and_earlier_keys(T):
     valid = jnp.arange(S) % 3 != 1
     run = lambda q, k, v, decay: scalar_decay(q, k, v, decay, chunk=4)[0]
     fast = jax.jit(lambda q, keys: aligned(run, q, keys, valid))(q, keys)
-    slow = one_by_one(one_step, jnp.zeros((5, 3)), q, keys, valid)
+    slow = by_definition(one_step, jnp.zeros((5, 3)), q, keys, valid)
     assert fast.shape == (T, 3)
     assert_close(fast, slow)
     np.testing.assert_array_equal(fast[: max(0, T - S)], 0)

@@ -20,11 +20,11 @@ from xformers_lab.nn.size import Size
 class Block(nnx.Module):
     """The mechanisms and placements of one layer; one position, in the context, serves every layer.
 
-    kept: what that position keeps of a key when decoding, its `kept`.
+    key_terms: what that position keeps of a key when decoding, its `key_terms`.
     """
 
     def __init__(
-        self, size: Size, attention: str, *, config: Config, causal: bool, kept: int | None = None, rngs: nnx.Rngs
+        self, size: Size, attention: str, *, config: Config, causal: bool, key_terms: int | None = None, rngs: nnx.Rngs
     ):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
         self.memory = build("memory", config.model.memory)
@@ -41,7 +41,8 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
-        self.dim, self.length, self.heads, self.kept, self.share = size.dim, size.length, size.heads, kept, 1.0
+        self.dim, self.length, self.heads = size.dim, size.length, size.heads
+        self.key_terms, self.share = key_terms, 1.0
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
@@ -52,13 +53,13 @@ class Block(nnx.Module):
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and auxiliary results."""
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        aux, rows = Aux(), LayerContext(context.valid, key is not None)
+        aux, layer = Aux(), LayerContext(context.valid, key is not None)
         if self.attention is not None:
             y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
-            x = self.attention_norm.after(x, y, rows)
+            x = self.attention_norm.after(x, y, layer)
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[2:])
-            x = self.ffn_norm.after(x, y, rows)
+            x = self.ffn_norm.after(x, y, layer)
             aux = aux + more
         return x, carries, aux if self.share == 1 else computation(self.share) | aux
 
@@ -129,9 +130,9 @@ class Block(nnx.Module):
 
     def _with_keys(self, own, B: int, length: int):
         """The cache of attention, and what the position keeps of the keys."""
-        if self.kept is None:
+        if self.key_terms is None:
             return own
-        return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.kept), jnp.float32)}
+        return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.key_terms), jnp.float32)}
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""

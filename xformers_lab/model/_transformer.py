@@ -64,7 +64,7 @@ class Transformer(Model):
                 raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
-            options = {"config": config, "causal": self.causal, "kept": self.position.kept}
+            options = {"config": config, "causal": self.causal, "key_terms": self.position.key_terms}
             own = dataclasses.replace(size, length=size.length if length is None else length)
             return self.block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 

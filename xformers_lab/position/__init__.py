@@ -5,7 +5,7 @@ A position defines what it needs; what it does not define is the identity (or no
     embed(x, at, valid=None)                     adds to the embeddings
     rotate(x, at)                               turns queries and keys
     bias()                                      gives scores to add, from positions alone
-    of_queries, of_keys, compare, and `kept`    give scores to add that depend on what the tokens are
+    of_queries, of_keys, compare, and `key_terms` give scores to add that depend on what the tokens are
 
 One position serves all layers. Its constructor may name `causal`, whether the model sees the past alone.
 
@@ -36,15 +36,15 @@ class Position(nnx.Module):
     before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
     adds_waves: whether `embed` adds sines and cosines of the position alone: a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
-    kept: None, or for a position that compares tokens the numbers that `of_keys` gives of a key for every query head;
-    decoding keeps them."""
+    key_terms: None, or for a position that compares tokens how many numbers `of_keys` gives of a key for every query
+        head; decoding keeps them."""
 
     embeds: ClassVar[bool] = False
     turns: bool = False
     before: int = 0
     adds_waves: ClassVar[bool] = False
     share: float = 1.0
-    kept: int | None = None
+    key_terms: int | None = None
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
@@ -62,7 +62,7 @@ class Position(nnx.Module):
     def bias(self) -> Bias | None:
         """None, or a pytree whose leaves have a leading axis N; one head's slice is called with broadcasting query and
         key positions and gives scores to add. Blockwise mechanisms call it per block: a T x S array is never built."""
-        if self.kept is not None:
+        if self.key_terms is not None:
             name = type(self).__name__.lower()
             raise Refused(
                 f"position={name} compares queries with keys of every head, and this attention makes none of its "
@@ -75,12 +75,13 @@ class Position(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} compares tokens: define of_queries")
 
     def of_keys(self, k: jax.Array, at: jax.Array) -> jax.Array:
-        """Keys (B, S, K, H), not rotated, at positions at (S,) -> (B, S, N, kept)."""
+        """Keys (B, S, K, H), not rotated, at positions at (S,) -> (B, S, N, key_terms)."""
         raise NotImplementedError(f"{type(self).__name__} compares tokens: define of_keys")
 
     def compare(self, of_queries: jax.Array, of_keys: jax.Array, first: jax.Array) -> Bias:
-        """The results of `of_queries`, (B, N, T, ...), and `of_keys`, (B, N, S, kept), and the first query's position,
-        first (B, N) -> a pytree whose leaves have leading axes B and N; one head's slice is called as that of `bias()`.
+        """The results of `of_queries`, (B, N, T, ...), and `of_keys`, (B, N, S, key_terms), and the first query's
+        position, (B, N) -> a pytree whose leaves have leading axes B and N; one head's slice is called as that of
+        `bias()`.
 
         Row t is that of position first + t of queries, row s that of position s of keys; positions outside, which
         padded blocks have, are masked by who calls, and may give anything finite.

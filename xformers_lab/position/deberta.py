@@ -32,7 +32,7 @@ class Deberta(Position):
     """
 
     turns = True
-    kept = 0
+    key_terms = 0
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Deberta(Position):
         self.reach, self.buckets = reach, buckets
         self.of_query, self.of_key = terms != "position_to_content", terms != "content_to_position"
         self.side = reach if buckets is None else buckets
-        self.kept = 2 * self.side * self.of_key
+        self.key_terms = 2 * self.side * self.of_key
         self.scale = ((1 + self.of_query + self.of_key) * size.head) ** -0.5
         self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (2 * self.side, size.dim)), decays=False)
         project = lambda: Linear(size.dim, size.heads * size.head, use_bias=False, rngs=rngs)

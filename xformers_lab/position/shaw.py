@@ -21,7 +21,7 @@ class Shaw(Position):
         reach: distance from which on all keys on a side share a vector
     """
 
-    kept = 0
+    key_terms = 0
 
     def __init__(self, size: Size, *, reach: int = 16, rngs: nnx.Rngs):
         if reach < 1:

@@ -25,7 +25,7 @@ class Xl(Position):
         channels: size of R, none: as many as a head has
     """
 
-    kept = 1
+    key_terms = 1
 
     def __init__(self, size: Size, *, base: float = 10_000.0, channels: int | None = None, rngs: nnx.Rngs):
         if base <= 1:

@@ -160,7 +160,7 @@ class Attention(nnx.Module):
 
     def check_position(self, position) -> None:
         """Raises Refused where a position would tell this mechanism nothing."""
-        if not self.turns() and (position.turns or position.kept is not None):
+        if not self.turns() and (position.turns or position.key_terms is not None):
             raise Refused(
                 f"{type(self).__name__.lower()} makes neither queries nor keys, which this position would turn or "
                 "compare; use position=learned, sinusoidal or none"

@@ -96,7 +96,7 @@ class MultiHead(Attention):
             self.check_position(position)
             before = 0 if at is None else at - (S - T)  # positions that came before the first key
             q_at, k_at = jnp.arange(T) + S - T + before, jnp.arange(S) + before
-            if position.kept is None:
+            if position.key_terms is None:
                 bias = position.bias()
                 if bias is not None and at is not None:
                     bias = ShiftedBias(bias, jnp.full(self.size.heads, -before))
@@ -152,18 +152,19 @@ class MultiHead(Attention):
 
     def decode(self, x, cache, *, at, position=None, carry=None):
         """The cache is that of `init_cache`, or with a position that compares tokens {"own": that, "of_keys": (B,
-        length, N, kept), what the position says of keys}.
+        length, N, key_terms), what the position says of keys}.
         """
         self._check_decode()
         q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))
         own, of_keys, bias, run = cache, None, None, self.decode_heads
         if position is not None:
             self.check_position(position)
-            if position.kept is None:
+            if position.key_terms is None:
                 bias = position.bias()
             else:
                 if "of_keys" not in cache:
-                    raise Refused(f"{type(position).__name__.lower()} needs `kept` of the model's blocks to decode")
+                    name = type(position).__name__.lower()
+                    raise Refused(f"{name} needs `key_terms` of the model's blocks to decode")
                 new = position.of_keys(k[:, None], at[None])[:, 0]
                 own, of_keys = cache["own"], cache["of_keys"].at[:, at].set(new)
                 bias = self._compared(position, position.of_queries(q[:, None], at[None]), of_keys, at)
@@ -175,7 +176,7 @@ class MultiHead(Attention):
         return out, own if of_keys is None else {"own": own, "of_keys": of_keys}, carry
 
     def decode_several(self, x, cache, *, at, position=None):
-        if not self.projects or (position is not None and position.kept is not None):
+        if not self.projects or (position is not None and position.key_terms is not None):
             return super().decode_several(x, cache, at=at, position=position)
         q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))
         bias = None

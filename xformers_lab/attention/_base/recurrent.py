@@ -8,7 +8,7 @@ from flax import nnx
 
 from xformers_lab.attention._base.one_head import Stepwise
 from xformers_lab.attention._base.refusals import why_not_one_way
-from xformers_lab.attention._engine.linear.gated import aligned, one_by_one
+from xformers_lab.attention._engine.linear.gated import aligned, by_definition
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required
@@ -34,7 +34,7 @@ class Recurrent(Stepwise):
         self.one_way(causal)
         state = self.init_state(len(keys["k"]))
         wide = {name: x.astype(jnp.float32) for name, x in keys.items()}
-        return one_by_one(self.update, state, q.astype(jnp.float32), wide, valid)
+        return by_definition(self.update, state, q.astype(jnp.float32), wide, valid)
 
     def one_way(self, causal: bool) -> None:
         if not causal:

@@ -66,7 +66,7 @@ def turned(subject: Inside) -> None:
 def from_indices(subject: Inside) -> None:
     """A score is a function of two positions: one pair, a block and all of them at once give the same, all finite."""
     position, at = _built(subject), jnp.arange(12)
-    bias = position.bias() if position.kept is None else _compared(position)
+    bias = position.bias() if position.key_terms is None else _compared(position)
     if bias is None:
         raise NotApplicable("it adds nothing to scores")
     for number in range(SIZE.heads):

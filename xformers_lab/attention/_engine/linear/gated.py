@@ -180,7 +180,7 @@ def aligned(run, q, keys: dict, valid):
     return run(jnp.pad(q, ((S - T, 0), (0, 0))), **keys)[S - T :]
 
 
-def one_by_one(update, state, q, keys: dict, valid):
+def by_definition(update, state, q, keys: dict, valid):
     """The same by definition: out, state = update(state, q_t, **keys_t) position after position."""
 
     def run(q, **keys):
