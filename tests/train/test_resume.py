@@ -142,8 +142,8 @@ def test_what_cannot_be_resumed_says_why(words, tmp_path):
     folder = configs.folder(config)
     path = folder / "config.json"
     text = path.read_text()
-    path.write_text(text.replace('"lr": 0.001', '"lr": 0.01'))
-    with pytest.raises(UsageError, match=r"belongs to another config \(lr was 0.001, is 0.01\)"):
+    path.write_text(text.replace('"lr": 0.003', '"lr": 0.01'))
+    with pytest.raises(UsageError, match=r"belongs to another config \(lr was 0.003, is 0.01\)"):
         loop.resume(folder)
     path.write_text(text.replace('"lr"', '"learning"'))
     with pytest.raises(UsageError, match="unknown key"):

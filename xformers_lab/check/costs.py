@@ -65,8 +65,7 @@ def _likely(subject: Subject, mechanism: MultiHead) -> str:
         masks.no_future(subject)
     except Broken:
         return "The whole pass sees the future (no_future), which decoding cannot: mend that first."
-    keeps = mechanism.keeps_keys and type(mechanism).decode_heads is MultiHead.decode_heads
-    return KEEPS_KEYS if keeps else KEEPS_A_STATE
+    return KEEPS_KEYS if mechanism.keeps_keys else KEEPS_A_STATE
 
 
 def state_size(subject: Subject) -> None:

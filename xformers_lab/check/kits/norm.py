@@ -10,7 +10,6 @@ from xformers_lab.check.subject import Broken
 from xformers_lab.check.tiny import Inside
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
-from xformers_lab.norm import Norm
 
 
 def subject(choice: str) -> Inside:
@@ -19,9 +18,15 @@ def subject(choice: str) -> Inside:
 
 def declared(subject: Inside) -> None:
     """A placement whose `after` does more than add says so, for a reversible stack takes back what it added."""
-    kind = spec.entry("norm", spec.parse(subject.asked["norm"]).name)
-    if kind.after is not Norm.after and kind.adds:
-        raise Broken("it defines `after`: write `adds = False` in its class, or define `branch` if it only adds to x")
+    size = Size(4, dim=8, heads=2, layers=2)
+    placed = spec.build("norm", subject.asked["norm"], size)
+    placed.start(spec.build("ffn", "mlp", size))
+    x, other, y = jax.random.normal(jax.random.key(0), (3, 2, 4, 8))
+    added, elsewhere = (placed.after(stream, y, LayerContext()) - stream for stream in (x, other))
+    if placed.adds and not np.allclose(added, elsewhere, atol=1e-5):
+        raise Broken(
+            "its `after` does more than add to x what comes of y: write `adds = False` in its class, or define `branch`"
+        )
 
 
 def silence(subject: Inside) -> None:
