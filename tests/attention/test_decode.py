@@ -62,6 +62,7 @@ def test_mechanism(name):
     agree(*model_of(name))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [
     {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
     {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},

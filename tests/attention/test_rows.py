@@ -99,6 +99,7 @@ def test_rows_that_see_the_same_keys_are_run_as_one(queries, together):
         assert_alike(both(functools.partial(block_sparse, blocks=blocks, sizes=sizes)), both(dense))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", ["local:window=4", "block_local:block=8", "axial:shape=8x8", "full"])
 @pytest.mark.parametrize("queries", [64, 200, 1 << 20])
 def test_heads_run_alone_or_together_alike(choice, queries):

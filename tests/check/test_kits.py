@@ -189,6 +189,7 @@ class Fault(Fixed):
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_breaks_its_property(tmp_path, fault):
     shelf, property, source = FAULTS[fault]

@@ -322,6 +322,7 @@ def test_extremes_are_the_first_exit_and_the_whole_depth(rule, first, last):
         assert exit_aux.scalars["computation"] == layers and exit_aux.scalars[f"exit/{layers}"] == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", ["confidence:threshold=0.35", "entropy:threshold=1.8", "patience:patience=1"])
 @pytest.mark.parametrize("attention", ["full", "linear+full"])
 def test_every_sample_leaves_where_a_loop_says(rule, attention):

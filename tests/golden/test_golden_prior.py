@@ -246,6 +246,7 @@ def second_layer(layer, causal: bool, method: str, valid):
     return kernel, run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_predictive_convolves_the_map_of_the_layer_below(causal, kernel):

@@ -127,6 +127,7 @@ def one_step(state, q, k, v, beta=None, decay=0.0):
     return q @ state + q @ k * (new := v if beta is None else beta * (v - k @ state)), state + jnp.outer(k, new)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("T, chunk", LENGTHS)
 @pytest.mark.parametrize("kind", ["scalar", "channel", "delta", "gated delta"])
 def test_chunks_are_the_recurrence(kind, T, chunk):

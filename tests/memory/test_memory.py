@@ -87,6 +87,7 @@ def at_once(model: Any, inputs) -> jax.Array:
     return jax.jit(lambda inputs: model(inputs)[0])(inputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("position", ["alibi", "rope", "none", "xl", "t5:sides=past"])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_segments_with_all_of_the_past_are_the_whole(text, layers, position):

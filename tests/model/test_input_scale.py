@@ -98,6 +98,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [
     *({"model": kind} for kind in KINDS), {"model": "encoder", "task": "listops"}, {"norm": "post"}, {"norm": "rezero"},
     {"norm": "deepnorm"}, {"norm": "rezero", "model": "decoder:tied=true"}, {"model": "decoder:tied=true", "dim": 512},

@@ -336,6 +336,7 @@ def test_powernorm_does_not_see_padding():
 PLACED = ["pre", "post", "sandwich", "normformer", "deepnorm"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("placed", PLACED)
 def test_powernorm_in_every_placement(placed):
     """Every normaliser moves in training, by valid rows alone, and else none; decoding is the whole pass."""
@@ -375,6 +376,7 @@ def test_powernorm_in_every_placement(placed):
     np.testing.assert_allclose(steps, whole, atol=1e-5)
 
 
+@pytest.mark.full
 def test_powernorm_goes_on_from_a_checkpoint(tmp_path):
     """Two steps, a stop and two steps more end in the bits of four."""
     words = {"task": "copy", "seq_len": 9, "dim": 8, "heads": 2, "layers": 1, "batch": 4, "steps": 4, "eval_batches": 1}

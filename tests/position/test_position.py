@@ -89,6 +89,7 @@ def test_every_t5_bucket_serves_a_model_that_uses_the_past_alone(causal, choice)
     assert used == (16 if causal and "both" in choice else 32 if causal else 31)  # distance 0 has one side
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("attention", ["full", "mla", "collaborative"])
 def test_untied_positions_leave_content_its_share(attention):
     """Where no two positions correlate, scores are those of content over sqrt(2 H), all of them, rotary parts too."""
@@ -197,6 +198,7 @@ EVERY_PAIR = [(choice, attention, False) for choice in SCORED for attention in (
 EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
 def test_scores_are_those_of_every_pair(choice, attention, looped):
     """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
@@ -262,6 +264,7 @@ def test_moved_along_it_is_the_same(choice):
     assert far > 1e-2 if choice.startswith("tupe") else far < 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("attention", ["local:window=4", "softcap", "poolingformer:window=3:reach=8"])
 @pytest.mark.parametrize("choice", ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"])
 def test_token_by_token_it_is_the_same(choice, attention):

@@ -220,6 +220,7 @@ def test_the_figures_of_a_run_are_those_of_the_whole_split(choices, tmp_path):
     assert low < part["metric"] < high
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [
     {"task": "lm", "memory": "xl:length=8", "position": "rope"}, {"task": "lm", "attention": "linear"},
     {"task": "translate", "model": "encoder_decoder"}, {"task": "translate"}, {"task": "copy"},
