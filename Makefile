@@ -15,7 +15,7 @@ demo: $(READY)  ## set up and run the main job: a real comparison with its repor
 test: $(READY)  ## set up and run what is quick and decisive: every choice, every property, in minutes
 	$(PYTEST) -m "not full and not slow"
 
-test-rest: $(READY)  ## what `make test` leaves out: whole kits, default compiler flags, pairs of axes
+test-rest: $(READY)  ## what `make test` leaves out: whole kits, other implementations' numbers, default compiler flags
 	$(PYTEST) -m "full and not slow"
 
 test-all: test test-rest  ## both

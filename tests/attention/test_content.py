@@ -8,6 +8,8 @@ from flax import nnx
 
 from xformers_lab import spec
 
+pytestmark = pytest.mark.full
+
 T, D, N, H = 23, 8, 2, 4
 
 

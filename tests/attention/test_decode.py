@@ -13,6 +13,8 @@ from xformers_lab.attention import why_not_decode
 from xformers_lab.config import Config, edit
 from xformers_lab.model import build_model, build_task
 
+pytestmark = pytest.mark.full
+
 DECODABLE = [name for name in spec.names("attention") if why_not_decode(spec.entry("attention", name)) is None]
 
 

@@ -9,6 +9,8 @@ from stacks import gradients, halves, layer, model_of
 
 from xformers_lab.depth import Context
 
+pytestmark = pytest.mark.full
+
 # ---- recurrent memory ----------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import check_config
 
+pytestmark = pytest.mark.full
+
 ENCODER = {"model": "encoder", "task": "listops", "seq_len": 24}
 
 

@@ -13,6 +13,8 @@ from xformers_lab.attention._engine.windows import Windows, count, windows
 from xformers_lab.attention.clustered import _block, _clusters, _layout
 from xformers_lab.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 HEADS, HEAD = 4, 8
 
 

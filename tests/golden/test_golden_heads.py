@@ -12,6 +12,8 @@ from xformers_lab.attention._engine.query_blocks import by_blocks, rows, seen_fr
 from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 HEADS, HEAD = 4, 8
 
 

@@ -13,6 +13,8 @@ from xformers_lab.attention._engine.linear import features
 from xformers_lab.attention.linear import taylor
 from xformers_lab.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):
     return spec.build("attention", choice, length=length, dim=dim, heads=heads, kv_heads=kv_heads)

@@ -14,6 +14,8 @@ from xformers_lab.check.subject import Case, Subject
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
+pytestmark = pytest.mark.full
+
 
 def build(choice: str, length: int, dim: int, heads: int, kv_heads: int | None = None):
     return spec.build("attention", choice, length=length, dim=dim, heads=heads, kv_heads=kv_heads)

@@ -13,6 +13,8 @@ from xformers_lab.attention._engine.linear.gated import aligned, by_definition, 
 from xformers_lab.attention._engine.linear.recurrence import linear_recurrence
 from xformers_lab.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(autouse=True)
 def exact():

@@ -18,6 +18,8 @@ from xformers_lab.attention.fixed import Summary
 from xformers_lab.attention.image_local import Line, Plane
 from xformers_lab.errors import UsageError
 
+pytestmark = pytest.mark.full
+
 
 def build(choice: str, length: int, dim: int = 8, heads: int = 1, kv_heads: int | None = None):
     return spec.build("attention", choice, length=length, dim=dim, heads=heads, kv_heads=kv_heads)

@@ -24,6 +24,8 @@ from xformers_lab.train import checkpoint, loop, optimizer
 from xformers_lab.train.state import begun, init, merge, split, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 T, M = 4, 4
 
 

@@ -20,6 +20,8 @@ from xformers_lab.train import checkpoint, optimizer, prefetch
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 SMALL = {"task": "copy", "seq_len": 13, "dim": 16, "heads": 2, "layers": 2, "batch": 3}  # 7 of source, 6 of target
 
 

@@ -18,6 +18,8 @@ from xformers_lab.train import optimizer, prefetch
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 SMALL = {"task": "copy:symbols=200", "seq_len": 65, "dim": 64, "batch": 8, "layers": 4}
 
 

@@ -24,6 +24,8 @@ from xformers_lab.train import checkpoint, loop, optimizer
 from xformers_lab.train.state import init, merge, split, structure
 from xformers_lab.train.step import make_train_step
 
+pytestmark = pytest.mark.full
+
 
 def build(shelf: str, choice: str, **size):
     sizes: dict[str, Any] = {"length": 16, "dim": 32, "heads": 4, "layers": 2} | size

@@ -19,6 +19,8 @@ from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
 from xformers_lab.position.t5 import bucket
 
+pytestmark = pytest.mark.full
+
 SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
 
 
