@@ -157,7 +157,7 @@ FILES = {"train.txt": PARTS["train"], "valid.txt": PARTS["validation"], "test.tx
     {"unsupervised.txt": "more"},
     {"train_notes.txt": "notes", "test_notes.txt": "notes"},
     {"test_hard.txt": "hard"},
-    {"data.tar.gz": gzip.compress(b"a" * 257 + b"ustar" + bytes(300))},
+    {"data.tar.gz": gzip.compress(b"a" * 257 + b"ustar" + bytes(300), mtime=0)},
     {"backup/train.txt": "old", "backup/test.txt": "old"},
     {"stats.csv": "a,b\n1,2\n"},
 ], ids=str)  # fmt: skip
