@@ -14,6 +14,7 @@ from xformers_lab.model._block import drop
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.embedding import Embedding
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
@@ -34,6 +35,7 @@ class Recurrent(Model):
         self.cells = nnx.List[Any](self.cell(size, rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
+    @required
     def cell(self, size: Size, rngs: nnx.Rngs) -> Any:
         """One layer: `cell(x (B, T, D), valid) -> (B, T, D)`, `init_state(B)` and `step(state, x (B, D))`.
 
@@ -41,7 +43,7 @@ class Recurrent(Model):
         start is a state like that of `init_state`, which it is without one; a position that is not valid changes none.
         `hidden(state)` is what of a state the step that made it gave out, (B, D).
         """
-        raise NotImplementedError(f"{type(self).__name__} must define cell")
+        ...
 
     def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * (len(self.cells) + 1) if key is None else list(jax.random.split(key, len(self.cells) + 1))
