@@ -130,6 +130,29 @@ class Record:
     )
     majority: float | None = fact("the share of the most frequent answer, where the metric is accuracy")
     step: int = fact("the step that the metric is of, or after which a run was ended")
+    name: str = fact("what the row is called where its keys do not say it: a baseline, say")
+    role: Literal["variant", "baseline", "range"] = fact(
+        "what the row is for: one of the variants compared (as is a row without the key), a baseline beside them, or a "
+        "window that shows whether the task needs long range"
+    )
+    command: str = fact("the command that makes this row again")
+    matched: Mapping = fact("what was held equal: budget, target, reached, ok (within 2 %), changed: {key: [from, to]}")
+    shared: Mapping = fact(
+        "the same variant and seed under the recipe that all share, where the row is of tuned knobs: status, metric, "
+        "metric_interval, loss, knobs: {key: value}, run_dir"
+    )
+    tuning: Mapping = fact(
+        "how the knobs were tuned: knobs, share (of the steps), steps, split, metric_name, higher_is_better, best: "
+        "{key: value}, edge (the best is at the end of the grid), widened, points: [{key: value, metric, loss, status}]"
+    )
+    by_length: Sequence[Mapping] = fact(
+        "the test split scored at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of"
+    )
+    wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
+    maps: Mapping = fact(
+        "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "
+        "implied (no scores: effective weights)"
+    )
 
     tokens_per_second: float | None = figure(
         "tokens/s",
@@ -140,6 +163,32 @@ class Record:
         better=1,
         narrow=3,
         chart="Training speed",
+    )
+    eval_tokens_per_second: float | None = figure(
+        "eval tokens/s",
+        "count",
+        "Tokens of one batch over the median time of scoring it; compiling is left out.",
+        short="eval tok/s",
+        unit=" tok/s",
+        better=1,
+        narrow=6,
+        always=(),
+    )
+    prefill_seconds: float | None = figure(
+        "prefill",
+        "duration",
+        "Least time to read seq_len tokens of one sequence into a cache.",
+        better=-1,
+        narrow=6,
+        always=(),
+    )
+    token_seconds: float | None = figure(
+        "time/token",
+        "duration",
+        "Least time to decode one token behind them.",
+        better=-1,
+        narrow=6,
+        always=(),
     )
     seconds_median: float | None = figure(
         "time",
@@ -198,6 +247,15 @@ class Record:
         exact=True,
         always=(),
     )
+    flops_per_token: float | None = figure(
+        "FLOPs/token",
+        "count",
+        "FLOPs of one {step} over the tokens in it.",
+        better=-1,
+        narrow=None,
+        always=(),
+        summary=False,
+    )
     flops: int | None = figure(
         "FLOPs",
         "count",
@@ -243,7 +301,7 @@ class Record:
     skipped: int = fact("steps that were skipped since their loss or gradient was not finite")
     aux: Mapping[str, float] = fact("what else the model reports: a mean by its name")
     by_position: Mapping[str, Sequence] = fact("what it reports of each token: a mean for every position")
-    curve: Sequence = fact("[step, mean training loss since the last point]")
+    curve: Sequence = fact("[step, mean training loss since the last point, seconds of all steps so far]")
     validation: Sequence = fact("[step, loss, metric] of each validation")
     validation_examples: int | None = fact("how many examples each of them scored")
     plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
