@@ -131,7 +131,7 @@ def _studied(name, kind, seq_len, seed, metric, time, rank, dice, tokens, text) 
     ]
     points[0] |= {"metric": None, "loss": None, "status": "nan"} if rank == 1 else {}
     row = cell(
-        "full" if kind != "variant" else name,
+        name,
         "copy",
         seq_len,
         seed,

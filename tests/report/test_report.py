@@ -227,7 +227,7 @@ def test_a_mechanism_alone_is_named_too(tmp_path):
     cells = [cell("local:window=16", seq_len=n) for n in (64, 128)]
     assert "attention local:window=16" in printed(cells, ["seq_len"])
     page = written(tmp_path / "r.html", cells, ["seq_len"])
-    assert page[page.index("<tbody>") : page.index("</tbody>")].count("local:window=16") == 2
+    assert page[page.index('<table id="cells">') : page.index("<h2>What was run")].count("local:window=16") == 2
 
 
 def test_a_record_is_written_for_people():

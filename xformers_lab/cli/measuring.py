@@ -68,6 +68,7 @@ def _compare(chosen: argparse.Namespace) -> int:
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
     print(visible(f"report: {report}"), file=sys.stderr)
     _write_csv(rows, varied, chosen.csv)
+    _write_figures(rows, varied, chosen.figures)
     if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + worker.stopped
@@ -87,6 +88,7 @@ def _report(chosen: argparse.Namespace) -> int:
     rows, varied, command = saved.read(path)
     out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
     _write_csv(rows, varied, chosen.csv)
+    _write_figures(rows, varied, chosen.figures)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
 
 
@@ -113,6 +115,16 @@ def _write_csv(rows: list[dict], varied: list[str], path: str | None) -> None:
             sheet.write_csv(rows, varied, path)
 
 
+def _write_figures(rows: list[dict], varied: list[str], folder: str | None) -> None:
+    """Write the charts as files where the command names a folder for them."""
+    from xformers_lab.report import figures
+
+    if folder is not None:
+        with _writing(folder, "figures"):
+            written = figures.write_figures(rows, varied, folder)
+        print(visible(f"figures: {len(written)} files in {folder}"), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _writing(path: pathlib.Path | str, what: str) -> Iterator[None]:
     """Turn a file that cannot be written into a UsageError."""
@@ -122,6 +134,7 @@ def _writing(path: pathlib.Path | str, what: str) -> Iterator[None]:
         raise UsageError(f"{path}: cannot write the {what} there ({error.strerror})") from None
 
 
+FIGURES = argument("--figures", path="folder", metavar="DIR", help="write every chart as SVG and PDF into a folder")
 CSV = argument("--csv", path="file", metavar="FILE", help="write the rows as CSV")
 BENCH = [
     argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)"),
@@ -157,10 +170,12 @@ COMMANDS = [
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, TRUST, CSV, JSON],
+        [WORDS, *COMPARE, TRUST, CSV, FIGURES, JSON],
         keys=True,
     ),
-    Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),
+    Command(
+        "report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, FIGURES, JSON]
+    ),
 ]
 _OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
 COMMANDS.insert(

@@ -47,6 +47,8 @@ def locate(chosen: argparse.Namespace) -> None:
         if argument.path is None or text is None:
             continue
         path = configs.spec.located(text, argument.shown)
+        if argument.path == "folder" and path.is_file():
+            raise UsageError(f"{argument.shown} {text}: a file is there; name a folder")
         if argument.path == "file":
             if path.is_dir():
                 raise UsageError(f"{argument.shown} {text}: a folder is there; name a file")

@@ -432,7 +432,8 @@ def _tuning(group: rows.Group, names: Sequence[str], varied: Sequence[str], qual
         tuning = row.get("tuning")
         if not isinstance(tuning, Mapping):
             continue
-        best = tuning.get("best") if isinstance(tuning.get("best"), Mapping) else {}
+        best = tuning.get("best")
+        best = best if isinstance(best, Mapping) else {}
         knobs = tuning.get("knobs")
         for knob in knobs if isinstance(knobs, list | tuple) else best:
             at = tuned.setdefault(str(knob), {}).setdefault(rows.length(row) or 0, {})
