@@ -74,7 +74,8 @@ class Measure:
 
 
 class Item(NamedTuple):
-    """A point of a chart: the mean of a series at a length (0 for none), the ends of its interval, and its words."""
+    """A point of a chart: the mean of a series at a length (0 for none), the ends of its interval, and its words.
+    title: what the words do not say of themselves."""
 
     series: int
     name: str
@@ -82,6 +83,7 @@ class Item(NamedTuple):
     value: float
     ends: tuple[float, float] | None
     text: str
+    title: str
 
 
 def of_figure(figure: Figure) -> Measure:
@@ -716,16 +718,18 @@ def _data(points: Sequence[rows.Point], names: Sequence[str], measure: Measure) 
 
 
 def _item(series: int, names: Sequence[str], length: int, estimate: intervals.Estimate, measure: Measure) -> Item:
-    text = findings.with_interval(estimate, measure.written)
-    text = f"{measure.title} {text}" if measure.name == "metric" else text
+    # What is planned or counted has the same value for every seed, and no interval.
+    text = findings.with_interval(estimate, measure.written) if estimate.half else measure.written(estimate.mean)
     ends = None
     if estimate.half is not None and estimate.half > 0:
         ends = (max(estimate.low, estimate.mean / 10) if measure.log else estimate.low), estimate.high
-    return Item(series, names[series], length, estimate.mean, ends, text)
+    title = measure.title if measure.name == "metric" else ""
+    return Item(series, names[series], length, estimate.mean, ends, text, title)
 
 
 def _tip(item: Item) -> str:
-    return f"{item.name}\n{item.text}" + (f"\nat {item.length:,} tokens" if item.length else "")
+    words = f"{item.name}\n{item.title} {item.text}" if item.title else f"{item.name}\n{item.text}"
+    return words + (f"\nat {item.length:,} tokens" if item.length else "")
 
 
 def _guess_words(group: rows.Group, level: float) -> str:

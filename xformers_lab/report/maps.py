@@ -71,7 +71,7 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str], bud
     same = "one test example" if all(one == tokens[0] for one in tokens) else "a test example, not the same for all"
     at = f" of {length:,} tokens" if length else ""
     note = (
-        f"Of {same}{at}. A row is a query, a column a key; the darkest is the greatest weight of its head, in "
+        f"Of {same}{at}. A row is a query, a column a key; the strongest shade is the greatest weight of its head, in "
         f"{SHADES} shades."
     )
     return Maps(note, shown, left_out)
