@@ -100,7 +100,23 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)
 
 
-def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a comparison holds equal, tunes and repeats: words of the whole, no part of any run."""
+
+    match: str = knob(
+        "none",
+        "params, flops, state or wallclock, within 2 % of the first variant's, or of params:to=linear",
+    )
+    tune: str = knob("none", "tuned for every variant alike: lr, lr,weight_decay, or lr:points=7:share=0.5:seeds=2")
+    seeds: int | None = knob(
+        None, "runs of every variant, with seed=0, 1, ... (none: as seed= says)", least=1, below=10_000
+    )
+
+
+def _fields(
+    cls: type = Config, path: tuple[str, ...] = ()
+) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
     """Every leaf by its unique name: its path in the tree, its field, its type."""
     hints, leaves = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
@@ -113,6 +129,7 @@ def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str
 
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
+STUDY = _fields(Study)
 MOST_CELLS = 100_000
 LARGEST_FILE = 2**25  # bytes
 LARGEST = 2**31  # counts are 32-bit numbers on every device
@@ -136,7 +153,7 @@ def edit(config: Config, **changes: Any) -> Config:
 def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
-    _, field, kind = LEAVES[key]
+    _, field, kind = LEAVES.get(key) or STUDY[key]
     value = spec.coerce(value, kind, where)
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
@@ -222,29 +239,72 @@ def folder(config: Config) -> pathlib.Path:
 # ---- sweeps: every axis is a list of values ---------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What words on the command line say. bases: the configs of recipes that have several; given: axes of the other
+    files and words, in their order; study: what holds for all of them."""
+
+    bases: list[dict[str, list]]
+    given: list[dict[str, list]]
+    study: Study
+
+
 def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str]]:
     """The grid of configs that command-line words describe, and the keys that vary.
 
     Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
     recipe `@file.py` that defines `configs`. Later words win over earlier ones. A value with a comma in it stands in
-    brackets. A file of keys and values that names code outside the package is refused, unless `trust`.
+    brackets. A file of keys and values that names code outside the package is refused, unless `trust`. So are the keys
+    of a study, which `study` reads.
     """
-    bases, axes = [{}], {}
+    configs, varied, asked = study(words, trust=trust)
+    if named := [key for key in STUDY if getattr(asked, key) != getattr(Study(), key)]:
+        raise UsageError(f"{named[0]}= is a word of a study: only compare and ablate take it")
+    return configs, varied
+
+
+def study(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str], Study]:
+    """What `sweep` gives, and the keys of the study among the words and at the top of files."""
+    words = list(words)
+    read = gathered(words, trust=trust)
+    axes = {key: values for given in read.given for key, values in given.items()}
+    if read.study.seeds is not None:
+        # A file that a run left says seed=0, as it says all defaults.
+        typed_out = any(word.startswith("seed=") for word in words)
+        if typed_out or any(given.get("seed", [0]) != [0] for given in (*read.bases, axes)):
+            raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
+        axes["seed"] = list(range(read.study.seeds))
+    configs = grid(read.bases, axes)
+    return configs, varied(configs), read.study
+
+
+def gathered(words: Iterable[str], *, trust: bool = False) -> Words:
+    """The words as they stand, every value typed; raises UsageError."""
+    bases, given, asked = [{}], [], {}
     for word in words:
         if word.startswith("@"):
-            listed = load(word[1:], trust=trust)
+            listed, of_study = load(word[1:], trust=trust)
+            asked |= of_study
             if len(listed) == 1:
-                axes |= listed[0]
+                given.append(listed[0])
             else:
                 bases = [base | more for base in bases for more in listed]
             continue
         key, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f'"{word}" is not key=value or @file')
-        key = _leaf(key, word)
         if text == "":
             raise UsageError(f'"{word}" has no value')
-        axes[key] = _typed_all(key, _spread(key, text, word), text)
+        if key in STUDY:
+            asked[key] = typed(key, text, word)
+            continue
+        key = _leaf(key, word)
+        given.append({key: _typed_all(key, _spread(key, text, word), text)})
+    return Words(bases, given, Study(**asked))
+
+
+def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
+    """Every combination of the values of axes on every base, each once."""
     cells = sum(math.prod(map(len, (base | axes).values())) for base in bases)
     if cells > MOST_CELLS:
         raise UsageError(f"these words make {cells:,} cells; at most {MOST_CELLS:,} at once")
@@ -253,7 +313,7 @@ def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], l
         merged = base | axes
         for values in itertools.product(*merged.values()):
             configs[edit(Config(), **dict(zip(merged, values, strict=True)))] = None
-    return list(configs), varied(list(configs))
+    return list(configs)
 
 
 def varied(configs: list[Config]) -> list[str]:
@@ -310,9 +370,9 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
     return axes
 
 
-def load(name: str, *, trust: bool = False) -> list[dict[str, list]]:
-    """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place, and where a
-    file that is no Python names Python outside the package, unless `trust`."""
+def load(name: str, *, trust: bool = False) -> tuple[list[dict[str, list]], dict[str, Any]]:
+    """The axes that a file holds, and its keys of a study; a Python recipe holds several configs. Raises UsageError
+    with the place, and where a file that is no Python names Python outside the package, unless `trust`."""
     path = spec.located(name, f"@{name}")
     if not path.is_file():
         raise UsageError(f'@{name}: no file "{name}"')
@@ -324,7 +384,18 @@ def load(name: str, *, trust: bool = False) -> list[dict[str, list]]:
             f"@{name}: names code outside the package ({outside}): look at what it is, then --trust runs it, "
             "or name it on the command line itself"
         )
-    return [axes_of(tree, name)]
+    return [axes_of({key: value for key, value in tree.items() if key not in STUDY}, name)], _of_study(tree, name)
+
+
+def _values(module: Any) -> dict[str, Any]:
+    """The names of a module that stand for a value, and not for what it imported or defined."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float, list))}
+
+
+def _of_study(tree: Mapping, where: str) -> dict[str, Any]:
+    """The keys of a study that a mapping has at its top, typed; a list of knobs is as good as their names."""
+    joined = lambda value: ",".join(map(spec.show, value)) if isinstance(value, list) else value
+    return {key: typed(key, joined(tree[key]), f"{where}: {key}") for key in STUDY if key in tree}
 
 
 def _tree(path: pathlib.Path, name: str) -> Mapping:
@@ -382,7 +453,8 @@ def _leaf(key: str, where: str) -> str:
         return name
     known = ".".join(LEAVES[name][0]) if name in LEAVES else None
     raise UsageError(
-        f'{where}: unknown key "{key}": ' + (f'did you mean "{known}"?' if known else nearest(name, KEYS, "keys"))
+        f'{where}: unknown key "{key}": '
+        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY], "keys"))
     )
 
 
@@ -462,11 +534,11 @@ def _yaml(text: str):
         raise ValueError(str(error)) from None
 
 
-def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
+def _recipe(path: pathlib.Path) -> tuple[list[dict[str, list]], dict[str, Any]]:
     module = spec.run_file(path, f"@{path}")
     try:
         with contained():  # its lists and mappings may be classes of its own
-            return _listed(getattr(module, "configs", None), path)
+            return _listed(getattr(module, "configs", None), path), _of_study(_values(module), f"@{path}")
     except BrokenChoice as error:
         raise UsageError(f"@{path}: {error}") from error
     except UsageError:

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        epilog = _keys() if command.keys else None
+        epilog = _keys(command.study) if command.keys else None
         added = commands.add_parser(
             command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=_Help
         )
@@ -102,10 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keys() -> str:
-    """The grammar of words, and every key with its default and help."""
+def _keys(study: bool) -> str:
+    """The grammar of words, and every key with its default and help; study: those of a study first."""
+    of_study = ["keys of the whole study:", *_listed(configs.STUDY), ""] if study else []
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES)])
+
+
+def _listed(leaves: dict) -> list[str]:
     lines = []
-    for name, (_, field, _) in configs.LEAVES.items():
+    for name, (_, field, _) in leaves.items():
         default = f"{name}={configs.spec.show(field.default)}"
         lines.append(f"  {default:{ITEM - 3}s} {field.metadata['help']}")
-    return "\n".join([GRAMMAR, "", "keys:", *lines])
+    return lines

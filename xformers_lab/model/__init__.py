@@ -27,11 +27,13 @@ class Model(nnx.Module):
     of_tokens: whether what its layers see as one position is one token of the inputs.
     source: how many of the first positions are read by an encoder; 0 where source and target are one sequence.
     endless: whether it decodes beyond the length that it was built for, as a memory lets it.
+    headed: whether its layers have heads, which divide its width.
     most_layers: a model that writes its layers out one by one, not in a loop, compiles too long with more.
     """
 
     causal: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = True
+    headed: ClassVar[bool] = True
     most_layers: ClassVar[int] = MOST_LAYERS
     source: int = 0
     endless: bool = False
