@@ -79,9 +79,9 @@ class Cells:
         if self.bar is not None:
             self.bar.update(self.grid, total=self.total)
 
-    def started(self, index: int, cell: Config) -> None:
-        """A cell begins to train."""
-        words = [f"{key}={get(cell, key)}" for key in self.varied]
+    def started(self, index: int, cell: Config, name: str = "") -> None:
+        """A cell begins to train; name: what it is called where its keys do not say it."""
+        words = [*filter(None, [name]), *(f"{key}={get(cell, key)}" for key in self.varied)]
         self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
         if self.bar is not None:
             words = markup(f"{self.at} · compiling")

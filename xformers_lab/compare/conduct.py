@@ -120,7 +120,7 @@ class Conductor:
             for cells in study.places(cells[0] for cells in variants.values()).values():
                 target = self._target(cells)
                 for cell in cells:
-                    tell.started(done, cell.origin)
+                    tell.started(done, cell.origin, cell.name or "")
                     self._solve(cell, target)
                     done += 1
                     tell.finished(done - 1, {"status": "solved", "metric": None})
@@ -359,7 +359,9 @@ class Conductor:
             for value in values
         }
         every = list(dict.fromkeys(one for ones in runs.values() for one in ones))
-        records = dict(zip(every, self._records(every, counted), strict=True))
+        of = {cell.variant: f"{cell.name} · " if cell.name else "" for cell in variants}
+        names = {one: f"{of[variant]}{knob}={value:g}" for (variant, value), ones in runs.items() for one in ones}
+        records = dict(zip(every, self._records(every, names, counted), strict=True))
         return {
             cell.variant: [
                 tune.point(
@@ -398,23 +400,30 @@ class Conductor:
             if cell.shared is not None:
                 wanted.setdefault(cell.shared, record)
         every = list(wanted)
+        names = {config: cell.name or "" for cell in self.cells for config in (cell.config, cell.shared or cell.config)}
         with self.bar("cells", len(every)) as tell:
             ended = {config: record for config, record in wanted.items() if record is not None}
-            records = dict(zip(every, self._records(every, _Count(tell), ended), strict=True))
+            records = dict(zip(every, self._records(every, names, _Count(tell), ended), strict=True))
         return [
             study.row(cell, records[cell.config], self.varied, records.get(cell.shared) if cell.shared else None)
             for cell in self.cells
         ]
 
-    def _records(self, every: list[Config], counted: "_Count", ended: dict[Config, dict] | None = None) -> list[dict]:
-        """The record of every run; those that are not settled are trained."""
+    def _records(
+        self,
+        every: list[Config],
+        names: Mapping[Config, str],
+        counted: "_Count",
+        ended: dict[Config, dict] | None = None,
+    ) -> list[dict]:
+        """The record of every run; those that are not settled are trained. names: what runs are called."""
         with counted.from_here():
             return run.compare(
                 every,
                 self.varied,
                 self.worker,
                 ended=ended or {},
-                started=counted.tell.started,
+                started=lambda index, config: counted.tell.started(index, config, names.get(config, "")),
                 stepped=counted.tell.stepped,
                 finished=counted.finished,
                 announce=self.announce,
