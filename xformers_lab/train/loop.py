@@ -109,12 +109,13 @@ def resume(
 def evaluate(
     run_dir: pathlib.Path | str,
     *,
-    split: Split = "test",
+    split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     trust: bool = False,
 ) -> dict:
-    """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
-    run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
+    """Score the newest good checkpoint of a run on a split (default: the one that the run itself is scored on): on all
+    of it, or on so many times 32 examples (default: the run's eval_batches). The examples are those that the run itself
+    is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
@@ -122,6 +123,7 @@ def evaluate(
     """
     run_dir = pathlib.Path(run_dir)
     job = _trained(run_dir, trust)
+    split = job.config.train.score if split is None else split
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
@@ -150,7 +152,7 @@ class _Job:
     """What a config stands for: everything that does not change while it trains.
 
     segments: whether batches follow one another, for what the model remembers to carry over; rebuilt: the task with
-    another size of batch, and seed 0.
+    another size of batch, and data_seed=0.
     """
 
     config: Config
@@ -201,7 +203,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         layout,
         about,
         segments,
-        functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
+        functools.cache(lambda batch: build_task(edit(config, batch=batch, data_seed=0))),
     )
 
 
@@ -330,7 +332,7 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        tested = score("test")
+        scored = score(train.score)
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -338,7 +340,7 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested))
+    return _finish(job, state, compiled, log, peak, status="ok", split=train.score, **_reported(scored))
 
 
 def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
