@@ -8,7 +8,7 @@ import pytest
 from report_rows import ATTENTIONS, HOSTILE, KEYS, bench, cell, failed, printed, sample, written
 from rich.console import Console
 
-from xformers_lab.report import findings, html, human, intervals, notes, pages, rows
+from xformers_lab.report import findings, html, human, notes, pages, rows
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
@@ -40,27 +40,6 @@ def test_numbers_are_written_for_people(form, value, text):
 
 def test_plain_text_cannot_steer_a_terminal():
     assert human.plain("a\x1b[31m\n b\u202e\x07") == r"a\x1b[31m b\u202e\x07"
-
-
-def test_quantiles_are_those_of_student():
-    special = pytest.importorskip("scipy.special")
-    for freedom in (1, 2, 5, 10, 11, 15, 30, 100, 1000):
-        assert intervals.quantile(freedom) == pytest.approx(special.stdtrit(freedom, 0.975), rel=1e-4)
-
-
-def test_mean_and_interval_against_worked_values():
-    # Mean 3, deviation sqrt(2.5), 4 degrees of freedom: 2.776445 * sqrt(2.5 / 5).
-    estimated = intervals.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert estimated == (3.0, pytest.approx(1.963243, abs=1e-6), 5)
-    assert intervals.estimate([0.7]) == (0.7, None, 1)
-
-
-def test_differences_are_paired_by_seed():
-    first, second = {0: 0.5, 1: 0.7, 2: 0.9}, {2: 0.8, 1: 0.61, 0: 0.4}
-    # The seeds spread far more than the variants differ, and still the difference (0.10, 0.09, 0.10) is plain.
-    assert intervals.differ(first, second) is True
-    assert intervals.differ(first, {0: 0.6, 1: 0.6, 2: 0.9}) is False
-    assert intervals.differ(first, {0: 0.1, 7: 0.2}) is None
 
 
 # ---- grouping and findings --------------------------------------------------------------------------------------
@@ -102,7 +81,7 @@ def test_findings_with_seeds_say_what_cannot_be_told_apart():
     # What cannot be told apart is marked alike, though its mean is lower.
     lines = printed(cells, ["attention", "seed"]).splitlines()
     assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
-    assert any("paired 95 % interval" in line for line in lines)
+    assert any("paired test" in line for line in lines)
 
 
 def test_no_winner_is_named_where_nothing_beats_chance():
