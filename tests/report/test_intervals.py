@@ -60,7 +60,7 @@ def test_the_interval_of_the_level_p_ends_at_zero(difference):
 def test_holm_against_a_worked_family():
     """p = 0.01, 0.04, 0.03, 0.005 -> 0.03, 0.06, 0.06, 0.02: the example of R's p.adjust."""
     error = 1 / intervals.quantile(math.inf)
-    family = {p: Difference(-stats.norm.ppf(p / 2), 0.0, 1, 1 / error) for p in (0.01, 0.04, 0.03, 0.005)}
+    family = {p: Difference(-float(stats.norm.ppf(p / 2)), 0.0, 1, 1 / error) for p in (0.01, 0.04, 0.03, 0.005)}
     decided = intervals.holm(family)
     assert list(decided) == list(family)
     assert [each.adjusted for each in decided.values()] == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -141,7 +141,7 @@ def test_a_pair_with_the_reference_has_one_verdict_whoever_asks():
     rng = np.random.default_rng(4)
     contest = Contest(scores(rng.normal(0, 1, (4, 3))), scores(rng.normal(0, 1, (1, 3))), "v0", None)
     one, other = contest.between("v2", "v0"), contest.between("v0", "v2")
-    assert one is contest.against["v2"] and other is not None
+    assert one is not None and other is not None and one is contest.against["v2"]
     assert other.difference.mean == -one.difference.mean and other.adjusted == one.adjusted
     assert contest.between("v1", "v2") is contest.pairs["v1", "v2"] and len(contest.pairs) == 6
     assert contest.between("v1", "nobody") is None

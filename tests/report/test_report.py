@@ -75,7 +75,8 @@ def test_findings_with_seeds_say_what_cannot_be_told_apart():
     (group,) = rows.groups(cells, ["attention", "seed"])
     text = " ".join(findings.sentences(group))
     assert "a has the best accuracy, 0.920 ± 0.050" in text
-    assert "Not distinguishable from a (paired 95 % interval): b." in text
+    assert "Against a, the reference (3 paired t-tests, Holm-corrected), worse: c (-0.600) and d (-0.795 [" in text
+    assert "; not distinguishable: b." in text
     assert "No better than chance: d." in text
     assert "One seed" not in text
     # What cannot be told apart is marked alike, though its mean is lower.
@@ -364,7 +365,8 @@ def test_a_sample_is_said_and_its_error_is_in_the_interval(tmp_path):
     assert "scored 256 of 1,821 · after step 300" in text and "0.900 ± 0.043 *" in text and "0.890 ± 0.044 *" in text
     assert "0.700 ± 0.059 *" not in text
     sentences = " ".join(findings.sentences(rows.groups(cells, ["attention"])[0]))
-    assert "Not distinguishable from full (95 % interval): linear." in sentences
+    assert "Against full, the reference (2 tests, Holm-corrected), worse: axial (-0.200 [" in sentences
+    assert "; not distinguishable: linear." in sentences and "choice of test examples alone" in sentences
     page = written(tmp_path / "r.html", cells, ["attention"])
     assert "256 of 1,821" in page and "0.900 [0.857, 0.931] accuracy" in page
     whole = [row | {"examples": 1821, "metric_interval": None} for row in cells]

@@ -17,6 +17,8 @@ from xformers_lab.report.contests import Contest, Scores
 TRAINING = ("lr", "schedule", "warmup", "steps", "eval_every", "eval_batches", "save_every", "runs", "stall")
 # Keys that change the program only between zero and anything else.
 SWITCHES = ("clip", "weight_decay", "dropout")
+# Keys that say which draw of a variant a row is.
+SEEDS = ("seed", "init_seed", "data_seed")
 # The least ratio of two speeds that one run each can tell apart, however steady its times were.
 LEAST_RATIO = 1.05
 
@@ -46,6 +48,12 @@ def measure(row: dict, name: str) -> float | None:
     return human.number(figure.value(row) if figure else row.get(name))
 
 
+def draw(row: dict) -> Any:
+    """The seed of a row; with the others where it has seeds of their own for its weights and its data."""
+    seed, *others = (value(row, key) for key in SEEDS)
+    return seed if others == [None] * len(others) else (seed, *others)
+
+
 def role(row: dict) -> str:
     """What a row is for: "variant" where it does not say another one."""
     known = row.get("role")
@@ -56,6 +64,13 @@ def shared(row: dict) -> dict:
     """The run of a tuned row under the recipe that all share, as a row; {} where there is none."""
     known = row.get("shared")
     return dict(known) if isinstance(known, Mapping) else {}
+
+
+def by_length(row: dict) -> dict[int, dict]:
+    """Length -> the test split scored at it, as a row; {} where it was scored at none but the row's own."""
+    scores = row.get("by_length")
+    scores = [each for each in scores if isinstance(each, Mapping)] if isinstance(scores, Sequence) else []
+    return {int(at): dict(each) for each in scores if (at := human.number(each.get("seq_len"))) is not None}
 
 
 def sampling(row: dict) -> float:
@@ -174,7 +189,7 @@ class Point:
 
     def seeds(self, name: str) -> dict:
         """Seed -> value of a measure."""
-        numbers = {value(row, "seed"): measure(row, name) for row in self.rows}
+        numbers = {draw(row): measure(row, name) for row in self.rows}
         return {seed: number for seed, number in numbers.items() if number is not None}
 
     def estimate(self, name: str) -> intervals.Estimate | None:
@@ -188,9 +203,18 @@ class Point:
     @property
     def shared(self) -> "Point":
         """The runs of tuned rows under the recipe that all share; a point without rows where there are none."""
-        runs = [{"seed": value(row, "seed"), **shared(row)} for row in self.rows if shared(row)]
+        runs = [{key: value(row, key) for key in SEEDS} | shared(row) for row in self.rows if shared(row)]
         split = {fine: [run for run in runs if ok(run) is fine] for fine in (True, False)}
         return Point(self.series, self.seq_len, split[True], split[False], self.program)
+
+    def beyond(self, seq_len: int) -> "Point":
+        """The same runs scored at another length."""
+        scored = [
+            {key: value(row, key) for key in SEEDS} | at[seq_len]
+            for row in self.rows
+            if seq_len in (at := by_length(row))
+        ]
+        return Point(self.series, seq_len, scored, [], self.program)
 
     @property
     def scores(self) -> Scores:
@@ -371,7 +395,7 @@ def tested(group: Group) -> str:
 
 def seeds(rows: Iterable[dict]) -> int:
     """How many different seeds the rows have."""
-    return len({value(row, "seed") for row in rows})
+    return len({draw(row) for row in rows})
 
 
 def length(row: dict) -> int | None:
@@ -410,7 +434,7 @@ def trials(pool: Point, name: str) -> dict:
         numbers = {at: human.number(seconds) for at, seconds in enumerate(rounds)}
     else:
         numbers = {
-            tuple(str(value(row, key)) for key in ("seed", *TRAINING, *SWITCHES)): measure(row, name)
+            tuple(str(value(row, key)) for key in (*SEEDS, *TRAINING, *SWITCHES)): measure(row, name)
             for row in pool.rows
         }
     return {key: math.log(number) for key, number in numbers.items() if number is not None and number > 0}
