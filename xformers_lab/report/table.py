@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xformers_lab.record import Figure, Record, columns
-from xformers_lab.report import findings, human, notes, phrases, rows, study
+from xformers_lab.report import aggregate, findings, human, notes, phrases, rows, study
 from xformers_lab.terminal import visible
 
 BEST = " *"
@@ -85,10 +85,12 @@ def print_rows(
     console = console or Console()
     if not cells:
         _say(console, "There are no rows to show.")
-    for number, group in enumerate(rows.groups(cells, varied_keys)):
+    groups = rows.groups(cells, varied_keys)
+    for number, group in enumerate(groups):
         if number:
             _say(console, "")
         _print_group(group, varied_keys, console, columns(schema))
+    _print_overall(groups, console)
     for note in notes.of(cells):
         _say(console, f"note: {human.plain(note)}", "dim")
 
@@ -122,6 +124,28 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
     for line in lines:
         if not line.ok:
             _say(console, f"{rows.label(line.cells[0], varied)}: {human.outcome(line.cells[0])}", "red")
+
+
+def _print_overall(groups: Sequence[rows.Group], console: Console) -> None:
+    """The aggregates over all tasks, where there are several."""
+    overall = aggregate.over_tasks(groups)
+    if overall is None:
+        return
+    _say(console, "")
+    _say(console, "over all tasks", "bold")
+    _say(console, human.listing(overall.settings), "dim")
+    table = _frame(console)
+    table.add_column(Text("variant"), overflow="fold", no_wrap=not console.is_terminal)
+    for title in ("interquartile mean", "95 % interval", "seeds"):
+        table.add_column(Text(title), justify="right", no_wrap=True)
+    for score in (*overall.of_role("variant"), *overall.of_role("baseline")):
+        name = score.series if score.role == "variant" else f"{score.series} ({score.role})"
+        interval = human.NONE if score.low is None else f"{human.score(score.low)} to {human.score(score.high)}"
+        texts = (name, human.score(score.mean), interval, str(score.seeds))
+        table.add_row(*(Text(visible(text)) for text in texts))
+    put(table, console)
+    for sentence in aggregate.sentences(groups):
+        _say(console, human.plain(sentence))
 
 
 def _lines(group: rows.Group) -> list[Line]:
@@ -254,7 +278,7 @@ def _fit(columns: list[Column], width: int) -> list[Column]:
 
 def _print_table(columns: list[Column], lines: list[Line], console: Console) -> None:
     terminal = console.is_terminal
-    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, show_edge=False, header_style="bold")
+    table = _frame(console)
     for column in columns:
         if column.name:
             table.add_column(Text(human.plain(column.title)), overflow="fold", no_wrap=not terminal)
@@ -268,6 +292,12 @@ def _print_table(columns: list[Column], lines: list[Line], console: Console) -> 
             *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
         )
     put(table, console)
+
+
+def _frame(console: Console) -> Table:
+    """An empty table; plain in a file or a pipe."""
+    shape = box.SIMPLE_HEAD if console.is_terminal else None
+    return Table(box=shape, pad_edge=False, show_edge=False, header_style="bold")
 
 
 def put(table: Table, console: Console) -> None:

@@ -6,6 +6,7 @@ A variant is called better or worse only where a corrected test says so (`contes
 from collections.abc import Sequence
 
 from xformers_lab.report import human, phrases, rows
+from xformers_lab.report.contests import Contest
 from xformers_lab.report.intervals import Decision
 from xformers_lab.report.phrases import by, metric, names, place, score
 
@@ -36,12 +37,14 @@ def quality(group: rows.Group, at: int | None) -> list[str]:
         lines = [f"{place(at)}all variants score the same {metric(group)}, {score(best[0])}{known}."]
     elif contest.pairs and not any(each.holds for each in (*contest.pairs.values(), *contest.against.values())):
         ends = " and ".join(f"{score(point)} ({point.series})" for point in (ranked[0], ranked[-1]))
-        how = phrases.tests(group, len(contest.pairs)) + (" over all pairs" if len(contest.pairs) > 1 else "")
+        how = phrases.tests(contest.pairs) + (" over all pairs" if len(contest.pairs) > 1 else "")
         lines = [f"{place(at)}nothing tells the variants apart by {metric(group)}, between {ends}{known}: {how}."]
     else:
         verb = "share" if len(best) > 1 else "has"
         lines = [f"{place(at)}{names(best)} {verb} the best {metric(group)}, {score(best[0])}{known}."]
-        lines += [_others(ranked, best), *_against(group, at, ranked), *_from_the_best(group, at, ranked)]
+        names_ranked = [point.series for point in ranked]
+        lines += [_others(ranked, best), *against(contest, names_ranked, group.better("metric"))]
+        lines += from_the_best(contest, names_ranked)
     if beaten:
         lines.append(f"No better than {guess}: {names(beaten)}.")
     return lines
@@ -109,12 +112,13 @@ def _others(ranked: Sequence[rows.Point], best: Sequence[rows.Point]) -> str:
     return f"Next is {following.series} with {score(following)}, last {last.series} with {score(last)}."
 
 
-def _against(group: rows.Group, at: int | None, ranked: Sequence[rows.Point]) -> list[str]:
-    """The family against the reference: better, worse, not distinguishable."""
-    contest, sign = group.contest(at), group.better("metric")
-    if group.reference not in contest.variants:
-        return [f"{group.reference}, the reference, has no result here: nothing is tested against it."]
-    decided = [(point.series, contest.against[point.series]) for point in ranked if point.series in contest.against]
+def against(contest: Contest, ranked: Sequence[str], sign: int) -> list[str]:
+    """The family against the reference: better, worse, not distinguishable. ranked: the variants, the best first; sign:
+    +1 where more is better, -1 where less is."""
+    if contest.reference not in contest.variants:
+        missing = f"{contest.reference}, the reference, has no result here: nothing is tested against it."
+        return [missing] if contest.pairs else []
+    decided = [(name, contest.against[name]) for name in ranked if name in contest.against]
     if not decided:
         return []
     better = [f"{name} ({by(each)})" for name, each in decided if each.holds and sign * each.difference.mean > 0]
@@ -122,16 +126,18 @@ def _against(group: rows.Group, at: int | None, ranked: Sequence[rows.Point]) ->
     alike = [name for name, each in decided if not each.holds]
     said = {"better": better, "worse": worse, "not distinguishable": alike}
     parts = [f"{word}: {human.listing(who)}" for word, who in said.items() if who]
-    return [f"Against {group.reference}, the reference ({phrases.tests(group, len(decided))}), {'; '.join(parts)}."]
+    return [f"Against {contest.reference}, the reference ({phrases.tests(contest.against)}), {'; '.join(parts)}."]
 
 
-def _from_the_best(group: rows.Group, at: int | None, ranked: Sequence[rows.Point]) -> list[str]:
+def from_the_best(contest: Contest, ranked: Sequence[str]) -> list[str]:
     """Who is not told from the best, where the sentence about the reference does not say it."""
-    alike = [point for point in ranked[1:] if group.same_metric(ranked[0], point)]
-    if ranked[0].series == group.reference or not alike:
+    best, *others = ranked
+    decided = {name: contest.between(best, name) for name in others}
+    alike = [name for name, each in decided.items() if each is not None and not each.holds]
+    if best == contest.reference or not alike:
         return []
-    how = phrases.tests(group, len(group.contest(at).pairs))
-    return [f"Not distinguishable from {ranked[0].series} ({how} over all pairs): {names(alike)}."]
+    how = phrases.tests(contest.pairs)
+    return [f"Not distinguishable from {best} ({how} over all pairs): {human.listing(alike)}."]
 
 
 def _cost(group: rows.Group, point: rows.Point, reference: rows.Point) -> str:
