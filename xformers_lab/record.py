@@ -32,7 +32,7 @@ IMPOSSIBLE = "impossible"
 HELD = "held"
 
 # Keys that say where a row stands on a page; every other varied key is part of the name of its series.
-PLACES = ("task", "pass", "seq_len", "seed", "kind")
+PLACES = ("task", "pass", "seq_len", "seed", "init_seed", "data_seed", "kind")
 # The figure that says how fast a row of each kind is: of a bench the time of one pass.
 SPEED = {"compare": "tokens_per_second", "bench": "seconds_median"}
 # Median over least time of equal work: above it something else was busy on the machine.
@@ -225,7 +225,7 @@ class Record:
         name="memory",
         instead="temp_bytes",
         better=-1,
-        narrow=1,
+        narrow=2,
         chart="Memory",
         always=(),
     )
@@ -234,7 +234,7 @@ class Record:
         "size",
         "What decoding keeps of a context of seq_len tokens, for the whole batch.",
         better=-1,
-        narrow=1,
+        narrow=2,
         chart="What decoding keeps",
         always=BENCHED,
     )

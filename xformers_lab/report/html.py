@@ -297,8 +297,8 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
             how[figure.heading] = figure.help.format_map(words)
     if rows.seeds(cells) > 1:
         how["± and bars"] = (
-            "Student-t 95 % interval of the mean over seeds. “Not distinguishable”: the paired interval of the "
-            "difference holds zero; it is not widened for the number of comparisons."
+            "Student-t 95 % interval of the mean over seeds. “Better”, “worse” and “not distinguishable” are of tests "
+            "of differences paired by seed, with Holm's correction: an error of 5 % over each family of tests."
         )
     return how
 
