@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import random
 
 from rich.console import Console
 
@@ -89,6 +90,110 @@ def bench(attention: str, seq_len: int, seconds: float, exponent: float) -> dict
         "flops": 10,
     }
     return {"attention": attention, "seq_len": seq_len, "kind": "bench", "pass": "forward", "status": "ok", **taken}
+
+
+BASELINES = ("chance", "bag of tokens", "LSTM")
+WINDOWS = ("window 8", "window 64")
+STUDY = ("full", "local:window=16", "linear", "bigbird:window=8", "performer", "linformer")
+
+
+def study(names=STUDY, lengths=(64, 256), seeds=(0, 1, 2), tokens=12, text="") -> list[dict]:
+    """A study as `compare tune=lr match=params seeds=3` makes one: variants, baselines and windows, tuned and matched,
+    with maps, wrong answers and one cell that failed. text: put into every text that a user may write."""
+    cells = []
+    for rank, name in enumerate((*names, *BASELINES, *WINDOWS)):
+        for seq_len in lengths:
+            for seed in seeds:
+                dice = random.Random(f"{name} {seq_len} {seed}")
+                kind = "baseline" if name in BASELINES else "range" if name in WINDOWS else "variant"
+                metric = {"variant": 0.93 - 0.07 * rank, "baseline": 0.14 + 0.12 * (rank - len(names)), "range": 0.4}[
+                    kind
+                ]
+                metric += dice.gauss(0, 0.02) - 0.05 * math.log2(seq_len / lengths[0]) / 2
+                time = (
+                    0.012
+                    * (seq_len / 64) ** (1.9 if rank == 0 else 1.05)
+                    * (1.0 + 0.1 * rank)
+                    * dice.uniform(0.97, 1.03)
+                )
+                cells.append(_studied(name, kind, seq_len, seed, max(0.02, metric), time, rank, dice, tokens, text))
+    where = {key: cells[-1][key] for key in ("attention", "task", "seq_len", "seed", "name", "role")}
+    cells[-1] = failed("oom", f"3.1 GiB asked{text}", **where)
+    return cells
+
+
+def _studied(name, kind, seq_len, seed, metric, time, rank, dice, tokens, text) -> dict:
+    rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    best = rates[2] if rank % 3 else rates[-1]
+    points = [
+        {"lr": rate, "metric": metric - 0.1 * abs(math.log10(rate / best)), "loss": 1.0, "status": "ok"}
+        for rate in rates
+    ]
+    points[0] |= {"metric": None, "loss": None, "status": "nan"} if rank == 1 else {}
+    row = cell(
+        "full" if kind != "variant" else name,
+        "copy",
+        seq_len,
+        seed,
+        metric,
+        tokens_per_second=32 * seq_len / time,
+        eval_tokens_per_second=90 * seq_len / time,
+        seconds_min=time * 0.96,
+        seconds_median=time,
+        prefill_seconds=time / 90,
+        token_seconds=time / 4000,
+        temp_bytes=int(2**14 * seq_len * (1 + rank / 4) * (seq_len / 64 if rank == 0 else 1)),
+        state_bytes=1024 * seq_len * (1 + rank),
+        flops_per_token=2.1e6 * (1 + rank / 20) * (1 + (seq_len / 640 if rank == 0 else 0.05)),
+        parameters=132_480 + 900 * rank,
+        curve=[
+            [step, 0.4 + 2.6 * math.exp(-step / (60 + 12 * rank)) + dice.gauss(0, 0.07), step * time]
+            for step in range(0, 300, 3)
+        ],
+        command=f"xlab train task=copy attention={name} seq_len={seq_len} seed={seed} lr={best}{text}",
+        matched={
+            "budget": f"params{text}", "target": 132_480, "reached": 132_480 * (1.004 if rank < 5 else 1.061),
+            "ok": rank < 5, "changed": {f"ffn_dim{text}": [256, 256 + 8 * rank]},
+        },
+        shared={"status": "ok", "metric": metric - 0.03 * (rank % 3 == 0), "knobs": {"lr": 3e-3}},
+        tuning={
+            "knobs": ["lr"], "share": 0.2, "steps": 60, "split": "validation", "metric_name": "accuracy" + text,
+            "higher_is_better": True, "best": {"lr": best}, "edge": best == rates[-1], "widened": best == rates[-1],
+            "points": points,
+        },
+        by_length=[
+            {"seq_len": seq_len * times, "metric": max(0.02, metric - 0.2 * math.log2(times)), "examples": 256}
+            for times in (2, 4)
+        ],
+        wrong=[
+            {"input": f"3 1 4 1 5 9 2 6{text}", "answer": f"3 1 4 1{text}", "said": f"3 1 4 4{text}"} for _ in range(3)
+        ],
+    )  # fmt: skip
+    row["config"] = row["config"] | {"batch": 32}
+    if kind != "variant":
+        row |= {"name": name + text, "role": kind}
+    elif seed == 0 and tokens:
+        row["maps"] = _weights(rank, tokens, dice, text)
+    return row
+
+
+def _weights(rank: int, tokens: int, dice: random.Random, text: str) -> dict:
+    """Two layers of two heads, causal; the first looks back a fixed way, the second at what is near."""
+    spoken = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more", "grey", "dog")
+    words = [f"{spoken[at % len(spoken)]}{text}" for at in range(tokens)]
+
+    def head(number: int) -> list[list[int]]:
+        rows = []
+        for query in range(tokens):
+            row = [
+                math.exp(-abs(query - key - 3 * number) / (0.5 + rank)) * dice.uniform(0.5, 1)
+                for key in range(query + 1)
+            ]
+            rows.append([round(255 * weight / sum(row)) for weight in row] + [0] * (tokens - query - 1))
+        return rows
+
+    layers = [[head(number + layer) for number in range(2)] for layer in range(2)]
+    return {"tokens": words, "queries": words, "layers": layers, "implied": rank > 1}
 
 
 def printed(cells, keys, width=100, terminal=False) -> str:

@@ -1,101 +1,141 @@
-"""Vega-Lite specifications as plain dicts. A spec holds numbers, and names only as data: nothing in it is evaluated.
-
-Ink is "currentColor", so that the page's own light and dark colours hold in the charts. Every chart has the parameter
-`focus`, the number of the series that the reader picked in the legend (null: none); some have `at`, the length shown.
-"""
+"""Which charts a comparison has, from its rows: plots to draw, the choices a reader has, and the numbers in a table."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from xformers_lab.measure import exponent
 from xformers_lab.record import FIGURES, SPEED, Figure, Form
-from xformers_lab.report import findings, human, rows
+from xformers_lab.report import findings, human, intervals, rows
+from xformers_lab.report.plot import Axis, Band, Dot, Front, Line, Look, Mark, Plot, Rule, log_ticks, look, ticks
+from xformers_lab.report.saved import LARGEST
 
-# Okabe and Ito's colours for all kinds of colour vision ("Color Universal Design", 2008); yellow and black, which
-# vanish on a light or a dark page, give way to a violet and a grey.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b68c9", "#808080")
-# Outlines in a square from -1 to 1, the same in the charts and in the page's legend. With 8 colours and 7 shapes no two
-# of the first 56 series look alike.
-SHAPES = (
-    "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",
-    "M-.9,-.9H.9V.9H-.9Z",
-    "M0,-1.05L1.05,.85H-1.05Z",
-    "M0,-1.2L1.1,0L0,1.2L-1.1,0Z",
-    "M0,1.05L1.05,-.85H-1.05Z",
-    "M-.4,-1H.4V-.4H1V.4H.4V1H-.4V.4H-1V-.4H-.4Z",
-    "M-1,-.45H1V.45H-1Z",
-)
+# Points of all training curves of a chart together.
 CURVE_POINTS = 12_000
+# A curve is smoothed by an exponential mean whose weights halve every 1/30 of it.
+SMOOTHED = 30
+# What the metric is set against, by the figure's name: cost figures, the first that is there of each tuple.
+COSTS = (("seconds_median",), ("memory",), ("flops_per_token", "flops"), ("computation",))
+# How the axis of a figure writes its numbers; what spans orders of magnitude has a logarithmic one.
+LOGARITHMIC: tuple[Form, ...] = ("count", "duration", "size")
+ROLES = ("variant", "baseline", "range")
+DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
+
+
+class Pick(NamedTuple):
+    """What a reader chooses for a chart, and what there is to choose from; `chosen` is shown first."""
+
+    label: str
+    options: list[str]
+    chosen: int
+
+
+class Pane(NamedTuple):
+    """The plots that one choice shows side by side; `at` has the place of each pick's option."""
+
+    at: tuple[int, ...]
+    plots: list[Plot]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart and the words around it; `lengths` are offered to choose from where the chart shows one at a time."""
+    """A chart and the words around it. heads, lines: its numbers as a table."""
 
     title: str
     note: str
-    spec: dict
-    lengths: list[int] = dataclasses.field(default_factory=list)
+    panes: list[Pane]
+    picks: list[Pick] = dataclasses.field(default_factory=list)
+    heads: list[str] = dataclasses.field(default_factory=list)
+    lines: list[list[str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has several plots beside each other."""
+        return max(len(pane.plots) for pane in self.panes) > 1
+
+    def options(self, pane: Pane) -> list[str]:
+        """What is chosen where a pane is shown, in words."""
+        return [pick.options[at] for pick, at in zip(self.picks, pane.at, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What an axis shows: the name in a row, the words, how a number is written, and whether the axis is logarithmic,
-    with powers of two on it."""
+    """What an axis shows: the name in a row, the words, how a number is written there and elsewhere, and whether the
+    axis is logarithmic, with powers of two on it."""
 
     name: str
     title: str
     written: Callable[[object], str]
-    label: str = "format(datum.value, '~r')"
+    tick: Callable[[object], str] = human.significant
     log: bool = False
     binary: bool = False
 
 
-# How Vega writes the numbers of an axis, by form; what spans orders of magnitude has a logarithmic one.
-LABELS: dict[Form, str] = {
-    "count": "format(datum.value, '~s')",
-    "duration": "datum.value >= 0.999 ? format(datum.value, '~r') + ' s' : datum.value >= 0.000999 ? "
-    "format(datum.value * 1e3, '~r') + ' ms' : format(datum.value * 1e6, '~r') + ' µs'",
-    "size": "datum.value >= 1073741824 ? format(datum.value / 1073741824, '~r') + ' GiB' : datum.value >= 1048576 ? "
-    "format(datum.value / 1048576, '~r') + ' MiB' : datum.value >= 1024 ? "
-    "format(datum.value / 1024, '~r') + ' KiB' : datum.value + ' B'",
-}
-DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
+class Item(NamedTuple):
+    """A point of a chart: the mean of a series at a length (0 for none), the ends of its interval, and its words."""
+
+    series: int
+    name: str
+    length: int
+    value: float
+    ends: tuple[float, float] | None
+    text: str
 
 
 def of_figure(figure: Figure) -> Measure:
     """The axis of a figure."""
-    words = figure.name, figure.heading, lambda value: human.alone(figure, value)
-    if figure.form not in LABELS:
-        return Measure(*words)
-    return Measure(*words, LABELS[figure.form], log=True, binary=figure.form == "size")
+    written = lambda value: human.alone(figure, value)
+    if figure.form not in LOGARITHMIC:
+        return Measure(figure.name, figure.heading, written)
+    tick = lambda value: human.in_column(figure, value)
+    return Measure(figure.name, figure.heading, written, tick, log=True, binary=figure.form == "size")
 
 
-def look(names: Sequence[str]) -> list[dict]:
-    """The colour and shape of each series, in order: what the legend shows."""
-    return [
-        {"name": name, "colour": COLOURS[i % len(COLOURS)], "shape": SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]}
-        for i, name in enumerate(names)
-    ]
+def looks(cells: Sequence[dict], varied: Sequence[str]) -> list[Look]:
+    """Colour and shape of each series on the whole page: variants first, in order of appearance, then baselines and
+    windows, which are drawn hollow and dashed."""
+    roles: dict[str, str] = {}
+    for row in cells:
+        roles.setdefault(rows.series(row, varied), str(row.get("role") or "variant"))
+    ranked = sorted(roles, key=lambda name: ROLES.index(roles[name]) if roles[name] in ROLES else 0)
+    return look(ranked, [name for name in ranked if roles[name] in ROLES[1:]])
+
+
+def role(point: rows.Point) -> str:
+    """What the rows of a point are for: "variant", "baseline" or "range"."""
+    return str(next((row["role"] for row in [*point.rows, *point.failed] if row.get("role")), "variant"))
 
 
 def of_group(
-    group: rows.Group, names: Sequence[str], varied: Sequence[str], figures: Iterable[Figure] = FIGURES.values()
+    group: rows.Group,
+    names: Sequence[str],
+    varied: Sequence[str],
+    figures: Iterable[Figure] = FIGURES.values(),
+    crossings: Mapping[str, Any] | None = None,
 ) -> list[Chart]:
-    """Every chart that the rows of a group have numbers for: the metric, each of the figures that is charted (of the
-    two that say how fast, the one of this kind of rows), and after training what the metric costs."""
+    """Every chart that the rows of a group have numbers for: the metric, what it costs, each of the figures that is
+    charted (of the two that say how fast, the one of this kind of rows), and what training and tuning were like.
+
+    crossings: series -> (length, low, high) from which on it is faster than what it is compared with; None for an end
+    that is not known.
+    """
     quality = _metric(group)
     direction = "higher is better" if group.better("metric") > 0 else "lower is better"
-    charts = [_by_length(group, names, quality, _capital(quality.title), direction, group.guess)]
+    charts = [] if group.bench else [_pareto(group, names, quality)]
+    charts.append(_by_length(group, names, quality, _capital(quality.title), direction, group.guess))
     for figure in figures:
         if figure.chart and (figure.name == group.speed or figure.name not in SPEED.values()):
             title = _memory_title(group) if figure.name == "memory" else figure.chart
-            charts.append(_by_length(group, names, of_figure(figure), title, DIRECTIONS[figure.better], None))
+            marked = crossings if figure.name == group.speed else None
+            axis = of_figure(figure)
+            charts.append(_by_length(group, names, axis, title, DIRECTIONS[figure.better], None, marked))
     if not group.bench:
-        speed = of_figure(FIGURES[group.speed])
         charts += [
-            _trade(group, names, quality, speed, "speed", "training tokens/s", "right"),
-            _spent(group, names, quality),
+            _beyond(group, names, varied, quality, direction),
+            _windows(group, names, quality, direction),
+            *_tuning(group, names, varied, quality),
             *_curves(group, names, varied, quality.title),
         ]
     return [chart for chart in charts if chart is not None]
@@ -110,347 +150,627 @@ def _memory_title(group: rows.Group) -> str:
     return "Peak memory" if any(row.get("peak_bytes") is not None for row in group.rows) else "Temporary memory"
 
 
-# ---- the charts -------------------------------------------------------------------------------------------------
+# ---- over lengths -----------------------------------------------------------------------------------------------
 
 
 def _by_length(
-    group: rows.Group, names: Sequence[str], measure: Measure, title: str, note: str, chance: float | None
+    group: rows.Group,
+    names: Sequence[str],
+    measure: Measure,
+    title: str,
+    note: str,
+    guess: float | None,
+    crossings: Mapping[str, Any] | None = None,
 ) -> Chart | None:
     """A line for each series over the sequence lengths; with a single length, a point for each series."""
-    data = _data(group, names, measure)
+    points = [point for point in group.points if role(point) != "range"]
+    data = _data(points, names, measure)
     if not data:
         return None
-    lengths = sorted({item["length"] for item in data})
+    lengths = sorted({item.length for item in data})
     if lengths[-1] == 0:
         title = f"{title}, {measure.title}"
     elif len(lengths) == 1:
         title = f"{title} at {lengths[0]:,} tokens"
     else:
         title = f"{title} by length"
-    near, words = _chance(group, data, chance)
+    near, words = _chance(group, data, guess)
     if measure.log:
         logarithmic = f"{'both axes' if len(lengths) > 1 else 'the axis'} logarithmic"
         note = f"{note}; {logarithmic}" if note else logarithmic
-        means = ((point.series, point.estimate(measure.name)) for point in group.points)
+        means = ((point.series, point.estimate(measure.name)) for point in points)
         zeros = [series for series, estimate in means if estimate and estimate.mean <= 0]
         note += f", where 0 has no place: {human.listing(list(dict.fromkeys(zeros)))}" if zeros else ""
-    spread = "; bars: 95\u00a0% interval" if any("low" in item for item in data) else ""
+    several = len(lengths) > 1
+    spread = f"; {'bands' if several else 'bars'}: 95\u00a0% interval" if any(item.ends for item in data) else ""
     axis = _axis(measure, _ends(data, near), near)
-    build = _lines if len(lengths) > 1 else _dots
-    return Chart(title, f"{_capital(note)}{words}{spread}.", build(data, names, axis, lengths, near))
+    rule = [] if near is None else [Rule("y" if several else "x", near, _guess_words(group, near))]
+    if not several:
+        return Chart(title, f"{_capital(note)}{words}{spread}.", [Pane((), [_dots(data, axis, rule)])], *_lists(data))
+    crossed = _crossings(crossings or {}, names, {item.series for item in data})
+    rule += [Rule("x", at, text, series) for series, at, text in crossed]
+    note = f"{_capital(note)}{words}{spread}."
+    if crossed:
+        note += " Dashed: from which length on it is the faster one: " + "; ".join(text for *_, text in crossed) + "."
+    powers = _powers(data) if measure.log else {}
+    note += f" {_growth(powers)}" if powers and not group.bench else ""
+    plot = Plot(_length_axis(lengths), axis, [*rule, *_lines(data)])
+    heads, lines = _table(data, powers)
+    return Chart(title, note, [Pane((), [plot])], [], heads, lines)
 
 
-def _lines(data: list, names: Sequence[str], y: dict, lengths: list[int], chance: float | None) -> dict:
-    x = _length_axis(lengths)
-    # The lines of two series that agree lie on each other; the shapes are drawn with a rim so that both can be seen.
-    layers = [
-        {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, **_ink(names, shape=False)}},
-        _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
-        _points({"x": x, "y": y}, names, "length"),
-    ]
-    return _chart([_rule(chance, "y"), *layers], data, 250)
+def _lines(data: Sequence[Item]) -> list[Mark]:
+    """Bands at the bottom, then lines, then points."""
+    bands, lines, dots = [], [], []
+    for series in dict.fromkeys(item.series for item in data):
+        mine = sorted((item for item in data if item.series == series), key=lambda item: item.length)
+        xs = [float(item.length) for item in mine]
+        lines.append(Line(series, xs, [item.value for item in mine]))
+        if any(item.ends for item in mine):
+            ends = [item.ends or (item.value, item.value) for item in mine]
+            if len(mine) > 1:
+                bands.append(Band(series, xs, [low for low, _ in ends], [high for _, high in ends]))
+        alone = len(mine) == 1
+        dots += [Dot(series, one.length, one.value, _tip(one), upright=one.ends if alone else None) for one in mine]
+    return [*bands, *lines, *dots]
 
 
-def _dots(data: list, names: Sequence[str], x: dict, lengths: list[int], chance: float | None) -> dict:
-    y = _names_axis()
-    if "tickCount" in x["axis"]:
-        x = x | {"axis": x["axis"] | {"tickCount": 4}}
-    layers = [
-        _spread(data, {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}}, names),
-        _points({"x": x, "y": y}, names),
-    ]
-    return _chart([_rule(chance, "x"), *layers], data, 26 * len(data) + 10)
+def _dots(data: Sequence[Item], x: Axis, rule: Sequence[Mark]) -> Plot:
+    """A row for each series, the first on top."""
+    last = len(data) - 1
+    y = Axis("", -0.5, last + 0.5, [(last - at, item.name) for at, item in enumerate(data)], grid=True)
+    dots = [Dot(item.series, item.value, last - at, _tip(item), across=item.ends) for at, item in enumerate(data)]
+    return Plot(dataclasses.replace(x, grid=False), y, [*rule, *dots], 26 * len(data) + 34)
 
 
-def _spent(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
-    """Metric against the layers that a token passed through, where variants differ in them."""
-    computation = of_figure(FIGURES["computation"])
-    if len({item["value"] for item in _data(group, names, computation)}) < 2:
-        return None
-    return _trade(group, names, quality, computation, "computation per token", "layers per token, on average", "left")
+def _lists(data: Sequence[Item]) -> tuple[list[Pick], list[str], list[list[str]]]:
+    return [], ["", "value"], [[item.name, item.text] for item in data]
 
 
-def _trade(
-    group: rows.Group, names: Sequence[str], quality: Measure, cost: Measure, against: str, axis: str, best: str
+def _table(data: Sequence[Item], powers: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """The numbers over lengths: a line for each series, a column for each length."""
+    lengths = sorted({item.length for item in data})
+    texts = {(item.name, item.length): item.text for item in data}
+    heads = ["", *(f"{length:,} tokens" for length in lengths), *(["grows as"] if powers else [])]
+    lines = []
+    for name in dict.fromkeys(item.name for item in data):
+        line = [name, *(texts.get((name, length), human.NONE) for length in lengths)]
+        lines.append(line + ([human.power(powers.get(name))] if powers else []))
+    return heads, lines
+
+
+def _powers(data: Sequence[Item]) -> dict[str, float]:
+    """How each series grows with the length, where it has lengths enough to tell."""
+    powers = {}
+    for name in dict.fromkeys(item.name for item in data):
+        mine = [item for item in data if item.name == name and item.length > 0]
+        if len({item.length for item in mine}) >= exponent.LEAST:
+            powers[name] = exponent.fit([item.length for item in mine], [item.value for item in mine])
+    return powers
+
+
+def _growth(powers: Mapping[str, float]) -> str:
+    """How the series grow with the length, in a sentence; the table has them all."""
+    least, most = min(powers.values()), max(powers.values())
+    if most - least < 0.02:
+        return f"Grows with the length N as {human.power(most)}."
+    ranked = sorted(powers, key=lambda name: -powers[name])
+    first, last = (f"{human.power(powers[name])} ({name})" for name in (ranked[0], ranked[-1]))
+    return f"Grows with the length N from {last} to {first}."
+
+
+def _crossings(crossings: Mapping[str, Any], names: Sequence[str], drawn: set[int]) -> list[tuple[int, float, str]]:
+    """Series, length and words of each efficiency length."""
+    marks = []
+    for name, found in crossings.items():
+        if name in names and names.index(name) in drawn:
+            at, low, high = found
+            ends = "" if low is None or high is None else f" [{low:,.0f}, {high:,.0f}]"
+            marks.append((names.index(name), float(at), f"{name} {at:,.0f}{ends} tokens"))
+    return marks
+
+
+def _beyond(
+    group: rows.Group, names: Sequence[str], varied: Sequence[str], quality: Measure, direction: str
 ) -> Chart | None:
-    """Metric against what it costs at one length, which the reader chooses; the best lie far to the `best` side."""
-    costs = {(item["series"], item["length"]): item for item in _data(group, names, cost)}
-    data = []
-    for item in _data(group, names, quality):
-        spent = costs.get((item["series"], item["length"]))
-        if spent:
-            data.append(item | {"cost": spent["value"], "cost_text": spent["text"]})
+    """The metric at other lengths than the one that was trained, which is marked."""
+    found: dict[int, dict[tuple[int, int], list[float]]] = {}
+    for row in group.rows:
+        scored = [(_number(one.get("seq_len")), _number(one.get("metric"))) for one in _mappings(row.get("by_length"))]
+        own = rows.length(row), rows.measure(row, "metric")
+        if not scored or not rows.ok(row) or own[0] is None or row.get("role") == "range":
+            continue
+        series = names.index(rows.series(row, varied))
+        mine = found.setdefault(own[0], {})
+        for length, metric in dict([*scored, own]).items():
+            if length and length >= 1 and metric is not None:
+                mine.setdefault((series, int(length)), []).append(metric)
+    if not found:
+        return None
+    trained, panes, lines = sorted(found), [], []
+    for at, length in enumerate(trained):
+        data = []
+        for (series, tested), values in sorted(found[length].items()):
+            data.append(_item(series, names, tested, intervals.estimate(values), quality))
+        near, _ = _chance(group, data, group.guess)
+        rule = [] if near is None else [Rule("y", near, _guess_words(group, near))]
+        rule.append(Rule("x", length, f"trained at {length:,} tokens"))
+        axis = _axis(quality, _ends(data, near), near)
+        over = _length_axis(sorted({item.length for item in data}))
+        panes.append(Pane((at,), [Plot(over, axis, [*rule, *_lines(data)])]))
+        lines += [[item.name, f"{length:,}", f"{item.length:,}", item.text] for item in data]
+    note = f"{_capital(direction)}; the upright line is the length that was trained, by which positions were learnt."
+    picks, panes = _picked("trained at", [f"{length:,} tokens" for length in trained], panes)
+    heads = ["", "trained at", "tested at", quality.title]
+    return Chart(f"{_capital(quality.title)} beyond the trained length", note, panes, picks, heads, lines)
+
+
+def _windows(group: rows.Group, names: Sequence[str], quality: Measure, direction: str) -> Chart | None:
+    """The same task under windows of several sizes: whether it needs long range at all."""
+    data = _data([point for point in group.points if role(point) == "range"], names, quality)
     if not data:
         return None
-    lengths = sorted({item["length"] for item in data})
-    low, high = min(item["cost"] for item in data), max(item["cost"] for item in data)
-    x = _axis(cost, (low, high), None, title=axis, grid=False) | {"field": "cost"}
-    chance, words = _chance(group, data, group.guess)
-    y = _axis(quality, _ends(data, chance), chance)
-    layers = [
-        _spread(data, {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}, names),
-        _points({"x": x, "y": y}, names, "cost"),
+    near, words = _chance(group, data, group.guess)
+    rule = [] if near is None else [Rule("x", near, _guess_words(group, near))]
+    axis = _axis(quality, _ends(data, near), near)
+    lengths = sorted({item.length for item in data})
+    panes = [
+        Pane((at,), [_dots([item for item in data if item.length == length], axis, rule)])
+        for at, length in enumerate(lengths)
     ]
-    spec = _chart([_rule(chance, "y"), *layers], data, 250)
-    if len(lengths) > 1:
-        spec["params"].append({"name": "at", "value": lengths[-1]})
-        for layer in spec["layer"]:
-            if "data" not in layer:
-                layer["transform"] = [*layer.get("transform", []), {"filter": "datum.length === at"}]
-    note = f"The best are far {best} and {'high' if group.better('metric') > 0 else 'low'}"
-    title = f"{_capital(quality.title)} against {against}"
-    return Chart(title, f"{note}{words}.", spec, lengths if len(lengths) > 1 else [])
+    picks, panes = _picked("at", [f"{length:,} tokens" for length in lengths], panes)
+    title = f"{_capital(quality.title)} under windows"
+    needs = "Where a small window scores what a large one does, the task needs no long range"
+    note = f"{_capital(direction)}{words}. {needs}."
+    heads, lines = _table(data, {})
+    return Chart(title, note, panes, picks, heads, lines)
+
+
+# ---- what it costs ----------------------------------------------------------------------------------------------
+
+
+def front(points: Sequence[tuple[float, float]], better: int) -> list[tuple[float, float]]:
+    """Of (cost, value) points those that no other is at least as good as in both and better in one, by rising cost."""
+    kept: list[tuple[float, float]] = []
+    for cost, value in sorted(set(points), key=lambda point: (point[0], -better * point[1])):
+        if not kept or better * value > better * kept[-1][1]:
+            kept.append((cost, value))
+    return kept
+
+
+def _pareto(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
+    """The metric against time, memory and FLOPs at one length, which the reader chooses, with the front of each."""
+    points = [point for point in group.points if role(point) != "range"]
+    scored = {(item.series, item.length): item for item in _data(points, names, quality)}
+    against = []
+    for candidates in COSTS:
+        for measure in (of_figure(FIGURES[name]) for name in candidates if name in FIGURES):
+            spent = {
+                (item.series, item.length): item
+                for item in _data(points, names, measure)
+                if (item.series, item.length) in scored
+            }
+            # All spend the same number of layers, but for what chooses them by token.
+            if spent and (measure.name != "computation" or len({item.value for item in spent.values()}) > 1):
+                against.append((measure, spent))
+                break
+    if not against:
+        return None
+    lengths = sorted({length for _, spent in against for _, length in spent})
+    panes, lines, best = [], [], []
+    better = group.better("metric")
+    near, words = _chance(group, list(scored.values()), group.guess)
+    for at, length in enumerate(lengths):
+        plots, leading = [], {}
+        for measure, spent in against:
+            here = [(item, scored[key]) for key, item in spent.items() if key[1] == length]
+            if not here:
+                continue
+            y = _axis(quality, _ends([score for _, score in here], near), near)
+            x = dataclasses.replace(_axis(measure, _ends([cost for cost, _ in here], None), None), title=_cost(measure))
+            edge = front([(cost.value, score.value) for cost, score in here], better)
+            leading[measure.name] = {cost.name for cost, score in here if (cost.value, score.value) in edge}
+            marks: list[Mark] = [] if near is None else [Rule("y", near, _guess_words(group, near))]
+            marks += [_stairs(edge, x)] if edge else []
+            marks += [
+                Dot(
+                    cost.series, cost.value, score.value, f"{_tip(score)}; {_cost(measure)} {cost.text}",
+                    across=cost.ends, upright=score.ends, ring=False,
+                )
+                for cost, score in here
+            ]  # fmt: skip
+            plots.append(Plot(dataclasses.replace(x, grid=False), y, marks, 240))
+        panes.append(Pane((at,), plots))
+        best.append({_cost(measure): leading.get(measure.name, set()) for measure, _ in against})
+        for key, score in scored.items():
+            if key[1] == length:
+                costs = [spent[key].text if key in spent else human.NONE for _, spent in against]
+                fronts = [_cost(measure) for measure, _ in against if score.name in leading.get(measure.name, ())]
+                lines.append([score.name, f"{length:,}" if length else "", score.text, *costs, ", ".join(fronts)])
+    options = [f"{length:,} tokens" for length in lengths]
+    picks, panes = _picked("at", options, panes)
+    heads = ["", "length", quality.title, *(_cost(measure) for measure, _ in against), "on the front of"]
+    side = "high" if better > 0 else "low"
+    note = f"The best are far left and {side}; the stairs join what no other beats in both{words}"
+    note += "; whiskers: 95\u00a0% interval" if any(item.ends for item in scored.values()) else ""
+    title = f"{_capital(quality.title)} against its cost"
+    return Chart(title, f"{note}.", panes, picks, heads, lines)
+
+
+def _cost(measure: Measure) -> str:
+    words = {"seconds_median": "time of a training step", "flops": "FLOPs of a training step"}
+    return words.get(measure.name, measure.title)
+
+
+def _stairs(edge: Sequence[tuple[float, float]], x: Axis) -> Front:
+    """From the cheapest point right and then to the next, on to the right end."""
+    xs, ys = [edge[0][0]], [edge[0][1]]
+    for cost, value in edge[1:]:
+        xs += [cost, cost]
+        ys += [ys[-1], value]
+    return Front([*xs, x.high], [*ys, ys[-1]])
+
+
+# ---- tuning -----------------------------------------------------------------------------------------------------
+
+
+class _Tuning(NamedTuple):
+    """How one knob of a series was tuned at a length; curve: value of the knob -> metric, None where it failed."""
+
+    best: float | None
+    edge: bool
+    widened: bool
+    curve: dict[float, float | None]
+    metric: str
+    share: float | None
+
+
+def _tuning(group: rows.Group, names: Sequence[str], varied: Sequence[str], quality: Measure) -> list[Chart]:
+    """The metric on validation data over each tuned knob, a line for each series at one length."""
+    tuned: dict[str, dict[int, dict[int, _Tuning]]] = {}
+    for row in group.rows:
+        tuning = row.get("tuning")
+        if not isinstance(tuning, Mapping):
+            continue
+        best = tuning.get("best") if isinstance(tuning.get("best"), Mapping) else {}
+        knobs = tuning.get("knobs")
+        for knob in knobs if isinstance(knobs, list | tuple) else best:
+            at = tuned.setdefault(str(knob), {}).setdefault(rows.length(row) or 0, {})
+            better = tuning.get("higher_is_better")
+            at[names.index(rows.series(row, varied))] = _Tuning(
+                _number(best.get(str(knob))),
+                bool(tuning.get("edge")),
+                bool(tuning.get("widened")),
+                _sweep(tuning, str(knob), group.better("metric") if better is None else 1 if better else -1),
+                human.plain(tuning.get("metric_name") or quality.title),
+                _number(tuning.get("share")),
+            )
+    return [
+        chart for knob, at in tuned.items() if (chart := _sensitivity(group, names, human.plain(knob), at)) is not None
+    ]
+
+
+def _sensitivity(
+    group: rows.Group, names: Sequence[str], knob: str, at: Mapping[int, Mapping[int, _Tuning]]
+) -> Chart | None:
+    lengths, panes, lines = sorted(at), [], []
+    every = [tuning for mine in at.values() for tuning in mine.values()]
+    metric, better = every[0].metric, group.better("metric")
+    for place, length in enumerate(lengths):
+        xs = sorted({x for tuning in at[length].values() for x in tuning.curve})
+        known = [y for tuning in at[length].values() for y in tuning.curve.values() if y is not None]
+        if not known:
+            continue
+        room = 0.08 * (max(known) - min(known)) or 0.05
+        low, high = min(known) - room, max(known) + room
+        y = Axis("", low, high, [(mark, human.significant(mark)) for mark in ticks(low, high)], grid=True)
+        curves: list[Mark] = []
+        dots: list[Mark] = []
+        for series, tuning in at[length].items():
+            pairs = [(x, y) for x, y in sorted(tuning.curve.items()) if y is not None]
+            curves += [Line(series, [x for x, _ in pairs], [y for _, y in pairs])] if pairs else []
+            dots += _tried(series, names[series], knob, tuning, low if better > 0 else high)
+            score = None if tuning.best is None else tuning.curve.get(tuning.best)
+            edge = "" if not tuning.edge else "yes, after widening" if tuning.widened else "yes"
+            lines.append([names[series], f"{length:,}", human.significant(tuning.best), human.score(score), edge])
+        panes.append(Pane((place,), [Plot(_knob_axis(knob, xs), y, [*curves, *dots])]))
+    if not panes:
+        return None
+    picks, panes = _picked("at", [f"{length:,} tokens" for length in lengths], panes)
+    note = f"{_capital(DIRECTIONS[better])}; on validation data; ringed: the best, with which the row was trained"
+    shares = {tuning.share for tuning in every if tuning.share is not None}
+    note += f"; each with {100 * max(shares):.3g}\u00a0% of the steps" if len(shares) == 1 else ""
+    failed = any(value is None for tuning in every for value in tuning.curve.values())
+    note += "; crosses: failed" if failed else ""
+    edges = dict.fromkeys(names[series] for mine in at.values() for series, tuning in mine.items() if tuning.edge)
+    if edges:
+        who = human.listing(list(edges), 4)
+        note += f". The best lies at the edge of the grid, so that a better one may lie beyond it, of {who}"
+    return Chart(
+        f"Tuning of {knob}", f"{note}.", panes, picks, ["", "length", f"best {knob}", metric, "at the edge"], lines
+    )
+
+
+def _tried(series: int, name: str, knob: str, tuning: _Tuning, bottom: float) -> list[Mark]:
+    """A point for each value of the knob; one that failed is a cross at the worse end of the axis."""
+    dots: list[Mark] = []
+    for x, value in sorted(tuning.curve.items()):
+        words = f"{name}\n{knob} {human.significant(x)}: "
+        if value is None:
+            dots.append(Dot(series, x, bottom, f"{words}failed", cross=True))
+            continue
+        best = x == tuning.best
+        more = "" if not best else " (best, at the edge of the grid)" if tuning.edge else " (best)"
+        dots.append(Dot(series, x, value, f"{words}{tuning.metric} {human.score(value)}{more}", ring=best))
+    return dots
+
+
+def _sweep(tuning: Mapping, knob: str, better: int) -> dict[float, float | None]:
+    """Value of the knob -> the best metric with it, over the other knobs; None where all failed."""
+    curve: dict[float, float | None] = {}
+    for point in _mappings(tuning.get("points")):
+        x, metric = _number(point.get(knob)), _number(point.get("metric"))
+        if x is not None:
+            metric = metric if point.get("status", "ok") == "ok" else None
+            both = [value for value in (curve.get(x), metric) if value is not None]
+            curve[x] = (max(both) if better > 0 else min(both)) if both else None
+    return curve
+
+
+def _knob_axis(knob: str, xs: Sequence[float]) -> Axis:
+    marks = [(x, human.significant(x)) for x in xs]
+    if xs[0] > 0:
+        return Axis(knob, xs[0] / 1.15, xs[-1] * 1.15, marks, log=True)
+    room = 0.04 * (xs[-1] - xs[0]) or 0.5
+    return Axis(knob, xs[0] - room, xs[-1] + room, marks)
+
+
+# ---- while training went on -------------------------------------------------------------------------------------
+
+
+class _Curve(NamedTuple):
+    """Values of a cell over steps, with the tokens and seconds that each step is after, where they are known."""
+
+    series: int
+    ok: bool
+    xs: dict[str, list[float]]
+    ys: list[float]
 
 
 def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str], metric: str) -> list[Chart | None]:
-    """What was measured while training went on, over the steps at one length, a line for each cell: the training loss,
-    and loss and metric of validation where it took place more than once."""
-    training = [(row, [(step, loss) for step, loss in row.get("curve") or []]) for row in group.rows]
+    """What was measured while training went on: the training loss, and loss and metric of validation where it took
+    place more than once."""
+    training = [(row, [tuple(point) for point in row.get("curve") or []]) for row in group.rows]
     better = _capital(DIRECTIONS[group.better("metric")])
-    charts = [_over_steps(group, names, varied, training, "Training loss", "Cross-entropy in nats; lower is better")]
+    note = "Cross-entropy in nats; lower is better"
+    charts = [_while_training(names, varied, training, "Learning curves", note, smooth=True)]
     if max((len(rows.validation(row)) for row in group.rows), default=0) > 1:
         losses = [(row, [(step, loss) for step, loss, _ in rows.validation(row)]) for row in group.rows]
         scores = [(row, [(step, score) for step, _, score in rows.validation(row)]) for row in group.rows]
         note = "On the validation split, at the steps that have a point"
         charts += [
-            _over_steps(group, names, varied, losses, "Validation loss", f"{note}; lower is better", points=True),
-            _over_steps(group, names, varied, scores, f"Validation {metric}", f"{better}; {note.lower()}", points=True),
+            _while_training(names, varied, losses, "Validation loss", f"{note}; lower is better"),
+            _while_training(names, varied, scores, f"Validation {metric}", f"{better}; {note.lower()}"),
         ]
     return charts
 
 
-def _over_steps(
-    group: rows.Group,
+def _while_training(
     names: Sequence[str],
     varied: Sequence[str],
-    measured: list[tuple[dict, list[tuple]]],
+    measured: Sequence[tuple[dict, Sequence[tuple]]],
     title: str,
     note: str,
     *,
-    points: bool = False,
+    smooth: bool = False,
 ) -> Chart | None:
-    """measured: each row with (step, value) pairs; points: whether each pair is marked."""
+    """measured: each row with (step, value) or (step, value, seconds). smooth: whether the lines are smoothed, with
+    what was measured faint behind them; else each measured point has a dot."""
     curves = [(row, curve) for row, curve in measured if curve]
     if not curves:
         return None
     most = max(8, min(100, CURVE_POINTS // len(curves)))
-    data = []
-    for row, curve in curves:
-        pairs = [pair for pair in curve if all(human.number(value) is not None for value in pair)]
-        if pairs:
-            pairs = [*pairs[: -1 : max(1, math.ceil(len(pairs) / most))], pairs[-1]]
-            series = rows.series(row, varied)
-            at = {"series": names.index(series), "name": series, "length": rows.length(row) or 0, "cell": len(data)}
-            data.append(at | {"step": [step for step, _ in pairs], "loss": [_short(value) for _, value in pairs]})
-    if not data:
+    found: dict[int, list[_Curve]] = {}
+    for row, points in curves:
+        curve = _curve(row, points, most, names.index(rows.series(row, varied)))
+        if curve is not None:
+            found.setdefault(rows.length(row) or 0, []).append(curve)
+    if not found:
         return None
-    lengths = sorted({item["length"] for item in data})
-    x = {
-        "field": "step",
-        "type": "quantitative",
-        "scale": {"nice": False},
-        "axis": {"title": "step", "grid": False, "tickCount": 5},
-    }
-    y = {"field": "loss", "type": "quantitative", "scale": {"zero": False}, "axis": {"title": None, "tickCount": 5}}
-    line = {
-        "mark": {"type": "line", "strokeWidth": 1.5, "clip": True, "point": points},
-        "encoding": {"x": x, "y": y, "detail": {"field": "cell"}, "tooltip": _tip("name")} | _ink(names, shape=False),
-    }
-    spec = _chart([line], data, 250)
-    chosen = [{"filter": "datum.length === at"}] if len(lengths) > 1 else []
-    spec["transform"] = [*chosen, {"flatten": ["step", "loss"]}]
-    if chosen:
-        spec["params"].append({"name": "at", "value": lengths[-1]})
-    stopped = "" if all(rows.ok(row) for row, _ in curves) else "; cells that failed are drawn as far as they came"
-    return Chart(title, f"{note}{stopped}.", spec, lengths if chosen else [])
+    every = [curve for mine in found.values() for curve in mine]
+    units = [unit for unit in ("steps", "tokens", "seconds") if all(unit in curve.xs for curve in every)]
+    lengths, panes = sorted(found), []
+    banded = False
+    for at, length in enumerate(lengths):
+        for over, unit in enumerate(units):
+            plot = _training_plot(found[length], names, unit, smooth)
+            banded = banded or bool(plot.of(Band))
+            panes.append(Pane((at, over), [plot]))
+    note += "; smoothed, as measured faint behind" if smooth else ""
+    note += "; band: from the lowest to the highest seed" if banded else ""
+    note += "" if all(rows.ok(row) for row, _ in curves) else "; cells that failed are drawn as far as they came"
+    picks = [
+        Pick("at", [f"{length:,} tokens" if length else "" for length in lengths], len(lengths) - 1),
+        Pick("over", units, 0),
+    ]
+    picks, panes = _needed(picks, panes)
+    lines = [
+        [names[series], f"{length:,}" if length else "", human.score(statistics.fmean(last))]
+        for length in lengths
+        for series in dict.fromkeys(curve.series for curve in found[length])
+        if (last := [curve.ys[-1] for curve in found[length] if curve.series == series and curve.ok])
+    ]
+    return Chart(title, f"{note}.", panes, picks, ["", "length", "at the last point"], lines)
+
+
+def _curve(row: dict, points: Sequence[tuple], most: int, series: int) -> _Curve | None:
+    known = [point for point in points if len(point) > 1 and None not in map(_number, point[:2])]
+    if not known:
+        return None
+    known = [*known[: -1 : max(1, math.ceil(len(known) / most))], known[-1]]
+    xs = {"steps": [float(point[0]) for point in known]}
+    batch, length = human.number(rows.value(row, "batch")), rows.length(row)
+    if batch and length:
+        xs["tokens"] = [step * batch * length for step in xs["steps"]]
+    if all(len(point) > 2 and _number(point[2]) is not None for point in known):
+        xs["seconds"] = [float(point[2]) for point in known]
+    return _Curve(series, rows.ok(row), xs, [float(point[1]) for point in known])
+
+
+def _training_plot(curves: Sequence[_Curve], names: Sequence[str], unit: str, smooth: bool) -> Plot:
+    """A line for each series, the mean of its seeds that ended ok; those that failed on their own."""
+    bands, faint, lines, dots, ends = [], [], [], [], []
+    for series in dict.fromkeys(curve.series for curve in curves):
+        mine = [curve for curve in curves if curve.series == series]
+        done = [curve for curve in mine if curve.ok] or mine
+        if smooth:
+            faint += [Line(series, curve.xs[unit], curve.ys, faint=True) for curve in mine]
+        drawn = [curve._replace(ys=smoothed(curve.ys)) if smooth else curve for curve in done]
+        xs, means, lows, highs = _over_seeds(drawn, unit)
+        lines.append(Line(series, xs, means))
+        ends += [*means, *lows, *highs, min(min(curve.ys) for curve in mine)]
+        if len(drawn) > 1:
+            bands.append(Band(series, xs, lows, highs))
+        words = lambda x, y, name=names[series]: f"{name}\n{human.score(y)} at {human.count(x)} {unit}"
+        marked = list(zip(xs, means, strict=True))
+        dots += [Dot(series, x, y, words(x, y)) for x, y in (marked[-1:] if smooth else marked)]
+    low, high = min(ends), max(ends)
+    room = 0.05 * (high - low) or 0.1
+    low, high = low - room, high + room
+    last = max(max(curve.xs[unit]) for curve in curves)
+    first = min(min(curve.xs[unit]) for curve in curves)
+    y = Axis("", low, high, [(mark, human.significant(mark)) for mark in ticks(low, high)], grid=True)
+    tick = human.significant if unit == "seconds" else human.count
+    x = Axis(unit, first, last, [(mark, tick(mark) if mark else "0") for mark in ticks(first, last)])
+    return Plot(x, y, [*faint, *bands, *lines, *dots])
+
+
+def _over_seeds(curves: Sequence[_Curve], unit: str) -> tuple[list[float], list[float], list[float], list[float]]:
+    """x, mean, lowest and highest of the curves at each step that the first of them has."""
+    at: dict[float, list[tuple[float, float]]] = {}
+    for curve in curves:
+        for step, x, y in zip(curve.xs["steps"], curve.xs[unit], curve.ys, strict=True):
+            at.setdefault(step, []).append((x, y))
+    steps = [step for step in sorted(at) if len(at[step]) == len(curves)] or sorted(at)
+    xs = [statistics.fmean(x for x, _ in at[step]) for step in steps]
+    ys = [[y for _, y in at[step]] for step in steps]
+    return xs, [statistics.fmean(y) for y in ys], [min(y) for y in ys], [max(y) for y in ys]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential mean of a curve, without the pull of a start from zero; the same number of values."""
+    keep = 0.5 ** (SMOOTHED / max(len(values), 1))
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1.0
+        means.append(total / weight)
+    return means
 
 
 # ---- their parts ------------------------------------------------------------------------------------------------
 
 
-def _data(group: rows.Group, names: Sequence[str], measure: Measure) -> list[dict]:
-    """An object for each point that has the measure; a logarithmic axis has no place for zero."""
+def _picked(label: str, options: list[str], panes: list[Pane]) -> tuple[list[Pick], list[Pane]]:
+    """One choice, the last first."""
+    return _needed([Pick(label, options, len(options) - 1)], panes)
+
+
+def _needed(picks: list[Pick], panes: list[Pane]) -> tuple[list[Pick], list[Pane]]:
+    """The choices between two things or more; a choice that is shown first has a pane."""
+    there = [sorted({pane.at[place] for pane in panes}) for place in range(len(picks))]
+    kept = [place for place in range(len(picks)) if len(there[place]) > 1]
+    chosen = [
+        Pick(
+            picks[place].label,
+            [picks[place].options[at] for at in there[place]],
+            there[place].index(picks[place].chosen) if picks[place].chosen in there[place] else len(there[place]) - 1,
+        )
+        for place in kept
+    ]
+    renamed = [Pane(tuple(there[place].index(pane.at[place]) for place in kept), pane.plots) for pane in panes]
+    return chosen, renamed
+
+
+def _mappings(value: object) -> list[Mapping]:
+    """The mappings in what is to be a list of them."""
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def _number(value: object) -> float | None:
+    """A number that can be drawn."""
+    number = human.number(value)
+    return None if number is None or abs(number) > LARGEST else number
+
+
+def _data(points: Sequence[rows.Point], names: Sequence[str], measure: Measure) -> list[Item]:
+    """An item for each point that has the measure; a logarithmic axis has no place for zero."""
     data = []
-    for point in group.points:
+    for point in points:
         estimate = point.estimate(measure.name)
         if estimate is None or (measure.log and estimate.mean <= 0):
             continue
-        item = {"series": names.index(point.series), "name": point.series, "length": point.seq_len or 0}
-        text = findings.with_interval(estimate, measure.written)
-        text = f"{measure.title} {text}" if measure.name == "metric" else text
-        item |= {"value": _short(estimate.mean), "text": text}
-        if estimate.half is not None and estimate.half > 0:
-            low = max(estimate.low, estimate.mean / 10) if measure.log else estimate.low
-            item |= {"low": _short(low), "high": _short(estimate.high)}
-        data.append(item)
+        data.append(_item(names.index(point.series), names, point.seq_len or 0, estimate, measure))
     return data
 
 
-def _chart(layers: list[dict | None], data: list[dict], height: int) -> dict:
-    drawn = [layer for layer in layers if layer is not None]
-    return {
-        "data": {"values": data},
-        "params": [{"name": "focus", "value": None}],
-        "width": "container",
-        "height": height,
-        "layer": drawn,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "config": CONFIG,
-    }
+def _item(series: int, names: Sequence[str], length: int, estimate: intervals.Estimate, measure: Measure) -> Item:
+    text = findings.with_interval(estimate, measure.written)
+    text = f"{measure.title} {text}" if measure.name == "metric" else text
+    ends = None
+    if estimate.half is not None and estimate.half > 0:
+        ends = (max(estimate.low, estimate.mean / 10) if measure.log else estimate.low), estimate.high
+    return Item(series, names[series], length, estimate.mean, ends, text)
 
 
-def _points(place: dict, names: Sequence[str], more: str = "") -> dict:
-    shown = ["name", "text", *(["cost_text"] if more == "cost" else []), *(["length"] if more else [])]
-    return {
-        "mark": {"type": "point", "filled": True, "size": 80, "stroke": "var(--page)", "strokeWidth": 1, "opacity": 1},
-        "encoding": place | {"tooltip": _tip(*shown)} | _ink(names, shape=True),
-    }
+def _tip(item: Item) -> str:
+    return f"{item.name}\n{item.text}" + (f"\nat {item.length:,} tokens" if item.length else "")
 
 
-def _spread(data: list[dict], place: dict, names: Sequence[str]) -> dict | None:
-    """The bar of the 95 % interval, where some point has one."""
-    if not any("low" in item for item in data):
-        return None
-    return {
-        "mark": {"type": "rule", "strokeWidth": 1.5},
-        "transform": [{"filter": "isValid(datum.low)"}],
-        "encoding": place | _ink(names, shape=False),
-    }
+def _guess_words(group: rows.Group, level: float) -> str:
+    what = "chance" if level == human.number(group.first("chance")) else "always the most frequent class"
+    return f"{what}, {human.score(level)}"
 
 
-def _ink(names: Sequence[str], shape: bool) -> dict:
-    """Colour, shape and focus of the series, numbered as in the legend; the page draws the legend, once for all."""
-    looks, numbers = look(names), list(range(len(names)))
-    ink: dict = {
-        "color": {
-            "field": "series",
-            "type": "nominal",
-            "legend": None,
-            "scale": {"domain": numbers, "range": [item["colour"] for item in looks]},
-        },
-        "opacity": {"condition": {"test": "focus === null || datum.series === focus", "value": 1}, "value": 0.12},
-    }
-    if shape:
-        scale = {"domain": numbers, "range": [item["shape"] for item in looks]}
-        ink["shape"] = {"field": "series", "type": "nominal", "legend": None, "scale": scale}
-    return ink
+def _length_axis(lengths: Sequence[int]) -> Axis:
+    marks = [(float(length), str(length)) for length in lengths]
+    return Axis("sequence length, tokens", lengths[0] / 1.12, lengths[-1] * 1.12, marks, log=True)
 
 
-def _tip(*fields: str) -> list[dict]:
-    """What the page shows at a point. The titles are ours: Vega-Lite writes them into an expression."""
-    return [{"field": field, "type": "nominal", "title": field} for field in fields]
-
-
-def _rule(chance: float | None, axis: str) -> dict | None:
-    if chance is None:
-        return None
-    mark = {"type": "rule", "strokeDash": [4, 4], "color": "currentColor", "opacity": 0.6, "strokeWidth": 1.2}
-    place = {axis: {"field": "value", "type": "quantitative"}}
-    return {"data": {"values": [{"value": chance, "text": human.score(chance)}]}, "mark": mark, "encoding": place}
-
-
-def _length_axis(lengths: list[int]) -> dict:
-    scale = {"type": "log", "base": 2, "nice": False, "domain": [lengths[0] / 1.12, lengths[-1] * 1.12]}
-    axis = {
-        "title": "sequence length, tokens",
-        "values": lengths,
-        "format": "d",
-        "grid": False,
-        "labelOverlap": "greedy",
-    }
-    return {"field": "length", "type": "quantitative", "scale": scale, "axis": axis}
-
-
-def _names_axis() -> dict:
-    axis = {"title": None, "labelLimit": 130, "grid": True, "ticks": False, "domain": False, "labelPadding": 8}
-    return {"field": "name", "type": "nominal", "sort": None, "axis": axis}
-
-
-def _chance(group: rows.Group, data: list[dict], level: float | None) -> tuple[float | None, str]:
+def _chance(group: rows.Group, data: Sequence[Item], level: float | None) -> tuple[float | None, str]:
     """What a guess scores, to draw, and words for it; where that is far from all values, which it would flatten, words
     alone."""
-    if level is None:
+    if level is None or not data:
         return None, ""
-    what = "chance" if level == human.number(group.first("chance")) else "always the most frequent class"
-    drawn = f"; dashed: {what}, {human.score(level)}"
-    low, high = min(item["value"] for item in data), max(item["value"] for item in data)
+    drawn = f"; dashed: {_guess_words(group, level)}"
+    low, high = min(item.value for item in data), max(item.value for item in data)
     if low >= 0 and high <= 1 and 0 <= level <= 1:
         return level, drawn
     if max(high, level) - min(low, level) > 4 * max(high - low, 1e-9):
-        return None, f"; {what}, {human.score(level)}, lies {'above' if level > high else 'below'} the picture"
+        return None, f"; {_guess_words(group, level)}, lies {'above' if level > high else 'below'} the picture"
     return level, drawn
 
 
-def _ends(data: list[dict], chance: float | None) -> tuple[float, float]:
-    values = [item[key] for item in data for key in ("value", "low", "high") if key in item]
+def _ends(data: Sequence[Item], chance: float | None) -> tuple[float, float]:
+    values = [value for item in data for value in (item.value, *(item.ends or ()))]
     values += [] if chance is None else [chance]
     return min(values), max(values)
 
 
-def _axis(
-    measure: Measure, ends: tuple[float, float], chance: float | None, title: str | None = None, grid: bool = True
-) -> dict:
+def _axis(measure: Measure, ends: tuple[float, float], chance: float | None) -> Axis:
     """The axis of a measure: between 0 and 1 where chance and all values are (an accuracy), else around the values."""
     low, high = ends
-    axis: dict = {"title": title, "grid": grid, "labelExpr": measure.label}
     if measure.log:
         low, high = low / 1.3, high * 1.3
-        scale = {"type": "log", "domain": [low, high], "nice": False}
-        axis["values"] = _ticks(low, high, measure.binary)
-        return {"field": "value", "type": "quantitative", "scale": scale, "axis": axis}
-    # Not on a logarithmic axis, whose values Vega would thin out to this count.
-    axis["tickCount"] = 5
+        marks = log_ticks(low, high, measure.binary)
+        return Axis("", low, high, [(mark, measure.tick(mark)) for mark in marks], log=True, grid=True)
     if chance is not None and low >= 0 and high <= 1:
-        scale = {"domain": [0, 1]}
+        low, high = 0.0, 1.0
     else:
         room = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
-        scale = {"domain": [low - room, high + room], "nice": True, "zero": False}
-    return {"field": "value", "type": "quantitative", "scale": scale, "axis": axis}
-
-
-def _ticks(low: float, high: float, binary: bool) -> list[float]:
-    """At most six round numbers on a logarithmic axis: powers of two, or as many of each decade as have room."""
-    if binary:
-        marks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-        marks = [mark for mark in marks if low <= mark <= high]
-        return marks[:: max(1, math.ceil(len(marks) / 6))]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = []
-    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        marks = [mark for decade in decades for digit in digits if low <= (mark := float(f"{digit}e{decade}")) <= high]
-        if len(marks) <= 6:
-            break
-    return marks[:: max(1, math.ceil(len(marks) / 6))]
-
-
-def _short(number: float) -> float:
-    return float(f"{number:.5g}")
+        low, high = low - room, high + room
+    return Axis("", low, high, [(mark, measure.tick(mark)) for mark in ticks(low, high)], grid=True)
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-CONFIG = {
-    "background": "transparent",
-    "font": "system-ui, sans-serif",
-    "view": {"stroke": None},
-    "axis": {
-        "labelColor": "currentColor",
-        "titleColor": "currentColor",
-        "domainColor": "currentColor",
-        "tickColor": "currentColor",
-        "gridColor": "currentColor",
-        "gridOpacity": 0.13,
-        "domainOpacity": 0.4,
-        "tickOpacity": 0.4,
-        "labelOpacity": 0.8,
-        "titleOpacity": 0.8,
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-        "titlePadding": 8,
-    },
-    "axisQuantitative": {"domain": False},
-    "axisX": {"domain": True},
-}

@@ -1,14 +1,13 @@
 """One offline HTML file: findings, charts, every cell, and how it was measured.
 
-Nothing is fetched and nothing can be: the page's Content-Security-Policy forbids every source but the styles and the
-two scripts in the file, named by their hashes. Vega runs on its expression interpreter, so "unsafe-eval" is not needed.
-Text from rows reaches the page only through Jinja's escaping, or as JSON without "<" that no browser takes for code.
+Nothing is fetched and nothing can be: the page's Content-Security-Policy forbids every source but the style and the
+script in the file, named by their hashes. Charts are SVG in the page, so that it says all it has to say without its
+script, which makes a chosen series stand out. Text from rows reaches the page only escaped, by Jinja or by `plot`.
 """
 
 import base64
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -18,9 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from xformers_lab import files
 from xformers_lab.errors import UsageError
 from xformers_lab.record import Figure, Record, columns, figures
-from xformers_lab.report import charts, findings, human, notes, patterns, rows
+from xformers_lab.report import charts, findings, human, maps, notes, patterns, plot, rows, summary
 
 HERE = pathlib.Path(__file__).parent
+# Wrong examples of a series, and letters of each of their texts.
+MOST_WRONG, MOST_LETTERS = 10, 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,12 @@ def write_report(
 ) -> None:
     """Write the rows as one HTML file, replaced as a whole.
 
-    Raises UsageError where vl-convert or jinja2 is missing, and OSError where the file cannot be written.
+    Raises UsageError where jinja2 is missing, and OSError where the file cannot be written.
     """
     try:
         import jinja2
-
-        library = _library()
     except ImportError as error:
-        raise UsageError(f"the HTML report needs {error.name}: pip install jinja2 vl-convert-python") from None
+        raise UsageError(f"the HTML report needs {error.name}: pip install jinja2") from None
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -59,12 +58,13 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = rows.order(cells, varied_keys)
-    specs: list[dict] = []
-    groups = [
-        _section(group, charts.of_group(group, names, varied_keys, figures(schema)), varied_keys, specs)
-        for group in rows.groups(cells, varied_keys)
-    ]
+    looks = charts.looks(cells, varied_keys)
+    left = maps.BUDGET
+    groups = []
+    for group in rows.groups(cells, varied_keys):
+        section = _section(group, looks, varied_keys, schema, left, len(groups))
+        left -= section["map_letters"]
+        groups.append(section)
     style, script = _text("page.css"), _text("page.js")
     shared, unshared = _configs(cells, varied_keys)
     page = pages.get_template("page.html.jinja").render(
@@ -72,11 +72,12 @@ def write_report(
         tally=_tally(cells),
         notes=[human.plain(note) for note in notes.of(cells)],
         groups=groups,
-        legend=charts.look(names),
+        legend=[{"name": look.name, "swatch": plot.swatch(look)} for look in looks],
         patterns=patterns.figures(cells),
         undrawn=human.listing(patterns.left_out(cells)),
-        table=_table(cells, varied_keys, columns(schema)),
+        table=_table(cells, varied_keys, columns(schema), [look.name for look in looks]),
         best=_what_is_bold(cells),
+        failures=_failures(cells, varied_keys),
         command=command,
         machines=_machines(cells),
         shared=shared,
@@ -84,28 +85,90 @@ def write_report(
         measures=_measures(cells, columns(schema)),
         style=style,
         script=script,
-        library=library,
-        policy=_policy(style, [library, script]),
-        specs=_json(specs),
+        policy=_policy(style, [script]),
     )
     files.replace_text(pathlib.Path(path), page)
 
 
-def _section(group: rows.Group, drawn: Sequence[charts.Chart], varied: Sequence[str], specs: list[dict]) -> dict:
-    """What the page shows of a group. The specs of its charts are appended to `specs`: their place there names them."""
-    shown = []
-    for chart in drawn:
-        shown.append({"title": chart.title, "note": chart.note, "lengths": chart.lengths, "number": len(specs)})
-        specs.append(chart.spec)
+def _section(
+    group: rows.Group, looks: Sequence[plot.Look], varied: Sequence[str], schema: type[Record], left: int, number: int
+) -> dict:
+    """What the page shows of a group. left: how many letters its maps may have; number: its place on the page."""
+    names = [look.name for look in looks]
+    shown = [
+        _chart(chart, looks, f"c{number}-{at}")
+        for at, chart in enumerate(charts.of_group(group, names, varied, figures(schema)))
+    ]
     missing = [f"{rows.label(row, varied)} ({human.outcome(row)})" for row in group.rows if not rows.ok(row)]
+    weights = maps.of_group(group, names, varied, left)
+    tables = summary.of_group(group, looks, columns(schema), varied)
     return {
         "title": group.title,
         "findings": findings.sentences(group),
         "notes": [human.plain(note) for note in notes.of_group(group)],
         "charts": shown,
+        "tables": tables,
+        "table_pick": charts.Pick("at", [table.length for table in tables], len(tables) - 1),
+        "table_id": f"t{number}",
         "missing": missing[:8],
         "more": max(0, len(missing) - 8),
+        "maps": weights,
+        "map_letters": sum(len(picture) for one in weights.shown for _, picture in one.pictures) if weights else 0,
+        "wrong": _wrong(group, varied, names),
     }
+
+
+def _chart(chart: charts.Chart, looks: Sequence[plot.Look], name: str) -> dict:
+    """A chart as the template has it: each pane with the classes by which it is chosen."""
+    panes = []
+    for pane in chart.panes:
+        words = ", ".join([chart.title, *chart.options(pane)])
+        drawn = [
+            plot.svg(one, looks, f"{words}{': ' if chart.wide else ''}{one.x.title * chart.wide}") for one in pane.plots
+        ]
+        panes.append({"at": " ".join(f"p{place}-{at}" for place, at in enumerate(pane.at)), "plots": drawn})
+    return {
+        "name": name,
+        "title": chart.title,
+        "note": chart.note,
+        "picks": chart.picks,
+        "panes": panes,
+        "wide": chart.wide,
+        "heads": chart.heads,
+        "lines": chart.lines,
+    }
+
+
+def _wrong(group: rows.Group, varied: Sequence[str], names: Sequence[str]) -> list[dict]:
+    """What each series got wrong at one length, of the first seed that tells: input, right answer, what it said."""
+    shown: dict[str, dict] = {}
+    for row in group.rows:
+        examples = row.get("wrong")
+        name = rows.series(row, varied)
+        if isinstance(examples, Sequence) and not isinstance(examples, str) and examples and name not in shown:
+            lines = [
+                [_text_of(example.get(key)) for key in ("input", "answer", "said")]
+                for example in examples[:MOST_WRONG]
+                if isinstance(example, Mapping)
+            ]
+            if lines:
+                shown[name] = {"name": rows.label(row, varied), "series": names.index(name), "lines": lines}
+    return sorted(shown.values(), key=lambda one: one["series"])
+
+
+def _text_of(value: object) -> str:
+    text = human.plain(human.NONE if value is None else value)
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _failures(cells: Sequence[dict], varied: Sequence[str]) -> list[dict]:
+    """How each cell that failed ended; cells that ended alike are one line."""
+    ended: dict[str, list[str]] = {}
+    for row in cells:
+        if not rows.ok(row):
+            task = human.plain(rows.value(row, "task") or "")
+            ended.setdefault(human.outcome(row), []).append(" · ".join(filter(None, [task, rows.label(row, varied)])))
+    return [{"outcome": outcome, "cells": human.listing(names, 12)} for outcome, names in ended.items()]
 
 
 def _tally(cells: Sequence[dict]) -> str:
@@ -115,9 +178,13 @@ def _tally(cells: Sequence[dict]) -> str:
     return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
 
 
-def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Figure]) -> dict:
-    """Every row, with a column for each varied key and each figure that some row has."""
+def _table(
+    results: Sequence[dict], varied: Sequence[str], measured: Sequence[Figure], names: Sequence[str] = ()
+) -> dict:
+    """Every row, with a column for each varied key and each figure that some row has; rows with names of their own have
+    a column for that. names: the series in the order of the legend."""
     groups = rows.groups(results, varied)
+    called = any(row.get("name") for row in results)
     keys = ["task"] if any(group.task is not None for group in groups) else []
     keys += [key for key in ("pass", "seq_len") if any(rows.value(row, key) is not None for row in results)]
     keys += [key for key in rows.named_by(varied) if key not in keys]
@@ -127,13 +194,16 @@ def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Fi
     scores = ["metric", *about, "chance"] if scored else []
     if any(group.majority is not None for group in groups):
         scores.append("majority")
-    heads = [*keys, *scores, *(figure.heading for figure in measured), "outcome"]
+    heads = [*(["row"] if called else []), *keys, *scores, *(figure.heading for figure in measured), "outcome"]
     lines = []
     for group in groups:
         best = _best(group)
         for row in group.rows:
             mine = (rows.series(row, varied), rows.length(row)) if rows.ok(row) else None
-            cells = [_key(row, key) for key in keys]
+            series = rows.series(row, varied)
+            cells = [Cell(series, series)] if called else []
+            cells += [_key(row, key) for key in keys]
+            placed = len(cells)
             if scored:
                 name = human.plain(group.first("metric_name", ""))
                 metric = rows.measure(row, "metric")
@@ -150,12 +220,13 @@ def _table(results: Sequence[dict], varied: Sequence[str], measured: Sequence[Fi
             for figure in measured:
                 value = rows.measure(row, figure.name)
                 cells.append(_number(value, human.in_column(figure, value), mine in best.get(figure.name, ())))
-            if not rows.ok(row) and len(cells) > len(keys):
+            if not rows.ok(row) and len(cells) > placed:
                 # The reason is in the last column, which a narrow screen does not show at once.
-                cells[len(keys)] = _number(None, human.status(row))
+                cells[placed] = _number(None, human.status(row))
             outcome = human.outcome(row)
             cells.append(Cell(outcome, outcome))
-            lines.append({"cells": cells, "ok": rows.ok(row)})
+            at = names.index(series) if series in names else None
+            lines.append({"cells": cells, "ok": rows.ok(row), "series": at})
     numbers = {i for i in range(len(heads)) if lines and all(line["cells"][i].number for line in lines)}
     return {"heads": [human.plain(head) for head in heads], "numbers": numbers, "lines": lines}
 
@@ -173,6 +244,15 @@ def _step(row: dict) -> str:
     return "" if at is None else f"{at:,}"
 
 
+def _shared(row: dict) -> str:
+    """The metric of a tuned row under the recipe that all share, or how that run ended; empty for any other row."""
+    run = row.get("shared")
+    if not isinstance(run, Mapping):
+        return ""
+    value = summary.shared(row)
+    return human.status(dict(run)) if value is None else human.score(value)
+
+
 def _validated(row: dict) -> str:
     """The last validation: "0.912 (loss 0.310) at step 200"; empty where there was none."""
     points = rows.validation(row)
@@ -183,7 +263,14 @@ def _validated(row: dict) -> str:
 
 
 # What else the table says of a metric, by its heading.
-ABOUT: Mapping[str, Callable[[dict], str]] = {"scored": rows.scored, "after step": _step, "validation": _validated}
+ABOUT: Mapping[str, Callable[[dict], str]] = {
+    "shared recipe": _shared,
+    "tuned knobs": summary.tuned,
+    "matched": summary.matched,
+    "scored": rows.scored,
+    "after step": _step,
+    "validation": _validated,
+}
 
 
 def _best(group: rows.Group) -> dict[str, set]:
@@ -234,8 +321,14 @@ def _configs(results: Sequence[dict], varied: Sequence[str]) -> tuple[str, list[
         record |= {".".join(key): value for key, value in settings.items() if key not in shared}
         record |= {} if settings else {key: rows.value(row, key) for key in varied}
         name = " · ".join(filter(None, [task, rows.label(row, varied)]))
+        command = row.get("command")
         cells.append(
-            {"name": name, "ok": rows.ok(row), "json": json.dumps(_clean(record), indent=1, ensure_ascii=False)}
+            {
+                "name": name,
+                "ok": rows.ok(row),
+                "command": str(command) if command else "",
+                "json": json.dumps(_clean(record), indent=1, ensure_ascii=False),
+            }
         )
     return (_pretty(shared) if shared else ""), cells
 
@@ -331,14 +424,6 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _json(value: object) -> str:
-    """JSON for a data block: without "<" it cannot end the block, and without U+2028/9 it is a line of any script."""
-    text = json.dumps(_clean(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
-
-
 def _clean(value: object) -> object:
     """Values that JSON has: infinities and NaN, and what is neither text, number nor container, as text."""
     if isinstance(value, Mapping):
@@ -348,14 +433,6 @@ def _clean(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-@functools.cache
-def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script: it takes a second or two to make."""
-    import vl_convert
-
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _text(name: str) -> str:
