@@ -32,13 +32,14 @@ def knob(
     below: float | None = None,
     same_result: bool = False,
     folder: bool = False,
+    lengths: bool = False,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
-    a path, which is one value whatever stands in it.
+    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between.
     """
-    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below}
+    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
     return dataclasses.field(default=default, metadata=rules | {"same_result": same_result, "folder": folder})
 
 
@@ -88,6 +89,9 @@ class Train:
 class Config:
     task: str = knob("mqar:pairs=4", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
+    test_len: str | None = knob(
+        None, "score the trained model at these lengths too, + between them: 128+256", lengths=True
+    )
     seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
@@ -137,6 +141,8 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
     _, field, kind = LEAVES[key]
+    if field.metadata["lengths"]:
+        return _lengths(value, where)
     value = spec.coerce(value, kind, where)
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
@@ -148,6 +154,11 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     if field.metadata["shelf"]:
         canonical(key, value, where)
     return str(spec.located(str(value), where)) if field.metadata["folder"] else value
+
+
+def lengths(text: str | None) -> list[int]:
+    """The lengths that a value of test_len names."""
+    return [] if text is None else [int(part) for part in text.split("+")]
 
 
 def canonical(key: str, value: Any, where: str = "") -> Any:
@@ -374,6 +385,14 @@ def _no_none(tree: Mapping) -> dict:
 def _replace(node, path: tuple[str, ...], value):
     head, *rest = path
     return dataclasses.replace(node, **{head: _replace(getattr(node, head), tuple(rest), value) if rest else value})
+
+
+def _lengths(value: Any, where: str) -> str | None:
+    """`128+256`, each once, in order of size; raises UsageError."""
+    if spec.coerce(str(value), str | None, where) is None:
+        return None
+    known = {typed("seq_len", part.strip(), f"{where}: the length {part.strip()}") for part in str(value).split("+")}
+    return "+".join(map(str, sorted(known)))
 
 
 def _leaf(key: str, where: str) -> str:

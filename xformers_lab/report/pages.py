@@ -89,7 +89,7 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
 def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
     """The record of one run or evaluation: what its summary tells."""
     shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
-    lines = []
+    lines = [{"": "seq_len", "value": f"{record['seq_len']:,}"}] if "seq_len" in record else []
     for key in summary(schema):
         value = record.get(key)
         if value is not None:
@@ -100,6 +100,29 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
         print_listing(along(by_position), console)
+    if by_length := record.get("by_length"):
+        (console or Console()).print("\nat other lengths:")
+        print_lengths([{"metric_name": record.get("metric_name"), **row} for row in by_length], console)
+
+
+def print_lengths(records: list[dict], console: Console | None = None) -> None:
+    """Scores of one run at several lengths, a line each."""
+    lines = []
+    for record in records:
+        interval = record.get("metric_interval")
+        line = {
+            "seq_len": record["seq_len"],
+            record.get("metric_name") or "metric": _scored(record.get("metric")),
+            "95 % interval": "-" if interval is None else f"{_scored(interval[0])} to {_scored(interval[1])}",
+            "loss": _scored(record.get("loss")),
+            "examples": rows.scored(record) or "-",
+        }
+        lines.append(line | ({"reason": record["reason"]} if record.get("reason") else {}))
+    print_listing(lines, console)
+
+
+def _scored(value: float | None) -> str:
+    return "-" if value is None else human.score(value)
 
 
 def _of_metric(record: dict) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
@@ -30,11 +30,11 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, records
+from xformers_lab.train import checkpoint, evaluation, lengths, optimizer, prefetch, records
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
-__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepare", "resume", "run"]
+__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "evaluate_at", "load", "prepare", "resume", "run"]
 
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
@@ -111,30 +111,55 @@ def evaluate(
     *,
     split: Split = "test",
     batches: evaluation.Wanted | None = None,
+    length: int | None = None,
     trust: bool = False,
 ) -> dict:
     """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
     run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
+    layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
+    they are not those of training; UsageError where the model has no such length. trust: as in `resume`. Raises
     Diverged where the loss is no number.
     """
-    run_dir = pathlib.Path(run_dir)
+    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust)[0]
+
+
+def evaluate_at(
+    run_dir: pathlib.Path | str,
+    at: Sequence[int],
+    *,
+    split: Split = "test",
+    batches: evaluation.Wanted | None = None,
+    trust: bool = False,
+) -> list[dict]:
+    """What `evaluate` gives at each of several lengths; where the loss at one is no number, its `reason` says so.
+    Raises before it scores any where the model has no such length."""
+    return _evaluated(pathlib.Path(run_dir), at, split, batches, trust)
+
+
+def _evaluated(
+    run_dir: pathlib.Path, at: Sequence[int | None], split: Split, batches: evaluation.Wanted | None, trust: bool
+) -> list[dict]:
+    """A record for each length, None for that of training."""
     job = _trained(run_dir, trust)
-    state, step = checkpoint.restore(run_dir, job.target(), job.about)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
-    score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
-    record = Record(
-        id=configs.identity(job.config),
-        run_dir=str(run_dir),
-        split=split,
-        step=step,
-        **_reported(score),
-        by_position=score.tokens,
-        **_declared(job.task),
-    )
-    return records.finite(record.to_dict())
+    places = [None if length is None else _at(job, length) for length in at]
+    trained, step = checkpoint.restore(run_dir, job.target(), job.about)
+    rows = []
+    for length, place in zip(at, places, strict=True):
+        there, state = (job, trained) if place is None else (place[1], _moved(*place, trained))
+        row = {} if length is None else {"seq_len": length}
+        about = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
+        try:
+            score = _score(there, state, split, wanted, None, lambda: 0, lambda what: None)
+            about |= {**_reported(score), "by_position": score.tokens}
+        except Diverged as error:
+            if len(at) == 1:
+                raise
+            about |= {"reason": str(error), "metric": None, "loss": None}
+        rows.append(records.finite(row | Record(**about, **_declared(there.task)).to_dict()))
+    return rows
 
 
 def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
@@ -197,6 +222,37 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         segments,
         functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
     )
+
+
+def _at(job: _Job, length: int) -> tuple[lengths.Other, _Job]:
+    """A job at another length, where nothing is compiled yet; what becomes otherwise is said."""
+    other = lengths.at(job.config, job.task, length)
+    if words := other.said():
+        logging.getLogger(__name__).warning("%s", words)
+    return other, prepare(other.config, job.run_dir)
+
+
+def _moved(other: lengths.Other, there: _Job, state: TrainState) -> TrainState:
+    """The state of training on the devices, as a job at another length takes it."""
+    return there.layout.place_state(other.state(state, there.target()))
+
+
+def _by_length(job: _Job, state: TrainState, score: Callable[[_Job, TrainState], evaluation.Score]) -> list[dict]:
+    """The scores at each length of test_len. One that is no number, or that the device has no room for, says so."""
+    rows = []
+    for length in configs.lengths(job.config.test_len):
+        other, there = _at(job, length)
+        row: dict = {"seq_len": length} | ({"changed": other.changed} if other.changed else {})
+        try:
+            reported = _reported(score(there, _moved(other, there, state)))
+            rows.append(row | {key: reported[key] for key in lengths.FIGURES})
+        except Diverged as error:
+            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": str(error)})
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": "out of memory"})
+    return rows
 
 
 def _run(
@@ -293,6 +349,9 @@ def _train(
     def score(split: Split, most: int | None = None) -> evaluation.Score:
         return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
 
+    def score_there(there: _Job, state: TrainState) -> evaluation.Score:
+        return _score(there, state, "test", train.eval_batches, None, stop_signal, lambda what: doing(what, step))
+
     def validate(line: dict) -> dict:
         valued = score("validation", evaluation.WATCHED)
         return line | {"validation_loss": valued.loss, "validation_metric": valued.metric}
@@ -327,6 +386,7 @@ def _train(
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
         tested = score("test")
+        more = {"by_length": _by_length(job, state, score_there)} if job.config.test_len else {}
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -334,7 +394,7 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested))
+    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested), **more)
 
 
 def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
