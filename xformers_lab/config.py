@@ -33,14 +33,17 @@ def knob(
     same_result: bool = False,
     folder: bool = False,
     lengths: bool = False,
+    compiled: bool = True,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
-    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between.
+    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between. A field that is not
+    `compiled` is no part of a compiled program, which runs that differ in nothing else share.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
-    return dataclasses.field(default=default, metadata=rules | {"same_result": same_result, "folder": folder})
+    rules |= {"same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +69,23 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = knob(400, "optimizer steps", least=1)
+    steps: int = knob(400, "optimizer steps", least=1, compiled=False)
     batch: int = knob(64, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
-    lr: float = knob(3e-3, "peak learning rate", least=0)
+    lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
     schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
-    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
-    weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
-    clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
-    eval_every: int = knob(0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0)
+    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
+    weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
+    clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
+    eval_every: int = knob(
+        0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0, compiled=False
+    )
     eval_batches: int | typing.Literal["all"] = knob(
-        "all", "examples to score: all of the split (256 of one without end), or so many times 32", least=1
+        "all",
+        "examples to score: all of the split (256 of one without end), or so many times 32",
+        least=1,
+        compiled=False,
     )
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
     layout: typing.Literal["jit", "pmap", "experts"] = knob(
@@ -90,9 +98,9 @@ class Config:
     task: str = knob("mqar:pairs=4", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
     test_len: str | None = knob(
-        None, "score the trained model at these lengths too, + between them: 128+256", lengths=True
+        None, "score the trained model at these lengths too, + between them: 128+256", lengths=True, compiled=False
     )
-    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
+    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32, compiled=False)
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
         None,
@@ -208,10 +216,19 @@ def identity(config: Config) -> str:
 
 def decisive(config: Config) -> dict[str, Any]:
     """Everything that decides a run's result: each leaf spelled out, and a hash of the source of a choice outside."""
+    return _spelled(config, [key for key, (_, field, _) in LEAVES.items() if not field.metadata["same_result"]])
+
+
+def compiled(config: Config) -> dict[str, Any]:
+    """What decides the programs that a run compiles, as `decisive` has it."""
+    return _spelled(config, [key for key, (_, field, _) in LEAVES.items() if field.metadata["compiled"]])
+
+
+def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """Leaves spelled out, and a hash of the source of each choice outside the package."""
     leaves = {}
-    for key, (_, field, _) in LEAVES.items():
-        if field.metadata["same_result"]:
-            continue
+    for key in keys:
+        _, field, _ = LEAVES[key]
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["shelf"] and value != "auto":
             parts = spec.split(str(value), "+")

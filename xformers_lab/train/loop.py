@@ -30,8 +30,8 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, lengths, optimizer, prefetch, records
-from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
+from xformers_lab.train import checkpoint, evaluation, lengths, optimizer, prefetch, programs, records
+from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "evaluate_at", "load", "prepare", "resume", "run"]
@@ -175,7 +175,7 @@ class _Job:
     """What a config stands for: everything that does not change while it trains.
 
     segments: whether batches follow one another, for what the model remembers to carry over; rebuilt: the task with
-    another size of batch, and seed 0; scored: not empty once `score` is compiled.
+    another size of batch, and seed 0.
     """
 
     config: Config
@@ -184,11 +184,18 @@ class _Job:
     graph: nnx.GraphDef
     tx: optax.GradientTransformation
     layout: Layout
-    score: Callable
     about: dict
     segments: bool
     rebuilt: Callable[[int], Task]
-    scored: list[bool] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def first_batch(self) -> Batch:
+        """That of the first step, on the host."""
+        return prefetch.checked(self.task, "train", 0, self.segments)
+
+    @functools.cached_property
+    def program(self) -> programs.Program:
+        return programs.of(self.config, self.task, self.graph, self.layout, self.first_batch)
 
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
@@ -217,7 +224,6 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         graph,
         optimizer.build(config.train, optimizer.decays(merge(*parts))),
         layout,
-        compile_eval_step(task, graph, layout),
         about,
         segments,
         functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
@@ -331,9 +337,7 @@ def _train(
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
     doing("compiling", start)
-    compiled = compile_train_step(
-        job.config, job.task, job.graph, job.tx, job.layout, state, prefetch.checked(job.task, "train", 0, job.segments)
-    )
+    compiled = job.program.trained(job.config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
     stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
@@ -423,10 +427,9 @@ def _score(
     doing(f"preparing the {split} split")
 
     def evaluate(state: TrainState, batch: Batch) -> tuple:
-        doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
-        scored = job.score(state, batch)
-        if not job.scored:
-            job.scored.append(True)
+        doing(("testing" if split == "test" else "validating") if job.program.scored else "compiling the evaluation")
+        scored = job.program.score(state, batch)
+        job.program.scored = True
         if stop_signal():
             raise _Stopped
         return scored
