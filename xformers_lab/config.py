@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xformers_lab import sources, spec
+from xformers_lab import named_run, sources, spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
@@ -33,16 +33,18 @@ def knob(
     same_result: bool = False,
     folder: bool = False,
     lengths: bool = False,
+    run: bool = False,
     compiled: bool = True,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
-    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between. A field that is not
+    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
+    of which the parameters count and not the folder. A field that is not
     `compiled` is no part of a compiled program, which runs that differ in nothing else share.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
-    rules |= {"same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
+    rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -101,6 +103,9 @@ class Config:
         None, "score the trained model at these lengths too, + between them: 128+256", lengths=True, compiled=False
     )
     seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32, compiled=False)
+    init: str | None = knob(
+        None, "another run's folder, whose parameters are the first ones where they fit", run=True, compiled=False
+    )
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
         None,
@@ -152,6 +157,8 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     if field.metadata["lengths"]:
         return _lengths(value, where)
     value = spec.coerce(value, kind, where)
+    if field.metadata["run"]:
+        return None if value is None else named_run.named(value, where)
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
     if number is not None and least is not None and number < least:
@@ -230,6 +237,8 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     for key in keys:
         _, field, _ = LEAVES[key]
         leaves[key] = value = canonical(key, get(config, key))
+        if field.metadata["run"] and value is not None:
+            leaves[key] = named_run.parts(value)[1]
         if field.metadata["shelf"] and value != "auto":
             parts = spec.split(str(value), "+")
             digests = [spec.digest(field.metadata["shelf"], part) for part in parts]

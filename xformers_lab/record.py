@@ -308,6 +308,9 @@ class Record:
     validation: Sequence = fact("[step, loss, metric] of each validation")
     validation_examples: int | None = fact("how many examples each of them scored")
     plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
+    initialised: Mapping = fact(
+        "whose parameters it began with: run, checkpoint, step, taken (arrays), cut: {table: [rows taken, rows]}, fresh"
+    )
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")

@@ -30,7 +30,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, lengths, optimizer, prefetch, programs, records
+from xformers_lab.train import checkpoint, evaluation, initial, lengths, optimizer, prefetch, programs, records
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
@@ -39,6 +39,7 @@ __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "evaluate_at", 
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
+INITIALISED = "initialised.json"  # of the folder of a run that began with another's parameters: which these were
 _HOW_READ = "reading"  # of what a task says of its data
 _MEND = "try a smaller lr, clip=1, or dtype=float32"
 
@@ -326,7 +327,13 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
         if not from_scratch:
             raise
         logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
-    return job.layout.place_state(init(job.config, job.task, job.tx)), 0
+    state = init(job.config, job.task, job.tx)
+    if job.config.init is not None:
+        matched = initial.match(job.config, job.task)
+        state = initial.take(matched, state)
+        logging.getLogger(__name__).warning("%s", matched.said())
+        records.write_json(run_dir / INITIALISED, matched.record())
+    return job.layout.place_state(state), 0
 
 
 def _train(
@@ -529,6 +536,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
+        **({} if config.init is None else {"initialised": records.read_json(job.run_dir / INITIALISED)}),
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),
