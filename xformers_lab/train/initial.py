@@ -66,8 +66,8 @@ def check(config: Config, task: Task) -> None:
 
 
 def match(config: Config, task: Task) -> Match:
-    """What the model of a config takes; raises UsageError where no matrix is among it, or where the other run's checkpoint is
-    gone, has changed or is damaged."""
+    """What the model of a config takes; raises UsageError where no matrix is among it, or where the other run's
+    checkpoint is gone, has changed or is damaged."""
     assert config.init is not None
     try:
         manifest = checkpoint.verify(named_run.found(config.init))
@@ -90,8 +90,8 @@ def match(config: Config, task: Task) -> Match:
             fresh.append(name)
     if not cut and all(wanted[name].ndim < 2 for name in taken):
         raise UsageError(
-            f"init={config.init}: no matrix of that run has the path and shape of one of this model: give both the same "
-            "dim, layers, heads and choices"
+            f"init={config.init}: no matrix of that run has the path and shape of one of this model: give both the "
+            "same dim, layers, heads and choices"
         )
     return Match(config.init, manifest["step"], taken, cut, fresh)
 
