@@ -89,6 +89,11 @@ class Train:
         least=1,
         compiled=False,
     )
+    score: typing.Literal["test", "validation"] = knob(
+        "test",
+        "split that the finished run is scored on; with validation the test split cannot be read",
+        compiled=False,
+    )
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
     layout: typing.Literal["jit", "pmap", "experts"] = knob(
         "jit", "data-parallel over all devices: jit over a mesh, pmap, or jit with an ffn's experts shared out too"
@@ -102,7 +107,11 @@ class Config:
     test_len: str | None = knob(
         None, "score the trained model at these lengths too, + between them: 128+256", lengths=True, compiled=False
     )
-    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32, compiled=False)
+    seed: int = knob(0, "seed of dropout, of the parameters and of the data", least=0, below=2**32, compiled=False)
+    init_seed: int | None = knob(None, "seed of the parameters (none: seed)", least=0, below=2**32, compiled=False)
+    data_seed: int | None = knob(
+        None, "seed of the training data and their order (none: seed)", least=0, below=2**32, compiled=False
+    )
     init: str | None = knob(
         None, "another run's folder, whose parameters are the first ones where they fit", run=True, compiled=False
     )
@@ -141,6 +150,12 @@ def get(config: Config, key: str) -> Any:
     for name in LEAVES[key][0]:
         value = getattr(value, name)
     return value
+
+
+def seed_of(config: Config, key: typing.Literal["init_seed", "data_seed"]) -> int:
+    """The seed of the parameters or of the data, which are that of the run where they are not told apart."""
+    value = get(config, key)
+    return config.seed if value is None else value
 
 
 def edit(config: Config, **changes: Any) -> Config:
@@ -223,7 +238,10 @@ def identity(config: Config) -> str:
 
 def decisive(config: Config) -> dict[str, Any]:
     """Everything that decides a run's result: each leaf spelled out, and a hash of the source of a choice outside."""
-    return _spelled(config, [key for key, (_, field, _) in LEAVES.items() if not field.metadata["same_result"]])
+    keys = [key for key, (_, field, _) in LEAVES.items() if not field.metadata["same_result"]]
+    # Told apart or not, equal seeds are the same run.
+    same = [key for key in ("init_seed", "data_seed") if seed_of(config, key) == config.seed]
+    return _spelled(config, [key for key in keys if key not in same])
 
 
 def compiled(config: Config) -> dict[str, Any]:

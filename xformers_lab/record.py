@@ -146,7 +146,7 @@ class Record:
         "{key: value}, edge (the best is at the end of the grid), widened, points: [{key: value, metric, loss, status}]"
     )
     by_length: Sequence[Mapping] = fact(
-        "the test split scored at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of; where "
+        "the scored split at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of; where "
         "a choice makes something else of the length changed: {name: [at the trained one, here]}; reason where there "
         "is no score"
     )

@@ -164,7 +164,7 @@ SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
 )
 LENGTHS = argument("words", nargs="*", metavar="seq_len=T", help="tokens per sequence; several give a row each")
-SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
+SPLIT = argument("--split", choices=("train", "validation", "test"), help="in place of the run's own score=")
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
 HOW_TO_GENERATE = [
     argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),

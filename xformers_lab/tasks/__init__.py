@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xformers_lab.errors import UsageError
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -138,3 +140,32 @@ class Task:
     def finish(self, mean: float) -> float:
         """Turns the weighted mean into the reported metric (bits per byte from nats, say)."""
         return mean
+
+
+class _WithoutTest(Task):
+    """A task whose test split nobody can read, its own methods neither."""
+
+    def batch(self, split: Split, step: int) -> Batch:
+        return super().batch(_not_test(split), step)
+
+    def examples(self, split: Split) -> int | None:
+        return super().examples(_not_test(split))
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        return super().take(_not_test(split), numbers)
+
+    def segment(self, split: Split, step: int) -> Batch:
+        return super().segment(_not_test(split), step)
+
+
+def without_test(task: Task) -> Task:
+    """The same task, which from now on raises UsageError wherever its test split is asked for."""
+    own = type(task)
+    task.__class__ = type(own.__name__, (_WithoutTest, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    return task
+
+
+def _not_test(split: Split) -> Split:
+    if split == "test":
+        raise UsageError("the test split cannot be read with score=validation: score=test reads it, once all is chosen")
+    return split

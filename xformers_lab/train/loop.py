@@ -110,13 +110,14 @@ def resume(
 def evaluate(
     run_dir: pathlib.Path | str,
     *,
-    split: Split = "test",
+    split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     length: int | None = None,
     trust: bool = False,
 ) -> dict:
-    """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
-    run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
+    """Score the newest good checkpoint of a run on a split (default: the one that the run itself is scored on): on all
+    of it, or on so many times 32 examples (default: the run's eval_batches). The examples are those that the run itself
+    is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
@@ -130,7 +131,7 @@ def evaluate_at(
     run_dir: pathlib.Path | str,
     at: Sequence[int],
     *,
-    split: Split = "test",
+    split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     trust: bool = False,
 ) -> list[dict]:
@@ -140,10 +141,11 @@ def evaluate_at(
 
 
 def _evaluated(
-    run_dir: pathlib.Path, at: Sequence[int | None], split: Split, batches: evaluation.Wanted | None, trust: bool
+    run_dir: pathlib.Path, at: Sequence[int | None], split: Split | None, batches: evaluation.Wanted | None, trust: bool
 ) -> list[dict]:
     """A record for each length, None for that of training."""
     job = _trained(run_dir, trust)
+    split = job.config.train.score if split is None else split
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     places = [None if length is None else _at(job, length) for length in at]
     trained, step = checkpoint.restore(run_dir, job.target(), job.about)
@@ -176,7 +178,7 @@ class _Job:
     """What a config stands for: everything that does not change while it trains.
 
     segments: whether batches follow one another, for what the model remembers to carry over; rebuilt: the task with
-    another size of batch, and seed 0.
+    another size of batch, and data_seed=0.
     """
 
     config: Config
@@ -227,7 +229,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         layout,
         about,
         segments,
-        functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
+        functools.cache(lambda batch: build_task(edit(config, batch=batch, data_seed=0))),
     )
 
 
@@ -361,7 +363,7 @@ def _train(
         return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
 
     def score_there(there: _Job, state: TrainState) -> evaluation.Score:
-        return _score(there, state, "test", train.eval_batches, None, stop_signal, lambda what: doing(what, step))
+        return _score(there, state, train.score, train.eval_batches, None, stop_signal, lambda what: doing(what, step))
 
     def validate(line: dict) -> dict:
         valued = score("validation", evaluation.WATCHED)
@@ -396,7 +398,7 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        tested = score("test")
+        scored = score(train.score)
         more = {"by_length": _by_length(job, state, score_there)} if job.config.test_len else {}
         doing("finishing", step)
     except _Stopped:
@@ -405,7 +407,7 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested), **more)
+    return _finish(job, state, compiled, log, peak, status="ok", split=train.score, **_reported(scored), **more)
 
 
 def _kept(job: _Job, state: TrainState, doing: Doing) -> str:

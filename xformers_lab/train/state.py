@@ -93,7 +93,7 @@ def begun(memory: Any, fresh: Any) -> Any:
 
 
 def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, drawn from the config's seed."""
+    """The state before the first step, drawn from the config's `init_seed`."""
     _, params, extra, memory = split(build_model(config, task))
     memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.train.batch, 1), memory)
     count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
