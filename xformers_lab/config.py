@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xformers_lab import sources, spec
+from xformers_lab import named_run, sources, spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
@@ -32,16 +32,19 @@ def knob(
     below: float | None = None,
     same_result: bool = False,
     folder: bool = False,
+    lengths: bool = False,
+    run: bool = False,
     compiled: bool = True,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
-    a path, which is one value whatever stands in it. A field that is not `compiled` is no part of a compiled program,
-    which runs that differ in nothing else share.
+    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
+    of which the parameters count and not the folder. A field that is not
+    `compiled` is no part of a compiled program, which runs that differ in nothing else share.
     """
-    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below}
-    rules |= {"same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
+    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
+    rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -101,10 +104,16 @@ class Train:
 class Config:
     task: str = knob("mqar:pairs=4", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
+    test_len: str | None = knob(
+        None, "score the trained model at these lengths too, + between them: 128+256", lengths=True, compiled=False
+    )
     seed: int = knob(0, "seed of dropout, of the parameters and of the data", least=0, below=2**32, compiled=False)
     init_seed: int | None = knob(None, "seed of the parameters (none: seed)", least=0, below=2**32, compiled=False)
     data_seed: int | None = knob(
         None, "seed of the training data and their order (none: seed)", least=0, below=2**32, compiled=False
+    )
+    init: str | None = knob(
+        None, "another run's folder, whose parameters are the first ones where they fit", run=True, compiled=False
     )
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
@@ -177,7 +186,11 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
     _, field, kind = LEAVES.get(key) or STUDY[key]
+    if field.metadata["lengths"]:
+        return _lengths(value, where)
     value = spec.coerce(value, kind, where)
+    if field.metadata["run"]:
+        return None if value is None else named_run.named(value, where)
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
     if number is not None and least is not None and number < least:
@@ -188,6 +201,11 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     if field.metadata["shelf"]:
         canonical(key, value, where)
     return str(spec.located(str(value), where)) if field.metadata["folder"] else value
+
+
+def lengths(text: str | None) -> list[int]:
+    """The lengths that a value of test_len names."""
+    return [] if text is None else [int(part) for part in text.split("+")]
 
 
 def canonical(key: str, value: Any, where: str = "") -> Any:
@@ -254,6 +272,8 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     for key in keys:
         _, field, _ = LEAVES[key]
         leaves[key] = value = canonical(key, get(config, key))
+        if field.metadata["run"] and value is not None:
+            leaves[key] = named_run.parts(value)[1]
         if field.metadata["shelf"] and value != "auto":
             parts = spec.split(str(value), "+")
             digests = [spec.digest(field.metadata["shelf"], part) for part in parts]
@@ -480,6 +500,14 @@ def _no_none(tree: Mapping) -> dict:
 def _replace(node, path: tuple[str, ...], value):
     head, *rest = path
     return dataclasses.replace(node, **{head: _replace(getattr(node, head), tuple(rest), value) if rest else value})
+
+
+def _lengths(value: Any, where: str) -> str | None:
+    """`128+256`, each once, in order of size; raises UsageError."""
+    if spec.coerce(str(value), str | None, where) is None:
+        return None
+    known = {typed("seq_len", part.strip(), f"{where}: the length {part.strip()}") for part in str(value).split("+")}
+    return "+".join(map(str, sorted(known)))
 
 
 def _leaf(key: str, where: str) -> str:

@@ -146,7 +146,9 @@ class Record:
         "{key: value}, edge (the best is at the end of the grid), widened, points: [{key: value, metric, loss, status}]"
     )
     by_length: Sequence[Mapping] = fact(
-        "the test split scored at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of"
+        "the scored split at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of; where "
+        "a choice makes something else of the length changed: {name: [at the trained one, here]}; reason where there "
+        "is no score"
     )
     wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
     maps: Mapping = fact(
@@ -306,6 +308,9 @@ class Record:
     validation: Sequence = fact("[step, loss, metric] of each validation")
     validation_examples: int | None = fact("how many examples each of them scored")
     plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
+    initialised: Mapping = fact(
+        "whose parameters it began with: run, checkpoint, step, taken (arrays), cut: {table: [rows taken, rows]}, fresh"
+    )
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")

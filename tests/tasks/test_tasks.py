@@ -9,6 +9,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -321,6 +322,23 @@ def test_a_task_says_what_it_is(name, choice):
     assert "Metric:" in text and "Chance:" in text
     for option in spec.options(type(task)).values():
         assert option.help, f"{name}:{option.name} has no help"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_example_is_shown_with_its_answer(name, choice):
+    task = build(choice(name))
+    batch = task.batch("test", 0)
+    shown = [task.show(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(8)]
+    assert all(isinstance(text, str) and text for one in shown for key, text in one.items() if key != "then")
+    assert len({one.get("input", one.get("source")) for one in shown}) > 1
+    if task.target == "sequence":
+        assert {one["answer"] for one in shown} == {task.answer_name(int(answer)) for answer in batch.targets[:8]}
+    else:
+        for one, weights in zip(shown, batch.weights, strict=False):
+            bounds = [part.split("..") for part in one["positions"].split(", ")]
+            assert [n for first, *last in bounds for n in range(int(first), int((last or [first])[0]) + 1)] == list(
+                np.flatnonzero(weights)
+            )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ A task is built as `Task(setting, *, option=default)` and gives
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
   they were read, which is no part of what identifies them.
 * `reading()`: the same in words, a line for each split, which is said once the data are loaded.
+* `show(example)`: one example as a person reads it, which `xlab show task=NAME` prints; by default what `decode` makes
+  of its tokens, or a picture where the task has an `image`, and `answer_name` of the class.
 """
 
 import dataclasses
@@ -116,6 +118,16 @@ class Task:
     def decode(self, tokens: list[int]) -> str:
         """Tokens as text: the inverse of `encode`."""
         return " ".join(map(str, tokens))
+
+    def answer_name(self, answer: int) -> str:
+        """What a class of a whole sequence is called."""
+        return str(answer)
+
+    def show(self, example: Batch) -> dict[str, str]:
+        """One example, a batch of one row, as a person reads it: what is given and what is wanted, each by its name."""
+        from xformers_lab.tasks import _showing
+
+        return _showing.example(self, example)
 
     def describe(self) -> dict:
         """What the data are, as JSON has it."""

@@ -92,6 +92,16 @@ class Listops(Task):
         inputs, values = select(split, self.setting.batch, draw, self.accepted)
         return Batch(inputs, values, np.ones(len(values), np.float32), inputs > 0)
 
+    def encode(self, text: str) -> list[int]:
+        """An expression as it is written: "[MAX 4 [MIN 2 9 ] 0 ]"."""
+        try:
+            return encode(text)
+        except ValueError:
+            raise ValueError(f'"{text[:80]}" holds a word that is none of {" ".join(TOKENS[1:])}') from None
+
+    def decode(self, tokens: list[int]) -> str:
+        return decode(np.array(tokens, np.int32))
+
     def describe(self) -> dict:
         """`majority` is the share of the most frequent value in a sample of the training split."""
         steps = range(math.ceil(_SAMPLE / self.setting.batch))

@@ -92,6 +92,9 @@ class Pathfinder(Task):
         signs = "".join(".#"[token] for token in tokens)
         return "\n".join(signs[at : at + self.side] for at in range(0, len(signs), self.side))
 
+    def answer_name(self, answer: int) -> str:
+        return ("apart", "joined")[answer]
+
     def describe(self) -> dict:
         return {"source": "generated", "side": self.side, "dashes": self.dashes, "distractors": self.distractors}
 

@@ -92,6 +92,9 @@ class Pixels(Task):
         pixels, labels = self.corpus.splits[split]
         return Batch(pixels[numbers].astype(np.int32), labels[numbers], np.ones(len(numbers), np.float32))
 
+    def answer_name(self, answer: int) -> str:
+        return self.corpus.classes[answer]
+
     def describe(self) -> dict:
         """Source, size, classes, images per split, copies dropped, share of the most frequent class, sha256 of all."""
         fingerprint = hashlib.sha256()

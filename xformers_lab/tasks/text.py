@@ -113,6 +113,16 @@ class Text(Task):
             inputs[row, : len(content)] = content + np.int32(1)
         return Batch(inputs, labels[numbers], np.ones(len(numbers), np.float32), inputs > 0)
 
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a document, plus one."""
+        return [byte + 1 for byte in text.encode()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(token - 1 for token in tokens if token).decode(errors="replace")
+
+    def answer_name(self, answer: int) -> str:
+        return self.corpus.classes[answer]
+
     def describe(self) -> dict:
         """Source, classes, documents per split, copies dropped, share of the most frequent class, sha256 of it all."""
         sizes = {f"{split}_documents": len(labels) for split, (_, labels) in self.corpus.splits.items()}
