@@ -73,7 +73,7 @@ def sentences(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def choice(documents, images, sentences):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "pixels": images, "translate": sentences}
+    paths = {"text": documents, "mlm": documents, "pixels": images, "translate": sentences}
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -306,6 +306,7 @@ GUESSES = {
     "sort": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "copy": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "listops": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
+    "mlm": lambda task, batch, rng: np.full(batch.targets.shape, task.likeliest),
     "mqar": guess_value,
     "needle": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "text": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),

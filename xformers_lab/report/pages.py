@@ -165,9 +165,11 @@ def _of_metric(record: dict) -> dict[str, str]:
         rows.validation(record)[-1:],
     )
     low, high = record["metric_interval"] if rows.sampling(record) else (None, None)
+    perplexity = human.number((record.get("aux") or {}).get("perplexity"))
     return {
         "95 % interval": "" if low is None else f"{human.score(low)} to {human.score(high)}",
         "examples": rows.scored(record),
+        "perplexity": "" if perplexity is None else human.score(perplexity),
         "after step": "" if step is None else f"{step:,}",
         "majority": "" if majority is None else human.score(majority),
         "validation": "".join(

@@ -21,6 +21,7 @@ A task is built as `Task(setting, *, option=default)` and gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
+* `figures(loss)`: what is reported beside the metric, by name.
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
   they were read, which is no part of what identifies them.
 * `reading()`: the same in words, a line for each split, which is said once the data are loaded.
@@ -79,7 +80,7 @@ class Task:
     metric_name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     chance: float
-    segments: ClassVar[bool] = False
+    segments: bool = False
     source_length: int = 0
     blank: ClassVar[int | None] = None
     begin: ClassVar[tuple[int, ...]] = ()
@@ -153,6 +154,9 @@ class Task:
         """Turns the weighted mean into the reported metric (bits per byte from nats, say)."""
         return mean
 
+    def figures(self, loss: float) -> dict[str, float]:
+        """What is reported beside the metric, of the mean loss in nats for each answer."""
+        return {}
 
 class _WithoutTest(Task):
     """A task whose test split nobody can read, its own methods neither."""
