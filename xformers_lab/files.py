@@ -8,15 +8,20 @@ import secrets
 def replace_text(path: pathlib.Path, text: str, *, folder: bool = True) -> None:
     """Write a file, in place of an older one, once the disk holds all of it; its folder is made if `folder`. Raises
     OSError, with the older one as it was."""
+    replace_bytes(path, text.encode("utf-8"), folder=folder)
+
+
+def replace_bytes(path: pathlib.Path, content: bytes, *, folder: bool = True) -> None:
+    """`replace_text` of what is no text."""
     if folder:
         path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may write the same file, such as the verdict on a mechanism, at the same time. "x" opens no file
     # that is there, and follows no link.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    file = temporary.open("x", encoding="utf-8")
+    file = temporary.open("xb")
     try:
         with file:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
