@@ -12,7 +12,7 @@ import pathlib
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import named_run, sources, spec
@@ -373,11 +373,16 @@ def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
 
 def varied(configs: list[Config]) -> list[str]:
     """The keys that tell configs apart: task, length and seed, and whatever differs at equal task and length."""
+    return differing([{key: get(config, key) for key in KEYS} for config in configs])
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`varied` of configs that are mappings of every leaf's unique name to its value."""
     frame = ("task", "seq_len", "seed")
-    groups: dict[tuple, list[Config]] = {}
+    groups: dict[tuple, list[Mapping]] = {}
     for config in configs:
-        groups.setdefault((config.task, config.seq_len), []).append(config)
-    differs = lambda key, among: len({get(config, key) for config in among}) > 1
+        groups.setdefault((config["task"], config["seq_len"]), []).append(config)
+    differs = lambda key, among: len({config[key] for config in among}) > 1
     return [
         key
         for key in KEYS

@@ -1,15 +1,15 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
 import argparse
-import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.exports import EXPORTS, export, writing
+from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
 
@@ -42,7 +42,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
         _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
         print(visible(f"report: {path}"), file=sys.stderr)
-    _write_csv(rows, [*varied, "pass"], chosen.csv)
+    export(chosen, rows, [*varied, "pass"], spelled(chosen))
     if worker.stopped:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
         return 128 + worker.stopped
@@ -85,7 +85,7 @@ def conducted(
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].origin.runs, about)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
     print(visible(f"report: {report}"), file=sys.stderr)
-    _write_csv(rows, varied, chosen.csv)
+    export(chosen, rows, varied, spelled(chosen))
     if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + worker.stopped, rows
@@ -99,12 +99,20 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from xformers_lab.report import saved
+    from xformers_lab.report import human, saved, stored
 
-    path = pathlib.Path(chosen.runs) / "compare.json"
-    rows, varied, command = saved.read(path)
-    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
-    _write_csv(rows, varied, chosen.csv)
+    runs = pathlib.Path(chosen.runs)
+    if chosen.words:
+        picked = selected(chosen)
+        varied = stored.differing(picked)
+        rows, command = stored.rows(picked, varied), spelled(chosen)
+    else:
+        rows, varied, command = saved.read(runs / "compare.json")
+        if other := stored.contradicted(rows, runs):
+            said = f"not what their runs say by now: {human.listing(other)}; the same xlab compare reads them again"
+            print(message(said), file=sys.stderr)
+    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or runs / "report.html"))
+    export(chosen, rows, varied, command)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
 
 
@@ -117,30 +125,11 @@ def _write_report(
 ) -> pathlib.Path:
     from xformers_lab.report import html
 
-    with _writing(path, "report"):
+    with writing(path, "report"):
         html.write_report(rows, varied, path, title=title, command=command)
     return path
 
 
-def _write_csv(rows: list[dict], varied: list[str], path: str | None) -> None:
-    """Write the rows as CSV where the command names a file for it."""
-    from xformers_lab.report import sheet
-
-    if path is not None:
-        with _writing(path, "CSV"):
-            sheet.write_csv(rows, varied, path)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path | str, what: str) -> Iterator[None]:
-    """Turn a file that cannot be written into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the {what} there ({error.strerror})") from None
-
-
-CSV = argument("--csv", path="file", metavar="FILE", help="write the rows as CSV")
 BENCH = [
     argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)"),
     argument(
@@ -171,7 +160,6 @@ COMPARE = [
     argument("--budget", metavar="TIME", help="30s, 10m, 2h: fewer steps for every run alike, where all takes longer"),
 ]
 REPORT = [
-    argument("--runs", path="folder", default="runs", help="folder of the runs (default: runs)"),
     argument("--out", path="file", metavar="FILE", help=WHERE),
 ]
 COMMANDS = [
@@ -179,18 +167,23 @@ COMMANDS = [
         "bench",
         _bench,
         "time attention mechanisms over lengths: speed, FLOPs, memory",
-        [WORDS, *BENCH, TRUST, CSV, JSON],
+        [WORDS, *BENCH, TRUST, *EXPORTS, JSON],
         keys=True,
     ),
     Command(
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, TRUST, CSV, JSON],
+        [WORDS, *COMPARE, TRUST, *EXPORTS, JSON],
         keys=True,
         study=True,
     ),
-    Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),
+    Command(
+        "report",
+        _report,
+        "draw stored runs, or without words the last comparison again, as one offline HTML file",
+        [RUN, RUNS, *REPORT, *EXPORTS, JSON],
+    ),
 ]
 _OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
 COMMANDS.insert(

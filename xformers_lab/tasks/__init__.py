@@ -158,6 +158,7 @@ class Task:
         """What is reported beside the metric, of the mean loss in nats for each answer."""
         return {}
 
+
 class _WithoutTest(Task):
     """A task whose test split nobody can read, its own methods neither."""
 
