@@ -247,7 +247,7 @@ def solve_pathfinder(task, ids):
     drawn, reached, border = np.argwhere(picture), set(), [tuple(discs[0])]
     while border:
         reached.update(border)
-        near = {tuple(pixel) for at in border for pixel in drawn[abs(drawn - at).max(1) <= 2]}
+        near = {tuple(pixel) for at in border for pixel in drawn[abs(drawn - at).max(1) <= task.gap + 1]}
         border = list(near - reached)
     # A disc where its line bends may make two such centres, side by side.
     others = [tuple(disc) for disc in discs if abs(disc - discs[0]).max() > 1]
