@@ -8,7 +8,7 @@ import numpy as np
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import contained
+from xformers_lab.errors import UsageError, contained
 
 
 def shelves() -> list[dict]:
@@ -154,6 +154,51 @@ def sampled(mechanism: Any, causal: bool) -> list[np.ndarray] | None:
         return None
     samples = [drawing.sampled(one, mechanism.size.length) for one in drawn]
     return samples if any((one != samples[0]).any() for one in samples) else samples[:1]
+
+
+def task(config: configs.Config, split: str, number: int) -> dict:
+    """Everything about the task of a config at its length, with one example of a split; raises UsageError.
+
+    Examples are numbered from 0 as an evaluation numbers them, whatever `batch` and `seed` are.
+    """
+    import jax
+
+    from xformers_lab.tasks import SPLITS, Setting
+    from xformers_lab.train import evaluation, prefetch
+
+    where = f"task={config.task} seq_len={config.seq_len}"
+    setting = Setting(config.seq_len, evaluation.UNIT)
+    built = spec.build("task", config.task, setting, where=where)
+    with contained():
+        sizes = {name: built.examples(name) for name in SPLITS}
+        size = sizes[split]
+        if number < 0 or (size is not None and number >= size):
+            last = "" if size is None else f" to {size - 1}"
+            raise UsageError(f"--number {number}: the {split} split of {where} has examples 0{last or ' and on'}")
+        if size is None:
+            step, row = divmod(number, evaluation.UNIT)
+            batch = prefetch.checked(built, split, step)
+        else:
+            batch, row = built.take(split, np.array([number])), 0
+        example = jax.tree.map(lambda array: np.asarray(array)[row : row + 1], batch)
+        shown, data = built.show(example), built.describe()
+        answers = {name: np.asarray(getattr(example, name))[0].tolist() for name in ("inputs", "targets", "weights")}
+        return {
+            "task": configs.canonical("task", config.task),
+            "title": title(type(built)),
+            "seq_len": config.seq_len,
+            "vocab": built.vocab,
+            "outputs": built.outputs,
+            "target": built.target,
+            "models": list(built.kinds),
+            "metric": built.metric_name,
+            "higher_is_better": built.higher_is_better,
+            "chance": built.chance,
+            "splits": sizes,
+            "data": {key: value for key, value in data.items() if key != "reading"},
+            "reading": built.reading(),
+            "example": {"split": split, "number": number, "shown": shown, **answers},
+        }
 
 
 def resolved(config: configs.Config) -> list[dict]:

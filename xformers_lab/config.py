@@ -12,10 +12,10 @@ import pathlib
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from xformers_lab import sources, spec
+from xformers_lab import named_run, sources, spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
@@ -32,14 +32,20 @@ def knob(
     below: float | None = None,
     same_result: bool = False,
     folder: bool = False,
+    lengths: bool = False,
+    run: bool = False,
+    compiled: bool = True,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
-    a path, which is one value whatever stands in it.
+    a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
+    of which the parameters count and not the folder. A field that is not
+    `compiled` is no part of a compiled program, which runs that differ in nothing else share.
     """
-    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below}
-    return dataclasses.field(default=default, metadata=rules | {"same_result": same_result, "folder": folder})
+    rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
+    rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +71,28 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = knob(400, "optimizer steps", least=1)
+    steps: int = knob(400, "optimizer steps", least=1, compiled=False)
     batch: int = knob(64, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
-    lr: float = knob(3e-3, "peak learning rate", least=0)
+    lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
     schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
-    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1)
-    weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0)
-    clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0)
-    eval_every: int = knob(0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0)
+    warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
+    weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
+    clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
+    eval_every: int = knob(
+        0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0, compiled=False
+    )
     eval_batches: int | typing.Literal["all"] = knob(
-        "all", "examples to score: all of the split (256 of one without end), or so many times 32", least=1
+        "all",
+        "examples to score: all of the split (256 of one without end), or so many times 32",
+        least=1,
+        compiled=False,
+    )
+    score: typing.Literal["test", "validation"] = knob(
+        "test",
+        "split that the finished run is scored on; with validation the test split cannot be read",
+        compiled=False,
     )
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
     layout: typing.Literal["jit", "pmap", "experts"] = knob(
@@ -88,7 +104,17 @@ class Train:
 class Config:
     task: str = knob("mqar:pairs=4", "data, loss and metric", shelf="task")
     seq_len: int = knob(64, "tokens per sequence T", least=1, below=2**22)
-    seed: int = knob(0, "seed of parameters and training data", least=0, below=2**32)
+    test_len: str | None = knob(
+        None, "score the trained model at these lengths too, + between them: 128+256", lengths=True, compiled=False
+    )
+    seed: int = knob(0, "seed of dropout, of the parameters and of the data", least=0, below=2**32, compiled=False)
+    init_seed: int | None = knob(None, "seed of the parameters (none: seed)", least=0, below=2**32, compiled=False)
+    data_seed: int | None = knob(
+        None, "seed of the training data and their order (none: seed)", least=0, below=2**32, compiled=False
+    )
+    init: str | None = knob(
+        None, "another run's folder, whose parameters are the first ones where they fit", run=True, compiled=False
+    )
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
     stall: float | None = knob(
         None,
@@ -100,7 +126,23 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)
 
 
-def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a comparison holds equal, tunes and repeats: words of the whole, no part of any run."""
+
+    match: str = knob(
+        "none",
+        "params, flops, state or wallclock, within 2 % of the first variant's, or of params:to=linear",
+    )
+    tune: str = knob("none", "tuned for every variant alike: lr, lr,weight_decay, or lr:points=7:share=0.5:seeds=2")
+    seeds: int | None = knob(
+        None, "runs of every variant, with seed=0, 1, ... (none: as seed= says)", least=1, below=10_000
+    )
+
+
+def _fields(
+    cls: type = Config, path: tuple[str, ...] = ()
+) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
     """Every leaf by its unique name: its path in the tree, its field, its type."""
     hints, leaves = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
@@ -113,6 +155,7 @@ def _fields(cls=Config, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str
 
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
+STUDY = _fields(Study)
 MOST_CELLS = 100_000
 LARGEST_FILE = 2**25  # bytes
 LARGEST = 2**31  # counts are 32-bit numbers on every device
@@ -126,6 +169,12 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def seed_of(config: Config, key: typing.Literal["init_seed", "data_seed"]) -> int:
+    """The seed of the parameters or of the data, which are that of the run where they are not told apart."""
+    value = get(config, key)
+    return config.seed if value is None else value
+
+
 def edit(config: Config, **changes: Any) -> Config:
     """A copy with leaves changed, typed and checked; raises UsageError."""
     for key, value in changes.items():
@@ -136,8 +185,12 @@ def edit(config: Config, **changes: Any) -> Config:
 def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
-    _, field, kind = LEAVES[key]
+    _, field, kind = LEAVES.get(key) or STUDY[key]
+    if field.metadata["lengths"]:
+        return _lengths(value, where)
     value = spec.coerce(value, kind, where)
+    if field.metadata["run"]:
+        return None if value is None else named_run.named(value, where)
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
     if number is not None and least is not None and number < least:
@@ -148,6 +201,11 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     if field.metadata["shelf"]:
         canonical(key, value, where)
     return str(spec.located(str(value), where)) if field.metadata["folder"] else value
+
+
+def lengths(text: str | None) -> list[int]:
+    """The lengths that a value of test_len names."""
+    return [] if text is None else [int(part) for part in text.split("+")]
 
 
 def canonical(key: str, value: Any, where: str = "") -> Any:
@@ -197,11 +255,25 @@ def identity(config: Config) -> str:
 
 def decisive(config: Config) -> dict[str, Any]:
     """Everything that decides a run's result: each leaf spelled out, and a hash of the source of a choice outside."""
+    keys = [key for key, (_, field, _) in LEAVES.items() if not field.metadata["same_result"]]
+    # Told apart or not, equal seeds are the same run.
+    same = [key for key in ("init_seed", "data_seed") if seed_of(config, key) == config.seed]
+    return _spelled(config, [key for key in keys if key not in same])
+
+
+def compiled(config: Config) -> dict[str, Any]:
+    """What decides the programs that a run compiles, as `decisive` has it."""
+    return _spelled(config, [key for key, (_, field, _) in LEAVES.items() if field.metadata["compiled"]])
+
+
+def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """Leaves spelled out, and a hash of the source of each choice outside the package."""
     leaves = {}
-    for key, (_, field, _) in LEAVES.items():
-        if field.metadata["same_result"]:
-            continue
+    for key in keys:
+        _, field, _ = LEAVES[key]
         leaves[key] = value = canonical(key, get(config, key))
+        if field.metadata["run"] and value is not None:
+            leaves[key] = named_run.parts(value)[1]
         if field.metadata["shelf"] and value != "auto":
             parts = spec.split(str(value), "+")
             digests = [spec.digest(field.metadata["shelf"], part) for part in parts]
@@ -222,29 +294,72 @@ def folder(config: Config) -> pathlib.Path:
 # ---- sweeps: every axis is a list of values ---------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What words on the command line say. bases: the configs of recipes that have several; given: axes of the other
+    files and words, in their order; study: what holds for all of them."""
+
+    bases: list[dict[str, list]]
+    given: list[dict[str, list]]
+    study: Study
+
+
 def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str]]:
     """The grid of configs that command-line words describe, and the keys that vary.
 
     Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
     recipe `@file.py` that defines `configs`. Later words win over earlier ones. A value with a comma in it stands in
-    brackets. A file of keys and values that names code outside the package is refused, unless `trust`.
+    brackets. A file of keys and values that names code outside the package is refused, unless `trust`. So are the keys
+    of a study, which `study` reads.
     """
-    bases, axes = [{}], {}
+    configs, varied, asked = study(words, trust=trust)
+    if named := [key for key in STUDY if getattr(asked, key) != getattr(Study(), key)]:
+        raise UsageError(f"{named[0]}= is a word of a study: only compare and ablate take it")
+    return configs, varied
+
+
+def study(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str], Study]:
+    """What `sweep` gives, and the keys of the study among the words and at the top of files."""
+    words = list(words)
+    read = gathered(words, trust=trust)
+    axes = {key: values for given in read.given for key, values in given.items()}
+    if read.study.seeds is not None:
+        # A file that a run left says seed=0, as it says all defaults.
+        typed_out = any(word.startswith("seed=") for word in words)
+        if typed_out or any(given.get("seed", [0]) != [0] for given in (*read.bases, axes)):
+            raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
+        axes["seed"] = list(range(read.study.seeds))
+    configs = grid(read.bases, axes)
+    return configs, varied(configs), read.study
+
+
+def gathered(words: Iterable[str], *, trust: bool = False) -> Words:
+    """The words as they stand, every value typed; raises UsageError."""
+    bases, given, asked = [{}], [], {}
     for word in words:
         if word.startswith("@"):
-            listed = load(word[1:], trust=trust)
+            listed, of_study = load(word[1:], trust=trust)
+            asked |= of_study
             if len(listed) == 1:
-                axes |= listed[0]
+                given.append(listed[0])
             else:
                 bases = [base | more for base in bases for more in listed]
             continue
         key, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f'"{word}" is not key=value or @file')
-        key = _leaf(key, word)
         if text == "":
             raise UsageError(f'"{word}" has no value')
-        axes[key] = _typed_all(key, _spread(key, text, word), text)
+        if key in STUDY:
+            asked[key] = typed(key, text, word)
+            continue
+        key = _leaf(key, word)
+        given.append({key: _typed_all(key, _spread(key, text, word), text)})
+    return Words(bases, given, Study(**asked))
+
+
+def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
+    """Every combination of the values of axes on every base, each once."""
     cells = sum(math.prod(map(len, (base | axes).values())) for base in bases)
     if cells > MOST_CELLS:
         raise UsageError(f"these words make {cells:,} cells; at most {MOST_CELLS:,} at once")
@@ -253,16 +368,21 @@ def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], l
         merged = base | axes
         for values in itertools.product(*merged.values()):
             configs[edit(Config(), **dict(zip(merged, values, strict=True)))] = None
-    return list(configs), varied(list(configs))
+    return list(configs)
 
 
 def varied(configs: list[Config]) -> list[str]:
     """The keys that tell configs apart: task, length and seed, and whatever differs at equal task and length."""
+    return differing([{key: get(config, key) for key in KEYS} for config in configs])
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`varied` of configs that are mappings of every leaf's unique name to its value."""
     frame = ("task", "seq_len", "seed")
-    groups: dict[tuple, list[Config]] = {}
+    groups: dict[tuple, list[Mapping]] = {}
     for config in configs:
-        groups.setdefault((config.task, config.seq_len), []).append(config)
-    differs = lambda key, among: len({get(config, key) for config in among}) > 1
+        groups.setdefault((config["task"], config["seq_len"]), []).append(config)
+    differs = lambda key, among: len({config[key] for config in among}) > 1
     return [
         key
         for key in KEYS
@@ -310,9 +430,9 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
     return axes
 
 
-def load(name: str, *, trust: bool = False) -> list[dict[str, list]]:
-    """The axes that a file holds; a Python recipe holds several configs. Raises UsageError with the place, and where a
-    file that is no Python names Python outside the package, unless `trust`."""
+def load(name: str, *, trust: bool = False) -> tuple[list[dict[str, list]], dict[str, Any]]:
+    """The axes that a file holds, and its keys of a study; a Python recipe holds several configs. Raises UsageError
+    with the place, and where a file that is no Python names Python outside the package, unless `trust`."""
     path = spec.located(name, f"@{name}")
     if not path.is_file():
         raise UsageError(f'@{name}: no file "{name}"')
@@ -324,7 +444,18 @@ def load(name: str, *, trust: bool = False) -> list[dict[str, list]]:
             f"@{name}: names code outside the package ({outside}): look at what it is, then --trust runs it, "
             "or name it on the command line itself"
         )
-    return [axes_of(tree, name)]
+    return [axes_of({key: value for key, value in tree.items() if key not in STUDY}, name)], _of_study(tree, name)
+
+
+def _values(module: Any) -> dict[str, Any]:
+    """The names of a module that stand for a value, and not for what it imported or defined."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float, list))}
+
+
+def _of_study(tree: Mapping, where: str) -> dict[str, Any]:
+    """The keys of a study that a mapping has at its top, typed; a list of knobs is as good as their names."""
+    joined = lambda value: ",".join(map(spec.show, value)) if isinstance(value, list) else value
+    return {key: typed(key, joined(tree[key]), f"{where}: {key}") for key in STUDY if key in tree}
 
 
 def _tree(path: pathlib.Path, name: str) -> Mapping:
@@ -376,13 +507,22 @@ def _replace(node, path: tuple[str, ...], value):
     return dataclasses.replace(node, **{head: _replace(getattr(node, head), tuple(rest), value) if rest else value})
 
 
+def _lengths(value: Any, where: str) -> str | None:
+    """`128+256`, each once, in order of size; raises UsageError."""
+    if spec.coerce(str(value), str | None, where) is None:
+        return None
+    known = {typed("seq_len", part.strip(), f"{where}: the length {part.strip()}") for part in str(value).split("+")}
+    return "+".join(map(str, sorted(known)))
+
+
 def _leaf(key: str, where: str) -> str:
     name = key.rpartition(".")[2]
     if name in LEAVES and key in (name, ".".join(LEAVES[name][0])):
         return name
     known = ".".join(LEAVES[name][0]) if name in LEAVES else None
     raise UsageError(
-        f'{where}: unknown key "{key}": ' + (f'did you mean "{known}"?' if known else nearest(name, KEYS, "keys"))
+        f'{where}: unknown key "{key}": '
+        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY], "keys"))
     )
 
 
@@ -462,11 +602,11 @@ def _yaml(text: str):
         raise ValueError(str(error)) from None
 
 
-def _recipe(path: pathlib.Path) -> list[dict[str, list]]:
+def _recipe(path: pathlib.Path) -> tuple[list[dict[str, list]], dict[str, Any]]:
     module = spec.run_file(path, f"@{path}")
     try:
         with contained():  # its lists and mappings may be classes of its own
-            return _listed(getattr(module, "configs", None), path)
+            return _listed(getattr(module, "configs", None), path), _of_study(_values(module), f"@{path}")
     except BrokenChoice as error:
         raise UsageError(f"@{path}: {error}") from error
     except UsageError:

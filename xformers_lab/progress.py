@@ -63,17 +63,25 @@ def steps(title: str) -> Iterator[Steps]:
 
 
 class Cells:
-    """Progress of a grid: one bar for the cells, one for the steps of the cell that trains."""
+    """Progress of a grid: one bar for the cells, one for the steps of the cell that trains. what: what is counted, in
+    words, where it is not the cells themselves."""
 
-    def __init__(self, total: int, bar: Progress | None, quiet: bool, varied: Sequence[str]):
+    def __init__(self, total: int, bar: Progress | None, quiet: bool, varied: Sequence[str], what: str = "cells"):
+        self.words = "" if what == "cells" else f"{what} "
         self.total, self.bar, self.quiet, self.at, self.drawn = total, bar, quiet, "", 0.0
         self.varied = [key for key in varied if key not in ("task", "attention", "seq_len")]
         if bar is not None:
-            self.grid, self.cell = bar.add_task("cells", total=total), bar.add_task("", visible=False)
+            self.grid, self.cell = bar.add_task(markup(what), total=total), bar.add_task("", visible=False)
 
-    def started(self, index: int, cell: Config) -> None:
-        """A cell begins to train."""
-        words = [f"{key}={get(cell, key)}" for key in self.varied]
+    def grow(self, more: int) -> None:
+        """There are more than it seemed."""
+        self.total += more
+        if self.bar is not None:
+            self.bar.update(self.grid, total=self.total)
+
+    def started(self, index: int, cell: Config, name: str = "") -> None:
+        """A cell begins to train; name: what it is called where its keys do not say it."""
+        words = [*filter(None, [name]), *(f"{key}={get(cell, key)}" for key in self.varied)]
         self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
         if self.bar is not None:
             words = markup(f"{self.at} · compiling")
@@ -97,19 +105,19 @@ class Cells:
                 if row.get("metric") is not None
                 else row.get("reason", "")
             )
-            say(f"{index + 1}/{self.total} {self.at}: {row['status']} {score}")
+            say(f"{self.words}{index + 1}/{self.total} {self.at}: {row['status']} {score}")
         self.at = ""
 
 
 @contextlib.contextmanager
-def cells(total: int, varied: Sequence[str] = (), *, quiet: bool = False) -> Iterator[Cells]:
-    """varied: keys that tell the cells apart; quiet: no plain lines where stderr is no terminal."""
+def cells(total: int, varied: Sequence[str] = (), *, quiet: bool = False, what: str = "cells") -> Iterator[Cells]:
+    """varied: keys that tell the cells apart; quiet: no plain lines where stderr is no terminal; what: see `Cells`."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Cells(total, None, quiet, varied)
+        yield Cells(total, None, quiet, varied, what)
         return
     with _bar(console) as bar:
-        yield Cells(total, bar, quiet, varied)
+        yield Cells(total, bar, quiet, varied, what)
 
 
 @contextlib.contextmanager

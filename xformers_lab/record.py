@@ -32,7 +32,7 @@ IMPOSSIBLE = "impossible"
 HELD = "held"
 
 # Keys that say where a row stands on a page; every other varied key is part of the name of its series.
-PLACES = ("task", "pass", "seq_len", "seed", "kind")
+PLACES = ("task", "pass", "seq_len", "seed", "init_seed", "data_seed", "kind")
 # The figure that says how fast a row of each kind is: of a bench the time of one pass.
 SPEED = {"compare": "tokens_per_second", "bench": "seconds_median"}
 # Median over least time of equal work: above it something else was busy on the machine.
@@ -146,7 +146,9 @@ class Record:
         "{key: value}, edge (the best is at the end of the grid), widened, points: [{key: value, metric, loss, status}]"
     )
     by_length: Sequence[Mapping] = fact(
-        "the test split scored at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of"
+        "the scored split at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of; where "
+        "a choice makes something else of the length changed: {name: [at the trained one, here]}; reason where there "
+        "is no score"
     )
     wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
     maps: Mapping = fact(
@@ -225,7 +227,7 @@ class Record:
         name="memory",
         instead="temp_bytes",
         better=-1,
-        narrow=1,
+        narrow=2,
         chart="Memory",
         always=(),
     )
@@ -234,7 +236,7 @@ class Record:
         "size",
         "What decoding keeps of a context of seq_len tokens, for the whole batch.",
         better=-1,
-        narrow=1,
+        narrow=2,
         chart="What decoding keeps",
         always=BENCHED,
     )
@@ -267,7 +269,8 @@ class Record:
     compile_seconds: float | None = figure(
         "compile",
         "duration",
-        "Time to trace, lower and compile, once for each cell; a hit of JAX's cache counts as it is.",
+        "Time to trace, lower and compile; a hit of JAX's cache counts as it is. Cells that differ in seeds and rates "
+        "alone share a program, and have the time of its one compilation.",
         better=-1,
         narrow=6,
     )
@@ -305,6 +308,9 @@ class Record:
     validation: Sequence = fact("[step, loss, metric] of each validation")
     validation_examples: int | None = fact("how many examples each of them scored")
     plane: Sequence[int] | None = fact("rows and columns where the positions are an image")
+    initialised: Mapping = fact(
+        "whose parameters it began with: run, checkpoint, step, taken (arrays), cut: {table: [rows taken, rows]}, fresh"
+    )
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")

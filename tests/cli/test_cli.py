@@ -83,6 +83,56 @@ def test_show_resolves_a_config(capsys):
     assert shown["attention"] == "local:window=128:tokens=0+full" and shown["lr"] == "0.01"
 
 
+def test_show_prints_a_task_with_an_example(capsys):
+    assert main(["show", "task=addition", "seq_len=11", "--split", "train", "--number", "40"]) == 0
+    printed = capsys.readouterr().out
+    shown = run(capsys, "show", "task=addition", "seq_len=11", "--split", "train", "--number", "40")
+    assert shown["task"] == "addition:reverse=false" and shown["vocab"] == 13 and shown["chance"] == 0.1
+    assert shown["splits"] == {"train": None, "validation": None, "test": None}
+    example = shown["example"]
+    left, right = map(int, example["shown"]["source"].split("+"))
+    assert example["shown"]["answer"] == f"{left + right:04d}" and example["shown"]["positions"] == "7..10"
+    for line in ("example 40 of train", f"source: {example['shown']['source']}", f"answer: {left + right:04d}"):
+        assert line in printed.splitlines()
+    assert "drawn without end" in printed and "guessing scores 0.1" in printed
+
+
+def test_shown_examples_are_numbered_as_an_evaluation_numbers_them(capsys):
+    """Whatever `batch` and `seed` are; see train/evaluation.py."""
+    from xformers_lab.tasks import Setting
+    from xformers_lab.train import evaluation
+
+    rebuilt = lambda batch: spec.build("task", "parity", Setting(16, batch))
+    scored = evaluation.sample(rebuilt(8), rebuilt, "validation", 2, None, False)
+    wanted = [scored.batch(4).inputs[2].tolist(), scored.batch(1).inputs[7].tolist()]
+    words = ["show", "task=parity", "seq_len=16", "--split", "validation", "--number"]
+    assert [run(capsys, *words, number)["example"]["inputs"] for number in ("34", "15")] == wanted
+
+
+def test_show_draws_a_picture_and_names_the_class(capsys):
+    assert main(["show", "task=pathfinder", "seq_len=256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("input:")
+    assert all(len(line) == 16 and set(line) <= set(".#") for line in lines[at + 1 : at + 17])
+    assert lines[at + 17] in ("answer: joined", "answer: apart")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["task=parity", "--number", "-1"], "has examples 0 and on"),
+        (["task=parity", "attention=full", "--number", "1"], "no word beside but seq_len="),
+        (["local", "--split", "train"], "no word beside but seq_len="),
+        (["task=parity", "--svg", "x.svg"], "this is a task"),
+        (["task=pathfinder", "seq_len=1000"], "961 or 1024"),
+        (["task=parity,copy"], "one config"),
+    ],
+)
+def test_what_show_cannot_show_of_a_task(capsys, words, says):
+    assert main(["show", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_bench_rows(capsys):
     rows = run(
         capsys, "bench", "attention=full,linear", "seq_len=16,32", "dim=16", "batch=1", "--rounds", "2", "--no-check"

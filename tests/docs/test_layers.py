@@ -13,7 +13,7 @@ LAYERS = [
     "errors files hardware record drawing",
     "nn",
     "spec",
-    "sources",
+    "sources named_run",
     "attention._engine",
     "attention._base",
     "attention position ffn tasks",

@@ -41,7 +41,9 @@ def test_a_figure_added_to_the_schema_is_in_the_terminal_the_page_and_the_summar
     page = io.StringIO()
     console = Console(file=page, width=200)
     table.print_rows(CELLS, report_rows.KEYS, console, schema=Longer)
-    head, *lines = [line.split() for line in page.getvalue().splitlines() if "accuracy" in line or "k" in line][-3:]
+    printed = page.getvalue().splitlines()
+    at = next(number for number, line in enumerate(printed) if line.startswith("seq_len"))
+    head, *lines = (line.split() for line in printed[at : at + 3])
     assert "energy" in head and {"8", "16"} <= {word for line in lines for word in line}
     text = report_rows.written(tmp_path / "r.html", CELLS, report_rows.KEYS, schema=Longer)
     body = text[text.index('<table id="cells">') :]

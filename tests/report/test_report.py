@@ -8,7 +8,7 @@ import pytest
 from report_rows import ATTENTIONS, HOSTILE, KEYS, bench, cell, failed, printed, sample, written
 from rich.console import Console
 
-from xformers_lab.report import findings, html, human, intervals, notes, pages, rows
+from xformers_lab.report import findings, html, human, notes, pages, rows
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
@@ -40,27 +40,6 @@ def test_numbers_are_written_for_people(form, value, text):
 
 def test_plain_text_cannot_steer_a_terminal():
     assert human.plain("a\x1b[31m\n b\u202e\x07") == r"a\x1b[31m b\u202e\x07"
-
-
-def test_quantiles_are_those_of_student():
-    special = pytest.importorskip("scipy.special")
-    for freedom in (1, 2, 5, 10, 11, 15, 30, 100, 1000):
-        assert intervals.quantile(freedom) == pytest.approx(special.stdtrit(freedom, 0.975), rel=1e-4)
-
-
-def test_mean_and_interval_against_worked_values():
-    # Mean 3, deviation sqrt(2.5), 4 degrees of freedom: 2.776445 * sqrt(2.5 / 5).
-    estimated = intervals.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert estimated == (3.0, pytest.approx(1.963243, abs=1e-6), 5)
-    assert intervals.estimate([0.7]) == (0.7, None, 1)
-
-
-def test_differences_are_paired_by_seed():
-    first, second = {0: 0.5, 1: 0.7, 2: 0.9}, {2: 0.8, 1: 0.61, 0: 0.4}
-    # The seeds spread far more than the variants differ, and still the difference (0.10, 0.09, 0.10) is plain.
-    assert intervals.differ(first, second) is True
-    assert intervals.differ(first, {0: 0.6, 1: 0.6, 2: 0.9}) is False
-    assert intervals.differ(first, {0: 0.1, 7: 0.2}) is None
 
 
 # ---- grouping and findings --------------------------------------------------------------------------------------
@@ -96,13 +75,14 @@ def test_findings_with_seeds_say_what_cannot_be_told_apart():
     (group,) = rows.groups(cells, ["attention", "seed"])
     text = " ".join(findings.sentences(group))
     assert "a has the best accuracy, 0.920 ± 0.050" in text
-    assert "Not distinguishable from a (paired 95 % interval): b." in text
+    assert "Against a, the reference (3 paired t-tests, Holm-corrected), worse: c (-0.600) and d (-0.795 [" in text
+    assert "; not distinguishable: b." in text
     assert "No better than chance: d." in text
     assert "One seed" not in text
     # What cannot be told apart is marked alike, though its mean is lower.
     lines = printed(cells, ["attention", "seed"]).splitlines()
     assert [line.split()[0] for line in lines if re.search(r"± 0.\d+ \*", line)] == ["a", "b"]
-    assert any("paired 95 % interval" in line for line in lines)
+    assert any("paired test" in line for line in lines)
 
 
 def test_no_winner_is_named_where_nothing_beats_chance():
@@ -385,7 +365,8 @@ def test_a_sample_is_said_and_its_error_is_in_the_interval(tmp_path):
     assert "scored 256 of 1,821 · after step 300" in text and "0.900 ± 0.043 *" in text and "0.890 ± 0.044 *" in text
     assert "0.700 ± 0.059 *" not in text
     sentences = " ".join(findings.sentences(rows.groups(cells, ["attention"])[0]))
-    assert "Not distinguishable from full (95 % interval): linear." in sentences
+    assert "Against full, the reference (2 tests, Holm-corrected), worse: axial (-0.200 [" in sentences
+    assert "; not distinguishable: linear." in sentences and "choice of test examples alone" in sentences
     page = written(tmp_path / "r.html", cells, ["attention"])
     assert "256 of 1,821" in page and "0.900 [0.857, 0.931] accuracy" in page
     whole = [row | {"examples": 1821, "metric_interval": None} for row in cells]

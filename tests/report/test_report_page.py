@@ -272,7 +272,7 @@ def test_the_first_table_has_both_columns_and_what_was_changed():
 def test_baselines_and_windows_stand_apart_and_the_unmatched_are_named():
     cells = study(lengths=(64,), seeds=(0, 1))
     names = [look.name for look in charts.looks(cells, [*KEYS, "seed"])]
-    (table,) = summary.of_group(rows.groups(cells, [*KEYS, "seed"])[0], plot.look(names), html.columns(), [])
+    (table,) = summary.of_group(rows.groups(cells, [*KEYS, "seed"])[0], plot.look(names), html.columns())
     assert [part.title for part in table.parts] == list(summary.ROLES.values())
     assert summary.matched({"matched": {"budget": "flops", "target": 100, "reached": 106, "ok": False}}) == (
         "unmatched: flops 1.060 of the reference's"

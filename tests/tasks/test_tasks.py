@@ -9,6 +9,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def sentences(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def choice(documents, images, sentences):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "pixels": images, "translate": sentences}
+    paths = {"text": documents, "mlm": documents, "pixels": images, "translate": sentences}
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -246,7 +247,7 @@ def solve_pathfinder(task, ids):
     drawn, reached, border = np.argwhere(picture), set(), [tuple(discs[0])]
     while border:
         reached.update(border)
-        near = {tuple(pixel) for at in border for pixel in drawn[abs(drawn - at).max(1) <= 2]}
+        near = {tuple(pixel) for at in border for pixel in drawn[abs(drawn - at).max(1) <= task.gap + 1]}
         border = list(near - reached)
     # A disc where its line bends may make two such centres, side by side.
     others = [tuple(disc) for disc in discs if abs(disc - discs[0]).max() > 1]
@@ -305,6 +306,7 @@ GUESSES = {
     "sort": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "copy": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "listops": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
+    "mlm": lambda task, batch, rng: np.full(batch.targets.shape, task.likeliest),
     "mqar": guess_value,
     "needle": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "text": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
@@ -321,6 +323,23 @@ def test_a_task_says_what_it_is(name, choice):
     assert "Metric:" in text and "Chance:" in text
     for option in spec.options(type(task)).values():
         assert option.help, f"{name}:{option.name} has no help"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_example_is_shown_with_its_answer(name, choice):
+    task = build(choice(name))
+    batch = task.batch("test", 0)
+    shown = [task.show(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(8)]
+    assert all(isinstance(text, str) and text for one in shown for key, text in one.items() if key != "then")
+    assert len({one.get("input", one.get("source")) for one in shown}) > 1
+    if task.target == "sequence":
+        assert {one["answer"] for one in shown} == {task.answer_name(int(answer)) for answer in batch.targets[:8]}
+    else:
+        for one, weights in zip(shown, batch.weights, strict=False):
+            bounds = [part.split("..") for part in one["positions"].split(", ")]
+            assert [n for first, *last in bounds for n in range(int(first), int((last or [first])[0]) + 1)] == list(
+                np.flatnonzero(weights)
+            )
 
 
 @pytest.mark.parametrize(

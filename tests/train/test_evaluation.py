@@ -383,7 +383,7 @@ def test_what_is_no_number_is_not_ok(choices, tmp_path, monkeypatch, split, spoi
 @pytest.mark.parametrize("changes", [{"save_every": 1}, {}, {"steps": 3}, {"optimizer": "adamw"}], ids=str)
 def test_parameters_stay_finite_where_the_loss_was(choices, tmp_path, changes):
     """The first loss and gradient are finite, the update is not: no such parameters are kept, and the run has a row."""
-    huge = {"lr": 1e39, "schedule": "constant", "warmup": 0, "optimizer": "sgd", "steps": 30}
+    huge = {"lr": 1e39, "weight_decay": 1e30, "schedule": "constant", "warmup": 0, "optimizer": "sgd", "steps": 30}
     config = tiny(choices["own"], tmp_path, **(huge | changes))
     with pytest.raises(loop.Diverged, match=r"non-finite at step 1 |no step of 3") as caught:
         loop.run(config)

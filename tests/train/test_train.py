@@ -100,22 +100,28 @@ def test_the_step_is_the_gradient_of_the_mean_loss(stepped, task_file):
         np.testing.assert_allclose(old - new, grad, atol=1e-6)
 
 
-def test_seeds_share_one_program(task_file):
-    def program(**changes) -> str:
-        config = tiny(task_file, dropout=0.1, **changes)
-        task = build_task(config)
-        tx = optimizer.of(config, task)
-        step = jax.jit(make_train_step(config, task, structure(config, task), tx))
-        return step.lower(init(config, task, tx), task.batch("train", 0)).as_text()
-
-    assert program(seed=0) == program(seed=1) != program(dim=8)
-
-
 def test_clipping_bounds_the_update(stepped):
     before, after, metrics = stepped(**(PLAIN | {"clip": 0.01}))
     squares = [((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True)]
     assert float(metrics["grad_norm"]) > 0.1
     assert math.sqrt(sum(map(float, squares))) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_scales_an_update_is_data(task_file):
+    """A step that takes the rates of another config from its state does what that config's own step does."""
+    one = tiny(task_file, weight_decay=0.3, clip=0.5, warmup=0.5)
+    other = edit(one, lr=0.1, weight_decay=0.0, clip=0.0, warmup=0.0, steps=3)
+    task = build_task(one)
+    batch, graph = task.batch("train", 0), structure(one, task)
+    own, borrowed = (
+        jax.jit(make_train_step(config, task, graph, optimizer.of(config, task)))(
+            init(other, task, optimizer.of(other, task)), batch
+        )
+        for config in (other, one)
+    )
+    assert digest_of(own) == digest_of(borrowed)
+    before = init(other, task, optimizer.of(other, task))
+    assert all(map(np.any, (a - b for a, b in zip(*map(jax.tree.leaves, (own[0].params, before.params)), strict=True))))
 
 
 def test_learning_rate_warms_up_and_falls():

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 
@@ -38,7 +37,7 @@ def known(choice: str) -> dict | None:
     The cache is a file in $XDG_CACHE_HOME (default ~/.cache); one that cannot be read or written is done without.
     """
     try:
-        return json.loads((_folder() / f"{_key(choice)}.json").read_text())
+        return json.loads((files.cache("checks") / f"{_key(choice)}.json").read_text())
     except (OSError, ValueError):
         return None
 
@@ -46,19 +45,14 @@ def known(choice: str) -> dict | None:
 def keep(choice: str, report: dict) -> dict:
     """Remember a verdict; -> it."""
     with contextlib.suppress(OSError):
-        files.replace_text(_folder() / f"{_key(choice)}.json", json.dumps(report))
+        files.replace_text(files.cache("checks") / f"{_key(choice)}.json", json.dumps(report))
     return report
 
 
 def forget(choice: str) -> None:
     """Drop the verdict on these very sources."""
     with contextlib.suppress(OSError):
-        (_folder() / f"{_key(choice)}.json").unlink(missing_ok=True)
-
-
-def _folder() -> pathlib.Path:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "xformers_lab" / "checks"
+        (files.cache("checks") / f"{_key(choice)}.json").unlink(missing_ok=True)
 
 
 def _key(choice: str) -> str:

@@ -34,13 +34,14 @@ class Argument:
 @dataclasses.dataclass(frozen=True)
 class Command:
     """run: from the parsed arguments to the exit code; keys: whether its --help tells the grammar of words, and every
-    key of a config."""
+    key of a config; study: and of a study."""
 
     name: str
     run: Callable[[argparse.Namespace], int]
     help: str
     arguments: list[Argument]
     keys: bool = False
+    study: bool = False
 
 
 def argument(name: str, *, path: Literal["folder", "file"] | None = None, **options: Any) -> Argument:

@@ -7,6 +7,8 @@ from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, Command, answer, argument
 from xformers_lab.errors import UsageError
 
+# Words that say which task is shown; any other makes them a config.
+OF_TASK = {"task", "seq_len"}
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
 
@@ -35,8 +37,21 @@ def _show(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import listing, pages
 
     if not chosen.words:
-        raise UsageError("show what? A name (xlab show local), or a config (xlab show task=copy attention=local)")
+        raise UsageError(
+            "show what? A name (xlab show local), a task (xlab show task=copy), or a config (xlab show task=copy "
+            "attention=local)"
+        )
     name, *rest = chosen.words
+    keys = {word.partition("=")[0] for word in chosen.words if "=" in word}
+    if "task" in keys and keys <= OF_TASK:
+        if chosen.svg:
+            raise UsageError("--svg draws a mechanism of attention, and this is a task")
+        config = configs.single(chosen.words, trust=chosen.trust)
+        task = catalogue.task(config, chosen.split or "test", chosen.number or 0)
+        return answer(chosen, task, lambda: pages.print_task(task))
+    if chosen.split is not None or chosen.number is not None:
+        flag = "--split" if chosen.split is not None else "--number"
+        raise UsageError(f"{flag} is for an example of a task: xlab show task=NAME, with no word beside but seq_len=")
     if "=" in name.partition(":")[0] or name.startswith("@"):
         if chosen.svg:
             raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
@@ -57,13 +72,15 @@ def _show(chosen: argparse.Namespace) -> int:
 SHELF = argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
 CHOICE = argument("words", nargs="*", metavar="NAME or key=value")
 SVG = argument("--svg", path="file", metavar="FILE", help="write the drawing of a pattern of attention there")
+SPLIT = argument("--split", choices=("train", "validation", "test"), help="of a task: the split of the example (test)")
+NUMBER = argument("--number", type=int, metavar="N", help="of a task: which example, from 0 (0)")
 COMMANDS = [
     Command("doctor", _doctor, "versions, devices, and a self-test of a few seconds", [JSON]),
     Command("list", _list, "the choices on a shelf, or the shelves", [SHELF, JSON]),
     Command(
         "show",
         _show,
-        "what a choice is, with its options and drawing; or a whole config, resolved",
-        [CHOICE, SVG, TRUST, JSON],
+        "what a choice is, with its options and drawing; a task with an example (task=copy); or a config, resolved",
+        [CHOICE, SPLIT, NUMBER, SVG, TRUST, JSON],
     ),
 ]

@@ -1,15 +1,20 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
 import argparse
-import contextlib
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.exports import EXPORTS, export, writing
+from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
+
+if TYPE_CHECKING:
+    from xformers_lab.compare.study import Cell
 
 DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
 # What `bench --pass` may say.
@@ -37,7 +42,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
         _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
         print(visible(f"report: {path}"), file=sys.stderr)
-    _write_csv(rows, [*varied, "pass"], chosen.csv)
+    export(chosen, rows, [*varied, "pass"], spelled(chosen))
     if worker.stopped:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
         return 128 + worker.stopped
@@ -47,32 +52,44 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _compare(chosen: argparse.Namespace) -> int:
     if not chosen.words:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
-    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
+    grid, varied, asked = configs.study(chosen.words, trust=chosen.trust)
+    from xformers_lab.compare import study
+
+    return conducted(chosen, study.cells(grid), varied, asked)[0]
+
+
+def conducted(
+    chosen: argparse.Namespace, cells: list["Cell"], varied: list[str], asked: configs.Study
+) -> tuple[int, list[dict]]:
+    """Train the cells of a study, print its table and write its page -> the exit code and the rows."""
     from xformers_lab import progress
-    from xformers_lab.compare import run
+    from xformers_lab.compare import probe, run
+    from xformers_lab.compare.conduct import Conductor, Options
     from xformers_lab.report import table
     from xformers_lab.supervise.process import Worker
 
+    options = Options(
+        baselines=not chosen.no_baselines,
+        ranges=chosen.range_control,
+        budget=None if chosen.budget is None else probe.seconds(chosen.budget),
+        skip_impossible=chosen.skip_impossible,
+        kit=not chosen.no_check,
+    )
     with Worker(shown=False) as worker:
         announce = lambda text: print(message(text), file=sys.stderr, flush=True)
-        records = run.check_cells(
-            cells, worker, skip_impossible=chosen.skip_impossible, kit=not chosen.no_check, announce=announce
-        )
-        done = sum(cell not in records and run.stored(cell) is not None for cell in cells)
-        print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
-        with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
-            callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, ended=records, announce=announce, **callbacks)
+        bar = lambda what, total: progress.cells(total, varied, quiet=chosen.json, what=what)
+        conductor = Conductor(cells, varied, asked, options, worker, bar=bar, announce=announce)
+        rows = conductor.rows()
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
-    saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
+    about = {"study": dataclasses.asdict(asked), "notes": conductor.notes}
+    saved = run.save_table(rows, varied, spelled(chosen), cells[0].origin.runs, about)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
     print(visible(f"report: {report}"), file=sys.stderr)
-    _write_csv(rows, varied, chosen.csv)
-    _write_figures(rows, varied, chosen.figures)
+    export(chosen, rows, varied, spelled(chosen))
     if worker.stopped:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 128 + worker.stopped
-    return code if all(row["status"] == "ok" for row in rows) else 5
+        return 128 + worker.stopped, rows
+    return (code if all(row["status"] == "ok" for row in rows) else 5), rows
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -82,13 +99,20 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from xformers_lab.report import saved
+    from xformers_lab.report import human, saved, stored
 
-    path = pathlib.Path(chosen.runs) / "compare.json"
-    rows, varied, command = saved.read(path)
-    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or path.parent / "report.html"))
-    _write_csv(rows, varied, chosen.csv)
-    _write_figures(rows, varied, chosen.figures)
+    runs = pathlib.Path(chosen.runs)
+    if chosen.words:
+        picked = selected(chosen)
+        varied = stored.differing(picked)
+        rows, command = stored.rows(picked, varied), spelled(chosen)
+    else:
+        rows, varied, command = saved.read(runs / "compare.json")
+        if other := stored.contradicted(rows, runs):
+            said = f"not what their runs say by now: {human.listing(other)}; the same xlab compare reads them again"
+            print(message(said), file=sys.stderr)
+    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or runs / "report.html"))
+    export(chosen, rows, varied, command)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
 
 
@@ -101,41 +125,11 @@ def _write_report(
 ) -> pathlib.Path:
     from xformers_lab.report import html
 
-    with _writing(path, "report"):
+    with writing(path, "report"):
         html.write_report(rows, varied, path, title=title, command=command)
     return path
 
 
-def _write_csv(rows: list[dict], varied: list[str], path: str | None) -> None:
-    """Write the rows as CSV where the command names a file for it."""
-    from xformers_lab.report import sheet
-
-    if path is not None:
-        with _writing(path, "CSV"):
-            sheet.write_csv(rows, varied, path)
-
-
-def _write_figures(rows: list[dict], varied: list[str], folder: str | None) -> None:
-    """Write the charts as files where the command names a folder for them."""
-    from xformers_lab.report import figures
-
-    if folder is not None:
-        with _writing(folder, "figures"):
-            written = figures.write_figures(rows, varied, folder)
-        print(visible(f"figures: {len(written)} files in {folder}"), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path | str, what: str) -> Iterator[None]:
-    """Turn a file that cannot be written into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the {what} there ({error.strerror})") from None
-
-
-FIGURES = argument("--figures", path="folder", metavar="DIR", help="write every chart as SVG and PDF into a folder")
-CSV = argument("--csv", path="file", metavar="FILE", help="write the rows as CSV")
 BENCH = [
     argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)"),
     argument(
@@ -153,9 +147,19 @@ COMPARE = [
     argument("--report", path="file", metavar="FILE", help=WHERE),
     argument("--skip-impossible", action="store_true", help="keep impossible combinations as refused rows"),
     argument("--no-check", action="store_true", help="train mechanisms of your own without their conformance check"),
+    argument(
+        "--no-baselines",
+        action="store_true",
+        help="leave out what stands beside the variants: bag of tokens, LSTM, full attention with rotary positions",
+    ),
+    argument(
+        "--range-control",
+        action="store_true",
+        help="add the first variant with windows of several sizes: whether the task needs long range at all",
+    ),
+    argument("--budget", metavar="TIME", help="30s, 10m, 2h: fewer steps for every run alike, where all takes longer"),
 ]
 REPORT = [
-    argument("--runs", path="folder", default="runs", help="folder of the runs (default: runs)"),
     argument("--out", path="file", metavar="FILE", help=WHERE),
 ]
 COMMANDS = [
@@ -163,18 +167,22 @@ COMMANDS = [
         "bench",
         _bench,
         "time attention mechanisms over lengths: speed, FLOPs, memory",
-        [WORDS, *BENCH, TRUST, CSV, JSON],
+        [WORDS, *BENCH, TRUST, *EXPORTS, JSON],
         keys=True,
     ),
     Command(
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, TRUST, CSV, FIGURES, JSON],
+        [WORDS, *COMPARE, TRUST, *EXPORTS, JSON],
         keys=True,
+        study=True,
     ),
     Command(
-        "report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, FIGURES, JSON]
+        "report",
+        _report,
+        "draw stored runs, or without words the last comparison again, as one offline HTML file",
+        [RUN, RUNS, *REPORT, *EXPORTS, JSON],
     ),
 ]
 _OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
@@ -186,5 +194,6 @@ COMMANDS.insert(
         "compare five attention mechanisms at three lengths on two tasks, in minutes",
         _OF_COMPARE,
         keys=True,
+        study=True,
     ),
 )

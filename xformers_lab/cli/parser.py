@@ -6,11 +6,11 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import author, inspect, measuring, running
+from xformers_lab.cli import author, inspect, measuring, running, runs
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
-COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *author.COMMANDS]
+COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *runs.COMMANDS, *author.COMMANDS]
 ITEM = 27  # columns in front of what an item of a list is
 GRAMMAR = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        epilog = _keys() if command.keys else None
+        epilog = _keys(command.study) if command.keys else None
         added = commands.add_parser(
             command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=_Help
         )
@@ -104,10 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keys() -> str:
-    """The grammar of words, and every key with its default and help."""
+def _keys(study: bool) -> str:
+    """The grammar of words, and every key with its default and help; study: those of a study first."""
+    of_study = ["keys of the whole study:", *_listed(configs.STUDY), ""] if study else []
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES)])
+
+
+def _listed(leaves: dict) -> list[str]:
     lines = []
-    for name, (_, field, _) in configs.LEAVES.items():
+    for name, (_, field, _) in leaves.items():
         default = f"{name}={configs.spec.show(field.default)}"
         lines.append(f"  {default:{ITEM - 3}s} {field.metadata['help']}")
-    return "\n".join([GRAMMAR, "", "keys:", *lines])
+    return lines

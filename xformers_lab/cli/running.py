@@ -65,12 +65,28 @@ def _eval(chosen: argparse.Namespace) -> int:
     batches = chosen.batches
     if batches is not None:
         batches = configs.typed("eval_batches", batches, f"--batches {batches}")
+    lengths = _lengths(chosen.words)
     folder = _run_dir(chosen)
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
-    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust)
+    options = {"split": chosen.split, "batches": batches, "trust": chosen.trust}
+    if len(lengths) > 1:
+        rows = loop.evaluate_at(folder, lengths, **options)
+        return answer(chosen, rows, lambda: pages.print_lengths(rows))
+    record = loop.evaluate(folder, length=lengths[0] if lengths else None, **options)
     return answer(chosen, record, lambda: pages.print_record(record))
+
+
+def _lengths(words: list[str]) -> list[int]:
+    """The lengths of the words of `eval`; raises UsageError for any other word."""
+    lengths: list[int] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if key != "seq_len" or not equals:
+            raise UsageError(f'"{word}": eval scores a run as it is, at other lengths if asked: seq_len=64,128,256')
+        lengths += configs.axes_of({"seq_len": text}, word)["seq_len"]
+    return list(dict.fromkeys(lengths))
 
 
 def _generate(chosen: argparse.Namespace) -> int:
@@ -147,7 +163,8 @@ STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own s
 SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
 )
-SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
+LENGTHS = argument("words", nargs="*", metavar="seq_len=T", help="tokens per sequence; several give a row each")
+SPLIT = argument("--split", choices=("train", "validation", "test"), help="in place of the run's own score=")
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
 HOW_TO_GENERATE = [
     argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),
@@ -170,7 +187,9 @@ COMMANDS = [
     Command(
         "resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, SCRATCH, TRUST, RUNS, JSON]
     ),
-    Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, TRUST, RUNS, JSON]),
+    Command(
+        "eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, LENGTHS, SPLIT, BATCHES, TRUST, RUNS, JSON]
+    ),
     Command(
         "generate",
         _generate,

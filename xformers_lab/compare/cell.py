@@ -15,7 +15,7 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     cell = configs.from_dict(config)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task, check_config
-    from xformers_lab.train import layout, loop
+    from xformers_lab.train import initial, layout, lengths, loop
 
     reading: list[str] = []
     with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
@@ -23,7 +23,9 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     tell.doing("checking the config", reading=reading)
     try:
         task = check_config(cell)
+        lengths.check(cell, task)
         if loop.settled(configs.folder(cell), lambda: task) is None:
+            initial.check(cell, task)
             if cell.train.layout == "jit":
                 layout.layout_of(cell)
             else:  # whether it can be depends on the model

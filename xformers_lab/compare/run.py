@@ -8,7 +8,8 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from xformers_lab import config as configs
 from xformers_lab import files, spec
@@ -17,6 +18,8 @@ from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.record import HELD, IMPOSSIBLE, SETTLED, STATUSES, Record, blank, broken
 from xformers_lab.supervise.process import Ended, Worker
 
+PLACING = ("task", "attention", "seq_len", "seed")  # keys that every row has, whatever varies
+_POSSIBLE = ("ok", "interrupted")
 PAUSE = 2.0  # seconds between looks at the cells that another process trains
 
 
@@ -65,6 +68,12 @@ def check_cells(
     return records
 
 
+def impossible(cells: Iterable[Config], worker: Worker, *, kit: bool = True) -> dict[Config, str]:
+    """Those of the cells that cannot be, and why."""
+    outcomes = {cell: _check(cell, worker, lambda message: None, kit, {}) for cell in dict.fromkeys(cells)}
+    return {cell: outcome["reason"] for cell, outcome in outcomes.items() if outcome["status"] not in _POSSIBLE}
+
+
 def stored(cell: Config) -> dict | None:
     """The record of a cell that is settled, or None."""
     path = configs.folder(cell) / "result.json"
@@ -78,7 +87,7 @@ def stored(cell: Config) -> dict | None:
 
 def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Record) -> dict:
     """A cell's record with its config and the keys that tell it from the others, None where there is no figure."""
-    shown = dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])
+    shown = dict.fromkeys([*PLACING, *varied])
     keys = {key: configs.get(cell, key) for key in shown}
     about = {"kind": "compare", "config": configs.to_dict(cell), "run_dir": str(configs.folder(cell))}
     row = {**blank("compare", schema), **record, **keys, **about}
@@ -96,6 +105,7 @@ def compare(
     stepped: Callable[[int, int, float | None], None],
     finished: Callable[[int, dict], None],
     announce: Callable[[str], None] = lambda text: None,
+    as_row: Callable[[int, dict], dict] | None = None,
 ) -> list[dict]:
     """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> the rows in
     the order of `cells`; worker.stopped says whether all were reached.
@@ -105,8 +115,8 @@ def compare(
     not tried again.
 
     started(index, cell), stepped(step, total, loss) and finished(count, row) report progress, where count cells had
-    their row before; announce(text) says what is waited for. Raises UsageError, before any trains, where a folder of
-    runs cannot be written.
+    their row before; announce(text) says what is waited for; as_row(index, record) makes a row, by
+    default `row`. Raises UsageError, before any trains, where a folder of runs cannot be written.
     """
     for runs in dict.fromkeys(cell.runs for cell in cells):
         _try(pathlib.Path(runs))
@@ -124,7 +134,7 @@ def compare(
                     held.append(index)
                     continue
                 _keep(cell, record)
-            rows[index] = row(cell, record, varied)
+            rows[index] = as_row(index, record) if as_row else row(cell, record, varied)
             finished(len(rows) - 1, rows[index])
         if held and not waiting:
             count = f"{len(held)} cell{'s' * (len(held) > 1)}"
@@ -136,11 +146,15 @@ def compare(
     return [rows[index] for index in range(len(cells))]
 
 
-def save_table(rows: list[dict], varied: list[str], command: str, runs: str) -> pathlib.Path:
-    """Keep the rows of a comparison, so that `xlab report` can draw them again."""
+def save_table(
+    rows: list[dict], varied: list[str], command: str, runs: str, about: Mapping = MappingProxyType({})
+) -> pathlib.Path:
+    """Keep the rows of a comparison, so that `xlab report` can draw them again; about: what else is to be said of it,
+    the keys of its study and its notes."""
     path = pathlib.Path(runs) / "compare.json"
+    kept = {"command": command, "varied": varied, **about, "rows": rows}
     try:
-        files.replace_text(path, json.dumps({"command": command, "varied": varied, "rows": rows}, indent=1) + "\n")
+        files.replace_text(path, json.dumps(kept, indent=1) + "\n")
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     return path

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
-from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get
+from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, seed_of
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory
@@ -17,7 +17,7 @@ from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
-from xformers_lab.tasks import SPLITS, Setting, Task
+from xformers_lab.tasks import SPLITS, Setting, Task, without_test
 
 
 class Model(nnx.Module):
@@ -27,11 +27,13 @@ class Model(nnx.Module):
     of_tokens: whether what its layers see as one position is one token of the inputs.
     source: how many of the first positions are read by an encoder; 0 where source and target are one sequence.
     endless: whether it decodes beyond the length that it was built for, as a memory lets it.
+    headed: whether its layers have heads, which divide its width.
     most_layers: a model that writes its layers out one by one, not in a loop, compiles too long with more.
     """
 
     causal: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = True
+    headed: ClassVar[bool] = True
     most_layers: ClassVar[int] = MOST_LAYERS
     source: int = 0
     endless: bool = False
@@ -89,12 +91,14 @@ def size_of(config: Config) -> Size:
 
 
 def build_task(config: Config) -> Task:
-    setting = Setting(seq_len=config.seq_len, batch=config.train.batch, seed=config.seed)
-    return spec.build("task", config.task, setting, where=f"task={config.task} seq_len={config.seq_len}")
+    """The task of a config, which refuses its test split where the run is scored on the validation split."""
+    setting = Setting(seq_len=config.seq_len, batch=config.train.batch, seed=seed_of(config, "data_seed"))
+    task = spec.build("task", config.task, setting, where=f"task={config.task} seq_len={config.seq_len}")
+    return without_test(task) if config.train.score == "validation" else task
 
 
 def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
-    """The model of a config for a task, its parameters drawn from the config's seed; raises UsageError.
+    """The model of a config for a task, its parameters drawn from `init_seed`; raises UsageError.
 
     plan: how it runs, else the platform's.
     """
@@ -102,7 +106,8 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
     if size.layers > most:
         raise UsageError(f"layers={size.layers}: model={kind} has its layers one by one, at most {most}")
-    return spec.build("model", kind, size, config=config, task=task, rngs=nnx.Rngs(config.seed), where=f"model={kind}")
+    rngs = nnx.Rngs(seed_of(config, "init_seed"))
+    return spec.build("model", kind, size, config=config, task=task, rngs=rngs, where=f"model={kind}")
 
 
 def kind_of(config: Config, task: Task) -> str:
@@ -135,7 +140,8 @@ def check_config(config: Config) -> Task:
         _memory.refuse_parameters(config, sum(leaf.size for leaf in jax.tree.leaves(parameters)))
         # A memory reads each split in rows of its own, for which one may be too short.
         for split in SPLITS if jax.tree.leaves(remembered) else ():
-            task.segment(split, 0)
+            if split != "test" or config.train.score == "test":
+                task.segment(split, 0)
     return task
 
 

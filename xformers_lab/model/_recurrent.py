@@ -26,6 +26,7 @@ class Recurrent(Model):
     """A stack of cells; a sequence is pooled by the state after its last valid position."""
 
     causal = True
+    headed = False
     most_layers = 64
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):

@@ -19,6 +19,7 @@ class Bag(Model):
     averaging network). What it solves needs no attention. Dropout is on the embeddings and on every layer's output."""
 
     causal = True
+    headed = False
     most_layers = 64
 
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):

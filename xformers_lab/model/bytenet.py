@@ -26,6 +26,7 @@ class Bytenet(Model):
     """
 
     causal = True
+    headed = False
     most_layers = 64
 
     def __init__(self, size: Size, *, kernel: int = 3, farthest: int = 16, config: Config, task: Task, rngs: nnx.Rngs):

@@ -36,6 +36,7 @@ class Position(nnx.Module):
     before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
     adds_waves: whether `embed` adds sines and cosines of the position alone: a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
+    tables: the names of parameters whose row t is that of position t alone, so that a shorter sequence uses the first.
     key_terms: None, or for a position that compares tokens how many numbers `of_keys` gives of a key for every query
         head; decoding keeps them."""
 
@@ -44,6 +45,7 @@ class Position(nnx.Module):
     before: int = 0
     adds_waves: ClassVar[bool] = False
     share: float = 1.0
+    tables: ClassVar[tuple[str, ...]] = ()
     key_terms: int | None = None
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):

@@ -13,6 +13,7 @@ class Learned(Position):
     """
 
     embeds = True
+    tables = ("table",)
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)

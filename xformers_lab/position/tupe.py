@@ -26,6 +26,7 @@ class Tupe(Position):
     """
 
     turns = True  # its `rotate` only looks at how many tokens there are
+    tables = ("table",)
     share = 2**-0.5  # makes sqrt(2 H) of the mechanism's sqrt(H)
 
     def __init__(self, size: Size, *, relative: Literal["none", "t5"] = "none", causal: bool, rngs: nnx.Rngs):

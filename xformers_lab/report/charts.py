@@ -4,11 +4,12 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 from xformers_lab.measure import exponent
 from xformers_lab.record import FIGURES, SPEED, Figure, Form
-from xformers_lab.report import findings, human, intervals, rows
+from xformers_lab.report import crossover, findings, human, intervals, rows
 from xformers_lab.report.plot import Axis, Band, Dot, Front, Line, Look, Mark, Plot, Rule, log_ticks, look, ticks
 from xformers_lab.report.saved import LARGEST
 
@@ -22,6 +23,10 @@ COSTS = (("seconds_median",), ("memory",), ("flops_per_token", "flops"), ("compu
 LOGARITHMIC: tuple[Form, ...] = ("count", "duration", "size")
 ROLES = ("variant", "baseline", "range")
 DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
+
+
+# An efficiency length, and the ends of its interval where they are known.
+Ends = tuple[float, float | None, float | None]
 
 
 class Pick(NamedTuple):
@@ -100,14 +105,9 @@ def looks(cells: Sequence[dict], varied: Sequence[str]) -> list[Look]:
     windows, which are drawn hollow and dashed."""
     roles: dict[str, str] = {}
     for row in cells:
-        roles.setdefault(rows.series(row, varied), str(row.get("role") or "variant"))
-    ranked = sorted(roles, key=lambda name: ROLES.index(roles[name]) if roles[name] in ROLES else 0)
-    return look(ranked, [name for name in ranked if roles[name] in ROLES[1:]])
-
-
-def role(point: rows.Point) -> str:
-    """What the rows of a point are for: "variant", "baseline" or "range"."""
-    return str(next((row["role"] for row in [*point.rows, *point.failed] if row.get("role")), "variant"))
+        roles.setdefault(rows.series(row, varied), rows.role(row))
+    ranked = sorted(roles, key=lambda name: ROLES.index(roles[name]))
+    return look(ranked, [name for name in ranked if roles[name] != "variant"])
 
 
 def of_group(
@@ -115,14 +115,9 @@ def of_group(
     names: Sequence[str],
     varied: Sequence[str],
     figures: Iterable[Figure] = FIGURES.values(),
-    crossings: Mapping[str, Any] | None = None,
 ) -> list[Chart]:
     """Every chart that the rows of a group have numbers for: the metric, what it costs, each of the figures that is
-    charted (of the two that say how fast, the one of this kind of rows), and what training and tuning were like.
-
-    crossings: series -> (length, low, high) from which on it is faster than what it is compared with; None for an end
-    that is not known.
-    """
+    charted (of the two that say how fast, the one of this kind of rows), and what training and tuning were like."""
     quality = _metric(group)
     direction = "higher is better" if group.better("metric") > 0 else "lower is better"
     charts = [] if group.bench else [_pareto(group, names, quality)]
@@ -130,7 +125,7 @@ def of_group(
     for figure in figures:
         if figure.chart and (figure.name == group.speed or figure.name not in SPEED.values()):
             title = _memory_title(group) if figure.name == "memory" else figure.chart
-            marked = crossings if figure.name == group.speed else None
+            marked = crossover.marks(group) if figure.name == group.speed else {}
             axis = of_figure(figure)
             charts.append(_by_length(group, names, axis, title, DIRECTIONS[figure.better], None, marked))
     if not group.bench:
@@ -162,10 +157,10 @@ def _by_length(
     title: str,
     note: str,
     guess: float | None,
-    crossings: Mapping[str, Any] | None = None,
+    crossings: Mapping[str, Ends] = MappingProxyType({}),
 ) -> Chart | None:
     """A line for each series over the sequence lengths; with a single length, a point for each series."""
-    points = [point for point in group.points if role(point) != "range"]
+    points = [point for point in group.points if point.role != "range"]
     data = _data(points, names, measure)
     if not data:
         return None
@@ -189,11 +184,15 @@ def _by_length(
     rule = [] if near is None else [Rule("y" if several else "x", near, _guess_words(group, near))]
     if not several:
         return Chart(title, f"{_capital(note)}{words}{spread}.", [Pane((), [_dots(data, axis, rule)])], *_lists(data))
-    crossed = _crossings(crossings or {}, names, {item.series for item in data})
+    crossed = _crossings(crossings, names, {item.series for item in data})
     rule += [Rule("x", at, text, series) for series, at, text in crossed]
     note = f"{_capital(note)}{words}{spread}."
     if crossed:
-        note += " Dashed: from which length on it is the faster one: " + "; ".join(text for *_, text in crossed) + "."
+        note += (
+            " Dashed: the efficiency length, from which on it is faster than full attention: "
+            + "; ".join(text for *_, text in crossed)
+            + "."
+        )
     powers = _powers(data) if measure.log else {}
     note += f" {_growth(powers)}" if powers and not group.bench else ""
     plot = Plot(_length_axis(lengths), axis, [*rule, *_lines(data)])
@@ -261,7 +260,7 @@ def _growth(powers: Mapping[str, float]) -> str:
     return f"Grows with the length N from {last} to {first}."
 
 
-def _crossings(crossings: Mapping[str, Any], names: Sequence[str], drawn: set[int]) -> list[tuple[int, float, str]]:
+def _crossings(crossings: Mapping[str, Ends], names: Sequence[str], drawn: set[int]) -> list[tuple[int, float, str]]:
     """Series, length and words of each efficiency length."""
     marks = []
     for name, found in crossings.items():
@@ -280,7 +279,7 @@ def _beyond(
     for row in group.rows:
         scored = [(_number(one.get("seq_len")), _number(one.get("metric"))) for one in _mappings(row.get("by_length"))]
         own = rows.length(row), rows.measure(row, "metric")
-        if not scored or not rows.ok(row) or own[0] is None or row.get("role") == "range":
+        if not scored or not rows.ok(row) or own[0] is None or rows.role(row) == "range":
             continue
         series = names.index(rows.series(row, varied))
         mine = found.setdefault(own[0], {})
@@ -309,7 +308,7 @@ def _beyond(
 
 def _windows(group: rows.Group, names: Sequence[str], quality: Measure, direction: str) -> Chart | None:
     """The same task under windows of several sizes: whether it needs long range at all."""
-    data = _data([point for point in group.points if role(point) == "range"], names, quality)
+    data = _data([point for point in group.points if point.role == "range"], names, quality)
     if not data:
         return None
     near, words = _chance(group, data, group.guess)
@@ -342,7 +341,7 @@ def front(points: Sequence[tuple[float, float]], better: int) -> list[tuple[floa
 
 def _pareto(group: rows.Group, names: Sequence[str], quality: Measure) -> Chart | None:
     """The metric against time, memory and FLOPs at one length, which the reader chooses, with the front of each."""
-    points = [point for point in group.points if role(point) != "range"]
+    points = [point for point in group.points if point.role != "range"]
     scored = {(item.series, item.length): item for item in _data(points, names, quality)}
     against = []
     for candidates in COSTS:

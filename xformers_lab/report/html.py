@@ -101,7 +101,7 @@ def _section(
     ]
     missing = [f"{rows.label(row, varied)} ({human.outcome(row)})" for row in group.rows if not rows.ok(row)]
     weights = maps.of_group(group, names, varied, left)
-    tables = summary.of_group(group, looks, columns(schema), varied)
+    tables = summary.of_group(group, looks, columns(schema))
     return {
         "title": group.title,
         "findings": findings.sentences(group),
@@ -246,11 +246,10 @@ def _step(row: dict) -> str:
 
 def _shared(row: dict) -> str:
     """The metric of a tuned row under the recipe that all share, or how that run ended; empty for any other row."""
-    run = row.get("shared")
-    if not isinstance(run, Mapping):
+    run, value = rows.shared(row), summary.shared(row)
+    if not run:
         return ""
-    value = summary.shared(row)
-    return human.status(dict(run)) if value is None else human.score(value)
+    return human.status(run) if value is None else human.score(value)
 
 
 def _validated(row: dict) -> str:
@@ -390,8 +389,8 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
             how[figure.heading] = figure.help.format_map(words)
     if rows.seeds(cells) > 1:
         how["± and bars"] = (
-            "Student-t 95 % interval of the mean over seeds. “Not distinguishable”: the paired interval of the "
-            "difference holds zero; it is not widened for the number of comparisons."
+            "Student-t 95 % interval of the mean over seeds. “Better”, “worse” and “not distinguishable” are of tests "
+            "of differences paired by seed, with Holm's correction: an error of 5 % over each family of tests."
         )
     return how
 

@@ -64,6 +64,11 @@ def power(value: object) -> str:
     return NONE if finite is None else f"N^{finite:.2f}"
 
 
+def times(ratio: float) -> str:
+    """How often one cost holds another: 1.47 times."""
+    return f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times"
+
+
 FORMS: Mapping[record.Form, Callable[[object], str]] = {
     "count": count,
     "duration": duration,

@@ -1,16 +1,20 @@
-"""Means over seeds with Student-t 95 % intervals, and paired differences.
+"""Means over seeds with Student-t intervals, paired differences, and Holm's correction of a family of them.
 
-Student, 1908, "The Probable Error of a Mean".
+Student, 1908, "The Probable Error of a Mean"; Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
 """
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
-# The 97.5 % quantile of Student's t for 1 to 10 degrees of freedom; beyond, the series below is right to four digits.
-_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
-_NORMAL = 1.959964
+# The error of an interval, and of a family of tests: intervals are of 95 %.
+LEVEL = 0.05
+# Halvings of the range of a p-value, where no formula gives it.
+HALVINGS = 50
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Estimate(NamedTuple):
@@ -29,39 +33,109 @@ class Estimate(NamedTuple):
         return self.mean + (self.half or 0.0)
 
 
-def quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; `freedom` is at least 1. Abramowitz and Stegun, 26.7.5."""
-    if freedom <= len(_QUANTILES):
-        return _QUANTILES[freedom - 1]
-    z = _NORMAL
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+class Difference(NamedTuple):
+    """A mean difference of n pairs with the standard error of that mean, 0 for one pair, and half the width of the 95 %
+    interval of another error, independent of it, that more pairs do not make smaller."""
+
+    mean: float
+    error: float
+    n: int
+    sampled: float = 0.0
+
+    def half(self, level: float = LEVEL) -> float:
+        """Half the width of its interval. The squares of the two errors' halves add up: with as few as two pairs that
+        errs to the wide side, where an approximation of the degrees of freedom would err to the narrow one."""
+        paired = quantile(self.n - 1, level) * self.error if self.error else 0.0
+        return math.hypot(paired, self.sampled * quantile(math.inf, level) / quantile(math.inf) if self.sampled else 0)
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of no difference: the level at which the interval begins to hold zero."""
+        from scipy import special
+
+        size = abs(self.mean)
+        if not self.error and not self.sampled:
+            return 0.0 if size else 1.0
+        if not self.error:
+            return float(2 * special.ndtr(-size / self.sampled * quantile(math.inf)))
+        if not self.sampled:
+            return float(2 * special.stdtr(self.n - 1, -size / self.error))
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.half(middle) < size else (middle, high)
+        return high
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of at least one value and its 95 % interval."""
-    n = len(values)
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One test of a family. adjusted: its p-value, corrected for the family; level: the one that Holm's procedure
+    tested it at, so that the interval of that level holds zero where, and only where, the difference does not hold."""
+
+    difference: Difference
+    adjusted: float
+    level: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is told from zero, with an error of 5 % over the whole family."""
+        return self.adjusted <= LEVEL
+
+    @property
+    def interval(self) -> Estimate:
+        """The difference and its corrected interval."""
+        return Estimate(self.difference.mean, self.difference.half(self.level), self.difference.n)
+
+
+def quantile(freedom: float, level: float = LEVEL) -> float:
+    """The quantile of Student's t that leaves half of `level` above it; `freedom` is at least 1, infinity for the
+    normal distribution."""
+    from scipy import special
+
+    # The lower tail, since 1 - level / 2 would lose the digits of a small level.
+    if math.isinf(freedom):
+        return -float(special.ndtri(level / 2))
+    return -float(special.stdtrit(freedom, level / 2))
+
+
+def estimate(values: Sequence[float], sampled: float = 0.0) -> Estimate:
+    """The mean of at least one value and its 95 % interval; `sampled` is half the width of that of another error, which
+    more values do not make smaller."""
+    mean, n = statistics.fmean(values), len(values)
     if n < 2:
-        return Estimate(statistics.fmean(values), None, n)
-    return Estimate(statistics.fmean(values), quantile(n - 1) * statistics.stdev(values) / math.sqrt(n), n)
+        return Estimate(mean, sampled or None, n)
+    return Estimate(mean, Difference(mean, statistics.stdev(values) / math.sqrt(n), n, sampled).half(), n)
 
 
-def joined(estimate: Estimate, half: float) -> Estimate:
-    """An estimate with the half-width of another error, independent of the first."""
-    return estimate._replace(half=math.hypot(estimate.half or 0.0, half)) if half else estimate
-
-
-def difference(first: Mapping, second: Mapping) -> Estimate | None:
-    """The mean of first - second over the seeds both have (seed -> value); None where they share fewer than two."""
+def difference(first: Mapping, second: Mapping, sampled: float = 0.0) -> Difference | None:
+    """The mean of first - second over the seeds both have (seed -> value). None where there is nothing to test it
+    against: they share fewer than two seeds, and no other error is known (`sampled`, as in `Difference`)."""
     shared = [first[seed] - second[seed] for seed in first if seed in second]
-    return estimate(shared) if len(shared) > 1 else None
-
-
-def differ(first: Mapping, second: Mapping) -> bool | None:
-    """Whether the paired 95 % interval excludes zero; None where there is too little to test."""
-    paired = difference(first, second)
-    if paired is None or paired.half is None:
+    if len(shared) > 1:
+        return Difference(
+            statistics.fmean(shared), statistics.stdev(shared) / math.sqrt(len(shared)), len(shared), sampled
+        )
+    if not sampled or not first or not second:
         return None
-    return abs(paired.mean) > paired.half
+    mean = shared[0] if shared else statistics.fmean(first.values()) - statistics.fmean(second.values())
+    return Difference(mean, 0.0, 1, sampled)
+
+
+def differ(first: Mapping, second: Mapping, level: float = LEVEL) -> bool | None:
+    """Whether the paired interval excludes zero; None where there is too little to test."""
+    paired = difference(first, second)
+    return None if paired is None else abs(paired.mean) > paired.half(level)
+
+
+def holm(family: Mapping[Key, Difference]) -> dict[Key, Decision]:
+    """What holds of a family of differences, with an error of 5 % over all of them, whatever depends on what: in rising
+    order of p, each is tested at 5 % over the number of those not yet rejected, until the first that is not."""
+    p_values = {key: difference.p for key, difference in family.items()}
+    decisions, adjusted, level, left = {}, 0.0, LEVEL, len(family)
+    for key in sorted(family, key=lambda key: p_values[key]):
+        if adjusted <= LEVEL:  # after the first that does not hold, the level stays
+            level = LEVEL / left
+        adjusted = max(adjusted, min(1.0, p_values[key] * left))
+        decisions[key] = Decision(family[key], adjusted, level)
+        left -= 1
+    return {key: decisions[key] for key in family}

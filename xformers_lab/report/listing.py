@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xformers_lab.report.table import put
 from xformers_lab.terminal import visible
 
 # Spaces between columns, the least width of a column of text, and of what stands below a row.
@@ -40,7 +39,7 @@ def print_listing(rows: Sequence[dict], console: Console | None = None) -> None:
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = [Column(key, [visible(_word(row.get(key, ""))) for row in rows]) for key in keys]
     if not console.is_terminal:
-        put(_table([(column, None) for column in columns]), console)
+        console.file.write(_plain(columns) + "\n")  # rich would take seconds to print thousands of lines
         return
     widest = max(columns, key=lambda column: column.width, default=None)
     left = console.width - sum(column.width + GAP for column in columns if column is not widest)
@@ -72,14 +71,23 @@ def _print_stacked(columns: list[Column], console: Console) -> None:
                 console.print(Text(" " * INDENT + line))
 
 
-def _table(columns: list[tuple[Column, int | None]]) -> Table:
-    """Columns with the width that their texts have, None for all that they need."""
+def _plain(columns: list[Column]) -> str:
+    """The table as text, no line of it cut: thousands of rows are written at once."""
+    padded = []
+    for column in columns:
+        texts = [column.title, *column.texts]
+        widths = list(map(cell_len, texts))
+        full = max(widths) + GAP
+        padded.append([text + " " * (full - width) for text, width in zip(texts, widths, strict=True)])
+    return "\n".join("".join(cells).rstrip() for cells in zip(*padded, strict=True))
+
+
+def _table(columns: list[tuple[Column, int]]) -> Table:
+    """Columns, each with the width that its texts have."""
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
     for column, _ in columns:
         table.add_column(Text(column.title), no_wrap=True)
-    of_column = [
-        [Text(text if width is None else _wrapped(text, width)) for text in column.texts] for column, width in columns
-    ]
+    of_column = [[Text(_wrapped(text, width)) for text in column.texts] for column, width in columns]
     for cells in zip(*of_column, strict=True):
         table.add_row(*cells)
     return table

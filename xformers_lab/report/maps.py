@@ -78,7 +78,7 @@ def of_group(group: rows.Group, names: Sequence[str], varied: Sequence[str], bud
 
 
 def _full(row: dict) -> bool:
-    return str(rows.value(row, "attention")).partition(":")[0] == "full" and row.get("role") in (None, "variant")
+    return str(rows.value(row, "attention")).partition(":")[0] == "full" and rows.role(row) == "variant"
 
 
 def _read(maps: object) -> dict | None:

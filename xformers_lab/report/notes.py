@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from xformers_lab.record import BUSY
-from xformers_lab.report import human, rows
+from xformers_lab.report import human, rows, study
 
 # Costs of two rows whose ratio is greater are not the same.
 UNEQUAL = 1.02
@@ -22,7 +22,7 @@ def of(cells: Sequence[dict]) -> list[str]:
 def of_group(group: rows.Group) -> list[str]:
     """One sentence for each thing in which the rows of one table differ beside what was varied, or that makes their
     times uncertain."""
-    return [*_unequal(group), *_busy(group)]
+    return [*_matched(group), *_unequal(group), *_busy(group)]
 
 
 def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
@@ -37,18 +37,36 @@ def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
     return counted
 
 
+def _matched(group: rows.Group) -> list[str]:
+    """What was held equal, of the variants and of what stands beside them."""
+    held: dict[str, dict] = {}
+    for point in group.points:
+        for matched in filter(None, map(study.of, point.rows)):
+            held.setdefault(study.budget(matched), {}).setdefault(point.series, []).append(matched)
+    lines = []
+    for budget, by_series in held.items():
+        off = [
+            f"{name} ({study.off(next(m for m in all_of if m.get('ok') is False))})"
+            for name, all_of in by_series.items()
+            if any(m.get("ok") is False for m in all_of)
+        ]
+        but = f", but for {human.listing(off)}" if off else ""
+        lines.append(f"Held equal within 2 % at each length: {budget}{but}.")
+    return lines
+
+
 def _unequal(group: rows.Group) -> list[str]:
-    """Widths, parameters and FLOPs that are not the same in all rows: a comparison of one thing is of these as well."""
-    widths = _differing(_by_program(group.points, "dim"))
+    """Widths, parameters and FLOPs that are not the same in all variants: a comparison of one thing is of these as
+    well."""
+    variants = group.of_role("variant")
+    widths = _differing(_by_program(variants, "dim"))
     lines = [f"Widths (dim) differ by more than 2 %: {widths}."] if widths else []
     for name, words in (("parameters", "Parameters"), ("flops", "FLOPs")):
         if apart := _at_lengths(group, name):
             lines.append(f"{words} differ by more than 2 %{apart}.")
-    lengths = [
-        _by_program([point for point in group.points if point.seq_len == at], "parameters") for at in group.lengths
-    ]
+    lengths = [_by_program([point for point in variants if point.seq_len == at], "parameters") for at in group.lengths]
     sizes = {program: [size[program] for size in lengths if program in size] for size in lengths for program in size}
-    grown = [f"{_times(mine[-1] / mine[0])} ({program})" for program, mine in sizes.items() if _unlike(mine)]
+    grown = [f"{human.times(mine[-1] / mine[0])} ({program})" for program, mine in sizes.items() if _unlike(mine)]
     if grown:
         times = human.listing(grown, 4)
         lines.append(f"Parameters change with the length, from the shortest to the longest: {times}.")
@@ -75,8 +93,8 @@ def _at_lengths(group: rows.Group, name: str) -> str:
     """Who differs in a figure from the first row of its length, at the length where they differ most; empty where
     nowhere."""
     lengths = {}
-    for at in dict.fromkeys(point.seq_len for point in group.points):
-        figures = _by_program([point for point in group.points if point.seq_len == at], name)
+    for at in dict.fromkeys(point.seq_len for point in group.of_role("variant")):
+        figures = _by_program([point for point in group.of_role("variant") if point.seq_len == at], name)
         if _unlike(figures.values()):
             lengths[at] = max(figures.values()) / min(figures.values()), figures
     if not lengths:
@@ -97,11 +115,7 @@ def _differing(known: Mapping[str, float]) -> str:
     # Two that differ from each other may each be close to the first.
     apart = apart or dict(sorted(ratios.items(), key=lambda item: item[1])[:: max(1, len(ratios) - 1)])
     names = sorted(apart, key=lambda name: -abs(math.log(apart[name])))
-    return human.listing([f"{name} {_times(apart[name])}" for name in names]) + f" those of {first}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times"
+    return human.listing([f"{name} {human.times(apart[name])}" for name in names]) + f" those of {first}"
 
 
 def _busy(group: rows.Group) -> list[str]:

@@ -1,5 +1,6 @@
 """What the commands that look around print: catalogues, one choice, the kit's verdicts, one run."""
 
+import json
 import math
 import statistics
 
@@ -41,6 +42,37 @@ def print_page(page: dict, console: Console | None = None) -> None:
             console.print(f"(cut: it is {len(page['pattern'][0])} columns wide)")
         for line in page["pattern"]:
             console.print(Text(line), no_wrap=True, overflow="crop", soft_wrap=not console.is_terminal)
+
+
+def print_task(page: dict, console: Console | None = None) -> None:
+    """One task: its sizes, splits, metric and data, and an example with its answer."""
+    console = console or Console()
+    say = lambda words: console.print(Text(visible(words)), soft_wrap=not console.is_terminal)
+    better = "higher" if page["higher_is_better"] else "lower"
+    per = "one answer for each position" if page["target"] == "token" else "one answer for each sequence"
+    sizes = {name: "drawn without end" if size is None else f"{size:,}" for name, size in page["splits"].items()}
+    rows = {
+        "title": page["title"],
+        "seq_len": str(page["seq_len"]),
+        "tokens": f"{page['vocab']:,} different" if page["vocab"] else "none: inputs are numbers",
+        "answers": f"{page['outputs']:,} {'classes' if page['vocab'] else 'numbers'}, {per}",
+        "metric": f"{page['metric']}, {better} is better; guessing scores {page['chance']:.4g}",
+        "models": ", ".join(page["models"]),
+        "examples": "; ".join(f"{name}: {size}" for name, size in sizes.items()),
+    } | {key: value if isinstance(value, str) else json.dumps(value) for key, value in page["data"].items()}
+    console.print(Text(visible(page["task"]), "bold"), soft_wrap=not console.is_terminal)
+    console.print()
+    print_listing([{"": key, "what it is": visible(value)} for key, value in rows.items()], console)
+    for line in page["reading"]:
+        say(line)
+    example = page["example"]
+    console.print()
+    say(f"example {example['number']} of {example['split']}")
+    for name, text in example["shown"].items():
+        lines = text.split("\n")
+        say(f"{name}:" if len(lines) > 1 else f"{name}: {text}")
+        for line in lines if len(lines) > 1 else ():
+            say(line)
 
 
 def _lines(paragraph: str) -> list[str]:
@@ -89,7 +121,7 @@ def print_checks(reports: list[dict], console: Console | None = None) -> None:
 def print_record(record: dict, console: Console | None = None, schema: type[Record] = Record) -> None:
     """The record of one run or evaluation: what its summary tells."""
     shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
-    lines = []
+    lines = [{"": "seq_len", "value": f"{record['seq_len']:,}"}] if "seq_len" in record else []
     for key in summary(schema):
         value = record.get(key)
         if value is not None:
@@ -100,6 +132,29 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")
         print_listing(along(by_position), console)
+    if by_length := record.get("by_length"):
+        (console or Console()).print("\nat other lengths:")
+        print_lengths([{"metric_name": record.get("metric_name"), **row} for row in by_length], console)
+
+
+def print_lengths(records: list[dict], console: Console | None = None) -> None:
+    """Scores of one run at several lengths, a line each."""
+    lines = []
+    for record in records:
+        interval = record.get("metric_interval")
+        line = {
+            "seq_len": record["seq_len"],
+            record.get("metric_name") or "metric": _scored(record.get("metric")),
+            "95 % interval": "-" if interval is None else f"{_scored(interval[0])} to {_scored(interval[1])}",
+            "loss": _scored(record.get("loss")),
+            "examples": rows.scored(record) or "-",
+        }
+        lines.append(line | ({"reason": record["reason"]} if record.get("reason") else {}))
+    print_listing(lines, console)
+
+
+def _scored(value: float | None) -> str:
+    return "-" if value is None else human.score(value)
 
 
 def _of_metric(record: dict) -> dict[str, str]:
@@ -110,9 +165,11 @@ def _of_metric(record: dict) -> dict[str, str]:
         rows.validation(record)[-1:],
     )
     low, high = record["metric_interval"] if rows.sampling(record) else (None, None)
+    perplexity = human.number((record.get("aux") or {}).get("perplexity"))
     return {
         "95 % interval": "" if low is None else f"{human.score(low)} to {human.score(high)}",
         "examples": rows.scored(record),
+        "perplexity": "" if perplexity is None else human.score(perplexity),
         "after step": "" if step is None else f"{step:,}",
         "majority": "" if majority is None else human.score(majority),
         "validation": "".join(

@@ -1,6 +1,8 @@
 """Rows in groups, series and points: what belongs in one chart, on one line, at one length."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +11,14 @@ from typing import Any
 from xformers_lab import record
 from xformers_lab.record import PLACES
 from xformers_lab.report import human, intervals
+from xformers_lab.report.contests import Contest, Scores
 
 # Keys that change what a program is run on, and how often, but not the program.
 TRAINING = ("lr", "schedule", "warmup", "steps", "eval_every", "eval_batches", "save_every", "runs", "stall")
 # Keys that change the program only between zero and anything else.
 SWITCHES = ("clip", "weight_decay", "dropout")
+# Keys that say which draw of a variant a row is.
+SEEDS = ("seed", "init_seed", "data_seed")
 # The least ratio of two speeds that one run each can tell apart, however steady its times were.
 LEAST_RATIO = 1.05
 
@@ -41,6 +46,31 @@ def measure(row: dict, name: str) -> float | None:
         return None
     figure = record.FIGURES.get(name)
     return human.number(figure.value(row) if figure else row.get(name))
+
+
+def draw(row: dict) -> Any:
+    """The seed of a row; with the others where it has seeds of their own for its weights and its data."""
+    seed, *others = (value(row, key) for key in SEEDS)
+    return seed if others == [None] * len(others) else (seed, *others)
+
+
+def role(row: dict) -> str:
+    """What a row is for: "variant" where it does not say another one."""
+    known = row.get("role")
+    return known if known in ("baseline", "range") else "variant"
+
+
+def shared(row: dict) -> dict:
+    """The run of a tuned row under the recipe that all share, as a row; {} where there is none."""
+    known = row.get("shared")
+    return dict(known) if isinstance(known, Mapping) else {}
+
+
+def by_length(row: dict) -> dict[int, dict]:
+    """Length -> the test split scored at it, as a row; {} where it was scored at none but the row's own."""
+    scores = row.get("by_length")
+    scores = [each for each in scores if isinstance(each, Mapping)] if isinstance(scores, Sequence) else []
+    return {int(at): dict(each) for each in scores if (at := human.number(each.get("seq_len"))) is not None}
 
 
 def sampling(row: dict) -> float:
@@ -104,7 +134,10 @@ def program(row: dict, varied: Sequence[str]) -> str:
 
 
 def series(row: dict, varied: Sequence[str]) -> str:
-    """The name of a row's line in the charts: "local:window=16 · post"; numbers carry their key, "dim=64"."""
+    """The name of a row's line in the charts: "local:window=16 · post"; numbers carry their key, "dim=64". A row that
+    has a name of its own, as a baseline has, is called by that."""
+    if isinstance(row.get("name"), str) and row["name"].strip():
+        return human.plain(row["name"])
     words = []
     for key in varied:
         if key in PLACES:
@@ -149,9 +182,14 @@ class Point:
     failed: list[dict]
     program: str = ""
 
+    @property
+    def role(self) -> str:
+        """What its rows are for."""
+        return role((self.rows or self.failed or [{}])[0])
+
     def seeds(self, name: str) -> dict:
         """Seed -> value of a measure."""
-        numbers = {value(row, "seed"): measure(row, name) for row in self.rows}
+        numbers = {draw(row): measure(row, name) for row in self.rows}
         return {seed: number for seed, number in numbers.items() if number is not None}
 
     def estimate(self, name: str) -> intervals.Estimate | None:
@@ -160,7 +198,28 @@ class Point:
         numbers = list(self.seeds(name).values())
         if not numbers:
             return None
-        return intervals.joined(intervals.estimate(numbers), self.sampling if name == "metric" else 0.0)
+        return intervals.estimate(numbers, self.sampling if name == "metric" else 0.0)
+
+    @property
+    def shared(self) -> "Point":
+        """The runs of tuned rows under the recipe that all share; a point without rows where there are none."""
+        runs = [{key: value(row, key) for key in SEEDS} | shared(row) for row in self.rows if shared(row)]
+        split = {fine: [run for run in runs if ok(run) is fine] for fine in (True, False)}
+        return Point(self.series, self.seq_len, split[True], split[False], self.program)
+
+    def beyond(self, seq_len: int) -> "Point":
+        """The same runs scored at another length."""
+        scored = [
+            {key: value(row, key) for key in SEEDS} | at[seq_len]
+            for row in self.rows
+            if seq_len in (at := by_length(row))
+        ]
+        return Point(self.series, seq_len, scored, [], self.program)
+
+    @property
+    def scores(self) -> Scores:
+        """What a contest needs of it."""
+        return Scores(self.series, self.seeds("metric"), self.sampling)
 
     @property
     def sampling(self) -> float:
@@ -170,13 +229,15 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The rows that share charts: one task, and for a bench one pass."""
+    """The rows that share charts: one task, and for a bench one pass. Baselines and controls of range stand beside the
+    variants: they are not ranked with them."""
 
     task: str | None
     direction: str | None
     bench: bool
     rows: list[dict]
     points: list[Point]
+    varied: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -202,10 +263,39 @@ class Group:
         """The first value that a row of the group has for something all of them share (metric name, chance)."""
         return next((row[key] for row in self.rows if row.get(key) is not None), default)
 
-    def at(self, seq_len: int | None, name: str) -> list[Point]:
-        """The points at one length that have a measure, the best first."""
-        measured = [point for point in self.points if point.seq_len == seq_len and point.estimate(name)]
+    def at(self, seq_len: int | None, name: str, role: str = "variant") -> list[Point]:
+        """The points of a role at one length that have a measure, the best first."""
+        mine = [point for point in self.of_role(role) if point.seq_len == seq_len]
+        measured = [point for point in mine if point.estimate(name)]
         return sorted(measured, key=lambda point: -self.better(name) * _mean(point, name))
+
+    def of_role(self, role: str) -> list[Point]:
+        """The points of a role; where no row is a variant, all are taken for variants."""
+        if any(point.role == "variant" for point in self.points):
+            return [point for point in self.points if point.role == role]
+        return self.points if role == "variant" else []
+
+    @functools.cached_property
+    def reference(self) -> str | None:
+        """The series that the others are tested against, chosen before there are scores: full attention where the
+        attention is varied, else the first variant of the sweep."""
+        variants = self.of_role("variant")
+        rows = [(point.series, row) for point in variants for row in (*point.rows, *point.failed)]
+        full = (series for series, row in rows if "attention" in self.varied and value(row, "attention") == "full")
+        return next(itertools.chain(full, (series for series, _ in rows)), None)
+
+    def contest(self, seq_len: int | None) -> Contest:
+        """Which metrics of one length differ."""
+        known = self._contests
+        if seq_len not in known:
+            others = [point for role in ("baseline", "range") for point in self.at(seq_len, "metric", role)]
+            variants = [point.scores for point in self.at(seq_len, "metric")]
+            known[seq_len] = Contest(variants, [point.scores for point in others], self.reference, self.guess)
+        return known[seq_len]
+
+    @functools.cached_property
+    def _contests(self) -> dict[int | None, Contest]:
+        return {}
 
     @property
     def guess(self) -> float | None:
@@ -221,11 +311,14 @@ class Group:
         return None if majority is None or human.score(majority) == human.score(chance) else majority
 
     def beats(self, point: Point) -> bool:
-        """Better than a guess: the whole interval where there is one, else the value; any value where none is known."""
+        """Better than a guess: by the test where there is one, else by the value; any value where no guess is known."""
         estimate, guess = point.estimate("metric"), self.guess
         if estimate is None or guess is None:
             return estimate is not None
-        return estimate.low > guess if self.better("metric") > 0 else estimate.high < guess
+        if (estimate.mean - guess) * self.better("metric") <= 0:
+            return False
+        tested = self.contest(point.seq_len).guesses.get(point.series)
+        return tested is None or tested.holds
 
     def programs(self, seq_len: int | None) -> list[Point]:
         """The points at one length with a speed, those that run the same program as one; the fastest first. Its series
@@ -237,19 +330,18 @@ class Group:
         return sorted(pools.values(), key=lambda pool: -self.better(self.speed) * _pooled(pool, self.speed))
 
     def same_metric(self, first: Point, second: Point) -> bool | None:
-        """Whether nothing tells two points' metrics apart: their difference, paired by seed, and what scoring a sample
-        leaves open, is no greater than its 95 % interval. None where there is neither."""
-        paired = intervals.difference(first.seeds("metric"), second.seeds("metric"))
-        sampled = math.hypot(first.sampling, second.sampling)
-        if paired is None:
-            return abs(_mean(first, "metric") - _mean(second, "metric")) <= sampled if sampled else None
-        return abs(paired.mean) <= math.hypot(paired.half or 0.0, sampled)
+        """Whether nothing tells two points' metrics apart: the test of their difference, paired by seed, with what
+        scoring a sample leaves open, and corrected for its family. None where there is none."""
+        decision = self.contest(first.seq_len).between(first.series, second.series)
+        return None if decision is None else not decision.holds
 
     def same_speed(self, first: Point, second: Point) -> bool:
-        """Whether noise explains the difference between two programs of `programs`: its 95 % interval, paired by round
-        of a bench or by seed, holds zero. Few seeds have a wide one, and one none: there the runs of one program must
-        all be faster than those of the other, by more than any median differs from its least time."""
-        apart = intervals.differ(_trials(first, self.speed), _trials(second, self.speed))
+        """Whether noise explains the difference between two programs of `programs`: its interval, paired by round of a
+        bench or by seed, holds zero; of 95 % over all pairs of programs. Few seeds have a wide one, and one none: there
+        the runs of one program must all be faster than those of the other, by more than any median differs from its
+        least time."""
+        pairs = max(1, math.comb(len(self.programs(first.seq_len)), 2))
+        apart = intervals.differ(trials(first, self.speed), trials(second, self.speed), intervals.LEVEL / pairs)
         if apart or (self.bench and apart is False):
             return not apart
         one, other = (sorted(numbers(pool.rows, self.speed)) for pool in (first, second))
@@ -286,24 +378,24 @@ def groups(rows: Sequence[dict], varied: Sequence[str]) -> list[Group]:
         key = (row.get("task"), row.get("pass"), True) if bench else (value(row, "task"), None, False)
         split.setdefault(key, []).append(row)
     return [
-        Group(task, direction, bench, sorted(mine, key=_length), _points(sorted(mine, key=_length), varied))
-        for (task, direction, bench), mine in split.items()
+        Group(task, direction, bench, ordered, _points(ordered, varied), tuple(varied))
+        for (task, direction, bench), ordered in ((key, sorted(mine, key=_length)) for key, mine in split.items())
     ]
 
 
 def tested(group: Group) -> str:
-    """What a group marks beside the best, in words: what an interval over seeds, rounds or test examples does not tell
-    from it. Empty where there is none of these."""
+    """What a group marks beside the best, in words: what a test over seeds, rounds or test examples does not tell from
+    it. Empty where there is none of these."""
     trials = [len(row["seconds_rounds"]) for row in group.rows if isinstance(row.get("seconds_rounds"), Sequence)]
     paired = seeds(group.rows) > 1 or max(trials, default=0) > 1
     if not paired and not any(map(sampling, group.rows)):
         return ""
-    return f", or not told from it by the {'paired ' if paired else ''}95 % interval"
+    return f", or not told from it by a {'paired ' if paired else ''}test with 5 % error over all pairs"
 
 
 def seeds(rows: Iterable[dict]) -> int:
     """How many different seeds the rows have."""
-    return len({value(row, "seed") for row in rows})
+    return len({draw(row) for row in rows})
 
 
 def length(row: dict) -> int | None:
@@ -335,14 +427,14 @@ def _pooled(pool: Point, name: str) -> float:
     return statistics.fmean(numbers(pool.rows, name))
 
 
-def _trials(pool: Point, name: str) -> dict:
+def trials(pool: Point, name: str) -> dict:
     """Logarithms of a program's speeds, by what a trial shares with one of another program: the round of a bench, else
     the seed and how it was trained. A difference of them is a ratio."""
     if len(pool.rows) == 1 and isinstance(rounds := pool.rows[0].get("seconds_rounds"), Sequence):
         numbers = {at: human.number(seconds) for at, seconds in enumerate(rounds)}
     else:
         numbers = {
-            tuple(str(value(row, key)) for key in ("seed", *TRAINING, *SWITCHES)): measure(row, name)
+            tuple(str(value(row, key)) for key in (*SEEDS, *TRAINING, *SWITCHES)): measure(row, name)
             for row in pool.rows
         }
     return {key: math.log(number) for key, number in numbers.items() if number is not None and number > 0}

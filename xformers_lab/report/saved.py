@@ -4,6 +4,7 @@ Rows travel as JSON and may be of another version, cut off, or edited: each valu
 the schema says, or the file is refused with the place. Nothing that the rows name is looked up or run.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -17,12 +18,16 @@ from xformers_lab.record import PLACES, Record
 
 # How deep a value may be nested: a config has sections and lists.
 DEPTH = 20
-# Lists of points, by the number of values that each point has.
-POINTS = {"curve": 2, "validation": 3}
+# Lists of points, by the number of values that a point may have.
+POINTS = {"curve": (2, 3), "validation": (3,)}
 NUMBERS = {"seconds_rounds": None, "metric_interval": 2, "plane": 2}
 # Numbers beyond are none that a run, its data or a clock has.
 LARGEST = 1e30
 MEND = "run xlab compare again"
+
+
+class Odd(ValueError):
+    """A value of a row that reports cannot draw: the message says which, and what should be there."""
 
 
 def read(path: pathlib.Path) -> tuple[list[dict], list[str], str]:
@@ -39,61 +44,71 @@ def read(path: pathlib.Path) -> tuple[list[dict], list[str], str]:
         raise UsageError(f"{path}: not a saved comparison ({str(error)[:200]}); {MEND}") from None
     if not isinstance(saved, dict):
         raise UsageError(f"{path}: not a saved comparison (it holds no rows, varied and command); {MEND}")
-    for key, kind in {"rows": list, "varied": list, "command": str}.items():
-        _check(isinstance(saved.get(key), kind), path, key, saved.get(key), _NAMES[kind])
-    rows, varied = saved["rows"], saved["varied"]
-    for at, key in enumerate(varied):
-        _check(isinstance(key, str), path, f"varied[{at}]", key, "text")
-    for at, row in enumerate(rows):
-        _check(isinstance(row, dict), path, f"rows[{at}]", row, "a mapping")
-        _check_row(row, varied, path, f"rows[{at}]")
-    return [_sound(row) for row in rows], [_sound(key) for key in varied], _sound(saved["command"])
+    try:
+        for key, kind in {"rows": list, "varied": list, "command": str}.items():
+            _check(isinstance(saved.get(key), kind), key, saved.get(key), _NAMES[kind])
+        rows, varied = saved["rows"], saved["varied"]
+        for at, key in enumerate(varied):
+            _check(isinstance(key, str), f"varied[{at}]", key, "text")
+        for at, row in enumerate(rows):
+            _check(isinstance(row, dict), f"rows[{at}]", row, "a mapping")
+            check_row(row, varied, f"rows[{at}].")
+    except Odd as odd:
+        raise UsageError(f"{path}: {odd}; {MEND}") from None
+    return [sound(row) for row in rows], [sound(key) for key in varied], sound(saved["command"])
 
 
-def _check_row(row: dict, varied: Sequence[str], path: pathlib.Path, where: str) -> None:
-    hints = typing.get_type_hints(Record)
-    _check(not _deeper(row, DEPTH), path, where, "values in more than " + str(DEPTH) + " levels", "values less deep")
+def check_row(row: dict, varied: Sequence[str], before: str = "") -> None:
+    """Raises Odd at the first value of a row that is not of its kind; the place begins with `before`."""
+    hints = _hints()
+    shown = before.rstrip(".") or "it"
+    _check(not _deeper(row, DEPTH), shown, "values in more than " + str(DEPTH) + " levels", "values less deep")
     for key, value in row.items():
-        place = f"{where}.{key}"
+        place = f"{before}{key}"
         if key in POINTS:
-            width = POINTS[key]
+            widths = POINTS[key]
             fits = isinstance(value, list) and all(
                 isinstance(point, list)
-                and len(point) == width
+                and len(point) in widths
                 and _is_number(point[0])
                 and all(one is None or _is_number(one) for one in point)
                 for point in value
             )
-            _check(fits or value is None, path, place, value, f"a list of points of {width} numbers")
+            _check(fits or value is None, place, value, f"a list of points of {' or '.join(map(str, widths))} numbers")
         elif key in NUMBERS:
             width = NUMBERS[key]
             fits = isinstance(value, list) and all(map(_is_number, value)) and len(value) == (width or len(value))
-            _check(fits or value is None, path, place, value, f"a list of {width or 'any number of'} numbers")
+            _check(fits or value is None, place, value, f"a list of {width or 'any number of'} numbers")
         elif key in hints:
             kinds = _kinds(hints[key])
-            _check(value is None or any(_IS[kind](value) for kind in kinds), path, place, value, _NAMES[kinds[0]])
+            _check(value is None or any(_IS[kind](value) for kind in kinds), place, value, _NAMES[kinds[0]])
     for key in ("model", "train"):
         section = (row.get("config") or {}).get(key)
         right = section is None or _is_scalar(section) or isinstance(section, dict)
-        _check(right, path, f"{where}.config.{key}", section, "a mapping")
+        _check(right, f"{before}config.{key}", section, "a mapping")
     machine = row.get("machine") or {}
-    _check(all(isinstance(word, str) for word in machine.values()), path, f"{where}.machine", machine, "texts")
+    _check(all(isinstance(word, str) for word in machine.values()), f"{before}machine", machine, "texts")
     for key in dict.fromkeys([*PLACES, *varied]):
-        for values, place in ((row, f"{where}.{key}"), (row.get("config") or {}, f"{where}.config.{key}")):
+        for values, place in ((row, f"{before}{key}"), (row.get("config") or {}, f"{before}config.{key}")):
             value = values.get(key)
             section = values is not row and isinstance(value, dict)  # "model" is a section of a config too
-            _check(value is None or _is_scalar(value) or section, path, place, value, "one value")
+            _check(value is None or _is_scalar(value) or section, place, value, "one value")
             if key == "seq_len" and value is not None:
-                _check(_is_whole(value, 1, 2**53), path, place, value, "a whole number of tokens")
+                _check(_is_whole(value, 1, 2**53), place, value, "a whole number of tokens")
             if key in ("task", "pass") and value is not None:
-                _check(isinstance(value, str), path, place, value, "text")
+                _check(isinstance(value, str), place, value, "text")
 
 
-def _check(right: bool, path: pathlib.Path, place: str, value: object, wanted: str) -> None:
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Record)
+
+
+def _check(right: bool, place: str, value: object, wanted: str) -> None:
     if not right:
         shown = _called(value) if value is None or isinstance(value, dict | list) else repr(value)[:60]
         place = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in place[:100])
-        raise UsageError(f"{path}: {place} is {shown}, where {wanted} should be; {MEND}")
+        raise Odd(f"{place} is {shown}, where {wanted} should be")
 
 
 def _kinds(hint: Any) -> list[type]:
@@ -149,10 +164,10 @@ def _deeper(value: object, levels: int) -> bool:
     return levels == 0 or any(_deeper(one, levels - 1) for one in inner)
 
 
-def _sound(value: Any) -> Any:
-    """The same with every half of a surrogate pair, which no file can hold, replaced."""
+def sound(value: Any) -> Any:
+    """The same value with every half of a surrogate pair, which no file can hold, replaced."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
-        return {_sound(key): _sound(item) for key, item in value.items()}
-    return [_sound(item) for item in value] if isinstance(value, list) else value
+        return {sound(key): sound(item) for key, item in value.items()}
+    return [sound(item) for item in value] if isinstance(value, list) else value

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from xformers_lab.record import Figure
-from xformers_lab.report import charts, findings, human, intervals, plot, rows
+from xformers_lab.report import findings, human, plot, rows
 
 ROLES = {"variant": "Variants", "baseline": "Baselines", "range": "Windows, to see whether the task needs long range"}
 # Columns of costs, by the name of their figure, as many as a reader can compare at once.
@@ -41,9 +41,7 @@ class Summary:
     whiskers: bool
 
 
-def of_group(
-    group: rows.Group, looks: Sequence[plot.Look], figures: Sequence[Figure], varied: Sequence[str]
-) -> list[Summary]:
+def of_group(group: rows.Group, looks: Sequence[plot.Look], figures: Sequence[Figure]) -> list[Summary]:
     """A table for each length, the shortest first; none for a bench, whose rows say it all, or without a metric."""
     names = [look.name for look in looks]
     if group.bench or not any(point.estimate("metric") for point in group.points):
@@ -83,10 +81,9 @@ def matched(row: Mapping) -> str:
     return "; ".join([words, *steps]) if steps else words
 
 
-def shared(row: Mapping) -> float | None:
+def shared(row: dict) -> float | None:
     """The metric under the recipe that all variants share, of a row whose own knobs were tuned."""
-    run = row.get("shared")
-    return human.number(run.get("metric")) if isinstance(run, Mapping) and run.get("status", "ok") == "ok" else None
+    return rows.measure(rows.shared(row), "metric")
 
 
 def _at(
@@ -114,7 +111,7 @@ def _at(
     best = {point.series for point in group.leading(at, "metric")}
     parts = []
     for role, called in ROLES.items():
-        mine = [point for point in points if charts.role(point) == role]
+        mine = [point for point in points if point.role == role]
         mine.sort(key=lambda point: _rank(group, point))
         lines = []
         for point in mine:
@@ -125,8 +122,7 @@ def _at(
             lost = human.listing(list(dict.fromkeys(human.status(row) for row in point.failed)))
             texts = [findings.with_interval(estimate) if estimate else lost or human.NONE]
             if with_shared:
-                values = [value for row in point.rows if (value := shared(row)) is not None]
-                texts.append(findings.with_interval(intervals.estimate(values)) if values else human.NONE)
+                texts.append(findings.with_interval(point.shared.estimate("metric")))
             if several:
                 texts.append(_seeds(point, lost))
             for figure in costs:

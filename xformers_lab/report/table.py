@@ -1,8 +1,9 @@
-"""Tables in the terminal, one for each task: seeds averaged, the best marked, failed cells with their reason."""
+"""Tables in the terminal, one for each task: seeds averaged, the best marked, failed cells with their reason, and the
+verdict in words below."""
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.cells import cell_len
@@ -11,10 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from xformers_lab.record import Figure, Record, columns
-from xformers_lab.report import findings, human, notes, rows
+from xformers_lab.report import aggregate, findings, human, notes, phrases, rows, study
 from xformers_lab.terminal import visible
 
 BEST = " *"
+# What stands behind a tuned value at the end of its grid.
+EDGE = " (edge)"
+
+
+# The order of lines at one length.
+ROLES = ("variant", "baseline", "range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,19 @@ class Line:
     @property
     def ok(self) -> bool:
         return rows.ok(self.cells[0])
+
+    @property
+    def role(self) -> str:
+        return rows.role(self.cells[0])
+
+    @property
+    def point(self) -> rows.Point:
+        """Its rows as a point, whose estimates are over the seeds."""
+        return rows.Point("", rows.length(self.cells[0]), self.cells, [])
+
+    def said(self, words: Callable[[dict], str]) -> str:
+        """What each row of a line that ended ok says; seeds may differ, and then each is said."""
+        return human.listing(list(dict.fromkeys(filter(None, map(words, self.cells))))) if self.ok else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +85,12 @@ def print_rows(
     console = console or Console()
     if not cells:
         _say(console, "There are no rows to show.")
-    for number, group in enumerate(rows.groups(cells, varied_keys)):
+    groups = rows.groups(cells, varied_keys)
+    for number, group in enumerate(groups):
         if number:
             _say(console, "")
         _print_group(group, varied_keys, console, columns(schema))
+    _print_overall(groups, console)
     for note in notes.of(cells):
         _say(console, f"note: {human.plain(note)}", "dim")
 
@@ -80,15 +102,23 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
     guesses = findings.guesses(group)
     above = [guesses] if guesses else []
     above += [f"{column.title} {column.said[0].strip()}" for column in every if column.constant]
+    beside = [role for role in ("baseline", "range") if any(line.role == role for line in lines)]
     _say(console, group.title, "bold")
     if above:
         _say(console, " · ".join(above), "dim")
     left_out = _fit(shown, console.width) if console.is_terminal else []
-    _print_table([column for column in shown if column not in left_out], lines, console)
+    fitting = [column for column in shown if column not in left_out]
+    _print_table(fitting, lines, console)
     if any(line.best for line in lines):
         _say(console, f"* best at its length{rows.tested(group)}", "dim")
+    if beside:
+        _say(console, f"{human.listing([f'({role})' for role in beside])}: not among the variants, not ranked", "dim")
+    if any(text.endswith(EDGE) for column in fitting for text in column.texts):
+        _say(console, f"{EDGE.strip()}: the best value is at the end of its grid", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
+    for sentence in findings.sentences(group):
+        _say(console, human.plain(sentence))
     for note in notes.of_group(group):
         _say(console, f"note: {human.plain(note)}", "dim")
     for line in lines:
@@ -96,11 +126,33 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
             _say(console, f"{rows.label(line.cells[0], varied)}: {human.outcome(line.cells[0])}", "red")
 
 
+def _print_overall(groups: Sequence[rows.Group], console: Console) -> None:
+    """The aggregates over all tasks, where there are several."""
+    overall = aggregate.over_tasks(groups)
+    if overall is None:
+        return
+    _say(console, "")
+    _say(console, "over all tasks", "bold")
+    _say(console, human.listing(overall.settings), "dim")
+    table = _frame(console)
+    table.add_column(Text("variant"), overflow="fold", no_wrap=not console.is_terminal)
+    for title in ("interquartile mean", "95 % interval", "seeds"):
+        table.add_column(Text(title), justify="right", no_wrap=True)
+    for score in (*overall.of_role("variant"), *overall.of_role("baseline")):
+        name = score.series if score.role == "variant" else f"{score.series} ({score.role})"
+        interval = human.NONE if score.low is None else f"{human.score(score.low)} to {human.score(score.high)}"
+        texts = (name, human.score(score.mean), interval, str(score.seeds))
+        table.add_row(*(Text(visible(text)) for text in texts))
+    put(table, console)
+    for sentence in aggregate.sentences(groups):
+        _say(console, human.plain(sentence))
+
+
 def _lines(group: rows.Group) -> list[Line]:
     lines, names = [], ("metric", group.speed)
     lengths = {point.seq_len for point in group.points}
     lead = {name: {id(point) for at in lengths for point in group.leading(at, name)} for name in names}
-    for point in sorted(group.points, key=lambda point: point.seq_len or 0):
+    for point in sorted(group.points, key=lambda point: (point.seq_len or 0, ROLES.index(point.role))):
         if point.rows:
             lines.append(Line(point.rows, frozenset(name for name in names if id(point) in lead[name])))
         lines += [Line([row]) for row in point.failed]
@@ -111,22 +163,18 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str], measur
     named = []
     if any(rows.length(line.cells[0]) is not None for line in lines):
         named.append(Column("seq_len", [str(rows.length(line.cells[0]) or human.NONE) for line in lines]))
-    for key in rows.named_by(varied):
-        if key not in rows.PLACES:
-            named.append(Column(key, [rows.shown(line.cells[0], key) for line in lines], name=True))
+    for number, key in enumerate(key for key in rows.named_by(varied) if key not in rows.PLACES):
+        named.append(Column(key, [_named(line, key, first=not number) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
         seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
         named.append(Column("seeds", seeds, 2))
-    # Seeds may differ in how many examples were scored, and after which step: each is said.
-    said = lambda words: [
-        human.listing(list(dict.fromkeys(filter(None, map(words, line.cells))))) if line.ok else "" for line in lines
-    ]
+    said = lambda words: [line.said(words) for line in lines]
     sampled = any(rows.partly(row) for row in group.rows)
     step = lambda row: "" if (at := rows.scored_at(row)) is None else f"{at:,}"
-    about = [Column("scored", said(rows.scored), 1)] if sampled else []
+    about = [Column("scored", said(rows.scored), 2)] if sampled else []
     about += [Column("after step", said(step), 7)] if "steps" not in varied else []
     measures = [
-        Column(human.plain(group.first("metric_name", "metric")), _measured(lines, "metric", human.score)),
+        *_metrics(phrases.metric(group), lines),
         *about,
         *(
             Column(
@@ -155,13 +203,66 @@ def _measured(lines: list[Line], name: str, form: Callable) -> list[str]:
         if not line.ok:
             texts.append("")
             continue
-        estimate = rows.Point("", None, line.cells, []).estimate(name)
+        estimate = line.point.estimate(name)
         if name == "metric":
-            text = findings.with_interval(estimate, form)
+            text = phrases.with_interval(estimate, form)
         else:
             text = form(estimate.mean) if estimate else human.NONE
         texts.append(text + (BEST if name in line.best else " " * len(BEST)) if marked else text)
     return texts
+
+
+def _named(line: Line, key: str, *, first: bool) -> str:
+    """The value of a varied key; a row with a name of its own has that in the first of them, with its role."""
+    name = line.cells[0].get("name")
+    if not isinstance(name, str) or not name.strip():
+        return rows.shown(line.cells[0], key)
+    role = "" if line.role == "variant" else f" ({line.role})"
+    return f"{human.plain(name)}{role}" if first else ""
+
+
+def _metrics(name: str, lines: list[Line]) -> list[Column]:
+    """The metric: where knobs were tuned, with them and under the recipe that all share; the knobs; what was matched;
+    and the metric at other lengths."""
+    scores = _measured(lines, "metric", human.score)
+    if any(rows.shared(row) for line in lines for row in line.cells):
+        shared = [phrases.with_interval(line.point.shared.estimate("metric")) if line.ok else "" for line in lines]
+        columns = [Column(f"{name}, tuned", scores), Column("shared recipe", shared, 1)]
+    else:
+        columns = [Column(name, scores)]
+    for knob in dict.fromkeys(knob for line in lines for row in line.cells for knob in study.best(row)):
+        columns.append(
+            Column(f"tuned {human.plain(knob)}", [line.said(lambda row, k=knob: _knob(row, k)) for line in lines], 2)
+        )
+    for budget in dict.fromkeys(
+        study.budget(matched) for line in lines for row in line.cells if (matched := study.of(row))
+    ):
+        columns.append(
+            Column(f"matched in {budget}", [line.said(lambda row, b=budget: _match(row, b)) for line in lines], 3)
+        )
+    lengths = {length for line in lines for row in line.cells for length in rows.by_length(row)}
+    for length in sorted(lengths):
+        points = [line.point.beyond(length).estimate("metric") if line.ok else None for line in lines]
+        columns.append(Column(f"{name} @{length:,}", [phrases.with_interval(point) for point in points], 2))
+    return columns
+
+
+def _knob(row: dict, knob: str) -> str:
+    """The tuned value of a knob: "0.01 (edge)"."""
+    value = study.best(row).get(knob)
+    return "" if value is None else f"{human.significant(value)}{EDGE if study.at_edge(row) else ''}"
+
+
+def _match(row: dict, budget: str) -> str:
+    """What matching changed: "ffn=mlp:ratio=3.62", and how far off a row is that could not be matched."""
+    matched = study.of(row)
+    if not matched or study.budget(matched) != budget:
+        return ""
+    changed = matched.get("changed")
+    changed = changed if isinstance(changed, Mapping) else {}
+    words = [f"{key}={pair[-1]}" for key, pair in changed.items() if isinstance(pair, Sequence) and pair]
+    words += [f"unmatched ({study.off(matched)})"] if matched.get("ok") is False else []
+    return human.plain(", ".join(words)) or "as it is"
 
 
 def _fit(columns: list[Column], width: int) -> list[Column]:
@@ -177,7 +278,7 @@ def _fit(columns: list[Column], width: int) -> list[Column]:
 
 def _print_table(columns: list[Column], lines: list[Line], console: Console) -> None:
     terminal = console.is_terminal
-    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, show_edge=False, header_style="bold")
+    table = _frame(console)
     for column in columns:
         if column.name:
             table.add_column(Text(human.plain(column.title)), overflow="fold", no_wrap=not terminal)
@@ -191,6 +292,12 @@ def _print_table(columns: list[Column], lines: list[Line], console: Console) -> 
             *cells, end_section=not last and rows.length(line.cells[0]) != rows.length(lines[number + 1].cells[0])
         )
     put(table, console)
+
+
+def _frame(console: Console) -> Table:
+    """An empty table; plain in a file or a pipe."""
+    shape = box.SIMPLE_HEAD if console.is_terminal else None
+    return Table(box=shape, pad_edge=False, show_edge=False, header_style="bold")
 
 
 def put(table: Table, console: Console) -> None:

@@ -21,9 +21,12 @@ A task is built as `Task(setting, *, option=default)` and gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
+* `figures(loss)`: what is reported beside the metric, by name.
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
   they were read, which is no part of what identifies them.
 * `reading()`: the same in words, a line for each split, which is said once the data are loaded.
+* `show(example)`: one example as a person reads it, which `xlab show task=NAME` prints; by default what `decode` makes
+  of its tokens, or a picture where the task has an `image`, and `answer_name` of the class.
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from xformers_lab.errors import UsageError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -75,7 +80,7 @@ class Task:
     metric_name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     chance: float
-    segments: ClassVar[bool] = False
+    segments: bool = False
     source_length: int = 0
     blank: ClassVar[int | None] = None
     begin: ClassVar[tuple[int, ...]] = ()
@@ -115,6 +120,16 @@ class Task:
         """Tokens as text: the inverse of `encode`."""
         return " ".join(map(str, tokens))
 
+    def answer_name(self, answer: int) -> str:
+        """What a class of a whole sequence is called."""
+        return str(answer)
+
+    def show(self, example: Batch) -> dict[str, str]:
+        """One example, a batch of one row, as a person reads it: what is given and what is wanted, each by its name."""
+        from xformers_lab.tasks import _showing
+
+        return _showing.example(self, example)
+
     def describe(self) -> dict:
         """What the data are, as JSON has it."""
         return {}
@@ -138,3 +153,36 @@ class Task:
     def finish(self, mean: float) -> float:
         """Turns the weighted mean into the reported metric (bits per byte from nats, say)."""
         return mean
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """What is reported beside the metric, of the mean loss in nats for each answer."""
+        return {}
+
+
+class _WithoutTest(Task):
+    """A task whose test split nobody can read, its own methods neither."""
+
+    def batch(self, split: Split, step: int) -> Batch:
+        return super().batch(_not_test(split), step)
+
+    def examples(self, split: Split) -> int | None:
+        return super().examples(_not_test(split))
+
+    def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        return super().take(_not_test(split), numbers)
+
+    def segment(self, split: Split, step: int) -> Batch:
+        return super().segment(_not_test(split), step)
+
+
+def without_test(task: Task) -> Task:
+    """The same task, which from now on raises UsageError wherever its test split is asked for."""
+    own = type(task)
+    task.__class__ = type(own.__name__, (_WithoutTest, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    return task
+
+
+def _not_test(split: Split) -> Split:
+    if split == "test":
+        raise UsageError("the test split cannot be read with score=validation: score=test reads it, once all is chosen")
+    return split

@@ -17,9 +17,10 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 _LEAST_EXAMPLES = 1000
 
 
-def generator(seed: int, split: Split, step: int) -> np.random.Generator:
-    """The random numbers of one batch: the same in every process, unrelated between seeds, splits and steps."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, SPLITS.index(split), step))))
+def generator(seed: int, split: Split, step: int, purpose: int = 0) -> np.random.Generator:
+    """The random numbers of one purpose in a batch: the same in every process, unrelated between all of these."""
+    words = (seed, SPLITS.index(split), step, *([purpose] if purpose else []))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def of_rows(rows: np.ndarray) -> np.ndarray:

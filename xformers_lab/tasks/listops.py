@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from xformers_lab.tasks import Batch, Setting, Split, Task
+from xformers_lab.tasks import Batch, Setting, Split, Task, _presets
 from xformers_lab.tasks._splits import check_room, generator, select
 
 # Token ids: 0 is padding, then the digits, the operators with their opening bracket, the closing bracket.
@@ -30,15 +30,17 @@ class Listops(Task):
 
     `[MAX 4 [MIN 2 9 ] 0 ]` is 4: MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10) of 2 to max_args
     arguments, each an operation with probability 1/4 down to max_depth, else a digit. Trees are drawn from this grammar
-    until they have min_length to seq_len tokens, so the data follow the published distribution given their length.
+    until they have min_length to max_length tokens, so the data follow the published distribution given their length.
     Every token counts, brackets included, and none is dropped or cut off: the release of Long Range Arena fed models
     without brackets, and its lengths did not count them. Shorter expressions are padded at the end. Splits share no
     expression.
 
     Options:
-        min_length: the least number of tokens (none: a quarter of seq_len, the published ratio 500 to 2000)
+        min_length: the least number of tokens (none: a quarter of the most, the published ratio 500 to 2000)
+        max_length: the largest number of tokens (none: seq_len)
         max_depth: how deep operations nest
         max_args: how many arguments an operation takes at most
+        preset: lra: 500 to 2,000 tokens, 10 levels, 10 arguments, at seq_len=2000 or more
 
     Metric: accuracy. Chance: 0.1, a uniform guess; always naming the most frequent value scores more (see `describe`).
     """
@@ -49,30 +51,53 @@ class Listops(Task):
     outputs = 10
     chance = 0.1
 
-    def __init__(self, setting: Setting, *, min_length: int | None = None, max_depth: int = 10, max_args: int = 10):
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        max_depth: int = 10,
+        max_args: int = 10,
+        preset: _presets.Preset | None = None,
+    ):
         super().__init__(setting)
+        if preset is not None:
+            given = {
+                "min_length": (min_length, 500),
+                "max_length": (max_length, 2000),
+                "max_depth": (max_depth, 10),
+                "max_args": (max_args, 10),
+            }
+            sizes = _presets.published(preset, given)
+            min_length, max_length = sizes["min_length"], sizes["max_length"]
+            _presets.check_length(preset, setting.seq_len, sizes["max_length"])
         if max_depth < 2:
             raise ValueError(f"max_depth={max_depth} has no operation: use max_depth=2 or more")
         if max_args < 2:
             raise ValueError(f"max_args={max_args} leaves nothing to compute: use max_args=2 or more")
         if setting.seq_len < 5:
             raise ValueError(f"seq_len={setting.seq_len} holds too few expressions to split: use seq_len=5 or more")
-        if setting.seq_len * max_depth * max_args > _MOST:
+        self.longest = setting.seq_len if max_length is None else max_length
+        if not 5 <= self.longest <= setting.seq_len:
             raise ValueError(
-                f"seq_len={setting.seq_len} with max_depth={max_depth} and max_args={max_args}: nobody waits for "
+                f"max_length={max_length} does not fit: use 5 to {setting.seq_len} at seq_len={setting.seq_len}"
+            )
+        if self.longest * max_depth * max_args > _MOST:
+            raise ValueError(
+                f"seq_len={self.longest} with max_depth={max_depth} and max_args={max_args}: nobody waits for "
                 f"expressions of such sizes; their product is at most {_MOST:,}"
             )
-        self.shortest = max(4, setting.seq_len // 4) if min_length is None else min_length
-        if not 1 <= self.shortest <= setting.seq_len:
-            raise ValueError(
-                f"min_length={min_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}"
-            )
+        self.shortest = max(4, self.longest // 4) if min_length is None else min_length
+        if not 1 <= self.shortest <= self.longest:
+            most = "seq_len" if max_length is None else "max_length"
+            raise ValueError(f"min_length={min_length} does not fit: use 1 to {self.longest} at {most}={self.longest}")
         self.max_depth, self.max_args = max_depth, max_args
-        likely = length_probabilities(setting.seq_len, max_depth, max_args)
+        likely = length_probabilities(self.longest, max_depth, max_args)
         self.accepted = float(likely[self.shortest :].sum())
         if self.accepted < _LEAST_ACCEPTED:
             raise ValueError(
-                f"expressions of {self.shortest} to {setting.seq_len} tokens are too rare to draw "
+                f"expressions of {self.shortest} to {self.longest} tokens are too rare to draw "
                 f"(1 in {1 / self.accepted if self.accepted > 0 else math.inf:.3g}) with max_depth={max_depth} and "
                 f"max_args={max_args}: use a smaller min_length, or a larger max_depth or max_args"
             )
@@ -83,14 +108,24 @@ class Listops(Task):
 
     def batch(self, split: Split, step: int) -> Batch:
         rng = generator(self.setting.seed, split, step)
-        length = self.setting.seq_len
 
         def draw(wanted: int) -> tuple[np.ndarray, np.ndarray]:
-            trees = max(1, min(wanted, _ROUND // length))
-            return expressions(rng, trees, self.shortest, length, self.max_depth, self.max_args)
+            trees = max(1, min(wanted, _ROUND // self.longest))
+            return expressions(rng, trees, self.shortest, self.longest, self.max_depth, self.max_args)
 
         inputs, values = select(split, self.setting.batch, draw, self.accepted)
+        inputs = np.pad(inputs, ((0, 0), (0, self.setting.seq_len - self.longest)))
         return Batch(inputs, values, np.ones(len(values), np.float32), inputs > 0)
+
+    def encode(self, text: str) -> list[int]:
+        """An expression as it is written: "[MAX 4 [MIN 2 9 ] 0 ]"."""
+        try:
+            return encode(text)
+        except ValueError:
+            raise ValueError(f'"{text[:80]}" holds a word that is none of {" ".join(TOKENS[1:])}') from None
+
+    def decode(self, tokens: list[int]) -> str:
+        return decode(np.array(tokens, np.int32))
 
     def describe(self) -> dict:
         """`majority` is the share of the most frequent value in a sample of the training split."""
@@ -98,7 +133,7 @@ class Listops(Task):
         values = np.concatenate([self.batch("train", step).targets for step in steps])
         return {
             "source": "generated",
-            "length": f"{self.shortest}..{self.setting.seq_len}",
+            "length": f"{self.shortest}..{self.longest}",
             "accepted": round(self.accepted, 4),
             "majority": round(float(np.bincount(values).max() / len(values)), 3),
         }

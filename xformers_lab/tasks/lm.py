@@ -1,4 +1,4 @@
-"""Lm: predict the next byte of text."""
+"""Lm: predict the next byte, or the next token, of text."""
 
 import dataclasses
 import functools
@@ -11,20 +11,22 @@ import sysconfig
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits, _tokens
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
 # Parts of the standard library that are no plain source of it: tests, applications, what this machine generated.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3"}
+_LARGEST = 700.0  # nats, of which no float holds the exponential of many more
 _COLUMNS = ("text", "content", "document", "sentence")
 
 
 class Lm(Task):
-    """Next-byte language modelling of any text (byte-level as in Al-Rfou et al., 2018, arXiv 1808.04444).
+    """Language modelling of any text, by bytes (as in Al-Rfou et al., 2018, arXiv 1808.04444) or by subwords.
 
     The corpus is the bytes of a file, of every file in a folder, of a column of a table (csv, json, parquet) or of a
     data set on the hub; by default it is the source of Python's own standard library, without its tests, real text that
@@ -39,6 +41,12 @@ class Lm(Task):
     a part of its own of the split from its first byte to its last, one segment a step, and begins anew, a little
     shifted, when all have been read; nothing is forgotten at the end of a document, as in Transformer-XL.
 
+    Subwords are those of a tokenizer that loses nothing: a byte-pair encoding trained on the training split alone, or a
+    byte-level one of a file or the hub. Then sequences are windows of tokens; which text is in which split, and which
+    is dropped, is as with bytes. An evaluation predicts every token of a split but the first, once: by windows that
+    follow one another, or by ones that overlap, each of which is scored on its last `stride` tokens, so that all but
+    the first window's have seq_len - stride tokens or more before them.
+
     Options:
         path: a file or folder (none, and no hub: the standard library's source)
         hub: a data set on the hub, such as Salesforce/wikitext
@@ -46,14 +54,18 @@ class Lm(Task):
         column: the column that holds the text, in a table or hub data set; title+body joins two
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
         overlap: what becomes of training documents that are held out too: keep, drop, or refuse
+        tokens: bytes; bpe (trained on the training split); (file:PATH) with a tokenizer.json; (hub:MODEL)
+        vocab: how many tokens a bpe is trained to have, 4096 by default
+        stride: tokens that a window of an evaluation is scored on, fewer than seq_len where windows overlap (none: all)
 
-    Metric: bits per byte, lower is better. Chance: 8.0, a uniform guess among 256 bytes.
+    Metric: bits per byte of the text, whatever the tokens are: the nats of all that is scored over the bytes it stands
+    for; lower is better. Beside it the perplexity per token. Chance: a uniform guess among all tokens, on the test
+    split; 8.0 with bytes. The data say what `unigram` scores there, which guesses by how often each token comes in the
+    training split.
     """
 
     metric_name = "bits_per_byte"
     higher_is_better = False
-    vocab = outputs = 256
-    chance = 8.0
     segments = True
 
     def __init__(
@@ -66,6 +78,9 @@ class Lm(Task):
         column: str | None = None,
         header: bool = True,
         overlap: Overlap = "drop",
+        tokens: str = "bytes",
+        vocab: int | None = None,
+        stride: int | None = None,
     ):
         super().__init__(setting)
         if path is not None and hub is not None:
@@ -76,6 +91,10 @@ class Lm(Task):
             raise ValueError(f"column={column} is for a table: give path=... or hub=... too, or drop it")
         if not header and path is None:
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
+        if stride is not None and not 1 <= stride <= setting.seq_len:
+            raise ValueError(f"stride={stride}: use 1 to seq_len={setting.seq_len}")
+        self.stride = setting.seq_len if stride is None else stride
+        self.segments = self.stride == setting.seq_len
         read = corpus(path, hub, config, column, header, files.stamp("lm", path))
         parts, counts = _settled(read, setting.seq_len, overlap)
         self.source, self.files = read.source, 1 if read.how == "by position" else sum(map(len, parts.values()))
@@ -83,34 +102,47 @@ class Lm(Task):
             split: np.frombuffer(texts[0], np.uint8) if read.how == "by position" else _joined(texts)
             for split, texts in parts.items()
         }
+        self.tokens = _tokens.of("lm", tokens, vocab, lambda: [self.bytes["train"].tobytes()])
+        self.ids = self.bytes
+        if self.tokens.tokenizer is not None:
+            self.ids = splits.each(self.bytes, lambda content: self.tokens.encode_all([content.tobytes()])[0])
+        self.vocab = self.outputs = self.tokens.vocab
         sizes = splits.each(self.bytes, len)
-        self.read = account.record(read.account, sizes, counts, unit="byte", how=read.how, overlap=overlap)
-        for split, content in self.bytes.items():
-            if len(content) <= setting.seq_len:
+        told = read.account.saying(self.tokens.reading(self.ids["train"]))
+        self.read = account.record(told, sizes, counts, unit="byte", how=read.how, overlap=overlap)
+        for split, ids in self.ids.items():
+            if len(ids) <= setting.seq_len:
+                unit = "bytes" if tokens == "bytes" else "tokens"
                 raise ValueError(
-                    f"the {split} split of {self.source} has {len(content)} bytes, seq_len={setting.seq_len} needs "
+                    f"the {split} split of {self.source} has {len(ids)} {unit}, seq_len={setting.seq_len} needs "
                     f"{setting.seq_len + 1} or more: give more text, join its files into one, or use a smaller seq_len"
                 )
+        scored = self.ids["test"][1:]
+        self.chance = math.log2(self.vocab) / self.tokens.bytes_per_token(scored)
 
     def batch(self, split: Split, step: int) -> Batch:
-        rng, content = _splits.generator(self.setting.seed, split, step), self.bytes[split]
-        starts = rng.integers(0, len(content) - self.setting.seq_len, self.setting.batch)
+        rng, ids = _splits.generator(self.setting.seed, split, step), self.ids[split]
+        starts = rng.integers(0, len(ids) - self.setting.seq_len, self.setting.batch)
         return self._windows(split, starts)
 
     def examples(self, split: Split) -> int:
-        """Windows that follow one another: together they predict every byte but the first, each once."""
-        return -(-(len(self.bytes[split]) - 1) // self.setting.seq_len)
+        """Windows, `stride` tokens apart: together they predict every token but the first, each once."""
+        return 1 + -(-max(len(self.ids[split]) - 1 - self.setting.seq_len, 0) // self.stride)
 
     def take(self, split: Split, numbers: np.ndarray) -> Batch:
-        return self._windows(split, numbers * self.setting.seq_len)
+        batch = self._windows(split, numbers * self.stride)
+        # The first window has nothing before it: all of it is scored.
+        new = np.arange(self.setting.seq_len) >= self.setting.seq_len - self.stride
+        return dataclasses.replace(batch, weights=batch.weights * (new | (numbers == 0)[:, None]))
 
     def segment(self, split: Split, step: int) -> Batch:
-        T, B, room = self.setting.seq_len, self.setting.batch, len(self.bytes[split]) - 1
+        T, B, room = self.setting.seq_len, self.setting.batch, len(self.ids[split]) - 1
         each = room // (B * T)  # segments that every row reads before all begin anew
         if not each:
+            unit = "bytes" if self.tokens.tokenizer is None else "tokens"
             raise UsageError(
-                f"the {split} split of {self.source} has {room + 1} bytes, too few for batch={B} rows that each read a "
-                f"part of their own in segments of seq_len={T}: use a smaller batch or seq_len, or give more text"
+                f"the {split} split of {self.source} has {room + 1} {unit}, too few for batch={B} rows that each read "
+                f"a part of their own in segments of seq_len={T}: use a smaller batch or seq_len, or give more text"
             )
         turn, number = divmod(step, each)
         shift = _splits.generator(self.setting.seed, split, turn).integers(0, room - each * B * T + 1)
@@ -119,32 +151,43 @@ class Lm(Task):
 
     def _windows(self, split: Split, starts: np.ndarray) -> Batch:
         """What a window lacks at the end of the split is filled up, without weight; nothing before it looks there."""
-        content = self.bytes[split]
+        ids = self.ids[split]
         places = starts[:, None] + np.arange(self.setting.seq_len + 1)
-        windows = content[np.minimum(places, len(content) - 1)].astype(np.int32)
-        return Batch(windows[:, :-1], windows[:, 1:], (places[:, 1:] < len(content)).astype(np.float32))
+        windows = ids[np.minimum(places, len(ids) - 1)].astype(np.int32)
+        return Batch(windows[:, :-1], windows[:, 1:], (places[:, 1:] < len(ids)).astype(np.float32))
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return self.tokens.encode(text.encode()).tolist()
 
     def decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
+        return self.tokens.decode(tokens).decode(errors="replace")
 
     def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return self.loss(logits, batch)
+        """Nats, and the bytes that the targets stand for."""
+        nats, weight = self.loss(logits, batch)
+        if self.tokens.tokenizer is not None:
+            weight = (jnp.asarray(self.tokens.sizes)[batch.targets] * batch.weights).sum()
+        return nats, weight
 
     def finish(self, mean: float) -> float:
         """Nats per byte to bits per byte."""
         return mean / math.log(2)
 
+    def figures(self, loss: float) -> dict[str, float]:
+        return {"perplexity": math.exp(loss) if loss < _LARGEST else math.inf}
+
     def describe(self) -> dict:
-        """Source, number of files or documents, bytes of each split, and a sha256 over the splits."""
+        """Source, number of files or documents, bytes of each split, a sha256 over the splits, the tokenizer."""
         fingerprint = hashlib.sha256(
             b"".join(hashlib.sha256(content.tobytes()).digest() for content in self.bytes.values())
         )
         sizes = {f"{split}_bytes": len(content) for split, content in self.bytes.items()}
         identity = {"source": self.source, "documents": self.files, **sizes, "sha256": fingerprint.hexdigest()}
-        return identity | {"reading": self.read}
+        return identity | self.tokens.describe() | {"unigram": self._unigram, "reading": self.read}
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        return round(self.tokens.unigram(self.ids["train"], self.ids["test"][1:]), 4)
 
     def reading(self) -> list[str]:
         return account.words(self.read)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import Batch, Setting, Split, Task, _presets, _splits
 from xformers_lab.tasks._reading import account, compressed, files, labels, layout, names, npz, splits
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -23,16 +23,18 @@ class Pixels(Task):
     """Image classification pixel by pixel, the Image task of Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
 
     An image is the grey levels 0 to 255 of its pixels, row by row, so seq_len is rows times columns, divided by shrink
-    squared. Read are idx files, as MNIST has them (also .gz; their names begin with the split, or t10k for test), and
-    npz files with an array of images (N, rows, columns) or (N, rows, columns, 3) beside one of labels (N,), named by
-    split (train.npz, or x_train and y_train in one file). Colours become grey. Test data that the source sets apart
-    stay test data: validation is a tenth of the training images; without them, images are split 80 / 10 / 10. Images
-    go by a hash of what the model sees of them, so copies stay together; a copy of a test image is dropped from the
-    training data. Long Range Arena has CIFAR-10 in 1024 grey pixels.
+    squared. Black is a level like any other, no padding. Read are idx files, as MNIST has them (also .gz; their names
+    begin with the split, or t10k for test), and npz files with an array of images (N, rows, columns) or (N, rows,
+    columns, 3) beside one of labels (N,), named by split (train.npz, or x_train and y_train in one file). Colours
+    become grey. Test data that the source sets apart stay test data: validation is a tenth of the training images;
+    without them, images are split 80 / 10 / 10. Images go by a hash of what the model sees of them, so copies stay
+    together; a copy of a test image is dropped from the training data. Long Range Arena has CIFAR-10 in 1024 grey
+    pixels.
 
     Options:
         path: a folder of idx or npz files, or one npz file
         shrink: squares of so many pixels a side become one pixel, their mean
+        preset: lra: grey images of 32x32 pixels in 10 classes, as of CIFAR-10, at seq_len=1024
         overlap: what becomes of training images that are held out too: keep, drop, or refuse
 
     Metric: accuracy. Chance: 1 / classes.
@@ -42,10 +44,20 @@ class Pixels(Task):
     kinds = ("encoder", "decoder")
     vocab = LEVELS
 
-    def __init__(self, setting: Setting, *, path: str | None = None, shrink: int = 1, overlap: Overlap = "drop"):
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        path: str | None = None,
+        shrink: int = 1,
+        preset: _presets.Preset | None = None,
+        overlap: Overlap = "drop",
+    ):
         super().__init__(setting)
         if path is None:
             raise ValueError(f"images are read from disk: {_GIVE} as path=...")
+        if preset is not None:
+            _presets.published(preset, {"shrink": (shrink, 1)})
         if shrink < 1:
             raise ValueError(f"shrink must be at least 1, got {shrink}")
         corpus = load(path, shrink, files.stamp("pixels", path))
@@ -75,6 +87,11 @@ class Pixels(Task):
                 "(a larger shrink makes them smaller)"
             )
         self.outputs = len(self.corpus.classes)
+        if preset is not None and ((rows, columns), self.outputs) != ((32, 32), 10):
+            raise ValueError(
+                f"preset={preset} is of 32x32 pixels in 10 classes, and path={path} has {rows}x{columns} in "
+                f"{self.outputs}: give CIFAR-10, or leave the preset out"
+            )
         self.chance = 1 / self.outputs
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
@@ -91,6 +108,9 @@ class Pixels(Task):
     def take(self, split: Split, numbers: np.ndarray) -> Batch:
         pixels, labels = self.corpus.splits[split]
         return Batch(pixels[numbers].astype(np.int32), labels[numbers], np.ones(len(numbers), np.float32))
+
+    def answer_name(self, answer: int) -> str:
+        return self.corpus.classes[answer]
 
     def describe(self) -> dict:
         """Source, size, classes, images per split, copies dropped, share of the most frequent class, sha256 of all."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import Batch, Setting, Split, Task, _presets, _splits
 from xformers_lab.tasks._reading import account, columns, files, labels, layout, lines, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -29,8 +29,8 @@ class Text(Task):
 
     By default IMDb reviews from the hub (Maas et al., 2011); or a csv, json or parquet file (or a folder of them named
     by split, such as train.csv and test.csv) with a text and a label column; or a folder with a sub-folder of text
-    files for each class; or one with such folders in train/ and test/, like IMDb's archive. A document is its bytes
-    + 1, cut off at seq_len, padded at the end with 0. Test data that the source sets apart stay test data: validation
+    files for each class; or one with such folders in train/ and test/, like IMDb's archive. A document is its bytes +
+    1, cut off at max_length, padded at the end with 0. Test data that the source sets apart stay test data: validation
     is a tenth of the training documents (Long Range Arena validated on its test data). Without them, documents are
     split 80 / 10 / 10. Documents go by a hash of their whole text, so copies stay together. A document that is held out
     too, as the model sees it (cut off, without blanks around), is dropped from the training data. A split whose labels
@@ -44,6 +44,8 @@ class Text(Task):
         text_column: the column that holds the text (none: one called text, sentence, review, ...); title+body joins two
         label_column: the column that holds the class (none: one called label, class, sentiment, ...)
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
+        max_length: the most bytes of a document that are read (none: seq_len)
+        preset: lra: documents of up to 4,000 bytes, at seq_len=4000 or more; Long Range Arena has IMDb
         overlap: what becomes of training documents that are held out too: keep, drop, or refuse
 
     Metric: accuracy. Chance: 1 / classes.
@@ -63,6 +65,8 @@ class Text(Task):
         text_column: str | None = None,
         label_column: str | None = None,
         header: bool = True,
+        max_length: int | None = None,
+        preset: _presets.Preset | None = None,
         overlap: Overlap = "drop",
     ):
         super().__init__(setting)
@@ -72,8 +76,15 @@ class Text(Task):
             raise ValueError(f"config={config} is for a hub data set: give hub=... instead of path=..., or drop it")
         if not header and path is None:
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
+        if preset is not None:
+            max_length = _presets.published(preset, {"max_length": (max_length, 4000)})["max_length"]
+            _presets.check_length(preset, setting.seq_len, max_length)
+        self.longest = length = setting.seq_len if max_length is None else max_length
+        if not 1 <= length <= setting.seq_len:
+            raise ValueError(
+                f"max_length={max_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}"
+            )
         corpus = load(path, hub, config, text_column, label_column, header, files.stamp("text", path))
-        length = setting.seq_len
         copies = splits.shared(splits.each(corpus.splits, lambda part: [text[:length].strip() for text in part[0]]))
         dropped = splits.settle("text", corpus.source, copies, overlap)
         kept: dict[Split, tuple[list[bytes], np.ndarray]] = {
@@ -106,12 +117,22 @@ class Text(Task):
         return len(self.corpus.splits[split][1])
 
     def take(self, split: Split, numbers: np.ndarray) -> Batch:
-        (documents, labels), length = self.corpus.splits[split], self.setting.seq_len
-        inputs = np.zeros((len(numbers), length), np.int32)
+        documents, labels = self.corpus.splits[split]
+        inputs = np.zeros((len(numbers), self.setting.seq_len), np.int32)
         for row, document in enumerate(numbers):
-            content = np.frombuffer(documents[document][:length], np.uint8)
+            content = np.frombuffer(documents[document][: self.longest], np.uint8)
             inputs[row, : len(content)] = content + np.int32(1)
         return Batch(inputs, labels[numbers], np.ones(len(numbers), np.float32), inputs > 0)
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a document, plus one."""
+        return [byte + 1 for byte in text.encode()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(token - 1 for token in tokens if token).decode(errors="replace")
+
+    def answer_name(self, answer: int) -> str:
+        return self.corpus.classes[answer]
 
     def describe(self) -> dict:
         """Source, classes, documents per split, copies dropped, share of the most frequent class, sha256 of it all."""

@@ -141,6 +141,18 @@ def restore(run_dir: pathlib.Path, target: Any, about: dict) -> tuple[Any, int]:
     )
 
 
+def arrays(folder: pathlib.Path) -> dict[str, jax.Array]:
+    """Every array of a checkpoint by its path, on the host; raises IntegrityError where it does not verify."""
+    try:
+        shapes = {
+            name: _on_host(jax.ShapeDtypeStruct(tuple(each["shape"]), each["dtype"]))
+            for name, each in verify(folder)["arrays"].items()
+        }
+        return _arrays(folder, shapes)
+    except Damaged as error:
+        raise IntegrityError(f"{error}; train that run again") from None
+
+
 def verify(folder: pathlib.Path) -> dict:
     """The manifest of a checkpoint, every file checked against it; raises Damaged."""
     body = _manifest(folder)
@@ -326,7 +338,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _on_host(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Where an array is read back to: the device may have no room for it twice."""
     try:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

@@ -44,7 +44,8 @@ class Sample:
 class Score:
     """loss: nats for each answer; metric: as reported; answers: the sum of their weights; interval: where the metric of
     all examples lies with 95 %, None where all were scored; majority: the share of the most frequent answer, None where
-    the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position."""
+    the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position; the
+    scalars are also what the task reports beside its metric."""
 
     loss: float
     metric: float
@@ -145,7 +146,7 @@ def score(
         interval=interval(task, moments, sample),
         # Of examples drawn without end the sample's share is above chance even where all answers are equally likely.
         majority=majority if sample.of is not None else task.describe().get("majority") if counts else None,
-        scalars=means["scalars"],
+        scalars=means["scalars"] | task.figures(means["loss"]),
         tokens=means["tokens"],
     )
 

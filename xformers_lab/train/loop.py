@@ -14,7 +14,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
@@ -30,15 +30,16 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, records
-from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
+from xformers_lab.train import checkpoint, evaluation, initial, lengths, optimizer, prefetch, programs, records
+from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
-__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "load", "prepare", "resume", "run"]
+__all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "evaluate_at", "load", "prepare", "resume", "run"]
 
 PATIENCE = 10  # non-finite steps in a row that end a run
 WARM = 2  # steps of a process that are not timed
 POINTS = 100  # of the curve in a record
+INITIALISED = "initialised.json"  # of the folder of a run that began with another's parameters: which these were
 _HOW_READ = "reading"  # of what a task says of its data
 _MEND = "try a smaller lr, clip=1, or dtype=float32"
 
@@ -109,32 +110,59 @@ def resume(
 def evaluate(
     run_dir: pathlib.Path | str,
     *,
-    split: Split = "test",
+    split: Split | None = None,
     batches: evaluation.Wanted | None = None,
+    length: int | None = None,
     trust: bool = False,
 ) -> dict:
-    """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
-    run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
+    """Score the newest good checkpoint of a run on a split (default: the one that the run itself is scored on): on all
+    of it, or on so many times 32 examples (default: the run's eval_batches). The examples are those that the run itself
+    is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
+    layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
+    they are not those of training; UsageError where the model has no such length. trust: as in `resume`. Raises
     Diverged where the loss is no number.
     """
-    run_dir = pathlib.Path(run_dir)
+    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust)[0]
+
+
+def evaluate_at(
+    run_dir: pathlib.Path | str,
+    at: Sequence[int],
+    *,
+    split: Split | None = None,
+    batches: evaluation.Wanted | None = None,
+    trust: bool = False,
+) -> list[dict]:
+    """What `evaluate` gives at each of several lengths; where the loss at one is no number, its `reason` says so.
+    Raises before it scores any where the model has no such length."""
+    return _evaluated(pathlib.Path(run_dir), at, split, batches, trust)
+
+
+def _evaluated(
+    run_dir: pathlib.Path, at: Sequence[int | None], split: Split | None, batches: evaluation.Wanted | None, trust: bool
+) -> list[dict]:
+    """A record for each length, None for that of training."""
     job = _trained(run_dir, trust)
-    state, step = checkpoint.restore(run_dir, job.target(), job.about)
+    split = job.config.train.score if split is None else split
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
-    score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
-    record = Record(
-        id=configs.identity(job.config),
-        run_dir=str(run_dir),
-        split=split,
-        step=step,
-        **_reported(score),
-        by_position=score.tokens,
-        **_declared(job.task),
-    )
-    return records.finite(record.to_dict())
+    places = [None if length is None else _at(job, length) for length in at]
+    trained, step = checkpoint.restore(run_dir, job.target(), job.about)
+    rows = []
+    for length, place in zip(at, places, strict=True):
+        there, state = (job, trained) if place is None else (place[1], _moved(*place, trained))
+        row = {} if length is None else {"seq_len": length}
+        about = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
+        try:
+            score = _score(there, state, split, wanted, None, lambda: 0, lambda what: None)
+            about |= {**_reported(score), "by_position": score.tokens}
+        except Diverged as error:
+            if len(at) == 1:
+                raise
+            about |= {"reason": str(error), "metric": None, "loss": None}
+        rows.append(records.finite(row | Record(**about, **_declared(there.task)).to_dict()))
+    return rows
 
 
 def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
@@ -150,7 +178,7 @@ class _Job:
     """What a config stands for: everything that does not change while it trains.
 
     segments: whether batches follow one another, for what the model remembers to carry over; rebuilt: the task with
-    another size of batch, and seed 0; scored: not empty once `score` is compiled.
+    another size of batch, and data_seed=0.
     """
 
     config: Config
@@ -159,11 +187,18 @@ class _Job:
     graph: nnx.GraphDef
     tx: optax.GradientTransformation
     layout: Layout
-    score: Callable
     about: dict
     segments: bool
     rebuilt: Callable[[int], Task]
-    scored: list[bool] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def first_batch(self) -> Batch:
+        """That of the first step, on the host."""
+        return prefetch.checked(self.task, "train", 0, self.segments)
+
+    @functools.cached_property
+    def program(self) -> programs.Program:
+        return programs.of(self.config, self.task, self.graph, self.layout, self.first_batch)
 
     def target(self) -> TrainState:
         return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
@@ -192,11 +227,41 @@ def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
         graph,
         optimizer.build(config.train, optimizer.decays(merge(*parts))),
         layout,
-        compile_eval_step(task, graph, layout),
         about,
         segments,
-        functools.cache(lambda batch: build_task(edit(config, batch=batch, seed=0))),
+        functools.cache(lambda batch: build_task(edit(config, batch=batch, data_seed=0))),
     )
+
+
+def _at(job: _Job, length: int) -> tuple[lengths.Other, _Job]:
+    """A job at another length, where nothing is compiled yet; what becomes otherwise is said."""
+    other = lengths.at(job.config, job.task, length)
+    if words := other.said():
+        logging.getLogger(__name__).warning("%s", words)
+    return other, prepare(other.config, job.run_dir)
+
+
+def _moved(other: lengths.Other, there: _Job, state: TrainState) -> TrainState:
+    """The state of training on the devices, as a job at another length takes it."""
+    return there.layout.place_state(other.state(state, there.target()))
+
+
+def _by_length(job: _Job, state: TrainState, score: Callable[[_Job, TrainState], evaluation.Score]) -> list[dict]:
+    """The scores at each length of test_len. One that is no number, or that the device has no room for, says so."""
+    rows = []
+    for length in configs.lengths(job.config.test_len):
+        other, there = _at(job, length)
+        row: dict = {"seq_len": length} | ({"changed": other.changed} if other.changed else {})
+        try:
+            reported = _reported(score(there, _moved(other, there, state)))
+            rows.append(row | {key: reported[key] for key in lengths.FIGURES})
+        except Diverged as error:
+            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": str(error)})
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": "out of memory"})
+    return rows
 
 
 def _run(
@@ -264,7 +329,13 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
         if not from_scratch:
             raise
         logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
-    return job.layout.place_state(init(job.config, job.task, job.tx)), 0
+    state = init(job.config, job.task, job.tx)
+    if job.config.init is not None:
+        matched = initial.match(job.config, job.task)
+        state = initial.take(matched, state)
+        logging.getLogger(__name__).warning("%s", matched.said())
+        records.write_json(run_dir / INITIALISED, matched.record())
+    return job.layout.place_state(state), 0
 
 
 def _train(
@@ -275,9 +346,7 @@ def _train(
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
     doing("compiling", start)
-    compiled = compile_train_step(
-        job.config, job.task, job.graph, job.tx, job.layout, state, prefetch.checked(job.task, "train", 0, job.segments)
-    )
+    compiled = job.program.trained(job.config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
     stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 
@@ -292,6 +361,9 @@ def _train(
 
     def score(split: Split, most: int | None = None) -> evaluation.Score:
         return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
+
+    def score_there(there: _Job, state: TrainState) -> evaluation.Score:
+        return _score(there, state, train.score, train.eval_batches, None, stop_signal, lambda what: doing(what, step))
 
     def validate(line: dict) -> dict:
         valued = score("validation", evaluation.WATCHED)
@@ -326,7 +398,8 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        tested = score("test")
+        scored = score(train.score)
+        more = {"by_length": _by_length(job, state, score_there)} if job.config.test_len else {}
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -334,7 +407,7 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", **_reported(tested))
+    return _finish(job, state, compiled, log, peak, status="ok", split=train.score, **_reported(scored), **more)
 
 
 def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
@@ -363,10 +436,9 @@ def _score(
     doing(f"preparing the {split} split")
 
     def evaluate(state: TrainState, batch: Batch) -> tuple:
-        doing(("testing" if split == "test" else "validating") if job.scored else "compiling the evaluation")
-        scored = job.score(state, batch)
-        if not job.scored:
-            job.scored.append(True)
+        doing(("testing" if split == "test" else "validating") if job.program.scored else "compiling the evaluation")
+        scored = job.program.score(state, batch)
+        job.program.scored = True
         if stop_signal():
             raise _Stopped
         return scored
@@ -466,6 +538,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
+        **({} if config.init is None else {"initialised": records.read_json(job.run_dir / INITIALISED)}),
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),

@@ -8,10 +8,33 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from xformers_lab.config import Config
+from xformers_lab.config import Config, Train
 from xformers_lab.memory import Remembered
 from xformers_lab.model import Model, build_model
 from xformers_lab.tasks import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What only scales updates: the peak learning rate, the steps that warm it up, the steps of the whole run, the
+    weight decay and the largest norm of a gradient; float32, and int32 for counts of steps."""
+
+    lr: jax.Array
+    warm: jax.Array
+    steps: jax.Array
+    weight_decay: jax.Array
+    clip: jax.Array
+
+
+def rates_of(train: Train) -> Rates:
+    """The rates of a config. Beyond float32 they are its largest number, since a checkpoint holds no infinities; so is
+    the norm that nothing clips."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    number = lambda value: jnp.float32(min(value, largest))
+    warm = round(min(train.warmup, 1) * train.steps)
+    clip = train.clip or largest
+    return Rates(number(train.lr), jnp.int32(warm), jnp.int32(train.steps), number(train.weight_decay), number(clip))
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +43,8 @@ class TrainState:
     """params: the parameters; extra: variables that are no parameters (counters, running statistics, fixed random
     features); memory: what is remembered of each sequence of the batch, (L, B, ...), empty without a memory; opt: the
     optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite and changed nothing;
-    seed: the run's, an array so that runs that differ in nothing else share one compiled program.
+    seed: the run's; rates: how far updates go. Both are arrays so that runs that differ in nothing else share one
+    compiled program; an update rule of another kind has no rates.
     The data position is `step`, for a batch is a function of (seed, split, step)."""
 
     params: Any
@@ -30,6 +54,7 @@ class TrainState:
     step: jax.Array
     skipped: jax.Array
     seed: jax.Array
+    rates: Rates | None = None
 
 
 def split(model: Model) -> tuple[nnx.GraphDef, Any, Any, Any]:
@@ -68,11 +93,12 @@ def begun(memory: Any, fresh: Any) -> Any:
 
 
 def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, drawn from the config's seed."""
+    """The state before the first step, drawn from the config's `init_seed`."""
     _, params, extra, memory = split(build_model(config, task))
     memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.train.batch, 1), memory)
     count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
-    return TrainState(params, extra, memory, tx.init(params), count(), count(), jnp.uint32(config.seed % 2**32))
+    seed, rates = jnp.uint32(config.seed % 2**32), rates_of(config.train)
+    return TrainState(params, extra, memory, tx.init(params), count(), count(), seed, rates)
 
 
 def abstract(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:

@@ -46,6 +46,8 @@ def make_train_step(
     `skipped`; texts that begin with it have begun all the same.
     """
 
+    update = optax.with_extra_args_support(tx).update
+
     def objective(params, statistics, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
         nnx.update(model, statistics)
@@ -83,13 +85,13 @@ def make_train_step(
         weight = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
         grads, metrics = jax.tree.map(lambda total: total / weight, (grads, sums))
         norm = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, state.opt, state.params)
+        updates, opt = update(grads, state.opt, state.params, rates=state.rates)
         params = optax.apply_updates(state.params, updates)
         after = params, extra, memory, opt
         ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
         params, extra, memory, opt = keep(after, (state.params, state.extra, before, state.opt))
-        state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed)
+        state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed, state.rates)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
     return train_step

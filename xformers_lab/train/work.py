@@ -17,8 +17,10 @@ def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
 
     task = check_config(chosen)
     tell.doing("preparing the config", reading=task.reading())
-    from xformers_lab.train import loop
+    from xformers_lab.train import initial, lengths, loop
 
+    lengths.check(chosen, task)
+    initial.check(chosen, task)
     records.typed(words)
     return loop.run(chosen, **watched(tell, chosen))
 
