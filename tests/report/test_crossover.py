@@ -7,7 +7,7 @@ import pytest
 from report_rows import bench, cell
 
 from xformers_lab.report import findings, rows
-from xformers_lab.report.crossover import crossovers
+from xformers_lab.report.crossover import crossovers, marks
 
 LENGTHS = (64, 128, 256, 512, 1024)
 KEYS = ["attention", "seq_len", "pass"]
@@ -68,6 +68,14 @@ def test_what_noise_may_explain_is_said():
     # One run tells a length, and no interval.
     (once,) = of(timed({"full": QUADRATIC, "linear": LINEAR}, rounds=1)).values()
     assert once.low is None and once.high is None and once.words == "300 tokens"
+
+
+def test_a_chart_marks_what_lies_within_the_lengths():
+    curves = {"full": QUADRATIC, "linear": LINEAR, "slow": lambda n: 20e-6 * n, "fast": lambda n: 1e-7 * n}
+    (group,) = rows.groups(timed(curves), KEYS)
+    assert marks(group) == {"linear": pytest.approx((300, 300, 300))}
+    (group,) = rows.groups(timed({"full": QUADRATIC, "linear": lambda n: 6e-6 * n}, noise=0.4), KEYS)
+    assert marks(group)["linear"][1:] == (None, None)  # the interval ends beyond them
 
 
 def test_a_curve_that_comes_back_counts_from_where_it_stays_below():

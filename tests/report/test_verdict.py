@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from report_rows import cell, failed, printed, study
+from report_rows import cell, failed, printed
+from study_rows import study
 
 from xformers_lab.report import findings, notes, rows
 

@@ -80,6 +80,17 @@ def crossovers(group: rows.Group, measure: str = "time") -> list[Crossover]:
     return found
 
 
+def marks(group: rows.Group, measure: str = "time") -> dict[str, tuple[float, float | None, float | None]]:
+    """Series -> (length, low, high) of each crossover that lies within the measured lengths, for a chart; None for both
+    ends of an interval that is not known, or reaches beyond them."""
+    found = {}
+    for each in crossovers(group, measure):
+        if 0 < each.at < math.inf:
+            ends = each.low or math.inf, each.high or math.inf
+            found[each.series] = (each.at, *(ends if math.inf not in ends else (None, None)))
+    return found
+
+
 def sentences(group: rows.Group) -> list[str]:
     """One sentence for each measure; none where no variant and full attention share two lengths."""
     lines = []
