@@ -192,14 +192,14 @@ COMMANDS = [
     ),
     Command("report", _report, "draw the last comparison again as one offline HTML file", [*REPORT, CSV, JSON]),
 ]
-_OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
+OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
 COMMANDS.insert(
     0,
     Command(
         "demo",
         _demo,
         "compare five attention mechanisms at three lengths on two tasks, in minutes",
-        _OF_COMPARE,
+        OF_COMPARE,
         keys=True,
         study=True,
     ),
