@@ -17,7 +17,7 @@ from xformers_lab.supervise.limits import Clock
 from xformers_lab.supervise.process import Ended
 
 
-def record(metric=0.5, loss=1.0, split="validation", status="ok", **more):
+def record(metric: float | None = 0.5, loss: float | None = 1.0, split: str | None = "validation", status="ok", **more):
     return {"status": status, "metric": metric, "loss": loss, "split": split, "metric_name": "accuracy"} | more
 
 
@@ -82,7 +82,7 @@ class Pretender:
         if what == "compare.probe.measure":
             return [self.probe(configs.from_dict(one)) for one in more["cells"]]
         assert what == "compare.cell.train"
-        chosen = configs.from_dict(config)
+        chosen = configs.from_dict(config or {})
         if self.until is not None and len(self.trained) >= self.until:
             self.stopped = 2
             raise Ended("interrupted", "stopped", Clock(), 130)

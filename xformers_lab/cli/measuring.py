@@ -185,14 +185,14 @@ COMMANDS = [
         [RUN, RUNS, *REPORT, *EXPORTS, JSON],
     ),
 ]
-_OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
+OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
 COMMANDS.insert(
     0,
     Command(
         "demo",
         _demo,
         "compare five attention mechanisms at three lengths on two tasks, in minutes",
-        _OF_COMPARE,
+        OF_COMPARE,
         keys=True,
         study=True,
     ),

@@ -6,11 +6,18 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import author, inspect, measuring, running, runs
+from xformers_lab.cli import ablate, author, inspect, measuring, running, runs
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
-COMMANDS = [*inspect.COMMANDS, *running.COMMANDS, *measuring.COMMANDS, *runs.COMMANDS, *author.COMMANDS]
+COMMANDS = [
+    *inspect.COMMANDS,
+    *running.COMMANDS,
+    *measuring.COMMANDS,
+    *ablate.COMMANDS,
+    *runs.COMMANDS,
+    *author.COMMANDS,
+]
 ITEM = 27  # columns in front of what an item of a list is
 GRAMMAR = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
