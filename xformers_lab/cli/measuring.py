@@ -5,11 +5,12 @@ import pathlib
 import sys
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument, spelled
 from xformers_lab.cli.exports import EXPORTS, export, writing
 from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
+from xformers_lab.train import trackers
 
 DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
 # What `bench --pass` may say.
@@ -47,6 +48,7 @@ def _bench(chosen: argparse.Namespace) -> int:
 def _compare(chosen: argparse.Namespace) -> int:
     if not chosen.words:
         raise UsageError("compare what? For example: xlab compare task=copy attention=full,linear seq_len=64,128")
+    trackers.require(chosen.track)
     cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
     from xformers_lab import progress
     from xformers_lab.compare import run
@@ -62,7 +64,8 @@ def _compare(chosen: argparse.Namespace) -> int:
         print(f"{len(cells)} cells, {done} already done", file=sys.stderr, flush=True)
         with progress.cells(len(cells), varied, quiet=chosen.json) as tell:
             callbacks = {"started": tell.started, "stepped": tell.stepped, "finished": tell.finished}
-            rows = run.compare(cells, varied, worker, ended=records, announce=announce, **callbacks)
+            callbacks |= {"announce": announce, "track": chosen.track}
+            rows = run.compare(cells, varied, worker, ended=records, **callbacks)
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].runs)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
@@ -145,7 +148,7 @@ COMMANDS = [
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, TRUST, *EXPORTS, JSON],
+        [WORDS, *COMPARE, TRACK, TRUST, *EXPORTS, JSON],
         keys=True,
     ),
     Command(
