@@ -1,5 +1,6 @@
 """Trackers show every step once, and none of them can break a run."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -7,31 +8,35 @@ import struct
 import sys
 import threading
 import types
+from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from xformers_lab import config as configs
 from xformers_lab.cli import main
 from xformers_lab.compare import cell
 from xformers_lab.errors import UsageError
 from xformers_lab.supervise.interrupt import Interrupted
+from xformers_lab.supervise.worker import Tell
 from xformers_lab.train import records, trackers, work
 
+event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
 WORDS = ["task=copy", "seq_len=8", "steps=6", "batch=2", "dim=8", "heads=1", "layers=1", "eval_batches=1"]
 WORDS += ["eval_every=3", "save_every=2"]
 
 
-class Telling:
+class Telling(Tell):
     """A worker's Tell that keeps what it is told, and is alone from some step on."""
 
     def __init__(self, alone_from: int | None = None):
-        self.messages, self.alone_from, self.alone = [], alone_from, False
+        super().__init__(io.StringIO())
+        self.messages: list[dict] = []
+        self.alone_from = alone_from
 
-    def __call__(self, **message):
+    def __call__(self, **message: Any) -> None:
         self.messages.append(message)
 
-    def doing(self, words, **more):
+    def doing(self, words: str, **more: Any) -> None:
         self(doing=words, **more)
         self.alone = self.alone or (self.alone_from is not None and (more.get("step") or 0) >= self.alone_from)
 
@@ -40,14 +45,14 @@ class Telling:
         return [message["said"] for message in self.messages if "said" in message]
 
 
-def events(folder: pathlib.Path) -> list[Event]:
+def events(folder: pathlib.Path) -> list:
     """Every event of a folder's files: records of a length, its checksum, the bytes and theirs."""
     found = []
     for file in sorted(folder.glob("events.out.tfevents.*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
             at += length + 16
     return found
 
@@ -62,7 +67,7 @@ def shown(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     return scalars
 
 
-def written(folder: pathlib.Path, name: str) -> list[tuple[int, float]]:
+def written(folder: pathlib.Path, name: str) -> list[tuple[int, Any]]:
     """(step, value) of every line of metrics.jsonl that has a number of this name."""
     values = [(line["step"], line.get(name)) for line in records.read(folder)]
     return [(step, pytest.approx(value, rel=1e-6)) for step, value in values if value is not None]

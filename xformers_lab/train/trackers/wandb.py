@@ -1,6 +1,7 @@
 """Runs in Weights & Biases, under the id that the laboratory has for them. WANDB_PROJECT, WANDB_MODE and the like are
 read as ever."""
 
+import importlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,8 +15,7 @@ class Tracker:
     """A run that is resumed goes on where W&B has it: steps that it knows are not sent again."""
 
     def __init__(self, run_dir: pathlib.Path, identity: str, config: Mapping[str, Any]):
-        import wandb  # an extra
-
+        wandb = importlib.import_module("wandb")  # an extra; `import` might take this file for it
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity,
