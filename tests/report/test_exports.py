@@ -118,7 +118,10 @@ def test_a_point_of_which_all_failed_says_how(tmp_path):
 @pytest.mark.parametrize("tested", [False, True])
 def test_bold_needs_an_interval(tmp_path, tested):
     """One seed on a whole test split tests nothing; on a sample of it the interval tells the first from the last."""
-    of = lambda metric: {"metric": metric} | ({"metric_interval": [metric - 0.02, metric + 0.02]} if tested else {})
+
+    def of(metric: float) -> dict:
+        return {"metric": metric} | ({"metric_interval": [metric - 0.02, metric + 0.02]} if tested else {})
+
     cells = [cell("full", **of(0.9)), cell("local", **of(0.89)), cell("linear", **of(0.5))]
     latex.write(cells, KEYS, tmp_path / "rows.tex", "xlab")
     bold = [line[0] for line in table((tmp_path / "rows.tex").read_text()) if r"\textbf" in line[1]]

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, Literal
 
+from xformers_lab.train import trackers
+
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
@@ -51,6 +53,13 @@ def argument(name: str, *, path: Literal["folder", "file"] | None = None, **opti
 
 WORDS = argument("words", nargs="*", metavar="key=value")
 JSON = argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+TRACK = argument(
+    "--track",
+    action="append",
+    default=[],
+    choices=trackers.names(),
+    help="show every step there too (an extra); may be given many times",
+)
 TRUST = argument("--trust", action="store_true", help="run code outside the package that a file names")
 
 

@@ -7,11 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument, spelled
+from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument, spelled
 from xformers_lab.cli.exports import EXPORTS, export, writing
 from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
+from xformers_lab.train import trackers
 
 if TYPE_CHECKING:
     from xformers_lab.compare.study import Cell
@@ -62,6 +63,7 @@ def conducted(
     chosen: argparse.Namespace, cells: list["Cell"], varied: list[str], asked: configs.Study
 ) -> tuple[int, list[dict]]:
     """Train the cells of a study, print its table and write its page -> the exit code and the rows."""
+    trackers.require(chosen.track)
     from xformers_lab import progress
     from xformers_lab.compare import probe, run
     from xformers_lab.compare.conduct import Conductor, Options
@@ -74,6 +76,7 @@ def conducted(
         budget=None if chosen.budget is None else probe.seconds(chosen.budget),
         skip_impossible=chosen.skip_impossible,
         kit=not chosen.no_check,
+        track=tuple(chosen.track or ()),
     )
     with Worker(shown=False) as worker:
         announce = lambda text: print(message(text), file=sys.stderr, flush=True)
@@ -174,7 +177,7 @@ COMMANDS = [
         "compare",
         _compare,
         "train a grid of configs and report accuracy, speed and memory",
-        [WORDS, *COMPARE, TRUST, *EXPORTS, JSON],
+        [WORDS, *COMPARE, TRACK, TRUST, *EXPORTS, JSON],
         keys=True,
         study=True,
     ),

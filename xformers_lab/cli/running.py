@@ -4,10 +4,10 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
-from xformers_lab.cli.command import JSON, TRUST, WORDS, Command, answer, argument
+from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.terminal import LINES, visible
-from xformers_lab.train import records
+from xformers_lab.train import records, trackers
 
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -17,19 +17,22 @@ SEARCHING = ("length_penalty",)
 def _train(chosen: argparse.Namespace) -> int:
     runs = [word.partition("=")[2] for word in chosen.words if word.startswith("runs=")]
     records.refuse_if_typed(chosen.words, configs.spec.located((runs or ["runs"])[-1], "runs"))
+    trackers.require(chosen.track)
     config = configs.single(chosen.words, trust=chosen.trust)
     title = f"{config.task} · {config.model.attention} · {config.seq_len}"
-    job = {"stall": config.stall, "config": configs.to_dict(config), "words": chosen.words}
+    job = {"stall": config.stall, "config": configs.to_dict(config), "words": chosen.words, "track": chosen.track}
     return _trained(chosen, title, configs.folder(config), "train.work.run", job)
 
 
 def _resume(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     records.refuse_if_in_use(folder)
+    trackers.require(chosen.track)
     stall = configs.stored(folder / "config.json", trust=chosen.trust).stall
     if chosen.stall is not None:
         stall = configs.typed("stall", chosen.stall, f"--stall {chosen.stall}")
     job = {"stall": stall, "run_dir": str(folder), "trust": chosen.trust, "from_scratch": chosen.from_scratch}
+    job |= {"track": chosen.track}
     return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", job)
 
 
@@ -43,7 +46,7 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
     with Worker() as worker, progress.steps(title) as step:
 
         def heard(message: dict) -> None:
-            for line in message.get("reading", ()):
+            for line in (*message.get("reading", ()), *([message["said"]] if "said" in message else [])):
                 progress.say(line)
             if "loss" in message:
                 step(message["step"], message["total"], message)
@@ -183,9 +186,12 @@ HOW_TO_GENERATE = [
     ),
 ]
 COMMANDS = [
-    Command("train", _train, "train one config", [WORDS, TRUST, JSON], keys=True),
+    Command("train", _train, "train one config", [WORDS, TRACK, TRUST, JSON], keys=True),
     Command(
-        "resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, SCRATCH, TRUST, RUNS, JSON]
+        "resume",
+        _resume,
+        "continue a run from its newest checkpoint",
+        [RUN_DIR, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
     ),
     Command(
         "eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, LENGTHS, SPLIT, BATCHES, TRUST, RUNS, JSON]

@@ -17,8 +17,7 @@ from xformers_lab.terminal import message, visible
 if TYPE_CHECKING:
     from xformers_lab.report.stored import Run
 
-# Words that stand for another name where they say how to sort.
-ALIASES = {"time": "when"}
+WHEN = "when"  # also `--sort time`
 
 
 def selected(chosen: argparse.Namespace, *, least: int = 1) -> "list[Run]":
@@ -53,7 +52,7 @@ def _list(chosen: argparse.Namespace) -> int:
     columns = None
     if chosen.columns is not None:
         columns = [stored.key_of(name.strip(), f"--columns {chosen.columns}") for name in chosen.columns.split(",")]
-    key = stored.key_of(ALIASES.get(chosen.sort, chosen.sort), f"--sort {chosen.sort}")
+    key = stored.key_of(WHEN if chosen.sort == "time" else chosen.sort, f"--sort {chosen.sort}")
     runs = stored.ordered(selected(chosen, least=0), key, reverse=chosen.reverse)
     varied = stored.differing(runs)
     if chosen.json:
@@ -203,7 +202,6 @@ def _refuse_unread(chosen: argparse.Namespace, verb: str | None) -> None:
 
 
 VERBS = {None: _list, "compare": _compare, "rm": _remove}
-WHEN = "when"
 RUN = argument(
     "words",
     nargs="*",

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 from xformers_lab import config as configs
 from xformers_lab import spec
@@ -44,14 +45,17 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     return {"status": "ok"}
 
 
-def train(tell: Tell, config: dict) -> dict:
-    """The record of one cell; a cell that cannot be trained gives a record that says why, one that another process
-    trains HELD. Raises Interrupted."""
+def train(tell: Tell, config: dict, track: Sequence[str] = ()) -> dict:
+    """The record of one cell, which trackers may show; a cell that cannot be trained gives a record that says why, one
+    that another process trains HELD. Raises Interrupted."""
     cell = configs.from_dict(config)
     from xformers_lab.train import loop, work
 
     try:
-        return loop.run(cell, resume=True, **work.watched(tell, cell))
+        with work.tracked(tell, cell, configs.folder(cell), track) as followers:
+            record = loop.run(cell, resume=True, **work.watched(tell, cell, followers))
+            followers.tested(record)
+        return record
     except loop.Interrupted:
         raise
     except loop.Diverged as error:

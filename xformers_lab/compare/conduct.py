@@ -28,13 +28,15 @@ UNREACHED = {"status": "interrupted", "reason": "not reached before the interrup
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command says beside its words. budget: seconds for the whole study, None for no limit."""
+    """What the command says beside its words. budget: seconds for the whole study, None for no limit; track: where its
+    runs are shown."""
 
     baselines: bool = True
     ranges: bool = False
     budget: float | None = None
     skip_impossible: bool = False
     kit: bool = True
+    track: tuple[str, ...] = ()
 
 
 class Conductor:
@@ -428,6 +430,7 @@ class Conductor:
                 finished=counted.finished,
                 announce=self.announce,
                 as_row=lambda index, record: record,
+                track=self.options.track,
             )
 
     def _ask(self, what: str, config: Config, **arguments: Any) -> Any:

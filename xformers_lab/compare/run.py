@@ -8,7 +8,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from xformers_lab import config as configs
@@ -106,6 +106,7 @@ def compare(
     finished: Callable[[int, dict], None],
     announce: Callable[[str], None] = lambda text: None,
     as_row: Callable[[int, dict], dict] | None = None,
+    track: Sequence[str] = (),
 ) -> list[dict]:
     """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> the rows in
     the order of `cells`; worker.stopped says whether all were reached.
@@ -115,8 +116,9 @@ def compare(
     not tried again.
 
     started(index, cell), stepped(step, total, loss) and finished(count, row) report progress, where count cells had
-    their row before; announce(text) says what is waited for; as_row(index, record) makes a row, by
-    default `row`. Raises UsageError, before any trains, where a folder of runs cannot be written.
+    their row before; announce(text) says what is waited for, and which of the trackers `track` stopped; as_row(index,
+    record) makes a row, by default `row`. Raises UsageError, before any trains, where a folder of runs cannot be
+    written.
     """
     for runs in dict.fromkeys(cell.runs for cell in cells):
         _try(pathlib.Path(runs))
@@ -129,7 +131,7 @@ def compare(
             record = ended.get(cell) or stored(cell) or _failed_since(began, cell)
             if record is None:
                 started(index, cell)
-                record = _train(cell, worker, stepped)
+                record = _train(cell, worker, stepped, announce, track)
                 if record["status"] == HELD:
                     held.append(index)
                     continue
@@ -172,13 +174,22 @@ def _check(cell: Config, worker: Worker, heard: Callable[[dict], None], kit: boo
         return dict(deadly[choice])
 
 
-def _train(cell: Config, worker: Worker, stepped: Callable[[int, int, float | None], None]) -> dict:
+def _train(
+    cell: Config,
+    worker: Worker,
+    stepped: Callable[[int, int, float | None], None],
+    announce: Callable[[str], None],
+    track: Sequence[str],
+) -> dict:
     def heard(message: dict) -> None:
         if "loss" in message:
             stepped(message["step"], message["total"], message["loss"])
+        elif "said" in message:
+            announce(message["said"])
 
     try:
-        return worker.ask("compare.cell.train", heard, stall=cell.stall, config=configs.to_dict(cell))
+        job = {"config": configs.to_dict(cell), "track": list(track)}
+        return worker.ask("compare.cell.train", heard, stall=cell.stall, **job)
     except Ended as ended:
         return ended.record
 

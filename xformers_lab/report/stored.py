@@ -174,7 +174,7 @@ def rows(runs: Sequence[Run], varied: Sequence[str]) -> list[dict]:
                 f"{run.folder / 'result.json'}: {damage}; leave that run out, or delete that file, and xlab resume "
                 f"{run.folder} makes it again from its last checkpoint"
             )
-        record = {key: value for key, value in run.record.items() if key != "seal"}
+        record: dict[str, Any] = {key: value for key, value in run.record.items() if key != "seal"}
         if run.status in (UNFINISHED, RUNNING):
             record = {"id": run.id, "status": "interrupted", "reason": run.progress}
         config = record.get("config") or run.config

@@ -1,16 +1,20 @@
 """What a worker does for train and resume, and how it says so."""
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.supervise.worker import Tell
-from xformers_lab.train import records
+from xformers_lab.train import records, trackers
 
 
-def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
-    """Check a config, of which `words` were typed, then train it; -> the record. Raises as `loop.run` does."""
+def run(tell: Tell, config: dict, words: Sequence[str] = (), track: Sequence[str] = ()) -> dict:
+    """Check a config, of which `words` were typed, then train it; -> the record. Raises as `loop.run` does.
+
+    track: names of trackers that show it.
+    """
     chosen = configs.from_dict(config)
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
@@ -22,21 +26,41 @@ def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
     lengths.check(chosen, task)
     initial.check(chosen, task)
     records.typed(words)
-    return loop.run(chosen, **watched(tell, chosen))
+    with tracked(tell, chosen, configs.folder(chosen), track) as followers:
+        record = loop.run(chosen, **watched(tell, chosen, followers))
+        followers.tested(record)
+    return record
 
 
-def resume(tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False) -> dict:
+def resume(
+    tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False, track: Sequence[str] = ()
+) -> dict:
     """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
     chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
     from xformers_lab.train import loop
 
-    return loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **watched(tell, chosen))
+    with tracked(tell, chosen, pathlib.Path(run_dir), track) as followers:
+        told = watched(tell, chosen, followers)
+        record = loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **told)
+        followers.tested(record)
+    return record
 
 
-def watched(tell: Tell, config: configs.Config) -> dict[str, Any]:
-    """Callbacks for `loop.run`: a worker's driver hears of every step, and the run ends when its driver is gone."""
+def tracked(
+    tell: Tell, config: configs.Config, run_dir: pathlib.Path, track: Sequence[str]
+) -> contextlib.AbstractContextManager[trackers.Followers]:
+    """The trackers of a run while the `with` lasts; a worker's driver hears where one of them stops."""
+    identity = configs.identity(config) if track else ""
+    return trackers.following(track, run_dir, identity, configs.to_dict(config), lambda line: tell(said=line))
+
+
+def watched(tell: Tell, config: configs.Config, followers: trackers.Followers | None = None) -> dict[str, Any]:
+    """Callbacks for `loop.run`: a worker's driver hears of every step, trackers too, and the run ends when its driver
+    is gone."""
 
     def progress(step: int, total: int, metrics: dict) -> None:
+        if followers is not None:
+            followers.observe(metrics)
         tell.doing("training", step=step, total=total, loss=metrics.get("loss"))
 
     def doing(what: str, step: int) -> None:
