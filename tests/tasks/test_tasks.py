@@ -73,7 +73,7 @@ def sentences(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def choice(documents, images, sentences):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "pixels": images, "translate": sentences}
+    paths = {"text": documents, "retrieval": documents, "pixels": images, "translate": sentences}
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -255,6 +255,12 @@ def solve_pathfinder(task, ids):
     return int(any(disc in reached for disc in others))
 
 
+def task_documents(ids):
+    """The two documents of a row, of bytes plus one, with 257 between."""
+    first, second = bytes((ids[ids > 0] - 1).clip(0, 255).tolist()).split(b"\xff")
+    return first, second
+
+
 def solve_selective_copy(task, ids):
     answers = np.zeros_like(ids)
     answers[ids == 1] = ids[ids > 1]
@@ -282,6 +288,7 @@ ORACLES = {
     "needle": solve_needle,
     "parity": lambda task, ids: ids.sum() % 2,
     "pathfinder": solve_pathfinder,
+    "retrieval": lambda task, ids: int(len({part.split()[-1] for part in task_documents(ids)}) == 1),
     "reverse": lambda task, ids: solve_string(task, ids, lambda string: string[::-1]),
     "selective_copy": solve_selective_copy,
     "sort": lambda task, ids: solve_string(task, ids, np.sort),
@@ -301,6 +308,7 @@ GUESSES = {
     "induction": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "modular": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
     "parity": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "retrieval": lambda task, batch, rng: rng.integers(0, 2, batch.targets.shape),
     "reverse": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "selective_copy": lambda task, batch, rng: rng.integers(2, task.outputs, batch.targets.shape),
     "sort": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
@@ -330,7 +338,7 @@ def test_an_example_is_shown_with_its_answer(name, choice):
     batch = task.batch("test", 0)
     shown = [task.show(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(8)]
     assert all(isinstance(text, str) and text for one in shown for key, text in one.items() if key != "then")
-    assert len({one.get("input", one.get("source")) for one in shown}) > 1
+    assert len({json.dumps(one | {"answer": ""}) for one in shown}) > 1
     if task.target == "sequence":
         assert {one["answer"] for one in shown} == {task.answer_name(int(answer)) for answer in batch.targets[:8]}
     else:
@@ -396,6 +404,12 @@ def test_an_example_is_shown_with_its_answer(name, choice):
         ("text:path=nowhere.csv", 64, "does not exist"),
         ("text:hub=stanfordnlp/imdb", 64, "path=..."),
         ("text", 64, "stanfordnlp/imdb is not available offline"),
+        ("retrieval", 64, "path="),
+        ("retrieval:path=a:hub=b", 64, "path="),
+        ("retrieval:path=nowhere", 64, "does not exist"),
+        ("retrieval:path=a:config=b", 64, "hub=..."),
+        ("retrieval:path=a:max_length=32", 64, "does not fit twice"),
+        ("retrieval:path=a:preset=lra", 8000, "seq_len=8192"),
         ("pixels", 64, "path=..."),
         ("pixels:path=nowhere", 64, "does not exist"),
         ("translate", 64, "path=..."),
