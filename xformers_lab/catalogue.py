@@ -9,6 +9,7 @@ import numpy as np
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.errors import UsageError, contained
+from xformers_lab.tasks import SPLITS, Setting, Split
 
 
 def shelves() -> list[dict]:
@@ -156,14 +157,13 @@ def sampled(mechanism: Any, causal: bool) -> list[np.ndarray] | None:
     return samples if any((one != samples[0]).any() for one in samples) else samples[:1]
 
 
-def task(config: configs.Config, split: str, number: int) -> dict:
+def task(config: configs.Config, split: Split, number: int) -> dict:
     """Everything about the task of a config at its length, with one example of a split; raises UsageError.
 
     Examples are numbered from 0 as an evaluation numbers them, whatever `batch` and `seed` are.
     """
     import jax
 
-    from xformers_lab.tasks import SPLITS, Setting
     from xformers_lab.train import evaluation, prefetch
 
     where = f"task={config.task} seq_len={config.seq_len}"

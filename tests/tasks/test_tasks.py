@@ -19,6 +19,7 @@ from xformers_lab import spec
 from xformers_lab.errors import UsageError
 from xformers_lab.tasks import SPLITS, Batch, Setting
 from xformers_lab.tasks.listops import decode, evaluate
+from xformers_lab.tasks.scan import SIGNS
 
 TASKS = spec.names("task")
 WORDS = ("good", "fair", "poor")
@@ -70,10 +71,24 @@ def sentences(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> pathlib.Path:
+    """SCAN's commands without `around`, in its files."""
+    folder = tmp_path_factory.mktemp("commands")
+    verbs = [f"{verb}{way}" for verb in ("walk", "look", "run", "jump") for way in ("", " left", " opposite right")]
+    phrases = verbs + [f"{verb} {many}" for verb in verbs for many in ("twice", "thrice")]
+    whole = phrases + [f"{one} {word} {other}" for one in phrases for other in phrases for word in ("and", "after")]
+    for side, some in (("train", whole[::2]), ("test", whole[1::2])):
+        text = "".join(f"IN: {command} OUT: {' '.join(meaning(command))}\n" for command in some)
+        (folder / f"tasks_{side}_simple.txt").write_text(text)
+    return folder
+
+
 @pytest.fixture
-def choice(documents, images, sentences):
+def choice(documents, images, sentences, commands):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "mlm": documents, "pixels": images, "translate": sentences}
+    paths = {"text": documents, "retrieval": documents, "mlm": documents, "pixels": images}
+    paths |= {"translate": sentences, "scan": commands}
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -255,6 +270,35 @@ def solve_pathfinder(task, ids):
     return int(any(disc in reached for disc in others))
 
 
+def task_documents(ids):
+    """The two documents of a row, of bytes plus one, with 257 between."""
+    first, second = bytes((ids[ids > 0] - 1).clip(0, 255).tolist()).split(b"\xff")
+    return first, second
+
+
+def meaning(command):
+    """The actions of a command, by the grammar of Lake and Baroni (2018), figure 2 of their supplement."""
+    for word, order in ((" and ", 1), (" after ", -1)):
+        if word in command:
+            return [action for part in command.split(word)[::order] for action in meaning(part)]
+    words = command.split()
+    times = {"twice": 2, "thrice": 3}.get(words[-1], 1)
+    verb, *way = words[: len(words) - (times > 1)]
+    turn = [f"I_TURN_{way[-1].upper()}"] if way else []
+    act = [] if verb == "turn" else [f"I_{verb.upper()}"]
+    if way[:1] == ["around"]:
+        return (turn + act) * 4 * times
+    return ((turn * 2 if way[:1] == ["opposite"] else turn) + act) * times
+
+
+def solve_scan(task, ids):
+    """What the command means, and its end, where they are asked for."""
+    answers = np.zeros_like(ids)
+    words = [task.encode("")[-1], *map(SIGNS.index, meaning(task.decode(ids[: task.source_length].tolist()))), 2]
+    answers[task.source_length : task.source_length + len(words) - 1] = words[1:]
+    return answers
+
+
 def solve_selective_copy(task, ids):
     answers = np.zeros_like(ids)
     answers[ids == 1] = ids[ids > 1]
@@ -282,7 +326,9 @@ ORACLES = {
     "needle": solve_needle,
     "parity": lambda task, ids: ids.sum() % 2,
     "pathfinder": solve_pathfinder,
+    "retrieval": lambda task, ids: int(len({part.split()[-1] for part in task_documents(ids)}) == 1),
     "reverse": lambda task, ids: solve_string(task, ids, lambda string: string[::-1]),
+    "scan": solve_scan,
     "selective_copy": solve_selective_copy,
     "sort": lambda task, ids: solve_string(task, ids, np.sort),
     "text": lambda task, ids: task.corpus.classes.index(bytes((ids[ids > 0] - 1).tolist()).split()[-1].decode()),
@@ -301,7 +347,9 @@ GUESSES = {
     "induction": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "modular": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
     "parity": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
+    "retrieval": lambda task, batch, rng: rng.integers(0, 2, batch.targets.shape),
     "reverse": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
+    "scan": lambda task, batch, rng: rng.integers(3, task.outputs, batch.targets.shape),
     "selective_copy": lambda task, batch, rng: rng.integers(2, task.outputs, batch.targets.shape),
     "sort": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "copy": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
@@ -331,7 +379,7 @@ def test_an_example_is_shown_with_its_answer(name, choice):
     batch = task.batch("test", 0)
     shown = [task.show(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(8)]
     assert all(isinstance(text, str) and text for one in shown for key, text in one.items() if key != "then")
-    assert len({one.get("input", one.get("source")) for one in shown}) > 1
+    assert len({json.dumps(one | {"answer": ""}) for one in shown}) > 1
     if task.target == "sequence":
         assert {one["answer"] for one in shown} == {task.answer_name(int(answer)) for answer in batch.targets[:8]}
     else:
@@ -397,6 +445,14 @@ def test_an_example_is_shown_with_its_answer(name, choice):
         ("text:path=nowhere.csv", 64, "does not exist"),
         ("text:hub=stanfordnlp/imdb", 64, "path=..."),
         ("text", 64, "stanfordnlp/imdb is not available offline"),
+        ("retrieval", 64, "path="),
+        ("retrieval:path=a:hub=b", 64, "path="),
+        ("retrieval:path=nowhere", 64, "does not exist"),
+        ("retrieval:path=a:config=b", 64, "hub=..."),
+        ("retrieval:path=a:max_length=32", 64, "does not fit twice"),
+        ("retrieval:path=a:preset=lra", 8000, "seq_len=8192"),
+        ("scan", 64, "path="),
+        ("scan:path=nowhere", 64, "does not exist"),
         ("pixels", 64, "path=..."),
         ("pixels:path=nowhere", 64, "does not exist"),
         ("translate", 64, "path=..."),

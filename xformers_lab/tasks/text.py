@@ -77,8 +77,9 @@ class Text(Task):
         if not header and path is None:
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
         if preset is not None:
-            max_length = _presets.published(preset, {"max_length": (max_length, 4000)})["max_length"]
-            _presets.check_length(preset, setting.seq_len, max_length)
+            _presets.published(preset, {"max_length": (max_length, 4000)})
+            _presets.check_length(preset, setting.seq_len, 4000)
+            max_length = 4000
         self.longest = length = setting.seq_len if max_length is None else max_length
         if not 1 <= length <= setting.seq_len:
             raise ValueError(
@@ -194,7 +195,7 @@ def load(
                 f'text: path={path}: unknown kind "{place.suffix}": give a file of kind {kinds}, or a folder'
             )
         return _labelled(path, tables.read("text", place, [place], header), *names)
-    if chosen := _tables(place):
+    if chosen := chosen_tables(place):
         return _labelled(path, tables.read("text", place, chosen, header), *names)
     if text_column is not None or label_column is not None or not header:
         raise UsageError(
@@ -203,7 +204,7 @@ def load(
     return _foldered(path, place)
 
 
-def _tables(root: pathlib.Path) -> list[pathlib.Path]:
+def chosen_tables(root: pathlib.Path) -> list[pathlib.Path]:
     """The tables of a folder whose splits they are, or of one without class folders, which hold other documents."""
     if named := tables.of_splits(root):
         return named
