@@ -148,6 +148,10 @@ class Record:
     by_length: Sequence[Mapping] = fact(
         "the test split scored at other lengths: seq_len, metric, metric_interval, loss, examples, examples_of"
     )
+    generated: Mapping = fact(
+        "scores of texts that the model generated for examples of the split: beams, examples, examples_of, bleu, "
+        "bleu_signature, chrf, chrf_signature"
+    )
     wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
     maps: Mapping = fact(
         "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "

@@ -69,7 +69,10 @@ def _eval(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
-    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust)
+    if chosen.beams is None and chosen.texts is not None:
+        raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
+    generating = {"beams": chosen.beams} | _set(chosen, ("texts",))
+    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust, **generating)
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -149,6 +152,8 @@ SCRATCH = argument(
 )
 SPLIT = argument("--split", default="test", choices=("train", "validation", "test"))
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
+BEAMS = argument("--beams", type=int, help="translate: score what is generated too, BLEU and chrF, with so many beams")
+TEXTS = argument("--texts", type=int, help="with --beams: of how many examples (default: 100)")
 HOW_TO_GENERATE = [
     argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),
     argument("--new", type=int, default=64, help="tokens to add (default: 64)"),
@@ -170,7 +175,12 @@ COMMANDS = [
     Command(
         "resume", _resume, "continue a run from its newest checkpoint", [RUN_DIR, STALL, SCRATCH, TRUST, RUNS, JSON]
     ),
-    Command("eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, SPLIT, BATCHES, TRUST, RUNS, JSON]),
+    Command(
+        "eval",
+        _eval,
+        "score the newest checkpoint of a run",
+        [RUN_DIR, SPLIT, BATCHES, BEAMS, TEXTS, TRUST, RUNS, JSON],
+    ),
     Command(
         "generate",
         _generate,

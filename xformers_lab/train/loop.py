@@ -30,7 +30,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, records
+from xformers_lab.train import checkpoint, evaluation, generated, optimizer, prefetch, records
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
@@ -111,17 +111,22 @@ def evaluate(
     *,
     split: Split = "test",
     batches: evaluation.Wanted | None = None,
+    beams: int | None = None,
+    texts: int = generated.EXAMPLES,
     trust: bool = False,
 ) -> dict:
     """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
     run's eval_batches). The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
+    layers: a mean for every position of the sequence, None where all are padding. beams: have the model generate the
+    answers of `texts` examples too, by a search with so many, and the task score them. trust: as in `resume`. Raises
     Diverged where the loss is no number.
     """
     run_dir = pathlib.Path(run_dir)
     job = _trained(run_dir, trust)
+    if beams is not None:
+        generated.check(job.task, beams, texts)
     state, step = checkpoint.restore(run_dir, job.target(), job.about)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
@@ -134,6 +139,9 @@ def evaluate(
         by_position=score.tokens,
         **_declared(job.task),
     )
+    if beams is not None:
+        model = merge(job.graph, state.params, state.extra, state.memory)
+        record.generated = generated.scores(job.config, job.task, model, split, beams, texts)
     return records.finite(record.to_dict())
 
 
