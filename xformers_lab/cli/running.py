@@ -71,8 +71,9 @@ def _eval(chosen: argparse.Namespace) -> int:
 
     if chosen.beams is None and chosen.texts is not None:
         raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
-    generating = {"beams": chosen.beams} | _set(chosen, ("texts",))
-    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust, **generating)
+    record = loop.evaluate(
+        folder, split=chosen.split, batches=batches, trust=chosen.trust, **_set(chosen, ("beams", "texts"))
+    )
     return answer(chosen, record, lambda: pages.print_record(record))
 
 

@@ -33,9 +33,9 @@ def scores(config: Config, task: Task, model: Model, split: Split, beams: int, e
     assert of is not None, "only tasks with examples score generated texts"
     numbers = np.random.Generator(np.random.PCG64(0)).permutation(of)[:examples]
 
-    def produce(prompts: list[list[int]], new: int) -> list[list[int]]:
+    def produce(whole: list[list[int]], new: int) -> list[list[int]]:
         common: dict[str, Any] = {"new": new, "length": config.seq_len, "stop": task.stop}
-        prompts, sources = map(list, generate.apart(model, prompts, begin=task.begin))
+        prompts, sources = generate.apart(model, whole, begin=task.begin)
         if beams > 1:
             pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
             found = (
