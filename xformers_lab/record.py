@@ -150,6 +150,10 @@ class Record:
         "a choice makes something else of the length changed: {name: [at the trained one, here]}; reason where there "
         "is no score"
     )
+    generated: Mapping = fact(
+        "scores of texts that the model generated for examples of the split: beams, examples, examples_of, bleu, "
+        "bleu_signature, chrf, chrf_signature"
+    )
     wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
     maps: Mapping = fact(
         "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,11 @@ PAIRS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("pairs"), PAIRS)
@@ -67,6 +73,65 @@ def test_it_says_what_was_left_out(folder):
     turned = build(f"path={folder}:source=en:target=de")
     source = turned.batch("test", 0).inputs[0, :20]
     assert turned.decode(source.tolist()).split()[0] in ("house", "dog", "tree")
+
+
+def test_subwords_of_both_languages(folder):
+    """The same pairs in fewer tokens, scored by the same bytes."""
+    plain, task = build(f"path={folder}"), build(f"path={folder}:tokens=bpe:vocab=270")
+    assert task.vocab == task.outputs == 273
+    spelled = set(task.tokens.spelled)
+    assert b"Hund" in spelled and b"dog" in spelled and not any(b"tree" in token for token in spelled)
+    pairs = {}
+    for name, one in (("plain", plain), ("task", task)):
+        batch = one.take("test", np.arange(one.examples("test")))
+        nats, covered = one.metric(jnp.zeros((*batch.targets.shape, one.outputs)), batch)
+        assert one.finish(float(nats) / float(covered)) == pytest.approx(one.chance, rel=1e-5)
+        texts = [one.decode(row[weight > 0].tolist()) for row, weight in zip(batch.targets, batch.weights, strict=True)]
+        assert float(covered) == sum(len(text.encode()) + 1 for text in texts)
+        pairs[name] = [(one.decode(row[:20].tolist()), text) for row, text in zip(batch.inputs, texts, strict=True)]
+    assert pairs["plain"] == pairs["task"] and plain.chance == pytest.approx(np.log2(259))
+    assert (plain.describe()["too_long"], task.describe()["too_long"]) == (2, 0), "x 30 times is a few subwords"
+    prompt = task.encode("Hund 3")
+    assert len(prompt) == 21 and prompt[-1] == BEGIN and task.decode(prompt) == "Hund 3" and prompt.count(BLANK) > 16
+    assert "bytes per token of the training split" in task.reading()[-1]
+
+
+def test_subwords_let_longer_pairs_fit(tmp_path):
+    pairs = {split: [(f"{'und ' * 9}{split} {n}", f"{'and ' * 9}{n}") for n in range(20)] for split in PAIRS}
+    write(tmp_path, pairs)
+    with pytest.raises(UsageError, match="at most 20 bytes and a translation of at most 19"):
+        build(f"path={tmp_path}")
+    assert build(f"path={tmp_path}:tokens=bpe:vocab=300").describe()["too_long"] == 0
+
+
+def test_what_is_generated_is_scored_by_sacrebleu(folder):
+    import sacrebleu
+
+    task = build(f"path={folder}", length=60)
+    numbers = np.array([3, 0, 5])
+    batch = task.take("test", numbers)
+    wanted = [task.decode(row[weight > 0].tolist()) for row, weight in zip(batch.targets, batch.weights, strict=True)]
+    asked = []
+
+    def produce(prompts, new):
+        asked.append((prompts, new))
+        return [[*task.encode(text)[: len(text)], END] for text in ("house 3 is far away", wanted[1], "no")]
+
+    scores = task.generated("test", numbers, produce)
+    said = ["house 3 is far away", wanted[1], "no"]
+    assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(said, [wanted]).score, abs=1e-4)
+    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, [wanted]).score, abs=1e-4)
+    assert 0 < scores["chrf"] < 100 and "tok:13a" in scores["bleu_signature"] and "nc:6" in scores["chrf_signature"]
+    [(prompts, new)] = asked
+    assert prompts == batch.inputs[:, :31].tolist() and new == 29
+    answers = [row[weight > 0].tolist() for row, weight in zip(batch.targets, batch.weights, strict=True)]
+    assert task.generated("test", numbers, lambda prompts, new: answers)["chrf"] == 100
+
+
+def test_without_sacrebleu_it_says_what_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(UsageError, match=r"pip install 'xformers_lab\[text\]'"):
+        build(f"path={folder}").generated("test", np.arange(2), lambda prompts, new: prompts)
 
 
 def test_columns_of_a_table(tmp_path):
@@ -129,6 +194,17 @@ def test_a_sentence_is_translated_from_the_command_line(folder, tmp_path, capsys
     assert [row["text"] for row in rows][::2] == ["dog 4", "dog 9"]
     assert main(["generate", record["run_dir"], "--prompt", "Hund 4 Hund 5", "--new", "9"]) == 2
     assert "a sentence of 13 bytes, but the model reads 10" in capsys.readouterr().err
+    # What it knows by heart it translates, greedily or by a search; of the others it knows nothing.
+    for beams, split in (("1", "train"), ("3", "train"), ("1", "test")):
+        words = ["eval", record["run_dir"], "--split", split, "--beams", beams, "--texts", "7", "--json"]
+        assert main(words) == 0
+        scores = json.loads(capsys.readouterr().out)["generated"]
+        assert (scores["examples"], scores["beams"]) == (7 if split == "train" else 5, int(beams))
+        assert (scores["chrf"] == 100) == (split == "train") and "nrefs:1" in scores["bleu_signature"]
+    assert main(["eval", record["run_dir"], "--texts", "7"]) == 2
+    assert "give --beams" in capsys.readouterr().err
+    assert main(["eval", record["run_dir"], "--beams", "0"]) == 2
+    assert "beams=0: at least 1" in capsys.readouterr().err
 
 
 def test_multi30k(shared):

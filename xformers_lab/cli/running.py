@@ -73,10 +73,15 @@ def _eval(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
+    if chosen.beams is None and chosen.texts is not None:
+        raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
     options = {"split": chosen.split, "batches": batches, "trust": chosen.trust}
     if len(lengths) > 1:
+        if chosen.beams is not None:
+            raise UsageError("--beams: texts are generated at one length; give one seq_len, or none")
         rows = loop.evaluate_at(folder, lengths, **options)
         return answer(chosen, rows, lambda: pages.print_lengths(rows))
+    options |= _set(chosen, ("beams", "texts"))
     record = loop.evaluate(folder, length=lengths[0] if lengths else None, **options)
     return answer(chosen, record, lambda: pages.print_record(record))
 
@@ -169,6 +174,8 @@ SCRATCH = argument(
 LENGTHS = argument("words", nargs="*", metavar="seq_len=T", help="tokens per sequence; several give a row each")
 SPLIT = argument("--split", choices=("train", "validation", "test"), help="in place of the run's own score=")
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
+BEAMS = argument("--beams", type=int, help="translate: score what is generated too, BLEU and chrF, with so many beams")
+TEXTS = argument("--texts", type=int, help="with --beams: of how many examples (default: 100)")
 HOW_TO_GENERATE = [
     argument("--prompt", action="append", required=True, help="text (lm) or numbers; may be given many times"),
     argument("--new", type=int, default=64, help="tokens to add (default: 64)"),
@@ -194,7 +201,10 @@ COMMANDS = [
         [RUN_DIR, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
     ),
     Command(
-        "eval", _eval, "score the newest checkpoint of a run", [RUN_DIR, LENGTHS, SPLIT, BATCHES, TRUST, RUNS, JSON]
+        "eval",
+        _eval,
+        "score the newest checkpoint of a run",
+        [RUN_DIR, LENGTHS, SPLIT, BATCHES, BEAMS, TEXTS, TRUST, RUNS, JSON],
     ),
     Command(
         "generate",

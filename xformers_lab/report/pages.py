@@ -128,6 +128,7 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
             lines.append({"": key, "value": human.alone(shown[key], value) if key in shown else value})
         if key == "metric":
             lines += [{"": name, "value": words} for name, words in _of_metric(record).items() if words]
+    lines += [{"": f"generated: {name}", "value": value} for name, value in (record.get("generated") or {}).items()]
     print_listing(lines, console)
     if by_position := record.get("by_position"):
         (console or Console()).print("\nmean over tokens, along the sequence:")

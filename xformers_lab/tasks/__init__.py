@@ -22,6 +22,7 @@ A task is built as `Task(setting, *, option=default)` and gives
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
 * `figures(loss)`: what is reported beside the metric, by name.
+* `generated(split, numbers, produce)`: what the texts that a model generates score, where a task asks for texts.
 * `describe()`: what the data are, for the record of a run (sizes, source, fingerprint of a corpus); under "reading" how
   they were read, which is no part of what identifies them.
 * `reading()`: the same in words, a line for each split, which is said once the data are loaded.
@@ -30,7 +31,8 @@ A task is built as `Task(setting, *, option=default)` and gives
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,8 @@ import numpy as np
 from xformers_lab.errors import UsageError
 
 Split = Literal["train", "validation", "test"]
+Produce = Callable[[list[list[int]], int], list[list[int]]]
+"""produce(prompts, new) -> up to `new` tokens that a model generates behind each prompt."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -156,6 +160,10 @@ class Task:
 
     def figures(self, loss: float) -> dict[str, float]:
         """What is reported beside the metric, of the mean loss in nats for each answer."""
+        return {}
+
+    def generated(self, split: Split, numbers: np.ndarray, produce: Produce) -> dict[str, Any]:
+        """Scores of what a model generates for the examples of these numbers, by name; none where a task has none."""
         return {}
 
 

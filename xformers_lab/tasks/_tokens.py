@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from xformers_lab.errors import UsageError
 
 DEFAULT_VOCAB = 4096
 _VOCABS = range(257, 2**20 + 1)
+_LARGEST = 700.0  # nats, of which no float holds the exponential of many more
 _CHUNK = 2**16  # bytes that are encoded as one text
 _AT_ONCE = 64  # chunks that the library encodes side by side
 _HOW = "tokens=bytes, tokens=bpe, tokens=(file:PATH) with a tokenizer.json, or tokens=(hub:MODEL)"
@@ -50,6 +52,11 @@ class Tokens:
     def vocab(self) -> int:
         return len(self.spelled)
 
+    @property
+    def unit(self) -> str:
+        """What several are called."""
+        return "bytes" if self.tokenizer is None else "tokens"
+
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """How many bytes each token stands for, (vocab,) float32."""
@@ -63,12 +70,12 @@ class Tokens:
         """The tokens of a text (n,), which spell exactly it; raises UsageError where they cannot."""
         return np.frombuffer(text, np.uint8) if self.tokenizer is None else self._encoded([text])
 
-    def encode_all(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of texts one after the other (n,), and where those of each end (len(texts),). They are kept in the
-        cache folder, and read from there in place; what cannot be kept is done without."""
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The tokens of each text. They are kept in the cache folder, one text after the other, and read from there in
+        place; what cannot be kept is done without."""
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         if self.tokenizer is None:
-            return np.frombuffer(b"".join(texts), np.uint8), ends
+            return [np.frombuffer(text, np.uint8) for text in texts]
         kept = _kept(["tokens", self.digest, _library(self.task, self.choice).__version__], texts, ".npy")
         tokens = self._read(kept, texts)
         if tokens is None:
@@ -78,7 +85,8 @@ class Tokens:
                 files.replace_bytes(kept, content.getbuffer())
         # Tokens spell whole texts, so the bytes that were read up to each say whose it is.
         read = np.cumsum(self.sizes.astype(np.int64)[tokens])
-        return tokens, np.where(ends > 0, np.searchsorted(read, ends) + 1, 0)
+        ends = np.where(ends > 0, np.searchsorted(read, ends) + 1, 0)
+        return [tokens[start:end] for start, end in zip(np.append(0, ends), ends, strict=False)]
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self.spelled[token] for token in tokens)
@@ -151,6 +159,11 @@ class Tokens:
             f"{self.task}: tokens={self.choice} does not spell the text back: {was!r} became {became!r}; bits per byte "
             "need a tokenizer that loses nothing: tokens=bpe trains one, tokens=bytes needs none"
         )
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean cross-entropy in nats for each token."""
+    return math.exp(loss) if loss < _LARGEST else math.inf
 
 
 def of(task: str, choice: str, vocab: int | None, training: Callable[[], Sequence[bytes]]) -> Tokens:

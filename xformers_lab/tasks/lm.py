@@ -21,7 +21,6 @@ from xformers_lab.tasks._reading.splits import Overlap
 
 # Parts of the standard library that are no plain source of it: tests, applications, what this machine generated.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3"}
-_LARGEST = 700.0  # nats, of which no float holds the exponential of many more
 _COLUMNS = ("text", "content", "document", "sentence")
 
 
@@ -112,10 +111,10 @@ class Lm(Task):
         self.read = account.record(told, sizes, counts, unit="byte", how=read.how, overlap=overlap)
         for split, ids in self.ids.items():
             if len(ids) <= setting.seq_len:
-                unit = "bytes" if tokens == "bytes" else "tokens"
                 raise ValueError(
-                    f"the {split} split of {self.source} has {len(ids)} {unit}, seq_len={setting.seq_len} needs "
-                    f"{setting.seq_len + 1} or more: give more text, join its files into one, or use a smaller seq_len"
+                    f"the {split} split of {self.source} has {len(ids)} {self.tokens.unit}, seq_len={setting.seq_len} "
+                    f"needs {setting.seq_len + 1} or more: give more text, join its files into one, or use a smaller "
+                    "seq_len"
                 )
         scored = self.ids["test"][1:]
         self.chance = math.log2(self.vocab) / self.tokens.bytes_per_token(scored)
@@ -139,10 +138,10 @@ class Lm(Task):
         T, B, room = self.setting.seq_len, self.setting.batch, len(self.ids[split]) - 1
         each = room // (B * T)  # segments that every row reads before all begin anew
         if not each:
-            unit = "bytes" if self.tokens.tokenizer is None else "tokens"
             raise UsageError(
-                f"the {split} split of {self.source} has {room + 1} {unit}, too few for batch={B} rows that each read "
-                f"a part of their own in segments of seq_len={T}: use a smaller batch or seq_len, or give more text"
+                f"the {split} split of {self.source} has {room + 1} {self.tokens.unit}, too few for batch={B} rows "
+                f"that each read a part of their own in segments of seq_len={T}: use a smaller batch or seq_len, or "
+                "give more text"
             )
         turn, number = divmod(step, each)
         shift = _splits.generator(self.setting.seed, split, turn).integers(0, room - each * B * T + 1)
@@ -174,7 +173,7 @@ class Lm(Task):
         return mean / math.log(2)
 
     def figures(self, loss: float) -> dict[str, float]:
-        return {"perplexity": math.exp(loss) if loss < _LARGEST else math.inf}
+        return {"perplexity": _tokens.perplexity(loss)}
 
     def describe(self) -> dict:
         """Source, number of files or documents, bytes of each split, a sha256 over the splits, the tokenizer."""

@@ -1,21 +1,22 @@
-"""Translate: pairs of sentences, byte by byte."""
+"""Translate: pairs of sentences, byte by byte or by subwords."""
 
 import functools
 import hashlib
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import SPLITS, Batch, Produce, Setting, Split, Task, _splits, _tokens
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, names, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
-# Symbols before the 256 bytes: what fills a sentence up, what begins a translation, what ends it.
-BLANK, BEGIN, END, BYTES = 0, 1, 2, 3
+# Symbols before the bytes or subwords: what fills a sentence up, what begins a translation, what ends it.
+BLANK, BEGIN, END, FIRST = 0, 1, 2, 3
 _GIVE = "give a folder with pairs of files like train.de and train.en (also .gz), or a table with a column for each"
 
 Pair = tuple[bytes, bytes]
@@ -23,8 +24,9 @@ Read = tuple[dict[Split | None, list[Pair]], account.Account]
 
 
 class Translate(Task):
-    """Translation of sentences, byte-level (machine translation as in Vaswani et al., 2017, arXiv 1706.03762; bytes as
-    in ByT5: Xue et al., 2021, arXiv 2105.13626).
+    """Translation of sentences (machine translation as in Vaswani et al., 2017, arXiv 1706.03762), by bytes (as in
+    ByT5: Xue et al., 2021, arXiv 2105.13626) or by subwords that both languages share (Sennrich et al., 2016, arXiv
+    1508.07909), trained on both sides of the training pairs.
 
     A sequence is `source, blanks, BEGIN, translation, END, blanks`: the first half of seq_len, rounded down, is the
     source's, which an encoder-decoder reads, and the model is asked for the translation and its end alone. Pairs of
@@ -41,15 +43,18 @@ class Translate(Task):
         target: the language translated to
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
         overlap: what becomes of training pairs that are held out too: keep, drop, or refuse
+        tokens: bytes; bpe (trained on the training pairs); (file:PATH) with a tokenizer.json; (hub:MODEL)
+        vocab: how many tokens a bpe is trained to have, 4096 by default
 
-    Metric: bits per byte of the translation, its end counted as one; lower is better. Chance: a uniform guess.
+    Metric: bits per byte of the translation, its end counted as one, whatever the tokens are; lower is better. Beside
+    it the perplexity per token, and of what `xlab eval --beams` generates BLEU (Papineni et al., 2002) and chrF
+    (Popović, 2015) by sacrebleu (Post, 2018, arXiv 1804.08771). Chance: a uniform guess among all symbols, on the test
+    split.
     """
 
     metric_name = "bits_per_byte"
     higher_is_better = False
-    vocab = outputs = BYTES + 256
     kinds = ("encoder_decoder", "decoder")
-    chance = math.log2(BYTES + 256)
     blank, begin, stop = BLANK, (BEGIN,), (END,)
 
     def __init__(
@@ -63,6 +68,8 @@ class Translate(Task):
         target: str = "en",
         header: bool = True,
         overlap: Overlap = "drop",
+        tokens: str = "bytes",
+        vocab: int | None = None,
     ):
         super().__init__(setting)
         if (path is None) == (hub is None):
@@ -82,7 +89,15 @@ class Translate(Task):
         }
         self.corpus = corpus._replace(splits=kept)
         self.dropped = sum(map(len, dropped.values()))
-        self.rows: dict[Split, tuple[np.ndarray, np.ndarray]] = {split: self._fitting(split) for split in SPLITS}
+        self.tokens = _tokens.of("translate", tokens, vocab, lambda: [side for pair in kept["train"] for side in pair])
+        self.vocab = self.outputs = FIRST + self.tokens.vocab
+        self.sizes = np.concatenate([np.array([0, 0, 1], np.float32), self.tokens.sizes])
+        encoded = splits.each(
+            kept, lambda pairs: [self.tokens.encode_all([pair[side] for pair in pairs]) for side in (0, 1)]
+        )
+        self.rows: dict[Split, tuple[np.ndarray, np.ndarray]] = {
+            split: self._fitting(split, *encoded[split]) for split in SPLITS
+        }
         sizes = splits.each(self.rows, lambda part: len(part[0]))
         longer = [
             f"{split}: {many:,} pairs left out: a side does not fit into seq_len={setting.seq_len}"
@@ -90,8 +105,12 @@ class Translate(Task):
             if (many := len(pairs) - sizes[split])
         ]
         counts = splits.each(copies, len)
-        read = corpus.account.saying(longer)
+        of_train = np.concatenate([ids for side in encoded["train"] for ids in side])
+        read = corpus.account.saying([*longer, *self.tokens.reading(of_train)])
         self.read = account.record(read, sizes, counts, unit="pair", overlap=overlap)
+        test = self.take("test", np.arange(sizes["test"]))
+        answers = np.asarray(test.targets)[np.asarray(test.weights) > 0]
+        self.chance = math.log2(self.vocab) * len(answers) / float(self.sizes[answers].sum())
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def batch(self, split: Split, step: int) -> Batch:
@@ -112,20 +131,49 @@ class Translate(Task):
 
     def encode(self, text: str) -> list[int]:
         """A sentence to translate -> all that stands before its translation."""
-        tokens = [byte + BYTES for byte in text.encode()]
+        tokens = (self.tokens.encode(text.encode()).astype(np.int64) + FIRST).tolist()
         if len(tokens) > self.source_length:
-            raise ValueError(f"a sentence of {len(tokens)} bytes, but the model reads {self.source_length}")
+            raise ValueError(
+                f"a sentence of {len(tokens)} {self.tokens.unit}, but the model reads {self.source_length}"
+            )
         return tokens + [BLANK] * (self.source_length - len(tokens)) + [BEGIN]
 
     def decode(self, tokens: list[int]) -> str:
-        return bytes(token - BYTES for token in tokens if token >= BYTES).decode(errors="replace")
+        return self.tokens.decode([token - FIRST for token in tokens if token >= FIRST]).decode(errors="replace")
 
     def metric(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return self.loss(logits, batch)
+        """Nats, and the bytes that the targets stand for."""
+        nats, weight = self.loss(logits, batch)
+        if self.tokens.tokenizer is not None:
+            weight = (jnp.asarray(self.sizes)[batch.targets] * batch.weights).sum()
+        return nats, weight
 
     def finish(self, mean: float) -> float:
         """Nats per byte to bits per byte."""
         return mean / math.log(2)
+
+    def figures(self, loss: float) -> dict[str, float]:
+        return {"perplexity": _tokens.perplexity(loss)}
+
+    def generated(self, split: Split, numbers: np.ndarray, produce: Produce) -> dict[str, Any]:
+        """BLEU and chrF of translations against the one that the data have, each with its signature of sacrebleu."""
+        try:
+            from sacrebleu.metrics.bleu import BLEU
+            from sacrebleu.metrics.chrf import CHRF
+        except ImportError:
+            raise UsageError(
+                "translate: BLEU and chrF are counted by sacrebleu: pip install 'xformers_lab[text]'"
+            ) from None
+        (tokens, ends), S = self.rows[split], self.source_length
+        rows = tokens[numbers].astype(np.int64)
+        prompts = rows[:, : S + 1].tolist()
+        wanted = [self.decode(row[S + 1 : end].tolist()) for row, end in zip(rows, ends[numbers], strict=True)]
+        said = [self.decode(translation) for translation in produce(prompts, self.setting.seq_len - S - 1)]
+        scores: dict[str, Any] = {}
+        for name, measure in (("bleu", BLEU()), ("chrf", CHRF())):
+            scores[name] = round(measure.corpus_score(said, [wanted]).score, 4)
+            scores[f"{name}_signature"] = str(measure.get_signature())
+        return scores
 
     def describe(self) -> dict:
         """Source, languages, pairs of each split, pairs left out for their length, copies dropped, a sha256 of all."""
@@ -133,32 +181,40 @@ class Translate(Task):
         sizes = {f"{split}_pairs": len(tokens) for split, (tokens, _) in self.rows.items()}
         longer = sum(map(len, self.corpus.splits.values())) - sum(sizes.values())
         about = {"source": self.corpus.source, "languages": self.corpus.languages}
-        return {**about, **sizes, "too_long": longer, "copies_dropped": self.dropped} | {
-            "sha256": fingerprint.hexdigest(),
-            "reading": self.read,
-        }
+        counts = {**sizes, "too_long": longer, "copies_dropped": self.dropped}
+        return (
+            about
+            | counts
+            | self.tokens.describe()
+            | {
+                "sha256": fingerprint.hexdigest(),
+                "reading": self.read,
+            }
+        )
 
     def reading(self) -> list[str]:
         return account.words(self.read)
 
-    def _fitting(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n, seq_len + 1) of the pairs that fit, uint16, and where each asks for its end, plus one (n,)."""
-        S, T = self.source_length, self.setting.seq_len
-        fitting = [pair for pair in self.corpus.splits[split] if len(pair[0]) <= S and len(pair[1]) < T - S]
+    def _fitting(
+        self, split: Split, sources: list[np.ndarray], targets: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n, seq_len + 1) of the pairs that fit, and where each asks for its end, plus one (n,)."""
+        S, T, unit = self.source_length, self.setting.seq_len, self.tokens.unit
+        pairs = zip(sources, targets, strict=True)
+        fitting = [(source, target) for source, target in pairs if len(source) <= S and len(target) < T - S]
         if not fitting:
-            many = len(self.corpus.splits[split])
-            if not many:
+            if not sources:
                 copies = splits.empty(self.dropped)
                 raise ValueError(f"the {split} split of {self.corpus.source} is empty{copies}: give more pairs")
             raise ValueError(
-                f"of {many} {split} pairs of {self.corpus.source} none has a source of at most {S} bytes and a "
-                f"translation of at most {T - S - 1}: use a larger seq_len"
+                f"of {len(sources)} {split} pairs of {self.corpus.source} none has a source of at most {S} {unit} and "
+                f"a translation of at most {T - S - 1}: use a larger seq_len"
             )
-        tokens = np.full((len(fitting), T + 1), BLANK, np.uint16)
+        tokens = np.full((len(fitting), T + 1), BLANK, np.uint16 if self.vocab <= 2**16 else np.uint32)
         for row, (source, target) in zip(tokens, fitting, strict=True):
-            row[: len(source)] = np.frombuffer(source, np.uint8).astype(np.uint16) + BYTES
+            row[: len(source)] = source.astype(row.dtype) + FIRST
             row[S] = BEGIN
-            row[S + 1 : S + 1 + len(target)] = np.frombuffer(target, np.uint8).astype(np.uint16) + BYTES
+            row[S + 1 : S + 1 + len(target)] = target.astype(row.dtype) + FIRST
             row[S + 1 + len(target)] = END
         return tokens, np.array([S + len(target) + 1 for _, target in fitting])
 

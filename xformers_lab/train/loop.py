@@ -33,6 +33,7 @@ from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import (
     checkpoint,
     evaluation,
+    generated,
     initial,
     lengths,
     optimizer,
@@ -123,6 +124,8 @@ def evaluate(
     split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     length: int | None = None,
+    beams: int | None = None,
+    texts: int = generated.EXAMPLES,
     trust: bool = False,
 ) -> dict:
     """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
@@ -131,10 +134,11 @@ def evaluate(
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
-    they are not those of training; UsageError where the model has no such length. trust: as in `resume`. Raises
+    they are not those of training; UsageError where the model has no such length. beams: have the model generate the
+    answers of `texts` examples too, by a search with so many, and the task score them. trust: as in `resume`. Raises
     Diverged where the loss is no number.
     """
-    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust)[0]
+    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust, beams, texts)[0]
 
 
 def evaluate_at(
@@ -151,10 +155,18 @@ def evaluate_at(
 
 
 def _evaluated(
-    run_dir: pathlib.Path, at: Sequence[int | None], split: Split | None, batches: evaluation.Wanted | None, trust: bool
+    run_dir: pathlib.Path,
+    at: Sequence[int | None],
+    split: Split | None,
+    batches: evaluation.Wanted | None,
+    trust: bool,
+    beams: int | None = None,
+    texts: int = generated.EXAMPLES,
 ) -> list[dict]:
     """A record for each length, None for that of training."""
     job = _trained(run_dir, trust)
+    if beams is not None:
+        generated.check(job.task, beams, texts)
     split = job.config.train.score if split is None else split
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     places = [None if length is None else _at(job, length) for length in at]
@@ -171,6 +183,9 @@ def _evaluated(
             if len(at) == 1:
                 raise
             about |= {"reason": str(error), "metric": None, "loss": None}
+        if beams is not None:
+            model = merge(there.graph, state.params, state.extra, state.memory)
+            about["generated"] = generated.scores(there.config, there.task, model, split, beams, texts)
         rows.append(records.finite(row | Record(**about, **_declared(there.task)).to_dict()))
     return rows
 
