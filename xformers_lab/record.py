@@ -150,7 +150,9 @@ class Record:
         "a choice makes something else of the length changed: {name: [at the trained one, here]}; reason where there "
         "is no score"
     )
-    wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
+    wrong: Sequence[Mapping] = fact(
+        "examples of the split scored that were answered wrong, the first 8: input, answer, said, all text"
+    )
     maps: Mapping = fact(
         "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "
         "implied (no scores: effective weights)"
