@@ -154,7 +154,9 @@ class Record:
         "scores of texts that the model generated for examples of the split: beams, examples, examples_of, bleu, "
         "bleu_signature, chrf, chrf_signature"
     )
-    wrong: Sequence[Mapping] = fact("test examples that were answered wrong: input, answer, said, all text")
+    wrong: Sequence[Mapping] = fact(
+        "examples of the split scored that were answered wrong, the first 8: input, answer, said, all text"
+    )
     maps: Mapping = fact(
         "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "
         "implied (no scores: effective weights)"

@@ -60,7 +60,7 @@ def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     np.testing.assert_array_equal(state[place][16:], fresh[place][16:])
     np.testing.assert_array_equal(state["params.head.kernel"], fresh["params.head.kernel"])
     assert not np.array_equal(state["params.head.kernel"], stored["params.head.kernel"][:, :6])
-    kept = records.read_json(configs.folder(config) / loop.INITIALISED)
+    kept = records.read_json(configs.folder(config) / loop.INITIALISED) or {}
     assert kept["cut"] == {token: [6, 6], place: [16, 32]}
     assert kept["fresh"] == ["params.head.bias", "params.head.kernel"] and kept["run"] == str(source)
     assert kept["taken"] + 4 == len(state)
@@ -76,7 +76,7 @@ def test_a_run_on_from_it_keeps_what_it_began_with_and_does_not_look_again(sourc
     shutil.rmtree(moved)
     record = loop.resume(folder)
     assert record["status"] == "ok" and record["initialised"]["fresh"] == []
-    assert record["initialised"]["checkpoint"] == named_run.parts(config.init)[1]
+    assert record["initialised"]["checkpoint"] == named_run.parts(str(config.init))[1]
     assert loop.evaluate(folder)["loss"] == record["loss"]
     assert "initialised" not in json.loads((source / "result.json").read_text())
 

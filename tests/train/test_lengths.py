@@ -23,13 +23,13 @@ from xformers_lab.train.state import init
 def untrained(task: str = "copy", **changes):
     """A job at its first state."""
     config = tiny(task, **({"position": "none"} | changes))
-    job = loop.prepare(config, None)
+    job = loop.prepare(config, configs.folder(config))
     return job, job.layout.place_state(init(config, job.task, job.tx))
 
 
-def scored(job, state, length: int, split="test"):
+def scored(job, state, length: int):
     other, there = loop._at(job, length)
-    return loop._score(there, loop._moved(other, there, state), split, 1, None, lambda: 0, lambda what: None)
+    return loop._score(there, loop._moved(other, there, state), "test", 1, None, lambda: 0, lambda what: None)
 
 
 def shapes(config):

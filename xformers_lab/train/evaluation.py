@@ -20,6 +20,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import prefetch
 from xformers_lab.train.state import TrainState, empty
+from xformers_lab.train.wrong import Wrong
 
 UNIT = 32  # examples that one of eval_batches stands for, whatever `batch` is
 DRAWN = 8 * UNIT  # examples that eval_batches=all stands for where a task draws them without end
@@ -111,28 +112,37 @@ def score(
     evaluate: Callable[[TrainState, Batch], tuple],
     place: Callable[[Batch], Batch],
     state: TrainState,
+    wrong: Wrong | None = None,
 ) -> Score:
-    """Score a sample; evaluate(state, batch) is what `make_eval_step` makes, place(batch) brings one to the devices."""
+    """Score a sample; evaluate(state, batch) is what `make_eval_step` makes, place(batch) brings one to the devices;
+    `wrong` is shown what was answered, where the metric is accuracy."""
     answers = np.zeros(task.outputs)
     counts = task.metric_name == "accuracy"
 
-    def make(number: int) -> Batch:
+    def make(number: int) -> tuple[Batch, Batch]:
         batch = sample.batch(number)
         if counts:
             targets, weights = np.ravel(batch.targets), np.ravel(batch.weights)
             np.add(answers, np.bincount(targets, weights, len(answers)), out=answers)
-        return place(batch)
+        return batch, place(batch)
+
+    def added(totals: Any, batch: Batch, sums: dict) -> Any:
+        said = sums.pop("said", None)
+        if wrong is not None and said is not None and wrong.wants():
+            wrong(batch, np.asarray(jax.device_get(said)))
+        return _added(totals, sums)
 
     totals, pending = None, None
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(prefetch.ahead(make, range(sample.batches))) as batches:
-        for batch in batches:
-            sums, memory = evaluate(state, batch)
+        for batch, placed in batches:
+            sums, memory = evaluate(state, placed)
             state = dataclasses.replace(state, memory=memory)
             if pending is not None:
-                totals = _added(totals, pending)
-            pending = sums
-    totals = _added(totals, pending)
+                totals = added(totals, *pending)
+            pending = batch, sums
+    assert pending is not None, "a sample has a batch"
+    totals = added(totals, *pending)
     moments = totals.pop("moments")
     with np.errstate(invalid="ignore", divide="ignore"):
         means = jax.tree.map(lambda pair: (pair[0] / pair[1]).tolist(), totals)

@@ -27,7 +27,7 @@ from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_o
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
-from xformers_lab.record import SETTLED, Record, broken, sealed
+from xformers_lab.record import ABSENT, SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import (
@@ -44,6 +44,7 @@ from xformers_lab.train import (
 )
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
+from xformers_lab.train.wrong import Wrong
 
 __all__ = ["Diverged", "Interrupted", "OutOfMemory", "evaluate", "evaluate_at", "load", "prepare", "resume", "run"]
 
@@ -175,7 +176,7 @@ def _evaluated(
     for length, place in zip(at, places, strict=True):
         there, state = (job, trained) if place is None else (place[1], _moved(*place, trained))
         row = {} if length is None else {"seq_len": length}
-        about = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
+        about: dict = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
         try:
             score = _score(there, state, split, wanted, None, lambda: 0, lambda what: None)
             about |= {**_reported(score), "by_position": score.tokens}
@@ -401,8 +402,9 @@ def _train(
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", stop_signal())
 
-    def score(state: TrainState, split: Split, most: int | None = None) -> evaluation.Score:
-        return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
+    def score(state: TrainState, split: Split, most: int | None = None, wrong: Wrong | None = None) -> evaluation.Score:
+        tell = lambda what: doing(what, step)
+        return _score(job, state, split, train.eval_batches, most, stop_signal, tell, wrong)
 
     def score_there(there: _Job, state: TrainState) -> evaluation.Score:
         return _score(there, state, train.score, train.eval_batches, None, stop_signal, lambda what: doing(what, step))
@@ -445,9 +447,10 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        counting = selection.chosen(state, best)
-        scored = score(counting, train.score)
-        more = {"by_length": _by_length(job, counting, score_there)} if job.config.test_len else {}
+        counting, wrong = selection.chosen(state, best), Wrong(job.task)
+        scored = score(counting, train.score, wrong=wrong)
+        more: dict = {"wrong": wrong.rows} if job.task.metric_name == "accuracy" else {}
+        more |= {"by_length": _by_length(job, counting, score_there)} if job.config.test_len else {}
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -491,6 +494,7 @@ def _score(
     most: int | None,
     stop_signal: Callable[[], int],
     doing: Callable[[str], None],
+    wrong: Wrong | None = None,
 ) -> evaluation.Score:
     """Score a split as `evaluation` has it; raises _Stopped when `stop_signal()` is not 0, and Diverged where the loss
     or the metric is no number."""
@@ -505,7 +509,7 @@ def _score(
         return scored
 
     sample = evaluation.sample(job.task, job.rebuilt, split, wanted, most, job.segments)
-    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state)
+    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, wrong)
     if score.answers == 0:
         raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
     if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
@@ -602,7 +606,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
-        **({} if config.init is None else {"initialised": records.read_json(job.run_dir / INITIALISED)}),
+        initialised=ABSENT if config.init is None else records.read_json(job.run_dir / INITIALISED),
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),

@@ -136,7 +136,8 @@ def agree(extra: Any, axis: str) -> Any:
 def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> Callable[[TrainState, Batch], tuple]:
     """-> eval_step(state, batch) -> {"loss": (sum, weight), "metric": (sum, weight)}, under "scalars" the same of each
     auxiliary scalar, under "tokens" of each figure of tokens for each position, (T,), under "moments" those of the
-    metric over examples (see `moments_of`); and the state's memory after the batch. Without randomness or other change.
+    metric over examples (see `moments_of`), and where the metric is accuracy under "said" the likeliest answers, shaped
+    like the targets; and the state's memory after the batch. Without randomness or other change.
     Rows that are not `counted` leave no trace, but in a scalar that is no mean over tokens."""
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[dict, Any]:
@@ -150,6 +151,9 @@ def make_eval_step(task: Task, graph: nnx.GraphDef, axis: str | None = None) -> 
         sums["tokens"] = {name: _known(values, batch.counted) for name, values in aux.tokens.items()}
         sums["scalars"] |= {name: (total.sum(), count.sum()) for name, (total, count) in sums["tokens"].items()}
         sums = sums if axis is None else jax.lax.psum(sums, axis)
+        if task.metric_name == "accuracy":
+            said = logits.argmax(-1)
+            sums["said"] = said if axis is None else jax.lax.all_gather(said, axis, tiled=True)
         return sums, split(model)[3]
 
     return eval_step
