@@ -288,9 +288,10 @@ class Group:
         """Which metrics of one length differ."""
         known = self._contests
         if seq_len not in known:
-            others = [point for role in ("baseline", "range") for point in self.at(seq_len, "metric", role)]
-            variants = [point.scores for point in self.at(seq_len, "metric")]
-            known[seq_len] = Contest(variants, [point.scores for point in others], self.reference, self.guess)
+            variants, baselines = (
+                [point.scores for point in self.at(seq_len, "metric", role)] for role in ("variant", "baseline")
+            )
+            known[seq_len] = Contest(variants, baselines, self.reference, self.guess)
         return known[seq_len]
 
     @functools.cached_property

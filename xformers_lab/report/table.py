@@ -249,8 +249,7 @@ def _metrics(name: str, lines: list[Line]) -> list[Column]:
 
 def _knob(row: dict, knob: str) -> str:
     """The tuned value of a knob: "0.01 (edge)"."""
-    value = study.best(row).get(knob)
-    return "" if value is None else f"{human.significant(value)}{EDGE if study.at_edge(row) else ''}"
+    return f"{study.knob(row, knob)}{EDGE if study.at_edge(row) else ''}" if knob in study.best(row) else ""
 
 
 def _match(row: dict, budget: str) -> str:
