@@ -157,6 +157,9 @@ def test_seeds_of_their_own_for_weights_and_data_are_pairs_too():
     (group,) = rows.groups(cells, ["attention", "init_seed", "data_seed"])
     assert [point.series for point in group.points] == ["full", "linear"] and rows.seeds(cells) == 3
     assert "better: linear (+0.100)" in "\n".join(findings.sentences(group))
+    lost = failed("nan", "loss", attention="linear") | {"init_seed": 1, "data_seed": 2}
+    text = printed([*cells, lost], ["attention", "init_seed", "data_seed"])
+    assert "linear at 64 tokens, init_seed 1, data_seed 2: not a number: loss" in text
 
 
 # ---- the table --------------------------------------------------------------------------------------------------

@@ -163,8 +163,14 @@ def shown(row: dict, key: str) -> str:
 
 def label(row: dict, varied: Sequence[str]) -> str:
     """A cell's name in a sentence: "local:window=16 at 256 tokens, seed 2"."""
-    at, seed = length(row), f", seed {shown(row, 'seed')}" if "seed" in varied else ""
+    at, seeds = length(row), [key for key in SEEDS if key in varied]
+    seed = f", {drawn(row, seeds)}" if seeds else ""
     return f"{series(row, varied)}{'' if at is None else f' at {at:,} tokens'}{seed}"
+
+
+def drawn(row: dict, keys: Iterable[str]) -> str:
+    """The seeds of a row that vary, as text: "seed 2"."""
+    return ", ".join(f"{key} {shown(row, key)}" for key in SEEDS if key in keys) or f"seed {shown(row, 'seed')}"
 
 
 def order(rows: Iterable[dict], varied: Sequence[str]) -> list[str]:

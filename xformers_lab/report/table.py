@@ -166,7 +166,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str], measur
     for number, key in enumerate(key for key in rows.named_by(varied) if key not in rows.PLACES):
         named.append(Column(key, [_named(line, key, first=not number) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
-        seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
+        seeds = [str(len(line.cells)) if line.ok else rows.drawn(line.cells[0], varied) for line in lines]
         named.append(Column("seeds", seeds, 2))
     said = lambda words: [line.said(words) for line in lines]
     sampled = any(rows.partly(row) for row in group.rows)
