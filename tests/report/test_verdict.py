@@ -79,8 +79,9 @@ def test_the_verdict_of_a_study():
     for sentence in (
         "At 1,024 tokens: linear has the best accuracy, 0.950 ± 0.005 (chance 0.125).",
         "better: linear (+0.040 [+0.031, +0.049]); worse: bigbird (-0.200).",
+        "At other lengths, the best by the mean: linear at 256 tokens.",
         "Cost beside full: linear 0.417 times the time and 0.5 times the memory.",
-        "The best baseline, LSTM, scores 0.910 ± 0.005: worse than linear, the best variant (-0.040 [-0.050, -0.030]).",
+        "The best baseline, LSTM, scores 0.910 ± 0.005: worse than linear, the best variant (-0.040 [-0.047, -0.033]).",
         "Below LSTM: bigbird.",
         "Not distinguishable from LSTM: full.",
         "Tuning changes the ranking by means (the best was full, 0.900 ± 0.005): linear from place 2 to 1",
@@ -93,6 +94,18 @@ def test_the_verdict_of_a_study():
     (group,) = rows.groups(study(), KEYS)
     assert "Held equal within 2 % at each length: parameters, but for bigbird (+8 %)." in notes.of_group(group)
     assert not any("LSTM" in note or "window" in note for note in notes.of_group(group))  # they are not compared
+
+
+def test_what_a_file_holds_of_a_study_never_breaks_the_report():
+    cells = study(lengths=(256,))
+    odd = {
+        "tuning": {"best": {"\x1b[31m": "x"}, "edge": True},
+        "matched": {"budget": "\x1b[31m", "ok": False, "changed": 3},
+    }
+    for row, more in zip(cells, (odd, {"tuning": 1, "matched": 2, "shared": 3, "by_length": [4]}), strict=False):
+        row.update(more)
+    text = verdict(cells) + printed(cells, KEYS)
+    assert "\x1b" not in text and r"\x1b[31m" in text
 
 
 def test_a_baseline_that_does_better_is_named():
@@ -144,6 +157,9 @@ def test_seeds_of_their_own_for_weights_and_data_are_pairs_too():
     (group,) = rows.groups(cells, ["attention", "init_seed", "data_seed"])
     assert [point.series for point in group.points] == ["full", "linear"] and rows.seeds(cells) == 3
     assert "better: linear (+0.100)" in "\n".join(findings.sentences(group))
+    lost = failed("nan", "loss", attention="linear") | {"init_seed": 1, "data_seed": 2}
+    text = printed([*cells, lost], ["attention", "init_seed", "data_seed"])
+    assert "linear at 64 tokens, init_seed 1, data_seed 2: not a number: loss" in text
 
 
 # ---- the table --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 class Contest:
     """The families of one length.
 
-    variants: what is compared; others: baselines and controls beside them; reference: the series that the others are
+    variants: what is compared; others: baselines beside them; reference: the series that the others are
     tested against, known before the scores; guess: what a variant has to beat, None where that is not known.
     """
 
@@ -58,7 +58,7 @@ class Contest:
 
     @functools.cached_property
     def beside(self) -> dict[tuple[str, str], Decision]:
-        """(Baseline or control, variant) -> the metric of the first less that of the second; a family of all of
+        """(Baseline, variant) -> the metric of the first less that of the second; a family of all of
         these."""
         pairs = itertools.product(self.others.values(), self.variants.values())
         return _family({(other.series, mine.series): other.minus(mine) for other, mine in pairs})

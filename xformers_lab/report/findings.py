@@ -24,7 +24,15 @@ def sentences(group: rows.Group) -> list[str]:
     if quality and rows.seeds(group.rows) == 1:
         sampled = any(map(rows.sampling, group.rows))
         lines.append(f"One seed: differences are {SAMPLED if sampled else 'not tested'}.")
-    for part in (verdict.costs, verdict.baselines, study.tuning, study.matching, study.reach, _speed):
+    for part in (
+        verdict.elsewhere,
+        verdict.costs,
+        verdict.baselines,
+        study.tuning,
+        study.matching,
+        study.reach,
+        _speed,
+    ):
         lines += part(group, at)
     lines += crossover.sentences(group)
     lines += _growth(group) if group.bench else []

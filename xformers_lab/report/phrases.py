@@ -1,6 +1,6 @@
 """The parts that sentences about a group share: places, scores with their intervals, differences."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from xformers_lab.report import human, intervals, rows
 from xformers_lab.report.intervals import Decision
@@ -60,7 +60,7 @@ def names(points: Sequence[rows.Point]) -> str:
     return human.listing([point.series for point in points])
 
 
-def tests(family: Mapping[Hashable, Decision]) -> str:
+def tests(family: Collection[Decision]) -> str:
     """ "4 paired t-tests, Holm-corrected": how a family was tested."""
-    kind = "paired t-test" if any(each.difference.n > 1 for each in family.values()) else "test"
+    kind = "paired t-test" if any(each.difference.n > 1 for each in family) else "test"
     return f"{len(family)} {kind}{'' if len(family) == 1 else 's, Holm-corrected'}"

@@ -163,8 +163,14 @@ def shown(row: dict, key: str) -> str:
 
 def label(row: dict, varied: Sequence[str]) -> str:
     """A cell's name in a sentence: "local:window=16 at 256 tokens, seed 2"."""
-    at, seed = length(row), f", seed {shown(row, 'seed')}" if "seed" in varied else ""
+    at, seeds = length(row), [key for key in SEEDS if key in varied]
+    seed = f", {drawn(row, seeds)}" if seeds else ""
     return f"{series(row, varied)}{'' if at is None else f' at {at:,} tokens'}{seed}"
+
+
+def drawn(row: dict, keys: Iterable[str]) -> str:
+    """The seeds of a row that vary, as text: "seed 2"."""
+    return ", ".join(f"{key} {shown(row, key)}" for key in SEEDS if key in keys) or f"seed {shown(row, 'seed')}"
 
 
 def order(rows: Iterable[dict], varied: Sequence[str]) -> list[str]:
@@ -288,9 +294,10 @@ class Group:
         """Which metrics of one length differ."""
         known = self._contests
         if seq_len not in known:
-            others = [point for role in ("baseline", "range") for point in self.at(seq_len, "metric", role)]
-            variants = [point.scores for point in self.at(seq_len, "metric")]
-            known[seq_len] = Contest(variants, [point.scores for point in others], self.reference, self.guess)
+            variants, baselines = (
+                [point.scores for point in self.at(seq_len, "metric", role)] for role in ("variant", "baseline")
+            )
+            known[seq_len] = Contest(variants, baselines, self.reference, self.guess)
         return known[seq_len]
 
     @functools.cached_property

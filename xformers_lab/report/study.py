@@ -95,6 +95,12 @@ def best(row: Mapping) -> Mapping:
     return values if isinstance(values, Mapping) else {}
 
 
+def knob(row: Mapping, key: str) -> str:
+    """The tuned value of one knob: 0.003."""
+    value = best(row).get(key)
+    return human.plain(value) if human.number(value) is None else human.significant(value)
+
+
 def at_edge(row: Mapping) -> bool:
     """Whether the best value of a row's knobs is at the end of their grid."""
     known = row.get("tuning")
@@ -141,7 +147,7 @@ def _edges(group: rows.Group) -> list[str]:
     for point in group.points:
         for row in point.rows:
             if at_edge(row):
-                values = human.listing([f"{key} {value:g}" for key, value in best(row).items()])
+                values = human.listing([f"{human.plain(key)} {knob(row, key)}" for key in best(row)])
                 said.setdefault(f"{point.series} ({values})", None)
     return list(said)
 

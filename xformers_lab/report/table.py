@@ -166,7 +166,7 @@ def _columns(group: rows.Group, lines: list[Line], varied: Sequence[str], measur
     for number, key in enumerate(key for key in rows.named_by(varied) if key not in rows.PLACES):
         named.append(Column(key, [_named(line, key, first=not number) for line in lines], name=True))
     if rows.seeds(group.rows) > 1:
-        seeds = [str(len(line.cells)) if line.ok else f"seed {rows.shown(line.cells[0], 'seed')}" for line in lines]
+        seeds = [str(len(line.cells)) if line.ok else rows.drawn(line.cells[0], varied) for line in lines]
         named.append(Column("seeds", seeds, 2))
     said = lambda words: [line.said(words) for line in lines]
     sampled = any(rows.partly(row) for row in group.rows)
@@ -249,8 +249,7 @@ def _metrics(name: str, lines: list[Line]) -> list[Column]:
 
 def _knob(row: dict, knob: str) -> str:
     """The tuned value of a knob: "0.01 (edge)"."""
-    value = study.best(row).get(knob)
-    return "" if value is None else f"{human.significant(value)}{EDGE if study.at_edge(row) else ''}"
+    return f"{study.knob(row, knob)}{EDGE if study.at_edge(row) else ''}" if knob in study.best(row) else ""
 
 
 def _match(row: dict, budget: str) -> str:

@@ -37,7 +37,7 @@ def quality(group: rows.Group, at: int | None) -> list[str]:
         lines = [f"{place(at)}all variants score the same {metric(group)}, {score(best[0])}{known}."]
     elif contest.pairs and not any(each.holds for each in (*contest.pairs.values(), *contest.against.values())):
         ends = " and ".join(f"{score(point)} ({point.series})" for point in (ranked[0], ranked[-1]))
-        how = phrases.tests(contest.pairs) + (" over all pairs" if len(contest.pairs) > 1 else "")
+        how = phrases.tests(contest.pairs.values()) + (" over all pairs" if len(contest.pairs) > 1 else "")
         lines = [f"{place(at)}nothing tells the variants apart by {metric(group)}, between {ends}{known}: {how}."]
     else:
         verb = "share" if len(best) > 1 else "has"
@@ -48,6 +48,19 @@ def quality(group: rows.Group, at: int | None) -> list[str]:
     if beaten:
         lines.append(f"No better than {guess}: {names(beaten)}.")
     return lines
+
+
+def elsewhere(group: rows.Group, at: int | None) -> list[str]:
+    """Who has the best mean at the other lengths, where it beats a guess there."""
+    winners: dict[str, list[str]] = {}
+    for length in group.lengths:
+        best = [point for point in group.best(length, "metric") if length != at and group.beats(point)]
+        if best:
+            winners.setdefault(names(best), []).append(f"{length:,}")
+    if not winners:
+        return []
+    parts = [f"{who} at {human.listing(lengths)} tokens" for who, lengths in winners.items()]
+    return [f"At other lengths, the best by the mean: {'; '.join(parts)}."]
 
 
 def costs(group: rows.Group, at: int | None) -> list[str]:
@@ -126,7 +139,9 @@ def against(contest: Contest, ranked: Sequence[str], sign: int) -> list[str]:
     alike = [name for name, each in decided if not each.holds]
     said = {"better": better, "worse": worse, "not distinguishable": alike}
     parts = [f"{word}: {human.listing(who)}" for word, who in said.items() if who]
-    return [f"Against {contest.reference}, the reference ({phrases.tests(contest.against)}), {'; '.join(parts)}."]
+    return [
+        f"Against {contest.reference}, the reference ({phrases.tests(contest.against.values())}), {'; '.join(parts)}."
+    ]
 
 
 def from_the_best(contest: Contest, ranked: Sequence[str]) -> list[str]:
@@ -136,7 +151,7 @@ def from_the_best(contest: Contest, ranked: Sequence[str]) -> list[str]:
     alike = [name for name, each in decided.items() if each is not None and not each.holds]
     if best == contest.reference or not alike:
         return []
-    how = phrases.tests(contest.pairs)
+    how = phrases.tests(contest.pairs.values())
     return [f"Not distinguishable from {best} ({how} over all pairs): {human.listing(alike)}."]
 
 
