@@ -112,7 +112,7 @@ def evaluate(
     split: Split = "test",
     batches: evaluation.Wanted | None = None,
     beams: int | None = None,
-    texts: int = generated.EXAMPLES,
+    texts: int = generated.TEXTS,
     trust: bool = False,
 ) -> dict:
     """Score the newest good checkpoint of a run on a split: on all of it, or on so many times 32 examples (default: the
