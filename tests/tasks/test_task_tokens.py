@@ -17,6 +17,7 @@ from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from xformers_lab import files, spec
+from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import check_config
@@ -293,6 +294,25 @@ def test_without_the_library_bytes_work_and_subwords_say_what_is_missing(book, m
     assert build(f"lm:path={book}").vocab == 256
     with pytest.raises(UsageError, match=r"pip install 'xformers_lab\[text\]'"):
         build(f"lm:path={book}:tokens=bpe")
+
+
+@pytest.mark.full
+def test_a_run_tells_perplexity_beside_bits_per_byte(book, tmp_path, capsys):
+    words = ["seq_len=16", "dim=16", "layers=1", "heads=2", "batch=8", "steps=30", "lr=0.01", "attention=full"]
+    words += ["eval_batches=all", f"runs={tmp_path / 'runs'}"]
+    assert main(["train", f"task=lm:path={book}:tokens=bpe:vocab=280:stride=4", *words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    task = build(f"lm:path={book}:tokens=bpe:vocab=280:stride=4")
+    assert record["aux"]["perplexity"] == pytest.approx(math.exp(record["loss"]), rel=1e-6)
+    assert record["examples"] == record["examples_of"] == task.examples("test")
+    scored = task.ids["test"][1:]
+    bits = record["loss"] / math.log(2) * len(scored) / task.tokens.count(scored)
+    assert record["metric"] == pytest.approx(bits, rel=1e-5) and record["metric"] < record["chance"]
+    assert record["data"]["tokens"]["vocab"] == task.vocab
+    assert main(["generate", record["run_dir"], "--prompt", "the cat", "--new", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+    assert main(["eval", record["run_dir"]]) == 0
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_a_real_book(shared):

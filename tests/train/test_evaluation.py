@@ -81,6 +81,8 @@ def choices(tmp_path_factory) -> dict[str, str]:
     (folder / "finite.py").write_text(FINITE)
     return {
         "lm": f"lm:path={folder / 'words.txt'}",
+        "overlapping": f"lm:path={folder / 'words.txt'}:stride=5",
+        "mlm": f"mlm:path={folder / 'rows.jsonl'}",
         "text": f"text:path={folder / 'rows.jsonl'}",
         "translate": f"translate:path={folder / 'pairs'}",
         "pixels": f"pixels:path={folder / 'images.npz'}",
@@ -90,7 +92,7 @@ def choices(tmp_path_factory) -> dict[str, str]:
     }
 
 
-ENDING = ("lm", "text", "translate", "pixels", "finite")
+ENDING = ("lm", "overlapping", "mlm", "text", "translate", "pixels", "finite")
 ENDLESS = ("own", "copy", "mqar:pairs=4", "needle", "listops")
 
 

@@ -10,15 +10,15 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 from xformers_lab.tasks import Split, Task
 
-EXAMPLES = 100  # scored where nobody says how many: each is generated token by token
+TEXTS = 100  # scored where nobody says how many: each is generated token by token
 _TOGETHER = 32  # that are generated side by side, where there is one beam
 
 
-def check(task: Task, beams: int, examples: int) -> None:
+def check(task: Task, beams: int, texts: int) -> None:
     """Raises UsageError where nothing can be generated and scored so."""
     if type(task).generated is Task.generated:
         raise UsageError(f"beams={beams}: task {type(task).__name__.lower()} scores no generated texts; leave it out")
-    for name, value in (("beams", beams), ("examples", examples)):
+    for name, value in (("beams", beams), ("texts", texts)):
         if value < 1:
             raise UsageError(f"{name}={value}: at least 1")
 

@@ -126,7 +126,7 @@ def evaluate(
     batches: evaluation.Wanted | None = None,
     length: int | None = None,
     beams: int | None = None,
-    texts: int = generated.EXAMPLES,
+    texts: int = generated.TEXTS,
     trust: bool = False,
 ) -> dict:
     """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
