@@ -27,10 +27,21 @@ from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_o
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
+from xformers_lab.model._transformer import Transformer
 from xformers_lab.record import ABSENT, SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, initial, lengths, optimizer, prefetch, programs, records
+from xformers_lab.train import (
+    checkpoint,
+    evaluation,
+    example_maps,
+    initial,
+    lengths,
+    optimizer,
+    prefetch,
+    programs,
+    records,
+)
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 from xformers_lab.train.wrong import Wrong
@@ -403,6 +414,8 @@ def _train(
         scored = score(train.score, wrong=wrong)
         more: dict = {"wrong": wrong.rows} if job.task.metric_name == "accuracy" else {}
         more |= {"by_length": _by_length(job, state, score_there)} if job.config.test_len else {}
+        if found := _maps(job, state, lambda what: doing(what, step)):
+            more["maps"] = found
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -423,6 +436,20 @@ def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
     except RunFailed as error:
         return f"its last parameters could not be kept ({error})"
     return f"its last finite parameters are kept as the checkpoint of step {step}"
+
+
+def _maps(job: _Job, state: TrainState, doing: Callable[[str], None]) -> dict | None:
+    """The attention maps of the first example that a run is scored on, where a record has room for them."""
+    size = job.config.model
+    if jax.tree.leaves(state.memory) or not example_maps.small(job.config.seq_len, size.layers, size.heads):
+        return None
+    params, extra = example_maps.on_host((state.params, state.extra))
+    model = merge(job.graph, params, extra, state.memory)
+    if not isinstance(model, Transformer) or model.source:
+        return None
+    doing("drawing attention maps")
+    sample = evaluation.sample(job.task, job.rebuilt, job.config.train.score, 1, None, job.segments)
+    return example_maps.of_example(model, job.task, sample.batch(0))
 
 
 def _score(
@@ -542,7 +569,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
-        initialised=ABSENT if config.init is None else records.read_json(job.run_dir / INITIALISED),
+        initialised=ABSENT if config.init is None else records.read_json(job.run_dir / INITIALISED) or {},
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),
