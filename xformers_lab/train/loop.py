@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import (
     checkpoint,
+    decoding,
     evaluation,
     example_maps,
     initial,
@@ -41,6 +43,7 @@ from xformers_lab.train import (
     prefetch,
     programs,
     records,
+    selection,
 )
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
@@ -127,9 +130,9 @@ def evaluate(
     length: int | None = None,
     trust: bool = False,
 ) -> dict:
-    """Score the newest good checkpoint of a run on a split (default: the one that the run itself is scored on): on all
-    of it, or on so many times 32 examples (default: the run's eval_batches). The examples are those that the run itself
-    is scored on, whatever its batch and seed.
+    """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
+    that the run itself is scored on): on all of it, or on so many times 32 examples (default: the run's eval_batches).
+    The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
@@ -160,7 +163,7 @@ def _evaluated(
     split = job.config.train.score if split is None else split
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     places = [None if length is None else _at(job, length) for length in at]
-    trained, step = checkpoint.restore(run_dir, job.target(), job.about)
+    trained, step = _counting(job)
     rows = []
     for length, place in zip(at, places, strict=True):
         there, state = (job, trained) if place is None else (place[1], _moved(*place, trained))
@@ -178,10 +181,10 @@ def _evaluated(
 
 
 def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
-    """The config, task and model of a run, with the parameters of its newest good checkpoint; trust: as in `resume`."""
-    run_dir = pathlib.Path(run_dir)
-    job = _trained(run_dir, trust)
-    state, _ = checkpoint.restore(run_dir, job.target(), job.about)
+    """The config, task and model of a run, with the parameters that count, as its newest good checkpoint has them;
+    trust: as in `resume`."""
+    job = _trained(pathlib.Path(run_dir), trust)
+    state, _ = _counting(job)
     return job.config, job.task, merge(job.graph, state.params, state.extra, state.memory)
 
 
@@ -212,8 +215,11 @@ class _Job:
     def program(self) -> programs.Program:
         return programs.of(self.config, self.task, self.graph, self.layout, self.first_batch)
 
-    def target(self) -> TrainState:
-        return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
+    def target(self) -> TrainState | selection.Kept:
+        """What a checkpoint holds, in shapes."""
+        state = self.layout.abstract_state(abstract(self.config, self.task, self.tx))
+        best = selection.Best(state.params, state.extra, state.step)
+        return selection.kept(state, best if self.config.train.select == "best" else None)
 
     def training_batch(self, step: int) -> Batch:
         return self.layout.place_batch(prefetch.checked(self.task, "train", step, self.segments))
@@ -221,6 +227,7 @@ class _Job:
 
 def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     """All that a run needs but its state; raises UsageError where its layout over the devices cannot be."""
+    configs.refuse_selection(config)
     layout, task = layout_of(config), build_task(config)
     layout = sharing(layout, config, task)
     parts = shapes(config, task)
@@ -305,24 +312,26 @@ def _run(
             )
         try:
             job = prepare(config, run_dir)
-            state, step = _start(job, strict, from_scratch)
+            began = _start(job, strict, from_scratch)
             if outside := sources.of(configs.to_dict(config)):
                 records.write_json(run_dir / "sources.json", outside)
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
-            return _train(job, state, step, lambda: stack.enter_context(listening(stop)), progress, doing)
+            return _train(job, *began, lambda: stack.enter_context(listening(stop)), progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int]:
-    """The state to go on from and its step: the newest good checkpoint's, or that before the first step."""
+def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, selection.Best | None, int]:
+    """The state to go on from, the best so far with select=best, and the step: those of the newest good checkpoint, or
+    those before the first step."""
     run_dir = job.run_dir
     try:
         if checkpoint.steps(run_dir):
-            state, step = checkpoint.restore(run_dir, job.target(), job.about)
+            kept, step = checkpoint.restore(run_dir, job.target(), job.about)
+            state, best = selection.parted(kept)
             if int(state.step) != step:
                 raise IntegrityError(f"{run_dir}: the checkpoint of step {step} holds the state of step {state.step}")
             if lost := records.missing(run_dir, step):
@@ -331,7 +340,7 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
                     f"checkpoint is of step {step}; give them back, or start again with xlab resume {run_dir} "
                     "--from-scratch"
                 )
-            return state, step
+            return state, best, step
         if lines := records.read(run_dir):
             lost = f"{run_dir}: trained to step {lines[-1]['step']} and holds no checkpoint (deleted, or not yet saved)"
             if strict:
@@ -347,16 +356,26 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
         state = initial.take(matched, state)
         logging.getLogger(__name__).warning("%s", matched.said())
         records.write_json(run_dir / INITIALISED, matched.record())
-    return job.layout.place_state(state), 0
+    state = job.layout.place_state(state)
+    return state, selection.best_of(state) if job.config.train.select == "best" else None, 0
 
 
 def _train(
-    job: _Job, state: TrainState, start: int, listen: Callable[[], Callable[[], int]], progress: Progress, doing: Doing
+    job: _Job,
+    state: TrainState,
+    best: selection.Best | None,
+    start: int,
+    listen: Callable[[], Callable[[], int]],
+    progress: Progress,
+    doing: Doing,
 ) -> dict:
-    """From the state after step `start` to the last one, then the record; `listen` begins to hear signals."""
+    """From the state after step `start` to the last one, then the record; `listen` begins to hear signals. best: the
+    best validated so far, None with select=last."""
     train, step = job.config.train, start
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
+    validated = {line["step"]: line["validation_metric"] for line in log.lines if "validation_metric" in line}
+    best_metric = None if best is None else validated.get(int(best.step))
     doing("compiling", start)
     compiled = job.program.trained(job.config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
     stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
@@ -364,21 +383,25 @@ def _train(
 
     def save() -> None:
         doing("saving", step)
-        checkpoint.save(job.run_dir, step, state, job.about)
+        checkpoint.save(job.run_dir, step, selection.kept(state, best), job.about)
 
     def stopped() -> Interrupted:
         save()
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", stop_signal())
 
-    def score(split: Split, most: int | None = None, wrong: Wrong | None = None) -> evaluation.Score:
-        return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step), wrong)
-
-    def score_there(there: _Job, state: TrainState) -> evaluation.Score:
-        return _score(there, state, train.score, train.eval_batches, None, stop_signal, lambda what: doing(what, step))
+    def score(
+        state: TrainState, split: Split, most: int | None = None, wrong: Wrong | None = None, there: _Job = job
+    ) -> evaluation.Score:
+        return _score(there, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step), wrong)
 
     def validate(line: dict) -> dict:
-        valued = score("validation", evaluation.WATCHED)
+        nonlocal best, best_metric
+        valued = score(state, "validation", evaluation.WATCHED)
+        if best is not None and selection.improves(
+            valued.metric, best_metric, higher_is_better=job.task.higher_is_better
+        ):
+            best, best_metric = selection.best_of(state), valued.metric
         return line | {"validation_loss": valued.loss, "validation_metric": valued.metric}
 
     try:
@@ -410,29 +433,57 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        wrong = Wrong(job.task)
-        scored = score(train.score, wrong=wrong)
+        counting, wrong = selection.chosen(state, best), Wrong(job.task)
+        scored = score(counting, train.score, wrong=wrong)
         more: dict = {"wrong": wrong.rows} if job.task.metric_name == "accuracy" else {}
-        more |= {"by_length": _by_length(job, state, score_there)} if job.config.test_len else {}
-        if found := _maps(job, state, lambda what: doing(what, step)):
+        if job.config.test_len is not None:
+            more["by_length"] = _by_length(job, counting, lambda there, state: score(state, train.score, there=there))
+        if found := _maps(job, counting, lambda what: doing(what, step)):
             more["maps"] = found
+        decoder = lambda: job.program.decoding(job.config, job.graph, counting)
+        decoded = decoding.figures(decoder, counting, lambda what: doing(what, step))
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
     except Diverged as diverged:
-        error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
+        error = Diverged(f"{diverged}; {_kept(job, state, best, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", split=train.score, **_reported(scored), **more)
+    return _finish(
+        job,
+        state,
+        compiled,
+        log,
+        peak,
+        status="ok",
+        split=train.score,
+        step=int(counting.step),
+        **_reported(scored),
+        **decoded,
+        **more,
+        eval_tokens_per_second=train.batch * job.config.seq_len / scored.seconds,
+    )
 
 
-def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
+def _counting(job: _Job) -> tuple[TrainState, int]:
+    """The state of the newest good checkpoint with the parameters that count, and their step."""
+    kept, step = checkpoint.restore(job.run_dir, job.target(), job.about)
+    state, best = selection.parted(kept)
+    counting = selection.chosen(state, best)
+    if best is not None:
+        of = f"the parameters are those of step {int(counting.step)}"
+        why = "the best validation" if int(best.step) else "the last one saved, for nothing is validated yet"
+        logging.getLogger(__name__).warning("%s: select=best: %s, %s, of %d", job.run_dir, of, why, step)
+    return counting, int(counting.step)
+
+
+def _kept(job: _Job, state: TrainState, best: selection.Best | None, doing: Doing) -> str:
     """Save the parameters of a run that diverged, which are the last finite ones -> where they are, in words."""
     step = int(state.step)
     doing("saving", step)
     try:
         if step not in checkpoint.steps(job.run_dir):
-            checkpoint.save(job.run_dir, step, state, job.about)
+            checkpoint.save(job.run_dir, step, selection.kept(state, best), job.about)
     except RunFailed as error:
         return f"its last parameters could not be kept ({error})"
     return f"its last finite parameters are kept as the checkpoint of step {step}"
@@ -475,7 +526,8 @@ def _score(
         return scored
 
     sample = evaluation.sample(job.task, job.rebuilt, split, wanted, most, job.segments)
-    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, wrong)
+    compiled = job.program.scored
+    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, wrong, compiled=compiled)
     if score.answers == 0:
         raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
     if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
@@ -552,7 +604,11 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         id=configs.identity(config),
         run_dir=str(job.run_dir),
         kind="compare",
-        **(dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority")) | outcome),
+        **(
+            dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority"))
+            | {"step": int(state.step)}
+            | outcome
+        ),
         **_declared(job.task),
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
@@ -560,10 +616,10 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         **speed.disturbance(seconds),
         compile_seconds=compiled.compile_seconds,
         flops=compiled.flops,
+        flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
-        step=int(state.step),
         steps=int(state.step),
         skipped=int(state.skipped),
         curve=_curve(log.lines),
@@ -586,11 +642,19 @@ def _declared(task: Task) -> dict:
 
 
 def _curve(lines: list[dict]) -> list[list]:
-    """[step, mean training loss since the last point], at most POINTS of them, without skipped steps."""
-    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None and not line.get("skipped")]
+    """[step, mean training loss since the last point, seconds of all steps so far], at most POINTS of them, without
+    skipped steps. A step that was not timed counts as the median does; seconds are None where none was."""
+    timed = [line["seconds"] for line in lines if line.get("seconds")]
+    usual = statistics.median(timed) if timed else 0.0
+    spent = itertools.accumulate(line.get("seconds") or usual for line in lines)
+    losses = [
+        (line["step"], line["loss"], seconds if timed else None)
+        for line, seconds in zip(lines, spent, strict=True)
+        if line["loss"] is not None and not line.get("skipped")
+    ]
     width = max(1, math.ceil(len(losses) / POINTS))
     groups = [losses[start : start + width] for start in range(0, len(losses), width)]
-    return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]
+    return [[group[-1][0], statistics.fmean(loss for _, loss, _ in group), group[-1][2]] for group in groups]
 
 
 def _peak(compiled: Compiled, before: int | None) -> dict:
