@@ -158,8 +158,8 @@ class Record:
         "examples of the split scored that were answered wrong, the first 8: input, answer, said, all text"
     )
     maps: Mapping = fact(
-        "attention weights of one test example: tokens, queries (T), layers: [layer][head][query][key] in 0..255, "
-        "implied (no scores: effective weights)"
+        "attention weights of the first example scored, where seq_len is at most 64 and there are at most 65,536 of "
+        "them: tokens, queries (T), layers: [layer][head][query][key] in 0..255, implied (no scores: effective weights)"
     )
 
     tokens_per_second: float | None = figure(

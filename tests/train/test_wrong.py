@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import tiny
@@ -69,7 +70,8 @@ def test_a_run_keeps_them(task, tmp_path):
     assert json.loads(json.dumps(record["wrong"])) == record["wrong"] and 0 < len(record["wrong"]) <= MOST
     _, own, model = loop.load(record["run_dir"])
     batch = build_task(edit(config, batch=32)).batch("test", 0)
-    logits = model(batch.inputs, valid=batch.valid)[0]
+    valid = None if batch.valid is None else jnp.asarray(batch.valid)
+    logits = model(jnp.asarray(batch.inputs), valid=valid)[0]
     expected = Wrong(own)
     expected(batch, np.asarray(logits).argmax(-1))
     assert record["wrong"] == expected.rows

@@ -1,6 +1,7 @@
 """Layers as one stacked pytree: built by vmap, run by scan, so that compile time does not grow with depth."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import one_by_one
+from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
@@ -161,9 +163,18 @@ def run_watched(
         return (x, carries), (total, changed, watch(x))
 
     variables = [(params, rest) for _, params, rest in split]
-    (x, carries), (aux, changed, watched) = jax.lax.scan(
-        period, (x, carries), (variables, keys), unroll=plan.unroll(length, len(blocks))
-    )
+    scan = functools.partial(jax.lax.scan, unroll=plan.unroll(length, len(blocks)))
+    scan = _written_out if watching() else scan
+    (x, carries), (aux, changed, watched) = scan(period, (x, carries), (variables, keys))
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)
     return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux), watched
+
+
+def _written_out(body: Callable, state: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` as a loop in Python."""
+    results = []
+    for number in range(len(jax.tree.leaves(xs)[0])):
+        state, result = body(state, jax.tree.map(lambda leaf, number=number: leaf[number], xs))
+        results.append(result)
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -46,7 +48,7 @@ class Score:
     """loss: nats for each answer; metric: as reported; answers: the sum of their weights; interval: where the metric of
     all examples lies with 95 %, None where all were scored; majority: the share of the most frequent answer, None where
     the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position; the
-    scalars are also what the task reports beside its metric."""
+    scalars are also what the task reports beside its metric; seconds: the median time of a batch, without compiling."""
 
     loss: float
     metric: float
@@ -57,6 +59,7 @@ class Score:
     majority: float | None
     scalars: dict[str, float]
     tokens: dict[str, list[float]]
+    seconds: float
 
 
 def amount(of: int | None, wanted: Wanted, most: int | None = None) -> int:
@@ -113,9 +116,12 @@ def score(
     place: Callable[[Batch], Batch],
     state: TrainState,
     wrong: Wrong | None = None,
+    *,
+    compiled: bool = False,
 ) -> Score:
     """Score a sample; evaluate(state, batch) is what `make_eval_step` makes, place(batch) brings one to the devices;
-    `wrong` is shown what was answered, where the metric is accuracy."""
+    `wrong` is shown what was answered, where the metric is accuracy. compiled: whether it needs no compiling at its
+    first call."""
     answers = np.zeros(task.outputs)
     counts = task.metric_name == "accuracy"
 
@@ -126,23 +132,36 @@ def score(
             np.add(answers, np.bincount(targets, weights, len(answers)), out=answers)
         return batch, place(batch)
 
-    def added(totals: Any, batch: Batch, sums: dict) -> Any:
+    totals: Any = None
+    pending, last = None, None
+    seconds: list[float] = []
+    since = 0.0
+
+    def add(batch: Batch, sums: dict) -> None:
+        """Waits for a batch to complete. Its seconds count from the completion of the one before."""
+        nonlocal totals, since
         said = sums.pop("said", None)
+        totals = _added(totals, sums)
+        seconds.append(time.perf_counter() - since)
         if wrong is not None and said is not None and wrong.wants():
             wrong(batch, np.asarray(jax.device_get(said)))
-        return _added(totals, sums)
+        since = time.perf_counter()
 
-    totals, pending = None, None
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(prefetch.ahead(make, range(sample.batches))) as batches:
         for batch, placed in batches:
+            since = time.perf_counter() if pending is None else since
             sums, memory = evaluate(state, placed)
             state = dataclasses.replace(state, memory=memory)
             if pending is not None:
-                totals = added(totals, *pending)
-            pending = batch, sums
+                add(*pending)
+            pending, last = (batch, sums), placed
     assert pending is not None, "a sample has a batch"
-    totals = added(totals, *pending)
+    add(*pending)
+    if last is not None and not compiled and len(seconds) == 1:  # the only batch came with the compiling
+        since = time.perf_counter()
+        jax.block_until_ready(evaluate(state, last))
+        seconds.append(time.perf_counter() - since)
     moments = totals.pop("moments")
     with np.errstate(invalid="ignore", divide="ignore"):
         means = jax.tree.map(lambda pair: (pair[0] / pair[1]).tolist(), totals)
@@ -158,6 +177,7 @@ def score(
         majority=majority if sample.of is not None else task.describe().get("majority") if counts else None,
         scalars=means["scalars"] | task.figures(means["loss"]),
         tokens=means["tokens"],
+        seconds=statistics.median(seconds if compiled else seconds[1:]),
     )
 
 

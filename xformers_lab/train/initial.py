@@ -7,7 +7,7 @@ and what was remembered of texts begin anew.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -76,11 +76,12 @@ def match(config: Config, task: Task) -> Match:
     model = nnx.eval_shape(lambda: build_model(config, task))
     wanted = checkpoint.named_leaves(dict(zip(_PARTS, split(model)[1:3], strict=True)))
     tables, stored = set(_tables(model)), manifest["arrays"]
+    within = _within(stored)
     taken, cut, fresh = [], {}, []
     for name, leaf in wanted.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
-        there = stored.get(name, {})
+        there = stored.get(within + name, {})
         shape, same = tuple(there.get("shape", ())), there.get("dtype") == str(leaf.dtype)
         if same and shape == leaf.shape:
             taken.append(name)
@@ -100,17 +101,25 @@ def take(matched: Match, state: TrainState) -> TrainState:
     """The first state of a run with the arrays of the other one in it; raises IntegrityError where they cannot be
     read."""
     stored = checkpoint.arrays(named_run.found(matched.init))
+    within = _within(stored)
+    if within == "best." and int(stored["best.step"]) == 0:  # nothing was validated yet
+        within = "state."
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name in matched.cut:
             rows = matched.cut[name][0]
-            return leaf.at[:rows].set(stored[name][:rows])
-        return jnp.asarray(stored[name]) if name in taken else leaf
+            return leaf.at[:rows].set(stored[within + name][:rows])
+        return jnp.asarray(stored[within + name]) if name in taken else leaf
 
     taken = set(matched.taken)
     begun = jax.tree_util.tree_map_with_path(one, {part: getattr(state, part) for part in _PARTS})
     return dataclasses.replace(state, **begun)
+
+
+def _within(stored: Iterable[str]) -> str:
+    """Where in a checkpoint the parameters that count stand: those of the best validation with select=best."""
+    return "best." if any(name.startswith("best.params.") for name in stored) else ""
 
 
 def _tables(model: nnx.Module) -> Iterator[str]:

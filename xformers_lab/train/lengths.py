@@ -109,7 +109,7 @@ def _resized(config: Config, length: int, remembers: bool) -> Config:
     if length > config.seq_len and not remembers:
         fitting = batch * config.seq_len // length
         batch = min(batch, max(fitting // devices, 1) * devices)
-    return edit(config, seq_len=length, batch=batch, accumulate=1, test_len=None, init=None)
+    return edit(config, seq_len=length, batch=batch, accumulate=1, test_len=None, init=None, select="last")
 
 
 def _tables(model: nnx.Module) -> Iterator[tuple[str, None]]:

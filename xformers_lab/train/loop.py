@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -27,12 +28,15 @@ from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_o
 from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.model import Model, build_task
+from xformers_lab.model._transformer import Transformer
 from xformers_lab.record import ABSENT, SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
 from xformers_lab.train import (
     checkpoint,
+    decoding,
     evaluation,
+    example_maps,
     generated,
     initial,
     lengths,
@@ -402,12 +406,10 @@ def _train(
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", stop_signal())
 
-    def score(state: TrainState, split: Split, most: int | None = None, wrong: Wrong | None = None) -> evaluation.Score:
-        tell = lambda what: doing(what, step)
-        return _score(job, state, split, train.eval_batches, most, stop_signal, tell, wrong)
-
-    def score_there(there: _Job, state: TrainState) -> evaluation.Score:
-        return _score(there, state, train.score, train.eval_batches, None, stop_signal, lambda what: doing(what, step))
+    def score(
+        state: TrainState, split: Split, most: int | None = None, wrong: Wrong | None = None, there: _Job = job
+    ) -> evaluation.Score:
+        return _score(there, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step), wrong)
 
     def validate(line: dict) -> dict:
         nonlocal best, best_metric
@@ -450,7 +452,12 @@ def _train(
         counting, wrong = selection.chosen(state, best), Wrong(job.task)
         scored = score(counting, train.score, wrong=wrong)
         more: dict = {"wrong": wrong.rows} if job.task.metric_name == "accuracy" else {}
-        more |= {"by_length": _by_length(job, counting, score_there)} if job.config.test_len else {}
+        if job.config.test_len is not None:
+            more["by_length"] = _by_length(job, counting, lambda there, state: score(state, train.score, there=there))
+        if found := _maps(job, counting, lambda what: doing(what, step)):
+            more["maps"] = found
+        decoder = lambda: job.program.decoding(job.config, job.graph, counting)
+        decoded = decoding.figures(decoder, counting, lambda what: doing(what, step))
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -458,8 +465,9 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, best, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    outcome = {"status": "ok", "split": train.score, "step": int(counting.step)}
-    return _finish(job, state, compiled, log, peak, **outcome, **_reported(scored), **more)
+    outcome = {"status": "ok", "split": train.score, "step": int(counting.step)} | _reported(scored) | decoded | more
+    rate = train.batch * job.config.seq_len / scored.seconds
+    return _finish(job, state, compiled, log, peak, **outcome, eval_tokens_per_second=rate)
 
 
 def _counting(job: _Job) -> tuple[TrainState, int]:
@@ -486,6 +494,20 @@ def _kept(job: _Job, state: TrainState, best: selection.Best | None, doing: Doin
     return f"its last finite parameters are kept as the checkpoint of step {step}"
 
 
+def _maps(job: _Job, state: TrainState, doing: Callable[[str], None]) -> dict | None:
+    """The attention maps of the first example that a run is scored on, where a record has room for them."""
+    size = job.config.model
+    if jax.tree.leaves(state.memory) or not example_maps.small(job.config.seq_len, size.layers, size.heads):
+        return None
+    params, extra = example_maps.on_host((state.params, state.extra))
+    model = merge(job.graph, params, extra, state.memory)
+    if not isinstance(model, Transformer) or model.source:
+        return None
+    doing("drawing attention maps")
+    sample = evaluation.sample(job.task, job.rebuilt, job.config.train.score, 1, None, job.segments)
+    return example_maps.of_example(model, job.task, sample.batch(0))
+
+
 def _score(
     job: _Job,
     state: TrainState,
@@ -509,7 +531,8 @@ def _score(
         return scored
 
     sample = evaluation.sample(job.task, job.rebuilt, split, wanted, most, job.segments)
-    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, wrong)
+    compiled = job.program.scored
+    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, wrong, compiled=compiled)
     if score.answers == 0:
         raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
     if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
@@ -598,6 +621,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         **speed.disturbance(seconds),
         compile_seconds=compiled.compile_seconds,
         flops=compiled.flops,
+        flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
@@ -606,7 +630,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         curve=_curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
-        initialised=ABSENT if config.init is None else records.read_json(job.run_dir / INITIALISED),
+        initialised=ABSENT if config.init is None else records.read_json(job.run_dir / INITIALISED) or {},
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         machine=speed.machine(),
@@ -623,11 +647,19 @@ def _declared(task: Task) -> dict:
 
 
 def _curve(lines: list[dict]) -> list[list]:
-    """[step, mean training loss since the last point], at most POINTS of them, without skipped steps."""
-    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None and not line.get("skipped")]
+    """[step, mean training loss since the last point, seconds of all steps so far], at most POINTS of them, without
+    skipped steps. A step that was not timed counts as the median does; seconds are None where none was."""
+    timed = [line["seconds"] for line in lines if line.get("seconds")]
+    usual = statistics.median(timed) if timed else 0.0
+    spent = itertools.accumulate(line.get("seconds") or usual for line in lines)
+    losses = [
+        (line["step"], line["loss"], seconds if timed else None)
+        for line, seconds in zip(lines, spent, strict=True)
+        if line["loss"] is not None and not line.get("skipped")
+    ]
     width = max(1, math.ceil(len(losses) / POINTS))
     groups = [losses[start : start + width] for start in range(0, len(losses), width)]
-    return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]
+    return [[group[-1][0], statistics.fmean(loss for _, loss, _ in group), group[-1][2]] for group in groups]
 
 
 def _peak(compiled: Compiled, before: int | None) -> dict:

@@ -33,8 +33,9 @@ class Wrong:
         targets, weights = np.asarray(batch.targets), np.asarray(batch.weights)
         wrong = ((said != targets) & (weights != 0)).reshape(len(targets), -1).any(1)
         for number in np.flatnonzero(wrong)[: MOST - len(self.rows)]:
-            row = lambda array, at=number: None if array is None else np.asarray(array)[at : at + 1]
-            example = Batch(row(batch.inputs), row(targets), row(weights), row(batch.valid))
+            row = lambda array, at=number: np.asarray(array)[at : at + 1]
+            valid = None if batch.valid is None else row(batch.valid)
+            example = Batch(row(batch.inputs), row(targets), row(weights), valid)
             try:
                 self.rows.append(self._shown(example, row(said)))
             except Exception as error:  # of a task of the user's own: the run is done, and not for nothing

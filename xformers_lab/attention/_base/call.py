@@ -1,6 +1,9 @@
 """What all heads of a layer are run on, in one object."""
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from jaxtyping import Array, Bool, Float, Key, PyTree
@@ -54,3 +57,30 @@ class Call:
         """The call of one token with an axis of positions, T = 1."""
         x = None if self.x is None else self.x[:, None]
         return self.replace(q=self.q[:, None], k=self.k[:, None], v=self.v[:, None], x=x)
+
+
+# Who is shown the calls of layers, see `watched`.
+_WATCHING: contextvars.ContextVar[Callable[[Any, Call], None] | None] = contextvars.ContextVar("watching", default=None)
+
+
+@contextlib.contextmanager
+def watched(watch: Callable[[Any, Call], None]) -> Iterator[None]:
+    """Meanwhile watch(layer, call) is shown what each layer's heads are run on, in the order of the layers."""
+    token = _WATCHING.set(watch)
+    try:
+        yield
+    finally:
+        _WATCHING.reset(token)
+
+
+def watching() -> bool:
+    """Whether somebody is shown the calls of layers. A loop over layers is then written out, for what is within a loop
+    of a program cannot be taken out of it."""
+    return _WATCHING.get() is not None
+
+
+def shown(layer: Any, call: Call) -> Call:
+    """The call, which whoever watches is shown."""
+    if (watch := _WATCHING.get()) is not None:
+        watch(layer, call)
+    return call

@@ -9,7 +9,7 @@ from flax import nnx
 
 from xformers_lab.attention._base.attention import Attention
 from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
-from xformers_lab.attention._base.call import Call, Method
+from xformers_lab.attention._base.call import Call, Method, shown
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.attention._base.samples import apart, step_apart
 from xformers_lab.errors import Refused
@@ -104,7 +104,7 @@ class MultiHead(Attention):
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        out, carry, aux = run(Call(q, k, v, source, x, valid, causal, bias, carry, key))
+        out, carry, aux = run(shown(self, Call(q, k, v, source, x, valid, causal, bias, carry, key)))
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
     def heads_of(self, y) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention._base.call import Call
+from xformers_lab.attention._base.call import Call, shown
 from xformers_lab.attention._base.one_head import KeepsKeys
 from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine.pattern import All
@@ -43,7 +43,8 @@ class Projected(KeepsKeys, Patterned):
         at = jnp.arange(x.shape[1]) + S - x.shape[1]
         q, k, v = self.project(x, source, _turn(position, at), _turn(position, jnp.arange(S)))
         q = _share(position) * q
-        out, carry, aux = self.attend_heads(Call(q, k, v, source, x, valid, causal, _bias(position), carry, key))
+        call = shown(self, Call(q, k, v, source, x, valid, causal, _bias(position), carry, key))
+        out, carry, aux = self.attend_heads(call)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
     def decode(self, x, cache, *, at, position=None, carry=None):

@@ -1,0 +1,103 @@
+"""Attention maps: the weights that are read off are those of the scores, or give what the layer gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.config import Config, edit
+from xformers_lab.errors import Refused
+from xformers_lab.measure import maps
+from xformers_lab.model import build_model, build_task
+
+T = 12
+
+
+def model_of(task: str = "copy", **changes):
+    sizes = {"seq_len": T, "dim": 16, "heads": 2, "layers": 2, "batch": 2, "position": "none"}
+    config = edit(Config(), task=task, **(sizes | changes))
+    task_ = build_task(config)
+    return build_model(config, task_), task_
+
+
+def maps_of(valid=None, **changes):
+    model, task = model_of(**changes)
+    return maps.of_model(model, task.batch("test", 0).inputs[:1], valid)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("attention", ["full", "local:window=3"])
+def test_softmax_weights_are_read_off(attention, kind):
+    """By hand from queries and keys of the layer."""
+    model, task = model_of(task="copy" if kind == "decoder" else "listops", attention=attention, model=kind)
+    calls = []
+    with maps.watched(lambda layer, call: calls.append((layer, call))):
+        model(jnp.asarray(task.batch("test", 0).inputs[:1]))
+    assert len(calls) == 2
+    for layer, call in calls:
+        found = maps.of_call(layer, call)
+        seen = layer.seen(call.causal)(np.arange(T)[:, None], np.arange(T)[None])
+        scores = np.einsum("tnh,snh->nts", call.q[0], call.k[0]) * call.q.shape[-1] ** -0.5
+        wanted = jax.nn.softmax(jnp.where(np.broadcast_to(seen, (T, T)), scores, -jnp.inf), -1)
+        np.testing.assert_allclose(found.weights, wanted, atol=2e-6)
+        assert not found.implied
+
+
+@pytest.mark.parametrize(
+    "choice", [{"position": "alibi"}, {"position": "xl"}, {"kv_heads": 1}, {"attention": "bigbird"}]
+)
+def test_the_definition_has_the_same_weights(choice):
+    """Rows sum to one, nothing is seen ahead, and the reference with basis values says the same."""
+    model, task = model_of(**choice)
+    calls = []
+    with maps.watched(lambda layer, call: calls.append((layer, call))):
+        model(jnp.asarray(task.batch("test", 0).inputs[:1]))
+    layer, call = calls[0]
+    found = maps.of_call(layer, call).weights
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+    assert not found[:, ~np.tri(T, dtype=bool)].any() and (found >= 0).all()
+    again = maps.of_call(layer, call.replace(method="reference")).weights
+    np.testing.assert_allclose(found, again, atol=1e-5)
+
+
+def test_padding_has_no_weight():
+    valid = np.arange(T)[None] < 8
+    for found in maps_of(task="listops", valid=valid, model="encoder", attention="full"):
+        assert not found.weights[:, :, 8:].any()
+        np.testing.assert_allclose(found.weights[:, :8].sum(-1), 1, atol=1e-5)
+
+
+def test_linear_attention_has_effective_weights():
+    for found in maps_of(attention="linear"):
+        assert found.implied and not found.weights[:, ~np.tri(T, dtype=bool)].any()
+        np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["fnet", "gla"])
+def test_what_is_no_mean_of_values_is_refused(attention):
+    with pytest.raises(Refused, match="no map"):
+        maps_of(task="listops" if attention == "fnet" else "copy", attention=attention)
+
+
+def test_a_planted_choice_by_values_is_refused():
+    layer = spec.build("attention", "full", length=T, dim=16, heads=2)
+
+    class Chosen(type(layer)):
+        def attend_heads(self, call):
+            out, carry, aux = super().attend_heads(call)
+            return jnp.maximum(out, 0), carry, aux
+
+    chosen = Chosen(layer.size, rngs=nnx.Rngs(0))
+    q = jax.random.normal(jax.random.key(0), (1, T, 2, 8))
+    with pytest.raises(Refused, match="no weighted mean of its values"):
+        maps.of_call(chosen, maps.Call(q, q, q))
+
+
+def test_a_record_has_whole_numbers():
+    weights = np.eye(3, dtype=np.float32)[None] * np.array([1, 0.5, -0.5], np.float32)
+    found = maps.drawn([maps.Map(weights, False), maps.Map(2 * weights, True)], ["a", "b", "c"])
+    assert found["layers"][0] == [[[128, 0, 0], [0, 64, 0], [0, 0, 64]]]
+    assert found["layers"][1] == [[[255, 0, 0], [0, 128, 0], [0, 0, 128]]]
+    assert found["implied"] and found["tokens"] == ["a", "b", "c"] and found["queries"] == 3

@@ -1,0 +1,25 @@
+"""Attention maps in the record of a run."""
+
+import numpy as np
+from test_train import tiny
+
+from xformers_lab.train import example_maps, loop
+
+
+def test_a_small_run_has_maps_of_its_first_example(tmp_path):
+    record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope"))
+    kept = record["maps"]
+    weights = np.array(kept["layers"])
+    assert weights.shape == (1, 2, 16, 16) and kept["queries"] == 16 and not kept["implied"]
+    assert not weights[..., ~np.tri(16, dtype=bool)].any()
+    np.testing.assert_allclose(weights.sum(-1) / 255, 1, atol=0.05)
+    assert kept["tokens"][0] == "0" and len(kept["tokens"]) == 16
+
+
+def test_what_is_no_mean_of_values_leaves_the_run_as_it_is(tmp_path):
+    record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope", attention="gla"))
+    assert record["status"] == "ok" and "maps" not in record
+
+
+def test_only_small_maps_are_kept():
+    assert example_maps.small(64, 2, 8) and not example_maps.small(64, 3, 8) and not example_maps.small(65, 1, 1)

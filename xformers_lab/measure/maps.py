@@ -1,0 +1,115 @@
+"""Attention maps: how much each head of each layer takes of each position, of one example.
+
+One way for every mechanism: where what a head gives is linear in its values and weights all channels alike, its weights
+can be read off by values that are 1 in one channel at one position, as many positions at once as a head has channels.
+For softmax attention these are the weights of its scores; for linear attention and recurrences, which have no scores,
+the effective weights. That it is so is checked on the values themselves: the weights have to give what the head gave.
+A mechanism with a gate or a norm behind its mean, or that chooses by its values, is refused.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xformers_lab.attention._base.call import Call, watched
+from xformers_lab.attention._base.samples import apart
+from xformers_lab.errors import Refused
+from xformers_lab.model import Model
+
+# Of mechanisms of these kinds no softmax over scores of single positions gives the weights.
+IMPLIED = ("linearised", "memory compression", "low rank", "without attention")
+CLOSE = 1e-3  # what weights may miss of the output, in units of its largest number
+WHOLE = 255  # a weight of 1 in a record
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """One layer's weights (N, T, S) float32, and whether they are implied: the mechanism has no scores."""
+
+    weights: np.ndarray
+    implied: bool
+
+
+def of_model(model: Model, inputs: np.ndarray, valid: np.ndarray | None = None) -> list[Map]:
+    """A map for each layer in the order in which they run, of one example (1, T), valid (1, T) bool or None.
+
+    Raises Refused where a layer gives no weighted mean of its values, or has no values.
+    """
+    graph, variables = nnx.split(model)
+    try:
+        found = _of_model(graph, variables, jnp.asarray(inputs), None if valid is None else jnp.asarray(valid))
+    except jax.errors.UnexpectedTracerError:
+        raise Refused("the layers of this model run within a loop of its depth, so there is no map") from None
+    if not found:
+        raise Refused("no layer of this model gives a mean of values, so there is no map")
+    return [_checked(*each) for each in jax.device_get(found)]
+
+
+def of_call(layer: Any, call: Call) -> Map:
+    """The map of one layer on a call of one sample; raises Refused."""
+    return _checked(*jax.device_get(_read_off(layer, call)))
+
+
+def _checked(weights: np.ndarray, implied: np.ndarray, missed: np.ndarray) -> Map:
+    if not missed <= CLOSE:
+        raise Refused(
+            "a layer gives no weighted mean of its values, for there is a gate, a norm or a choice by them: no map"
+        )
+    return Map(np.asarray(weights, np.float32), bool(implied))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_model(graph: nnx.GraphDef, variables: Any, inputs: jax.Array, valid: jax.Array | None) -> list[tuple]:
+    found = []
+    with watched(lambda layer, call: found.append(_read_off(layer, call))):
+        nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))(inputs, valid=valid)
+    return found
+
+
+def _read_off(layer: Any, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weights (N, T, S) of a layer, whether they are implied, and how much they miss of what the layer gives."""
+    name = type(layer).__name__.lower()
+    if call.v.ndim != 4 or call.v.shape[0] != 1:
+        raise Refused(f"{name} has no values of single positions: no map")
+    _, S, K, H = call.v.shape
+    graph, variables = nnx.split(layer)
+    compared = bool(jax.tree.leaves(call.bias)) and _of_samples(call, layer)
+
+    def given(v):
+        # Not shown to who watches: these calls are no layers.
+        own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+        return (apart(own, call.replace(v=v)) if compared else own.attend_heads(call.replace(v=v)))[0]
+
+    count = -(-S // H)
+    at = jnp.arange(count * H).reshape(count, H)
+    basis = (at[:, None, :] == jnp.arange(S)[None, :, None]).astype(call.v.dtype)  # (chunks, S, H)
+    out = jax.vmap(given)(
+        jnp.concatenate([jnp.broadcast_to(basis[:, None, :, None], (count, 1, S, K, H)), call.v[None]])
+    )
+    T, N = out.shape[2:4]
+    if out.shape[-1] != H:
+        raise Refused(f"{name} gives {out.shape[-1]} channels of values of {H}: no map")
+    weights = out[:-1, 0].transpose(2, 1, 0, 3).reshape(N, T, count * H)[..., :S]
+    again = jnp.einsum("nts,snh->tnh", weights, jnp.repeat(call.v[0], N // K, 1))
+    missed = jnp.abs(again - out[-1, 0]).max() / jnp.maximum(jnp.abs(out[-1, 0]).max(), 1e-6)
+    return weights, jnp.asarray(type(layer).kind in IMPLIED), missed
+
+
+def drawn(maps: list[Map], tokens: list[str]) -> dict:
+    """Maps of one length as a record has them: whole numbers, WHOLE for a weight of 1, or for the largest where one is
+    above; of a weight below 0 its size."""
+    sizes = [np.abs(each.weights) for each in maps]
+    most = max(1.0, *(float(each.max()) for each in sizes))
+    layers = [np.rint(WHOLE / most * each).astype(int).tolist() for each in sizes]
+    return {"tokens": tokens, "queries": len(tokens), "layers": layers, "implied": any(each.implied for each in maps)}
+
+
+def _of_samples(call: Call, layer: Any) -> bool:
+    """Whether the bias is one of every sample: its leaves then begin with B = 1 and N, not with N."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(call.bias)]
+    return all(shape[:2] == (1, layer.size.heads) for shape in shapes)
