@@ -66,10 +66,11 @@ def _eval(chosen: argparse.Namespace) -> int:
     if batches is not None:
         batches = configs.typed("eval_batches", batches, f"--batches {batches}")
     folder = _run_dir(chosen)
+    from xformers_lab import progress
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
-    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust)
+    record = loop.evaluate(folder, split=chosen.split, batches=batches, trust=chosen.trust, say=progress.say)
     return answer(chosen, record, lambda: pages.print_record(record))
 
 

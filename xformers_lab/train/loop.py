@@ -113,17 +113,21 @@ def evaluate(
     split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     trust: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict:
     """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
     that the run itself is scored on): on all of it, or on so many times 32 examples (default: the run's eval_batches).
     The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
-    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
-    Diverged where the loss is no number.
+    layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. say(line)
+    is called with what the task says of its data. Raises Diverged where the loss is no number.
     """
     run_dir = pathlib.Path(run_dir)
     job = _trained(run_dir, trust)
+    if say is not None:
+        for line in job.task.reading():
+            say(line)
     split = job.config.train.score if split is None else split
     state, step = _counting(job)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)

@@ -1,5 +1,6 @@
 """What a worker does for train and resume, and how it says so."""
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +27,14 @@ def run(tell: Tell, config: dict, words: Sequence[str] = ()) -> dict:
 def resume(tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False) -> dict:
     """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
     chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
+    tell.doing("preparing the data")
+    from xformers_lab.model import build_task
     from xformers_lab.train import loop
 
+    reading: list[str] = []
+    with contextlib.suppress(Exception):  # it shows again
+        reading = build_task(chosen).reading()
+    tell.doing("preparing", reading=reading)
     return loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **watched(tell, chosen))
 
 
