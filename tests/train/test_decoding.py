@@ -24,12 +24,12 @@ def test_a_row_says_what_decoding_costs(tmp_path, monkeypatch):
     rows = [loop.run(small(tmp_path, **changes)) for changes in ({}, {"seed": 1, "lr": 0.1})]
     assert len(compiled) == 1
     for row in rows:
-        # Keys and values of every layer, and the count of tokens.
-        assert row["state_bytes"] == 4 * 8 * 17 * 16 * 2 * 2 + 4
+        # Keys and values of every layer in float32, and counts of tokens.
+        assert 0 < row["state_bytes"] - 4 * 8 * 17 * 16 * 2 * 2 <= 64
         assert all(0 < row[name] < 60 for name in FIGURES[:2]) and row["eval_tokens_per_second"] > 0
         assert row["flops_per_token"] == row["flops"] / (8 * 17)
         seconds = [point[2] for point in row["curve"]]
-        assert len(seconds) == 4 and 0 < seconds[0] and seconds == sorted(seconds)
+        assert len(seconds) == 4 and seconds[0] > 0 and seconds == sorted(seconds)
         timed = row["seconds_median"]  # of steps 3 and 4; 1 and 2 count as much
         assert seconds[1] == pytest.approx(2 * timed) and seconds[3] == pytest.approx(4 * timed)
     programs.forget()

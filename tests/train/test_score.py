@@ -92,3 +92,17 @@ def test_a_config_is_checked_without_the_test_split(tmp_path):
     check_config(edit(Config(), seq_len=16, dim=16, layers=1, batch=2, **words))
     with pytest.raises(UsageError, match="score"):
         edit(Config(), score="train")
+
+
+def test_eval_and_resume_say_how_the_data_were_read(tmp_path, capfd):
+    """As train does: a line for each split."""
+    (tmp_path / "words.txt").write_text(" ".join(map(str, range(3000))))
+    config = tiny(f"lm:path={tmp_path / 'words.txt'}", tmp_path / "runs", steps=2)
+    lines = build_task(config).reading()
+    folder = loop.run(config)["run_dir"]
+    assert len(lines) >= 3
+    for command in ("eval", "resume"):
+        capfd.readouterr()
+        assert main([command, folder, "--json"]) == 0
+        out, err = capfd.readouterr()
+        assert all(line in err for line in lines) and json.loads(out)["status" if command == "resume" else "split"]

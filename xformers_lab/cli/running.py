@@ -70,12 +70,13 @@ def _eval(chosen: argparse.Namespace) -> int:
         batches = configs.typed("eval_batches", batches, f"--batches {batches}")
     lengths = _lengths(chosen.words)
     folder = _run_dir(chosen)
+    from xformers_lab import progress
     from xformers_lab.report import pages
     from xformers_lab.train import loop
 
     if chosen.beams is None and chosen.texts is not None:
         raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
-    options = {"split": chosen.split, "batches": batches, "trust": chosen.trust}
+    options = {"split": chosen.split, "batches": batches, "trust": chosen.trust, "say": progress.say}
     if len(lengths) > 1:
         if chosen.beams is not None:
             raise UsageError("--beams: texts are generated at one length; give one seq_len, or none")

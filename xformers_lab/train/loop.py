@@ -132,6 +132,7 @@ def evaluate(
     beams: int | None = None,
     texts: int = generated.TEXTS,
     trust: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict:
     """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
     that the run itself is scored on): on all of it, or on so many times 32 examples (default: the run's eval_batches).
@@ -140,10 +141,10 @@ def evaluate(
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
     they are not those of training; UsageError where the model has no such length. beams: have the model generate the
-    answers of `texts` examples too, by a search with so many, and the task score them. trust: as in `resume`. Raises
-    Diverged where the loss is no number.
+    answers of `texts` examples too, by a search with so many, and the task score them. trust: as in `resume`.
+    say(line) is called with what the task says of its data. Raises Diverged where the loss is no number.
     """
-    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust, beams, texts)[0]
+    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust, say, beams, texts)[0]
 
 
 def evaluate_at(
@@ -153,10 +154,11 @@ def evaluate_at(
     split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     trust: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict]:
     """What `evaluate` gives at each of several lengths; where the loss at one is no number, its `reason` says so.
     Raises before it scores any where the model has no such length."""
-    return _evaluated(pathlib.Path(run_dir), at, split, batches, trust)
+    return _evaluated(pathlib.Path(run_dir), at, split, batches, trust, say)
 
 
 def _evaluated(
@@ -165,13 +167,17 @@ def _evaluated(
     split: Split | None,
     batches: evaluation.Wanted | None,
     trust: bool,
+    say: Callable[[str], None] | None,
     beams: int | None = None,
-    texts: int = generated.EXAMPLES,
+    texts: int = generated.TEXTS,
 ) -> list[dict]:
     """A record for each length, None for that of training."""
     job = _trained(run_dir, trust)
     if beams is not None:
         generated.check(job.task, beams, texts)
+    if say is not None:
+        for line in job.task.reading():
+            say(line)
     split = job.config.train.score if split is None else split
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     places = [None if length is None else _at(job, length) for length in at]

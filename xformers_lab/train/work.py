@@ -37,8 +37,14 @@ def resume(
 ) -> dict:
     """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
     chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
+    tell.doing("preparing the data")
+    from xformers_lab.model import build_task
     from xformers_lab.train import loop
 
+    reading: list[str] = []
+    with contextlib.suppress(Exception):  # it shows again
+        reading = build_task(chosen).reading()
+    tell.doing("preparing", reading=reading)
     with tracked(tell, chosen, pathlib.Path(run_dir), track) as followers:
         told = watched(tell, chosen, followers)
         record = loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **told)
