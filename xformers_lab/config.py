@@ -86,6 +86,9 @@ class Train:
         least=1,
         compiled=False,
     )
+    select: typing.Literal["last", "best"] = knob(
+        "last", "parameters that count: of the last step, or of the best validation (eval_every)", compiled=False
+    )
     score: typing.Literal["test", "validation"] = knob(
         "test",
         "split that the finished run is scored on; with validation the test split cannot be read",
@@ -164,6 +167,13 @@ def seed_of(config: Config, key: typing.Literal["init_seed", "data_seed"]) -> in
     """The seed of the parameters or of the data, which are that of the run where they are not told apart."""
     value = get(config, key)
     return config.seed if value is None else value
+
+
+def refuse_selection(config: Config) -> None:
+    """Raises UsageError where the best validation is to be chosen, and there is none while it trains."""
+    if config.train.select == "best" and not config.train.eval_every:
+        often = max(config.train.steps // 10, 1)
+        raise UsageError(f"select=best chooses among validations: say how often, such as eval_every={often}")
 
 
 def edit(config: Config, **changes: Any) -> Config:

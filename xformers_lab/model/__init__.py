@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
-from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, seed_of
+from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, refuse_selection, seed_of
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory
@@ -131,6 +131,7 @@ def check_config(config: Config) -> Task:
     """
     if config.train.batch % config.train.accumulate:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
+    refuse_selection(config)
     size_of(config)
     _memory.refuse_activations(config)
     with _own_errors(config):

@@ -30,7 +30,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, programs, records
+from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, programs, records, selection
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
@@ -113,9 +113,9 @@ def evaluate(
     batches: evaluation.Wanted | None = None,
     trust: bool = False,
 ) -> dict:
-    """Score the newest good checkpoint of a run on a split (default: the one that the run itself is scored on): on all
-    of it, or on so many times 32 examples (default: the run's eval_batches). The examples are those that the run itself
-    is scored on, whatever its batch and seed.
+    """Score the parameters of a run that count, as its newest good checkpoint has them, on a split (default: the one
+    that the run itself is scored on): on all of it, or on so many times 32 examples (default: the run's eval_batches).
+    The examples are those that the run itself is scored on, whatever its batch and seed.
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. trust: as in `resume`. Raises
@@ -124,7 +124,7 @@ def evaluate(
     run_dir = pathlib.Path(run_dir)
     job = _trained(run_dir, trust)
     split = job.config.train.score if split is None else split
-    state, step = checkpoint.restore(run_dir, job.target(), job.about)
+    state, step = _counting(job)
     wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
     score = _score(job, state, split, wanted, None, lambda: 0, lambda what: None)
     record = Record(
@@ -140,10 +140,10 @@ def evaluate(
 
 
 def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
-    """The config, task and model of a run, with the parameters of its newest good checkpoint; trust: as in `resume`."""
-    run_dir = pathlib.Path(run_dir)
-    job = _trained(run_dir, trust)
-    state, _ = checkpoint.restore(run_dir, job.target(), job.about)
+    """The config, task and model of a run, with the parameters that count, as its newest good checkpoint has them;
+    trust: as in `resume`."""
+    job = _trained(pathlib.Path(run_dir), trust)
+    state, _ = _counting(job)
     return job.config, job.task, merge(job.graph, state.params, state.extra, state.memory)
 
 
@@ -174,8 +174,11 @@ class _Job:
     def program(self) -> programs.Program:
         return programs.of(self.config, self.task, self.graph, self.layout, self.first_batch)
 
-    def target(self) -> TrainState:
-        return self.layout.abstract_state(abstract(self.config, self.task, self.tx))
+    def target(self) -> TrainState | selection.Kept:
+        """What a checkpoint holds, in shapes."""
+        state = self.layout.abstract_state(abstract(self.config, self.task, self.tx))
+        best = selection.Best(state.params, state.extra, state.step)
+        return selection.kept(state, best if self.config.train.select == "best" else None)
 
     def training_batch(self, step: int) -> Batch:
         return self.layout.place_batch(prefetch.checked(self.task, "train", step, self.segments))
@@ -183,6 +186,7 @@ class _Job:
 
 def prepare(config: Config, run_dir: pathlib.Path) -> _Job:
     """All that a run needs but its state; raises UsageError where its layout over the devices cannot be."""
+    configs.refuse_selection(config)
     layout, task = layout_of(config), build_task(config)
     layout = sharing(layout, config, task)
     parts = shapes(config, task)
@@ -236,24 +240,26 @@ def _run(
             )
         try:
             job = prepare(config, run_dir)
-            state, step = _start(job, strict, from_scratch)
+            began = _start(job, strict, from_scratch)
             if outside := sources.of(configs.to_dict(config)):
                 records.write_json(run_dir / "sources.json", outside)
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment())
-            return _train(job, state, step, lambda: stack.enter_context(listening(stop)), progress, doing)
+            return _train(job, *began, lambda: stack.enter_context(listening(stop)), progress, doing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int]:
-    """The state to go on from and its step: the newest good checkpoint's, or that before the first step."""
+def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, selection.Best | None, int]:
+    """The state to go on from, the best so far with select=best, and the step: those of the newest good checkpoint, or
+    those before the first step."""
     run_dir = job.run_dir
     try:
         if checkpoint.steps(run_dir):
-            state, step = checkpoint.restore(run_dir, job.target(), job.about)
+            kept, step = checkpoint.restore(run_dir, job.target(), job.about)
+            state, best = selection.parted(kept)
             if int(state.step) != step:
                 raise IntegrityError(f"{run_dir}: the checkpoint of step {step} holds the state of step {state.step}")
             if lost := records.missing(run_dir, step):
@@ -262,7 +268,7 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
                     f"checkpoint is of step {step}; give them back, or start again with xlab resume {run_dir} "
                     "--from-scratch"
                 )
-            return state, step
+            return state, best, step
         if lines := records.read(run_dir):
             lost = f"{run_dir}: trained to step {lines[-1]['step']} and holds no checkpoint (deleted, or not yet saved)"
             if strict:
@@ -272,16 +278,26 @@ def _start(job: _Job, strict: bool, from_scratch: bool) -> tuple[TrainState, int
         if not from_scratch:
             raise
         logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
-    return job.layout.place_state(init(job.config, job.task, job.tx)), 0
+    state = job.layout.place_state(init(job.config, job.task, job.tx))
+    return state, selection.best_of(state) if job.config.train.select == "best" else None, 0
 
 
 def _train(
-    job: _Job, state: TrainState, start: int, listen: Callable[[], Callable[[], int]], progress: Progress, doing: Doing
+    job: _Job,
+    state: TrainState,
+    best: selection.Best | None,
+    start: int,
+    listen: Callable[[], Callable[[], int]],
+    progress: Progress,
+    doing: Doing,
 ) -> dict:
-    """From the state after step `start` to the last one, then the record; `listen` begins to hear signals."""
+    """From the state after step `start` to the last one, then the record; `listen` begins to hear signals. best: the
+    best validated so far, None with select=last."""
     train, step = job.config.train, start
     log = _Log(job.run_dir, records.cut(job.run_dir, start), train.steps, progress)
     peak = device_peak_bytes()
+    validated = {line["step"]: line["validation_metric"] for line in log.lines if "validation_metric" in line}
+    best_metric = None if best is None else validated.get(int(best.step))
     doing("compiling", start)
     compiled = job.program.trained(job.config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
     stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
@@ -289,18 +305,23 @@ def _train(
 
     def save() -> None:
         doing("saving", step)
-        checkpoint.save(job.run_dir, step, state, job.about)
+        checkpoint.save(job.run_dir, step, selection.kept(state, best), job.about)
 
     def stopped() -> Interrupted:
         save()
         how = f"saved at step {step} of {train.steps}; go on with xlab resume {job.run_dir}"
         return Interrupted(f"interrupted: {how}", stop_signal())
 
-    def score(split: Split, most: int | None = None) -> evaluation.Score:
+    def score(state: TrainState, split: Split, most: int | None = None) -> evaluation.Score:
         return _score(job, state, split, train.eval_batches, most, stop_signal, lambda what: doing(what, step))
 
     def validate(line: dict) -> dict:
-        valued = score("validation", evaluation.WATCHED)
+        nonlocal best, best_metric
+        valued = score(state, "validation", evaluation.WATCHED)
+        if best is not None and selection.improves(
+            valued.metric, best_metric, higher_is_better=job.task.higher_is_better
+        ):
+            best, best_metric = selection.best_of(state), valued.metric
         return line | {"validation_loss": valued.loss, "validation_metric": valued.metric}
 
     try:
@@ -332,24 +353,39 @@ def _train(
                     raise stopped()
         if int(state.skipped) == train.steps:
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
-        scored = score(train.score)
+        counting = selection.chosen(state, best)
+        scored = score(counting, train.score)
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
     except Diverged as diverged:
-        error = Diverged(f"{diverged}; {_kept(job, state, doing)}")
+        error = Diverged(f"{diverged}; {_kept(job, state, best, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    return _finish(job, state, compiled, log, peak, status="ok", split=train.score, **_reported(scored))
+    return _finish(
+        job, state, compiled, log, peak, status="ok", split=train.score, step=int(counting.step), **_reported(scored)
+    )
 
 
-def _kept(job: _Job, state: TrainState, doing: Doing) -> str:
+def _counting(job: _Job) -> tuple[TrainState, int]:
+    """The state of the newest good checkpoint with the parameters that count, and their step."""
+    kept, step = checkpoint.restore(job.run_dir, job.target(), job.about)
+    state, best = selection.parted(kept)
+    counting = selection.chosen(state, best)
+    if best is not None:
+        of = f"the parameters are those of step {int(counting.step)}"
+        why = "the best validation" if int(best.step) else "the last one saved, for nothing is validated yet"
+        logging.getLogger(__name__).warning("%s: select=best: %s, %s, of %d", job.run_dir, of, why, step)
+    return counting, int(counting.step)
+
+
+def _kept(job: _Job, state: TrainState, best: selection.Best | None, doing: Doing) -> str:
     """Save the parameters of a run that diverged, which are the last finite ones -> where they are, in words."""
     step = int(state.step)
     doing("saving", step)
     try:
         if step not in checkpoint.steps(job.run_dir):
-            checkpoint.save(job.run_dir, step, state, job.about)
+            checkpoint.save(job.run_dir, step, selection.kept(state, best), job.about)
     except RunFailed as error:
         return f"its last parameters could not be kept ({error})"
     return f"its last finite parameters are kept as the checkpoint of step {step}"
@@ -454,7 +490,11 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         id=configs.identity(config),
         run_dir=str(job.run_dir),
         kind="compare",
-        **(dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority")) | outcome),
+        **(
+            dict.fromkeys(("loss", "metric", "metric_interval", "examples", "examples_of", "majority"))
+            | {"step": int(state.step)}
+            | outcome
+        ),
         **_declared(job.task),
         tokens_per_second=config.train.batch * config.seq_len / median if median else None,
         seconds_min=min(seconds, default=None),
@@ -465,7 +505,6 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
-        step=int(state.step),
         steps=int(state.step),
         skipped=int(state.skipped),
         curve=_curve(log.lines),
