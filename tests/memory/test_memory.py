@@ -373,11 +373,8 @@ def test_interrupted_and_resumed_with_a_memory(text, tmp_path):
     with pytest.raises(loop.Interrupted):
         loop.run(broken, progress=lambda step, *_: seen.append(step), stop=lambda: len(seen) >= 5)
     again = loop.run(broken, resume=True)
-    assert (again["loss"], again["curve"], again["validation"]) == (
-        record["loss"],
-        record["curve"],
-        record["validation"],
-    )
+    assert (again["loss"], again["validation"]) == (record["loss"], record["validation"])
+    assert [point[:2] for point in again["curve"]] == [point[:2] for point in record["curve"]]
     one, two = arrays(straight), arrays(broken)
     assert one == two and any(name.startswith("memory.") for name in one)
     scored = loop.evaluate(configs.folder(straight), split="validation")

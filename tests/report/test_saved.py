@@ -46,7 +46,7 @@ def saved_rows(**changes) -> dict:
         (json.dumps(saved_rows(command=None)), "command is missing, where text should be"),
         (
             json.dumps(saved_rows(rows=[cell(), cell(curve=[[1]])])),
-            "rows[1].curve is a list, where a list of points of 2",
+            "rows[1].curve is a list, where a list of points of 3",
         ),
         (
             json.dumps(saved_rows(rows=[cell() | {"metric": "0.9"}])),

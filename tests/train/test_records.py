@@ -20,7 +20,7 @@ from xformers_lab.record import broken, sealed
 from xformers_lab.report import patterns
 from xformers_lab.train import checkpoint, loop, records
 
-SAME = ("loss", "metric", "curve", "steps")
+SAME = ("loss", "metric", "validation", "steps")
 
 
 def copying(runs: pathlib.Path, **changes) -> Config:

@@ -205,7 +205,7 @@ def _trade(
 def _curves(group: rows.Group, names: Sequence[str], varied: Sequence[str], metric: str) -> list[Chart | None]:
     """What was measured while training went on, over the steps at one length, a line for each cell: the training loss,
     and loss and metric of validation where it took place more than once."""
-    training = [(row, [(step, loss) for step, loss in row.get("curve") or []]) for row in group.rows]
+    training = [(row, [(step, loss) for step, loss, *_ in row.get("curve") or []]) for row in group.rows]
     better = _capital(DIRECTIONS[group.better("metric")])
     charts = [_over_steps(group, names, varied, training, "Training loss", "Cross-entropy in nats; lower is better")]
     if max((len(rows.validation(row)) for row in group.rows), default=0) > 1:

@@ -18,7 +18,7 @@ from xformers_lab.record import PLACES, Record
 # How deep a value may be nested: a config has sections and lists.
 DEPTH = 20
 # Lists of points, by the number of values that each point has.
-POINTS = {"curve": 2, "validation": 3}
+POINTS = {"curve": (3, 2), "validation": (3,)}  # of a curve without seconds, as older versions left it, two
 NUMBERS = {"seconds_rounds": None, "metric_interval": 2, "plane": 2}
 # Numbers beyond are none that a run, its data or a clock has.
 LARGEST = 1e30
@@ -56,15 +56,15 @@ def _check_row(row: dict, varied: Sequence[str], path: pathlib.Path, where: str)
     for key, value in row.items():
         place = f"{where}.{key}"
         if key in POINTS:
-            width = POINTS[key]
+            widths = POINTS[key]
             fits = isinstance(value, list) and all(
                 isinstance(point, list)
-                and len(point) == width
+                and len(point) in widths
                 and _is_number(point[0])
                 and all(one is None or _is_number(one) for one in point)
                 for point in value
             )
-            _check(fits or value is None, path, place, value, f"a list of points of {width} numbers")
+            _check(fits or value is None, path, place, value, f"a list of points of {widths[0]} numbers")
         elif key in NUMBERS:
             width = NUMBERS[key]
             fits = isinstance(value, list) and all(map(_is_number, value)) and len(value) == (width or len(value))

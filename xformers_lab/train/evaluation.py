@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -44,7 +46,8 @@ class Sample:
 class Score:
     """loss: nats for each answer; metric: as reported; answers: the sum of their weights; interval: where the metric of
     all examples lies with 95 %, None where all were scored; majority: the share of the most frequent answer, None where
-    the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position."""
+    the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position;
+    seconds: the median time of a batch, without compiling."""
 
     loss: float
     metric: float
@@ -55,6 +58,7 @@ class Score:
     majority: float | None
     scalars: dict[str, float]
     tokens: dict[str, list[float]]
+    seconds: float
 
 
 def amount(of: int | None, wanted: Wanted, most: int | None = None) -> int:
@@ -110,8 +114,11 @@ def score(
     evaluate: Callable[[TrainState, Batch], tuple],
     place: Callable[[Batch], Batch],
     state: TrainState,
+    *,
+    compiled: bool = False,
 ) -> Score:
-    """Score a sample; evaluate(state, batch) is what `make_eval_step` makes, place(batch) brings one to the devices."""
+    """Score a sample; evaluate(state, batch) is what `make_eval_step` makes, place(batch) brings one to the devices.
+    compiled: whether it needs no compiling at its first call."""
     answers = np.zeros(task.outputs)
     counts = task.metric_name == "accuracy"
 
@@ -122,16 +129,32 @@ def score(
             np.add(answers, np.bincount(targets, weights, len(answers)), out=answers)
         return place(batch)
 
-    totals, pending = None, None
+    totals: Any = None
+    pending, last = None, None
+    seconds: list[float] = []
+    since = 0.0
+
+    def add(sums: Any) -> None:
+        """Waits for a batch to complete. Its seconds count from the completion of the one before."""
+        nonlocal totals, since
+        totals = _added(totals, sums)
+        seconds.append(time.perf_counter() - since)
+        since = time.perf_counter()
+
     state = dataclasses.replace(state, memory=empty(state.memory))
     with contextlib.closing(prefetch.ahead(make, range(sample.batches))) as batches:
         for batch in batches:
+            since = time.perf_counter() if pending is None else since
             sums, memory = evaluate(state, batch)
             state = dataclasses.replace(state, memory=memory)
             if pending is not None:
-                totals = _added(totals, pending)
-            pending = sums
-    totals = _added(totals, pending)
+                add(pending)
+            pending, last = sums, batch
+    add(pending)
+    if last is not None and not compiled and len(seconds) == 1:  # the only batch came with the compiling
+        since = time.perf_counter()
+        jax.block_until_ready(evaluate(state, last))
+        seconds.append(time.perf_counter() - since)
     moments = totals.pop("moments")
     with np.errstate(invalid="ignore", divide="ignore"):
         means = jax.tree.map(lambda pair: (pair[0] / pair[1]).tolist(), totals)
@@ -147,6 +170,7 @@ def score(
         majority=majority if sample.of is not None else task.describe().get("majority") if counts else None,
         scalars=means["scalars"],
         tokens=means["tokens"],
+        seconds=statistics.median(seconds if compiled else seconds[1:]),
     )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from xformers_lab.model import Model, build_task
 from xformers_lab.record import SETTLED, Record, broken, sealed
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Batch, Split, Task
-from xformers_lab.train import checkpoint, evaluation, optimizer, prefetch, programs, records, selection
+from xformers_lab.train import checkpoint, decoding, evaluation, optimizer, prefetch, programs, records, selection
 from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 
@@ -355,6 +356,8 @@ def _train(
             raise Diverged(f"no step of {train.steps} had a finite loss and gradient, so nothing was learned; {_MEND}")
         counting = selection.chosen(state, best)
         scored = score(counting, train.score)
+        decoder = lambda: job.program.decoding(job.config, job.graph, counting)
+        decoded = decoding.figures(decoder, counting, lambda what: doing(what, step))
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -363,7 +366,17 @@ def _train(
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
     return _finish(
-        job, state, compiled, log, peak, status="ok", split=train.score, step=int(counting.step), **_reported(scored)
+        job,
+        state,
+        compiled,
+        log,
+        peak,
+        status="ok",
+        split=train.score,
+        step=int(counting.step),
+        **_reported(scored),
+        **decoded,
+        eval_tokens_per_second=train.batch * job.config.seq_len / scored.seconds,
     )
 
 
@@ -413,7 +426,8 @@ def _score(
         return scored
 
     sample = evaluation.sample(job.task, job.rebuilt, split, wanted, most, job.segments)
-    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state)
+    compiled = job.program.scored
+    score = evaluation.score(job.task, sample, evaluate, job.layout.place_batch, state, compiled=compiled)
     if score.answers == 0:
         raise Diverged(f"no answer of the {split} split counts: all weights in it are 0")
     if not (math.isfinite(score.loss) and math.isfinite(score.metric)):
@@ -502,6 +516,7 @@ def _finish(job: _Job, state: TrainState, compiled: Compiled, log: _Log, peak: i
         **speed.disturbance(seconds),
         compile_seconds=compiled.compile_seconds,
         flops=compiled.flops,
+        flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
@@ -526,11 +541,19 @@ def _declared(task: Task) -> dict:
 
 
 def _curve(lines: list[dict]) -> list[list]:
-    """[step, mean training loss since the last point], at most POINTS of them, without skipped steps."""
-    losses = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None and not line.get("skipped")]
+    """[step, mean training loss since the last point, seconds of all steps so far], at most POINTS of them, without
+    skipped steps. A step that was not timed counts as the median does; seconds are None where none was."""
+    timed = [line["seconds"] for line in lines if line.get("seconds")]
+    usual = statistics.median(timed) if timed else 0.0
+    spent = itertools.accumulate(line.get("seconds") or usual for line in lines)
+    losses = [
+        (line["step"], line["loss"], seconds if timed else None)
+        for line, seconds in zip(lines, spent, strict=True)
+        if line["loss"] is not None and not line.get("skipped")
+    ]
     width = max(1, math.ceil(len(losses) / POINTS))
     groups = [losses[start : start + width] for start in range(0, len(losses), width)]
-    return [[group[-1][0], statistics.fmean(loss for _, loss in group)] for group in groups]
+    return [[group[-1][0], statistics.fmean(loss for _, loss, _ in group), group[-1][2]] for group in groups]
 
 
 def _peak(compiled: Compiled, before: int | None) -> dict:

@@ -17,6 +17,7 @@ from flax import nnx
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.tasks import Batch, Task
+from xformers_lab.train.decoding import Decoder, compile_decoder
 from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step
 from xformers_lab.train.state import TrainState
 
@@ -26,12 +27,13 @@ PRECISION = ("jax_default_matmul_precision", "jax_enable_x64")  # of JAX's setti
 
 @dataclasses.dataclass
 class Program:
-    """The step of training, None before it is compiled, and that of an evaluation, which is compiled at its first call;
-    scored: whether that was made."""
+    """The step of training and the decoder, None before they are compiled, and the step of an evaluation, which is
+    compiled at its first call; scored: whether that was made."""
 
     score: Callable[[TrainState, Batch], tuple]
     step: Compiled | None = None
     scored: bool = False
+    decoder: Decoder | None = None
 
     def trained(
         self,
@@ -47,6 +49,12 @@ class Program:
         if self.step is None:
             self.step = compile_train_step(config, task, graph, tx, layout, state, batch)
         return self.step
+
+    def decoding(self, config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
+        """The decoder, compiled where it is not yet; arguments and errors as of `compile_decoder`."""
+        if self.decoder is None:
+            self.decoder = compile_decoder(config, graph, state)
+        return self.decoder
 
 
 _KEPT: collections.OrderedDict[Hashable, Program] = collections.OrderedDict()
