@@ -175,7 +175,7 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     """Two cells, one impossible and kept as refused; run again only what is missing; the report holds every cell."""
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "attention=full,linear,axial:shape=4x4", "seq_len=16"]
-    rows = run(capsys, "compare", *words)
+    rows = run(capsys, "compare", *words, "--no-baselines")
     assert [row["attention"] for row in rows] == ["full", "linear", "axial:shape=4x4"]
     for row in rows:
         assert row["status"] == "ok" and row["metric_name"] == "accuracy" and 0 <= row["metric"] <= 1
@@ -188,7 +188,7 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     kept = {row["run_dir"]: pathlib.Path(row["run_dir"], "result.json").stat().st_mtime_ns for row in rows}
     missing = rows[1]["run_dir"]
     pathlib.Path(missing, "result.json").unlink()
-    again = run(capsys, "compare", *words, "--skip-impossible")
+    again = run(capsys, "compare", *words, "--skip-impossible", "--no-baselines")
     assert [row["metric"] for row in again] == [row["metric"] for row in rows]
     for folder, stamp in kept.items():
         assert (pathlib.Path(folder, "result.json").stat().st_mtime_ns == stamp) == (folder != missing)
@@ -211,7 +211,7 @@ def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path)
     words = [*TINY, f"runs={tmp_path}", "attention=full,axial:shape=3x3", "seq_len=16"]
     assert main(["compare", *words]) == 2
     assert "--skip-impossible" in capsys.readouterr().err
-    rows = run(capsys, "compare", *words, "--skip-impossible", code=5)
+    rows = run(capsys, "compare", *words, "--skip-impossible", "--no-baselines", code=5)
     assert [row["status"] for row in rows] == ["ok", "refused"]
     assert "does not fit a length of 16" in rows[1]["reason"]
 
@@ -261,7 +261,7 @@ def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
     cells, varied = config.sweep([f"@{measuring.DEMO}"])
     assert len(cells) == 30 and {cell.task for cell in cells} == {"copy", "lm"} and "attention" in varied
     monkeypatch.chdir(tmp_path)
-    (row,) = run(capsys, "demo", *TINY, "attention=full", "seq_len=16", "lr=1e-3", "layers=1")
+    (row,) = run(capsys, "demo", *TINY, "--no-baselines", "attention=full", "seq_len=16", "lr=1e-3", "layers=1")
     assert row["status"] == "ok" and (tmp_path / "runs" / "report.html").is_file()
     assert "xlab demo" in (tmp_path / "runs" / "compare.json").read_text()
 
@@ -336,7 +336,9 @@ def test_a_mechanism_that_exits_is_a_row(capsys, tmp_path, command):
     """When it is built, or not before it trains; the others go on."""
     (tmp_path / "exits.py").write_text(EXITS)
     path = tmp_path / "exits.py"
-    words = {"compare": [*TINY, f"runs={tmp_path}"], "bench": ["dim=16", "batch=1", "--rounds", "1"]}[command]
+    words = {"compare": [*TINY, f"runs={tmp_path}", "--no-baselines"], "bench": ["dim=16", "batch=1", "--rounds", "1"]}[
+        command
+    ]
     chosen = f"attention={path}:always=true,full" if command == "bench" else f"attention={path},{path}:always=true,full"
     rows = run(capsys, command, chosen, "seq_len=16", "--no-check", *words, code=5)
     for row in rows:

@@ -104,7 +104,7 @@ def test_a_signal_ends_the_grid_and_the_table_says_so(tmp_path, strike, code, re
     (tmp_path / "copy.py").write_text(STRIKING)  # where Python's own is not to be hidden by it
     words = ["task=./copy.py", "seed=0,1", *WORDS, "steps=5000", "runs=runs"]
     ran = subprocess.run(
-        [sys.executable, "-P", "-m", "xformers_lab", "compare", *words, "--json"],
+        [sys.executable, "-P", "-m", "xformers_lab", "compare", *words, "--no-baselines", "--json"],
         env=os.environ | {"STRIKE": strike, "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=tmp_path,
         capture_output=True,
@@ -174,7 +174,7 @@ def test_a_broken_or_failing_mechanism_is_a_row_and_the_others_go_on(capsys, tmp
     wrong, leaky = (str(tmp_path / f"{name}.py") for name in ("wrong", "leaky"))
     cache.keep(leaky, {"passed": False, "failed": [{"property": "no_leak", "message": ""}]})
     words = ["task=copy", *WORDS, f"runs={tmp_path}/runs", f"attention={wrong},{leaky},full"]
-    assert main(["compare", *words, "--json"]) == 5
+    assert main(["compare", *words, "--no-baselines", "--json"]) == 5
     rows = json.loads(capsys.readouterr().out)
     assert [row["status"] for row in rows] == ["failed", "refused", "ok"]
     assert "wrong.py:6)" in rows[0]["reason"] and "Error" in rows[0]["reason"]
@@ -274,7 +274,7 @@ def test_two_comparisons_share_the_cells_of_a_folder(tmp_path):
     words = ["task=copy", *WORDS, "seed=0..3", "steps=200", f"runs={tmp_path}/runs", "--json"]
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "xformers_lab", "compare", *words],
+            [sys.executable, "-m", "xformers_lab", "compare", *words, "--no-baselines"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for _ in range(2)

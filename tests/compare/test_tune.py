@@ -191,6 +191,16 @@ def test_a_budget_cuts_the_steps_of_all_alike_and_says_so(tmp_path):
         conduct(tmp_path / "third", worker, budget=3.0)
 
 
+def test_a_budget_cuts_equal_time_and_it_stays_equal(tmp_path):
+    worker = Pretender({"full": 3e-3, "linear": 3e-3})
+    rows, *_ = conduct(tmp_path, worker, ["steps=1000", "match=wallclock"], budget=200.0)
+    full, linear = rows[0]["config"]["train"]["steps"], rows[2]["config"]["train"]["steps"]
+    assert full < 1000 and linear == pytest.approx(full / 2, abs=1) and rows[2]["matched"]["ok"]
+    assert rows[2]["matched"]["target"] == pytest.approx(full * 0.1)
+    with pytest.raises(UsageError, match="must be above 0"):
+        conduct(tmp_path, worker, ["tune=weight_decay", "weight_decay=0"])
+
+
 def test_how_much_there_is_is_said_before_it_begins(tmp_path):
     *_, said = conduct(tmp_path, Pretender({"full": 3e-3, "linear": 3e-3}), ["tune=lr"])
     assert any(line.startswith("4 cells, 0 already done, and 10 tuning runs, about") for line in said)

@@ -140,7 +140,7 @@ def test_the_limit_is_no_part_of_what_a_run_is():
 @pytest.mark.parametrize("way", ["hang", "held"])
 def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, way):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way={way}:after=300,full", "stall=3", "--no-check"]
-    assert main(["compare", *words, "--json"]) == 5
+    assert main(["compare", *words, "--no-baselines", "--json"]) == 5
     hung, fine = json.loads(capsys.readouterr().out)
     assert fine["status"] == "ok" and hung["status"] == "stalled"
     folder = pathlib.Path(hung["run_dir"])
@@ -157,7 +157,7 @@ def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, 
 
 def test_a_crash_in_native_code_is_a_row(capsys, bad, tmp_path):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way=trace,{bad}:way=crash:after=300,full", "--no-check"]
-    assert main(["compare", *words, "--json"]) == 5
+    assert main(["compare", *words, "--no-baselines", "--json"]) == 5
     at_once, later, fine = json.loads(capsys.readouterr().out)
     assert [row["status"] for row in (at_once, later, fine)] == ["failed", "failed", "ok"]
     assert "signal 11 (SIGSEGV) while checking the config" in at_once["reason"]
@@ -170,7 +170,7 @@ def test_a_check_that_ends_its_process_refuses_all_cells_of_the_mechanism(capsys
     ask = Worker.ask
     monkeypatch.setattr(Worker, "ask", lambda self, what, *a, **k: requests.append(what) or ask(self, what, *a, **k))
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way=crash,full", "seed=0,1", "steps=2"]
-    assert main(["compare", *words, "--json"]) == 5
+    assert main(["compare", *words, "--no-baselines", "--json"]) == 5
     rows = json.loads(capsys.readouterr().out)
     assert [row["status"] for row in rows] == ["refused", "refused", "ok", "ok"]
     for row in rows[:2]:

@@ -84,6 +84,8 @@ def conducted(
         conductor = Conductor(cells, varied, asked, options, worker, bar=bar, announce=announce)
         rows = conductor.rows()
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
+    for note in [] if chosen.json else conductor.notes:  # said before it began too, which may be long ago
+        print(visible(f"note: {note}"))
     about = {"study": dataclasses.asdict(asked), "notes": conductor.notes}
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].origin.runs, about)
     report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))

@@ -57,6 +57,9 @@ class Conductor:
         study.check_words(asked, varied)
         self.cells, self.varied, self.options = list(cells), list(varied), options
         self.match, self.tuning = match.Match.read(asked.match), tune.Tuning.read(asked.tune)
+        for knob in self.tuning.knobs if self.tuning else ():
+            for cell in self.cells:
+                tune.spaced(knob, configs.get(cell.origin, knob), tune.LEAST_POINTS)
         self.worker, self.bar, self.announce = worker, bar, announce
         self.notes: list[str] = []
         self.ended: dict[Config, dict] = {}  # records of cells that will not train, by their origin
@@ -70,6 +73,7 @@ class Conductor:
             self.announce(f"as planned in {self.kept.path}")
         try:
             self._check()
+            run.refuse_unwritable(cell.origin for cell in self.cells)
             self._match()
             self._plan()
             self._tune()
@@ -79,8 +83,9 @@ class Conductor:
         return self._train()
 
     def _note(self, text: str) -> None:
-        self.notes.append(text)
-        self.announce(text)
+        if text not in self.notes:
+            self.notes.append(text)
+            self.announce(text)
 
     def _open(self) -> list[Cell]:
         """The cells that may train."""
@@ -190,7 +195,7 @@ class Conductor:
             self._equal_time(probes)
             left = [one for one in self._runs() if run.stored(one) is None]
         if self.options.budget is not None:
-            self._cut(probes)
+            self._cut(probes, equal)
             left = [one for one in self._runs() if run.stored(one) is None]
         self._say(left, probes)
 
@@ -264,8 +269,9 @@ class Conductor:
                 matched = match.report("wallclock", target, reached, changed)
                 self._matched(cell, matched, probes[self._program(cell)].get("reason"))
 
-    def _cut(self, probes: Mapping[str, Mapping]) -> None:
-        """Fewer steps for every run alike, where the study would take longer than it may."""
+    def _cut(self, probes: Mapping[str, Mapping], equal: bool) -> None:
+        """Fewer steps for every run alike, where the study would take longer than it may; equal: they then get equal
+        time again."""
         budget = self.options.budget
         assert budget is not None
         share = self.kept.get("budget", "share")
@@ -274,8 +280,11 @@ class Conductor:
             self.kept.put("budget", "share", share)
         if share < 1:
             before = sorted({cell.config.train.steps for cell in self._open()})
-            cut = lambda config: edit(config, steps=max(int(config.train.steps * share), 1))
-            self._replace(lambda cell: dataclasses.replace(cell, config=cut(cell.config)))
+            # Of the steps that the words say: what equal time made of them is made again.
+            cut = lambda cell: edit(cell.config, steps=max(int(cell.origin.train.steps * share), 1))
+            self._replace(lambda cell: dataclasses.replace(cell, config=cut(cell)))
+            if equal:
+                self._equal_time(probes)
             after = sorted({cell.config.train.steps for cell in self._open()})
             steps = f"{share:.0%} of its steps, {_range(after)} in place of {_range(before)}"
             self._note(f"--budget {probe.spoken(budget)}: every run has {steps}, so that all fits")

@@ -51,8 +51,9 @@ class Match:
         if self.to is None:
             return cells[0]
         for cell in cells:
-            values = [cell.name, *(configs.get(cell.origin, key) for key in dict.fromkeys(["attention", *varied]))]
-            if self.to in map(spec.show, values):
+            names = [cell.name] if cell.name else []
+            values = [configs.get(cell.origin, key) for key in dict.fromkeys(["attention", *varied])]
+            if self.to in map(spec.show, [*names, *values]):
                 return cell
         known = ", ".join(dict.fromkeys(cell.name or cell.origin.model.attention for cell in cells))
         raise UsageError(f"match={self.budget}:to={self.to}: no variant has that value; there are {known}")

@@ -120,8 +120,7 @@ def compare(
     record) makes a row, by default `row`. Raises UsageError, before any trains, where a folder of runs cannot be
     written.
     """
-    for runs in dict.fromkeys(cell.runs for cell in cells):
-        _try(pathlib.Path(runs))
+    refuse_unwritable(cells)
     rows: dict[int, dict] = {}
     began, left, waiting = time.time(), list(range(len(cells))), False
     while left:
@@ -219,6 +218,12 @@ def _keep(cell: Config, record: dict) -> None:
         with contextlib.suppress(OSError):
             text = json.dumps(record, indent=2) + "\n"
             files.replace_text(configs.folder(cell) / "result.json", text, folder=False)
+
+
+def refuse_unwritable(cells: Iterable[Config]) -> None:
+    """Raises UsageError where a folder of runs cannot be written."""
+    for runs in dict.fromkeys(cell.runs for cell in cells):
+        _try(pathlib.Path(runs))
 
 
 def _try(folder: pathlib.Path) -> None:

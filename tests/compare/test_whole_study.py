@@ -1,0 +1,43 @@
+"""One whole study with a real worker's work: matched, tuned, with seeds, and again from what it left."""
+
+import json
+import shlex
+
+import pytest
+
+from xformers_lab import config as configs
+from xformers_lab.cli import main
+from xformers_lab.compare import cell
+
+TINY = ["task=copy", "seq_len=16", "dim=16", "layers=1", "batch=4", "steps=3", "eval_batches=1"]
+
+
+def study(capsys, *words) -> tuple[list[dict], str]:
+    assert main(["compare", *words, "--json"]) == 0
+    told = capsys.readouterr()
+    return json.loads(told.out), told.err
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("inline")
+def test_a_whole_study(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "attention=full,local:window=4", "ffn=mlp", "seeds=2", "tune=lr", "match=flops", "--no-baselines"]
+    rows, said = study(capsys, *words)
+    assert len(rows) == 2 * 2 and "4 cells, 0 already done, and 10 tuning runs, about" in said
+    for row in rows:
+        assert row["status"] == "ok" and row["split"] == "test" and row["shared"]["status"] == "ok"
+        assert row["tuning"]["split"] == "validation" and len(row["tuning"]["points"]) >= 5
+        assert row["config"]["train"]["lr"] == row["tuning"]["best"]["lr"]
+        assert row["matched"]["budget"] == "flops" and row["matched"]["target"] == rows[0]["matched"]["target"]
+        again = configs.single(shlex.split(row["command"])[2:])
+        assert str(configs.folder(again)) == row["run_dir"]
+        # What the solver counted in shapes is what the run counted.
+        assert row["flops"] / (4 * 16) == pytest.approx(row["matched"]["reached"])
+    local = next(row for row in rows if str(row["attention"]).startswith("local"))
+    assert local["matched"]["changed"]["ffn"][0] == "mlp" and local["config"]["model"]["ffn"].startswith("mlp:ratio=")
+    kept = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert kept["study"] == {"match": "flops", "tune": "lr", "seeds": 2} and isinstance(kept["notes"], list)
+    monkeypatch.setattr(cell, "train", None)  # all is there: nothing trains
+    repeated, said = study(capsys, *words)
+    assert repeated == rows and "as planned in runs/studies/" in said
