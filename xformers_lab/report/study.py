@@ -141,7 +141,9 @@ def _edges(group: rows.Group) -> list[str]:
     for point in group.points:
         for row in point.rows:
             if at_edge(row):
-                values = human.listing([f"{key} {value:g}" for key, value in best(row).items()])
+                values = human.listing(
+                    [f"{human.plain(key)} {human.significant(value)}" for key, value in best(row).items()]
+                )
                 said.setdefault(f"{point.series} ({values})", None)
     return list(said)
 
