@@ -109,9 +109,24 @@ def test_a_logarithmic_axis_says_what_it_has_no_place_for():
 def test_growth_is_told_where_three_lengths_show_it():
     cells = [cell(seq_len=n, temp_bytes=4 * n * n) for n in (64, 128, 256)]
     chart = of_group(cells)["Temporary memory by length"]
-    assert chart.heads[-1] == "grows as" and chart.lines[0][-1] == "N^2.00"
-    assert "Grows with the length N as N^2.00" in chart.note
-    assert "grows as" not in of_group(cells[:2])["Temporary memory by length"].heads
+    assert chart.heads[-1] == "goes as" and chart.lines[0][-1] == "N^2.00"
+    assert "Goes with the length N as N^2.00" in chart.note
+    assert "goes as" not in of_group(cells[:2])["Temporary memory by length"].heads
+
+
+def test_the_efficiency_length_is_marked_on_the_speed():
+    """Where the line through full attention's speeds crosses that of a variant, by the logarithms of both."""
+    speeds = {("full", 64): 4e5, ("full", 256): 1e5, ("linear", 64): 2e5, ("linear", 256): 2e5}
+    cells = [
+        cell(name, seq_len=n, tokens_per_second=speed, seconds_median=64 * n / speed)
+        for (name, n), speed in speeds.items()
+    ]
+    drawn = of_group(cells)
+    (rule,) = drawn["Training speed by length"].panes[0].plots[0].of(Rule)
+    assert (rule.axis, rule.series, rule.at) == ("x", 1, pytest.approx(128, rel=0.01))
+    assert drawn["Training speed by length"].lines[1][-1] == "128 tokens"
+    assert "efficiency length, from which on" in drawn["Training speed by length"].note
+    assert not drawn["Temporary memory by length"].panes[0].plots[0].of(Rule)
 
 
 def test_a_thinned_curve_keeps_its_end():
