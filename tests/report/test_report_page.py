@@ -106,6 +106,13 @@ def test_a_logarithmic_axis_says_what_it_has_no_place_for():
     assert [line[0] for line in chart.lines] == ["linear"]
 
 
+def test_a_row_without_a_length_has_no_place_among_those_with_one():
+    bare = cell("linear") | {"seq_len": None, "config": {}}
+    chart = of_group([cell(), cell(seq_len=128), bare])["Accuracy by length"]
+    assert [line[0] for line in chart.lines] == ["full"]
+    assert [line[0] for line in of_group([bare])["Accuracy, accuracy"].lines] == ["linear"]
+
+
 def test_growth_is_told_where_three_lengths_show_it():
     cells = [cell(seq_len=n, temp_bytes=4 * n * n) for n in (64, 128, 256)]
     chart = of_group(cells)["Temporary memory by length"]

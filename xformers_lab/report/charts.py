@@ -164,6 +164,8 @@ def _by_length(
     data = _data(points, names, measure)
     if not data:
         return None
+    # A row that does not tell its length has no place beside those that do; the table of all cells has it.
+    data = [item for item in data if item.length] or data
     lengths = sorted({item.length for item in data})
     if lengths[-1] == 0:
         title = f"{title}, {measure.title}"
