@@ -57,10 +57,9 @@ def test_charts_hold_the_aggregated_numbers():
     assert (band.lows[0], band.highs[0]) == (pytest.approx(0.6516, abs=1e-4), pytest.approx(1.1484, abs=1e-4))
     assert "Higher is better; dashed: chance, 0.125; bands: 95" in chart.note
     assert chart.heads == ["", "64 tokens", "128 tokens"]
-    assert chart.lines == [
-        ["full", "accuracy 0.900 ± 0.248", "accuracy 0.500"],
-        ["linear", "accuracy 0.200", human.NONE],
-    ]
+    full, linear = chart.lines
+    assert full == ["full", "0.900 ± 0.248", "0.500"]
+    assert linear == ["linear", "0.200", human.NONE]
 
 
 def test_computation_is_a_cost_where_variants_differ_in_it():
@@ -107,12 +106,34 @@ def test_a_logarithmic_axis_says_what_it_has_no_place_for():
     assert [line[0] for line in chart.lines] == ["linear"]
 
 
+def test_a_row_without_a_length_has_no_place_among_those_with_one():
+    bare = cell("linear") | {"seq_len": None, "config": {}}
+    chart = of_group([cell(), cell(seq_len=128), bare])["Accuracy by length"]
+    assert [line[0] for line in chart.lines] == ["full"]
+    assert [line[0] for line in of_group([bare])["Accuracy, accuracy"].lines] == ["linear"]
+
+
 def test_growth_is_told_where_three_lengths_show_it():
     cells = [cell(seq_len=n, temp_bytes=4 * n * n) for n in (64, 128, 256)]
     chart = of_group(cells)["Temporary memory by length"]
-    assert chart.heads[-1] == "grows as" and chart.lines[0][-1] == "N^2.00"
-    assert "Grows with the length N as N^2.00" in chart.note
-    assert "grows as" not in of_group(cells[:2])["Temporary memory by length"].heads
+    assert chart.heads[-1] == "goes as" and chart.lines[0][-1] == "N^2.00"
+    assert "Goes with the length N as N^2.00" in chart.note
+    assert "goes as" not in of_group(cells[:2])["Temporary memory by length"].heads
+
+
+def test_the_efficiency_length_is_marked_on_the_speed():
+    """Where the line through full attention's speeds crosses that of a variant, by the logarithms of both."""
+    speeds = {("full", 64): 4e5, ("full", 256): 1e5, ("linear", 64): 2e5, ("linear", 256): 2e5}
+    cells = [
+        cell(name, seq_len=n, tokens_per_second=speed, seconds_median=64 * n / speed)
+        for (name, n), speed in speeds.items()
+    ]
+    drawn = of_group(cells)
+    (rule,) = drawn["Training speed by length"].panes[0].plots[0].of(Rule)
+    assert (rule.axis, rule.series, rule.at) == ("x", 1, pytest.approx(128, rel=0.01))
+    assert drawn["Training speed by length"].lines[1][-1] == "128 tokens"
+    assert "efficiency length, from which on" in drawn["Training speed by length"].note
+    assert not drawn["Temporary memory by length"].panes[0].plots[0].of(Rule)
 
 
 def test_a_thinned_curve_keeps_its_end():
@@ -254,9 +275,7 @@ def test_the_table_says_of_which_step_a_metric_is(tmp_path):
 
 def test_the_first_table_has_both_columns_and_what_was_changed():
     cells = [row for row in study(seeds=(0, 1)) if row["attention"] in ("full", "linear") and "name" not in row]
-    (_, table) = summary.of_group(
-        rows.groups(cells, [*KEYS, "seed"])[0], plot.look(["full", "linear"]), html.columns(), []
-    )
+    (_, table) = summary.of_group(rows.groups(cells, [*KEYS, "seed"])[0], plot.look(["full", "linear"]), html.columns())
     assert table.length == "256 tokens" and table.whiskers
     assert table.heads[:4] == ["", "accuracy, tuned", "accuracy, shared recipe", "seeds"]
     (part,) = table.parts
@@ -265,7 +284,7 @@ def test_the_first_table_has_both_columns_and_what_was_changed():
     mean = sum(row["shared"]["metric"] for row in mine) / 2
     assert part.lines[0]["texts"][1].startswith(f"{mean:.3f} ±")
     assert part.lines[0]["notes"] == [
-        "lr 0.03 (at the edge of the grid)", "params 1.004 of the reference's; ffn_dim 256 to 256",
+        "lr 0.03 (at the edge of the grid)", "equal in parameters: ffn_dim 256 to 256",
     ]  # fmt: skip
 
 
@@ -274,12 +293,9 @@ def test_baselines_and_windows_stand_apart_and_the_unmatched_are_named():
     names = [look.name for look in charts.looks(cells, [*KEYS, "seed"])]
     (table,) = summary.of_group(rows.groups(cells, [*KEYS, "seed"])[0], plot.look(names), html.columns())
     assert [part.title for part in table.parts] == list(summary.ROLES.values())
-    assert summary.matched({"matched": {"budget": "flops", "target": 100, "reached": 106, "ok": False}}) == (
-        "unmatched: flops 1.060 of the reference's"
-    )
-    assert not summary.of_group(
-        rows.groups([bench("full", 64, 1e-3, 1.0)], ["seq_len"])[0], plot.look(["full"]), [], []
-    )
+    unmatched = {"matched": {"budget": "flops", "target": 100, "reached": 106, "ok": False}}
+    assert summary.matched(unmatched).startswith("unmatched in ") and "6" in summary.matched(unmatched)
+    assert not summary.of_group(rows.groups([bench("full", 64, 1e-3, 1.0)], ["seq_len"])[0], plot.look(["full"]), [])
 
 
 # ---- attention maps ---------------------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ def _by_length(
     data = _data(points, names, measure)
     if not data:
         return None
+    # A row that does not tell its length has no place beside those that do; the table of all cells has it.
+    data = [item for item in data if item.length] or data
     lengths = sorted({item.length for item in data})
     if lengths[-1] == 0:
         title = f"{title}, {measure.title}"
@@ -185,18 +187,17 @@ def _by_length(
     if not several:
         return Chart(title, f"{_capital(note)}{words}{spread}.", [Pane((), [_dots(data, axis, rule)])], *_lists(data))
     crossed = _crossings(crossings, names, {item.series for item in data})
-    rule += [Rule("x", at, text, series) for series, at, text in crossed]
+    rule += [Rule("x", at, f"{names[series]}\nefficiency length {text}", series) for series, at, text in crossed]
     note = f"{_capital(note)}{words}{spread}."
     if crossed:
-        note += (
-            " Dashed: the efficiency length, from which on it is faster than full attention: "
-            + "; ".join(text for *_, text in crossed)
-            + "."
-        )
+        note += " Upright: the efficiency length, from which on a variant is faster than full attention."
     powers = _powers(data) if measure.log else {}
     note += f" {_growth(powers)}" if powers and not group.bench else ""
     plot = Plot(_length_axis(lengths), axis, [*rule, *_lines(data)])
     heads, lines = _table(data, powers)
+    if crossed:
+        known = {names[series]: text for series, _, text in crossed}
+        heads, lines = [*heads, "efficiency length"], [[*line, known.get(line[0], human.NONE)] for line in lines]
     return Chart(title, note, [Pane((), [plot])], [], heads, lines)
 
 
@@ -232,7 +233,7 @@ def _table(data: Sequence[Item], powers: Mapping[str, float]) -> tuple[list[str]
     """The numbers over lengths: a line for each series, a column for each length."""
     lengths = sorted({item.length for item in data})
     texts = {(item.name, item.length): item.text for item in data}
-    heads = ["", *(f"{length:,} tokens" for length in lengths), *(["grows as"] if powers else [])]
+    heads = ["", *(f"{length:,} tokens" for length in lengths), *(["goes as"] if powers else [])]
     lines = []
     for name in dict.fromkeys(item.name for item in data):
         line = [name, *(texts.get((name, length), human.NONE) for length in lengths)]
@@ -254,10 +255,10 @@ def _growth(powers: Mapping[str, float]) -> str:
     """How the series grow with the length, in a sentence; the table has them all."""
     least, most = min(powers.values()), max(powers.values())
     if most - least < 0.02:
-        return f"Grows with the length N as {human.power(most)}."
+        return f"Goes with the length N as {human.power(most)}."
     ranked = sorted(powers, key=lambda name: -powers[name])
     first, last = (f"{human.power(powers[name])} ({name})" for name in (ranked[0], ranked[-1]))
-    return f"Grows with the length N from {last} to {first}."
+    return f"Goes with the length N from {last} to {first}."
 
 
 def _crossings(crossings: Mapping[str, Ends], names: Sequence[str], drawn: set[int]) -> list[tuple[int, float, str]]:
@@ -267,7 +268,7 @@ def _crossings(crossings: Mapping[str, Ends], names: Sequence[str], drawn: set[i
         if name in names and names.index(name) in drawn:
             at, low, high = found
             ends = "" if low is None or high is None else f" [{low:,.0f}, {high:,.0f}]"
-            marks.append((names.index(name), float(at), f"{name} {at:,.0f}{ends} tokens"))
+            marks.append((names.index(name), float(at), f"{at:,.0f}{ends} tokens"))
     return marks
 
 
@@ -300,7 +301,7 @@ def _beyond(
         over = _length_axis(sorted({item.length for item in data}))
         panes.append(Pane((at,), [Plot(over, axis, [*rule, *_lines(data)])]))
         lines += [[item.name, f"{length:,}", f"{item.length:,}", item.text] for item in data]
-    note = f"{_capital(direction)}; the upright line is the length that was trained, by which positions were learnt."
+    note = f"{_capital(direction)}; the upright line is the length that was trained."
     picks, panes = _picked("trained at", [f"{length:,} tokens" for length in trained], panes)
     heads = ["", "trained at", "tested at", quality.title]
     return Chart(f"{_capital(quality.title)} beyond the trained length", note, panes, picks, heads, lines)

@@ -363,6 +363,13 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
         how[human.listing(metrics) or "metric"] = (
             "Measured after the step that the table names, on examples that training never saw."
         )
+    if any(map(summary.tuned, cells)):
+        how["tuned, shared recipe"] = (
+            "Knobs are tuned on validation data, by the same grid for every variant; the test split was scored once, "
+            "with the best, and once under the recipe that all share."
+        )
+    if any(map(summary.matched, cells)):
+        how["matched"] = "What was changed so that a variant has the budget of the reference within 2 %."
     if any(rows.partly(row) for row in cells):
         how["scored"] = "Of how many examples of the test split the metric is, where a part of it was scored."
     if any(map(rows.sampling, cells)):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from xformers_lab.record import Figure
-from xformers_lab.report import findings, human, plot, rows
+from xformers_lab.report import findings, human, plot, rows, study
 
 ROLES = {"variant": "Variants", "baseline": "Baselines", "range": "Windows, to see whether the task needs long range"}
 # Columns of costs, by the name of their figure, as many as a reader can compare at once.
@@ -56,29 +56,23 @@ def of_group(group: rows.Group, looks: Sequence[plot.Look], figures: Sequence[Fi
 
 def tuned(row: Mapping) -> str:
     """The knobs of a tuned row: "lr 0.003 (at the edge of the grid)"; empty for one that was not tuned."""
-    tuning = row.get("tuning")
-    best = tuning.get("best") if isinstance(tuning, Mapping) else None
-    if not isinstance(tuning, Mapping) or not isinstance(best, Mapping) or not best:
-        return ""
-    said = ", ".join(f"{human.plain(knob)} {_knob(value)}" for knob, value in best.items())
-    return f"{said} (at the edge of the grid)" if tuning.get("edge") else said
+    said = ", ".join(f"{human.plain(knob)} {_knob(value)}" for knob, value in study.best(row).items())
+    return f"{said} (at the edge of the grid)" if said and study.at_edge(row) else said
 
 
 def matched(row: Mapping) -> str:
-    """What was held equal and changed for it: "params 1.004 of the reference's; ffn_dim 256 to 302"."""
-    match = row.get("matched")
-    if not isinstance(match, Mapping):
+    """What was held equal and changed for it: "equal in parameters: ffn_dim 256 to 302"."""
+    match = study.of(row)
+    if not match:
         return ""
-    reached, target = human.number(match.get("reached")), human.number(match.get("target"))
-    share = "" if reached is None or not target else f" {reached / target:.3f} of the reference's"
-    words = f"{'' if match.get('ok', True) else 'unmatched: '}{human.plain(match.get('budget', ''))}{share}"
-    changed = match.get("changed")
+    what, changed = study.budget(match), match.get("changed")
     steps = [
         f"{human.plain(key)} {_knob(pair[0])} to {_knob(pair[1])}"
         for key, pair in (changed.items() if isinstance(changed, Mapping) else ())
         if isinstance(pair, list | tuple) and len(pair) == 2
     ]
-    return "; ".join([words, *steps]) if steps else words
+    held = f"unmatched in {what} ({study.off(match)})" if match.get("ok") is False else f"equal in {what}"
+    return f"{held}: {'; '.join(steps)}" if steps else held
 
 
 def shared(row: dict) -> float | None:
