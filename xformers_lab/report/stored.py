@@ -179,7 +179,7 @@ def rows(runs: Sequence[Run], varied: Sequence[str]) -> list[dict]:
             record = {"id": run.id, "status": "interrupted", "reason": run.progress}
         config = record.get("config") or run.config
         places = {key: _leaf(config, key) for key in dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])}
-        about = {"kind": "compare", "config": config, "run_dir": str(run.folder)}
+        about = {"id": run.id, "kind": "compare", "config": config, "run_dir": str(run.folder)}
         row = {**blank("compare"), **record, **places, **about}
         try:
             saved.check_row(row, varied)
