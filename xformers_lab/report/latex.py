@@ -202,7 +202,7 @@ def _caption(group: rows.Group, several: bool, bold: bool) -> str:
     if any(map(_unmatched, group.rows)):
         words.append(f"{UNMATCHED}: does not meet the budget of the others")
     if bold:
-        words.append("Bold: best at its length, or not told from it by the interval")
+        words.append(f"Bold: best at its length{escaped(rows.tested(group))}")
     return ". ".join(words) + "."
 
 
