@@ -218,7 +218,7 @@ def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     for tree in (config.get("train"), config.get("model"), config):
         if isinstance(tree, Mapping):  # "model" is a section and a key in it
             flat |= {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
-    return {key: flat[key] if key in flat else field.default for key, (_, field, _) in configs.LEAVES.items()}
+    return {key: flat.get(key, field.default) for key, (_, field, _) in configs.LEAVES.items()}
 
 
 def _last_step(folder: pathlib.Path) -> int | None:
