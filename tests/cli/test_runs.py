@@ -1,6 +1,7 @@
 """`xlab runs` and `xlab report RUN...`: which runs words mean, what is shown of them, and that no other folder goes."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -9,10 +10,17 @@ import sys
 import time
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 from stored_runs import stored
 
+from xformers_lab import record
 from xformers_lab.cli import main
+from xformers_lab.cli import runs as command
 from xformers_lab.config import KEYS
+from xformers_lab.errors import LabError
+from xformers_lab.report import stored as saved_runs
+from xformers_lab.report.listing import print_listing
 from xformers_lab.train import records
 
 
@@ -158,6 +166,44 @@ def test_stored_text_steers_no_terminal(xlab, tmp_path):
     for words in ("runs", "runs --columns attention,metric_name", "runs compare"):
         said = "".join(xlab(words)[1:])
         assert "\x1b" not in said and "\u202e" not in said and "\x07" not in said and "\\x1b" in said
+
+
+def test_a_narrow_terminal_shows_every_run_whole(runs, tmp_path):
+    page = io.StringIO()
+    picked, _ = saved_runs.chosen([], tmp_path / "runs")
+    console = Console(file=page, force_terminal=True, color_system=None, width=60)
+    print_listing(command.lines(picked, saved_runs.differing(picked)), console)
+    said = " ".join(page.getvalue().split())
+    assert all(cell_len(line) <= 60 for line in page.getvalue().splitlines())
+    assert all(folder.name in said for folder in runs) and said.count("2023-11-14 ") == len(runs)
+    assert "unfinished, step 3 of 400" in said and "2.500 bits/byte" in said
+
+
+def test_odd_values_end_in_no_traceback(xlab, tmp_path):
+    """Whatever stands under a key of a record or a config, the run is listed, drawn, or named with the place."""
+    odd = (None, -1, 0.5, "x", True, [], [1], {}, {"a": [{}]}, 1e308, 10**400, [[1, 2]], "\ud800")
+    for at, key in enumerate([*record.keys(), "task", "seq_len", "seed", "attention", "lr"]):
+        folder = stored(tmp_path / "runs", f"{at:012x}")
+        row = json.loads((folder / "result.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        (config if key in KEYS else row)[key] = odd[at % len(odd)]
+        row = record.sealed({**row, "config": config}) if key != "seal" else row
+        (folder / "result.json").write_text(json.dumps(row))
+        (folder / "config.json").write_text(json.dumps(config))
+    commands = ["runs", "runs --sort loss", "runs --json", "runs attention=full seed=0", "runs --columns loss,config"]
+    for words in commands:
+        code, _, error = xlab(words)
+        assert code in (0, 2) and "Traceback" not in error, words
+    picked, odd_folders = saved_runs.chosen([], tmp_path / "runs")
+    drawn = []
+    for run in picked:
+        try:
+            saved_runs.rows([run], [])
+            drawn.append(str(run.folder))
+        except LabError as error:
+            assert run.folder.name in str(error)
+    assert odd_folders and len(drawn) > 10
+    assert xlab("report " + " ".join(drawn))[0] == 0
 
 
 def test_a_changed_record_is_not_believed(xlab, runs, tmp_path):

@@ -129,6 +129,23 @@ def test_bold_needs_an_interval(tmp_path, tested):
     assert ("Bold:" in (tmp_path / "rows.tex").read_text()) == tested
 
 
+def test_latex_of_a_study_has_both_recipes_and_says_what_is_unmatched(tmp_path):
+    shared = lambda metric: {"status": "ok", "metric": metric}
+    cells = [cell("full", seed=seed, metric=0.9, shared=shared(0.5 + seed / 10)) for seed in (0, 1)]
+    cells += [cell("linear", seed=seed, matched={"ok": False}) for seed in (0, 1)]
+    cells += [cell("full", seed=seed, dim=7, name="LSTM", role="baseline") for seed in (0, 1)]
+    for row in cells[-2:]:
+        row["config"] = row["config"] | {"model": row["config"]["model"] | {"attention": "none"}}
+        row["attention"] = "none"
+    latex.write(cells, [*KEYS, "seed", "norm"], tmp_path / "rows.tex", "xlab")
+    text = (tmp_path / "rows.tex").read_text()
+    lines = table(text)
+    assert lines[0][:4] == ["attention", "norm", "accuracy (shared recipe)", "accuracy (tuned)"]
+    assert lines[1][2] == r"0.550 $\pm$ 0.635" and lines[1][3] == r"0.900 $\pm$ 0.000"
+    assert lines[2][:3] == [r"linear$^{\dagger}$", "pre", "--"] and r"$^{\dagger}$: does not meet the budget" in text
+    assert lines[3][:2] == ["LSTM", "--"]
+
+
 def test_nothing_is_bold_where_nothing_is_told_apart(tmp_path):
     cells = [
         cell("full", metric=0.5, metric_interval=[0.4, 0.6]),

@@ -60,6 +60,15 @@ def saved_rows(**changes) -> dict:
             json.dumps(saved_rows(rows=[cell(machine={"a": ["b"]})])),
             "rows[0].machine is a mapping, where texts should be",
         ),
+        (json.dumps(saved_rows(rows=[cell(wrong=[1])])), "rows[0].wrong is a list, where a list of mappings should be"),
+        (
+            json.dumps(saved_rows(rows=[cell(tuning={"best": 3})])),
+            "rows[0].tuning.best is 3, where a mapping should be",
+        ),
+        (
+            json.dumps(saved_rows(rows=[cell(tuning={"points": {}})])),
+            "rows[0].tuning.points is a mapping, where a list of mappings",
+        ),
         (json.dumps(saved_rows(rows=[cell(config=["x"])])), "rows[0].config is a list, where a mapping should be"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,

@@ -61,7 +61,7 @@ def _list(chosen: argparse.Namespace) -> int:
     elif not runs:
         print("no run fits" if chosen.words else "no runs yet")
     elif columns is None:
-        listing.print_listing(_lines(runs, varied))
+        listing.print_listing(lines(runs, varied))
     else:
         listing.print_listing([{key: _word(run.value(key)) for key in columns} for run in runs])
     _export(chosen, runs, varied)
@@ -143,7 +143,7 @@ def _export(chosen: argparse.Namespace, runs: "Sequence[Run]", varied: list[str]
         export(chosen, stored.rows(runs, varied), varied, spelled(chosen))
 
 
-def _lines(runs: "Sequence[Run]", varied: Sequence[str]) -> list[dict]:
+def lines(runs: "Sequence[Run]", varied: Sequence[str]) -> list[dict]:
     """The runs as a terminal shows them: what each is, what differs, how it ended, what it scored."""
     from xformers_lab.report import human
 

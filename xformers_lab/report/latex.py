@@ -6,13 +6,14 @@ command, and what the standard fonts have no sign for is written as its code poi
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xformers_lab import files
 from xformers_lab.record import Figure, figures
 from xformers_lab.report import human, intervals, rows
 
 PLUS_MINUS = " $\\pm$ "
+UNMATCHED = "$^{\\dagger}$"
 _ESCAPED = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -77,11 +78,13 @@ def _table(group: rows.Group, varied: Sequence[str], label: str) -> str:
     names = [key for key in rows.named_by(varied) if key not in rows.PLACES] or ["attention"]
     lengths, several = group.lengths, rows.seeds(group.rows) > 1
     measured = _measured(group)
-    metric = group.first("metric_name")
     scored = any(point.estimate("metric") for point in group.points)
     heads = [escaped(name) for name in names]
     heads += ["length"] if len(lengths) > 1 else []
-    heads += [escaped(metric or "metric")] if scored else []
+    tuned = any(isinstance(row.get("shared"), Mapping) for row in group.rows)
+    if scored:
+        metric = escaped(group.first("metric_name") or "metric")
+        heads += [f"{metric} (shared recipe)", f"{metric} (tuned)"] if tuned else [metric]
     heads += [escaped(figure.heading or figure.name) for figure in measured]
     marked = {id(point) for at in {point.seq_len for point in group.points} for point in _told_apart(group, at)}
     lines, before = [], None
@@ -91,9 +94,14 @@ def _table(group: rows.Group, varied: Sequence[str], label: str) -> str:
         before = point.seq_len
         first = (point.rows or point.failed)[0]
         about = [escaped(rows.shown(first, name)) for name in names]
+        if isinstance(first.get("name"), str):  # a baseline, say, which its keys do not tell
+            about = [escaped(first["name"]), *["--"] * (len(names) - 1)]
+        if any(_unmatched(row) for row in (*point.rows, *point.failed)):
+            about[0] += UNMATCHED
         about += [f"{point.seq_len:,}".replace(",", "{,}") if point.seq_len else "--"] if len(lengths) > 1 else []
         numbers = []
         if scored:
+            numbers += [_shared(point)] if tuned else []
             numbers.append(_metric(point, bold=id(point) in marked))
         numbers += [_number(point, figure) for figure in measured]
         if not point.rows:
@@ -150,6 +158,20 @@ def _with_interval(estimate: intervals.Estimate) -> str:
     return _signed(human.score(estimate.mean)) + half
 
 
+def _shared(point: rows.Point) -> str:
+    """The metric of the same seeds under the recipe that all variants share."""
+    shared = [row.get("shared") for row in point.rows]
+    numbers = [human.number(each.get("metric")) for each in shared if isinstance(each, Mapping)]
+    known = [number for number in numbers if number is not None]
+    return _with_interval(intervals.estimate(known)) if known else "--"
+
+
+def _unmatched(row: dict) -> bool:
+    """Whether a row could not be given the budget that the others have."""
+    matched = row.get("matched")
+    return isinstance(matched, Mapping) and matched.get("ok") is False
+
+
 def _number(point: rows.Point, figure: Figure) -> str:
     estimate = point.estimate(figure.name)
     return "--" if estimate is None else _signed(human.in_column(figure, estimate.mean))
@@ -177,8 +199,10 @@ def _caption(group: rows.Group, several: bool, bold: bool) -> str:
     chance = human.number(group.first("chance"))
     if chance is not None and not group.bench:
         words.append(f"Chance: {escaped(human.score(chance))}")
+    if any(map(_unmatched, group.rows)):
+        words.append(f"{UNMATCHED}: does not meet the budget of the others")
     if bold:
-        words.append("Bold: best at its length, or not told from it by the interval")
+        words.append(f"Bold: best at its length{escaped(rows.tested(group))}")
     return ". ".join(words) + "."
 
 

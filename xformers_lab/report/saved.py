@@ -20,6 +20,15 @@ from xformers_lab.record import PLACES, Record
 DEPTH = 20
 # Lists of points, by the number of values that a point may have.
 POINTS = {"curve": (2, 3), "validation": (3,)}
+# What is nested in a row -> whether it is a list of mappings, or one mapping.
+NESTED = {
+    "by_length": True,
+    "wrong": True,
+    "matched.changed": False,
+    "shared.knobs": False,
+    "tuning.best": False,
+    "tuning.points": True,
+}
 NUMBERS = {"seconds_rounds": None, "metric_interval": 2, "plane": 2}
 # Numbers beyond are none that a run, its data or a clock has.
 LARGEST = 1e30
@@ -82,6 +91,13 @@ def check_row(row: dict, varied: Sequence[str], before: str = "") -> None:
         elif key in hints:
             kinds = _kinds(hints[key])
             _check(value is None or any(_IS[kind](value) for kind in kinds), place, value, _NAMES[kinds[0]])
+    for path, listed in NESTED.items():
+        value = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        mappings = value if listed and isinstance(value, list) else [value]
+        fits = isinstance(value, list) == listed and all(isinstance(one, dict) for one in mappings)
+        _check(fits or value is None, f"{before}{path}", value, "a list of mappings" if listed else "a mapping")
     for key in ("model", "train"):
         section = (row.get("config") or {}).get(key)
         right = section is None or _is_scalar(section) or isinstance(section, dict)

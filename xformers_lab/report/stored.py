@@ -84,12 +84,12 @@ class Run:
             return str(self.folder) if key == "folder" else when if key == "when" else getattr(self, key)
         if key == "config":
             return self.config
-        return _leaf(self.config, key) if key in configs.LEAVES else self.record.get(key)
+        return self.leaves[key] if key in configs.LEAVES else self.record.get(key)
 
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """The value of every key of the config, by its unique name."""
-        return {key: _leaf(self.config, key) for key in configs.KEYS}
+        return _leaves(self.config)
 
 
 def known() -> list[str]:
@@ -134,6 +134,7 @@ def at(folder: pathlib.Path) -> Run:
     short = {key: value for key, value in (record or {}).items() if key not in LONG}
     try:
         saved.check_row({**short, "config": config}, ())
+        saved.check_row(_leaves(config), configs.KEYS)
     except saved.Odd as odd:
         raise UsageError(f"{folder}: damaged ({odd})") from None
     return Run(folder, config, record or {}, began)
@@ -178,8 +179,9 @@ def rows(runs: Sequence[Run], varied: Sequence[str]) -> list[dict]:
         if run.status in (UNFINISHED, RUNNING):
             record = {"id": run.id, "status": "interrupted", "reason": run.progress}
         config = record.get("config") or run.config
-        places = {key: _leaf(config, key) for key in dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])}
-        about = {"kind": "compare", "config": config, "run_dir": str(run.folder)}
+        leaves = _leaves(config)
+        places = {key: leaves[key] for key in dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])}
+        about = {"id": run.id, "kind": "compare", "config": config, "run_dir": str(run.folder)}
         row = {**blank("compare"), **record, **places, **about}
         try:
             saved.check_row(row, varied)
@@ -210,13 +212,13 @@ def contradicted(listed: Iterable[dict], runs: pathlib.Path) -> list[str]:
     return said
 
 
-def _leaf(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key in a stored config: in its section, or flat; its default where there is none."""
-    path, field, _ = configs.LEAVES[key]
-    for tree in (config, *(config.get(section) for section in path[:-1])):
-        if isinstance(tree, Mapping) and key in tree and not isinstance(tree[key], Mapping):
-            return tree[key]
-    return field.default
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every key in a stored config, in its section or flat; its default where there is none."""
+    flat: dict[str, Any] = {}
+    for tree in (config.get("train"), config.get("model"), config):
+        if isinstance(tree, Mapping):  # "model" is a section and a key in it
+            flat |= {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
+    return {key: flat.get(key, field.default) for key, (_, field, _) in configs.LEAVES.items()}
 
 
 def _last_step(folder: pathlib.Path) -> int | None:
