@@ -103,7 +103,7 @@ def test_a_command_is_read_from_the_command_line(folder, tmp_path, capsys, monke
     assert main(["train", *words, "eval_batches=1"]) == 0
     run = next((tmp_path / "runs").rglob("result.json")).parent
     capsys.readouterr()
-    assert main(["generate", str(run), "--prompt", "jump left", "--length", "4"]) == 0
+    assert main(["generate", str(run), "--prompt", "jump left", "--new", "4"]) == 0
     assert set(capsys.readouterr().out.split()) & set(SIGNS)
 
 

@@ -84,11 +84,28 @@ def commands(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> pathlib.Path:
+    """Two quantities that swing, and noise."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("measured") / "swings.csv"
+    swings = np.sin(np.arange(1200)[:, None] / np.array([5, 9])) + 0.1 * rng.standard_normal((1200, 2))
+    rows = [f"day {at},{one:.5f},{other:.5f}" for at, (one, other) in enumerate(swings)]
+    path.write_text("\n".join(["date,fast,slow", *rows]))
+    return path
+
+
 @pytest.fixture
-def choice(documents, images, sentences, commands):
+def choice(documents, images, sentences, commands, measured):
     """The spelling of a task by its name: what it needs is added."""
-    paths = {"text": documents, "retrieval": documents, "mlm": documents, "pixels": images}
-    paths |= {"translate": sentences, "scan": commands}
+    paths = {
+        "text": documents,
+        "retrieval": documents,
+        "mlm": documents,
+        "pixels": images,
+        "translate": sentences,
+        "scan": commands,
+        "series": measured,
+    }
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
 
@@ -120,6 +137,12 @@ def test_a_batch_is_what_the_contract_says(name, choice):
     assert task.kinds and set(task.kinds) <= {"encoder", "decoder", "encoder_decoder"}
     for split in SPLITS:
         batch = task.batch(split, 3)
+        if task.channels:
+            assert batch.inputs.shape == (16, task.setting.seq_len, task.channels)
+            assert batch.targets.shape == (16, task.outputs) and batch.weights.shape == (16,)
+            assert (batch.inputs.dtype, batch.targets.dtype, batch.weights.dtype) == (np.float32,) * 3
+            assert np.isfinite(batch.inputs).all() and np.isfinite(batch.targets).all() and task.vocab == 0
+            continue
         assert batch.inputs.shape == (16, task.setting.seq_len)
         assert batch.targets.shape == batch.weights.shape
         assert batch.targets.shape == (batch.inputs.shape if task.target == "token" else (16,))
@@ -183,7 +206,7 @@ def test_the_split_of_an_expression_does_not_depend_on_seq_len(length):
 @pytest.mark.parametrize("name", TASKS)
 def test_guessing_scores_chance(name, choice):
     task = build(choice(name), batch=64)
-    if task.higher_is_better and name not in GUESSES:
+    if task.channels or (task.higher_is_better and name not in GUESSES):
         pytest.skip(f"no guesser for {name} here")
     rng = np.random.default_rng(0)
     scores = []
@@ -373,6 +396,19 @@ def test_a_task_says_what_it_is(name, choice):
         assert option.help, f"{name}:{option.name} has no help"
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "pixels"])  # an image has one length
+def test_what_a_model_is_built_for_does_not_depend_on_the_length(name, choice):
+    """So a model can be scored beyond the length that it was trained at, on the same task with the same options."""
+    short, long = (build(choice(name), length) for length in LENGTHS.get(name, (32, 96)))
+    assert short.setting.seq_len < long.setting.seq_len
+    assert (short.vocab, short.outputs, short.channels, short.target) == (
+        long.vocab,
+        long.outputs,
+        long.channels,
+        long.target,
+    )
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_an_example_is_shown_with_its_answer(name, choice):
     task = build(choice(name))
@@ -380,7 +416,9 @@ def test_an_example_is_shown_with_its_answer(name, choice):
     shown = [task.show(jax.tree.map(lambda array, row=row: array[row : row + 1], batch)) for row in range(8)]
     assert all(isinstance(text, str) and text for one in shown for key, text in one.items() if key != "then")
     assert len({json.dumps(one | {"answer": ""}) for one in shown}) > 1
-    if task.target == "sequence":
+    if task.channels:
+        assert len({one["answer"] for one in shown}) == 8
+    elif task.target == "sequence":
         assert {one["answer"] for one in shown} == {task.answer_name(int(answer)) for answer in batch.targets[:8]}
     else:
         for one, weights in zip(shown, batch.weights, strict=False):
@@ -451,6 +489,9 @@ def test_an_example_is_shown_with_its_answer(name, choice):
         ("retrieval:path=a:config=b", 64, "hub=..."),
         ("retrieval:path=a:max_length=32", 64, "does not fit twice"),
         ("retrieval:path=a:preset=lra", 8000, "seq_len=8192"),
+        ("series", 64, "path="),
+        ("series:path=nowhere.csv", 64, "does not exist"),
+        ("series:path=a.csv:horizon=0", 64, "horizon=1"),
         ("scan", 64, "path="),
         ("scan:path=nowhere", 64, "does not exist"),
         ("pixels", 64, "path=..."),

@@ -32,7 +32,7 @@ class Model(nnx.Module):
     """
 
     causal: ClassVar[bool] = False
-    of_tokens: ClassVar[bool] = True
+    of_tokens: bool = True
     headed: ClassVar[bool] = True
     most_layers: ClassVar[int] = MOST_LAYERS
     source: int = 0
@@ -191,7 +191,9 @@ def _outsiders(config: Config) -> list[str]:
 
 def _forward_once(config: Config, task: Task):
     """The logits of one sequence, what the model remembers of it, and its parameters."""
-    inputs, model = jax.numpy.zeros((1, config.seq_len), "int32"), build_model(config, task)
+    shape = (1, config.seq_len)
+    inputs = jax.numpy.zeros((*shape, task.channels), "float32") if task.channels else jax.numpy.zeros(shape, "int32")
+    model = build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return model(inputs, valid=inputs == 0)[0], remembered, parameters
+    return model(inputs, valid=jax.numpy.ones(shape, bool))[0], remembered, parameters

@@ -12,7 +12,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import drop
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.embedding import Embedding
+from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
@@ -32,7 +32,7 @@ class Recurrent(Model):
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         refuse_unused(type(self).__name__.lower(), config)
         self.dropout, self.target, self.width = config.model.dropout, task.target, size.dim
-        self.embedding = Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        self.embedding = first_layer(task.vocab, task.channels, size.dim, dtype=size.dtype, rngs=rngs)
         self.cells = nnx.List[Any](self.cell(size, rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 

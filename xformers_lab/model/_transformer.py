@@ -13,7 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
-from xformers_lab.nn.embedding import Embedding
+from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -50,6 +50,7 @@ class Transformer(Model):
         self.pooling = self.pools if pool is None else pool
         choice = config.model
         mechanisms = spec.split(choice.attention, "+")
+        self.of_tokens = self.of_tokens and not task.channels
         self.size, self.dropout, self.target = size, choice.dropout, task.target
         self.embedding = self.input_layer(size, task, rngs)
         # Each block builds a memory of its own; here it only says how far back positions reach.
@@ -79,8 +80,8 @@ class Transformer(Model):
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
-        """What makes vectors (B, S, D) of unit size, S the length of `size`, of the task's inputs (B, T)."""
-        return Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        """What makes vectors (B, S, D) of unit size, S the length of `size`, of the task's inputs."""
+        return first_layer(task.vocab, task.channels, size.dim, dtype=size.dtype, rngs=rngs)
 
     def block(self, size: Size, attention: str, **options) -> Block:
         """One layer of the stack."""

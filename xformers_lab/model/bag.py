@@ -8,7 +8,7 @@ from xformers_lab.model import Model
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.embedding import Embedding
+from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
@@ -25,13 +25,13 @@ class Bag(Model):
     def __init__(self, size: Size, *, config: Config, task: Task, rngs: nnx.Rngs):
         refuse_unused("bag", config)
         self.target, self.dim, self.dropout = task.target, size.dim, config.model.dropout
-        self.embedding = Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        self.embedding = first_layer(task.vocab, task.channels, size.dim, dtype=size.dtype, rngs=rngs)
         self.layers = nnx.List(Linear(size.dim, size.dim, dtype=size.dtype, rngs=rngs) for _ in range(size.layers))
         self.head = Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
 
     def __call__(self, inputs, *, valid=None, key=None):
         keys = [None] * (len(self.layers) + 1) if key is None else list(jax.random.split(key, len(self.layers) + 1))
-        valid = jnp.ones(inputs.shape, bool) if valid is None else valid
+        valid = jnp.ones(inputs.shape[:2], bool) if valid is None else valid
         x = drop(self.embedding(inputs), self.dropout, keys[0])
         x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)
         mean = jnp.cumsum(x, 1) / jnp.maximum(jnp.cumsum(valid, 1), 1)[..., None]

@@ -9,7 +9,7 @@ from xformers_lab.model import Model
 from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.embedding import Embedding
+from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.size import Size
@@ -34,7 +34,7 @@ class Bytenet(Model):
             raise Refused(f"kernel must be at least 2 and farthest at least 1, got {kernel} and {farthest}")
         refuse_unused("bytenet", config)
         self.target, self.dropout = task.target, config.model.dropout
-        self.embedding = Embedding(task.vocab, size.dim, dtype=size.dtype, rngs=rngs)
+        self.embedding = first_layer(task.vocab, task.channels, size.dim, dtype=size.dtype, rngs=rngs)
         cycle = farthest.bit_length()
         self.blocks = nnx.List(ConvBlock(size, kernel, 2 ** (at % cycle), rngs) for at in range(size.layers))
         self.norm = LayerNorm(size.dim, dtype=size.dtype, rngs=rngs)

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from xformers_lab.nn.linear import Linear
+
 # The standard deviation of tables of vectors at the start.
 START = 0.02
 # The root mean square of what is added to a token, where the token's is 1.
@@ -42,3 +44,21 @@ class Embedding(nnx.Embed):
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         return super().attend(query, out_sharding) * self.share
+
+
+class Numbers(nnx.Module):
+    """Numbers (B, T, channels) of unit variance -> vectors (B, T, D) of unit size: a linear projection."""
+
+    def __init__(self, channels: int, dim: int, *, dtype: Any = None, rngs: nnx.Rngs):
+        draw = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        self.project, self.dtype = Linear(channels, dim, kernel_init=draw, dtype=dtype, rngs=rngs), dtype
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self.project(inputs)
+
+
+def first_layer(tokens: int, channels: int, dim: int, *, dtype: Any = None, rngs: nnx.Rngs) -> Any:
+    """What makes vectors of a task's inputs: of so many different tokens or, where it has channels, of numbers."""
+    if channels:
+        return Numbers(channels, dim, dtype=dtype, rngs=rngs)
+    return Embedding(tokens, dim, dtype=dtype, rngs=rngs)

@@ -9,6 +9,8 @@ A task is built as `Task(setting, *, option=default)` and gives
   without them is scored on `batch` of the same task with batch=32 and seed=0.
 * `vocab`: number of input symbols; `outputs`: number of classes of a prediction; `target`: "token" (one prediction per
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
+* `channels`: where inputs are no tokens but numbers of about unit variance, how many at a position; else 0. Then
+  `vocab` is 0, `outputs` is how many numbers are predicted, and the task defines its own loss and metric.
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
   only "decoder": an encoder would see the answer.
 * `source_length`: how many of the first positions no answer is wanted of, as the encoder of an encoder-decoder reads
@@ -61,7 +63,8 @@ class Batch:
     """One batch, as numpy on the host and as jax arrays on devices.
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
-    shaped like targets, 0 where no answer counts; valid (B, T) bool, False at padding, or None where a task never pads;
+    shaped like targets, 0 where no answer counts; of a task with channels inputs are (B, T, channels) float32 and
+    targets have a last axis of `outputs` float32; valid (B, T) bool, False at padding, or None where a task never pads;
     fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is). counted
     (B,) bool is the lab's: False for the rows that fill up the last batch of an evaluation (None: all count).
     """
@@ -79,9 +82,10 @@ class Task:
 
     vocab: int
     outputs: int
+    channels: int = 0
     target: ClassVar[Literal["token", "sequence"]] = "token"
     kinds: ClassVar[tuple[str, ...]] = ("decoder",)
-    metric_name: ClassVar[str] = "accuracy"
+    metric_name: str = "accuracy"
     higher_is_better: ClassVar[bool] = True
     chance: float
     segments: bool = False

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError, nearest
-from xformers_lab.tasks import Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, saved, splits
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -88,7 +88,8 @@ class Scan(Task):
         self.dropped, room = sum(map(len, dropped.values())), setting.seq_len - SOURCE - 1
         self.rows: dict[Split, np.ndarray] = {}
         notes = []
-        for name, pairs in kept.items():
+        for name in SPLITS:
+            pairs = kept[name]
             fitting = [pair for pair in pairs if len(pair[1].split()) <= room]
             if not fitting:
                 most = max((len(actions.split()) for _, actions in pairs), default=0)

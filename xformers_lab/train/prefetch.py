@@ -39,10 +39,17 @@ def check(task: Task, batch: Batch, where: str) -> None:
     per_token = (setting.batch, setting.seq_len)
     answers = per_token if task.target == "token" else per_sequence
     shapes = {"inputs": per_token, "targets": answers, "weights": answers, "valid": per_token, "fresh": per_sequence}
+    if task.channels:
+        shapes |= {"inputs": (*per_token, task.channels), "targets": (*answers, task.outputs)}
     for field, shape in shapes.items():
         value = getattr(batch, field)
         if value is not None and np.shape(value) != shape:
             raise UsageError(f"task {name}: {field} of {where} is {np.shape(value)}, not {shape}")
+    if task.channels:
+        for field in ("inputs", "targets"):
+            if not np.isfinite(getattr(batch, field)).all():
+                raise UsageError(f"task {name}: {field} of {where} hold what is no finite number")
+        return
     for field, limit, bound in (("inputs", task.vocab, "vocab"), ("targets", task.outputs, "outputs")):
         low, high = int(np.min(getattr(batch, field))), int(np.max(getattr(batch, field)))
         if low < 0 or high >= limit:
