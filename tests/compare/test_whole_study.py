@@ -22,7 +22,7 @@ def study(capsys, *words) -> tuple[list[dict], str]:
 @pytest.mark.usefixtures("inline")
 def test_a_whole_study(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [*TINY, "attention=full,local:window=4", "ffn=mlp", "seeds=2", "tune=lr", "match=flops", "--no-baselines"]
+    words = [*TINY, "attention=full,linear", "ffn=mlp", "seeds=2", "tune=lr", "match=flops", "--no-baselines"]
     rows, said = study(capsys, *words)
     assert len(rows) == 2 * 2 and "4 cells, 0 already done, and 10 tuning runs, about" in said
     for row in rows:
@@ -34,8 +34,9 @@ def test_a_whole_study(capsys, tmp_path, monkeypatch):
         assert str(configs.folder(again)) == row["run_dir"]
         # What the solver counted in shapes is what the run counted.
         assert row["flops"] / (4 * 16) == pytest.approx(row["matched"]["reached"])
-    local = next(row for row in rows if str(row["attention"]).startswith("local"))
-    assert local["matched"]["changed"]["ffn"][0] == "mlp" and local["config"]["model"]["ffn"].startswith("mlp:ratio=")
+    linear = next(row for row in rows if row["attention"] == "linear")
+    assert linear["matched"]["changed"]["ffn"][0] == "mlp"
+    assert linear["config"]["model"]["ffn"].startswith("mlp:ratio=")
     kept = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert kept["study"] == {"match": "flops", "tune": "lr", "seeds": 2} and isinstance(kept["notes"], list)
     monkeypatch.setattr(cell, "train", None)  # all is there: nothing trains
