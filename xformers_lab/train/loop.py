@@ -262,7 +262,7 @@ def _at(job: _Job, length: int) -> tuple[lengths.Other, _Job]:
 
 def _moved(other: lengths.Other, there: _Job, state: TrainState) -> TrainState:
     """The state of training on the devices, as a job at another length takes it."""
-    return there.layout.place_state(other.state(state, there.target()))
+    return there.layout.place_state(other.state(state, selection.parted(there.target())[0]))
 
 
 def _by_length(job: _Job, state: TrainState, score: Callable[[_Job, TrainState], evaluation.Score]) -> list[dict]:
