@@ -24,7 +24,7 @@ def model_of(task: str = "copy", **changes):
 
 def maps_of(valid=None, **changes):
     model, task = model_of(**changes)
-    return maps.of_model(model, task.batch("test", 0).inputs[:1], valid)
+    return maps.of_model(model, np.asarray(task.batch("test", 0).inputs[:1]), valid)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

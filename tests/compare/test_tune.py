@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -106,10 +107,10 @@ def bar(what, total):
     yield Cells(total, None, True, (), what)
 
 
-def conduct(folder, worker, words=(), **options):
+def conduct(folder, worker, words=(), **changes: Any):
     grid, varied, asked = configs.study(["attention=full,linear", "seeds=2", "steps=20", f"runs={folder}/runs", *words])
     said = []
-    options = Options(**({"baselines": False} | options))
+    options = Options(**({"baselines": False} | changes))
     conductor = Conductor(
         study.cells(grid), varied, asked, options, worker, bar=bar, announce=said.append
     )  # fmt: skip

@@ -1,10 +1,11 @@
 """Aggregates over tasks: the interquartile mean and its interval, against worked values and rliable."""
 
+import html as markup
 import importlib
 
 import numpy as np
 import pytest
-from report_rows import KEYS, cell, failed, printed
+from report_rows import KEYS, cell, failed, printed, written
 from study_rows import study
 
 from xformers_lab.report import aggregate, rows
@@ -108,6 +109,15 @@ def test_tasks_are_joined_whatever_their_metric():
     assert "Over 3 tasks, by the interquartile mean of what is gained over a guess, 1 at most: linear 0.7" in text
     assert "Against full, the reference (2 paired t-tests, Holm-corrected), better: linear (+0.200 [" in text
     assert "; not distinguishable: axial." in text
+
+
+def test_the_page_says_the_same_over_all_tasks_and_what_was_said_of_the_whole(tmp_path):
+    cells = tasks({"full": (0.5, 0.51), "linear": (0.7, 0.72)})
+    page = written(tmp_path / "r.html", cells, [*KEYS, "seed"], said=["left out: <b>LSTM</b>"])
+    assert "<h2>Over all tasks</h2>" in page and "left out: &lt;b&gt;LSTM&lt;/b&gt;" in page
+    assert all(markup.escape(sentence) in page for sentence in aggregate.sentences(groups(cells)))
+    one = written(tmp_path / "one.html", [row for row in cells if row["task"] == "lm"], [*KEYS, "seed"])
+    assert "Over all tasks" not in one
 
 
 def test_one_task_has_no_aggregate_and_one_seed_no_interval():

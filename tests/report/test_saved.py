@@ -42,6 +42,7 @@ def saved_rows(**changes) -> dict:
         ("[]", "it holds no rows"),
         ("{}", "rows is missing, where a list should be"),
         (json.dumps(saved_rows(rows=[1])), "rows[0] is 1, where a mapping should be"),
+        (json.dumps(saved_rows(notes=["cut", 3])), "notes is ['cut', 3], where texts should be"),
         (json.dumps(saved_rows(varied=["attention", 3])), "varied[1] is 3, where text should be"),
         (json.dumps(saved_rows(command=None)), "command is missing, where text should be"),
         (
@@ -93,7 +94,7 @@ def test_no_odd_value_ends_in_a_traceback(report, tmp_path, where):
                 row["config"][key] = row["config"]["model"][key] = odd
             path.write_text(json.dumps(saved_rows(rows=[cell(), row])))
             try:
-                accepted.append(saved.read(path)[0][1])
+                accepted.append(saved.read(path).rows[1])
             except UsageError as error:
                 assert f"rows[1].{key}" in str(error) or f"rows[1].config.{key}" in str(error)
                 refused += 1

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
@@ -88,7 +89,8 @@ def conducted(
         print(visible(f"note: {note}"))
     about = {"study": dataclasses.asdict(asked), "notes": conductor.notes}
     saved = run.save_table(rows, varied, spelled(chosen), cells[0].origin.runs, about)
-    report = _write_report(rows, varied, spelled(chosen), pathlib.Path(chosen.report or saved.parent / "report.html"))
+    path = pathlib.Path(chosen.report or saved.parent / "report.html")
+    report = _write_report(rows, varied, spelled(chosen), path, said=conductor.notes)
     print(visible(f"report: {report}"), file=sys.stderr)
     export(chosen, rows, varied, spelled(chosen))
     if worker.stopped:
@@ -110,13 +112,14 @@ def _report(chosen: argparse.Namespace) -> int:
     if chosen.words:
         picked = selected(chosen)
         varied = stored.differing(picked)
-        rows, command = stored.rows(picked, varied), spelled(chosen)
+        rows, command, said = stored.rows(picked, varied), spelled(chosen), []
     else:
-        rows, varied, command = saved.read(runs / "compare.json")
+        rows, varied, command, said = saved.read(runs / "compare.json")
         if other := stored.contradicted(rows, runs):
-            said = f"not what their runs say by now: {human.listing(other)}; the same xlab compare reads them again"
-            print(message(said), file=sys.stderr)
-    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or runs / "report.html"))
+            line = f"not what their runs say by now: {human.listing(other)}; the same xlab compare reads them again"
+            print(message(line), file=sys.stderr)
+            said = [*said, line]
+    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or runs / "report.html"), said=said)
     export(chosen, rows, varied, command)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
 
@@ -127,11 +130,12 @@ def _write_report(
     command: str,
     path: pathlib.Path,
     title: str = "Which variant, and what it costs",
+    said: Sequence[str] = (),
 ) -> pathlib.Path:
     from xformers_lab.report import html
 
     with writing(path, "report"):
-        html.write_report(rows, varied, path, title=title, command=command)
+        html.write_report(rows, varied, path, title=title, command=command, said=said)
     return path
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from xformers_lab import files
 from xformers_lab.errors import UsageError
 from xformers_lab.record import Figure, Record, columns, figures
-from xformers_lab.report import charts, findings, human, maps, notes, patterns, plot, rows, summary
+from xformers_lab.report import aggregate, charts, findings, human, maps, notes, patterns, plot, rows, summary
 
 HERE = pathlib.Path(__file__).parent
 # Wrong examples of a series, and letters of each of their texts.
@@ -41,9 +41,11 @@ def write_report(
     *,
     title: str,
     command: str,
+    said: Sequence[str] = (),
     schema: type[Record] = Record,
 ) -> None:
-    """Write the rows as one HTML file, replaced as a whole.
+    """Write the rows as one HTML file, replaced as a whole. said: what else is to be known of the whole comparison, a
+    sentence each.
 
     Raises UsageError where jinja2 is missing, and OSError where the file cannot be written.
     """
@@ -60,8 +62,8 @@ def write_report(
     )
     looks = charts.looks(cells, varied_keys)
     left = maps.BUDGET
-    groups = []
-    for group in rows.groups(cells, varied_keys):
+    groups, grouped = [], rows.groups(cells, varied_keys)
+    for group in grouped:
         section = _section(group, looks, varied_keys, schema, left, len(groups))
         left -= section["map_letters"]
         groups.append(section)
@@ -70,7 +72,8 @@ def write_report(
     page = pages.get_template("page.html.jinja").render(
         title=human.plain(title),
         tally=_tally(cells),
-        notes=[human.plain(note) for note in notes.of(cells)],
+        overall=aggregate.sentences(grouped),
+        notes=[human.plain(note) for note in (*said, *notes.of(cells))],
         groups=groups,
         legend=[{"name": look.name, "swatch": plot.swatch(look)} for look in looks],
         patterns=patterns.figures(cells),

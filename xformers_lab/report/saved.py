@@ -11,7 +11,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from xformers_lab.errors import UsageError
 from xformers_lab.record import PLACES, Record
@@ -39,8 +39,17 @@ class Odd(ValueError):
     """A value of a row that reports cannot draw: the message says which, and what should be there."""
 
 
-def read(path: pathlib.Path) -> tuple[list[dict], list[str], str]:
-    """The rows, the keys that vary, and the command of a comparison; raises UsageError."""
+class Comparison(NamedTuple):
+    """What `compare` keeps: its rows, the keys that vary, the command, and what was said of the whole, its notes."""
+
+    rows: list[dict]
+    varied: list[str]
+    command: str
+    notes: list[str]
+
+
+def read(path: pathlib.Path) -> Comparison:
+    """A comparison that was kept; raises UsageError."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -59,12 +68,14 @@ def read(path: pathlib.Path) -> tuple[list[dict], list[str], str]:
         rows, varied = saved["rows"], saved["varied"]
         for at, key in enumerate(varied):
             _check(isinstance(key, str), f"varied[{at}]", key, "text")
+        notes = saved.get("notes", [])  # older versions kept none
+        _check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "notes", notes, "texts")
         for at, row in enumerate(rows):
             _check(isinstance(row, dict), f"rows[{at}]", row, "a mapping")
             check_row(row, varied, f"rows[{at}].")
     except Odd as odd:
         raise UsageError(f"{path}: {odd}; {MEND}") from None
-    return [sound(row) for row in rows], [sound(key) for key in varied], sound(saved["command"])
+    return Comparison(*map(sound, (rows, varied, saved["command"], notes)))
 
 
 def check_row(row: dict, varied: Sequence[str], before: str = "") -> None:

@@ -460,10 +460,11 @@ def _train(
         more: dict = {"wrong": wrong.rows} if job.task.metric_name == "accuracy" else {}
         if job.config.test_len is not None:
             more["by_length"] = _by_length(job, counting, lambda there, state: score(state, train.score, there=there))
-        if found := _maps(job, counting, lambda what: doing(what, step)):
-            more["maps"] = found
-        decoder = lambda: job.program.decoding(job.config, job.graph, counting)
-        decoded = decoding.figures(decoder, counting, lambda what: doing(what, step))
+        if train.score == "test":  # a run that only chooses among recipes is looked at by its score alone
+            if found := _maps(job, counting, lambda what: doing(what, step)):
+                more["maps"] = found
+            decoder = lambda: job.program.decoding(job.config, job.graph, counting)
+            more |= decoding.figures(decoder, counting, lambda what: doing(what, step))
         doing("finishing", step)
     except _Stopped:
         raise stopped() from None
@@ -471,7 +472,7 @@ def _train(
         error = Diverged(f"{diverged}; {_kept(job, state, best, doing)}")
         error.record = _finish(job, state, compiled, log, peak, status=error.status, reason=str(error))
         raise error from None
-    outcome = {"status": "ok", "split": train.score, "step": int(counting.step)} | _reported(scored) | decoded | more
+    outcome = {"status": "ok", "split": train.score, "step": int(counting.step)} | _reported(scored) | more
     rate = train.batch * job.config.seq_len / scored.seconds
     return _finish(job, state, compiled, log, peak, **outcome, eval_tokens_per_second=rate)
 
