@@ -68,7 +68,7 @@ def test_show_says_whose_pattern_it_draws(capsys, choice, which):
 def test_words_may_follow_flags(capsys):
     assert main(["show", "local:window=2", "--json", "seq_len=6"]) == 0
     assert json.loads(capsys.readouterr().out)["length"] == 6
-    assert main(["show", "--json", "task=copy", "seq_len=6"]) == 0
+    assert main(["show", "--json", "task=copy", "attention=local"]) == 0
     assert json.loads(capsys.readouterr().out)["task"].startswith("copy")
 
 

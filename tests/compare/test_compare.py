@@ -215,7 +215,7 @@ def two_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PAUSE", 0.0)
     cells, held, asked, results = [tiny(tmp_path, seed=seed) for seed in (0, 1)], [0], [], {}
 
-    def train(cell, worker, stepped):
+    def train(cell, worker, stepped, announce, track):
         asked.append(cell.seed)
         return {"status": HELD, "reason": "process 1"} if cell.seed in held else {"status": "ok", "metric": cell.seed}
 

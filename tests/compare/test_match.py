@@ -60,7 +60,7 @@ def test_the_state_of_decoding_is_met_by_the_model():
     assert 0 <= figures.measure(TELL, configs.to_dict(of_text), "state") - keys_and_values < 64  # and some counters
     _, said, target = solved("state", of_text, kv_heads=1)
     assert met(said["reached"], target) and set(said["changed"]) <= {"dim", "kv_heads"} and said["changed"]
-    with pytest.raises(UsageError, match="nothing to decode"):
+    with pytest.raises(UsageError, match="decode token by token"):
         figures.measure(TELL, configs.to_dict(edit(BASE, task="listops")), "state")
 
 
