@@ -218,3 +218,11 @@ def test_a_narrow_terminal_keeps_the_tuned_metric(width):
     assert max(map(len, text.splitlines())) <= width
     assert "accuracy, tuned" in text and "0.950 ± 0.005 *" in text and "too narrow for: " in text
     assert ("shared recipe" in text.split("too narrow")[0]) == (width >= 80)
+
+
+def test_what_scores_no_better_than_a_unigram_does_no_better_than_a_guess():
+    cells = [cell("full", task="lm", metric=2.5), cell("linear", task="lm", metric=4.9)]
+    assert "No better than" not in printed(cells, KEYS)
+    cells = [row | {"data": {"unigram": 4.6}} for row in cells]
+    text = printed(cells, KEYS)
+    assert "chance 8.000 · unigram 4.600" in text and "No better than a guess: linear." in text

@@ -194,9 +194,8 @@ def _table(
     measured = [figure for figure in measured if any(rows.measure(row, figure.name) is not None for row in results)]
     scored = any(rows.measure(row, "metric") is not None for row in results)
     about = [name for name, words in ABOUT.items() if scored and any(words(row) for row in results)]
-    scores = ["metric", *about, "chance"] if scored else []
-    if any(group.majority is not None for group in groups):
-        scores.append("majority")
+    guesses = list(dict.fromkeys(name for group in groups for name in group.guesses)) if scored else []
+    scores = ["metric", *about, *guesses] if scored else []
     heads = [*(["row"] if called else []), *keys, *scores, *(figure.heading for figure in measured), "outcome"]
     lines = []
     for group in groups:
@@ -218,8 +217,8 @@ def _table(
                     )
                 )
                 cells += [Cell(text, text) for text in (ABOUT[head](row) or human.NONE for head in about)]
-                guesses = {"chance": human.number(group.first("chance")), "majority": group.majority}
-                cells += [_number(share, human.score(share)) for head, share in guesses.items() if head in scores]
+                known = [group.guesses.get(name) for name in guesses]
+                cells += [_number(score, human.score(score)) for score in known]
             for figure in measured:
                 value = rows.measure(row, figure.name)
                 cells.append(_number(value, human.in_column(figure, value), mine in best.get(figure.name, ())))
@@ -381,6 +380,8 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
         how["chance"] = "What guessing scores on the task."
     if any(human.number(row.get("majority")) is not None for row in cells):
         how["majority"] = "The share of the most frequent class: what always saying it scores."
+    if any(isinstance(data := row.get("data"), Mapping) and "unigram" in data for row in cells):
+        how["unigram"] = "What guessing by how often each token comes in the training texts scores."
     if any(map(rows.validation, cells)):
         how["validation"] = "The metric on the validation split at the last step at which it was taken, and its loss."
     decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in cells) else ""

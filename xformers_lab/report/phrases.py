@@ -31,8 +31,7 @@ def metric(group: rows.Group) -> str:
 
 def guesses(group: rows.Group) -> str:
     """What is to be beaten, in words: "chance 0.500 · majority 0.947", the second where classes are unequal."""
-    known = {"chance": human.number(group.first("chance")), "majority": group.majority}
-    return " · ".join(f"{name} {human.score(share)}" for name, share in known.items() if share is not None)
+    return " · ".join(f"{name} {human.score(score)}" for name, score in group.guesses.items())
 
 
 def by(decision: Decision) -> str:

@@ -306,10 +306,18 @@ class Group:
 
     @property
     def guess(self) -> float | None:
-        """What is to be beaten without looking at the input: chance, or always saying the most frequent class where
-        that scores more."""
-        chance, majority = human.number(self.first("chance")), self.majority
-        return chance if majority is None or self.better("metric") < 0 else max(majority, chance or 0.0)
+        """What is to be beaten without looking at the input: the best of `guesses`; None where none is known."""
+        known = self.guesses.values()
+        return (max if self.better("metric") > 0 else min)(known, default=None)
+
+    @property
+    def guesses(self) -> dict[str, float]:
+        """What is scored without looking at the input, by name: by chance, by always saying the most frequent class, by
+        how often each token comes in training texts; what is not known is left out."""
+        data = self.first("data")
+        unigram = human.number(data.get("unigram")) if isinstance(data, Mapping) else None
+        known = {"chance": human.number(self.first("chance")), "majority": self.majority, "unigram": unigram}
+        return {name: score for name, score in known.items() if score is not None}
 
     @property
     def majority(self) -> float | None:

@@ -51,7 +51,9 @@ def reach(group: rows.Group, at: int | None) -> list[str]:
     if not windows or full is None:
         return []
     scores = human.listing([f"{score(point)} ({point.series})" for point in windows])
-    lead = f"Range control: {full.series} scores {metric(group)} {score(full)}, windows {scores}"
+    layers = rows.value(windows[0].rows[0], "layers")
+    each = f" in each of {human.plain(layers)} layers" if human.number(layers) not in (None, 1) else ""
+    lead = f"Range control: {full.series} scores {metric(group)} {score(full)}, windows{each} {scores}"
     guess = group.guess
     mean = _mean(full)
     if guess is None:

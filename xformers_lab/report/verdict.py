@@ -23,7 +23,7 @@ def quality(group: rows.Group, at: int | None) -> list[str]:
         return []
     known = phrases.guesses(group)
     known = f" ({known})" if known else ""
-    guess = "chance" if group.majority is None else "a guess"
+    guess = "chance" if list(group.guesses) == ["chance"] else "a guess"
     beaten = [point for point in ranked if not group.beats(point)]
     if len(beaten) == len(ranked):
         return [
