@@ -20,7 +20,7 @@ from xformers_lab.compare import run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import ran_out_of_memory
 from xformers_lab.report import html, human, pages, sheet, table
-from xformers_lab.train import loop
+from xformers_lab.train import decoding, loop
 
 TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
 
@@ -109,8 +109,9 @@ def test_what_training_evaluation_and_a_comparison_write_is_in_the_schema(tmp_pa
     with pytest.raises(loop.Diverged) as diverged:
         loop.run(edit(config, lr=1e30, steps=12, clip=0, optimizer="sgd"))
     assert unknown(diverged.value.record) == set() and diverged.value.record["status"] in record.SETTLED
-    # A row of a diverged run has the keys of one that went well, but for what the model says after its last step.
-    assert trained.keys() - diverged.value.record.keys() == {"computation", "aux"}
+    # A row of a diverged run has the keys of one that went well, but for what is scored and timed after its last step.
+    after = {"split", "computation", "aux", "wrong", "maps", "eval_tokens_per_second", *decoding.FIGURES}
+    assert trained.keys() - diverged.value.record.keys() == after
 
 
 def test_what_a_bench_writes_is_in_the_schema():

@@ -42,12 +42,12 @@ def saved_rows(**changes) -> dict:
         ("[]", "it holds no rows"),
         ("{}", "rows is missing, where a list should be"),
         (json.dumps(saved_rows(rows=[1])), "rows[0] is 1, where a mapping should be"),
-        (json.dumps(saved_rows(notes=["cut", 3])), "notes is ['cut', 3], where texts should be"),
+        (json.dumps(saved_rows(notes=["cut", 3])), "notes is a list, where a list of texts should be"),
         (json.dumps(saved_rows(varied=["attention", 3])), "varied[1] is 3, where text should be"),
         (json.dumps(saved_rows(command=None)), "command is missing, where text should be"),
         (
             json.dumps(saved_rows(rows=[cell(), cell(curve=[[1]])])),
-            "rows[1].curve is a list, where a list of points of 3",
+            "rows[1].curve is a list, where a list of points of 2 or 3 numbers",
         ),
         (
             json.dumps(saved_rows(rows=[cell() | {"metric": "0.9"}])),

@@ -42,7 +42,7 @@ def _show(chosen: argparse.Namespace) -> int:
             "attention=local)"
         )
     name, *rest = chosen.words
-    keys = {word.partition("=")[0] for word in chosen.words if "=" in word}
+    keys = {key if equals else "" for key, equals, _ in (word.partition("=") for word in chosen.words)}
     if "task" in keys and keys <= OF_TASK:
         if chosen.svg:
             raise UsageError("--svg draws a mechanism of attention, and this is a task")
