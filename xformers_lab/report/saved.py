@@ -69,7 +69,9 @@ def read(path: pathlib.Path) -> Comparison:
         for at, key in enumerate(varied):
             _check(isinstance(key, str), f"varied[{at}]", key, "text")
         notes = saved.get("notes", [])  # older versions kept none
-        _check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "notes", notes, "a list of texts")
+        _check(
+            isinstance(notes, list) and all(isinstance(note, str) for note in notes), "notes", notes, "a list of texts"
+        )
         for at, row in enumerate(rows):
             _check(isinstance(row, dict), f"rows[{at}]", row, "a mapping")
             check_row(row, varied, f"rows[{at}].")
