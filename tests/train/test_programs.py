@@ -128,8 +128,9 @@ def test_what_decides_a_program_is_compiled_apart(folder, tmp_path):
     programs.forget()
 
 
-def test_only_the_last_are_kept(folder, tmp_path):
+def test_only_the_last_are_kept(folder, tmp_path, monkeypatch):
     programs.forget()
+    monkeypatch.setattr(programs, "MOST", 3)
     of = lambda dim: loop.prepare(tiny(str(folder / "uneven.py"), tmp_path, dim=dim), tmp_path).program
     first, second = of(2), of(4)
     for dim in range(6, 2 * programs.MOST + 4, 2):

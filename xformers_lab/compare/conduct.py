@@ -22,7 +22,7 @@ Bar = Callable[[str, int], contextlib.AbstractContextManager[Cells]]
 """bar(what, total): progress of so many cells, called by what is done with them."""
 
 FEW = 8  # runs: a probe before no more than these would say little sooner than they do
-SHARED = 8  # programs that a worker keeps, so that what the probe compiled need not be compiled again
+SHARED = 32  # programs that a worker keeps, so that what the probe compiled need not be compiled again
 UNREACHED = {"status": "interrupted", "reason": "not reached before the interruption"}
 
 
