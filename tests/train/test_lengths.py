@@ -222,9 +222,8 @@ def test_a_length_that_cannot_be_is_refused_before_a_run_begins(tmp_path, capsys
 @pytest.mark.full
 def test_a_comparison_keeps_the_lengths(tmp_path, capsys):
     words = [f"runs={tmp_path}", "task=copy", "seq_len=16", "dim=16", "steps=2", "batch=4", "eval_batches=1"]
-    assert main(["compare", *words, "position=learned,rope", "test_len=32", "--skip-impossible", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    rows = rows["rows"] if isinstance(rows, dict) else rows
-    learned, rope = rows
+    flags = ["--skip-impossible", "--no-baselines", "--json"]
+    assert main(["compare", *words, "position=learned,rope", "test_len=32", *flags]) == 5  # a row is refused
+    learned, rope = json.loads(capsys.readouterr().out)
     assert learned["status"] == "refused" and "position=learned has places" in learned["reason"]
     assert [row["seq_len"] for row in rope["by_length"]] == [32]
