@@ -37,7 +37,8 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict | None:
         return None
     if not all(np.isfinite(each.weights).all() for each in found):
         return None
-    return maps.drawn(found, [_text(task, int(token)) for token in inputs[0]])
+    texts = map(str, range(T)) if task.channels else (_text(task, int(token)) for token in inputs[0])
+    return maps.drawn(found, list(texts))  # numbers have no text, so each is called by its place
 
 
 def on_host(tree):
