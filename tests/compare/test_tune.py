@@ -110,7 +110,8 @@ def bar(what, total):
 def conduct(folder, worker, words=(), **changes: Any):
     grid, varied, asked = configs.study(["attention=full,linear", "seeds=2", "steps=20", f"runs={folder}/runs", *words])
     said = []
-    options = Options(**({"baselines": False} | changes))
+    changes = {"baselines": False} | changes
+    options = Options(**changes)
     conductor = Conductor(
         study.cells(grid), varied, asked, options, worker, bar=bar, announce=said.append
     )  # fmt: skip
