@@ -153,7 +153,8 @@ cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
 with Worker() as worker:
     ended = run.check_cells(cells, worker)
     ignore = lambda *_: None
-    rows = run.compare(cells, [], worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
+    records = run.train_cells(cells, worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
+rows = [run.row(cell, record, []) for cell, record in zip(cells, records, strict=True)]
 print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
 """
     argument = json.dumps([configs.to_dict(cell) for cell in cells])
@@ -204,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_p
     (tmp_path / "runs").write_text("a file")
     with Worker() as worker, pytest.raises(UsageError, match="choose another folder with runs="):
         ignore = lambda *_: None
-        run.compare([tiny(tmp_path)], [], worker, ended={}, started=ignore, stepped=ignore, finished=ignore)
+        run.train_cells([tiny(tmp_path)], worker, ended={}, started=ignore, stepped=ignore, finished=ignore)
     assert worker.process is None
 
 
@@ -230,12 +231,12 @@ def two_cells(tmp_path, monkeypatch):
         words = []
         with Worker() as worker:
             ignore = lambda *_: None
-            rows = run.compare(
-                cells, ["seed"], worker, ended={}, started=ignore, stepped=ignore, finished=finished,
+            records = run.train_cells(
+                cells, worker, ended={}, started=ignore, stepped=ignore, finished=finished,
                 announce=words.append,
             )  # fmt: skip
         assert words == ["waiting for 1 cell that another process trains; Ctrl-C ends the waiting"]
-        return rows, asked
+        return records, asked
 
     return compare
 

@@ -43,8 +43,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def compilations(monkeypatch):
     """Of whole programs: a list that grows with each of them."""
     programs.forget()
-    made, compile_ = [], programs.compile_train_step
-    monkeypatch.setattr(programs, "compile_train_step", lambda *args: made.append(args) or compile_(*args))
+    made, compile_ = [], loop.compile_train_step
+    monkeypatch.setattr(loop, "compile_train_step", lambda *args: made.append(args) or compile_(*args))
     yield made
     programs.forget()
 

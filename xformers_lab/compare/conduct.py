@@ -429,16 +429,14 @@ class Conductor:
     ) -> list[dict]:
         """The record of every run; those that are not settled are trained. names: what runs are called."""
         with counted.from_here():
-            return run.compare(
+            return run.train_cells(
                 every,
-                self.varied,
                 self.worker,
                 ended=ended or {},
                 started=lambda index, config: counted.tell.started(index, config, names.get(config, "")),
                 stepped=counted.tell.stepped,
                 finished=counted.finished,
                 announce=self.announce,
-                as_row=lambda index, record: record,
                 track=self.options.track,
             )
 

@@ -69,7 +69,7 @@ def _step(config: Config):
 
     job = loop.prepare(config, configs.folder(config))
     state = init(config, job.task, job.tx)
-    compiled = job.program.trained(config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
+    compiled = job.compiled(state)
     held = [job.layout.place_state(state)]
     placed = job.layout.place_batch(job.first_batch)
 

@@ -95,9 +95,8 @@ def row(cell: Config, record: dict, varied: list[str], schema: type[Record] = Re
     return row
 
 
-def compare(
+def train_cells(
     cells: list[Config],
-    varied: list[str],
     worker: Worker,
     *,
     ended: dict[Config, dict],
@@ -105,23 +104,21 @@ def compare(
     stepped: Callable[[int, int, float | None], None],
     finished: Callable[[int, dict], None],
     announce: Callable[[str], None] = lambda text: None,
-    as_row: Callable[[int, dict], dict] | None = None,
     track: Sequence[str] = (),
 ) -> list[dict]:
-    """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> the rows in
-    the order of `cells`; worker.stopped says whether all were reached.
+    """Train every cell that has no record in `ended` (what `check_cells` gave) and none that is settled. -> their
+    records, in the order of `cells`; worker.stopped says whether all were reached.
 
     A cell that another process trains, another comparison in the same folder, say, is left to it; its record is waited
     for at the end, and where it leaves none the cell is trained here. What another one fails while this one runs is
     not tried again.
 
-    started(index, cell), stepped(step, total, loss) and finished(count, row) report progress, where count cells had
-    their row before; announce(text) says what is waited for, and which of the trackers `track` stopped; as_row(index,
-    record) makes a row, by default `row`. Raises UsageError, before any trains, where a folder of runs cannot be
-    written.
+    started(index, cell), stepped(step, total, loss) and finished(count, record) report progress, where count cells
+    had their record before; announce(text) says what is waited for, and which of the trackers `track` stopped. Raises
+    UsageError, before any trains, where a folder of runs cannot be written.
     """
     refuse_unwritable(cells)
-    rows: dict[int, dict] = {}
+    records: dict[int, dict] = {}
     began, left, waiting = time.time(), list(range(len(cells))), False
     while left:
         held = []
@@ -135,8 +132,8 @@ def compare(
                     held.append(index)
                     continue
                 _keep(cell, record)
-            rows[index] = as_row(index, record) if as_row else row(cell, record, varied)
-            finished(len(rows) - 1, rows[index])
+            records[index] = record
+            finished(len(records) - 1, record)
         if held and not waiting:
             count = f"{len(held)} cell{'s' * (len(held) > 1)}"
             announce(f"waiting for {count} that another process trains; Ctrl-C ends the waiting")
@@ -144,7 +141,7 @@ def compare(
         if held:
             _pause(worker)
         left = held
-    return [rows[index] for index in range(len(cells))]
+    return [records[index] for index in range(len(cells))]
 
 
 def save_table(

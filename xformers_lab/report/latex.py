@@ -160,10 +160,8 @@ def _with_interval(estimate: intervals.Estimate) -> str:
 
 def _shared(point: rows.Point) -> str:
     """The metric of the same seeds under the recipe that all variants share."""
-    shared = [row.get("shared") for row in point.rows]
-    numbers = [human.number(each.get("metric")) for each in shared if isinstance(each, Mapping)]
-    known = [number for number in numbers if number is not None]
-    return _with_interval(intervals.estimate(known)) if known else "--"
+    estimate = point.shared.estimate("metric")
+    return _with_interval(estimate) if estimate else "--"
 
 
 def _unmatched(row: dict) -> bool:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import Batch, Setting, Split, Task, _presets, _splits
+from xformers_lab.tasks import Batch, Setting, Split, _presets
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, compressed, files, labels, layout, names, npz, splits
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -19,7 +20,7 @@ _LUMA = (0.299, 0.587, 0.114)
 _GIVE = "give a folder with idx files like MNIST's, or with train.npz and test.npz"
 
 
-class Pixels(Task):
+class Pixels(InPasses):
     """Image classification pixel by pixel, the Image task of Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
 
     An image is the grey levels 0 to 255 of its pixels, row by row, so seq_len is rows times columns, divided by shrink
@@ -93,14 +94,6 @@ class Pixels(Task):
                 f"{self.outputs}: give CIFAR-10, or leave the preset out"
             )
         self.chance = 1 / self.outputs
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, split: Split, step: int) -> Batch:
-        """Images in an order shuffled anew for every pass over the split: each comes once a pass."""
-        count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
 
     def examples(self, split: Split) -> int:
         return len(self.corpus.splits[split][1])
@@ -131,9 +124,6 @@ class Pixels(Task):
 
     def reading(self) -> list[str]:
         return account.words(self.read)
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(len(self.corpus.splits[split][1]))
 
 
 class Images(NamedTuple):

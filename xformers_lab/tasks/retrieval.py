@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _presets, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, _presets, _splits
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 from xformers_lab.tasks.text import Text, chosen_tables
@@ -20,7 +21,7 @@ _LABELS = ("label", "labels", "target", "is_duplicate")
 _WORDS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
-class Retrieval(Task):
+class Retrieval(InPasses):
     """Whether two documents belong together, byte by byte, the Retrieval task of Long Range Arena (Tay et al., 2020,
     arXiv 2011.04006; its pairs are of the ACL Anthology Network: Radev et al., 2013).
 
@@ -101,18 +102,15 @@ class Retrieval(Task):
             if not len(self.pairs[split]):
                 more = splits.empty(self.dropped)
                 raise ValueError(f"the {split} split of {self.source} has no pair{more}: give more documents")
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def batch(self, split: Split, step: int) -> Batch:
         """Pairs drawn anew of labelled documents; else those there are, shuffled anew for every pass."""
-        count = self.setting.batch
         if self.drawn:
+            count = self.setting.batch
             rng = _splits.generator(self.setting.seed, split, step)
             firsts = rng.integers(0, len(self.documents[split]), count)
             return self._joined(split, _partners(rng, self.classes[split], firsts, rng.integers(0, 2, count)))
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
+        return super().batch(split, step)
 
     def examples(self, split: Split) -> int:
         return len(self.pairs[split])
@@ -221,9 +219,6 @@ class Retrieval(Task):
             row[len(one)] = SEPARATOR
             row[len(one) + 1 : len(one) + 1 + len(other)] = other + np.int32(1)
         return Batch(inputs, pairs[:, 2].astype(np.int32), np.ones(len(pairs), np.float32), inputs > 0)
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(len(self.pairs[split]))
 
 
 class Pairs(NamedTuple):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError, nearest
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, saved, splits
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -42,7 +43,7 @@ _FILE = re.compile(r"tasks_(?P<side>train|test)_(?P<split>.+)\.txt")
 Pair = tuple[bytes, bytes]
 
 
-class Scan(Task):
+class Scan(InPasses):
     """SCAN, commands of a small language and the actions they mean (Lake and Baroni, 2018, arXiv 1711.00350).
 
     `jump left twice` is I_TURN_LEFT I_JUMP I_TURN_LEFT I_JUMP. A sequence is `command, blanks, BEGIN, actions, END,
@@ -103,14 +104,6 @@ class Scan(Task):
         counts = splits.each(copies, len)
         sizes = splits.each(self.rows, len)
         self.read = account.record(corpus.account.saying(notes), sizes, counts, unit="example", overlap=overlap)
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, split: Split, step: int) -> Batch:
-        """Examples in an order shuffled anew for every pass over the split: each comes once a pass."""
-        count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
 
     def examples(self, split: Split) -> int:
         return len(self.rows[split])
@@ -165,9 +158,6 @@ class Scan(Task):
             row[: len(source)] = source
             row[SOURCE : SOURCE + len(target) + 2] = [BEGIN, *target, END]
         return tokens
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(len(self.rows[split]))
 
 
 class Corpus(NamedTuple):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError, nearest
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, files, tables
 from xformers_lab.tasks._reading.layout import shown
 
@@ -22,7 +23,7 @@ _SHARES = (0.7, 0.1, 0.2)
 _RIDGE = 1e-6
 
 
-class Series(Task):
+class Series(InPasses):
     """Long-term forecasting of a multivariate series, as on the ETT data (Zhou et al., 2021, arXiv 2012.07436).
 
     Read is a table with a row for each time, in order: a column of dates, which is not used, and numbers. A model reads
@@ -79,14 +80,6 @@ class Series(Task):
             raise ValueError(f"seq_len={setting.seq_len} is longer than the training rows of {path}: use a smaller one")
         self.scores = baselines(path, column, files.stamp("series", path), setting.seq_len, horizon)
         self.chance = self.scores[f"linear_{metric}"]
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, split: Split, step: int) -> Batch:
-        """Windows in an order shuffled anew for every pass over the split: each comes once a pass."""
-        count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
 
     def examples(self, split: Split) -> int:
         begin, end = self.data.borders[split]
@@ -144,9 +137,6 @@ class Series(Task):
         weights = jnp.asarray(batch.weights)
         errors = size(logits.astype(jnp.float32) - jnp.asarray(batch.targets)).mean(-1)
         return (errors * weights).sum(), weights.sum()
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(self.examples(split))
 
 
 class Data(NamedTuple):

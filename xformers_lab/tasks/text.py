@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import Batch, Setting, Split, Task, _presets, _splits
+from xformers_lab.tasks import Batch, Setting, Split, _presets
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, labels, layout, lines, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -24,7 +25,7 @@ _WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
 Label = int | str
 
 
-class Text(Task):
+class Text(InPasses):
     """Byte-level document classification, the Text task of Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
 
     By default IMDb reviews from the hub (Maas et al., 2011); or a csv, json or parquet file (or a folder of them named
@@ -105,14 +106,6 @@ class Text(Task):
                 raise ValueError(f"the {split} split of {self.corpus.source} is empty ({words}): give more documents")
         self.outputs = len(self.corpus.classes)
         self.chance = 1 / self.outputs
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, split: Split, step: int) -> Batch:
-        """Documents in an order shuffled anew for every pass over the split: each comes once a pass."""
-        count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
 
     def examples(self, split: Split) -> int:
         return len(self.corpus.splits[split][1])
@@ -155,9 +148,6 @@ class Text(Task):
 
     def reading(self) -> list[str]:
         return account.words(self.read)
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(len(self.corpus.splits[split][1]))
 
 
 @dataclasses.dataclass(frozen=True)

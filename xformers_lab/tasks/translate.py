@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Produce, Setting, Split, Task, _splits, _tokens
+from xformers_lab.tasks import SPLITS, Batch, Produce, Setting, Split, _tokens
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, names, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
@@ -23,7 +24,7 @@ Pair = tuple[bytes, bytes]
 Read = tuple[dict[Split | None, list[Pair]], account.Account]
 
 
-class Translate(Task):
+class Translate(InPasses):
     """Translation of sentences (machine translation as in Vaswani et al., 2017, arXiv 1706.03762), by bytes (as in
     ByT5: Xue et al., 2021, arXiv 2105.13626) or by subwords that both languages share (Sennrich et al., 2016, arXiv
     1508.07909), trained on both sides of the training pairs.
@@ -111,14 +112,6 @@ class Translate(Task):
         test = self.take("test", np.arange(sizes["test"]))
         answers = np.asarray(test.targets)[np.asarray(test.weights) > 0]
         self.chance = math.log2(self.vocab) * len(answers) / float(self.sizes[answers].sum())
-        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, split: Split, step: int) -> Batch:
-        """Pairs in an order shuffled anew for every pass over the split: each comes once a pass."""
-        count = self.setting.batch
-        passes, places = np.divmod(np.arange(step * count, (step + 1) * count), self.examples(split))
-        chosen = [self._order(split, int(one))[place] for one, place in zip(passes, places, strict=True)]
-        return self.take(split, np.array(chosen))
 
     def examples(self, split: Split) -> int:
         return len(self.rows[split][0])
@@ -217,9 +210,6 @@ class Translate(Task):
             row[S + 1 : S + 1 + len(target)] = target.astype(row.dtype) + FIRST
             row[S + 1 + len(target)] = END
         return tokens, np.array([S + len(target) + 1 for _, target in fitting])
-
-    def _shuffled(self, split: Split, one: int) -> np.ndarray:
-        return _splits.generator(self.setting.seed, split, one).permutation(len(self.rows[split][0]))
 
 
 class Corpus(NamedTuple):

@@ -46,7 +46,7 @@ from xformers_lab.train import (
     records,
     selection,
 )
-from xformers_lab.train.layout import Compiled, Layout, layout_of, sharing
+from xformers_lab.train.layout import Compiled, Layout, compile_train_step, layout_of, sharing
 from xformers_lab.train.state import TrainState, abstract, init, merge, shapes
 from xformers_lab.train.wrong import Wrong
 
@@ -236,6 +236,11 @@ class _Job:
     def program(self) -> programs.Program:
         return programs.of(self.config, self.task, self.graph, self.layout, self.first_batch)
 
+    def compiled(self, state: TrainState) -> Compiled:
+        """The step of training, for states like this one."""
+        step = (self.config, self.task, self.graph, self.tx, self.layout, state, self.first_batch)
+        return self.program.trained(lambda: compile_train_step(*step))
+
     def target(self) -> TrainState | selection.Kept:
         """What a checkpoint holds, in shapes."""
         state = self.layout.abstract_state(abstract(self.config, self.task, self.tx))
@@ -399,7 +404,7 @@ def _train(
     validated = {line["step"]: line["validation_metric"] for line in log.lines if "validation_metric" in line}
     best_metric = None if best is None else validated.get(int(best.step))
     doing("compiling", start)
-    compiled = job.program.trained(job.config, job.task, job.graph, job.tx, job.layout, state, job.first_batch)
+    compiled = job.compiled(state)
     stop_signal = listen()  # before, while it compiles, there is nothing to save: a signal may end the process at once
     due = lambda every, at: at == train.steps or (every > 0 and at % every == 0)
 

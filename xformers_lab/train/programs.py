@@ -11,14 +11,13 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.decoding import Decoder, compile_decoder
-from xformers_lab.train.layout import Compiled, Layout, compile_eval_step, compile_train_step
+from xformers_lab.train.layout import Compiled, Layout, compile_eval_step
 from xformers_lab.train.state import TrainState
 
 MOST = 32  # that are kept: those used last; a study of eight variants at four lengths has so many
@@ -35,19 +34,10 @@ class Program:
     scored: bool = False
     decoder: Decoder | None = None
 
-    def trained(
-        self,
-        config: Config,
-        task: Task,
-        graph: nnx.GraphDef,
-        tx: optax.GradientTransformation,
-        layout: Layout,
-        state: TrainState,
-        batch: Batch,
-    ) -> Compiled:
-        """The step, compiled where it is not yet; arguments as of `compile_train_step`."""
+    def trained(self, compile_step: Callable[[], Compiled]) -> Compiled:
+        """The step, compiled where it is not yet."""
         if self.step is None:
-            self.step = compile_train_step(config, task, graph, tx, layout, state, batch)
+            self.step = compile_step()
         return self.step
 
     def decoding(self, config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
