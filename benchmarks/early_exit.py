@@ -25,6 +25,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.depth.early_exit import expected_saving
 from xformers_lab.measure import speed
 from xformers_lab.train import loop
+from xformers_lab.train.trained import load
 
 LAYERS = 8
 THRESHOLDS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)
@@ -34,7 +35,7 @@ def trained(steps: int, folder: str, **changes):
     base = {"depth": "early_exit", "dim": 128, "heads": 4, "layers": LAYERS, "batch": 32, "steps": steps}
     config = edit(Config(), runs=folder, **(base | changes))
     record = loop.run(config)
-    return loop.load(record["run_dir"])
+    return load(record["run_dir"])
 
 
 def at_threshold(model, threshold: float):

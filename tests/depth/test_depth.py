@@ -20,7 +20,7 @@ from xformers_lab.model import build_model, build_task
 from xformers_lab.model._block import Block
 from xformers_lab.nn.embedding import START
 from xformers_lab.nn.layer_context import LayerContext
-from xformers_lab.train import loop
+from xformers_lab.train import loop, trained
 
 
 def model_of(depth: str, **changes) -> Any:
@@ -427,7 +427,7 @@ def test_exits_train_and_are_told(tmp_path, capsys):
     assert line["total"] == pytest.approx(line["loss"] + line["loss/exit1"] + line["loss/exit2"])
     assert line["computation"] == 3
     assert 1 <= record["computation"] < 3 and record["aux"]["exit/1"] > 0
-    again = loop.evaluate(record["run_dir"], batches=1)
+    again = trained.evaluate(record["run_dir"], batches=1)
     assert again["computation"] == record["computation"]
     along = again["by_position"]["computation"]
     np.testing.assert_allclose(np.mean(along), again["computation"], rtol=1e-5)

@@ -20,7 +20,7 @@ from xformers_lab.memory import Remembered
 from xformers_lab.memory.compressive import Compressive
 from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.nn.size import Size
-from xformers_lab.train import checkpoint, loop, optimizer
+from xformers_lab.train import checkpoint, loop, optimizer, trained
 from xformers_lab.train.state import begun, init, merge, split, structure
 from xformers_lab.train.step import make_train_step
 
@@ -377,7 +377,7 @@ def test_interrupted_and_resumed_with_a_memory(text, tmp_path):
     assert [point[:2] for point in again["curve"]] == [point[:2] for point in record["curve"]]
     one, two = arrays(straight), arrays(broken)
     assert one == two and any(name.startswith("memory.") for name in one)
-    scored = loop.evaluate(configs.folder(straight), split="validation")
+    scored = trained.evaluate(configs.folder(straight), split="validation")
     assert scored["loss"] == record["validation"][-1][1]  # an empty memory of its own, whatever training had read
 
 

@@ -20,7 +20,7 @@ from xformers_lab.nn import backward
 from xformers_lab.nn.embedding import START
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.tasks import Setting, Task
-from xformers_lab.train import checkpoint, loop, optimizer
+from xformers_lab.train import checkpoint, jobs, loop, optimizer
 from xformers_lab.train.state import init, merge, split, structure
 from xformers_lab.train.step import make_train_step
 
@@ -391,7 +391,7 @@ def test_powernorm_goes_on_from_a_checkpoint(tmp_path):
                 loop.run(here, progress=lambda step, total, metrics: seen.append(step), stop=lambda: bool(seen))
             assert checkpoint.steps(configs.folder(here)) == [2]
         loop.run(here, resume=name == "halves")
-        job = loop.prepare(here, configs.folder(here))
+        job = jobs.prepare(here, configs.folder(here))
         state, _ = checkpoint.restore(configs.folder(here), job.target(), job.about)
         leaves = checkpoint.named_leaves(state)
         ends.append({name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()})

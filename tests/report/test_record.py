@@ -20,7 +20,7 @@ from xformers_lab.compare import run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import ran_out_of_memory
 from xformers_lab.report import html, human, pages, sheet, table
-from xformers_lab.train import decoding, loop
+from xformers_lab.train import decoding, failures, loop, trained
 
 TINY = {"task": "copy", "seq_len": 16, "dim": 16, "layers": 1, "batch": 4, "steps": 3, "eval_batches": 1}
 
@@ -100,18 +100,18 @@ def unknown(row: dict) -> set[str]:
 
 def test_what_training_evaluation_and_a_comparison_write_is_in_the_schema(tmp_path):
     config = edit(Config(), **TINY, runs=str(tmp_path))
-    trained = loop.run(config)
-    scored = loop.evaluate(configs.folder(config))
-    row = run.row(config, trained, ["dim"])
-    assert unknown(trained) == unknown(scored) == unknown(row) == set()
+    done = loop.run(config)
+    scored = trained.evaluate(configs.folder(config))
+    row = run.row(config, done, ["dim"])
+    assert unknown(done) == unknown(scored) == unknown(row) == set()
     assert row.keys() >= set(record.blank("compare")) and row["dim"] == 16
-    assert json.loads((configs.folder(config) / "result.json").read_text()) == trained
-    with pytest.raises(loop.Diverged) as diverged:
+    assert json.loads((configs.folder(config) / "result.json").read_text()) == done
+    with pytest.raises(failures.Diverged) as diverged:
         loop.run(edit(config, lr=1e30, steps=12, clip=0, optimizer="sgd"))
     assert unknown(diverged.value.record) == set() and diverged.value.record["status"] in record.SETTLED
     # A row of a diverged run has the keys of one that went well, but for what is scored and timed after its last step.
     after = {"split", "computation", "aux", "wrong", "maps", "eval_tokens_per_second", *decoding.FIGURES}
-    assert trained.keys() - diverged.value.record.keys() == after
+    assert done.keys() - diverged.value.record.keys() == after
 
 
 def test_what_a_bench_writes_is_in_the_schema():

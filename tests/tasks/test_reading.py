@@ -21,7 +21,7 @@ from xformers_lab import spec
 from xformers_lab.errors import UsageError
 from xformers_lab.tasks import SPLITS, Setting
 from xformers_lab.tasks._reading import compressed, names
-from xformers_lab.train import loop
+from xformers_lab.train import jobs
 
 
 def build(text: str, length: int = 32, batch: int = 4):
@@ -815,7 +815,7 @@ def test_how_data_were_read_is_no_part_of_what_identifies_them(tmp_path):
     task = build(f"lm:path={put(tmp_path, FILES)}", 8)
     other = build(f"lm:path={put(tmp_path, {'notes.txt': 'mine'})}", 8)
     assert task.describe()["reading"] != other.describe()["reading"]
-    assert loop._fingerprint(task) == loop._fingerprint(other)
+    assert jobs.fingerprint(task) == jobs.fingerprint(other)
 
 
 def test_generated_tasks_read_nothing():

@@ -21,7 +21,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.tasks import Batch, Setting, Task
-from xformers_lab.train import checkpoint, evaluation, loop, records
+from xformers_lab.train import checkpoint, evaluation, failures, loop, records, trained
 from xformers_lab.train.evaluation import DRAWN, UNIT, WATCHED
 
 # Only `batch`, like any task of a user's own; a split can be spoilt, and a training loss made to blow up.
@@ -212,11 +212,11 @@ def test_the_figures_of_a_run_are_those_of_the_whole_split(choices, tmp_path):
     assert records_of[0]["loss"] == pytest.approx(float(task.loss(logits, batch)[0]) / 45, rel=1e-5)
     # The same again from the checkpoint, and a part of another split.
     folder = records_of[0]["run_dir"]
-    again = loop.evaluate(folder)
+    again = trained.evaluate(folder)
     assert all(
         again[key] == records_of[0][key] for key in ("loss", "metric", "examples", "examples_of", "majority", "step")
     )
-    part = loop.evaluate(folder, split="train", batches=2)
+    part = trained.evaluate(folder, split="train", batches=2)
     assert (part["examples"], part["examples_of"]) == (64, 2000)
     low, high = part["metric_interval"]
     assert low < part["metric"] < high
@@ -252,7 +252,7 @@ ON_DEVICES = """
 import json, sys
 import jax
 from xformers_lab.config import Config, edit
-from xformers_lab.train import loop
+from xformers_lab.train import failures, loop, trained
 
 task, runs = sys.argv[1:]
 small = edit(Config(), task=task, seq_len=16, dim=16, layers=1, batch=16, lr=0.0, steps=1, ffn="hash:experts=8")
@@ -369,17 +369,17 @@ def test_the_training_loss_is_the_tasks(choices, tmp_path):
 def test_what_is_no_number_is_not_ok(choices, tmp_path, monkeypatch, split, spoilt, message):
     monkeypatch.setenv(split, spoilt)
     config = tiny(choices["own"], tmp_path, eval_every=2)
-    with pytest.raises(loop.Diverged, match=message):
+    with pytest.raises(failures.Diverged, match=message):
         loop.run(config)
     record: Any = records.read_json(configs.folder(config) / "result.json")
     assert record["status"] == "nan" and message in record["reason"] and record["metric"] is None
     assert f"kept as the checkpoint of step {record['step']}" in record["reason"]
     assert checkpoint.steps(configs.folder(config)) == [record["step"]]
-    with pytest.raises(loop.Diverged, match="as stored"):
+    with pytest.raises(failures.Diverged, match="as stored"):
         loop.resume(configs.folder(config))
     if split != "TRAIN":
-        with pytest.raises(loop.Diverged, match=message.partition(" after")[0]):
-            loop.evaluate(configs.folder(config), split=split.lower())
+        with pytest.raises(failures.Diverged, match=message.partition(" after")[0]):
+            trained.evaluate(configs.folder(config), split=split.lower())
 
 
 @pytest.mark.parametrize("changes", [{"save_every": 1}, {}, {"steps": 3}, {"optimizer": "adamw"}], ids=str)
@@ -387,12 +387,12 @@ def test_parameters_stay_finite_where_the_loss_was(choices, tmp_path, changes):
     """The first loss and gradient are finite, the update is not: no such parameters are kept, and the run has a row."""
     huge = {"lr": 1e39, "weight_decay": 1e30, "schedule": "constant", "warmup": 0, "optimizer": "sgd", "steps": 30}
     config = tiny(choices["own"], tmp_path, **(huge | changes))
-    with pytest.raises(loop.Diverged, match=r"non-finite at step 1 |no step of 3") as caught:
+    with pytest.raises(failures.Diverged, match=r"non-finite at step 1 |no step of 3") as caught:
         loop.run(config)
     folder = configs.folder(config)
     assert caught.value.record == records.read_json(folder / "result.json") and caught.value.record["status"] == "nan"
     assert records.read(folder)[0]["loss"] is not None and records.read(folder)[0]["skipped"]
-    _, task, model = loop.load(folder)
+    _, task, model = trained.load(folder)
     begun = build_model(config, task)
     for one, other in zip(*(jax.tree.leaves(nnx.state(each, nnx.Param)) for each in (model, begun)), strict=True):
         np.testing.assert_array_equal(one, other)

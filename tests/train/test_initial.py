@@ -15,12 +15,12 @@ from xformers_lab.cli import main
 from xformers_lab.config import edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task
-from xformers_lab.train import checkpoint, initial, loop, records
+from xformers_lab.train import checkpoint, initial, jobs, loop, records, trained
 from xformers_lab.train.state import init
 
 
 def first_state(config):
-    job = loop.prepare(config, configs.folder(config))
+    job = jobs.prepare(config, configs.folder(config))
     job.run_dir.mkdir(parents=True)
     return loop._start(job, False, False)[0]
 
@@ -52,7 +52,7 @@ def test_the_same_model_begins_where_the_other_ended(source, stored, tmp_path, c
 
 def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     config = tiny("copy:symbols=5", tmp_path, init=str(source), seq_len=32)
-    fresh = leaves_of(init(edit(config, init=None), build_task(config), loop.prepare(config, tmp_path).tx))
+    fresh = leaves_of(init(edit(config, init=None), build_task(config), jobs.prepare(config, tmp_path).tx))
     state = leaves_of(first_state(config))
     token, place = "params.embedding.embedding", "params.position.table"
     np.testing.assert_array_equal(state[token], stored[token][:6])
@@ -60,7 +60,7 @@ def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     np.testing.assert_array_equal(state[place][16:], fresh[place][16:])
     np.testing.assert_array_equal(state["params.head.kernel"], fresh["params.head.kernel"])
     assert not np.array_equal(state["params.head.kernel"], stored["params.head.kernel"][:, :6])
-    kept = records.read_json(configs.folder(config) / loop.INITIALISED) or {}
+    kept = records.read_json(configs.folder(config) / initial.INITIALISED) or {}
     assert kept["cut"] == {token: [6, 6], place: [16, 32]}
     assert kept["fresh"] == ["params.head.bias", "params.head.kernel"] and kept["run"] == str(source)
     assert kept["taken"] + 4 == len(state)
@@ -77,7 +77,7 @@ def test_a_run_on_from_it_keeps_what_it_began_with_and_does_not_look_again(sourc
     record = loop.resume(folder)
     assert record["status"] == "ok" and record["initialised"]["fresh"] == []
     assert record["initialised"]["checkpoint"] == named_run.parts(str(config.init))[1]
-    assert loop.evaluate(folder)["loss"] == record["loss"]
+    assert trained.evaluate(folder)["loss"] == record["loss"]
     assert "initialised" not in json.loads((source / "result.json").read_text())
 
 
@@ -141,7 +141,7 @@ def test_another_head_and_kind_take_the_rest(source, tmp_path):
     config = tiny("listops", tmp_path, init=str(source), model="encoder")
     matched = initial.match(config, build_task(config))
     assert matched.fresh == ["params.head.bias", "params.head.kernel"] and "params.embedding.embedding" in matched.cut
-    state = init(config, build_task(config), loop.prepare(config, tmp_path).tx)
+    state = init(config, build_task(config), jobs.prepare(config, tmp_path).tx)
     taken = initial.take(matched, state)
     assert jax.tree.structure(taken) == jax.tree.structure(state)
     for field in dataclasses.fields(state):

@@ -16,20 +16,20 @@ from xformers_lab.config import edit
 from xformers_lab.errors import UsageError
 from xformers_lab.memory import Remembered
 from xformers_lab.model import build_model, build_task
-from xformers_lab.train import lengths, loop
+from xformers_lab.train import jobs, lengths, loop, scoring, trained
 from xformers_lab.train.state import init
 
 
 def untrained(task: str = "copy", **changes):
     """A job at its first state."""
     config = tiny(task, **({"position": "none"} | changes))
-    job = loop.prepare(config, configs.folder(config))
+    job = jobs.prepare(config, configs.folder(config))
     return job, job.layout.place_state(init(config, job.task, job.tx))
 
 
 def scored(job, state, length: int):
-    other, there = loop._at(job, length)
-    return loop._score(there, loop._moved(other, there, state), "test", 1, None, lambda: 0, lambda what: None)
+    other, there = scoring.at(job, length)
+    return scoring.score(there, scoring.moved(other, there, state), "test", 1, None, lambda: 0, lambda what: None)
 
 
 def shapes(config):
@@ -48,7 +48,7 @@ def test_the_record_has_the_lengths_asked_for(run):
     folder, record = run
     assert [row["seq_len"] for row in record["by_length"]] == [8, 32]
     for row in record["by_length"]:
-        again = loop.evaluate(folder, length=row["seq_len"])
+        again = trained.evaluate(folder, length=row["seq_len"])
         assert {key: again[key] for key in row} == row
         assert math.isfinite(row["loss"]) and row["examples"] == 32
     assert json.loads((folder / "result.json").read_text())["by_length"] == record["by_length"]
@@ -56,7 +56,7 @@ def test_the_record_has_the_lengths_asked_for(run):
 
 def test_the_trained_length_scores_as_ever(run):
     folder, record = run
-    assert loop.evaluate(folder, length=16)["loss"] == record["loss"] == loop.evaluate(folder)["loss"]
+    assert trained.evaluate(folder, length=16)["loss"] == record["loss"] == trained.evaluate(folder)["loss"]
 
 
 def test_eval_is_a_command(run, capsys):
@@ -101,7 +101,7 @@ def test_which_examples_are_scored_does_not_depend_on_the_batch():
     batches = {}
     for batch in (9, 2):
         job, state = untrained(batch=batch)
-        _, there = loop._at(job, 48)
+        _, there = scoring.at(job, 48)
         batches[there.config.train.batch] = scored(job, state, 48).loss
     assert sorted(batches) == [1, 3] and batches[1] == pytest.approx(batches[3], abs=1e-5)
 
@@ -123,8 +123,8 @@ def test_every_position_goes_beyond_its_length_or_says_why_not(position):
 def test_a_shorter_sequence_takes_the_first_rows(position):
     """As the model for the longer ones scores it, of which it is the beginning."""
     job, state = untrained(position=position)
-    other, there = loop._at(job, 8)
-    moved = loop._moved(other, there, state)
+    other, there = scoring.at(job, 8)
+    moved = scoring.moved(other, there, state)
     model = nnx.merge(there.graph, moved.params, moved.extra, moved.memory)
     whole = nnx.merge(job.graph, state.params, state.extra, state.memory)
     inputs = job.task.batch("test", 0).inputs
@@ -152,7 +152,7 @@ def test_every_attention_has_the_same_parameters_at_twice_the_length_or_is_refus
 
 def test_what_a_choice_makes_of_the_length_is_told(caplog):
     job, _ = untrained(attention="strided", seq_len=16)
-    other, _ = loop._at(job, 36)
+    other, _ = scoring.at(job, 36)
     assert other.changed == {"attention.stride": [4, 6]}
     assert "seq_len=36: attention.stride is 6, trained with 4" in caplog.text
     said = lengths.at(edit(job.config, attention="strided:stride=4"), job.task, 36)
@@ -205,8 +205,8 @@ def test_what_is_remembered_begins_empty_at_another_length(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("".join(f"{number} bottles of beer on the wall.\n" for number in range(900)))
     job, state = untrained(f"lm:path={book}", position="rope", batch=4, memory="xl")
-    other, there = loop._at(job, 32)
-    moved = loop._moved(other, there, state)
+    other, there = scoring.at(job, 32)
+    moved = scoring.moved(other, there, state)
     assert there.config.train.batch == 4  # it decides what is remembered
     assert all(not leaf.any() for leaf in jax.tree.leaves(moved.memory)) and jax.tree.leaves(moved.memory)
     assert math.isfinite(scored(job, state, 32).loss)

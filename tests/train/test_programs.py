@@ -14,7 +14,7 @@ from test_train_devices import COUNTING
 from xformers_lab import config as configs
 from xformers_lab.config import edit
 from xformers_lab.model import build_task
-from xformers_lab.train import loop, programs
+from xformers_lab.train import jobs, loop, programs
 from xformers_lab.train.state import structure
 
 # Its loss has a number of the seed's in it.
@@ -43,8 +43,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def compilations(monkeypatch):
     """Of whole programs: a list that grows with each of them."""
     programs.forget()
-    made, compile_ = [], loop.compile_train_step
-    monkeypatch.setattr(loop, "compile_train_step", lambda *args: made.append(args) or compile_(*args))
+    made, compile_ = [], jobs.compile_train_step
+    monkeypatch.setattr(jobs, "compile_train_step", lambda *args: made.append(args) or compile_(*args))
     yield made
     programs.forget()
 
@@ -111,7 +111,7 @@ def test_what_decides_a_program_is_compiled_apart(folder, tmp_path):
 
     def program(**changes):
         config = edit(tiny(str(folder / "uneven.py"), tmp_path), **changes)
-        return loop.prepare(config, tmp_path).program
+        return jobs.prepare(config, tmp_path).program
 
     programs.forget()
     assert program() is program(seed=1, lr=1.0) is program(eval_every=2, eval_batches=3)
@@ -131,7 +131,7 @@ def test_what_decides_a_program_is_compiled_apart(folder, tmp_path):
 def test_only_the_last_are_kept(folder, tmp_path, monkeypatch):
     programs.forget()
     monkeypatch.setattr(programs, "MOST", 3)
-    of = lambda dim: loop.prepare(tiny(str(folder / "uneven.py"), tmp_path, dim=dim), tmp_path).program
+    of = lambda dim: jobs.prepare(tiny(str(folder / "uneven.py"), tmp_path, dim=dim), tmp_path).program
     first, second = of(2), of(4)
     for dim in range(6, 2 * programs.MOST + 4, 2):
         assert of(2) is first  # used, so it is none of the oldest

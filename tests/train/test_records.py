@@ -18,7 +18,7 @@ from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError
 from xformers_lab.record import broken, sealed
 from xformers_lab.report import patterns
-from xformers_lab.train import checkpoint, loop, records
+from xformers_lab.train import checkpoint, loop, records, settled, trained
 
 SAME = ("loss", "metric", "validation", "steps")
 
@@ -76,9 +76,9 @@ def test_a_run_that_ended_and_lost_its_checkpoints_says_so(done):
     shutil.rmtree(done / "checkpoints")
     assert loop.resume(done)["status"] == "ok"  # its record
     with pytest.raises(UsageError, match=r"holds no checkpoint; xlab resume .* --from-scratch makes one"):
-        loop.evaluate(done)
+        trained.evaluate(done)
     loop.resume(done, from_scratch=True)
-    assert loop.evaluate(done)["step"] == 6
+    assert trained.evaluate(done)["step"] == 6
 
 
 def test_train_says_that_it_starts_again(half, caplog):
@@ -184,7 +184,7 @@ def test_a_result_cannot_stand_for_anothers(done, tmp_path):
     (folder / "result.json").write_text(json.dumps(record))
     assert grid.stored(other) is None
     with pytest.raises(IntegrityError, match="seal does not match"):
-        loop.settled(folder, lambda: pytest.fail("it is refused before"))
+        settled.record(folder, lambda: pytest.fail("it is refused before"))
 
 
 @pytest.mark.parametrize("change", [{"metric": 1.0}, {"loss": 0.0}, {"curve": []}, {"tokens_per_second": 1e9}])
@@ -213,7 +213,7 @@ def test_a_seal_is_of_the_content_and_not_of_its_form(finished):
 
 def test_a_folder_under_another_runs_name_is_refused(half):
     renamed = half.rename(half.with_name("0123456789ab"))
-    for use in (loop.resume, loop.evaluate, loop.load):
+    for use in (loop.resume, trained.evaluate, trained.load):
         with pytest.raises(IntegrityError, match="has the id of another run for its name"):
             use(renamed)
     assert loop.resume(renamed.rename(half.with_name("the best one")))["status"] == "ok"
@@ -245,12 +245,12 @@ def test_code_that_changed_since_it_was_trained_is_not_run(tmp_path):
     config = copying(tmp_path / "runs", attention=str(path))
     loop.run(config)
     folder = configs.folder(config)
-    assert loop.evaluate(folder)["step"] == 6  # what was trained is trusted
+    assert trained.evaluate(folder)["step"] == 6  # what was trained is trusted
     assert json.loads((folder / "sources.json").read_text()).keys() == {str(path)}
     marker = tmp_path / "it ran"
     path.write_text(EVIL.format(marker=str(marker)))
     script = "import sys; from xformers_lab.cli import main; sys.exit(main(sys.argv[1:]))"
-    for use in (loop.resume, loop.evaluate, loop.load):
+    for use in (loop.resume, trained.evaluate, trained.load):
         with pytest.raises(UsageError, match=r"mine.py, which changed since: look at what it is, then --trust"):
             use(folder)
     command = [sys.executable, "-c", script, "eval", str(folder)]
@@ -284,7 +284,7 @@ def test_a_file_that_names_code_runs_none(half, evil, monkeypatch, choice):
     )
     tree = fill(choice)
     (half / "config.json").write_text(json.dumps(tree))
-    for use in (loop.resume, loop.evaluate, loop.load):
+    for use in (loop.resume, trained.evaluate, trained.load):
         with pytest.raises(UsageError, match=r"mine.py(/.)?, of which no source is stored"):
             use(half)
     with pytest.raises(UsageError, match=r"names code outside the package .*mine.py.*--trust"):

@@ -14,7 +14,7 @@ from test_train_devices import COUNTING
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, UsageError
-from xformers_lab.train import checkpoint, loop, records
+from xformers_lab.train import checkpoint, jobs, loop, records
 
 # Sends a signal to its own process while it makes the batch of a step: "9 7" kills at batch 7 of the training split.
 STRIKE = """
@@ -51,7 +51,7 @@ def whole(words, tmp_path_factory) -> tuple[dict, dict]:
 def arrays(config: Config) -> dict:
     """Every array of the last checkpoint: parameters, optimizer, other variables, counters."""
     folder = configs.folder(config)
-    job = loop.prepare(config, folder)
+    job = jobs.prepare(config, folder)
     state, step = checkpoint.restore(folder, job.target(), job.about)
     assert step == config.train.steps
     return {name: np.asarray(leaf).tobytes() for name, leaf in checkpoint.named_leaves(state).items()}

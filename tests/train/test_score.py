@@ -11,7 +11,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task, check_config
-from xformers_lab.train import loop, records
+from xformers_lab.train import loop, records, trained
 
 # Looks at the test split from within the batch of a step of training, by a way of its own.
 PEEKING = TASK.replace("class Uneven", "class Peeking").replace("        rng = np", "        {peek}\n        rng = np")
@@ -39,10 +39,12 @@ def test_a_run_says_on_which_split_it_is_scored(task_file, tmp_path, capsys):
     assert [on_validation["loss"], on_validation["metric"]] == on_validation["validation"][-1][1:]
     assert on_test["id"] != on_validation["id"]
     folder = on_validation["run_dir"]
-    assert loop.evaluate(folder)["split"] == "validation" and loop.evaluate(folder)["loss"] == on_validation["loss"]
-    assert loop.evaluate(on_test["run_dir"])["split"] == "test"
+    assert (
+        trained.evaluate(folder)["split"] == "validation" and trained.evaluate(folder)["loss"] == on_validation["loss"]
+    )
+    assert trained.evaluate(on_test["run_dir"])["split"] == "test"
     with pytest.raises(UsageError, match=REFUSED):
-        loop.evaluate(folder, split="test")
+        trained.evaluate(folder, split="test")
     assert main(["eval", folder, "--split", "test"]) == 2 and REFUSED in capsys.readouterr().err
     assert main(["eval", folder, "--json"]) == 0 and json.loads(capsys.readouterr().out)["split"] == "validation"
 

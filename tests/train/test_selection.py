@@ -14,7 +14,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task, check_config
-from xformers_lab.train import checkpoint, loop, optimizer, selection
+from xformers_lab.train import checkpoint, jobs, loop, optimizer, selection, trained
 from xformers_lab.train.state import init
 
 # So fast that it overshoots: the best of its validations is not the last.
@@ -44,7 +44,7 @@ def whole(task_file, tmp_path_factory) -> dict:
 def saved(folder) -> dict:
     """Every array of the last checkpoint."""
     config = configs.stored(pathlib.Path(folder) / "config.json", trust=True)
-    job = loop.prepare(config, pathlib.Path(folder))
+    job = jobs.prepare(config, pathlib.Path(folder))
     kept, _ = checkpoint.restore(pathlib.Path(folder), job.target(), job.about)
     return {name: np.asarray(leaf).tobytes() for name, leaf in checkpoint.named_leaves(kept).items()}
 
@@ -59,12 +59,12 @@ def test_the_record_is_of_the_best_validation(whole):
 
 def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
     folder = whole["run_dir"]
-    scored = loop.evaluate(folder)
+    scored = trained.evaluate(folder)
     assert (scored["metric"], scored["loss"], scored["step"]) == (whole["metric"], whole["loss"], whole["step"])
     words = f"select=best: the parameters are those of step {whole['step']}, the best validation, of 8"
     assert words in caplog.text
     arrays = saved(folder)
-    _, _, model = loop.load(folder)
+    _, _, model = trained.load(folder)
     of = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     for name, leaf in checkpoint.named_leaves(of).items():
         assert np.asarray(leaf).tobytes() == arrays[f"best.params.{name}"]
@@ -92,7 +92,7 @@ def test_before_a_validation_the_last_saved_counts(task_file, tmp_path, caplog):
     with pytest.raises(loop.Interrupted):
         loop.run(config, progress=progress, stop=lambda: len(seen) >= 2)
     step = checkpoint.steps(configs.folder(config))[-1]
-    assert loop.evaluate(configs.folder(config))["step"] == step
+    assert trained.evaluate(configs.folder(config))["step"] == step
     assert "the last one saved, for nothing is validated yet" in caplog.text
 
 

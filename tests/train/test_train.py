@@ -16,7 +16,7 @@ from xformers_lab import config as configs
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
-from xformers_lab.train import checkpoint, loop, optimizer, prefetch, records
+from xformers_lab.train import checkpoint, failures, loop, optimizer, prefetch, records, trained
 from xformers_lab.train.layout import layout_of, sharing
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
@@ -178,9 +178,9 @@ def test_a_run_leaves_its_record(task_file, tmp_path, monkeypatch):
 
     # A second call computes nothing; scoring the checkpoint again gives the record's own figures.
     assert loop.run(config, progress=lambda *_: pytest.fail("trained again")) == record
-    scored = loop.evaluate(folder)
+    scored = trained.evaluate(folder)
     assert (scored["loss"], scored["metric"], scored["step"]) == (record["loss"], record["metric"], 6)
-    assert loop.evaluate(folder, split="train", batches=1)["loss"] != record["loss"]
+    assert trained.evaluate(folder, split="train", batches=1)["loss"] != record["loss"]
 
 
 def _model(config: Config):
@@ -198,7 +198,7 @@ def test_a_run_that_stays_non_finite_fails(task_file, tmp_path, monkeypatch):
     monkeypatch.setenv("SPOIL", ",".join(map(str, range(3, 40))))
     flat = {"schedule": "constant", "warmup": 0}
     config = tiny(task_file, tmp_path, steps=40, **flat)
-    with pytest.raises(loop.Diverged, match="non-finite at step 4 ") as caught:
+    with pytest.raises(failures.Diverged, match="non-finite at step 4 ") as caught:
         loop.run(config)
     assert caught.value.exit_code == 3
     record = json.loads((configs.folder(config) / "result.json").read_text())
@@ -208,8 +208,8 @@ def test_a_run_that_stays_non_finite_fails(task_file, tmp_path, monkeypatch):
     (step,) = checkpoint.steps(configs.folder(config))
     assert f"kept as the checkpoint of step {step}" in record["reason"]
     before = loop.run(tiny(task_file, tmp_path, steps=3, **flat))
-    assert loop.evaluate(configs.folder(config))["loss"] == pytest.approx(before["loss"])
-    with pytest.raises(loop.Diverged, match="as stored"):
+    assert trained.evaluate(configs.folder(config))["loss"] == pytest.approx(before["loss"])
+    with pytest.raises(failures.Diverged, match="as stored"):
         loop.run(config, progress=lambda *_: pytest.fail("trained again"))
 
 

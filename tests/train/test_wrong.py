@@ -10,7 +10,7 @@ from test_train import tiny
 from xformers_lab.config import edit
 from xformers_lab.model import build_task
 from xformers_lab.tasks import Batch, Setting, Task
-from xformers_lab.train import loop
+from xformers_lab.train import loop, trained
 from xformers_lab.train.wrong import GAP, LONGEST, MOST, Wrong, cut
 
 
@@ -68,7 +68,7 @@ def test_a_run_keeps_them(task, tmp_path):
     config = tiny(task, tmp_path, steps=2, eval_batches=2, batch=12)
     record = loop.run(config)
     assert json.loads(json.dumps(record["wrong"])) == record["wrong"] and 0 < len(record["wrong"]) <= MOST
-    _, own, model = loop.load(record["run_dir"])
+    _, own, model = trained.load(record["run_dir"])
     batch = build_task(edit(config, batch=32)).batch("test", 0)
     valid = None if batch.valid is None else jnp.asarray(batch.valid)
     logits = model(jnp.asarray(batch.inputs), valid=valid)[0]

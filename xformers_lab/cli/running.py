@@ -72,7 +72,7 @@ def _eval(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     from xformers_lab import progress
     from xformers_lab.report import pages
-    from xformers_lab.train import loop
+    from xformers_lab.train import trained
 
     if chosen.beams is None and chosen.texts is not None:
         raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
@@ -80,10 +80,10 @@ def _eval(chosen: argparse.Namespace) -> int:
     if len(lengths) > 1:
         if chosen.beams is not None:
             raise UsageError("--beams: texts are generated at one length; give one seq_len, or none")
-        rows = loop.evaluate_at(folder, lengths, **options)
+        rows = trained.evaluate_at(folder, lengths, **options)
         return answer(chosen, rows, lambda: pages.print_lengths(rows))
     options |= _set(chosen, ("beams", "texts"))
-    record = loop.evaluate(folder, length=lengths[0] if lengths else None, **options)
+    record = trained.evaluate(folder, length=lengths[0] if lengths else None, **options)
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -101,7 +101,7 @@ def _lengths(words: list[str]) -> list[int]:
 def _generate(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     from xformers_lab import generate, progress
-    from xformers_lab.train import loop
+    from xformers_lab.train import trained
 
     drawing, searching = _set(chosen, DRAWING), _set(chosen, SEARCHING)
     if chosen.beams is not None and drawing:
@@ -110,7 +110,7 @@ def _generate(chosen: argparse.Namespace) -> int:
         raise UsageError(f"{_flags(searching)}: it is of beam search; give --beams, or leave it out")
     seed = drawing.pop("seed", 0)
     sampling = generate.Sampling(**drawing)
-    config, task, model = loop.load(folder, trust=chosen.trust)
+    config, task, model = trained.load(folder, trust=chosen.trust)
     try:
         encoded = [task.encode(prompt) for prompt in chosen.prompt]
         stops = [task.encode(text) for text in chosen.stop or ()]

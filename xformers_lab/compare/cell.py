@@ -16,7 +16,7 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     cell = configs.from_dict(config)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task, check_config
-    from xformers_lab.train import initial, layout, lengths, loop
+    from xformers_lab.train import initial, jobs, layout, lengths, settled
 
     reading: list[str] = []
     with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
@@ -25,12 +25,12 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     try:
         task = check_config(cell)
         lengths.check(cell, task)
-        if loop.settled(configs.folder(cell), lambda: task) is None:
+        if settled.record(configs.folder(cell), lambda: task) is None:
             initial.check(cell, task)
             if cell.train.layout == "jit":
                 layout.layout_of(cell)
             else:  # whether it can be depends on the model
-                loop.prepare(cell, configs.folder(cell))
+                jobs.prepare(cell, configs.folder(cell))
         for choice in spec.split(cell.model.attention, "+") if kit else ():
             if reason := _refusal(choice, tell):
                 return {"status": "refused", "reason": reason}
@@ -49,7 +49,7 @@ def train(tell: Tell, config: dict, track: Sequence[str] = ()) -> dict:
     """The record of one cell, which trackers may show; a cell that cannot be trained gives a record that says why, one
     that another process trains HELD. Raises Interrupted."""
     cell = configs.from_dict(config)
-    from xformers_lab.train import loop, work
+    from xformers_lab.train import failures, loop, work
 
     try:
         with work.tracked(tell, cell, configs.folder(cell), track) as followers:
@@ -58,7 +58,7 @@ def train(tell: Tell, config: dict, track: Sequence[str] = ()) -> dict:
         return record
     except loop.Interrupted:
         raise
-    except loop.Diverged as error:
+    except failures.Diverged as error:
         return error.record
     except InUse as error:
         return {"status": HELD, "reason": str(error)}

@@ -64,10 +64,10 @@ def measure(tell: Tell, cells: list[dict], rounds: int) -> list[dict[str, Any]]:
 
 def _step(config: Config):
     """A call that takes one step, and what is known of the program."""
-    from xformers_lab.train import evaluation, loop
+    from xformers_lab.train import evaluation, jobs
     from xformers_lab.train.state import init
 
-    job = loop.prepare(config, configs.folder(config))
+    job = jobs.prepare(config, configs.folder(config))
     state = init(config, job.task, job.tx)
     compiled = job.compiled(state)
     held = [job.layout.place_state(state)]

@@ -1,6 +1,7 @@
 """Attention maps of one test example, for the record of a run whose maps are small enough to keep."""
 
 import logging
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -8,11 +9,29 @@ import numpy as np
 from xformers_lab.errors import LabError, in_words
 from xformers_lab.measure import maps
 from xformers_lab.model import Model
+from xformers_lab.model._transformer import Transformer
 from xformers_lab.tasks import Batch, Task
+from xformers_lab.train import evaluation
+from xformers_lab.train.jobs import Job
+from xformers_lab.train.state import TrainState, merge
 
 LONGEST = 64  # tokens
 MOST = 65_536  # weights of all layers and heads
 log = logging.getLogger(__name__)
+
+
+def of_run(job: Job, state: TrainState, doing: Callable[[str], None]) -> dict | None:
+    """The maps of the first example that a run is scored on; None where a record has no room for them."""
+    size = job.config.model
+    if jax.tree.leaves(state.memory) or not small(job.config.seq_len, size.layers, size.heads):
+        return None
+    params, extra = jax.tree.map(np.asarray, jax.device_get((state.params, state.extra)))  # as one device holds them
+    model = merge(job.graph, params, extra, state.memory)
+    if not isinstance(model, Transformer) or model.source:
+        return None
+    doing("drawing attention maps")
+    sample = evaluation.sample(job.task, job.rebuilt, job.config.train.score, 1, None, job.segments)
+    return of_example(model, job.task, sample.batch(0))
 
 
 def small(length: int, layers: int, heads: int) -> bool:
@@ -39,11 +58,6 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict | None:
         return None
     texts = map(str, range(T)) if task.channels else (_text(task, int(token)) for token in inputs[0])
     return maps.drawn(found, list(texts))  # numbers have no text, so each is called by its place
-
-
-def on_host(tree):
-    """Arrays as one device holds them."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
 def _text(task: Task, token: int) -> str:

@@ -24,6 +24,7 @@ from xformers_lab.tasks import Task
 from xformers_lab.train import checkpoint
 from xformers_lab.train.state import TrainState, split
 
+INITIALISED = "initialised.json"  # of the folder of a run that began with another's parameters: which these were
 SHOWN = 6  # fresh parameters that a line names; the record has all
 _PARTS = ("params", "extra")
 
