@@ -6,6 +6,7 @@ Each phase leaves what it found in files, so that the same words go on where an 
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ Bar = Callable[[str, int], contextlib.AbstractContextManager[Cells]]
 """bar(what, total): progress of so many cells, called by what is done with them."""
 
 FEW = 8  # runs: a probe before no more than these would say little sooner than they do
-SHARED = 32  # programs that a worker keeps, so that what the probe compiled need not be compiled again
 UNREACHED = {"status": "interrupted", "reason": "not reached before the interruption"}
 
 
@@ -63,6 +63,7 @@ class Conductor:
         self.worker, self.bar, self.announce = worker, bar, announce
         self.notes: list[str] = []
         self.ended: dict[Config, dict] = {}  # records of cells that will not train, by their origin
+        self.began = time.monotonic()
         more = [options.baselines, options.ranges, options.budget]
         self.kept: Kept = kept([cell.origin for cell in self.cells], asked, more)
 
@@ -188,7 +189,7 @@ class Conductor:
         runs = self._runs()
         left = [one for one in runs if run.stored(one) is None]
         probes: dict[str, Any] = {}
-        cheap = len(left) > FEW and len(study.variants(self._open())) <= SHARED
+        cheap = len(left) > FEW and len(study.variants(self._open())) <= probe.SHARED
         if equal or self.options.budget is not None or cheap:
             probes = self._probe(probe.ROUNDS if equal else 1)
         if equal:
@@ -199,15 +200,15 @@ class Conductor:
             left = [one for one in self._runs() if run.stored(one) is None]
         self._say(left, probes)
 
-    def _runs(self) -> list[Config]:
-        """Every run that the study has, tuning as far as its first grid, each once; of tuned values the shared ones
-        stand for those that are not known yet."""
+    def _runs(self, *, widened: bool = False) -> list[Config]:
+        """Every run that the study has, tuning as far as its first grid, or `widened` on one side, each once; of tuned
+        values the shared ones stand for those that are not known yet."""
         cells = self._open()
         finals = [cell.config for cell in cells]
-        return list(dict.fromkeys([*self._trials(cells), *finals, *(finals if self.tuning else [])]))
+        return list(dict.fromkeys([*self._trials(cells, widened=widened), *finals]))
 
-    def _trials(self, cells: Sequence[Cell]) -> list[Config]:
-        """The runs of the first grid of every knob."""
+    def _trials(self, cells: Sequence[Cell], *, widened: bool = False) -> list[Config]:
+        """The runs of the first grid of every knob, or of one that is `widened` on one side."""
         found = []
         for variant in study.variants(cells).values() if self.tuning else ():
             assert self.tuning is not None
@@ -215,7 +216,9 @@ class Conductor:
             if self.kept.get("tuned", self._program(cell)) is not None:
                 continue
             for knob in self.tuning.knobs:
-                values = tune.spaced(knob, configs.get(cell.config, knob), self.tuning.points)
+                shared, points = configs.get(cell.config, knob), self.tuning.points
+                values = tune.spaced(knob, shared, points)
+                values += tune.beyond(knob, shared, points, low=True, high=False) if widened else []
                 found += [one for value in values for one in self._trial(cell, {knob: value})]
         return found
 
@@ -276,7 +279,8 @@ class Conductor:
         assert budget is not None
         share = self.kept.get("budget", "share")
         if share is None:
-            share = probe.cut(budget, *probe.estimate(self._runs(), *self._keyed(probes)))
+            spent = time.monotonic() - self.began
+            share = probe.cut(budget, spent, *probe.estimate(self._runs(widened=True), *self._keyed(probes)))
             self.kept.put("budget", "share", share)
         if share < 1:
             before = sorted({cell.config.train.steps for cell in self._open()})

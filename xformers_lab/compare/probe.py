@@ -13,7 +13,9 @@ from xformers_lab.supervise.worker import Tell
 ROUNDS = 5  # of steps that equal time is taken from
 APART = 1.0  # seconds of a run beside its steps, its evaluations and its compiler: first weights, files
 SCORING = 1 / 3  # of the time of a training step for as many examples: the forward pass alone
-SCORER = 0.5  # of the compile time of a training step: the compile time of an evaluation
+SCORER = 0.5  # of the compile time of a training step: the compile time of an evaluation, and that of decoding
+SHARED = 32  # programs that a worker keeps, so that what the probe compiled need not be compiled again
+DECODING = 1.0  # seconds of timing the decoding, which runs that are scored on the test split have
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -84,7 +86,7 @@ def _step(config: Config):
 def estimate(runs: Sequence[Config], probes: Mapping[Config, Mapping], program) -> tuple[float, float]:
     """(seconds that the steps of all runs take, seconds of all else) from the probe of each program, where
     program(run) is its key; a program that did not run counts as nothing."""
-    stepping, apart = 0.0, 0.0
+    stepping, apart, compiling = 0.0, 0.0, 0.0
     compiled = set()
     for run in runs:
         probe = probes.get(program(run), {})
@@ -93,21 +95,24 @@ def estimate(runs: Sequence[Config], probes: Mapping[Config, Mapping], program) 
         stepping += run.train.steps * probe["step_seconds"]
         scorings = 1 + (run.train.steps // run.train.eval_every if run.train.eval_every else 0)
         batches = math.ceil(probe["examples"] / run.train.batch)
-        apart += APART + scorings * batches * probe["step_seconds"] * SCORING
+        decoding = run.train.score == "test"
+        apart += APART + decoding * DECODING + scorings * batches * probe["step_seconds"] * SCORING
         if program(run) not in compiled:
             compiled.add(program(run))
-            apart += probe["compile_seconds"] * (1 + SCORER)
-    return stepping, apart
+            compiling += probe["compile_seconds"]
+    kept = len(compiled) <= SHARED
+    return stepping, apart + compiling * (2 * SCORER + (not kept))
 
 
-def cut(budget: float, stepping: float, apart: float) -> float:
-    """The share of its steps that every run keeps so that all fits into a budget, 1 where it fits as it is; raises
-    UsageError where not even what is no step fits."""
-    if stepping + apart <= budget:
+def cut(budget: float, spent: float, stepping: float, apart: float) -> float:
+    """The share of its steps that every run keeps so that all fits into a budget, of which some seconds are spent, 1
+    where it fits as it is; raises UsageError where not even what is no step fits."""
+    fixed = spent + apart
+    if stepping + fixed <= budget:
         return 1.0
-    if apart >= budget:
+    if fixed >= budget:
         raise UsageError(
-            f"--budget {spoken(budget)}: compiling and scoring alone take about {spoken(apart)}; name fewer cells, or "
-            "a longer time"
+            f"--budget {spoken(budget)}: checking, compiling and scoring alone take about {spoken(fixed)}; name fewer "
+            "cells, or a longer time"
         )
-    return (budget - apart) / stepping
+    return (budget - fixed) / stepping
