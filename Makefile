@@ -18,7 +18,8 @@ test: $(READY)  ## set up and run what is quick and decisive: every choice, ever
 test-rest: $(READY)  ## what `make test` leaves out: whole kits, other implementations' numbers, default compiler flags
 	$(PYTEST) -m "full and not slow"
 
-test-all: test test-rest  ## both
+test-all: $(READY)  ## both in one go; what is there in brief and whole, whole alone
+	$(PYTEST) -m "not brief and not slow"
 
 test-peers: $(READY)  ## golden tests against the other implementations themselves, run live (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)

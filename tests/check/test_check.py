@@ -22,6 +22,7 @@ from xformers_lab.model import check_config
 from xformers_lab.report import pages
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("name", spec.names("attention"))
 def test_shelf_at_one_shape(name):
     """Value, gradients, no leak of the future or of padding, decoding: what decides, in seconds."""

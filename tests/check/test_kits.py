@@ -17,6 +17,7 @@ KITS = [shelf for shelf in run.kits() if shelf != "attention"]
 CHOICES = [(shelf, name) for shelf in KITS for name in spec.names(shelf)]
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("shelf, name", CHOICES)
 def test_shelf_in_brief(shelf, name):
     """No leak of the future or of padding, decoding: what decides, in seconds."""
