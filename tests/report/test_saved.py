@@ -79,6 +79,7 @@ def test_what_is_no_comparison_is_refused_in_one_line(report, text, words):
     assert code == 2 and words in said and len(said.strip().splitlines()) == 1 and len(said) < 400
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["row", "config"])
 def test_no_odd_value_ends_in_a_traceback(report, tmp_path, where):
     """Each is refused with its place, or is drawn with all others that are not."""

@@ -1,6 +1,7 @@
 """Attention maps in the record of a run."""
 
 import numpy as np
+import pytest
 from test_train import tiny
 
 from xformers_lab.train import example_maps, loop
@@ -16,6 +17,7 @@ def test_a_small_run_has_maps_of_its_first_example(tmp_path):
     assert kept["tokens"][0] == "0" and len(kept["tokens"]) == 16
 
 
+@pytest.mark.full
 def test_what_is_no_mean_of_values_leaves_the_run_as_it_is(tmp_path):
     record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope", attention="gla"))
     assert record["status"] == "ok" and "maps" not in record

@@ -66,6 +66,7 @@ def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     assert kept["taken"] + 4 == len(state)
 
 
+@pytest.mark.full
 def test_a_run_on_from_it_keeps_what_it_began_with_and_does_not_look_again(source, tmp_path):
     moved = tmp_path / "source"
     shutil.copytree(source, moved)

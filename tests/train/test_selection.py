@@ -57,6 +57,7 @@ def test_the_record_is_of_the_best_validation(whole):
     assert whole["config"]["train"]["select"] == "best"
 
 
+@pytest.mark.full
 def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
     folder = whole["run_dir"]
     scored = trained.evaluate(folder)
@@ -74,6 +75,7 @@ def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
     assert json.loads(out.out)["step"] == whole["step"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("after", [4, *(pytest.param(after, marks=pytest.mark.full) for after in (1, 2, 7))])
 def test_interrupted_and_resumed_it_is_the_same(task_file, whole, tmp_path, after):
     config, seen = tiny(task_file, tmp_path, **FAST), []
