@@ -72,7 +72,7 @@ def at(config: Config, task: Task, length: int) -> Other:
     remembers = bool(jax.tree.leaves(nnx.state(trained, Remembered)))
     there = _resized(config, length, remembers)
     other = check_config(there)
-    for name in ("vocab", "outputs", "target"):
+    for name in ("vocab", "outputs", "target", "tokenizer"):
         if getattr(task, name) != getattr(other, name):
             was, now = getattr(task, name), getattr(other, name)
             raise UsageError(f"{where}: task {spec.parse(config.task).name} has {name}={now} there, trained with {was}")
