@@ -229,6 +229,19 @@ def test_ticks_are_round_few_and_inside(low, high):
         assert all(low <= mark <= high for mark in marks)
 
 
+def test_a_narrow_binary_axis_has_two_ticks_all_the_same():
+    assert plot.log_ticks(36.0, 69.0, binary=True) == [48.0, 64.0] and plot.log_ticks(32.0, 64.0, True) == [32.0, 64.0]
+    assert plot.log_ticks(33.0, 47.0, binary=True) == [40.0]
+
+
+def test_a_guess_is_called_by_what_it_does():
+    cells = [cell(task="lm", metric=4.0 + n, seed=n, data={"unigram": 4.851}) for n in (0, 1)]
+    group = rows.groups(cells, KEYS)[0]
+    assert charts._guess_words(group, 4.851).startswith("tokens by how often") and "chance" in charts._guess_words(
+        group, 8
+    )
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 4.0), (1.23, 1.24), (0.0, 3e8), (2.0, 2.0)])
 def test_ticks_are_equally_far_apart(low, high):
     marks = plot.ticks(low, high)

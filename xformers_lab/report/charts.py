@@ -22,6 +22,12 @@ COSTS = (("seconds_median",), ("memory",), ("flops_per_token", "flops"), ("compu
 # How the axis of a figure writes its numbers; what spans orders of magnitude has a logarithmic one.
 LOGARITHMIC: tuple[Form, ...] = ("count", "duration", "size")
 ROLES = ("variant", "baseline", "range")
+# What a guess does, by the name of its score.
+GUESSES = {
+    "chance": "chance",
+    "majority": "always the most frequent class",
+    "unigram": "tokens by how often each comes in the training texts",
+}
 DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
 
 
@@ -733,7 +739,7 @@ def _tip(item: Item) -> str:
 
 
 def _guess_words(group: rows.Group, level: float) -> str:
-    what = "chance" if level == human.number(group.first("chance")) else "always the most frequent class"
+    what = next((GUESSES[name] for name, score in group.guesses.items() if score == level), "chance")
     return f"{what}, {human.score(level)}"
 
 

@@ -155,10 +155,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, binary: bool = False) -> list[float]:
-    """At most six round numbers on a logarithmic axis: powers of two, or as many of each decade as have room."""
+    """At most six round numbers on a logarithmic axis: powers of two, quarters between them where there is but one, or
+    as many of each decade as have room."""
     if binary:
-        marks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-        marks = [mark for mark in marks if low <= mark <= high]
+        octaves = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+        marks = []
+        for parts in ((1,), (1, 1.5), (1, 1.25, 1.5, 1.75)):
+            marks = [mark for k in octaves for part in parts if low <= (mark := part * 2.0**k) <= high]
+            if len(marks) > 1:
+                break
         return marks[:: max(1, math.ceil(len(marks) / 6))]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = []
