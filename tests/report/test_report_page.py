@@ -17,6 +17,8 @@ from report_rows import ATTENTIONS, HOSTILE, KEYS, PAYLOAD, bench, cell, failed,
 from xformers_lab.cli import main
 from xformers_lab.errors import UsageError
 from xformers_lab.report import charts, figures, html, human, maps, patterns, plot, rows, summary
+from xformers_lab.report.charts import curves, pareto
+from xformers_lab.report.charts.parts import guess_words
 from xformers_lab.report.plot import Band, Dot, Front, Line, Rule
 
 
@@ -77,7 +79,7 @@ def test_computation_is_a_cost_where_variants_differ_in_it():
 )
 def test_the_front_is_what_no_other_beats_in_both(better, kept):
     points = [(2, 0.7), (1, 0.5), (3, 0.7), (4, 0.9), (5, 0.6), (1, 0.4 if better > 0 else 0.6), (3, 0.4)]
-    front = charts.front(points, better)
+    front = pareto.front(points, better)
     assert front == kept
     for cost, value in points:  # by definition
         beaten = any(
@@ -161,10 +163,10 @@ def test_learning_curves_are_over_steps_tokens_and_seconds():
 
 
 def test_smoothing_keeps_what_is_level_and_follows_what_is_not():
-    assert charts.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert curves.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
     rough = [1.0 if at % 2 else 3.0 for at in range(100)]
-    assert max(abs(value - 2) for value in charts.smoothed(rough)[40:]) < 0.5
-    assert charts.smoothed([5.0, 1.0])[0] == 5.0 and charts.smoothed([]) == []
+    assert max(abs(value - 2) for value in curves.smoothed(rough)[40:]) < 0.5
+    assert curves.smoothed([5.0, 1.0])[0] == 5.0 and curves.smoothed([]) == []
 
 
 def test_tuning_is_drawn_with_its_best_and_its_edge():
@@ -237,9 +239,7 @@ def test_a_narrow_binary_axis_has_two_ticks_all_the_same():
 def test_a_guess_is_called_by_what_it_does():
     cells = [cell(task="lm", metric=4.0 + n, seed=n, data={"unigram": 4.851}) for n in (0, 1)]
     group = rows.groups(cells, KEYS)[0]
-    assert charts._guess_words(group, 4.851).startswith("tokens by how often") and "chance" in charts._guess_words(
-        group, 8
-    )
+    assert guess_words(group, 4.851).startswith("tokens by how often") and "chance" in guess_words(group, 8)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 4.0), (1.23, 1.24), (0.0, 3e8), (2.0, 2.0)])
