@@ -308,7 +308,7 @@ def test_a_report_draws_the_plane_of_the_image(tmp_path, drawn):
     cell = {"config": to_dict(config(tmp_path, drawn, attention="axial", model="encoder")), "plane": [ROWS, COLUMNS]}
     row, column = np.divmod(np.arange(24), COLUMNS)
     expected = drawing.path((row[:, None] == row) | (column[:, None] == column))
-    assert [figure["path"] for figure in patterns.figures([cell])] == [expected]
+    assert [figure.path for figure in patterns.figures([cell])] == [expected]
 
 
 @pytest.mark.full

@@ -138,6 +138,26 @@ def test_a_run_without_a_checkpoint_cannot_be_begun_from(tmp_path):
         tiny("reverse", init=str(tmp_path))
 
 
+def test_between_texts_and_other_inputs_no_table_of_tokens_is_taken(source, tmp_path):
+    rows = [f'{{"text": "{at} {"ab"[at % 2]}", "label": {at % 2}}}' for at in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    config = tiny(f"text:path={tmp_path / 'rows.jsonl'}", tmp_path, init=str(source), model="decoder")
+    matched = initial.match(config, build_task(config))
+    assert "params.embedding.embedding" in matched.fresh and not matched.cut
+    assert any(name.startswith("params.stack") for name in matched.taken)
+
+
+@pytest.mark.parametrize("theirs", ["bytes", "300 subwords 0123456789ab from 1 on"])
+def test_texts_of_another_tokenizer_are_refused(source, tmp_path, theirs):
+    config = tiny("mlm", tmp_path, init=str(source))
+    task = build_task(tiny("copy", tmp_path))
+    task.tokenizer = "bytes from 1 on"
+    with pytest.raises(UsageError, match=f"init=.* tokens of {theirs}, those of task mlm are of bytes from 1 on"):
+        initial._same_tokens(config, {"tokenizer": theirs}, task)
+    assert initial._same_tokens(config, {"tokenizer": task.tokenizer}, task)
+    assert not initial._same_tokens(config, {"tokenizer": ""}, task)
+
+
 def test_another_head_and_kind_take_the_rest(source, tmp_path):
     config = tiny("listops", tmp_path, init=str(source), model="encoder")
     matched = initial.match(config, build_task(config))

@@ -165,6 +165,16 @@ def test_what_a_choice_makes_of_the_length_is_told(caplog):
     assert said.changed == {} and said.said() is None
 
 
+def test_what_an_attention_says_it_makes_of_the_length_is_told():
+    """The cosine of cosformer has a period of four lengths; its other features do not go by the length."""
+    config = tiny("copy", position="none", attention="linear:features=cosformer")
+    other = lengths.at(config, build_task(config), 32)
+    assert other.changed == {"attention.period": [64, 128]}
+    assert "attention.period is 128, trained with 64" in (other.said() or "")
+    config = edit(config, attention="linear")
+    assert lengths.at(config, build_task(config), 32).said() is None
+
+
 OWN = """
 import numpy as np
 from xformers_lab.tasks import Batch, Task

@@ -1,13 +1,15 @@
-"""Every chart of a comparison as files for papers: SVG and PDF, one for each choice a reader of the page has."""
+"""Every picture of a comparison as files for papers, SVG and PDF: charts, one for each choice a reader of the page has,
+attention maps and patterns."""
 
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 
 from xformers_lab import files
 from xformers_lab.errors import UsageError
 from xformers_lab.record import Record, figures
-from xformers_lab.report import charts, plot, rows
+from xformers_lab.report import charts, maps, patterns, plot, rows
 
 # Letters of a file's name without its ending.
 MOST = 100
@@ -16,7 +18,8 @@ MOST = 100
 def write_figures(
     cells: Sequence[dict], varied_keys: Sequence[str], folder: pathlib.Path | str, schema: type[Record] = Record
 ) -> list[pathlib.Path]:
-    """Write each plot as SVG and as PDF, named by what it shows, the task and what was chosen; -> the paths, in order.
+    """Write each picture as SVG and as PDF, named by what it shows, the task and what was chosen; -> the paths, in
+    order.
 
     Raises UsageError where vl-convert, which makes the PDFs, is missing, and OSError where a file cannot be written.
     """
@@ -28,6 +31,13 @@ def write_figures(
     names = [look.name for look in looks]
     folder.mkdir(parents=True, exist_ok=True)
     written: list[pathlib.Path] = []
+
+    def write(words: Sequence[str], text: str) -> None:
+        path = _free(folder, slug(words), written)
+        files.replace_text(path, text)
+        path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
+        written.extend([path, path.with_suffix(".pdf")])
+
     for group in rows.groups(cells, varied_keys):
         for chart in charts.of_group(group, names, varied_keys, figures(schema)):
             for pane in chart.panes:
@@ -35,11 +45,13 @@ def write_figures(
                     at = chart.options(pane)
                     words = [chart.title, group.title, *at, *([drawn.x.title] if chart.wide else [])]
                     title = " · ".join(filter(None, [chart.title, group.title, *at]))
-                    path = _free(folder, slug(words), written)
-                    text = plot.file(drawn, looks, title)
-                    files.replace_text(path, text)
-                    path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
-                    written += [path, path.with_suffix(".pdf")]
+                    write(words, plot.file(drawn, looks, title))
+        weights = maps.of_group(group, names, varied_keys, budget=sys.maxsize)
+        for shown in weights.shown if weights else ():
+            words = ["Attention maps", group.title, shown.name]
+            write(words, maps.file(shown, " · ".join(filter(None, words))))
+    for figure in patterns.figures(cells):
+        write(["Pattern", figure.name], patterns.file(figure))
     return written
 
 
