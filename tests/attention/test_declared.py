@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from xformers_lab import catalogue, spec
 from xformers_lab.attention import Attention, Complexity
+from xformers_lab.attention._base.refusals import NO_MASK
+from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
 # Refuses nearly everything, no causality, one way, keys alone; options that decide; nothing.
@@ -82,6 +86,7 @@ def test_a_page_puts_what_is_declared_between_formula_and_notes():
         "Not causal: every output is a sum over all positions.",
         "Not cross: one sequence is transformed; there are no queries to another.",
         "No bias: it has no scores.",
+        "Not packed: it mixes positions, and has no mask between documents.",
     ]
     assert paragraphs[3].startswith("Padding is zeros to the transform")
 
@@ -91,11 +96,39 @@ def test_what_an_option_decides_is_refused_with_that_option_alone():
     assert built("reformer:across=chunk").refusals() == {
         "cross": "queries are the keys",
         "causal": "which tokens share a chunk depends on later ones",
+        "documents": NO_MASK,
     }
-    assert not built("rfa").refusals() and built("rfa:gate=learned").refusals().keys() == {"bidirectional"}
+    assert built("rfa").refusals().keys() == {"documents"}
+    assert built("rfa:gate=learned").refusals().keys() == {"bidirectional", "documents"}
     page = catalogue.page("reformer:across=chunk", ["seq_len=16"])
     assert "Not causal: which tokens share a chunk depends on later ones." in page["about"]
     assert not page["can"]["causal"] and not page["can"]["decode"]
+
+
+def test_documents_are_kept_apart_by_what_says_so_and_by_no_subclass_that_computes_something_else():
+    full = spec.entry("attention", "full")
+
+    class Renamed(full):
+        """The same."""
+
+    class Mixing(full):
+        """More than its base class computes."""
+
+        def attend_heads(self, call):
+            return super().attend_heads(call)
+
+    class Forgetful(full):
+        """Another head, which has no place for documents."""
+
+        def attend(self, q, k, v, *, valid=None, causal, bias=None):
+            return v
+
+    assert full.accepts("documents") and Renamed.accepts("documents")
+    assert not Mixing.accepts("documents") and not Forgetful.accepts("documents")
+    refused = Forgetful(built("full").size, rngs=nnx.Rngs(0))
+    x = jnp.zeros((1, refused.size.length, refused.size.dim))
+    with pytest.raises(Refused, match="forgetful cannot keep the documents of packed data apart"):
+        refused(x, documents=jnp.zeros(x.shape[:2], jnp.int32))
 
 
 def test_a_subclass_inherits_what_it_does_not_declare():
