@@ -195,8 +195,12 @@ class _WithoutTest(Task):
 
 
 def without_test(task: Task) -> Task:
-    """The same task, which from now on raises UsageError wherever its test split is asked for."""
+    """The same task, which from now on raises UsageError wherever its test split is asked for, and so do the tasks
+    that it reads from."""
     own = type(task)
+    for inner in vars(task).values():
+        if isinstance(inner, Task):
+            without_test(inner)
     task.__class__ = type(own.__name__, (_WithoutTest, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     return task
 

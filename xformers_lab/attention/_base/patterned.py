@@ -48,6 +48,10 @@ class Patterned(OneHead):
         super().__init__(size, rngs=rngs)
         self.pattern = pattern
 
+    def of_length(self):
+        first = self.pattern[0] if isinstance(self.pattern, tuple) else self.pattern
+        return {"random_blocks_of": first.drawn_among} if first.drawn_among else {}
+
     def seen(self, causal: bool, head: int = 0) -> Pattern:
         pattern = self.pattern[head] if isinstance(self.pattern, tuple) else self.pattern
         if not causal:
