@@ -113,13 +113,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _keys(study: bool) -> str:
     """The grammar of words, and every key with its default and help; study: those of a study first."""
-    of_study = ["keys of the whole study:", *_listed(configs.STUDY), ""] if study else []
-    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES)])
-
-
-def _listed(leaves: dict) -> list[str]:
-    lines = []
-    for name, (_, field, _) in leaves.items():
-        default = f"{name}={configs.spec.show(field.default)}"
-        lines.append(f"  {default:{ITEM - 3}s} {field.metadata['help']}")
-    return lines
+    listed = lambda leaves: configs.help_lines(leaves, ITEM - 3)
+    of_study = ["keys of the whole study:", *listed(configs.STUDY), ""] if study else []
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES)])
