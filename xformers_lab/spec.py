@@ -141,12 +141,19 @@ def entry(shelf: str, name: str, where: str = "") -> Any:
     where = where or f"{shelf}={name}"
     module = _module(shelf, name, where)
     plain = module.__name__.rpartition(".")[2] if not _is_file(name) else pathlib.Path(name).stem
-    wanted = plain.replace("_", "").replace("-", "").lower()
+    if (named := named_like(module, plain)) is not None:
+        return named
+    camel = "".join(part.capitalize() for part in re.split("[_-]", plain))
+    raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
+
+
+def named_like(module: types.ModuleType, name: str) -> Any:
+    """The class or function of a module that is called like its file, MyAttention in my_attention.py; None without."""
+    wanted = name.replace("_", "").replace("-", "").lower()
     for attribute, value in vars(module).items():
         if attribute.replace("_", "").lower() == wanted and callable(value):
             return value
-    camel = "".join(part.capitalize() for part in re.split("[_-]", plain))
-    raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
+    return None
 
 
 def home(text: str) -> tuple[str, str]:
