@@ -344,6 +344,16 @@ def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
     return path
 
 
+def writable(path: pathlib.Path, where: str) -> pathlib.Path:
+    """The same path; raises UsageError where no file can be written to it."""
+    if path.is_dir():
+        raise UsageError(f"{where}: a folder is there; name a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{where}: {above} is no folder")
+    return path
+
+
 def show(value: Any) -> str:
     """The text that `coerce` reads back as `value`."""
     if isinstance(value, (tuple, list)):

@@ -1,13 +1,15 @@
 """`import xformers_lab as xl`: light, the same whatever was imported before, and told by help()."""
 
+import importlib.util
 import inspect
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 import xformers_lab as xl
-from xformers_lab import config
+from xformers_lab import config, progress
 
 NAMES = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
 LIGHT = """
@@ -55,3 +57,11 @@ def test_help_is_enough_to_work_from(name):
     if any(parameter.name == "keys" for parameter in parameters):
         study = name == "compare"
         assert all(f"  {key}=" in text for key in (*config.KEYS, *(config.STUDY if study else ())))
+
+
+def test_progress_is_live_where_something_can_draw_it(monkeypatch):
+    notebook, pipe = Console(force_jupyter=True), Console(force_terminal=False, force_jupyter=False)
+    for there, live in ((object(), True), (None, False)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there)
+        assert progress.live(notebook) is live  # rich draws it with ipywidgets, and warns without
+        assert not progress.live(pipe) and progress.live(Console(force_terminal=True, force_jupyter=False))

@@ -78,7 +78,7 @@ def test_what_cannot_be_written_down_is_one_clear_error(tmp_path):
     with pytest.raises(UsageError, match=r"Typed: its source is not to be had; put the class into a file"):
         own.choice(plain["Typed"], tmp_path)
     with pytest.raises(UsageError, match="options have names"):
-        own.choice(functools.partial(Halving, 3), tmp_path)
+        own.choice(functools.partial(halved, 3), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written there"):
         own.choice(Halving, tmp_path / "file")
@@ -89,10 +89,12 @@ def test_a_class_in_a_function_takes_along_what_is_around_it(tmp_path):
 
     class Inner(Local):
         def attend(self, q, k, v, **how):
-            return factor * super().attend(q, k, v, **how)
+            return jnp.multiply(factor, super().attend(q, k, v, **how))
 
     text = pathlib.Path(own.choice(Inner, tmp_path)).read_text()
-    assert text.startswith("from xformers_lab.attention.local import Local\n\nfactor = 3\n\nclass Inner(Local):")
+    assert text.startswith(
+        "from xformers_lab.attention.local import Local\nimport jax.numpy as jnp\n\nfactor = 3\n\nclass Inner(Local):"
+    )
 
 
 def test_a_class_of_the_package_is_its_name_and_one_of_a_file_its_file(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """A run from Python is the run of the command, and has what the commands say of it."""
 
+import io
 import json
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,13 +33,11 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        ask = lambda self, what, heard=None, stall=None, limit=None, **given: perform(what, Tell(QUIET), **given)
+        ask = lambda self, what, heard=None, stall=None, limit=None, **given: perform(
+            what, Tell(io.StringIO()), **given
+        )
         patch.setattr(Worker, "ask", ask)
         return xl.train(TINY, attention="linear", runs=folder)
-
-
-class QUIET:
-    write = flush = staticmethod(lambda *args: None)
 
 
 def test_it_is_the_run_of_the_command(trained, runs, capsys, inline):
@@ -141,10 +142,9 @@ def test_a_stopped_run_goes_on(runs, monkeypatch, inline):
 
 
 def test_an_untrained_model_and_the_catalogue():
-    model, task = xl.build(TINY, attention="linear")
-    inputs = task.batch("train", 0).inputs
-    import jax.numpy as jnp
-
+    built = xl.build(TINY, attention="linear")
+    model: Any = built.model
+    inputs = built.task.batch("train", 0).inputs
     np.testing.assert_array_equal(model(inputs)[0], model(jnp.asarray(inputs))[0])
     with pytest.raises(UsageError, match="not divisible"):
         xl.build(TINY, dim=15)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import signal
+from typing import Any
 
 import pytest
 
@@ -84,12 +85,14 @@ def test_an_interrupt_gives_what_was_reached(monkeypatch, capsys, interrupts):
 
 
 def test_a_study_from_python_is_refused_as_from_the_command_line():
-    for keys, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({}, "compare what"),
         ({"tune": "dim"}, "tune"),
+        ({"task": "copy", "report": pathlib.Path.cwd()}, "report=.*: a folder is there"),
         ({"task": "copy", "budget": "long"}, "a time is a number and its unit"),
         ({"task": "copy", "track": ["nothing"]}, 'no tracker "nothing"'),
-    ):
+    ]
+    for keys, message in refused:
         with pytest.raises(UsageError, match=message):
             xl.compare(**keys)
     with pytest.raises(UsageError, match='passes="backward": '):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from xformers_lab import config as configs
+from xformers_lab import spec
 from xformers_lab.api import arguments, supervised
 from xformers_lab.api.table import COSTS, Table
 from xformers_lab.errors import UsageError, nearest
@@ -78,6 +79,7 @@ def compare(
     if not what and not keys:
         raise UsageError('compare what? For example: xl.compare(task="copy", attention=["full", "linear"])')
     items = arguments.items(what, keys)
+    page = _page(report)
     grid, varied, asked = configs.study(items, trust=trust)
     from xformers_lab.compare import probe, study
     from xformers_lab.compare.conduct import Options
@@ -96,7 +98,7 @@ def compare(
     command = shlex.join(["xlab", "compare", *configs.spelled(items), *(flag for flag in flags if flags[flag])])
     table = conducted(study.cells(grid), varied, asked, options, command, quiet=quiet)
     saved = table.save(grid[0].runs)
-    table.report(report or saved.parent / "report.html")
+    table.report(page or saved.parent / "report.html")
     _end(table, quiet)
     return table
 
@@ -163,13 +165,13 @@ def bench(
         raise UsageError(f'passes="{passes}": {nearest(str(passes), PASSES, "passes")}')
     if rounds < 1:
         raise UsageError(f"rounds={rounds}: at least 1")
-    items = arguments.items(what, keys)
+    page, items = _page(report), arguments.items(what, keys)
     flags = ["--rounds", str(rounds), "--pass", passes, *([] if check else ["--no-check"])]
     command = shlex.join(["xlab", "bench", *configs.spelled(items), *flags])
     how = {"rounds": rounds, "passes": passes, "check": check, "trust": trust, "quiet": quiet}
     table = timed(items, command, **how)
-    if report is not None:
-        table.report(report)
+    if page is not None:
+        table.report(page)
     _end(table, quiet)
     return table
 
@@ -196,6 +198,11 @@ def timed(
     with process.Worker(notice=process.ENDS) as worker, telling as tell:
         rows = measured.bench(cells, worker, progress=tell, **how)
     return Table(rows, [*varied, "pass"], command, interrupted=worker.stopped, title=COSTS)
+
+
+def _page(report: pathlib.Path | str | None) -> pathlib.Path | None:
+    """Where a page is asked for; what cannot be written is refused before anything runs."""
+    return None if report is None else spec.writable(spec.located(report, f"report={report}"), f"report={report}")
 
 
 def _end(table: Table, quiet: bool) -> None:

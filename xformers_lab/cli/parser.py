@@ -57,11 +57,7 @@ def locate(chosen: argparse.Namespace) -> None:
         if argument.path == "folder" and path.is_file():
             raise UsageError(f"{argument.shown} {text}: a file is there; name a folder")
         if argument.path == "file":
-            if path.is_dir():
-                raise UsageError(f"{argument.shown} {text}: a folder is there; name a file")
-            above = next(folder for folder in path.absolute().parents if folder.exists())
-            if not above.is_dir():
-                raise UsageError(f"{argument.shown} {text}: {above} is no folder")
+            configs.spec.writable(path, f"{argument.shown} {text}")
         setattr(chosen, argument.attribute, str(path))
 
 
