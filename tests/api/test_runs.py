@@ -33,9 +33,8 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        ask = lambda self, what, heard=None, stall=None, limit=None, **given: perform(
-            what, Tell(io.StringIO()), **given
-        )
+        tell = Tell(io.StringIO())
+        ask = lambda self, what, heard=None, stall=None, limit=None, **given: perform(what, tell, **given)
         patch.setattr(Worker, "ask", ask)
         return xl.train(TINY, attention="linear", runs=folder)
 

@@ -54,11 +54,14 @@ def test_the_report_is_a_page_and_the_rows_are_kept(compared, tmp_path):
         compared.report(tmp_path)
 
 
-def test_what_is_shown_is_what_the_command_prints(compared):
+def test_what_is_shown_is_what_the_command_prints(compared, monkeypatch):
     page = io.StringIO()
     table.print_rows(compared.rows, VARIED, Console(file=page, width=160))
     plain = repr(compared)
     assert plain == f"{page.getvalue().rstrip()}\nnote: a note" and "\x1b" not in plain
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # where a console shows itself, whatever its file
+    assert repr(compared) == plain
+    monkeypatch.undo()
     shown = Console(file=io.StringIO(), record=True, width=100, force_terminal=True)
     shown.print(compared)
     text = shown.export_text()
