@@ -71,7 +71,7 @@ def test_the_kept_file_stands_alone(tmp_path):
 
 
 def test_what_cannot_be_written_down_is_one_clear_error(tmp_path):
-    with pytest.raises(UsageError, match=r"Odd: it uses ODD, a object, .*put the class into a file called odd\.py"):
+    with pytest.raises(UsageError, match=r"uses ODD, of type object, .*put the class into a file called odd\.py"):
         own.choice(Odd, tmp_path)
     plain: dict[str, Any] = {"__name__": "__main__"}
     exec("class Typed:\n    def attend(self):\n        pass\n", plain)  # as at a plain prompt
@@ -130,30 +130,31 @@ def notebook(monkeypatch):
 
 def test_a_class_of_a_notebook_cell(notebook, tmp_path):
     notebook(1, "import jax.numpy as jnp\nfrom jax import Array\nfrom xformers_lab.attention.local import Local\n")
-    notebook(2, "FACTOR = 2\ndef doubled(x: Array) -> Array:\n    return jnp.asarray(FACTOR * x)\n")
+    notebook(2, "FACTORS = {'b': {'zz', 'a', 'mm'}, 'a': (1, float('inf'), [None])}")
+    notebook(3, "def doubled(x: Array) -> Array:\n    return jnp.asarray(FACTORS['a'][0] * x)\n")
     cell = """
         class CellAttention(Local):
             def attend(self, q, k, v, **how):
                 return doubled(super().attend(q, k, v, **how))
         """
-    first = own.choice(notebook(3, cell).CellAttention, tmp_path)
+    first = own.choice(notebook(4, cell).CellAttention, tmp_path)
     assert pathlib.Path(first).read_text() == textwrap.dedent("""\
         from jax import Array
         from xformers_lab.attention.local import Local
         import jax.numpy as jnp
 
-        FACTOR = 2
+        FACTORS = {'b': {'a', 'mm', 'zz'}, 'a': (1, float("inf"), [None])}
 
         def doubled(x: Array) -> Array:
-            return jnp.asarray(FACTOR * x)
+            return jnp.asarray(FACTORS['a'][0] * x)
 
         class CellAttention(Local):
             def attend(self, q, k, v, **how):
                 return doubled(super().attend(q, k, v, **how))
         """)
     assert runpy.run_path(first)["CellAttention"] is not vars(sys.modules["__main__"])["CellAttention"]
-    notebook(4, "FACTOR = 3")  # another value is another source, and so another run
-    second = own.choice(notebook(5, cell).CellAttention, tmp_path)
-    assert second != first and "FACTOR = 3" in pathlib.Path(second).read_text()
+    notebook(5, "FACTORS = {'a': (3,)}")  # another value is another source, and so another run
+    second = own.choice(notebook(6, cell).CellAttention, tmp_path)
+    assert second != first and "FACTORS = {'a': (3,)}" in pathlib.Path(second).read_text()
     ids = [configs.identity(configs.edit(configs.Config(), attention=path)) for path in (first, second)]
     assert ids[0] != ids[1]

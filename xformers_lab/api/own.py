@@ -12,11 +12,13 @@ import hashlib
 import importlib.util
 import inspect
 import linecache
+import math
 import pathlib
 import re
 import symtable
 import sys
 import textwrap
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -55,12 +57,13 @@ def choice(value: Any, folder: pathlib.Path) -> str:
 
 def _name(value: Any, folder: pathlib.Path) -> str:
     """A name on a shelf, a dotted module, or a path."""
-    last = value.__module__.rpartition(".")[2]
-    if value.__module__.startswith(f"{PACKAGE}."):
+    module = value.__module__ or ""
+    last = module.rpartition(".")[2]
+    if module.startswith(f"{PACKAGE}."):
         for shelf in spec.SHELVES:
             if last in spec.names(shelf) and spec.entry(shelf, last) is value:
                 return last
-    home = sys.modules.get(value.__module__)
+    home = sys.modules.get(module)
     file = pathlib.Path(getattr(home, "__file__", None) or "")
     its_own = file.suffix == ".py" and home is not None and spec.named_like(home, file.stem) is value
     if home is not None and its_own and home.__name__ != "__main__":
@@ -111,7 +114,7 @@ def _define(value: Any, imports: dict[str, None], parts: dict[str, str]) -> bool
     """Add what a definition uses, then itself; -> whether any of them has postponed annotations."""
     name = called(value)
     definition = _definition(value)
-    around = vars(sys.modules[value.__module__]) | dict(definition.closed)
+    around = vars(sys.modules.get(value.__module__, builtins)) | dict(definition.closed)
     postponed = definition.postponed
     parts[name] = ""  # which uses itself, or is used by what it uses
     for used in _used(definition.text):
@@ -136,18 +139,32 @@ def _provide(
     if found := _imports(name, value, definition.source):
         imports |= dict.fromkeys(found)
         return False
-    try:
-        same = ast.literal_eval(repr(value)) == value
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        same = False
-    if not same:
-        raise _Unknown(f"it uses {name}, {_kind(value)}, which cannot be written down")
-    parts[name] = f"{name} = {value!r}\n"
+    text = _literal(value)
+    if text is None:
+        raise _Unknown(f"it uses {name}, of type {type(value).__name__}, which cannot be written down")
+    parts[name] = f"{name} = {text}\n"
     return False
 
 
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+def _literal(value: Any) -> str | None:
+    """A constant as Python has it, a set in an order that is the same in every process; None for anything else."""
+    kind = type(value)
+    if kind is float:
+        return repr(value) if math.isfinite(value) else f'float("{value}")'
+    if kind in (int, complex, bool, str, bytes, types.NoneType):
+        return repr(value)
+    if kind is dict:
+        texts = [(_literal(key), _literal(inner)) for key, inner in value.items()]
+        pairs = [f"{key}: {inner}" for key, inner in texts if key is not None and inner is not None]
+        return "{" + ", ".join(pairs) + "}" if len(pairs) == len(value) else None
+    if kind not in (list, tuple, set):
+        return None
+    inner = [text for each in value if (text := _literal(each)) is not None]
+    if len(inner) < len(value):
+        return None
+    if kind is set:
+        return "{" + ", ".join(sorted(inner)) + "}" if inner else "set()"
+    return f"[{', '.join(inner)}]" if kind is list else f"({', '.join(inner)}{',' * (len(inner) == 1)})"
 
 
 def _used(text: str) -> list[str]:
