@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from xformers_lab import catalogue, spec
+from xformers_lab import shelves, spec
 from xformers_lab.attention import Attention, Complexity
 from xformers_lab.attention._base.refusals import NO_MASK
 from xformers_lab.errors import Refused
@@ -18,14 +18,14 @@ from xformers_lab.nn.size import Size
 SOME = ("fnet", "csalr", "gla", "linformer", "full", "axial", "star")
 CAPABILITIES = """
 import json
-from xformers_lab import catalogue, spec
+from xformers_lab import shelves, spec
 from xformers_lab.attention import why_not_decode
 
 assert False, "python -OO drops this line"
 facts = {}
 for name in %r:
     kind = spec.entry("attention", name)
-    facts[name] = [kind.__doc__, catalogue._abilities(kind), dict(kind.refuses), why_not_decode(kind)]
+    facts[name] = [kind.__doc__, shelves._abilities(kind), dict(kind.refuses), why_not_decode(kind)]
 print(json.dumps(facts))
 """
 
@@ -46,14 +46,14 @@ def test_capabilities_are_the_same_without_docstrings():
     for name, (text, *rest) in json.loads(without_docstrings("-c", CAPABILITIES % (SOME,))).items():
         kind = spec.entry("attention", name)
         assert text is None
-        assert rest == [catalogue._abilities(kind), dict(kind.refuses), why_not_decode(kind)]
+        assert rest == [shelves._abilities(kind), dict(kind.refuses), why_not_decode(kind)]
 
 
 def test_the_catalogue_lists_mechanisms_without_docstrings():
     apart = ("title", "error")  # text, and what the kit found last
     rows = json.loads(without_docstrings("-m", "xformers_lab", "list", "attention", "--json"))
     plain = lambda row: {key: value for key, value in row.items() if key not in apart}
-    assert [plain(row) for row in rows] == [plain(row) for row in catalogue.shelf("attention")]
+    assert [plain(row) for row in rows] == [plain(row) for row in shelves.shelf("attention")]
     assert {row["title"] for row in rows} == {""}
 
 
@@ -70,14 +70,14 @@ def test_every_mechanism_of_the_shelf_declares_itself(name):
     kind = spec.entry("attention", name)
     assert kind.kind and kind.exact is not None and isinstance(kind.complexity, Complexity)
     assert kind.complexity.time.startswith("O(") and kind.complexity.memory.startswith("O(")
-    assert bool(kind.complexity.decoding) or not catalogue._abilities(kind)["decode"]
+    assert bool(kind.complexity.decoding) or not shelves._abilities(kind)["decode"]
     # An attribute that an option of the same name hides would tell the lab of the option.
     layer = built(name)
     assert not {"kind", "exact", "accuracy", "complexity", "refuses"} & vars(layer).keys()
 
 
 def test_a_page_puts_what_is_declared_between_formula_and_notes():
-    paragraphs = catalogue.page("fnet", ["seq_len=16"])["about"].split("\n\n")
+    paragraphs = shelves.page("fnet", ["seq_len=16"])["about"].split("\n\n")
     assert paragraphs[0].startswith("FNet, token mixing") and paragraphs[1].startswith("y = Re(F_T x F_D)")
     assert paragraphs[2].split("\n") == [
         "Kind: without attention.",
@@ -100,7 +100,7 @@ def test_what_an_option_decides_is_refused_with_that_option_alone():
     }
     assert built("rfa").refusals().keys() == {"documents"}
     assert built("rfa:gate=learned").refusals().keys() == {"bidirectional", "documents"}
-    page = catalogue.page("reformer:across=chunk", ["seq_len=16"])
+    page = shelves.page("reformer:across=chunk", ["seq_len=16"])
     assert "Not causal: which tokens share a chunk depends on later ones." in page["about"]
     assert not page["can"]["causal"] and not page["can"]["decode"]
 
@@ -138,7 +138,7 @@ def test_a_subclass_inherits_what_it_does_not_declare():
         exact = False
 
     assert Narrow.refuses == spec.entry("attention", "gla").refuses and "bidirectional" in Narrow.refuses
-    assert Narrow.kind == "linearised" and catalogue._abilities(Narrow)["nature"] == "approximate"
+    assert Narrow.kind == "linearised" and shelves._abilities(Narrow)["nature"] == "approximate"
 
 
 @pytest.mark.parametrize(

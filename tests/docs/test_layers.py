@@ -26,8 +26,9 @@ LAYERS = [
     "measure",
     "train",
     "check doctor",
-    "bench catalogue compare",
+    "bench shelves compare",
     "report",
+    "api",
     "cli",
     "__main__",
 ]
