@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 def _keys(study: bool) -> str:
     """The grammar of words, and every key with its default and help; study: those of a study first."""
     of_study = ["keys of the whole study:", *_listed(configs.STUDY), ""] if study else []
-    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES)])
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES | configs.DERIVED)])
 
 
 def _listed(leaves: dict) -> list[str]:

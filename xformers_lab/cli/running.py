@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
+from xformers_lab import named_run
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.terminal import LINES, visible
@@ -154,20 +155,12 @@ def _flags(names) -> str:
 
 
 def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:
-    """The folder named, or the newest one under --runs for `last`; raises UsageError."""
-    folder = pathlib.Path(chosen.run_dir)
-    if chosen.run_dir == "last":
-        newest_last = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not newest_last:
-            raise UsageError(f"no run in {chosen.runs} yet; run xlab train, or name its folder with --runs")
-        folder = newest_last[-1].parent
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no run there (a run's folder holds config.json)")
-    return folder
+    """The folder of the run that is named; raises UsageError."""
+    return named_run.folder(chosen.run_dir, chosen.runs)
 
 
-RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` for the newest one")
-RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
+RUN_DIR = argument("run_dir", metavar="RUN", help="its folder, its name, its id or the start of it, or `last`")
+RUNS = argument("--runs", path="folder", default=named_run.RUNS, help="the folder of the runs (default: runs)")
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
