@@ -317,6 +317,7 @@ class Record:
     initialised: Mapping = fact(
         "whose parameters it began with: run, checkpoint, step, taken (arrays), cut: {table: [rows taken, rows]}, fresh"
     )
+    extended: Mapping = fact("the shorter run that it went on from: run, id, step, steps (what that one was to take)")
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")

@@ -8,7 +8,7 @@ from xformers_lab import named_run
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.terminal import LINES, visible
-from xformers_lab.train import records, trackers
+from xformers_lab.train import labels, longer, records, trackers
 
 # What `generate` draws by, and what it searches by.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -29,12 +29,20 @@ def _resume(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
     records.refuse_if_in_use(folder)
     trackers.require(chosen.track)
-    stall = configs.stored(folder / "config.json", trust=chosen.trust).stall
+    first = configs.stored(folder / "config.json", trust=chosen.trust)
+    config, stall, title = longer.asked(first, chosen.words), first.stall, f"resuming {folder}"
+    job = {"run_dir": str(folder), "words": chosen.words}
+    if configs.identity(config) == configs.identity(first):
+        labels.write(config, folder)
+    elif chosen.from_scratch:
+        raise UsageError("--from-scratch: a longer run goes on from a checkpoint; xlab train begins at step 1")
+    else:
+        title = f"{title}, to step {config.train.steps}"
+        folder = longer.folder(folder, config)
     if chosen.stall is not None:
         stall = configs.typed("stall", chosen.stall, f"--stall {chosen.stall}")
-    job = {"stall": stall, "run_dir": str(folder), "trust": chosen.trust, "from_scratch": chosen.from_scratch}
-    job |= {"track": chosen.track}
-    return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", job)
+    job |= {"stall": stall, "trust": chosen.trust, "from_scratch": chosen.from_scratch, "track": chosen.track}
+    return _trained(chosen, title, folder, "train.work.resume", job)
 
 
 def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
@@ -161,6 +169,12 @@ def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:
 
 RUN_DIR = argument("run_dir", metavar="RUN", help="its folder, its name, its id or the start of it, or `last`")
 RUNS = argument("--runs", path="folder", default=named_run.RUNS, help="the folder of the runs (default: runs)")
+LONGER = argument(
+    "words",
+    nargs="*",
+    metavar="key=value",
+    help="steps= and warmup= of a longer run, which goes on from this one in a folder of its own; name=, tags=",
+)
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
@@ -191,8 +205,8 @@ COMMANDS = [
     Command(
         "resume",
         _resume,
-        "continue a run from its newest checkpoint",
-        [RUN_DIR, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
+        "continue a run from its newest checkpoint, steps=N beyond its last step",
+        [RUN_DIR, LONGER, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
     ),
     Command(
         "eval",

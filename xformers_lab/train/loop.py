@@ -34,7 +34,7 @@ from xformers_lab.train import (
 )
 from xformers_lab.train.failures import MEND, Diverged, OutOfMemory
 from xformers_lab.train.jobs import Job, prepare
-from xformers_lab.train.log import Log, Progress
+from xformers_lab.train.log import Log, Progress, due
 from xformers_lab.train.state import TrainState, init
 from xformers_lab.train.wrong import Wrong
 
@@ -252,7 +252,7 @@ class _Training:
         return result.write(self.job, self.state, self.compiled, self.log, self.peak, **outcome)
 
     def due(self, every: int) -> bool:
-        return self.step == self.train.steps or (every > 0 and self.step % every == 0)
+        return due(self.step, every, self.train.steps)
 
     def score(
         self,

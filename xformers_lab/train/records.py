@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -135,8 +135,13 @@ def missing(run_dir: pathlib.Path, step: int) -> str:
 def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
     """Keep the lines up to `step`, each step once -> these lines."""
     lines = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
-    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run_dir, lines)
     return lines
+
+
+def write_lines(run_dir: pathlib.Path, lines: Iterable[dict]) -> None:
+    """Have metrics.jsonl hold these lines alone."""
+    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ---- who runs, and where -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, initial, provenance, records
+from xformers_lab.train import evaluation, initial, longer, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
@@ -51,6 +51,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
         initialised=ABSENT if config.init is None else records.read_json(job.run_dir / initial.INITIALISED) or {},
+        extended=records.read_json(job.run_dir / longer.EXTENDED) or ABSENT,
         data=job.task.describe(),
         devices=job.layout.mesh.size,
         started=env.get("started"),
