@@ -6,13 +6,14 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import ablate, author, inspect, measuring, running, runs
+from xformers_lab.cli import ablate, author, inspect, measuring, running, runs, watch
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
 COMMANDS = [
     *inspect.COMMANDS,
     *running.COMMANDS,
+    *watch.COMMANDS,
     *measuring.COMMANDS,
     *ablate.COMMANDS,
     *runs.COMMANDS,

@@ -96,13 +96,17 @@ def read(run_dir: pathlib.Path) -> list[dict]:
         return []
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = []
-    for text in texts:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if _is_line(line):
-                lines.append(line)
+    lines = [line for text in texts if (line := line_of(text)) is not None]
     return sorted(lines, key=lambda line: line["step"])
+
+
+def line_of(text: str) -> dict | None:
+    """A whole line of metrics.jsonl; None for any other text."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if _is_line(line) else None
 
 
 def _is_line(line: Any) -> bool:
