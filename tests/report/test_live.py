@@ -69,7 +69,7 @@ def test_it_follows_a_run_to_its_end(folder, monkeypatch):
     said = dict(seen[2].facts())
     assert said["step"] == "6 of 400" and said["status"].startswith("running")
     assert said["speed"] == "14k tok/s", "64 x 64 tokens in the median of 0.1 and 0.5 s"
-    assert said["left"].startswith("about 1 min 58") and "left" not in dict(seen[3].facts())
+    assert said["left"] == "about 118 s" and "left" not in dict(seen[3].facts())
     assert "accuracy 0.750" in seen[3].run.summary
 
 

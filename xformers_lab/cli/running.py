@@ -49,7 +49,7 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
     """Have a worker train, and print the record."""
     records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
     from xformers_lab import progress
-    from xformers_lab.report import pages
+    from xformers_lab.report import pages, stored
     from xformers_lab.supervise.process import Ended, Worker
 
     with Worker() as worker, progress.steps(title) as step:
@@ -70,7 +70,12 @@ def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what:
             error = RunFailed(how if "xlab resume" in how else how + saved)
             error.exit_code = ended.exit_code
             raise error from None
-    return answer(chosen, record, lambda: pages.print_record(record))
+
+    def page() -> None:
+        print(visible(stored.at(folder).summary))
+        pages.print_record(record)
+
+    return answer(chosen, record, page)
 
 
 def _eval(chosen: argparse.Namespace) -> int:
