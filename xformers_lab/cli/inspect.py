@@ -5,7 +5,7 @@ import pathlib
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, Command, answer, argument
-from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.errors import UsageError
 
 # Words that say which task is shown; any other makes them a config.
 OF_TASK = {"task", "seq_len"}
@@ -72,17 +72,17 @@ def _sizes(chosen: argparse.Namespace) -> int:
     cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
     from xformers_lab import catalogue, progress
     from xformers_lab.report import listing, sizes
-    from xformers_lab.supervise.process import Ended, Worker
+    from xformers_lab.supervise.process import ENDS, Ended, Worker
 
     measured = []
-    with Worker() as worker, progress.words(quiet=chosen.json) as tell:
+    with Worker(notice=ENDS) as worker, progress.words(quiet=chosen.json) as tell:
         for cell in cells:
             tell(f"compiling {cell.task} \N{MIDDLE DOT} {cell.model.attention} \N{MIDDLE DOT} {cell.seq_len}")
             try:
                 measured.append(worker.ask("train.sizes.measure", stall=cell.stall, config=configs.to_dict(cell)))
             except Ended as ended:
                 if len(cells) == 1 or ended.status == "interrupted":
-                    raise RunFailed(ended.reason) from None
+                    raise
                 measured.append({"reason": ended.reason})
             except UsageError as error:
                 if len(cells) == 1:

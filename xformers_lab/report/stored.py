@@ -210,7 +210,7 @@ def rows(runs: Sequence[Run], varied: Sequence[str]) -> list[dict]:
         leaves = _leaves(config)
         places = {key: leaves[key] for key in dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])}
         about = {"id": run.id, "kind": "compare", "config": config, "run_dir": str(run.folder)}
-        labels = {"run_name": leaves["name"], "tags": leaves["tags"]}
+        labels = {"run_name": run.leaves["name"], "tags": run.leaves["tags"]}  # which may have changed since
         about |= {key: text for key, text in labels.items() if text}
         row = {**blank("compare"), **record, **places, **about}
         try:
