@@ -10,15 +10,17 @@ BEGAN = 1_700_000_000
 
 
 def stored(
-    runs: pathlib.Path, name: str = "", *, task="copy", attention="full", seq_len=64, seed=0, **more
+    runs: pathlib.Path, name: str = "", *, task="copy", attention="full", seq_len=64, seed=0, labels=None, **more
 ) -> pathlib.Path:
-    """The folder of one run, whose record is `more` with a seal; status=None leaves it unfinished, at step 3."""
+    """The folder of one run, whose record is `more` with a seal; status=None leaves it unfinished, at step 3.
+    labels: its `name` and `tags`."""
     count = len(list(runs.glob("*/*")))
     name = name or f"{count:012x}"
     folder = runs / task.partition(":")[0] / name
     folder.mkdir(parents=True)
     model = {"attention": attention, "dim": more.pop("dim", 64)}
     config = {"task": task, "seq_len": seq_len, "seed": seed, "model": model, "train": {"steps": more.pop("steps", 5)}}
+    config |= labels or {}
     (folder / "config.json").write_text(json.dumps(config))
     lines = [{"step": step, "loss": 2.0 / step, "seconds": 0.1, "grad_norm": 1.0} for step in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -34,17 +34,20 @@ def knob(
     folder: bool = False,
     lengths: bool = False,
     run: bool = False,
+    label: bool = False,
     compiled: bool = True,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
     a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
-    of which the parameters count and not the folder. A field that is not
-    `compiled` is no part of a compiled program, which runs that differ in nothing else share.
+    of which the parameters count and not the folder; `label` words for people, that tell no config from another. A
+    field that is not `compiled` is no part of a compiled program, which runs that differ in nothing else share.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
+    same_result = same_result or label
     rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
+    rules |= {"label": label}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -119,6 +122,8 @@ class Config:
         None, "another run's folder, whose parameters are the first ones where they fit", run=True, compiled=False
     )
     runs: str = knob("runs", "folder that holds the runs", same_result=True, folder=True)
+    name: str | None = knob(None, "what the run is called, wherever a run is named", label=True)
+    tags: str | None = knob(None, "words that runs are found by, + between them: lr+draft", label=True)
     stall: float | None = knob(
         None,
         "seconds without a step that end a run (none: 60, or 50 x the median step if longer; 0: no limit)",
@@ -143,6 +148,15 @@ class Study:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What words may say in place of a key, which follows from it: no part of a config."""
+
+    tokens: int | None = knob(
+        None, "tokens per step, in place of batch: batch = tokens / seq_len", least=1, below=2**40
+    )
+
+
 def _fields(
     cls: type = Config, path: tuple[str, ...] = ()
 ) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
@@ -159,6 +173,8 @@ def _fields(
 LEAVES = _fields()
 KEYS = tuple(LEAVES)
 STUDY = _fields(Study)
+DERIVED = _fields(Derived)
+_WORDS = LEAVES | STUDY | DERIVED  # whatever may stand in front of =
 MOST_CELLS = 100_000
 LARGEST_FILE = 2**25  # bytes
 LARGEST = 2**31  # counts are 32-bit numbers on every device
@@ -195,9 +211,11 @@ def edit(config: Config, **changes: Any) -> Config:
 def typed(key: str, value: Any, where: str = "") -> Any:
     """`value` as the type of leaf `key`, checked: a choice must exist, with options that it declares."""
     where = where or f"{key}={spec.show(value)}"
-    _, field, kind = LEAVES.get(key) or STUDY[key]
+    _, field, kind = _WORDS[key]
     if field.metadata["lengths"]:
         return _lengths(value, where)
+    if field.metadata["label"]:
+        return _label(key, value, where)
     value = spec.coerce(value, kind, where)
     if field.metadata["run"]:
         return None if value is None else named_run.named(value, where)
@@ -244,7 +262,8 @@ def from_dict(tree: Mapping, where: str = "config") -> Config:
     for key, values in axes.items():
         if len(values) != 1:
             raise UsageError(f"{where}: {key} has {len(values)} values; only compare and bench sweep")
-    return edit(Config(), **{key: value for key, (value,) in axes.items()})
+    (config,) = grid([{}], axes)
+    return config
 
 
 def stored(path: pathlib.Path, *, trust: bool = False) -> Config:
@@ -328,17 +347,40 @@ def sweep(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], 
     brackets. A file of keys and values that names code outside the package is refused, unless `trust`. So are the keys
     of a study, which `study` reads.
     """
-    configs, varied, asked = study(words, trust=trust)
+    configs, asked = _gridded(words, trust=trust)
     if named := [key for key in STUDY if getattr(asked, key) != getattr(Study(), key)]:
         raise UsageError(f"{named[0]}= is a word of a study: only compare and ablate take it")
-    return configs, varied
+    return configs, varied(configs)
 
 
 def study(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], list[str], Study]:
-    """What `sweep` gives, and the keys of the study among the words and at the top of files."""
+    """What `sweep` gives, and the keys of the study among the words and at the top of files. A name is of one run: it
+    is refused among the words, and left out of files, which a run may have left."""
+    words = list(words)
+    refuse_name(words)
+    configs, asked = _gridded(words, trust=trust)
+    configs = list(dict.fromkeys(edit(config, name=None) for config in configs))
+    return configs, varied(configs), asked
+
+
+def refuse_name(words: Iterable[Item]) -> None:
+    """Raises UsageError where words, or what stands for them, make many runs and name one."""
+    for word in words:
+        name = word.get("name") if isinstance(word, Mapping) else None
+        if (isinstance(word, str) and word.startswith("name=")) or name is not None:
+            raise UsageError(
+                f"{word if isinstance(word, str) else f'name={name}'}: a name is of one run, and this command makes "
+                "many; tags= marks them all"
+            )
+
+
+def _gridded(words: Iterable[Item], *, trust: bool) -> tuple[list[Config], Study]:
+    """The grid that words describe, and the keys of the study among them."""
     words = list(words)
     read = gathered(words, trust=trust)
-    axes = {key: values for given in read.given for key, values in given.items()}
+    axes: dict[str, list] = {}
+    for given in read.given:
+        axes = over(axes, given)
     if read.study.seeds is not None:
         # A file that a run left says seed=0, as it says all defaults.
         typed_out = any(
@@ -348,8 +390,7 @@ def study(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], 
         if typed_out or any(given.get("seed", [0]) != [0] for given in (*read.bases, axes)):
             raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
         axes["seed"] = list(range(read.study.seeds))
-    configs = grid(read.bases, axes)
-    return configs, varied(configs), read.study
+    return grid(read.bases, axes), read.study
 
 
 def gathered(words: Iterable[Item], *, trust: bool = False) -> Words:
@@ -362,7 +403,7 @@ def gathered(words: Iterable[Item], *, trust: bool = False) -> Words:
             if len(listed) == 1:
                 given.append(listed[0])
             else:
-                bases = [base | more for base in bases for more in listed]
+                bases = [over(base, more) for base in bases for more in listed]
             continue
         key, equals, text = word.partition("=")
         if not equals:
@@ -374,19 +415,48 @@ def gathered(words: Iterable[Item], *, trust: bool = False) -> Words:
             continue
         key = _leaf(key, word)
         given.append({key: _typed_all(key, _spread(key, text, word), text)})
+    _refuse_both({word.partition("=")[0].rpartition(".")[2] for word in words if isinstance(word, str)}, "the words")
     return Words(bases, given, Study(**asked))
+
+
+def over(axes: Mapping[str, list], later: Mapping[str, list]) -> dict[str, list]:
+    """Axes with later ones over them; of tokens and batch, which say the same, the later one counts."""
+    unsaid = {"tokens": "batch", "batch": "tokens"}
+    dropped = {unsaid[key] for key, values in later.items() if key in unsaid and values != [None]}
+    return {key: values for key, values in axes.items() if key not in dropped} | dict(later)
+
+
+def batch_of(tokens: int, seq_len: int) -> int:
+    """The batch that has so many tokens; raises UsageError where no batch has."""
+    batch, left = divmod(tokens, seq_len)
+    if batch and not left:
+        return batch
+    near = f"{batch * seq_len} or " if batch else ""
+    raise UsageError(
+        f"tokens={tokens}: no whole number of sequences of seq_len={seq_len} has so many; "
+        f"say tokens={near}{(batch + 1) * seq_len}"
+    )
+
+
+def _refuse_both(keys: Iterable[str], where: str) -> None:
+    """Raises UsageError where one place says the size of a batch twice."""
+    if {"tokens", "batch"} <= set(keys):
+        raise UsageError(f"{where}: tokens= and batch= both say how large a step is: leave one out")
 
 
 def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
     """Every combination of the values of axes on every base, each once."""
-    cells = sum(math.prod(map(len, (base | axes).values())) for base in bases)
+    cells = sum(math.prod(map(len, over(base, axes).values())) for base in bases)
     if cells > MOST_CELLS:
         raise UsageError(f"these words make {cells:,} cells; at most {MOST_CELLS:,} at once")
     configs: dict[Config, None] = {}
     for base in bases:
-        merged = base | axes
+        merged = over(base, axes)
         for values in itertools.product(*merged.values()):
-            configs[edit(Config(), **dict(zip(merged, values, strict=True)))] = None
+            leaves = dict(zip(merged, values, strict=True))
+            if (tokens := leaves.pop("tokens", None)) is not None:
+                leaves["batch"] = batch_of(tokens, leaves.get("seq_len", Config().seq_len))
+            configs[edit(Config(), **leaves)] = None
     return list(configs)
 
 
@@ -405,8 +475,8 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         key
         for key in KEYS
-        if (key in frame and differs(key, configs))
-        or (key not in frame and any(differs(key, g) for g in groups.values()))
+        if not LEAVES[key][1].metadata["label"]
+        and ((key in frame and differs(key, configs)) or any(differs(key, g) for g in groups.values()))
     ]
 
 
@@ -475,6 +545,8 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
             leaf = _leaf(".".join((*path, key)), where)
             if leaf in axes:
                 raise UsageError(f'{where}: "{leaf}" is given twice')
+            if _WORDS[leaf][1].metadata["label"] and isinstance(value, list):
+                value = "+".join(map(str, value))
             text = value if sweeps and isinstance(value, str) else ""
             listed = _spread(leaf, text, where) if text else value if isinstance(value, list) else [value]
             if not listed:
@@ -482,6 +554,7 @@ def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list
             axes[leaf] = _typed_all(leaf, listed, text, f"{where}: ")
 
     walk(tree, ())
+    _refuse_both(axes, where)
     return axes
 
 
@@ -570,14 +643,28 @@ def _lengths(value: Any, where: str) -> str | None:
     return "+".join(map(str, sorted(known)))
 
 
+def _label(key: str, value: Any, where: str) -> str | None:
+    """A name, or tags with + between them, each once; raises UsageError where it could be read as something else."""
+    if spec.coerce(str(value), str | None, where) is None:
+        return None
+    words = str(value).split("+") if key == "tags" else [str(value)]
+    for word in words:
+        if not re.fullmatch(r"[\w.-]{1,64}", word):
+            many = ", + between several" if key == "tags" else ""
+            raise UsageError(f"{where}: letters, digits and _ . - alone, at most 64 of them{many}")
+    if key == "name" and (value == "last" or re.fullmatch("[0-9a-f]{12}|[.-].*", words[0])):
+        raise UsageError(f"{where}: reads as a folder, a flag, the id of a run or the newest one; choose another name")
+    return "+".join(dict.fromkeys(words))
+
+
 def _leaf(key: str, where: str) -> str:
     name = key.rpartition(".")[2]
-    if name in LEAVES and key in (name, ".".join(LEAVES[name][0])):
+    if (name in LEAVES and key in (name, ".".join(LEAVES[name][0]))) or key in DERIVED:
         return name
     known = ".".join(LEAVES[name][0]) if name in LEAVES else None
     raise UsageError(
         f'{where}: unknown key "{key}": '
-        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY], "keys"))
+        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY, *DERIVED], "keys"))
     )
 
 
@@ -589,7 +676,7 @@ def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
     try:
         return [typed(key, value, f"{where}{key}={spec.show(value)}") for value in values]
     except UsageError as error:
-        if len(values) > 1 and LEAVES[key][1].metadata["shelf"] and re.search(r"[./]", text):
+        if len(values) > 1 and _WORDS[key][1].metadata["shelf"] and re.search(r"[./]", text):
             hint = f"{text} reads as {len(values)} values: a path with a comma in it, put it in brackets"
             raise UsageError(f"{error} ({hint})") from None
         raise
@@ -597,7 +684,7 @@ def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
 
 def _spread(key: str, text: str, where: str) -> list[str]:
     """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
-    if LEAVES[key][1].metadata["folder"]:
+    if _WORDS[key][1].metadata["folder"] or _WORDS[key][1].metadata["label"]:
         return [text]
     values = []
     parts = spec.split(text, ",")
@@ -605,7 +692,7 @@ def _spread(key: str, text: str, where: str) -> list[str]:
         raise UsageError(f"{where}: {len(parts):,} values; at most {MOST_CELLS:,} at once")
     for part in parts:
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
-        whole = int in (kind := LEAVES[key][2], *typing.get_args(kind))
+        whole = int in (kind := _WORDS[key][2], *typing.get_args(kind))
         if match is None or not whole:
             values.append(part)
             continue

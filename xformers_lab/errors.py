@@ -188,15 +188,17 @@ def _innermost(error: BaseException) -> traceback.FrameSummary | None:
 def nearest(word: str, known: Iterable[str], what: str = "choose from") -> str:
     """The tail of a message about an unknown `word`: the nearest known one first, if one is near, then all of them."""
     known = sorted(known)
-    near = _near(word.lower(), {name.lower(): name for name in known}) if len(word) <= LONGEST_NAME else None
-    hint = f'did you mean "{near}"? ' if near else ""
+    near = _near(word.lower(), {name.lower(): name for name in known}) if len(word) <= LONGEST_NAME else []
+    hint = "did you mean " + " or ".join(f'"{name}"' for name in near) + "? " if near else ""
     return f"{hint}({what}: {', '.join(known)})" if known else hint
 
 
-def _near(word: str, names: dict[str, str]) -> str | None:
-    """The known name that a misspelt one most likely means: most of its letters in order, all of them in another, or
-    its beginning. Half of the letters are no more than chance."""
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    close += [name for name in names if sorted(name) == sorted(word)]
-    close += [name for name in names if len(word) > 1 and name.startswith(word)]
-    return names[close[0]] if close else None
+def _near(word: str, names: dict[str, str]) -> list[str]:
+    """The known name that a misspelt one most likely means: all of its letters in another order, most of them in order,
+    or its beginning; several that are equally near. Half of the letters are no more than chance."""
+    if other_order := [name for name in names if sorted(name) == sorted(word)]:
+        return [names[other_order[0]]]
+    alike = lambda name: difflib.SequenceMatcher(None, name, word).ratio()
+    if close := difflib.get_close_matches(word, names, n=2, cutoff=0.6):
+        return [names[name] for name in close if alike(name) == alike(close[0])]
+    return [names[name] for name in names if len(word) > 1 and name.startswith(word)][:1]

@@ -318,9 +318,17 @@ class Record:
     initialised: Mapping = fact(
         "whose parameters it began with: run, checkpoint, step, taken (arrays), cut: {table: [rows taken, rows]}, fresh"
     )
+    extended: Mapping = fact("the shorter run that it went on from: run, id, step, steps (what that one was to take)")
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")
+    started: str | None = fact("when the run began, in UTC")
+    ended: str = fact("when it came to its end, in UTC")
+    git: Mapping | None = fact(
+        "the user's repository where the run began: commit, and dirty, whether files of it were changed since"
+    )
+    run_name: str = fact("what its user calls the run: name=")
+    tags: str = fact("words that runs are found by, + between them")
     machine: Mapping[str, str] | None = fact("what measured it", always=BENCHED)
     config: Mapping = fact("the config")
     run_dir: str = fact("the run's folder", summary=True)

@@ -65,10 +65,10 @@ def test_show_says_whose_pattern_it_draws(capsys, choice, which):
     assert f"columns the keys they see ({which}):" in capsys.readouterr().out
 
 
-def test_words_may_follow_flags(capsys):
+def test_words_may_follow_flags(capsys, inline):
     assert main(["show", "local:window=2", "--json", "seq_len=6"]) == 0
     assert json.loads(capsys.readouterr().out)["length"] == 6
-    assert main(["show", "--json", "task=copy", "attention=local"]) == 0
+    assert main(["show", "--json", "task=copy", "attention=local", "seq_len=16", "dim=16", "batch=8"]) == 0
     assert json.loads(capsys.readouterr().out)["task"].startswith("copy")
 
 
@@ -78,8 +78,8 @@ def test_a_catalogue_in_a_pipe_is_not_folded(capsys):
     assert len(lines) == 1 + len(spec.names("attention"))
 
 
-def test_show_resolves_a_config(capsys):
-    shown = run(capsys, "show", "attention=local+full", "lr=1e-2")
+def test_show_resolves_a_config(capsys, inline):
+    shown = run(capsys, "show", "attention=local+full", "lr=1e-2", "task=copy", "seq_len=16", "dim=16", "batch=8")
     assert shown["attention"] == "local:window=128:tokens=0+full" and shown["lr"] == "0.01"
 
 

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from stored_runs import stored
 
+from xformers_lab import named_run as run_named
 from xformers_lab import record
 from xformers_lab.cli import main
 from xformers_lab.cli import runs as command
@@ -306,6 +307,68 @@ def test_rm_refuses_all_but_a_run_right_under_the_folder_of_runs(xlab, runs, tmp
     code, _, error = xlab(f"runs rm {runs[2].name} {word} --yes")
     assert code == 2 and "nothing was deleted" in error
     assert away.exists() and all(folder.exists() for folder in runs)
+
+
+@pytest.fixture
+def named(tmp_path):
+    """Runs with names and tags, two of which share a name."""
+    folder, labels = tmp_path / "runs", lambda name, tags=None: {"name": name, "tags": tags}
+    return [
+        stored(folder, labels=labels("base", "lr+draft"), started="2026-01-01T00:00:00+00:00"),
+        stored(folder, "aaaaaaaaaaaa", labels=labels("twice", "draft")),
+        stored(folder, "aaaaaaaaaaab", labels=labels("twice"), metric=0.75, metric_name="accuracy"),
+        stored(folder, "badcafe00000", labels=labels("aaaaaaaaa"), steps=7),
+        stored(folder),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "which"),
+    [
+        ("base", [0]),
+        ("name=base", [0]),
+        ("base badca", [0, 3]),
+        ("aaaaaaaaa", [3]),  # a name comes before the beginning of an id
+        ("aaaaaaaaaaaa", [1]),
+        ("tags=draft", [0, 1]),
+        ("tags=draft+lr", [0]),
+        ("tags=lr,none", [0, 2, 3, 4]),
+        ("tags=dra", []),
+        ("name=none", [4]),
+        ("twice tags=draft", "2 runs have this name"),
+        ("nobody", "no run in"),
+    ],
+)
+def test_names_and_tags_mean_runs(xlab, named, words, which):
+    code, said, error = xlab(f"runs {words} --json")
+    if isinstance(which, str):
+        assert code == 2 and which in error and said == ""
+        return
+    assert code == 0 and sorted(ids(said)) == sorted(named[at].name for at in which)
+    if all("=" not in word for word in words.split()):
+        alone = [run_named.folder(word, named[0].parents[1]) for word in words.split()]
+        assert sorted(alone) == sorted(named[at] for at in which), "commands on one run mean the same"
+
+
+def test_the_list_and_its_exports_show_names_and_tags(xlab, named, tmp_path):
+    head, *lines = xlab(f"runs --csv {tmp_path / 'runs.csv'}")[1].splitlines()
+    assert head.split()[:3] == ["id", "name", "tags"] and lines[0].split()[1:3] == ["base", "lr+draft"]
+    with (tmp_path / "runs.csv").open() as file:
+        sheet = list(csv.DictReader(file))
+    assert [line["run_name"] for line in sheet] == ["base", "twice", "twice", "aaaaaaaaa", ""]
+    assert sheet[0]["tags"] == "lr+draft" and "name" not in xlab(f"runs {named[4]}")[1].splitlines()[0].split()
+    assert xlab("report base badca --json")[0] == 0
+
+
+def test_a_run_is_one_line(xlab, named):
+    row = json.loads((named[2] / "result.json").read_text()) | {"started": "2026-01-01T00:00:00+00:00"}
+    row = record.sealed(row | {"ended": "2026-01-01T00:01:30+00:00"})
+    (named[2] / "result.json").write_text(json.dumps(row))
+    said = xlab(f"runs {named[2]} {named[4]} --columns summary --sort id")[1].splitlines()[1:]
+    assert [line.strip() for line in said] == [
+        "copy \N{MIDDLE DOT} full \N{MIDDLE DOT} 64 tokens \N{MIDDLE DOT} 5 steps: accuracy 0.500",
+        "twice: copy \N{MIDDLE DOT} full \N{MIDDLE DOT} 64 tokens \N{MIDDLE DOT} 5 steps: accuracy 0.750 in 90 s",
+    ]
 
 
 def _hold(folder, ready):

@@ -229,3 +229,59 @@ def test_every_recipe_can_be_run(path):
     cells, varied = sweep([f"@{path}"])
     assert len(cells) > 1 and varied
     check_config(cells[0])
+
+
+def test_the_batch_follows_the_length():
+    cells, varied = sweep(["tokens=128", "seq_len=16,32,128", "attention=full,linear"])
+    assert [(cell.seq_len, cell.train.batch) for cell in cells[::2]] == [(16, 8), (32, 4), (128, 1)]
+    assert varied == ["seq_len", "attention"], "what follows the length names no series"
+    assert identity(sweep(["tokens=4096"])[0][0]) == identity(Config()), "it is the run with that batch"
+    assert values("batch", ["tokens=64,128", "seq_len=16"]) == [4, 8]
+    assert configs.from_dict({"tokens": 64, "seq_len": 16}).train.batch == 4
+
+
+@pytest.mark.parametrize("later", ["tokens=256", "@later.toml"])
+def test_of_tokens_and_batch_the_later_one_counts(tmp_path, monkeypatch, later):
+    monkeypatch.chdir(tmp_path)
+    configs.save(edit(Config(), batch=3), tmp_path / "run.json")
+    (tmp_path / "later.toml").write_text("tokens = 256")
+    assert values("batch", ["@run.json", later]) == [4]
+    assert values("batch", [later, "batch=5"] if later[0] == "@" else ["@later.toml", "batch=5"]) == [5]
+    assert values("batch", ["@run.json", "tokens=none"]) == [3]
+    (tmp_path / "grid.py").write_text("configs = [{'batch': 2}, {'batch': 3, 'seq_len': 32}]")
+    assert values("batch", ["@grid.py", later]) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tokens=100"], "say tokens=64 or 128"),
+        (["tokens=32"], "say tokens=64"),
+        (["tokens=64", "batch=1"], "both say how large a step is"),
+        (["train.batch=1", "tokens=64"], "both say how large a step is"),
+        (["tokens=0"], "tokens must be at least 1"),
+        (["tokens=x"], "wants a whole number"),
+        (["name=a,b"], "letters, digits"),
+        (["name=a/b"], "letters, digits"),
+        (["name=last"], "choose another name"),
+        (["name=0123456789ab"], "choose another name"),
+        (["name=-x"], "choose another name"),
+        (["tags=a++b"], "letters, digits"),
+    ],
+)
+def test_words_of_a_step_and_labels_that_cannot_be(words, said):
+    with pytest.raises(UsageError, match=said):
+        sweep(words)
+
+
+def test_names_and_tags_tell_no_runs_apart(tmp_path):
+    (named,) = sweep(["name=base.1", "tags=b+a+b"])[0]
+    assert (named.name, named.tags) == ("base.1", "b+a")
+    assert identity(named) == identity(Config()) and configs.compiled(named) == configs.compiled(Config())
+    configs.save(named, tmp_path / "run.json")
+    (again,), varied, _ = configs.study([f"@{tmp_path}/run.json", "tags=c"])
+    assert (again.name, again.tags, varied) == (None, "c", []), "a grid is many runs"
+    assert sweep([f"@{tmp_path}/run.json"])[0] == [named]
+    assert configs.from_dict({"tags": ["a", "b"]}).tags == "a+b"
+    with pytest.raises(UsageError, match="tags= marks them all"):
+        configs.study(["name=a"])

@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init": "nowhere"}, "init=nowhere: no run there"),
+        ({"init": "nowhere"}, "init=nowhere: no run in runs has this name or id"),
         ({"dim": 8, "layers": 2}, "no matrix of that run has the path"),
     ],
 )

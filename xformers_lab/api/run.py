@@ -179,11 +179,20 @@ class Run(Shown):
         return written if isinstance(prompt, list) else written[0]  # pyright: ignore[reportReturnType]
 
     def resume(
-        self, *, stall: float | None = None, from_scratch: bool = False, track: Sequence[str] = (), quiet: bool = False
+        self,
+        *,
+        stall: float | None = None,
+        from_scratch: bool = False,
+        track: Sequence[str] = (),
+        quiet: bool = False,
+        **keys: Any,
     ) -> "Run":
         """Go on from its newest checkpoint to the end, as `xlab resume` does; -> the run as it is then.
 
+            longer = run.resume(steps=2000)
+
         Args:
+            keys: steps (with warmup) of a longer run, which goes on from this one in a folder of its own; name, tags.
             stall: Seconds without a step that end it, in place of its own stall.
             from_scratch: Begin at step 1 again where checkpoints or lines of metrics are lost.
             track: Where else every step is shown: "tensorboard", "wandb".
@@ -194,8 +203,9 @@ class Run(Shown):
         """
         with supervised.interruptible():
             how = {"stall": stall, "from_scratch": from_scratch, "track": track, "trust": self.trust, "quiet": quiet}
-            supervised.resume(self.folder, where=f"stall={stall}", **how)
-        return Run(self.folder, trust=self.trust)
+            words = configs.spelled([keys]) if keys else []
+            folder, _ = supervised.resume(self.folder, words, where=f"stall={stall}", **how)
+        return Run(folder, trust=self.trust)
 
     def _draw(self, console: "Console") -> None:
         from rich.text import Text

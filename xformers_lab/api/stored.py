@@ -3,7 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from xformers_lab import spec
+from xformers_lab import named_run, spec
 from xformers_lab.api.run import Run
 from xformers_lab.api.shown import Shown
 from xformers_lab.report import human, stored
@@ -41,14 +41,16 @@ def _word(value: Any) -> str:
     return human.score(value) if isinstance(value, float) else spec.show(value)
 
 
-def load(run: str | pathlib.Path | Run = stored.LAST, *, runs: pathlib.Path | str = "runs", trust: bool = False) -> Run:
+def load(
+    run: str | pathlib.Path | Run = named_run.LAST, *, runs: pathlib.Path | str = "runs", trust: bool = False
+) -> Run:
     """A stored run.
 
         run = xl.load("last")
         run.config, run.metrics, run.evaluate(seq_len=256), run.generate("def ")
 
     Args:
-        run: Its folder, its id or the start of it, or "last" for the one that began last.
+        run: Its folder, its name, its id or the start of it, or "last" for the one that began last.
         runs: The folder of runs, in which ids and "last" are looked for.
         trust: Run code outside the package that its config names, though it is not what the run was trained with.
 
@@ -57,11 +59,7 @@ def load(run: str | pathlib.Path | Run = stored.LAST, *, runs: pathlib.Path | st
     """
     if isinstance(run, Run):
         return Run(run.folder, trust=trust)
-    folder = spec.located(run, str(run))
-    if folder.is_dir():
-        return Run(folder, trust=trust)
-    (picked,), _ = stored.chosen([str(run)], spec.located(runs, "runs"))
-    return Run(picked.folder, trust=trust)
+    return Run(named_run.folder(str(run), spec.located(runs, "runs")), trust=trust)
 
 
 def runs(

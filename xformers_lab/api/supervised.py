@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
-from xformers_lab.errors import STOPPED, RunFailed
-from xformers_lab.train import records, trackers
+from xformers_lab.errors import STOPPED, RunFailed, UsageError
+from xformers_lab.train import labels, longer, records, trackers
 
 
 def train(
@@ -29,6 +29,7 @@ def train(
 
 def resume(
     folder: pathlib.Path,
+    words: Sequence[str] = (),
     *,
     stall: Any = None,
     from_scratch: bool = False,
@@ -36,15 +37,22 @@ def resume(
     trust: bool = False,
     quiet: bool = False,
     where: str = "",
-) -> dict[str, Any]:
-    """Go on with the run in a folder; -> its record. stall: in place of the run's own, `where` messages have it. Raises
-    as `train` does."""
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Go on with the run in a folder; -> the folder of the run as it is then, and its record. words: those that
+    `longer.asked` takes; stall: in place of the run's own, `where` messages have it. Raises as `train` does."""
     records.refuse_if_in_use(folder)
     trackers.require(track)
-    own = configs.stored(folder / "config.json", trust=trust).stall
-    stall = own if stall is None else configs.typed("stall", stall, where)
-    job = {"stall": stall, "run_dir": str(folder), "trust": trust, "from_scratch": from_scratch, "track": list(track)}
-    return _ask(f"resuming {folder}", folder, "train.work.resume", job, quiet)
+    first = configs.stored(folder / "config.json", trust=trust)
+    config, title = longer.asked(first, words), f"resuming {folder}"
+    job: dict[str, Any] = {"run_dir": str(folder), "words": list(words), "trust": trust, "from_scratch": from_scratch}
+    job |= {"stall": first.stall if stall is None else configs.typed("stall", stall, where), "track": list(track)}
+    if configs.identity(config) == configs.identity(first):
+        labels.write(config, folder)
+    elif from_scratch:
+        raise UsageError("--from-scratch: a longer run goes on from a checkpoint; xlab train begins at step 1")
+    else:
+        folder, title = longer.folder(folder, config), f"{title}, to step {config.train.steps}"
+    return folder, _ask(title, folder, "train.work.resume", job, quiet)
 
 
 def _ask(title: str, folder: pathlib.Path, what: str, job: dict, quiet: bool) -> dict[str, Any]:

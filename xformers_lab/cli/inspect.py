@@ -34,7 +34,7 @@ def _list(chosen: argparse.Namespace) -> int:
 
 def _show(chosen: argparse.Namespace) -> int:
     from xformers_lab import shelves
-    from xformers_lab.report import listing, pages
+    from xformers_lab.report import pages
 
     if not chosen.words:
         raise UsageError(
@@ -55,9 +55,7 @@ def _show(chosen: argparse.Namespace) -> int:
     if "=" in name.partition(":")[0] or name.startswith("@"):
         if chosen.svg:
             raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
-        config = configs.single(chosen.words, trust=chosen.trust)
-        rows = shelves.resolved(config)
-        return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: listing.print_listing(rows))
+        return _sizes(chosen)
     page = shelves.page(name, rest)
     if chosen.svg:
         if "svg" not in page:
@@ -67,6 +65,44 @@ def _show(chosen: argparse.Namespace) -> int:
         except OSError as error:
             raise UsageError(f"--svg {chosen.svg}: cannot write there ({error.strerror})") from None
     return answer(chosen, page, lambda: pages.print_page(page))
+
+
+def _sizes(chosen: argparse.Namespace) -> int:
+    """A config in full with its sizes, or the sizes of several side by side."""
+    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
+    from xformers_lab import progress, shelves
+    from xformers_lab.report import listing, sizes
+    from xformers_lab.supervise.process import ENDS, Ended, Worker
+
+    measured = []
+    with Worker(notice=ENDS) as worker, progress.words(quiet=chosen.json) as tell:
+        for cell in cells:
+            tell(f"compiling {cell.task} \N{MIDDLE DOT} {cell.model.attention} \N{MIDDLE DOT} {cell.seq_len}")
+            try:
+                measured.append(worker.ask("train.sizes.measure", stall=cell.stall, config=configs.to_dict(cell)))
+            except Ended as ended:
+                if len(cells) == 1 or ended.status == "interrupted":
+                    raise
+                measured.append({"reason": ended.reason})
+            except UsageError as error:
+                if len(cells) == 1:
+                    raise
+                measured.append({"reason": str(error)})
+    if len(cells) > 1:
+        keys = [{key: configs.spec.show(configs.get(cell, key)) for key in varied or ["attention"]} for cell in cells]
+        rows = sizes.lines(list(zip(keys, measured, strict=True)))
+        value = [{**named, **each} for named, each in zip(keys, measured, strict=True)]
+        code = answer(chosen, value, lambda: listing.print_listing(rows))
+        return code if all("reason" not in each for each in measured) else 5
+    rows = shelves.resolved(cells[0])
+    resolved = {row["key"]: row["value"] for row in rows}
+
+    def page() -> None:
+        listing.print_listing(rows)
+        print()
+        sizes.print_sizes(measured[0])
+
+    return answer(chosen, resolved | {"sizes": measured[0]}, page)
 
 
 SHELF = argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
@@ -80,7 +116,7 @@ COMMANDS = [
     Command(
         "show",
         _show,
-        "what a choice is, with its options and drawing; a task with an example (task=copy); or a config, resolved",
+        "what a choice is, with its options and drawing; a task with an example (task=copy); or how large configs are",
         [CHOICE, SPLIT, NUMBER, SVG, TRUST, JSON],
     ),
 ]

@@ -6,13 +6,14 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import ablate, author, inspect, measuring, running, runs
+from xformers_lab.cli import ablate, author, inspect, measuring, running, runs, watch
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
 COMMANDS = [
     *inspect.COMMANDS,
     *running.COMMANDS,
+    *watch.COMMANDS,
     *measuring.COMMANDS,
     *ablate.COMMANDS,
     *runs.COMMANDS,
@@ -111,4 +112,4 @@ def _keys(study: bool) -> str:
     """The grammar of words, and every key with its default and help; study: those of a study first."""
     listed = lambda leaves: configs.help_lines(leaves, ITEM - 3)
     of_study = ["keys of the whole study:", *listed(configs.STUDY), ""] if study else []
-    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES)])
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES | configs.DERIVED)])

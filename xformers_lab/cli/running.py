@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
+from xformers_lab import named_run
 from xformers_lab.api import supervised
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import UsageError
@@ -11,21 +12,23 @@ from xformers_lab.terminal import LINES, visible
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    _, record = supervised.train(chosen.words, track=chosen.track, trust=chosen.trust)
-    return _print(chosen, record)
+    return _print(chosen, *supervised.train(chosen.words, track=chosen.track, trust=chosen.trust))
 
 
 def _resume(chosen: argparse.Namespace) -> int:
     how = {"from_scratch": chosen.from_scratch, "track": chosen.track, "trust": chosen.trust}
-    return _print(
-        chosen, supervised.resume(_run_dir(chosen), stall=chosen.stall, where=f"--stall {chosen.stall}", **how)
-    )
+    where = f"--stall {chosen.stall}"
+    return _print(chosen, *supervised.resume(_run_dir(chosen), chosen.words, stall=chosen.stall, where=where, **how))
 
 
-def _print(chosen: argparse.Namespace, record: dict) -> int:
-    from xformers_lab.report import pages
+def _print(chosen: argparse.Namespace, folder: pathlib.Path, record: dict) -> int:
+    from xformers_lab.report import pages, stored
 
-    return answer(chosen, record, lambda: pages.print_record(record))
+    def page() -> None:
+        print(visible(stored.at(folder).summary))
+        pages.print_record(record)
+
+    return answer(chosen, record, page)
 
 
 def _eval(chosen: argparse.Namespace) -> int:
@@ -90,20 +93,18 @@ def _set(chosen: argparse.Namespace, names: tuple[str, ...]) -> dict:
 
 
 def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:
-    """The folder named, or the newest one under --runs for `last`; raises UsageError."""
-    folder = pathlib.Path(chosen.run_dir)
-    if chosen.run_dir == "last":
-        newest_last = sorted(pathlib.Path(chosen.runs).glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not newest_last:
-            raise UsageError(f"no run in {chosen.runs} yet; run xlab train, or name its folder with --runs")
-        folder = newest_last[-1].parent
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no run there (a run's folder holds config.json)")
-    return folder
+    """The folder of the run that is named; raises UsageError."""
+    return named_run.folder(chosen.run_dir, chosen.runs)
 
 
-RUN_DIR = argument("run_dir", path="folder", help="the run's folder, or `last` for the newest one")
-RUNS = argument("--runs", path="folder", default="runs", help="where `last` looks (default: runs)")
+RUN_DIR = argument("run_dir", metavar="RUN", help="its folder, its name, its id or the start of it, or `last`")
+RUNS = argument("--runs", path="folder", default=named_run.RUNS, help="the folder of the runs (default: runs)")
+LONGER = argument(
+    "words",
+    nargs="*",
+    metavar="key=value",
+    help="steps= and warmup= of a longer run, which goes on from this one in a folder of its own; name=, tags=",
+)
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
@@ -134,8 +135,8 @@ COMMANDS = [
     Command(
         "resume",
         _resume,
-        "continue a run from its newest checkpoint",
-        [RUN_DIR, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
+        "continue a run from its newest checkpoint, steps=N beyond its last step",
+        [RUN_DIR, LONGER, STALL, SCRATCH, TRACK, TRUST, RUNS, JSON],
     ),
     Command(
         "eval",

@@ -156,6 +156,7 @@ def lines(runs: "Sequence[Run]", varied: Sequence[str]) -> list[dict]:
         lines.append(
             {
                 "id": run.id,
+                **{key: _word(run.value(key)) for key in ("name", "tags") if any(each.value(key) for each in runs)},
                 **{key: _word(run.value(key)) for key in keys},
                 "seq_len": _word(run.value("seq_len")),
                 "seed": _word(run.value("seed")),
@@ -171,6 +172,7 @@ def lines(runs: "Sequence[Run]", varied: Sequence[str]) -> list[dict]:
 def _whole(run: "Run") -> dict[str, Any]:
     """A run as JSON has it, the same keys for every run."""
     keys = ("id", "status", "damage", "reason", "step", "metric_name", "metric", "metric_interval", "higher_is_better")
+    keys += ("started", "ended", "git", "summary")
     about = {key: run.damage if key == "damage" else _plain(run.value(key)) for key in keys}
     return {**about, "when": _plain(run.value("when")), "folder": str(run.folder), "config": run.leaves}
 
@@ -206,15 +208,15 @@ RUN = argument(
     "words",
     nargs="*",
     metavar="RUN or key=value",
-    help="a run's folder, its id or the start of it, or `last`; and filters: task=lm attention=local status=ok",
+    help="a run's folder, its name, its id or the start of it, or `last`; and filters: task=lm tags=draft status=ok",
 )
 RUNS = argument("--runs", path="folder", default="runs", help="folder of the runs (default: runs)")
 VERB_OR_RUN = argument(
     "words",
     nargs="*",
     metavar="RUN or key=value",
-    help="which runs: a folder, an id or the start of it, or `last`; and filters: task=lm attention=local status=ok. "
-    "`compare` before them prints their table, `rm` deletes them",
+    help="which runs: a folder, a name, an id or the start of it, or `last`; and filters: task=lm tags=draft "
+    "status=ok. `compare` before them prints their table, `rm` deletes them",
 )
 LIST = [
     argument("--sort", metavar="KEY", default=WHEN, help="in rising order of a key, say metric (default: when)"),

@@ -18,7 +18,7 @@ BASE = "base"
 FRAME = ("task", "seq_len", *SEEDS)  # what every variant is run on: several values are several tables or seeds
 # What a run costs, and how it is measured: no choice of a design that could be set back.
 COSTS = ("dim", "layers", "heads", "dtype", "steps", "batch", "accumulate", "eval_every", "eval_batches", "layout")
-COSTS += ("runs", "stall", "save_every", "score", "select", "test_len", "init")
+COSTS += ("runs", "stall", "save_every", "score", "select", "test_len", "init", "name", "tags")
 FILES = (".toml", ".yaml", ".yml", ".json", ".py")
 
 
@@ -40,6 +40,7 @@ def ablation(words: Iterable[str], *, trust: bool = False) -> Ablation:
     first of them. Raises UsageError where nothing is left to swap.
     """
     words = [f"@{word}" if "=" not in word and pathlib.Path(word).suffix in FILES else word for word in words]
+    configs.refuse_name(words)
     read = configs.gathered(words, trust=trust)
     if len(read.bases) > 1:
         raise UsageError(f"an ablation has one base, but the recipe has {len(read.bases)} configs; use compare")
@@ -48,7 +49,10 @@ def ablation(words: Iterable[str], *, trust: bool = False) -> Ablation:
         if "seed" in frame and (frame["seed"] != [0] or any(word.startswith("seed=") for word in words)):
             raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
         frame["seed"] = list(range(read.study.seeds))
-    origin = edit(Config(), **base)
+    tokens = base.pop("tokens", None)
+    if "tokens" in listed:
+        raise UsageError("tokens= has several values: an ablation has one size of a step")
+    origin = edit(Config(), **base | {"name": None})
     axes = {key: _swaps(origin, key, values) for key, values in listed.items()}
     tuning = Tuning.read(read.study.tune)
     tuned = tuning.knobs if tuning else ()  # each variant gets its own value of these
@@ -67,6 +71,8 @@ def ablation(words: Iterable[str], *, trust: bool = False) -> Ablation:
     for name, variant in variants.items():
         for values in itertools.product(*frame.values()):
             config = edit(variant, **dict(zip(frame, values, strict=True)))
+            if tokens is not None:
+                config = edit(config, batch=configs.batch_of(tokens, config.seq_len))
             cells.append(Cell(config, config, name=name))
     varied = configs.varied([cell.origin for cell in cells])
     return Ablation(cells, varied, read.study, {key: list(swaps) for key, swaps in axes.items()})
@@ -78,6 +84,7 @@ def _sorted(read: configs.Words) -> tuple[dict[str, Any], dict[str, list], dict[
     listed: dict[str, list] = {}
     frame: dict[str, list] = {}
     for given in (*read.bases, *read.given):
+        base = {key: value for key, value in base.items() if key in configs.over({key: []}, given)}
         for key, values in given.items():
             if key in FRAME:
                 frame[key] = values

@@ -17,6 +17,7 @@ from xformers_lab.config import Config
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.record import HELD, IMPOSSIBLE, SETTLED, STATUSES, Record, blank, broken
 from xformers_lab.supervise.process import Ended, Worker
+from xformers_lab.train import labels
 
 PLACING = ("task", "attention", "seq_len", "seed")  # keys that every row has, whatever varies
 _POSSIBLE = ("ok", "interrupted")
@@ -125,6 +126,8 @@ def train_cells(
         for index in left:
             cell = cells[index]
             record = ended.get(cell) or stored(cell) or _failed_since(began, cell)
+            if record is not None:
+                labels.write(cell, configs.folder(cell))
             if record is None:
                 started(index, cell)
                 record = _train(cell, worker, stepped, announce, track)

@@ -5,7 +5,8 @@ remove later (a value nobody reads) is still counted.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +24,15 @@ def count_flops(fn: Callable, *args: Any) -> int:
     product inside a `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a
     scan), and at a kernel whose inside it cannot see (cuDNN's attention, a foreign function).
     """
-    return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
+    return _flops(jax.make_jaxpr(fn)(*args).jaxpr, None)
+
+
+def flops_by_scope(fn: Callable, *args: Any, scopes: Iterable[str]) -> dict[str, int]:
+    """`count_flops` of what runs under each `jax.named_scope`, with what differentiation made of it, and of the rest,
+    under "rest"."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    parts = {scope: _flops(jaxpr, scope) for scope in scopes}
+    return parts | {"rest": _flops(jaxpr, None) - sum(parts.values())}
 
 
 def largest_intermediate(fn: Callable, *args: Any) -> int:
@@ -35,12 +44,17 @@ def largest_intermediate(fn: Callable, *args: Any) -> int:
     return _largest(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _flops(jaxpr: Jaxpr) -> int:
-    return sum(_flops_of(eqn) for eqn in jaxpr.eqns)
+def _flops(jaxpr: Jaxpr, scope: str | None) -> int:
+    return sum(_flops_of(eqn, scope) for eqn in jaxpr.eqns)
 
 
-def _flops_of(eqn: JaxprEqn) -> int:
+def _flops_of(eqn: JaxprEqn, scope: str | None) -> int:
     name = eqn.primitive.name
+    # A scope reads transpose(jvp(attention)) in a backward pass; jaxprs inside do not repeat that of their equation.
+    if scope is not None and scope in re.split("[/()]", str(eqn.source_info.name_stack)):
+        scope = None
+    if scope is not None and not any(_inside(eqn)):
+        return 0
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shape = _shape(eqn.invars[0])
@@ -52,7 +66,7 @@ def _flops_of(eqn: JaxprEqn) -> int:
         return 2 * _elements(eqn.outvars[0]) * kernel[inputs] * math.prod(kernel[axis] for axis in window)
     if name.startswith(OPAQUE):
         raise ValueError(f"cannot count FLOPs: the kernel {name} is opaque")
-    inside = [_flops(jaxpr) for jaxpr in _inside(eqn)]
+    inside = [_flops(jaxpr, scope) for jaxpr in _inside(eqn)]
     if name == "cond":
         return max(inside)
     if name == "while" and any(inside):

@@ -79,6 +79,7 @@ class Block(nnx.Module):
             self.memory = None
         return self
 
+    @jax.named_scope("attention")  # what `train.sizes` and profiles tell apart
     def attend(self, x, carries, context, *, source=None, keys=(None, None)):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
 
@@ -106,6 +107,7 @@ class Block(nnx.Module):
             carries = carries | {self.name: carry}
         return drop(y, self.dropout, keys[1]), carries, aux
 
+    @jax.named_scope("ffn")
     def apply_ffn(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
         self._check_documents(context, self.ffn_norm)

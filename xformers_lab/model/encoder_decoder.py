@@ -157,7 +157,8 @@ class CrossBlock(Block):
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
             x, aux = self.attention_norm.after(x, y, rows), aux | more
             options = {"valid": context.source_real, "causal": False, "key": keys[2]}
-            y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **options)
+            with jax.named_scope("attention"):
+                y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **options)
             x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), aux + more
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[4:])

@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
-from xformers_lab import spec
+from xformers_lab import named_run, spec
 from xformers_lab.errors import IntegrityError, InUse, LabError, UsageError, nearest
 from xformers_lab.record import SETTLED, blank, broken, keys
 from xformers_lab.report import human, saved
 from xformers_lab.train import records
 
 # What a run is called by beside the keys of its config and its record.
-OWN = ("id", "status", "step", "when", "folder")
+OWN = ("id", "status", "step", "when", "folder", "summary")
 UNFINISHED, RUNNING = "unfinished", "running"
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its last whole line
 # What no list of runs shows, which is checked where it is drawn: curves are long, and runs are many.
 LONG = ("curve", "validation", "seconds_rounds", "by_position", "by_length", "wrong", "maps")
-LAST = "last"  # the word for the run that began last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +76,11 @@ class Run:
         named = re.fullmatch("[0-9a-f]{12}", self.folder.name)
         return broken(self.record, self.folder.name if named else str(self.record.get("id")))
 
+    @property
+    def summary(self) -> str:
+        """One line for people: what it is, how far it came, what it scored, how long it took."""
+        return summary(self.leaves, self.record, self.progress)
+
     def value(self, key: str) -> Any:
         """What it has of a key of `known`; the default where it is older than a key of the config."""
         if key in OWN:
@@ -84,12 +88,35 @@ class Run:
             return str(self.folder) if key == "folder" else when if key == "when" else getattr(self, key)
         if key == "config":
             return self.config
+        if key in ("started", "git") and not self.record.get(key):  # it has not come to its end
+            return (records.read_json(self.folder / "env.json") or {}).get(key)
         return self.leaves[key] if key in configs.LEAVES else self.record.get(key)
 
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """The value of every key of the config, by its unique name."""
         return _leaves(self.config)
+
+
+def summary(leaves: Mapping[str, Any], record: Mapping[str, Any], progress: str) -> str:
+    """One line on a run. leaves: the value of every key of its config; progress: how it ended, or how far it came."""
+    words = [str(leaves["task"]), str(leaves["attention"]), f"{leaves['seq_len']} tokens", f"{leaves['steps']} steps"]
+    words = [f"{leaves['name']}:", *words] if leaves["name"] else words
+    line = " \N{MIDDLE DOT} ".join(words).replace(": \N{MIDDLE DOT}", ":", 1)
+    metric = human.number(record.get("metric"))
+    ended = progress if metric is None else f"{record.get('metric_name') or 'metric'} {human.score(metric)}"
+    if (seconds := _seconds(record)) is not None:
+        ended += f" in {human.duration(seconds)}"
+    return human.plain(f"{line}: {ended}")
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    """From the beginning of a run to its end, pauses too."""
+    try:
+        began, ended = (datetime.datetime.fromisoformat(record[key]) for key in ("started", "ended"))
+        return (ended - began).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def known() -> list[str]:
@@ -141,8 +168,9 @@ def at(folder: pathlib.Path) -> Run:
 
 
 def chosen(words: Sequence[str], runs: pathlib.Path) -> tuple[list[Run], dict[pathlib.Path, str]]:
-    """The runs that words mean, and the odd folders met on the way. A word is a run (its folder, its id or the start of
-    it, `last`) or a filter key=value; without a run, all under the folder `runs` are meant. Raises UsageError."""
+    """The runs that words mean, and the odd folders met on the way. A word is a run (its folder, its name, its id or
+    the start of it, `last`) or a filter key=value; without a run, all under the folder `runs` are meant. Raises
+    UsageError."""
     named = [word for word in words if "=" not in word or (pathlib.Path(word) / "config.json").is_file()]
     wanted = [_filter(word) for word in words if word not in named]
     every, odd = found(runs)
@@ -182,6 +210,8 @@ def rows(runs: Sequence[Run], varied: Sequence[str]) -> list[dict]:
         leaves = _leaves(config)
         places = {key: leaves[key] for key in dict.fromkeys(["task", "attention", "seq_len", "seed", *varied])}
         about = {"id": run.id, "kind": "compare", "config": config, "run_dir": str(run.folder)}
+        labels = {"run_name": run.leaves["name"], "tags": run.leaves["tags"]}  # which may have changed since
+        about |= {key: text for key, text in labels.items() if text}
         row = {**blank("compare"), **record, **places, **about}
         try:
             saved.check_row(row, varied)
@@ -241,29 +271,20 @@ def _last_step(folder: pathlib.Path) -> int | None:
 
 
 def _named(word: str, every: Sequence[Run], runs: pathlib.Path) -> Run:
-    if word == LAST:
-        if not every:
-            raise UsageError(f"no run in {runs} yet; run xlab train, or name its folder with --runs")
-        return every[-1]
-    folder = spec.located(word, word)
-    if folder.is_dir():
-        return at(folder)
-    alike = [run for run in every if run.folder.name.startswith(word) or run.id.startswith(word)]
-    exact = [run for run in alike if word in (run.folder.name, run.id)]
-    if len(exact or alike) == 1:
-        return (exact or alike)[0]
-    if alike:
-        names = human.listing([str(run.folder) for run in alike], 4)
-        raise UsageError(f"{word}: {len(alike)} runs begin so ({names}); give more of the id, or the folder")
-    raise UsageError(f"{word}: no run in {runs} has this id; xlab runs --runs {runs} lists them")
+    known = [named_run.Known(run.folder, (run.folder.name, run.id), run.leaves["name"]) for run in every]
+    return at(named_run.picked(word, known, runs))
 
 
 def _filter(word: str) -> Callable[[Run], bool]:
-    """Whether a run fits key=value, key=a,b (one of them) or, where it is a whole number, key=64..256:x2."""
+    """Whether a run fits key=value, key=a,b (one of them) or, where it is a whole number, key=64..256:x2.
+    tags=a+b: whether it has both tags, whatever others."""
     name, _, text = word.partition("=")
     if text == "":
         raise UsageError(f'"{word}" has no value')
     key = key_of(name, word)
+    if key == "tags":
+        wanted = [set(text.split("+")) for text in spec.split(text, ",")]
+        return lambda run: any(one <= set(spec.show(run.value(key)).split("+")) for one in wanted)
     if key in configs.LEAVES and not configs.LEAVES[key][1].metadata["shelf"]:
         wanted = configs.axes_of({key: text}, word)[key]
     else:

@@ -37,7 +37,7 @@ class Decoder:
 def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
     """For variables as in `state`; raises Refused where the model cannot decode."""
     length, variables = config.seq_len, (state.params, state.extra, state.memory)
-    sizes = jax.eval_shape(lambda variables: merge(graph, *variables).init_cache(config.train.batch, length), variables)
+    size = state_bytes(config, graph, state)
 
     def prefill(variables):
         model = merge(graph, *variables)
@@ -53,8 +53,15 @@ def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> D
 
     behind = jax.eval_shape(prefill, variables)
     reading, one = (jax.jit(prefill).lower(variables), jax.jit(token, donate_argnums=1).lower(variables, behind))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sizes))
     return Decoder(reading.compile(), one.compile(), size)
+
+
+def state_bytes(config: Config, graph: nnx.GraphDef, state: TrainState) -> int:
+    """What decoding keeps of seq_len tokens of the whole batch; nothing is computed. Raises Refused where the model
+    cannot decode."""
+    variables, length = (state.params, state.extra, state.memory), config.seq_len
+    sizes = jax.eval_shape(lambda variables: merge(graph, *variables).init_cache(config.train.batch, length), variables)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sizes))
 
 
 def read(model: Model, cache: Any, length: int) -> Any:

@@ -36,6 +36,11 @@ def curve(lines: list[dict]) -> list[list]:
     return [[group[-1][0], statistics.fmean(loss for _, loss, _ in group), group[-1][2]] for group in groups]
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what is done every so many steps (0: never) is done behind this one; behind the last it always is."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class Log:
     """The lines of metrics.jsonl, as they are in the file."""
 

@@ -23,7 +23,9 @@ from xformers_lab.train import (
     evaluation,
     example_maps,
     initial,
+    labels,
     prefetch,
+    provenance,
     records,
     result,
     scoring,
@@ -32,7 +34,7 @@ from xformers_lab.train import (
 )
 from xformers_lab.train.failures import MEND, Diverged, OutOfMemory
 from xformers_lab.train.jobs import Job, prepare
-from xformers_lab.train.log import Log, Progress
+from xformers_lab.train.log import Log, Progress, due
 from xformers_lab.train.state import TrainState, init
 from xformers_lab.train.wrong import Wrong
 
@@ -97,6 +99,7 @@ def _run(
     doing("preparing", 0)
     settled.refuse_misnamed(config, run_dir)
     if (record := settled.finished(config, run_dir, from_scratch)) is not None:
+        labels.write(config, run_dir)
         return record
     with records.locked(run_dir), contextlib.ExitStack() as stack:
         if (record := settled.finished(config, run_dir, from_scratch)) is not None:
@@ -108,13 +111,14 @@ def _run(
                 f"{run_dir} holds this run, saved at step {saved[-1]} of {config.train.steps}: "
                 f"go on with xlab resume {run_dir}, or delete that folder to start again"
             )
+        config = labels.kept(config, run_dir)
         try:
             job = prepare(config, run_dir)
             state, best, step = _start(job, strict, from_scratch)
             if outside := sources.of(configs.to_dict(config)):
                 records.write_json(run_dir / "sources.json", outside)
             records.write_json(run_dir / "config.json", configs.to_dict(config))
-            records.write_json(run_dir / "env.json", records.environment())
+            records.write_json(run_dir / "env.json", records.environment() | provenance.beginning(run_dir, step))
             log = Log(run_dir, records.cut(run_dir, step), config.train.steps, progress)
             training = _Training(job, state, best, step, log, doing)
             # Only now: while it compiles there is nothing to save, and a signal may end the process at once.
@@ -248,7 +252,7 @@ class _Training:
         return result.write(self.job, self.state, self.compiled, self.log, self.peak, **outcome)
 
     def due(self, every: int) -> bool:
-        return self.step == self.train.steps or (every > 0 and self.step % every == 0)
+        return due(self.step, every, self.train.steps)
 
     def score(
         self,

@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -96,13 +96,17 @@ def read(run_dir: pathlib.Path) -> list[dict]:
         return []
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = []
-    for text in texts:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if _is_line(line):
-                lines.append(line)
+    lines = [line for text in texts if (line := line_of(text)) is not None]
     return sorted(lines, key=lambda line: line["step"])
+
+
+def line_of(text: str) -> dict | None:
+    """A whole line of metrics.jsonl; None for any other text."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if _is_line(line) else None
 
 
 def _is_line(line: Any) -> bool:
@@ -135,8 +139,13 @@ def missing(run_dir: pathlib.Path, step: int) -> str:
 def cut(run_dir: pathlib.Path, step: int) -> list[dict]:
     """Keep the lines up to `step`, each step once -> these lines."""
     lines = list({line["step"]: line for line in read(run_dir) if line["step"] <= step}.values())
-    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run_dir, lines)
     return lines
+
+
+def write_lines(run_dir: pathlib.Path, lines: Iterable[dict]) -> None:
+    """Have metrics.jsonl hold these lines alone."""
+    _replace(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ---- who runs, and where -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, initial, records
+from xformers_lab.train import evaluation, initial, longer, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
@@ -24,6 +24,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
     median = statistics.median(seconds) if seconds else None
     validated = [line for line in log.lines if "validation_loss" in line]
     of, wanted = job.task.examples("validation"), config.train.eval_batches
+    env = records.read_json(job.run_dir / "env.json") or {}
     record = Record(
         id=configs.identity(config),
         run_dir=str(job.run_dir),
@@ -50,8 +51,12 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
         initialised=ABSENT if config.init is None else records.read_json(job.run_dir / initial.INITIALISED) or {},
+        extended=records.read_json(job.run_dir / longer.EXTENDED) or ABSENT,
         data=job.task.describe(),
         devices=job.layout.mesh.size,
+        started=env.get("started"),
+        ended=provenance.now(),
+        git=env.get("git"),
         machine=speed.machine(),
         config=configs.to_dict(config),
     ).to_dict()

@@ -7,7 +7,7 @@ from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.supervise.worker import Tell
-from xformers_lab.train import records, trackers
+from xformers_lab.train import longer, records, trackers
 
 
 def run(tell: Tell, config: dict, words: Sequence[str] = (), track: Sequence[str] = ()) -> dict:
@@ -33,10 +33,16 @@ def run(tell: Tell, config: dict, words: Sequence[str] = (), track: Sequence[str
 
 
 def resume(
-    tell: Tell, run_dir: str, trust: bool = False, from_scratch: bool = False, track: Sequence[str] = ()
+    tell: Tell,
+    run_dir: str,
+    trust: bool = False,
+    from_scratch: bool = False,
+    track: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> dict:
-    """Go on with the run in a folder; -> the record. Raises as `loop.resume` does."""
-    chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
+    """Go on with the run in a folder, or with the longer one that `words` make of it; -> the record. Raises as
+    `loop.resume` and `longer.begin` do."""
+    first = chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task
     from xformers_lab.train import loop
@@ -45,6 +51,8 @@ def resume(
     with contextlib.suppress(Exception):  # it shows again
         reading = build_task(chosen).reading()
     tell.doing("preparing", reading=reading)
+    if configs.identity(chosen := longer.asked(first, words)) != configs.identity(first):
+        run_dir = str(longer.begin(pathlib.Path(run_dir), first, chosen))
     with tracked(tell, chosen, pathlib.Path(run_dir), track) as followers:
         told = watched(tell, chosen, followers)
         record = loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **told)

@@ -1,0 +1,92 @@
+"""How large configs are, for a terminal: one with its parts, several as a line each. See `train.sizes`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from xformers_lab.report import human
+from xformers_lab.report.listing import print_listing
+
+LAYERS = ("attention", "ffn")  # parts that every layer has
+ATTENTION = "attention"
+
+
+def print_sizes(sizes: Mapping[str, Any], console: Console | None = None) -> None:
+    """Parts of one config, then bytes."""
+    console = console or Console()
+    print_listing(by_part(sizes), console)
+    console.print()
+    print_listing(in_bytes(sizes), console)
+    if why := sizes["decoding_bytes"].get("why_not"):
+        console.print(f"it cannot decode: {human.plain(why)}", markup=False, highlight=False)
+
+
+def by_part(sizes: Mapping[str, Any]) -> list[dict]:
+    """Parameters and FLOPs of a token, a row for each part and one for all."""
+    parameters, flops = sizes["parameters"], sizes["flops_per_token"]
+    passes = {heading: flops[key] for key, heading in {"forward": "FLOPs/token", "training": "in training"}.items()}
+    rows = []
+    rest = ["rest"] if any(passes.values()) else []
+    for part in [*parameters["parts"], *rest, "total"]:
+        count = parameters["total"] if part == "total" else parameters["parts"].get(part)
+        row = {"part": part, "parameters": human.NONE if count is None else f"{count:,}"}
+        row |= {"share": _share(count, parameters["total"])}
+        row["per layer"] = human.NONE if part not in LAYERS else human.count(count / sizes["layers"])
+        for heading, counted in passes.items():
+            value = None if counted is None else counted["total"] if part == "total" else counted["parts"].get(part)
+            whole = None if counted is None else counted["total"]
+            row |= {heading: human.count(value), f"{heading} share": _share(value, whole)}
+        rows.append(row)
+    return rows
+
+
+def in_bytes(sizes: Mapping[str, Any]) -> list[dict]:
+    """Bytes of training and of decoding. Attention has of what is kept for each parameter its share of them."""
+    share = attention_share(sizes["parameters"])
+    rows = []
+    for what, each in (("training", sizes["training_bytes"]), ("decoding", sizes["decoding_bytes"])):
+        for key, size in each.items():
+            if key == "why_not" or (key == "other" and not size):
+                continue
+            for_parameters = key in ("parameters", "gradients", "optimizer")
+            of_attention = human.size(size * share) if for_parameters and share is not None else human.NONE
+            rows.append({"bytes": f"{what}: {key}", "": human.size(size), "of them attention": of_attention})
+    return rows
+
+
+def line(sizes: Mapping[str, Any]) -> dict[str, str]:
+    """One config among several."""
+    flops, decoding = sizes["flops_per_token"], sizes["decoding_bytes"]
+    row = {
+        "parameters": f"{sizes['parameters']['total']:,}",
+        "attention": _percent(attention_share(sizes["parameters"])),
+    }
+    for key, heading in {"forward": "FLOPs/token", "training": "in training"}.items():
+        counted = flops[key]
+        row[heading] = human.NONE if counted is None else human.count(counted["total"])
+        row[f"{heading}: attention"] = human.NONE if counted is None else _percent(attention_share(counted))
+    row |= {"training memory": human.size(sizes["training_bytes"]["total"])}
+    row |= {"activations": human.size(sizes["training_bytes"]["activations"])}
+    return row | {"decoding keeps": human.size(decoding.get("cache"))}
+
+
+def lines(cells: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]) -> list[dict]:
+    """A line for each config: its keys, then its sizes or, where it has none, the `reason`."""
+    return [
+        {**keys, **(line(sizes) if "parameters" in sizes else {"parameters": human.NONE, "reason": sizes["reason"]})}
+        for keys, sizes in cells
+    ]
+
+
+def attention_share(counted: Mapping[str, Any]) -> float | None:
+    """What attention has of parameters or FLOPs, from 0 to 1; None of nothing."""
+    return counted["parts"].get(ATTENTION, 0) / counted["total"] if counted["total"] else None
+
+
+def _share(value: float | None, whole: float | None) -> str:
+    return _percent(None if value is None or not whole else value / whole)
+
+
+def _percent(share: float | None) -> str:
+    return human.NONE if share is None else f"{100 * share:.1f} %"

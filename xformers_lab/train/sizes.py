@@ -1,0 +1,130 @@
+"""How large a config is, before it trains: parameters by part, FLOPs of a token, bytes of training and of decoding.
+
+Everything is counted or planned: the step of training is compiled for shapes alone, and nothing runs. What attention
+has of parameters and FLOPs is that of its layers with their projections, cross-attention too.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from xformers_lab import config as configs
+from xformers_lab.attention import Attention
+from xformers_lab.config import Config
+from xformers_lab.errors import Refused
+from xformers_lab.ffn import Ffn
+from xformers_lab.measure.flops import flops_by_scope
+from xformers_lab.memory import Memory
+from xformers_lab.model import build_model, check_config
+from xformers_lab.nn.embedding import Embedding
+from xformers_lab.norm import Norm
+from xformers_lab.position import Position
+from xformers_lab.supervise.worker import Tell
+from xformers_lab.tasks import Task
+from xformers_lab.train import decoding, selection
+from xformers_lab.train.jobs import Job, prepare
+from xformers_lab.train.step import make_eval_step, make_train_step
+
+# What a part of a model is called, by the outermost of its modules that is one of these; any other module by the name
+# that the model has for it: head, say.
+PARTS: Mapping[type, str] = {
+    Embedding: "embedding",
+    Position: "position",
+    Attention: "attention",
+    Ffn: "ffn",
+    Norm: "norm",
+    Memory: "memory",
+}
+LAYERS = ("attention", "ffn")  # parts that every layer has, which the model runs under these scopes
+
+
+def of(config: Config) -> dict:
+    """The sizes of a config, as JSON has them.
+
+    parameters: total, and parts with their own; flops_per_token: forward and training, each with its total and its
+    parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, other (what else the
+    state holds), activations (temporary buffers of the compiled step beside the gradients) and total, on one device;
+    decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of the whole batch) and total, or why_not.
+    batch, seq_len and layers are the config's.
+
+    Raises UsageError where the config cannot be.
+    """
+    task = check_config(config)
+    job = prepare(config, configs.folder(config))
+    state, _ = selection.parted(job.target())
+    compiled = job.compiled(state)
+    parameters, kept = _bytes(state.params), _bytes((state.extra, state.memory))
+    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt), "other": kept}
+    training["activations"] = max(compiled.temp_bytes - parameters, 0)
+    return {
+        "layers": config.model.layers,
+        "seq_len": config.seq_len,
+        "batch": config.train.batch,
+        "parameters": _parameters(config, task),
+        "flops_per_token": _flops(job, state),
+        "training_bytes": training | {"total": sum(training.values())},
+        "decoding_bytes": _decoding(job, state, parameters),
+    }
+
+
+def measure(tell: Tell, config: dict) -> dict:
+    """`of`, as a worker does it."""
+    tell.doing("compiling")
+    return of(configs.from_dict(config))
+
+
+def _parameters(config: Config, task: Task) -> dict:
+    model = nnx.eval_shape(lambda: build_model(config, task))
+    parts: dict[str, int] = {}
+    for part, leaf in _by_part(model):
+        parts[part] = parts.get(part, 0) + leaf.size
+    return {"total": sum(parts.values()), "parts": parts}
+
+
+def _by_part(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """(part, array) of every parameter."""
+    modules = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        above = (modules.get(path[:depth]) for depth in range(1, len(path)))
+        named = (name for node in above for kind, name in PARTS.items() if isinstance(node, kind))
+        yield next(named, str(path[0])), leaf.get_value()
+
+
+def _flops(job: Job, state: Any) -> dict:
+    """Of a token, forward and in training."""
+    config, tokens = job.config, job.config.train.batch * job.config.seq_len
+    passes = {
+        "forward": make_eval_step(job.task, job.graph),
+        "training": make_train_step(config, job.task, job.graph, job.tx),
+    }
+    plain = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    arguments = plain(state), plain(job.first_batch)
+    counted = {}
+    for name, step in passes.items():
+        try:
+            parts = flops_by_scope(step, *arguments, scopes=LAYERS)
+        except ValueError:
+            counted[name] = None
+            continue
+        each = {part: flops / tokens for part, flops in parts.items()}
+        counted[name] = {"total": sum(parts.values()) / tokens, "parts": each}
+    return counted
+
+
+def _decoding(job: Job, state: Any, parameters: int) -> dict:
+    try:
+        cache = decoding.state_bytes(job.config, job.graph, state)
+    except Refused as reason:
+        return {"why_not": str(reason)}
+    return {"parameters": parameters, "cache": cache, "total": parameters + cache}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
