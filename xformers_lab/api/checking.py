@@ -1,5 +1,6 @@
 """`xl.check`: the conformance kit of its shelf on a choice, in a worker; what `xlab check` prints."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -78,9 +79,16 @@ def check(
 
 
 def checked(
-    words: Sequence[str], *, deep: bool, limit: float | None, quiet: bool = False, called: Callable[[str], str] = str
+    words: Sequence[str],
+    *,
+    deep: bool,
+    limit: float | None,
+    quiet: bool = False,
+    lines: bool = True,
+    called: Callable[[str], str] = str,
 ) -> list[dict[str, Any]]:
-    """The kit's reports on what words name, a shelf all that is on it. called(name): what messages call an argument."""
+    """The kit's reports on what words name, a shelf all that is on it. quiet: no progress on stderr; lines: a line for
+    each choice where that is no terminal; called(name): what messages call an argument."""
     limit = limit if limit is not None else DEEP_LIMIT if deep else LIMIT
     if not 0 <= limit < math.inf:
         raise UsageError(f"{called('limit')} {limit:g}: a number of seconds, 0 for no limit")
@@ -93,7 +101,8 @@ def checked(
         for word in words:
             looked_up = ask("check.work.find", word, word=word)
             choices += [looked_up] if isinstance(looked_up, dict) else looked_up
-        with progress.items("check", len(choices), quiet=quiet) as tell:
+        nothing = contextlib.nullcontext(lambda name: None)
+        with nothing if quiet else progress.items("check", len(choices), quiet=not lines) as tell:
             for each in choices:
                 if not isinstance(each, dict):
                     shelf, name = each

@@ -24,7 +24,7 @@ def _new(chosen: argparse.Namespace) -> int:
 def _check(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import pages
 
-    words, how = chosen.words or ["attention"], {"deep": chosen.deep, "limit": chosen.limit, "quiet": chosen.json}
+    words, how = chosen.words or ["attention"], {"deep": chosen.deep, "limit": chosen.limit, "lines": not chosen.json}
     reports = checking.checked(words, **how, called=lambda name: f"--{name}")
     answer(chosen, reports, lambda: pages.print_checks(reports))
     return 0 if all(report["passed"] for report in reports) else 1
