@@ -28,6 +28,7 @@ LAYERS = [
     "check doctor",
     "bench catalogue compare",
     "report",
+    "attention_maps",
     "cli",
     "__main__",
 ]

@@ -35,7 +35,7 @@ def write_figures(
                     at = chart.options(pane)
                     words = [chart.title, group.title, *at, *([drawn.x.title] if chart.wide else [])]
                     title = " · ".join(filter(None, [chart.title, group.title, *at]))
-                    path = _free(folder, slug(words), written)
+                    path = free(folder, slug(words), written)
                     text = plot.file(drawn, looks, title)
                     files.replace_text(path, text)
                     path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
@@ -49,7 +49,7 @@ def slug(words: Sequence[str]) -> str:
     return re.sub(r"[^a-z0-9]+", "_", " ".join(plain).lower())[:MOST].strip("_") or "figure"
 
 
-def _free(folder: pathlib.Path, name: str, written: Sequence[pathlib.Path]) -> pathlib.Path:
+def free(folder: pathlib.Path, name: str, written: Sequence[pathlib.Path]) -> pathlib.Path:
     """A path that none of the figures has: two tasks' names may be alike but for their signs."""
     path, more = folder / f"{name}.svg", 2
     while path in written:

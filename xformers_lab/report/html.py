@@ -88,7 +88,7 @@ def write_report(
         measures=_measures(cells, columns(schema)),
         style=style,
         script=script,
-        policy=_policy(style, [script]),
+        policy=policy(style, [script]),
     )
     files.replace_text(pathlib.Path(path), page)
 
@@ -425,7 +425,8 @@ def _memory(cells: Sequence[dict], bench: bool) -> dict[str, str]:
     return how
 
 
-def _policy(style: str, scripts: Sequence[str]) -> str:
+def policy(style: str, scripts: Sequence[str]) -> str:
+    """The Content-Security-Policy of a page that may load nothing, and run these alone."""
     hashes = " ".join(f"'{_hash(script)}'" for script in scripts)
     return f"default-src 'none'; style-src '{_hash(style)}'; script-src {hashes}; base-uri 'none'; form-action 'none'"
 

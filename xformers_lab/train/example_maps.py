@@ -56,8 +56,12 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict | None:
         return None
     if not all(np.isfinite(each.weights).all() for each in found):
         return None
-    texts = map(str, range(T)) if task.channels else (_text(task, int(token)) for token in inputs[0])
-    return maps.drawn(found, list(texts))  # numbers have no text, so each is called by its place
+    return maps.drawn(found, labels(task, inputs[0]))
+
+
+def labels(task: Task, inputs: np.ndarray) -> list[str]:
+    """The text of each token of (T,); numbers (T, channels) have none, so each is called by its place."""
+    return [str(at) if task.channels else _text(task, int(token)) for at, token in enumerate(inputs)]
 
 
 def _text(task: Task, token: int) -> str:
