@@ -129,11 +129,15 @@
     [image.width, image.height] = [S, T];
     const pixels = new ImageData(S, T);
     let most = 0;
-    for (let t = 0; t < T; t++) for (let s = 0; s < S; s++) most = Math.max(most, Math.abs(weight(panel, t, s)) || 0);
+    for (let t = 0; t < T; t++) {
+      const sights = Array.from({ length: S }, (_, s) => sees(panel, t, s)).filter(Boolean).length;
+      if (sights < 2) continue; // who may look at one key alone gives it all
+      for (let s = 0; s < S; s++) most = Math.max(most, Math.abs(weight(panel, t, s)) || 0);
+    }
     for (let t = 0; t < T; t++) {
       for (let s = 0; s < S; s++) {
         const one = weight(panel, t, s) || 0;
-        const shade = most ? Math.abs(one) / most : 0;
+        const shade = most ? Math.min(1, Math.sqrt(Math.abs(one) / most)) : 0;
         const ground = sees(panel, t, s) ? GROUND : 0;
         pixels.data.set([...(one < 0 ? below : ink), Math.round(255 * Math.max(ground, shade))], 4 * (t * S + s));
       }

@@ -138,9 +138,11 @@ def _panel(one: AttentionMaps, look: plot.Look, texts: Sequence[tuple[str, ...]]
     }
 
 
-def _tokens(texts: Sequence[str], real: np.ndarray) -> list[tuple[str, bool]]:
-    """(text, whether it is padding) of every token."""
-    return [(picture.label(text), not bool(is_real)) for text, is_real in zip(texts, real, strict=True)]
+def _tokens(texts: Sequence[str], real: np.ndarray) -> list[tuple[str, str]]:
+    """(text, its class) of every token: padding, a blank, or neither."""
+    kinds = ["" if text.strip() else "blank" for text in texts]
+    kinds = [kind if is_real else "pad" for kind, is_real in zip(kinds, real, strict=True)]
+    return list(zip(map(picture.label, texts), kinds, strict=True))
 
 
 def _thumbnail(one: AttentionMaps, row: int, place: int) -> str:

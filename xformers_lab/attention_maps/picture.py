@@ -1,6 +1,8 @@
 """Heads as heat maps: a row is a query, a column a key. What a query may not look at is left blank.
 
-A map is one path for each shade of each sign, so that a page of them stays small.
+A shade is the square root of a weight over the greatest of its head, so that weak ones show; of queries that may look
+at one key alone, whose weight is always the whole, none counts as the greatest. A map is one path for each shade of
+each sign, so that a page of them stays small.
 """
 
 import html
@@ -35,9 +37,9 @@ def label(token: str) -> str:
 
 
 def paths(weights: np.ndarray, seen: np.ndarray) -> str:
-    """Weights (T, S) as SVG paths, one unit for a pair, in shades of their greatest size; seen (T, S): the ground."""
-    most = float(np.abs(weights).max()) or 1.0
-    shades = np.rint(SHADES * weights / most).astype(int)
+    """Weights (T, S) as SVG paths, one unit for a pair, in shades; seen (T, S): the ground."""
+    most = greatest(weights, seen) or 1.0
+    shades = np.rint(SHADES * np.sign(weights) * np.sqrt(np.minimum(np.abs(weights) / most, 1))).astype(int)
     parts = [f'<path class="ground" fill-opacity="{GROUND}" d="{drawing.path(seen)}"/>']
     for sign, name in ((1, ""), (-1, ' class="negative"')):
         for shade in range(1, SHADES + 1):
@@ -45,6 +47,12 @@ def paths(weights: np.ndarray, seen: np.ndarray) -> str:
             if live.any():
                 parts.append(f'<path{name} fill-opacity="{shade / SHADES:.3g}" d="{drawing.path(live)}"/>')
     return "".join(parts)
+
+
+def greatest(weights: np.ndarray, seen: np.ndarray) -> float:
+    """The greatest size of weights (T, S) among queries that have a choice; of all where none has."""
+    choosing = seen.sum(-1) > 1
+    return float(np.abs(weights[choosing] if choosing.any() else weights).max(initial=0))
 
 
 def small(weights: np.ndarray, seen: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
