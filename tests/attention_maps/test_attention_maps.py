@@ -69,7 +69,7 @@ def test_a_text_has_the_weights_of_the_definition(dtype):
     assert found.weights.shape == (1, 2, 7, 7) and found.tokens == TEXT.split() and found.causal
     calls = []
     with measured.watched(lambda layer, call: calls.append((layer, call))):
-        model(np.array([task.encode(TEXT)]))
+        model(jax.numpy.array([task.encode(TEXT)]))
     ((layer, call),) = calls
     q, k, v = (np.asarray(y[0], np.float32) for y in (call.q, call.k, call.v))
     scores = np.einsum("tnh,snh->nts", q, k) * q.shape[-1] ** -0.5
@@ -101,7 +101,7 @@ def test_examples_are_those_of_an_evaluation():
     _, task, config = model_of()
     same = build_task(edit(config, batch=32, data_seed=0)).batch("test", 1)
     np.testing.assert_array_equal(reading.example(config, task, "test", 33).inputs[0], same.inputs[1])
-    with pytest.raises(UsageError, match="--example -1: the test split has examples 0 and on"):
+    with pytest.raises(UsageError, match="example -1: the test split has examples 0 and on"):
         reading.example(config, task, "test", -1)
 
 
@@ -144,12 +144,12 @@ def test_a_source_is_filled_up_and_the_target_generated(pairs):
 @pytest.mark.parametrize(
     ("changes", "text", "said"),
     [
-        ({}, "1 x", '--text: "x" is no token'),
-        ({}, " ", "--text: it is empty"),
-        ({}, "1 " * 13, "--text: it has 13 tokens, and the model takes 12"),
+        ({}, "1 x", 'text: "x" is no token'),
+        ({}, " ", "text: it is empty"),
+        ({}, "1 " * 13, "text: it has 13 tokens, and the model takes 12"),
         ({"model": "lstm", "position": "learned"}, "1 2 3", r"no layer of this model \(lstm\) gives a mean of values"),
         ({"depth": "universal"}, "1 2 3", "no map"),
-        ({"task": "pathfinder", "model": "encoder", "seq_len": 1024}, "1 2 3", "use --example"),
+        ({"task": "pathfinder", "model": "encoder", "seq_len": 1024}, "1 2 3", "look at an example"),
     ],
 )
 def test_what_has_no_map_is_refused_with_its_reason(changes, text, said):
@@ -190,6 +190,12 @@ def test_rows_say_the_figures_in_words():
     assert table.share(0.001) == "< 1 %" and table.share(0) == "0 %"
 
 
+def test_maps_say_what_their_weights_are():
+    kinds = [made(drawn(), implied=implied).kind for implied in ([False, False], [False, True], [True, True])]
+    assert kinds[0] == "the weights of its scores" and kinds[2] == "effective weights, since it has no scores"
+    assert kinds[1] == "effective weights in layer 2, since there are no scores"
+
+
 def test_small_maps_keep_what_stands_out():
     weights, seen = np.zeros((7, 7)), np.tri(7, dtype=bool)
     weights[6, 3], weights[2, 1] = 0.5, -0.25
@@ -203,6 +209,7 @@ def test_small_maps_keep_what_stands_out():
 def test_a_picture_is_well_formed_whatever_tokens_are(payload):
     one = made(drawn(L=1, N=2), [payload] * 5, name=payload)
     root = xml.etree.ElementTree.fromstring(one.svg())
+    assert len([node for node in root.iter() if node.text == "layer 1, head 2"]) == 1
     assert {node.tag.rpartition("}")[2] for node in root.iter()} <= {"svg", "rect", "text", "g", "path"}
     shown = xml.etree.ElementTree.fromstring(one._repr_html_().replace("<!--", ""))
     assert shown.find("table") is not None and "script" not in {node.tag for node in shown.iter()}
@@ -298,7 +305,7 @@ def xlab(tmp_path, capsys, monkeypatch):
     runs = tmp_path / "runs"
     changes = {"a": {"attention": "full"}, "b": {"attention": "linear"}, "c": {"attention": "gla"}}
     for name, change in changes.items():
-        stored(runs, name * 12, **change)
+        stored(runs, name * 12, attention=change["attention"])
 
     def load(folder, *, trust=False):
         model, task, config = model_of(layers=1, **changes[folder.name[0]])

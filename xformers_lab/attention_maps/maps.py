@@ -16,7 +16,7 @@ Part = Literal["self", "encoder", "decoder", "cross"]
 PARTS: dict[Part, str] = {"self": "", "encoder": "encoder", "decoder": "decoder", "cross": "cross-attention"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """What each head of each layer takes of each position.
 
@@ -58,6 +58,16 @@ class AttentionMaps:
     def title(self) -> str:
         """Its name, and the part where it is one of several."""
         return " · ".join(filter(None, [self.name, PARTS[self.part]]))
+
+    @property
+    def kind(self) -> str:
+        """What its weights are, in words."""
+        if not any(self.implied):
+            return "the weights of its scores"
+        if all(self.implied):
+            return "effective weights, since it has no scores"
+        among = [str(layer) for layer, implied in zip(self.layers, self.implied, strict=True) if implied]
+        return f"effective weights in layer{'s' * (len(among) > 1)} {', '.join(among)}, since there are no scores"
 
     @functools.cached_property
     def figures(self) -> Heads:

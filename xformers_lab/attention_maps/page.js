@@ -160,7 +160,7 @@
     const brush = canvas.getContext("2d");
     brush.imageSmoothingEnabled = false;
     brush.drawImage(image, 0, 0, canvas.width, canvas.height);
-    panel.element.querySelector(".most").textContent = most ? `darkest: ${share(most)}` : "";
+    panel.element.querySelector(".most").textContent = most ? `strongest shade: ${share(most)}` : "";
     if (!focus) return;
     const [x, y] = [canvas.width / S, canvas.height / T];
     brush.strokeStyle = `rgb(${channels(panel.element, "--chosen").join(" ")})`;

@@ -115,7 +115,7 @@ def _panel(one: AttentionMaps, look: plot.Look, texts: Sequence[tuple[str, ...]]
     return {
         "title": human.plain(one.title),
         "swatch": plot.swatch(look),
-        "note": "effective weights, since it has no scores" if any(one.implied) else "the weights of its scores",
+        "note": one.kind,
         "notes": [human.plain(note) for note in one.notes],
         "summary": table.summary(one),
         "asking": _tokens(one.queries, one.real_queries),

@@ -20,6 +20,8 @@ from xformers_lab.report.plot import INK, PAPER
 
 # Shades beside blank; weights below half a shade are not drawn.
 SHADES = 8
+# Rows and columns of a head in a file, and in a notebook.
+SIDE, INLINE = 256, 64
 # Weights below 0, in a file and on a page.
 NEGATIVE = "#a8321a"
 # What a query may look at.
@@ -68,11 +70,12 @@ def small(weights: np.ndarray, seen: np.ndarray, side: int) -> tuple[np.ndarray,
     return np.where(high >= -low, high, low).reshape(shape), any_seen.reshape(shape)
 
 
-def svg(maps: AttentionMaps) -> str:
-    """Every head as a file of its own on white paper, a row of them for each layer, tokens where they have room."""
+def svg(maps: AttentionMaps, side: int = SIDE) -> str:
+    """All heads as a file of its own on white paper, a row of them for each layer, tokens where they have room. Of more
+    than `side` rows or columns those that fall together are one, the greatest of them."""
     L, N, T, S = maps.weights.shape
     cell = max(0.8, min(12.0, 260 / max(T, S)))
-    labelled = cell >= LEAST_LABEL
+    labelled = cell >= LEAST_LABEL and max(T, S) <= side
     queries, keys = (list(map(_cut, texts)) for texts in (maps.queries, maps.keys))
     left = 14 + LETTER * (max(map(len, queries)) if labelled else 0)
     above = 8 + LETTER * (max(map(len, keys)) if labelled else 0)
@@ -87,8 +90,10 @@ def svg(maps: AttentionMaps) -> str:
             dead = str(maps.figures.reason[row, place])
             words = f"layer {layer}, head {head}" + (f": {dead}" if dead else "")
             parts.append(_text(x, y - 5 - (above - 8 if labelled and row == 0 else 0), words, "start", 10))
-            drawn = paths(maps.weights[row, place], maps.seen)
-            parts.append(f'<g transform="translate({x:.1f} {y:.1f}) scale({cell:.4g})">{drawn}</g>')
+            weights, seen = small(maps.weights[row, place], maps.seen, side)
+            scale = f"{wide / weights.shape[1]:.4g} {high / weights.shape[0]:.4g}"
+            drawn = paths(weights, seen)
+            parts.append(f'<g transform="translate({x:.1f} {y:.1f}) scale({scale})">{drawn}</g>')
             if labelled and place == 0:
                 parts += [_text(x - 4, y + (at + 0.5) * cell + 3, text, "end", 9) for at, text in enumerate(queries)]
             if labelled and row == 0:
@@ -132,7 +137,7 @@ def inline(maps: AttentionMaps) -> str:
     heads, lines = cells(rows[0], "th"), "".join(f"<tr>{cells(row.values(), 'td')}</tr>" for row in rows)
     words = [table.summary(maps), *maps.notes, *([table.IMPLIED] if any(maps.implied) else [])]
     said = "".join(f"<p>{html.escape(human.plain(sentence))}</p>" for sentence in words)
-    return f"<div>{svg(maps)}{said}<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+    return f"<div>{svg(maps, INLINE)}{said}<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def _cut(token: str) -> str:

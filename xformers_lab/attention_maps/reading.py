@@ -8,7 +8,7 @@ from flax import nnx
 
 from xformers_lab import generate
 from xformers_lab.attention_maps.maps import PARTS, AttentionMaps, Part
-from xformers_lab.config import Config
+from xformers_lab.config import Config, edit
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.measure import maps
 from xformers_lab.memory import Remembered
@@ -83,10 +83,8 @@ def example(config: Config, task: Task, split: Split, number: int) -> Batch:
     size = task.examples(split)
     if number < 0 or (size is not None and number >= size):
         last = "" if size is None else f" to {size - 1:,}"
-        raise UsageError(f"--example {number}: the {split} split has examples 0{last or ' and on'}")
+        raise UsageError(f"example {number}: the {split} split has examples 0{last or ' and on'}")
     if size is None:
-        from xformers_lab.config import edit
-
         step, row = divmod(number, evaluation.UNIT)
         batch = prefetch.checked(build_task(edit(config, batch=evaluation.UNIT, data_seed=0)), split, step)
     else:
@@ -98,15 +96,15 @@ def _written(model: Model, task: Task, text: str) -> tuple[np.ndarray, np.ndarra
     """Inputs (1, T), valid (1, T) and what is to be known of them."""
     length = task.setting.seq_len
     if task.channels or task.image is not None:
-        raise UsageError("--text: inputs of this task are no text; use --example")
+        raise UsageError("text: inputs of this task are numbers or pictures; look at an example of a split (--example)")
     try:
         tokens = task.encode(text)
     except ValueError as error:
-        raise UsageError(f"--text: {error}") from None
+        raise UsageError(f"text: {error}") from None
     if not tokens:
-        raise UsageError("--text: it is empty; give at least one token")
+        raise UsageError("text: it is empty; give at least one token")
     if len(tokens) > length:
-        raise UsageError(f"--text: it has {len(tokens):,} tokens, and the model takes {length:,}: give a shorter one")
+        raise UsageError(f"text: it has {len(tokens):,} tokens, and the model takes {length:,}: give a shorter one")
     if not isinstance(model, EncoderInput):
         return np.array([tokens], np.int32), None, []
     (prompt,), (source,) = generate.apart(model, [tokens], begin=task.begin)
