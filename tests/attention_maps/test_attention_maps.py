@@ -190,6 +190,12 @@ def test_rows_say_the_figures_in_words():
     assert table.share(0.001) == "< 1 %" and table.share(0) == "0 %"
 
 
+def test_queries_that_are_padding_are_not_drawn():
+    real = np.arange(5) < 3
+    one = made(np.full((1, 1, 5, 5), 0.2), causal=False, real=real)
+    assert one.drawn[0, 0].any(-1).tolist() == real.tolist() and one.weights.all()
+
+
 def test_maps_say_what_their_weights_are():
     kinds = [made(drawn(), implied=implied).kind for implied in ([False, False], [False, True], [True, True])]
     assert kinds[0] == "the weights of its scores" and kinds[2] == "effective weights, since it has no scores"

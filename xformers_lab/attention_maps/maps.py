@@ -102,6 +102,11 @@ class AttentionMaps:
         T, S = self.weights.shape[2:]
         return seeing(T, S, self.causal, self.real_keys) & self.real_queries[:, None]
 
+    @property
+    def drawn(self) -> np.ndarray:
+        """The weights as pictures have them: 0 at queries that are padding, whose weights mean nothing."""
+        return self.weights * self.real_queries[:, None]
+
     def only(self, layers: Sequence[int] | None = None, of_heads: Sequence[int] | None = None) -> "AttentionMaps":
         """The same with these layers and heads alone, by their numbers from 1. How much a head adds is still over the
         mean of all heads of its layer. Raises UsageError where there is none of a number."""

@@ -5,9 +5,9 @@
   const tip = document.getElementById("tip");
   const said = document.getElementById("said");
   const picked = { layer: null, head: null, way: "queries" };
-  // The token that stands out: of which text, as a query or a key, and its place. One that is pointed at hides the one
-  // that was chosen.
-  let chosen = null;
+  // The token that stands out: of which text, as a query or a key, and its place. Of each text one is chosen; one that
+  // is pointed at comes before it.
+  const chosen = new Map();
   let over = null;
 
   const panels = [...document.querySelectorAll(".panel")].map((element) => {
@@ -46,7 +46,7 @@
 
   // What stands out in a panel: the token over or chosen, where the panel has its text on that side.
   function focusOf(panel) {
-    for (const one of [over, chosen]) {
+    for (const one of [over, chosen.get(panel.about.queries), chosen.get(panel.about.keys)]) {
       if (one && panel.about[one.side] === one.text) return one;
     }
     return null;
@@ -184,6 +184,10 @@
     return { text: panel.about[side], side, at };
   }
 
+  function choose(one) {
+    chosen.set(one.text, one);
+  }
+
   function update() {
     for (const panel of panels) show(panel);
     const { layer, head } = picked;
@@ -216,7 +220,7 @@
       strip.addEventListener("click", (event) => {
         const span = event.target.closest("[data-at]");
         if (!span) return;
-        chosen = token(panel, sideOf(panel, strip), Number(span.dataset.at));
+        choose(token(panel, sideOf(panel, strip), Number(span.dataset.at)));
         update();
       });
       strip.addEventListener("keydown", (event) => {
@@ -228,9 +232,10 @@
         if (to === undefined) return;
         event.preventDefault();
         over = null;
-        chosen = token(panel, side, Math.min(last, Math.max(0, to)));
+        const next = token(panel, side, Math.min(last, Math.max(0, to)));
+        choose(next);
         update();
-        const box = panel.spans[side][chosen.at];
+        const box = panel.spans[side][next.at];
         if (strip.scrollHeight > strip.clientHeight) strip.scrollTop = box.offsetTop - strip.offsetTop - strip.clientHeight / 2;
         speak();
       });
@@ -263,7 +268,7 @@
       tip.style.top = `${above > 8 ? above : event.clientY + 18}px`;
     });
     panel.canvas.addEventListener("pointerleave", () => { over = null; tip.hidden = true; update(); });
-    panel.canvas.addEventListener("click", (event) => { chosen = tokenAt(...place(event)); update(); });
+    panel.canvas.addEventListener("click", (event) => { choose(tokenAt(...place(event))); update(); });
   }
 
   function pick(name, value) {
@@ -276,9 +281,8 @@
     if (input.checked) pick(input.name, input.value);
     input.addEventListener("change", () => {
       pick(input.name, input.value);
-      // The same token, seen from the other side.
-      const panel = chosen && panels.find((one) => one.about[chosen.side] === chosen.text && !one.about.crosses);
-      if (input.name === "way" && panel) chosen = token(panel, picked.way, chosen.at);
+      // The same tokens, seen from the other side.
+      if (input.name === "way") for (const one of [...chosen.values()]) choose({ ...one, side: picked.way });
       update();
     });
   }
@@ -294,7 +298,8 @@
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    chosen = over = null;
+    chosen.clear();
+    over = null;
     tip.hidden = true;
     update();
   });
@@ -318,7 +323,7 @@
   // At first a token in the middle of the text: the first ones have nothing to choose from.
   for (const panel of panels) {
     const real = panel.about.rows.flatMap((is, at) => (is ? [at] : []));
-    if (!chosen && real.length) chosen = token(panel, "queries", real[Math.floor((2 * real.length) / 3)]);
+    if (!chosen.has(panel.about.queries) && real.length) choose(token(panel, "queries", real[Math.floor((2 * real.length) / 3)]));
   }
   update();
   let wide = innerWidth;

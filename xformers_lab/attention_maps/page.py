@@ -71,6 +71,7 @@ def write(
             for number, (one, look) in enumerate(zip(shown, looks, strict=True))
             for row in table.texts(one, chosen)
         ],
+        notes=list(dict.fromkeys(human.plain(note) for one in shown for note in one.notes)),
         refused=[(human.plain(name), human.plain(reason)) for name, reason in refused],
         negative=any((one.weights < 0).any() for one in shown),
         padded=any(not one.real_keys.all() for one in shown),
@@ -100,7 +101,7 @@ def _tally(shown: Sequence[AttentionMaps]) -> str:
 def _panel(one: AttentionMaps, look: plot.Look, texts: Sequence[tuple[str, ...]]) -> dict:
     """What the template and the script have of one map. Texts that are the same have the same number."""
     most = max(1.0, float(np.abs(one.weights).max(initial=0)))
-    numbers = np.rint(one.weights * (WHOLE / most)).astype("<i2")
+    numbers = np.rint(one.drawn * (WHOLE / most)).astype("<i2")
     data = {
         "layers": list(one.layers),
         "heads": list(one.heads),
@@ -116,11 +117,10 @@ def _panel(one: AttentionMaps, look: plot.Look, texts: Sequence[tuple[str, ...]]
         "title": human.plain(one.title),
         "swatch": plot.swatch(look),
         "note": one.kind,
-        "notes": [human.plain(note) for note in one.notes],
         "summary": table.summary(one),
         "asking": _tokens(one.queries, one.real_queries),
         "asked": _tokens(one.keys, one.real_keys) if one.part == "cross" else [],
-        "wide": np.mean([len(token) for token in one.keys]) > 1.5,
+        "wide": any(len(token) > 1 for token in one.keys),
         "data": json.dumps(data),
         "weights": base64.b64encode(numbers.tobytes()).decode(),
         "maps": [
@@ -146,7 +146,7 @@ def _tokens(texts: Sequence[str], real: np.ndarray) -> list[tuple[str, str]]:
 
 
 def _thumbnail(one: AttentionMaps, row: int, place: int) -> str:
-    weights, seen = picture.small(one.weights[row, place], one.seen, SIDE)
+    weights, seen = picture.small(one.drawn[row, place], one.seen, SIDE)
     T, S = weights.shape
     return (
         f'<svg class="thumb" viewBox="0 0 {S} {T}" preserveAspectRatio="none" shape-rendering="crispEdges" '

@@ -90,7 +90,7 @@ def svg(maps: AttentionMaps, side: int = SIDE) -> str:
             dead = str(maps.figures.reason[row, place])
             words = f"layer {layer}, head {head}" + (f": {dead}" if dead else "")
             parts.append(_text(x, y - 5 - (above - 8 if labelled and row == 0 else 0), words, "start", 10))
-            weights, seen = small(maps.weights[row, place], maps.seen, side)
+            weights, seen = small(maps.drawn[row, place], maps.seen, side)
             scale = f"{wide / weights.shape[1]:.4g} {high / weights.shape[0]:.4g}"
             drawn = paths(weights, seen)
             parts.append(f'<g transform="translate({x:.1f} {y:.1f}) scale({scale})">{drawn}</g>')
