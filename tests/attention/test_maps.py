@@ -75,6 +75,7 @@ def test_weights_that_heads_mix_are_those_of_the_definition():
     assert not found.implied and abs(found.weights.sum(-1) - 1).max() > 0.01
 
 
+@pytest.mark.full
 def test_many_keys_are_read_off_in_parts(monkeypatch):
     """However many values there are at once, the weights are the same."""
     layer = spec.build("attention", "full", length=T, dim=4, heads=2)

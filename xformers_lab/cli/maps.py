@@ -1,6 +1,7 @@
 """The command that shows where a trained model looks: maps."""
 
 import argparse
+import json
 import pathlib
 import sys
 from typing import TYPE_CHECKING
@@ -80,8 +81,6 @@ def _print(chosen: argparse.Namespace, shown: "list[AttentionMaps]") -> None:
     from xformers_lab.report import listing
 
     if chosen.json:
-        import json
-
         rows = [{"run": one.name, "part": one.part, **row} for one in shown for row in table.heads(one)]
         print(json.dumps(rows, indent=2))
         return

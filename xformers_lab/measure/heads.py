@@ -1,6 +1,6 @@
 """What the heads of a model do, in numbers: how widely each looks, how far, at what, and whether it does anything.
 
-Every figure is a mean over the queries that have a choice: those that are no padding and may look at two keys or more.
+A figure is a mean over the queries that have a choice: those that are no padding and may look at two keys or more.
 Of weights below 0, as differences of softmaxes have, the sizes count; they are divided by their sum over the keys.
 """
 
@@ -32,7 +32,8 @@ class Heads:
         total: What the weights of a query add up to, their signs kept: 1 of a softmax.
         output: The length of what the head adds to the output of its layer, through its part of the output projection,
             over the mean of all heads of the layer (as Kobayashi et al., 2020, arXiv 2004.10102, weigh a head by the
-            vectors that it gives); NaN where a layer does not add up what heads give.
+            vectors that it gives), over all queries that are no padding; NaN where a layer does not add up what heads
+            give.
         fixed: The largest share that one key gets among those that at least half of the queries may look at.
     """
 
@@ -92,7 +93,7 @@ def figures_of(
     if norms is not None:
         each = _mean(norms, real_queries)
         whole = each.mean(1, keepdims=True)
-        output = np.divide(each, whole, out=np.zeros_like(each), where=whole > 0)
+        output = np.divide(each, whole, out=np.where(np.isnan(each), np.nan, 0), where=whole > 0)
     return Heads(
         entropy=mean(entropy),
         relative=mean(entropy / np.log2(np.maximum(keys, 2))),
