@@ -105,7 +105,7 @@ class Cells:
                 if row.get("metric") is not None
                 else row.get("reason", "")
             )
-            say(f"{self.words}{index + 1}/{self.total} {self.at}: {row['status']} {score}")
+            say(f"{self.words}{index + 1}/{self.total} {self.at}: {row['status']} {score}".rstrip())
         self.at = ""
 
 

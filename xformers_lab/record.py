@@ -159,7 +159,8 @@ class Record:
     )
     maps: Mapping = fact(
         "attention weights of the first example scored, where seq_len is at most 64 and there are at most 65,536 of "
-        "them: tokens, queries (T), layers: [layer][head][query][key] in 0..255, implied (no scores: effective weights)"
+        "them: tokens, queries (T), layers: [layer][head][query][key] in 0..255, implied (no scores: effective "
+        "weights); else reason, why there are none"
     )
 
     tokens_per_second: float | None = figure(

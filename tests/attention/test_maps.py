@@ -27,6 +27,7 @@ def maps_of(valid=None, **changes):
     return maps.of_model(model, np.asarray(task.batch("test", 0).inputs[:1]), valid)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 @pytest.mark.parametrize("attention", ["full", "local:window=3"])
 def test_softmax_weights_are_read_off(attention, kind):
@@ -45,6 +46,7 @@ def test_softmax_weights_are_read_off(attention, kind):
         assert not found.implied
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "choice", [{"position": "alibi"}, {"position": "xl"}, {"kv_heads": 1}, {"attention": "bigbird"}]
 )

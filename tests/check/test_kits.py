@@ -48,6 +48,7 @@ def test_mechanisms_in_turn_decode_in_every_depth(name):
         inside.decoding(hybrid)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", [
     "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "universal:act=true", "feedback:segment=5",
     "mixture_of_depths:capacity=0.5", "hourglass:factor=3:shorten=linear:upsample=linear",

@@ -27,6 +27,7 @@ def sources():
     return {path: path.read_bytes() for path in package.rglob("*.py")}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("inline")
 def test_skeleton_passes_trains_is_timed_and_reported_without_touching_the_package(tmp_path, monkeypatch, capsys):
     before = sources()

@@ -133,6 +133,7 @@ def test_what_show_cannot_show_of_a_task(capsys, words, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_bench_rows(capsys):
     rows = run(
         capsys, "bench", "attention=full,linear", "seq_len=16,32", "dim=16", "batch=1", "--rounds", "2", "--no-check"
@@ -171,6 +172,7 @@ def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):
     assert rows[1]["reason"] == "interrupted before it was measured" and rows[0]["exponent"] is None
 
 
+@pytest.mark.full
 def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     """Two cells, one impossible and kept as refused; run again only what is missing; the report holds every cell."""
     monkeypatch.chdir(tmp_path)
@@ -207,6 +209,7 @@ def test_compare_end_to_end(capsys, tmp_path, monkeypatch):
     assert "different machines" in page and "processor Elsewhere 9000 (1 cell)" in page
 
 
+@pytest.mark.full
 def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path):
     words = [*TINY, f"runs={tmp_path}", "attention=full,axial:shape=3x3", "seq_len=16"]
     assert main(["compare", *words]) == 2
@@ -216,6 +219,7 @@ def test_impossible_cells_are_refused_together_or_kept_as_rows(capsys, tmp_path)
     assert "does not fit a length of 16" in rows[1]["reason"]
 
 
+@pytest.mark.full
 def test_train_resume_eval(capsys, tmp_path):
     words = [*TINY, f"runs={tmp_path}", "seq_len=16", "attention=local:window=4"]
     record = run(capsys, "train", *words)
@@ -225,6 +229,7 @@ def test_train_resume_eval(capsys, tmp_path):
     assert scored["metric"] == pytest.approx(record["metric"])
 
 
+@pytest.mark.full
 def test_doctor(capsys, monkeypatch):
     monkeypatch.setattr(doctor.hardware, "load", lambda: 99.0)
     monkeypatch.setattr(doctor, "_spread", lambda: 1.1)
@@ -233,6 +238,7 @@ def test_doctor(capsys, monkeypatch):
     assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", [["doctor"], ["train", "task=copy", "steps=1"]], ids=" ".join)
 def test_a_platform_that_is_not_here_is_said(arguments, tmp_path):
     command = [sys.executable, "-m", "xformers_lab", *arguments]
@@ -255,6 +261,7 @@ def test_an_unknown_flag_gets_the_nearest(capsys):
     assert 'no flag --repotr: did you mean "--report"?' in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
     """30 cells from wherever it is called; words after it change them, here into one tiny one."""
     assert measuring.DEMO.is_relative_to(pathlib.Path(spec.__file__).parent)
@@ -296,6 +303,7 @@ def test_a_bar_that_stands_still_says_why():
     assert words()[-1].endswith("· loss 2.000")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", [
     "list attention", "show local", "doctor", "bench attention=full seq_len=16", "check ffn/mlp", "check full",
     "compare task=copy attention=full steps=1",

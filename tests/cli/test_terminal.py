@@ -144,6 +144,7 @@ def test_help_fits_a_terminal(capsys, monkeypatch, columns):
         assert not words or words[0] != "compare" or "\n  seq_len=64" in text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", ["list ffn", "list ffn --json", "show ffn/mlp"])
 def test_a_pipe_that_nobody_reads(words):
     reads, writes = os.pipe()

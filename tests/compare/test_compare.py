@@ -168,6 +168,7 @@ print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
     assert all(row.keys() >= PROMISED for row in rows[1:])
 
 
+@pytest.mark.full
 def test_a_broken_or_failing_mechanism_is_a_row_and_the_others_go_on(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, end in (("Wrong", " + q[:3]"), ("Leaky", "")):
@@ -294,6 +295,7 @@ def test_a_folder_in_use_is_said_to_be_held(tmp_path):
     assert record["status"] == HELD and "is running this" in record["reason"]
 
 
+@pytest.mark.full
 def test_a_result_of_other_data_is_not_taken_for_this_one(tmp_path, caplog):
     text = tmp_path / "text.txt"
     text.write_bytes(b"some words " * 300)

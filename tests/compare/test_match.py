@@ -47,6 +47,7 @@ def test_an_attention_alone_changes_its_width_by_whole_heads():
     assert config.model.dim % config.model.heads == 0 and config.model.dim > 64
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("attention", ["linear", "local:window=4"])
 def test_flops_are_met_exactly_as_a_run_counts_them(attention):
     config, said, target = solved("flops", BASE, attention=attention)

@@ -42,3 +42,39 @@ def test_a_whole_study(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(cell, "train", None)  # all is there: nothing trains
     repeated, said = study(capsys, *words)
     assert repeated == rows and "as planned in runs/studies/" in said
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("inline")
+def test_a_whole_ablation(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["ablate", *TINY, "norm=pre,post", "--no-baselines", "--report", "page.html"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "of the base" in shown and "norm=post: " in shown and "one seed, so not tested" in shown
+    page = (tmp_path / "page.html").read_text()
+    assert "norm=post" in page and "2 cells: 2 ok" in page
+    kept = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert [(row["name"], row["status"], row["norm"]) for row in kept["rows"]] == [
+        ("base", "ok", "pre"),
+        ("norm=post", "ok", "post"),
+    ]
+    for row in kept["rows"]:
+        again = configs.single(shlex.split(row["command"])[2:])
+        assert str(configs.folder(again)) == row["run_dir"]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("inline")
+def test_a_whole_study_of_equal_seconds(capsys, tmp_path, monkeypatch):
+    """The reference keeps its steps; the other gets as many as fit its seconds, and the schedule follows them."""
+    monkeypatch.chdir(tmp_path)
+    rows, _ = study(capsys, *TINY, "attention=full,linear", "steps=40", "match=wallclock", "--no-baselines")
+    full, linear = rows
+    assert [row["status"] for row in rows] == ["ok", "ok"] and full["steps"] == 40
+    assert full["matched"]["budget"] == linear["matched"]["budget"] == "wallclock"
+    assert full["matched"]["target"] == linear["matched"]["target"]
+    assert linear["steps"] == linear["config"]["train"]["steps"]
+    if linear["steps"] != 40:
+        assert linear["matched"]["changed"] == {"steps": [40, linear["steps"]]}
+    assert linear["matched"]["ok"] == (abs(linear["matched"]["reached"] / linear["matched"]["target"] - 1) <= 0.02)

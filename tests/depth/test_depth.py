@@ -63,6 +63,7 @@ def test_universal_has_the_parameters_of_one_layer():
     assert count(model_of("universal", attention="full+linear")[0]) == count(model_of("fixed", layers=2)[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("code, position", [*itertools.product((True, False), ("none", "sinusoidal"))])
 def test_universal_is_its_layer_again_and_again(code, position):
     """With waves for positions, these are added before each step, as the code of the step is."""
@@ -132,6 +133,7 @@ def test_steps_of_every_position_are_told():
     assert len(np.unique(halting["steps"])) > 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("depth", [
     "universal:act=true", "mixture_of_depths:capacity=0.4", "early_exit:threshold=0.2", "conditional",
 ])  # fmt: skip
@@ -145,6 +147,7 @@ def test_what_each_token_cost_is_told(depth):
     assert np.nanmin(each) < np.nanmax(each) <= 4
 
 
+@pytest.mark.full
 def test_what_each_token_cost_where_sequences_leave_whole_or_two_stacks_read():
     model, _ = perturbed(*model_of("early_exit:threshold=0.2", task="listops", layers=2))
     aux = run(model, jax.random.randint(jax.random.key(0), (8, 12), 1, 16))[1]
@@ -156,6 +159,7 @@ def test_what_each_token_cost_where_sequences_leave_whole_or_two_stacks_read():
     np.testing.assert_allclose(each[:, :source].mean() + each[:, source:].mean(), aux.scalars["computation"], rtol=1e-5)
 
 
+@pytest.mark.full
 def test_ponder_reaches_the_halting_parameters():
     model, tokens = model_of("universal:act=true", layers=3)
     graph, params = nnx.split(model)
@@ -163,6 +167,7 @@ def test_ponder_reaches_the_halting_parameters():
     assert float(jnp.abs(grads.stack.halt.bias[...]).sum()) > 0
 
 
+@pytest.mark.full
 def test_layerdrop_leaves_out_layers_in_training_alone():
     model, tokens = model_of("layerdrop:rate=0.5", layers=6)
     fixed = model_of("fixed", layers=6)[0]
@@ -196,6 +201,7 @@ def test_a_period_that_does_not_divide_is_refused():
 # ---- mixture_of_depths -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_full_capacity_is_the_formula():
     model, tokens = perturbed(*model_of("mixture_of_depths:capacity=1:every=1"))
     x, context = model.embedding(tokens), Context(model.position)
@@ -209,6 +215,7 @@ def test_full_capacity_is_the_formula():
     assert aux.scalars["computation"] == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_routed_tokens_keep_their_positions_and_see_each_other_alone(kind):
     """Gathered, a block gives what it gives in place when the other tokens are hidden from it like padding."""
@@ -245,6 +252,7 @@ def test_work_falls_with_capacity():
     assert flops(0.5) < 0.52 * whole and flops(0.125) < 0.16 * whole
 
 
+@pytest.mark.full
 def test_evaluation_looks_at_no_later_token_and_training_does():
     model, tokens = perturbed(*model_of("mixture_of_depths:capacity=0.5:every=1", position="rope"))
     other = tokens.at[:, -1].set((tokens[:, -1] + 1) % 11)
@@ -254,6 +262,7 @@ def test_evaluation_looks_at_no_later_token_and_training_does():
     assert float(jnp.abs(differs).max()) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bias, layers", [(100.0, 4), (-100.0, 2)])
 def test_the_predictor_decides_in_evaluation(bias, layers):
     """All tokens, more than the usual room, or none."""
@@ -307,6 +316,7 @@ def exits_of(depth: str, **changes) -> Any:
     return model, tokens, jnp.asarray(batch.valid)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule, first, last", [
     ("exit=confidence", 0, 1), ("exit=entropy", 1e6, 0), ("exit=patience:patience=9", None, 0),
 ])  # fmt: skip
@@ -393,6 +403,7 @@ def test_layers_above_the_last_exit_do_not_run(monkeypatch):
     assert ran == expected and sum(ran) < 6 * 16
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stages", ["two", "joint"])
 def test_two_stages_leave_the_backbone_alone(stages):
     """With two stages the backbone's gradient is that of a model without exits, to the bit; the exits' is not 0."""
@@ -418,6 +429,7 @@ def test_two_stages_leave_the_backbone_alone(stages):
     assert all(close) == (stages == "two")
 
 
+@pytest.mark.full
 def test_exits_train_and_are_told(tmp_path, capsys):
     """Losses of exits reach the log, and the layers a token got reach the record that reports read."""
     config = edit(Config(), task="copy", depth="early_exit:threshold=0.2", seq_len=8, dim=8, heads=1, layers=3)
@@ -484,6 +496,7 @@ def test_gates_scale_the_sub_layers_of_each_token(unit):
     np.testing.assert_allclose(aux.scalars["computation"], sum(opened) / 2, rtol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("estimator", ["noise", "straight_through"])
 @pytest.mark.parametrize("budget", [0.2, 0.8])
 def test_the_budget_pulls_the_gates(estimator, budget):

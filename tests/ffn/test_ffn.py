@@ -55,6 +55,7 @@ def test_moe_is_its_definition(top, padded):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), fast, slow)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", ["moe:top=2", "moe:capacity=0.5", "moe:choice=expert"])
 def test_order_of_tokens_changes_nothing(choice):
     moe, x = build(choice), draw(2, 24, 16)
@@ -91,6 +92,7 @@ def test_capacity_keeps_the_most_certain():
         assert set(np.nonzero(kept)[0]) & set(mine) == set(best)
 
 
+@pytest.mark.full
 def test_experts_choose_equally_many():
     moe, x = build("moe:experts=4:choice=expert"), draw(1, 16, 16)
     p = jax.nn.softmax(x @ moe.router.kernel[...])
@@ -112,6 +114,7 @@ def test_padding_changes_nothing(choice):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), aux, expected)
 
 
+@pytest.mark.full
 def test_router_losses_are_switch_transformers(golden):
     peer = golden("switch_router_losses")
     moe = build("moe:experts=4:balance=1:z=1", 4)
@@ -121,6 +124,7 @@ def test_router_losses_are_switch_transformers(golden):
     np.testing.assert_allclose(aux.losses["balance"], peer["aux_loss"], rtol=1e-4)
 
 
+@pytest.mark.full
 def test_product_key_finds_the_best_of_all_slots():
     memory, x = build("product_key:side=6:top=3:reads=2:key=8"), draw(2, 5, 16)
     q = memory.norm((memory.query(x)).reshape(10, 2, 8)).reshape(10, 2, 2, 4)
@@ -131,6 +135,7 @@ def test_product_key_finds_the_best_of_all_slots():
     np.testing.assert_allclose(memory(x)[0], expected, atol=2e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("padded", [False, True])
 def test_hash_sends_every_occurrence_of_a_token_to_one_expert(padded):
     layer, x = build("hash:experts=3"), draw(2, 20, 16)
@@ -159,6 +164,7 @@ def test_hash_is_another_in_every_layer_and_spreads_tokens():
     assert np.bincount(first).min() > 900
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("depth", ["mixture_of_depths:every=1", "reversible", "early_exit", "macaron", "conditional"])
 def test_hash_finds_its_tokens_in_every_depth(depth):
     """Step by step, where tokens come one at a time, the model says what it says of all of them."""

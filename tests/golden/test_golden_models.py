@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from xformers_lab.config import Config, edit
@@ -186,6 +187,7 @@ def llama(w: Weights, **changed):
     return run(model, w["ids"])
 
 
+@pytest.mark.full
 def test_llama(golden):
     w = Weights(golden("tiny_llama"), 2)
     assert_same(llama(w), w["logits"])

@@ -499,6 +499,7 @@ def test_unknown_pass():
         bench(grid("attention=full", "seq_len=16"), passes=["forwards"], check=False)
 
 
+@pytest.mark.full
 def test_decoding_costs_a_window_or_a_state_the_same_at_every_context():
     """FLOPs and kept bytes of one more token: as the context for full attention, constant for a window and a state."""
     sweep, _ = configs.sweep(["attention=full,local:window=8,linear", "seq_len=64..256:x2", "dim=16", "batch=1"])
@@ -511,6 +512,7 @@ def test_decoding_costs_a_window_or_a_state_the_same_at_every_context():
         assert mine[-1]["state_bytes"] / mine[0]["state_bytes"] == pytest.approx(4**slope, rel=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["full", "local:window=8", "linear", "mla", "rwkv"])
 def test_prefill_gives_what_forward_does_and_the_cache_of_single_tokens(name):
     """Two parts and a rest."""

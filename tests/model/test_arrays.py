@@ -13,6 +13,7 @@ from xformers_lab.model import build_model, build_task
 TASKS = {"encoder": "listops", "bag": "listops"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [name for name in spec.names("model") if name != "vit"])  # vit needs files
 def test_numpy_arrays_are_taken(kind):
     task = TASKS.get(kind, "copy")

@@ -36,6 +36,7 @@ def by_steps(cell, x, valid):
     return jnp.stack(out, 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", CELLS)
 def test_value_and_gradients_are_those_of_single_steps(kind):
     cell, x = CELLS[kind](SIZE, nnx.Rngs(0)), draw(3, 7, 8)
@@ -228,6 +229,7 @@ def test_seq2seq_is_a_slow_loop(options):
         np.testing.assert_allclose(fast, by_definition(model, tokens, valid), atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", ["", ":look=additive:cell=gru:reads=both", ":look=dot:reads=backward"])
 def test_seq2seq_decodes_as_it_reads_the_whole(options):
     model, tokens = seq2seq(options)
@@ -263,6 +265,7 @@ def test_seq2seq_sees_neither_the_future_nor_padding(options):
     assert np.abs(padded - logits)[:, 7:].max() > 1e-3
 
 
+@pytest.mark.full
 def test_seq2seq_copies_sooner_where_it_looks():
     """A vector of fixed size holds the string badly; attention finds each symbol of it (Bahdanau et al., 2014)."""
 
@@ -280,6 +283,7 @@ def test_seq2seq_copies_sooner_where_it_looks():
     assert loss("additive") < 0.5 * loss("none")
 
 
+@pytest.mark.full
 def test_additive_attention_asks_before_the_cell_and_feeds_it():
     """Bahdanau et al.: what s_(t-1) finds is in s_t. What is seen of the source changes the cell's state, and the state
     before the first target is what asks."""
@@ -295,6 +299,7 @@ def test_additive_attention_asks_before_the_cell_and_feeds_it():
     assert np.abs(model.fed(x, state, (keys, 2 * rows), None, None)[0] - s).max() > 1e-2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["lstm", "gru", "bag", "bytenet", "seq2seq", "seq2seq:look=additive"])
 def test_no_baseline_ignores_dropout(kind):
     config = edit(Config(), task="copy", model=kind, seq_len=13, dim=16, batch=2, dropout=0.5)
@@ -305,6 +310,7 @@ def test_no_baseline_ignores_dropout(kind):
     assert np.abs(first - second).max() > 1e-4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "words, says",
     [

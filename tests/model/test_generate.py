@@ -34,6 +34,7 @@ def whole(model):
     return lambda tokens: np.asarray(run(jnp.asarray([[*tokens] + [0] * (24 - len(tokens))], jnp.int32)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("at_once, prompts", [(64, PROMPTS), (2, LONGER)])
 def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, prompts):
     """For prompts of different lengths in one batch, however many of their tokens are read in one call."""
@@ -43,6 +44,7 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(model, whole, at_once, promp
         assert len(tokens) == 8 and tokens == greedy[:8].tolist()
 
 
+@pytest.mark.full
 def test_a_batch_is_what_each_prompt_gives_alone(model):
     together = generate(model, PROMPTS, new=6, length=24)
     assert together == [generate(model, [prompt], new=6, length=24)[0] for prompt in PROMPTS]
@@ -59,6 +61,7 @@ def test_stops_at_a_token_and_streams(model):
     assert seen == [(0, token) for token in stopped]
 
 
+@pytest.mark.full
 def test_draws_follow_the_seed(model):
     draw = lambda seed, **how: generate(model, LONGER, new=8, length=24, sampling=Sampling(1.5), seed=seed, **how)
     first = draw(1)
@@ -66,6 +69,7 @@ def test_draws_follow_the_seed(model):
     assert first == draw(1, at_once=4)
 
 
+@pytest.mark.full
 def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
     """Twenty tokens in parts of eight and the rest at once, then one call for every token but the first."""
     calls, compiled = [], (generation._reader, generation._sampled_steps, generation._beam_step)
@@ -151,6 +155,7 @@ def test_as_many_beams_go_on_however_many_stop(V, stop, seed):
     assert beam == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "changes",
     [

@@ -98,6 +98,7 @@ def unknown(row: dict) -> set[str]:
     return row.keys() - {*record.keys(), *record.PLACES, *configs.KEYS}
 
 
+@pytest.mark.full
 def test_what_training_evaluation_and_a_comparison_write_is_in_the_schema(tmp_path):
     config = edit(Config(), **TINY, runs=str(tmp_path))
     done = loop.run(config)

@@ -14,7 +14,9 @@ from report_rows import ATTENTIONS, HOSTILE, KEYS, PAYLOAD, PAYLOADS, bench, cel
 
 from xformers_lab.cli import main
 from xformers_lab.errors import UsageError
-from xformers_lab.report import charts, figures, html, human, maps, plot, rows, summary
+from xformers_lab.report import charts, figures, html, human, maps, patterns, plot, rows, summary
+from xformers_lab.report.charts import curves, pareto
+from xformers_lab.report.charts.parts import guess_words
 from xformers_lab.report.plot import Band, Dot, Front, Line, Rule
 
 
@@ -75,7 +77,7 @@ def test_computation_is_a_cost_where_variants_differ_in_it():
 )
 def test_the_front_is_what_no_other_beats_in_both(better, kept):
     points = [(2, 0.7), (1, 0.5), (3, 0.7), (4, 0.9), (5, 0.6), (1, 0.4 if better > 0 else 0.6), (3, 0.4)]
-    front = charts.front(points, better)
+    front = pareto.front(points, better)
     assert front == kept
     for cost, value in points:  # by definition
         beaten = any(
@@ -159,10 +161,10 @@ def test_learning_curves_are_over_steps_tokens_and_seconds():
 
 
 def test_smoothing_keeps_what_is_level_and_follows_what_is_not():
-    assert charts.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert curves.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
     rough = [1.0 if at % 2 else 3.0 for at in range(100)]
-    assert max(abs(value - 2) for value in charts.smoothed(rough)[40:]) < 0.5
-    assert charts.smoothed([5.0, 1.0])[0] == 5.0 and charts.smoothed([]) == []
+    assert max(abs(value - 2) for value in curves.smoothed(rough)[40:]) < 0.5
+    assert curves.smoothed([5.0, 1.0])[0] == 5.0 and curves.smoothed([]) == []
 
 
 def test_tuning_is_drawn_with_its_best_and_its_edge():
@@ -225,6 +227,17 @@ def test_ticks_are_round_few_and_inside(low, high):
         marks = plot.log_ticks(low, high, binary)
         assert 1 <= len(marks) <= 6
         assert all(low <= mark <= high for mark in marks)
+
+
+def test_a_narrow_binary_axis_has_two_ticks_all_the_same():
+    assert plot.log_ticks(36.0, 69.0, binary=True) == [48.0, 64.0] and plot.log_ticks(32.0, 64.0, True) == [32.0, 64.0]
+    assert plot.log_ticks(33.0, 47.0, binary=True) == [40.0]
+
+
+def test_a_guess_is_called_by_what_it_does():
+    cells = [cell(task="lm", metric=4.0 + n, seed=n, data={"unigram": 4.851}) for n in (0, 1)]
+    group = rows.groups(cells, KEYS)[0]
+    assert guess_words(group, 4.851).startswith("tokens by how often") and "chance" in guess_words(group, 8)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 4.0), (1.23, 1.24), (0.0, 3e8), (2.0, 2.0)])
@@ -308,8 +321,8 @@ def test_maps_show_full_attention_first_and_each_shade_once():
     cells = [cell("linear") | {"maps": weighted()["maps"] | {"implied": True}}, weighted()]
     shown = maps.of_group(rows.groups(cells, KEYS)[0], ["linear", "full"], KEYS)
     assert shown is not None and [(one.name, one.series) for one in shown.shown] == [("full", 1), ("linear", 0)]
-    assert "effective" in shown.shown[1].note and shown.shown[0].pictures[0][0] == "layer 1, head 1"
-    picture = shown.shown[0].pictures[0][1]
+    assert "effective" in shown.shown[1].note and shown.shown[0].pictures[0].label == "layer 1, head 1"
+    picture = shown.shown[0].pictures[0].drawn
     assert re.findall(r'fill-opacity="([\d.]+)" d="([^"]+)"', picture) == [
         ("0.5", "M0 1h2v1h-2z"), ("1", "M0 0h1v1h-1z"),
     ]  # fmt: skip
@@ -329,9 +342,21 @@ def test_maps_beyond_the_budget_are_named():
     group = rows.groups([weighted(), cell("linear") | {"maps": weighted()["maps"]}], KEYS)[0]
     every = maps.of_group(group, ["full", "linear"], KEYS)
     assert every is not None
-    size = len(every.shown[0].pictures[0][1])
+    size = len(every.shown[0].pictures[0].drawn)
     shown = maps.of_group(group, ["full", "linear"], KEYS, budget=size + 10)
     assert shown is not None and [one.name for one in shown.shown] == ["full"] and shown.left_out == ["linear"]
+
+
+def test_rows_without_maps_are_told_on_the_page_with_their_length_and_the_limit(tmp_path):
+    long = {"tokens": ["a"] * 97, "queries": 97, "layers": [[[[0] * 97] * 97]]}
+    cells = [weighted(), cell("linear", seq_len=97, maps=long)]
+    cells += [cell("gla", seq_len=n, maps={"reason": "at most 64 tokens <b>"}) for n in (128, 256)]
+    page = written(tmp_path / "some.html", cells, KEYS)
+    assert "No maps of linear at 97 tokens: a page has room for maps of at most 96 tokens.</p>" in page
+    assert "No maps of gla at 128 tokens and gla at 256 tokens: at most 64 tokens &lt;b&gt;.</p>" in page
+    none = written(tmp_path / "none.html", cells[2:], KEYS)
+    assert none.count("Attention maps") == 1 and "No maps of gla" in none
+    assert "No maps of" not in written(tmp_path / "all.html", cells[:1], KEYS)
 
 
 # ---- files of figures -------------------------------------------------------------------------------------------
@@ -356,6 +381,29 @@ def test_figures_are_svg_and_pdf_by_names_of_words(tmp_path):
             assert (
                 root.tag.endswith("svg") and "var(" not in path.read_text() and "currentColor" not in path.read_text()
             )
+
+
+def test_maps_and_patterns_are_files_too(tmp_path):
+    """Of a map a row for each layer and a column for each head, each with its labels; nothing is left to a style."""
+    heads = [[[255, 0], [128, 127]]] * 3
+    found = {"tokens": ["a", "b"], "queries": 2, "layers": [heads, heads]}
+    cells = [cell("local:window=16", maps=found), cell("full", maps={"reason": "none"})]
+    for row in cells:
+        row["config"]["model"]["heads"] = 2
+    paths = {path.name: path for path in figures.write_figures(cells, KEYS, tmp_path)}
+    mapped, pattern = paths["attention_maps_mqar_local_window_16.svg"], paths["pattern_local_window_16.svg"]
+    root = xml.etree.ElementTree.fromstring(mapped.read_text())
+    words = [one.text for one in root.iter() if one.tag.endswith("text")]
+    assert [word for word in words if word and word.startswith("layer")] == [
+        f"layer {layer}, head {head}" for layer in (1, 2) for head in (1, 2, 3)
+    ]
+    assert words.count("a") == words.count("b") == 2 * 6
+    drawn = [one.get("d") for one in xml.etree.ElementTree.fromstring(pattern.read_text()).iter() if one.get("d")]
+    assert drawn == [one.path for one in patterns.figures(cells[:1])] and "pattern_full.svg" in paths
+    assert not any(name.startswith("attention_maps") and "full" in name for name in paths)
+    for path in (mapped, pattern):
+        assert not re.search(r"var\(|currentColor|style", path.read_text())
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
 
 
 def test_figures_of_hostile_names_are_well_formed_and_in_their_folder(tmp_path):

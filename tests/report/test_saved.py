@@ -79,6 +79,7 @@ def test_what_is_no_comparison_is_refused_in_one_line(report, text, words):
     assert code == 2 and words in said and len(said.strip().splitlines()) == 1 and len(said) < 400
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["row", "config"])
 def test_no_odd_value_ends_in_a_traceback(report, tmp_path, where):
     """Each is refused with its place, or is drawn with all others that are not."""
@@ -130,11 +131,11 @@ def test_a_mechanism_from_outside_is_drawn_where_it_ran_and_said_elsewhere(tmp_p
     path = tmp_path / "mine.py"
     path.write_text("from xformers_lab.attention.local import Local\n\n\nclass Mine(Local):\n    pass\n")
     cells = [drawable(str(path), 64), drawable("full", 64)]
-    assert [picture["name"] for picture in patterns.figures(cells)] == ["full"]
+    assert [picture.name for picture in patterns.figures(cells)] == ["full"]
     page = written(tmp_path / "r.html", cells, ["attention"])
     assert f"Not drawn, since a report runs no file that its rows name: {path}." in page
     spec.resolve("attention", str(path))  # as a comparison does
-    assert [picture["name"] for picture in patterns.figures(cells)] == [str(path), "full"]
+    assert [picture.name for picture in patterns.figures(cells)] == [str(path), "full"]
     assert patterns.left_out(cells) == []
 
 
@@ -151,25 +152,23 @@ def test_patterns_are_drawn_at_a_length_at_which_they_differ():
     """A window of 64 sees all of 32 and of 64 positions."""
     cells = [drawable(name, n) for n in (32, 64, 128, 256) for name in ("full", "local:window=64")]
     full, local = patterns.figures(cells)
-    assert full["path"] != local["path"] and full["note"].startswith("causal, 128 positions")
+    assert full.path != local.path and full.note.startswith("causal, 128 positions")
     full, local = patterns.figures([row for row in cells if row["seq_len"] == 32])
-    assert (
-        full["path"] != local["path"] and "128 positions, 64 of them drawn, a length that did not run" in local["note"]
-    )
+    assert full.path != local.path and "128 positions, 64 of them drawn, a length that did not run" in local.note
     # At 2,048 positions, of which every 33rd is drawn, two narrow windows are both a diagonal.
     one, other = patterns.figures([drawable(f"local:window={n}", 2048) for n in (8, 12)])
-    assert one["path"] != other["path"] and "64 positions, a length that did not run" in one["note"]
+    assert one.path != other.path and "64 positions, a length that did not run" in one.note
 
 
 def test_patterns_that_never_differ_are_drawn_at_the_shortest_length():
     for picture in patterns.figures([drawable(name, n) for n in (96, 192) for name in ("full", "softcap")]):
-        assert picture["note"].startswith("causal, 96 positions")
+        assert picture.note.startswith("causal, 96 positions")
 
 
 def test_an_image_keeps_its_length():
     row = drawable("image_local", 64, plane=[8, 8])
     image, full = patterns.figures([row, drawable("full", 32)])
-    assert image["note"].startswith("causal, 64") and full["note"].startswith("causal, 32")
+    assert image.note.startswith("causal, 64") and full.note.startswith("causal, 32")
     assert patterns.figures([drawable("full", 64, plane=[2**20, 2**20])]) == []
 
 

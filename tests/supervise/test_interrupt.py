@@ -75,6 +75,7 @@ def test_a_second_signal_amid_other_peoples_code_is_no_fault_of_theirs(number, k
         time.sleep(1)
 
 
+@pytest.mark.full
 def test_a_signal_while_it_compiles_does_not_wait_for_the_compiler(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW.format(folder=str(tmp_path)))
     command = [*RUN, "train", *TINY, f"attention={tmp_path}/slow.py", f"runs={tmp_path}/runs"]

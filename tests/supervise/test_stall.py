@@ -155,6 +155,7 @@ def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, 
         pass  # nothing of the process is left to hold it
 
 
+@pytest.mark.full
 def test_a_crash_in_native_code_is_a_row(capsys, bad, tmp_path):
     words = [*TINY, f"runs={tmp_path}/runs", f"attention={bad}:way=trace,{bad}:way=crash:after=300,full", "--no-check"]
     assert main(["compare", *words, "--no-baselines", "--json"]) == 5
@@ -343,6 +344,7 @@ def test_a_worker_that_hangs_ends_without_its_driver(monkeypatch):
     assert tell.alone and ended == [1]
 
 
+@pytest.mark.full
 def test_an_error_that_nobody_foresaw_is_a_bug_of_ours(capsys):
     with Worker() as child, pytest.raises(process.LabError, match="a bug of the laboratory") as raised:
         child.ask("bench.work.look", config={}, passes=[])

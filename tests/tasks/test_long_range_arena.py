@@ -163,6 +163,7 @@ def test_pictures_answer_what_is_asked(length):
         assert [solve_pathfinder(task, ids) for ids in batch.inputs] == batch.targets.tolist()
 
 
+@pytest.mark.full
 def test_an_encoder_is_not_causal():
     """Its Sparse Transformer masks the future in classification, where every token may see all others."""
     from xformers_lab import config as configs

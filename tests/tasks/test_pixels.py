@@ -251,6 +251,7 @@ def test_planes_fit_images(tmp_path, drawn, chosen):
     check_config(config(tmp_path, drawn, **chosen))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "vit:patch=1", "vit:patch=1:pool=mean"])
 def test_choices_are_told_the_plane(tmp_path, drawn, kind):
     """Rows and columns of an image that is no square, behind a class token where there is one."""
@@ -307,9 +308,10 @@ def test_a_report_draws_the_plane_of_the_image(tmp_path, drawn):
     cell = {"config": to_dict(config(tmp_path, drawn, attention="axial", model="encoder")), "plane": [ROWS, COLUMNS]}
     row, column = np.divmod(np.arange(24), COLUMNS)
     expected = drawing.path((row[:, None] == row) | (column[:, None] == column))
-    assert [figure["path"] for figure in patterns.figures([cell])] == [expected]
+    assert [figure.path for figure in patterns.figures([cell])] == [expected]
 
 
+@pytest.mark.full
 def test_patches_learn_which_half_is_lit(tmp_path, drawn, capsys):
     np.savez(tmp_path / "images.npz", image=drawn[0], label=drawn[1])
     small = ["seq_len=24", "dim=16", "heads=2", "layers=1", "batch=16", "eval_batches=2", "steps=30", "warmup=0"]

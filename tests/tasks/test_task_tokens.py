@@ -322,3 +322,93 @@ def test_a_real_book(shared):
     plain, subwords = build(f"lm:path={path}"), build(f"lm:path={path}:tokens=bpe:vocab=1024")
     assert subwords.vocab == 1024 and 2 < subwords.tokens.bytes_per_token(subwords.ids["test"]) < 3
     assert subwords.describe()["unigram"] < plain.describe()["unigram"] < 5
+
+
+# ---- labelled and masked texts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(tmp_path) -> pathlib.Path:
+    """Documents of three classes, some of which stand twice."""
+    path, rng, words = tmp_path / "rows.jsonl", np.random.default_rng(0), TEXT.split()
+    rows = [{"text": " ".join(rng.choice(words, 12 + at % 5)), "label": at % 3} for at in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:20]]))
+    return path
+
+
+def test_labelled_documents_are_spelled_by_subwords_and_cut_off(labelled):
+    subwords, plain = (build(f"text:path={labelled}:{how}", 12) for how in ("tokens=bpe:vocab=270", "overlap=drop"))
+    assert subwords.vocab == 271 and plain.vocab == 257
+    numbers = np.arange(subwords.examples("test"))
+    batch = subwords.take("test", numbers)
+    np.testing.assert_array_equal(batch.targets, plain.take("test", numbers).targets)
+    assert batch.inputs.dtype == np.int32 and batch.inputs.max() < 271 and (batch.valid == (batch.inputs > 0)).all()
+    for row, document in zip(batch.inputs, subwords.corpus.splits["test"][0], strict=True):
+        spelled = subwords.decode(row.tolist())
+        assert document.decode().startswith(spelled.rstrip("\ufffd")) and len(spelled) > 12
+        assert subwords.encode(document.decode())[:12] == row.tolist()
+    assert subwords.describe()["tokens"] == {"vocab": 270, "sha256": subwords.tokens.digest}
+    assert "tokens" not in plain.describe() and any("270 of bpe" in line for line in subwords.reading())
+
+
+def test_a_document_that_is_held_out_as_the_model_sees_it_is_dropped(tmp_path):
+    """Its first tokens are those of one in the test split, and what follows is beyond the length."""
+    (tmp_path / "test.csv").write_text(
+        "text,label\n" + "".join(f"the cat sat on the mat {n},{n % 2}\n" for n in range(9))
+    )
+    seen = [f"the cat sat on the mat {n},{n % 2}\n" for n in (1, 2)] + ["the cat sat on the mat and more,0\n"]
+    rows = [f"{n}{' dog log' * (3 + n % 7)},{n % 2}\n" for n in range(60)]
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(seen + rows))
+    kept = [build(f"text:path={tmp_path}:tokens=bpe:vocab=270", length) for length in (4, 64)]
+    texts = [
+        b"\n".join(text for part in ("train", "validation") for text in task.corpus.splits[part][0]) for task in kept
+    ]
+    assert [b"and more" in text for text in texts] == [False, True] and not any(b"mat 1" in text for text in texts)
+    assert kept[0].tokens.digest == kept[1].tokens.digest, "the tokenizer is the same at every length"
+
+
+def test_masked_subwords_are_those_of_the_labelled_documents(labelled):
+    hidden, plain = (build(f"{name}:path={labelled}:tokens=bpe:vocab=270", 12) for name in ("mlm", "text"))
+    assert hidden.tokenizer == plain.tokenizer and (hidden.vocab, plain.vocab, hidden.mask) == (272, 271, 271)
+    seen = [hidden.batch("train", step) for step in range(20)]
+    for step, batch in enumerate(seen):
+        np.testing.assert_array_equal(batch.targets, plain.batch("train", step).inputs)
+    inputs, chosen = (np.concatenate(parts) for parts in zip(*((b.inputs, b.weights > 0) for b in seen), strict=True))
+    assert (inputs[chosen] == 271).mean() == pytest.approx(0.8, abs=0.1) and (inputs[~chosen] < 271).all()
+    assert hidden.decode([*plain.encode("cat"), 271]) == "cat\ufffd"
+    targets = np.concatenate([plain.ids["test"][number] for number in range(plain.examples("test"))])
+    assert hidden.chance == pytest.approx((targets == hidden.likeliest - 1).mean())
+
+
+def test_windows_of_masked_subwords(book):
+    task, plain = build(f"mlm:of=lm:path={book}:tokens=bpe:vocab=270"), build(f"lm:path={book}:tokens=bpe:vocab=270")
+    batch = task.take("test", np.arange(task.examples("test")))
+    seen = batch.targets[batch.valid] - 1
+    np.testing.assert_array_equal(seen, plain.ids["test"][: len(seen)])
+    assert task.tokenizer != plain.tokenizer, "one begins at 1, the other at 0"
+
+
+def test_a_published_preset_is_of_bytes(labelled):
+    with pytest.raises(UsageError, match="tokens=bpe beside preset=lra, which has tokens=bytes"):
+        build(f"text:path={labelled}:preset=lra:tokens=bpe", 4000)
+
+
+@pytest.mark.full
+def test_a_run_on_masked_subwords_hands_its_tokens_on(labelled, tmp_path, inline, capsys):
+    """Pretraining, then fine-tuning by the same tokenizer; another one of as many tokens is refused."""
+    words = ["seq_len=12", "dim=16", "layers=1", "heads=2", "steps=3", "batch=8", f"runs={tmp_path / 'runs'}", "--json"]
+    of = lambda name, more="": f"task={name}:path={labelled}:tokens=bpe:vocab=270{more}"
+    assert main(["train", of("mlm"), *words]) == 0
+    first = json.loads(capsys.readouterr().out)["run_dir"]
+    assert main(["train", of("text"), f"init={first}", *words]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["initialised"]["cut"] == {"params.embedding.embedding": [271, 271]}
+    assert (
+        record["initialised"]["fresh"] == ["params.head.bias", "params.head.kernel"]
+        and record["initialised"]["taken"] > 5
+    )
+    other = labelled.with_name("other.jsonl")
+    other.write_text(labelled.read_text().replace("cat", "cow").replace("mat", "mug"))
+    assert main(["train", of("text").replace("rows", "other"), f"init={first}", *words]) == 2
+    error = capsys.readouterr().err
+    assert "270 subwords" in error and "give both the same tokens=" in error and "Traceback" not in error

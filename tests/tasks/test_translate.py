@@ -163,6 +163,7 @@ def test_what_cannot_be_read_is_one_message(tmp_path):
         build(f"path={tmp_path}", length=6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", ["encoder_decoder", "seq2seq:look=dot"])
 def test_blanks_are_not_looked_at(folder, model):
     """A sentence that blanks fill up gives what it gives to a model that reads no more than this sentence."""

@@ -17,6 +17,7 @@ def small(runs, **changes) -> Config:
     return edit(Config(), runs=str(runs), **(words | changes))
 
 
+@pytest.mark.full
 def test_a_row_says_what_decoding_costs(tmp_path, monkeypatch):
     programs.forget()
     compiled, compile_ = [], programs.compile_decoder
@@ -35,6 +36,7 @@ def test_a_row_says_what_decoding_costs(tmp_path, monkeypatch):
     programs.forget()
 
 
+@pytest.mark.full
 def test_what_cannot_decode_has_no_figures(tmp_path, caplog):
     row = loop.run(small(tmp_path, task="listops", seq_len=32, steps=2))
     assert [row[name] for name in decoding.FIGURES] == [None] * 3 and row["status"] == "ok"

@@ -193,6 +193,7 @@ def test_segments_without_an_end_are_read_on(choices):
     assert [sample.batch(step).inputs[2, 0] for step in range(7)] == list(range(200, 228, 4))
 
 
+@pytest.mark.full
 def test_the_figures_of_a_run_are_those_of_the_whole_split(choices, tmp_path):
     """With lr=0 the model is the same whatever the batch, and so is every figure; by hand, too."""
     records_of = [
@@ -287,6 +288,7 @@ def test_eight_devices_score_the_same_pass(choices, tmp_path):
         assert [loss, *validation] == pytest.approx([alone["loss"], *alone["validation"][0][1:]], rel=1e-5)
 
 
+@pytest.mark.full
 def test_validation_on_the_way_is_a_bounded_sample(choices, tmp_path):
     record = loop.run(tiny(choices["finite"], tmp_path, batch=64, steps=2, eval_every=1, eval_batches="all"))
     assert record["validation_examples"] == WATCHED < 2000
@@ -346,6 +348,7 @@ def test_the_interval_of_a_mean_holds_it_as_often_as_it_says():
     assert evaluation.interval(task, moments([1.0], [1.0]), part_of(1, None)) is None
 
 
+@pytest.mark.full
 def test_the_training_loss_is_the_tasks(choices, tmp_path):
     """What else is minimised stands beside it, by name; the curve is of the loss."""
     changes = {"attention": "adaptive_span", "depth": "early_exit", "layers": 2, "eval_every": 6}
@@ -359,6 +362,7 @@ def test_the_training_loss_is_the_tasks(choices, tmp_path):
     assert "total" not in records.read(pathlib.Path(loop.run(tiny(choices["copy"], tmp_path))["run_dir"]))[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("split, spoilt, message", [
     ("TEST", "zero", "no answer of the test split counts"),
     ("VALIDATION", "nan", "validation split is non-finite after step 2"),
@@ -382,6 +386,7 @@ def test_what_is_no_number_is_not_ok(choices, tmp_path, monkeypatch, split, spoi
             trained.evaluate(configs.folder(config), split=split.lower())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [{"save_every": 1}, {}, {"steps": 3}, {"optimizer": "adamw"}], ids=str)
 def test_parameters_stay_finite_where_the_loss_was(choices, tmp_path, changes):
     """The first loss and gradient are finite, the update is not: no such parameters are kept, and the run has a row."""

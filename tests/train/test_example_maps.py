@@ -1,6 +1,7 @@
 """Attention maps in the record of a run."""
 
 import numpy as np
+import pytest
 from test_train import tiny
 
 from xformers_lab.train import example_maps, loop
@@ -16,9 +17,17 @@ def test_a_small_run_has_maps_of_its_first_example(tmp_path):
     assert kept["tokens"][0] == "0" and len(kept["tokens"]) == 16
 
 
+@pytest.mark.full
 def test_what_is_no_mean_of_values_leaves_the_run_as_it_is(tmp_path):
     record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope", attention="gla"))
-    assert record["status"] == "ok" and "maps" not in record
+    assert record["status"] == "ok" and set(record["maps"]) == {"reason"} and "no map" in record["maps"]["reason"]
+    assert ".py" not in record["maps"]["reason"]  # it is no mistake of anybody's
+
+
+@pytest.mark.full
+def test_a_record_without_room_for_maps_says_why(tmp_path):
+    record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, seq_len=example_maps.LONGEST + 2))
+    assert record["maps"] == {"reason": example_maps.TOO_LARGE} and "64 tokens" in example_maps.TOO_LARGE
 
 
 def test_only_small_maps_are_kept():

@@ -66,6 +66,7 @@ def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     assert kept["taken"] + 4 == len(state)
 
 
+@pytest.mark.full
 def test_a_run_on_from_it_keeps_what_it_began_with_and_does_not_look_again(source, tmp_path):
     moved = tmp_path / "source"
     shutil.copytree(source, moved)
@@ -135,6 +136,26 @@ def test_a_run_without_a_checkpoint_cannot_be_begun_from(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"holds no checkpoint yet; train it first"):
         tiny("reverse", init=str(tmp_path))
+
+
+def test_between_texts_and_other_inputs_no_table_of_tokens_is_taken(source, tmp_path):
+    rows = [f'{{"text": "{at} {"ab"[at % 2]}", "label": {at % 2}}}' for at in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    config = tiny(f"text:path={tmp_path / 'rows.jsonl'}", tmp_path, init=str(source), model="decoder")
+    matched = initial.match(config, build_task(config))
+    assert "params.embedding.embedding" in matched.fresh and not matched.cut
+    assert any(name.startswith("params.stack") for name in matched.taken)
+
+
+@pytest.mark.parametrize("theirs", ["bytes", "300 subwords 0123456789ab from 1 on"])
+def test_texts_of_another_tokenizer_are_refused(source, tmp_path, theirs):
+    config = tiny("mlm", tmp_path, init=str(source))
+    task = build_task(tiny("copy", tmp_path))
+    task.tokenizer = "bytes from 1 on"
+    with pytest.raises(UsageError, match=f"init=.* tokens of {theirs}, those of task mlm are of bytes from 1 on"):
+        initial._same_tokens(config, {"tokenizer": theirs}, task)
+    assert initial._same_tokens(config, {"tokenizer": task.tokenizer}, task)
+    assert not initial._same_tokens(config, {"tokenizer": ""}, task)
 
 
 def test_another_head_and_kind_take_the_rest(source, tmp_path):

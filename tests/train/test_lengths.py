@@ -44,6 +44,7 @@ def run(tmp_path_factory):
     return configs.folder(config), loop.run(config)
 
 
+@pytest.mark.full
 def test_the_record_has_the_lengths_asked_for(run):
     folder, record = run
     assert [row["seq_len"] for row in record["by_length"]] == [8, 32]
@@ -59,6 +60,7 @@ def test_the_trained_length_scores_as_ever(run):
     assert trained.evaluate(folder, length=16)["loss"] == record["loss"] == trained.evaluate(folder)["loss"]
 
 
+@pytest.mark.full
 def test_eval_is_a_command(run, capsys):
     folder, record = run
     assert main(["eval", str(folder), "seq_len=32", "--json"]) == 0
@@ -96,6 +98,7 @@ def test_test_len_is_checked_and_tells_runs_apart():
     assert configs.identity(several[0]) != configs.identity(several[1])
 
 
+@pytest.mark.full
 def test_which_examples_are_scored_does_not_depend_on_the_batch():
     # The batch shrinks at a longer length: a third of it is no whole number, and one row is left in the end.
     batches = {}
@@ -106,6 +109,7 @@ def test_which_examples_are_scored_does_not_depend_on_the_batch():
     assert sorted(batches) == [1, 3] and batches[1] == pytest.approx(batches[3], abs=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("position", spec.names("position"))
 def test_every_position_goes_beyond_its_length_or_says_why_not(position):
     job, state = untrained(position=position, batch=4)
@@ -119,6 +123,7 @@ def test_every_position_goes_beyond_its_length_or_says_why_not(position):
     assert math.isfinite(scored(job, state, 32).loss)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("position", ["learned", "tupe"])
 def test_a_shorter_sequence_takes_the_first_rows(position):
     """As the model for the longer ones scores it, of which it is the beginning."""
@@ -138,6 +143,7 @@ def test_a_table_that_is_no_row_of_positions_is_refused_at_shorter_lengths_too()
         lengths.at(job.config, job.task, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("attention", spec.names("attention"))
 def test_every_attention_has_the_same_parameters_at_twice_the_length_or_is_refused(attention):
     one_way = spec.entry("attention", attention).refuses.get("causal")
@@ -157,6 +163,16 @@ def test_what_a_choice_makes_of_the_length_is_told(caplog):
     assert "seq_len=36: attention.stride is 6, trained with 4" in caplog.text
     said = lengths.at(edit(job.config, attention="strided:stride=4"), job.task, 36)
     assert said.changed == {} and said.said() is None
+
+
+def test_what_an_attention_says_it_makes_of_the_length_is_told():
+    """The cosine of cosformer has a period of four lengths; its other features do not go by the length."""
+    config = tiny("copy", position="none", attention="linear:features=cosformer")
+    other = lengths.at(config, build_task(config), 32)
+    assert other.changed == {"attention.period": [64, 128]}
+    assert "attention.period is 128, trained with 64" in (other.said() or "")
+    config = edit(config, attention="linear")
+    assert lengths.at(config, build_task(config), 32).said() is None
 
 
 OWN = """
@@ -201,6 +217,7 @@ def test_tables_of_both_sides_are_cut_in_an_encoder_decoder():
     assert math.isfinite(scored(job, state, 8).loss)
 
 
+@pytest.mark.full
 def test_what_is_remembered_begins_empty_at_another_length(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("".join(f"{number} bottles of beer on the wall.\n" for number in range(900)))
@@ -212,6 +229,7 @@ def test_what_is_remembered_begins_empty_at_another_length(tmp_path):
     assert math.isfinite(scored(job, state, 32).loss)
 
 
+@pytest.mark.full
 def test_a_length_that_cannot_be_is_refused_before_a_run_begins(tmp_path, capsys):
     words = [f"runs={tmp_path}", "task=copy", "seq_len=16", "dim=16", "steps=2", "test_len=32"]
     assert main(["train", *words]) == 2

@@ -69,6 +69,7 @@ def lines(config) -> list:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in text.splitlines()]
 
 
+@pytest.mark.full
 def test_seeds_and_rates_share_one_compilation(folder, tmp_path, compilations, backend):
     base = tiny(str(folder / "uneven.py"), tmp_path / "shared", eval_every=2)
     first, alone = loop.run(base), []
@@ -106,6 +107,7 @@ def test_a_shared_program_gives_what_a_fresh_process_gives(folder, tmp_path, com
     assert [record[key] for key in RESULTS] == [fresh[key] for key in RESULTS] and lines(apart) == lines(cell)
 
 
+@pytest.mark.full
 def test_what_decides_a_program_is_compiled_apart(folder, tmp_path):
     """The structure, the task's loss with the numbers in it, the source of a choice of one's own."""
 
@@ -128,6 +130,7 @@ def test_what_decides_a_program_is_compiled_apart(folder, tmp_path):
     programs.forget()
 
 
+@pytest.mark.full
 def test_only_the_last_are_kept(folder, tmp_path, monkeypatch):
     programs.forget()
     monkeypatch.setattr(programs, "MOST", 3)

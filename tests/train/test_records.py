@@ -62,6 +62,7 @@ def config_of(folder: pathlib.Path) -> Config:
 # ---- what was lost ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_without_its_checkpoints_a_run_starts_again_only_if_told_to(half, finished, caplog):
     shutil.rmtree(half / "checkpoints")
     with pytest.raises(IntegrityError, match=r"trained to step \d and holds no checkpoint.*--from-scratch") as caught:
@@ -72,6 +73,7 @@ def test_without_its_checkpoints_a_run_starts_again_only_if_told_to(half, finish
     assert {key: record[key] for key in SAME} == {key: finished[1][key] for key in SAME}
 
 
+@pytest.mark.full
 def test_a_run_that_ended_and_lost_its_checkpoints_says_so(done):
     shutil.rmtree(done / "checkpoints")
     assert loop.resume(done)["status"] == "ok"  # its record
@@ -128,6 +130,7 @@ def test_nothing_lost_goes_on_from_scratch_or_not(half, finished):
     assert seen[0] > 3 and record["loss"] == finished[1]["loss"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["moved", "deleted", "replaced", "metrics deleted"])
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path, how):
     config = copying(tmp_path / "runs")
@@ -171,6 +174,7 @@ def test_a_folder_that_goes_in_a_save_is_not_made_again(tmp_path, monkeypatch):
 # ---- whose result it is -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_result_cannot_stand_for_anothers(done, tmp_path):
     other = copying(done.parents[1], lr=0.5)
     folder = configs.folder(other)
@@ -187,6 +191,7 @@ def test_a_result_cannot_stand_for_anothers(done, tmp_path):
         settled.record(folder, lambda: pytest.fail("it is refused before"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("change", [{"metric": 1.0}, {"loss": 0.0}, {"curve": []}, {"tokens_per_second": 1e9}])
 def test_an_edited_result_is_refused(done, change):
     path = done / "result.json"
@@ -239,6 +244,7 @@ def evil(tmp_path):
     return tmp_path / "mine.py", marker
 
 
+@pytest.mark.full
 def test_code_that_changed_since_it_was_trained_is_not_run(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MINE)

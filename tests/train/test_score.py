@@ -96,6 +96,7 @@ def test_a_config_is_checked_without_the_test_split(tmp_path):
         edit(Config(), score="train")
 
 
+@pytest.mark.full
 def test_eval_and_resume_say_how_the_data_were_read(tmp_path, capfd):
     """As train does: a line for each split."""
     (tmp_path / "words.txt").write_text(" ".join(map(str, range(3000))))

@@ -14,7 +14,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task, check_config
-from xformers_lab.train import checkpoint, jobs, loop, optimizer, selection, trained
+from xformers_lab.train import checkpoint, initial, jobs, loop, optimizer, selection, trained
 from xformers_lab.train.state import init
 
 # So fast that it overshoots: the best of its validations is not the last.
@@ -57,6 +57,7 @@ def test_the_record_is_of_the_best_validation(whole):
     assert whole["config"]["train"]["select"] == "best"
 
 
+@pytest.mark.full
 def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
     folder = whole["run_dir"]
     scored = trained.evaluate(folder)
@@ -74,6 +75,7 @@ def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
     assert json.loads(out.out)["step"] == whole["step"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("after", [4, *(pytest.param(after, marks=pytest.mark.full) for after in (1, 2, 7))])
 def test_interrupted_and_resumed_it_is_the_same(task_file, whole, tmp_path, after):
     config, seen = tiny(task_file, tmp_path, **FAST), []
@@ -94,6 +96,30 @@ def test_before_a_validation_the_last_saved_counts(task_file, tmp_path, caplog):
     step = checkpoint.steps(configs.folder(config))[-1]
     assert trained.evaluate(configs.folder(config))["step"] == step
     assert "the last one saved, for nothing is validated yet" in caplog.text
+
+
+def test_a_run_that_begins_with_it_takes_the_best(task_file, whole, tmp_path):
+    config = tiny(task_file, tmp_path, init=whole["run_dir"])
+    task, arrays = build_task(config), saved(whole["run_dir"])
+    matched = initial.match(config, task)
+    assert matched.fresh == [] and not matched.cut
+    taken = initial.take(matched, init(config, task, optimizer.of(config, task)))
+    leaves = checkpoint.named_leaves(taken.params)
+    for name, leaf in leaves.items():
+        assert np.asarray(leaf).tobytes() == arrays[f"best.params.{name}"]
+    assert any(arrays[f"best.params.{name}"] != arrays[f"state.params.{name}"] for name in leaves)
+
+
+@pytest.mark.full
+def test_other_lengths_are_scored_with_the_best(tmp_path):
+    config = tiny("copy", tmp_path, **(FAST | {"score": "test", "position": "alibi", "test_len": "8+32"}))
+    record = loop.run(config)
+    assert record["step"] < 8
+    for row in record["by_length"]:
+        again = trained.evaluate(configs.folder(config), length=row["seq_len"])
+        assert again["step"] == record["step"] and {key: again[key] for key in row} == row
+    last = loop.run(edit(config, select="last"))
+    assert [row["loss"] for row in last["by_length"]] != [row["loss"] for row in record["by_length"]]
 
 
 def test_the_last_step_counts_by_default(task_file, whole, tmp_path):

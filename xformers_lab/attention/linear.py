@@ -119,6 +119,9 @@ class Linear(Stepwise):
     def per_head(self):
         return {"maps": None if self.maps is None else self.maps[...]}
 
+    def of_length(self):
+        return {"period": 4 * self.size.length} if self.features == "cosformer" else {}
+
     def attend(self, q, k, v, *, valid=None, causal, maps=None):
         return jax.checkpoint(self._attend, static_argnums=5)(q, k, v, valid, maps, causal)
 

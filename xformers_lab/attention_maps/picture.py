@@ -6,16 +6,13 @@ each sign, so that a page of them stays small.
 """
 
 import html
-import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 
-from xformers_lab import drawing, files
+from xformers_lab import drawing
 from xformers_lab.attention_maps import table
 from xformers_lab.attention_maps.maps import AttentionMaps
-from xformers_lab.errors import UsageError
-from xformers_lab.report import figures, human
+from xformers_lab.report import human
 from xformers_lab.report.plot import INK, PAPER
 
 # Shades beside blank; weights below half a shade are not drawn.
@@ -108,25 +105,6 @@ def svg(maps: AttentionMaps, side: int = SIDE) -> str:
     )
     body = "".join(parts).replace('class="negative"', f'fill="{NEGATIVE}"').replace('class="ground" ', "")
     return f'{head} {style}><rect width="{width:.0f}" height="{height:.0f}" fill="{PAPER}"/>{body}</svg>\n'
-
-
-def write(shown: Sequence[AttentionMaps], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write the picture of each as SVG and as PDF, named by its title; -> the paths, in order.
-
-    Raises UsageError where vl-convert, which makes the PDFs, is missing, and OSError where a file cannot be written.
-    """
-    try:
-        import vl_convert
-    except ImportError:
-        raise UsageError("figures as PDF need vl_convert: pip install vl-convert-python") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[pathlib.Path] = []
-    for one in shown:
-        path, text = figures.free(folder, figures.slug(["maps", one.title]), written), svg(one)
-        files.replace_text(path, text)
-        path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
-        written += [path, path.with_suffix(".pdf")]
-    return written
 
 
 def inline(maps: AttentionMaps) -> str:

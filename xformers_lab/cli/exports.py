@@ -14,7 +14,12 @@ EXPORTS = [
     argument("--csv", path="file", metavar="FILE", help="write the rows as CSV"),
     argument("--parquet", path="file", metavar="FILE", help="write the rows as Parquet, with the type of each column"),
     argument("--latex", path="file", metavar="FILE", help="write the table for a paper, which wants booktabs"),
-    argument("--figures", path="folder", metavar="DIR", help="write every chart into a folder, as SVG and as PDF"),
+    argument(
+        "--figures",
+        path="folder",
+        metavar="DIR",
+        help="write every picture of the report into a folder, as SVG and as PDF",
+    ),
 ]
 
 

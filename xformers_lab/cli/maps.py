@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pathlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -105,10 +104,10 @@ def _write(chosen: argparse.Namespace, shown: "list[AttentionMaps]", refused: li
             page.write(shown, chosen.report, command=spelled(chosen), refused=refused)
         print(visible(f"page: {chosen.report}"), file=sys.stderr)
     if chosen.figures is not None:
-        from xformers_lab.attention_maps import picture
+        from xformers_lab.report import figures
 
         with writing(chosen.figures, "figures"):
-            paths = picture.write(shown, pathlib.Path(chosen.figures))
+            paths = figures.write_pictures(((["maps", one.title], one.svg()) for one in shown), chosen.figures)
         print(visible(f"figures: {len(paths)} files in {chosen.figures}"), file=sys.stderr)
 
 

@@ -1,13 +1,15 @@
-"""Every chart of a comparison as files for papers: SVG and PDF, one for each choice a reader of the page has."""
+"""Every picture of a comparison as files for papers, SVG and PDF: charts, one for each choice a reader of the page has,
+attention maps and patterns."""
 
 import pathlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 from xformers_lab import files
 from xformers_lab.errors import UsageError
 from xformers_lab.record import Record, figures
-from xformers_lab.report import charts, plot, rows
+from xformers_lab.report import charts, maps, patterns, plot, rows
 
 # Letters of a file's name without its ending.
 MOST = 100
@@ -16,18 +18,36 @@ MOST = 100
 def write_figures(
     cells: Sequence[dict], varied_keys: Sequence[str], folder: pathlib.Path | str, schema: type[Record] = Record
 ) -> list[pathlib.Path]:
-    """Write each plot as SVG and as PDF, named by what it shows, the task and what was chosen; -> the paths, in order.
+    """Write each picture as SVG and as PDF, named by what it shows, the task and what was chosen; -> the paths, in
+    order.
 
     Raises UsageError where vl-convert, which makes the PDFs, is missing, and OSError where a file cannot be written.
     """
+    return write_pictures(_pictures(cells, varied_keys, schema), folder)
+
+
+def write_pictures(pictures: Iterable[tuple[Sequence[str], str]], folder: pathlib.Path | str) -> list[pathlib.Path]:
+    """Write pictures, (words, SVG) each, as SVG and as PDF, named by their words; -> the paths, in order. Raises as
+    `write_figures` does."""
     try:
         import vl_convert
     except ImportError:
         raise UsageError("figures as PDF need vl_convert: pip install vl-convert-python") from None
-    folder, looks = pathlib.Path(folder), charts.looks(cells, varied_keys)
-    names = [look.name for look in looks]
+    folder, written = pathlib.Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[pathlib.Path] = []
+    for words, text in pictures:
+        path = _free(folder, slug(words), written)
+        files.replace_text(path, text)
+        path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
+        written += [path, path.with_suffix(".pdf")]
+    return written
+
+
+def _pictures(
+    cells: Sequence[dict], varied_keys: Sequence[str], schema: type[Record]
+) -> Iterator[tuple[Sequence[str], str]]:
+    looks = charts.looks(cells, varied_keys)
+    names = [look.name for look in looks]
     for group in rows.groups(cells, varied_keys):
         for chart in charts.of_group(group, names, varied_keys, figures(schema)):
             for pane in chart.panes:
@@ -35,12 +55,13 @@ def write_figures(
                     at = chart.options(pane)
                     words = [chart.title, group.title, *at, *([drawn.x.title] if chart.wide else [])]
                     title = " · ".join(filter(None, [chart.title, group.title, *at]))
-                    path = free(folder, slug(words), written)
-                    text = plot.file(drawn, looks, title)
-                    files.replace_text(path, text)
-                    path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
-                    written += [path, path.with_suffix(".pdf")]
-    return written
+                    yield words, plot.file(drawn, looks, title)
+        weights = maps.of_group(group, names, varied_keys, budget=sys.maxsize)
+        for shown in weights.shown if weights else ():
+            words = ["Attention maps", group.title, shown.name]
+            yield words, maps.file(shown, " · ".join(filter(None, words)))
+    for figure in patterns.figures(cells):
+        yield ["Pattern", figure.name], patterns.file(figure)
 
 
 def slug(words: Sequence[str]) -> str:
@@ -49,7 +70,7 @@ def slug(words: Sequence[str]) -> str:
     return re.sub(r"[^a-z0-9]+", "_", " ".join(plain).lower())[:MOST].strip("_") or "figure"
 
 
-def free(folder: pathlib.Path, name: str, written: Sequence[pathlib.Path]) -> pathlib.Path:
+def _free(folder: pathlib.Path, name: str, written: Sequence[pathlib.Path]) -> pathlib.Path:
     """A path that none of the figures has: two tasks' names may be alike but for their signs."""
     path, more = folder / f"{name}.svg", 2
     while path in written:

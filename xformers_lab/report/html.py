@@ -75,6 +75,7 @@ def write_report(
         overall=aggregate.sentences(grouped),
         notes=[human.plain(note) for note in (*said, *notes.of(cells))],
         groups=groups,
+        drawn_map=maps.svg,
         legend=[{"name": look.name, "swatch": plot.swatch(look)} for look in looks],
         patterns=patterns.figures(cells),
         undrawn=human.listing(patterns.left_out(cells)),
@@ -116,7 +117,7 @@ def _section(
         "missing": missing[:8],
         "more": max(0, len(missing) - 8),
         "maps": weights,
-        "map_letters": sum(len(picture) for one in weights.shown for _, picture in one.pictures) if weights else 0,
+        "map_letters": sum(len(each.drawn) for one in weights.shown for each in one.pictures) if weights else 0,
         "wrong": _wrong(group, varied, names),
     }
 

@@ -4,6 +4,7 @@ A row only names what ran. Nothing is imported that its names point to outside o
 laboratory itself has, and what this process had imported before.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,13 +13,23 @@ import numpy as np
 from xformers_lab import catalogue, drawing, spec
 from xformers_lab.errors import LabError
 from xformers_lab.nn.size import Size
-from xformers_lab.report import human, rows
+from xformers_lab.report import human, plot, rows
 
 # Pictures on one page; each has some kilobytes.
 MOST = 24
 MOST_HEADS, GREATEST = 256, 2**20
+SIDE = 360  # of a picture in a file of its own
 # Lengths to try where those of the rows show no difference: first such of which every position is drawn.
 LENGTHS = (64, 32, 16, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Figure(NamedTuple):
+    """The picture of one mechanism: an SVG path in a square of `side` units."""
+
+    name: str
+    note: str
+    side: int
+    path: str
 
 
 class _Kind(NamedTuple):
@@ -30,8 +41,8 @@ class _Kind(NamedTuple):
     plane: tuple[int, int] | None
 
 
-def figures(cells: Sequence[dict]) -> list[dict]:
-    """Name, note, side and path of a picture for each mechanism of the rows: all at one length, the shortest at which
+def figures(cells: Sequence[dict]) -> list[Figure]:
+    """A picture for each mechanism of the rows: all at one length, the shortest at which
     as many as can be look different. An image has the length of its rows."""
     ran: dict[_Kind, set[int]] = {}
     first: dict[_Kind, _Kind] = {}  # of those that differ in their heads alone
@@ -117,9 +128,18 @@ def _seen(kind: _Kind, length: int) -> list[np.ndarray] | None:
         return None
 
 
-def _figure(kind: _Kind, seen: list[np.ndarray], length: int, is_of_rows: bool) -> dict:
+def file(figure: Figure) -> str:
+    """A picture as a file of its own."""
+    square = f'<rect width="{figure.side}" height="{figure.side}" fill="var(--panel)"/>'
+    drawn = f'{square}<path d="{figure.path}" fill="currentColor"/>'
+    scaled = f'<g transform="translate(10 24) scale({SIDE / figure.side:.4g})" shape-rendering="crispEdges">{drawn}</g>'
+    note = f'<text x="10" y="14">{html.escape(figure.note)}</text>'
+    return plot.paper(SIDE + 20, SIDE + 34, figure.name, f"{note}{scaled}")
+
+
+def _figure(kind: _Kind, seen: list[np.ndarray], length: int, is_of_rows: bool) -> Figure:
     n, words = len(seen[0]), "causal" if kind.causal else "both sides"
     note = f"{words}, {length:,} positions" + (f", {n} of them drawn" if n < length else "")
     note += "" if is_of_rows else ", a length that did not run"
     note += f", head 1 of {len(seen)}" if len(seen) > 1 else ""
-    return {"name": human.plain(kind.name), "note": note, "side": n, "path": drawing.path(seen[0])}
+    return Figure(human.plain(kind.name), note, n, drawing.path(seen[0]))

@@ -32,8 +32,9 @@ SHAPES = (
     "M-.4,-1H.4V-.4H1V.4H.4V1H-.4V.4H-1V-.4H-.4Z",
     "M-1,-.45H1V.45H-1Z",
 )
-# What stands for currentColor, and for the page behind, in a file of its own.
-INK, PAPER = "#1c2024", "#ffffff"
+# What stands for currentColor, for the page behind and for a panel on it, in a file of its own, and its font.
+INK, PAPER, PANEL = "#1c2024", "#ffffff", "#f0f2f4"
+SANS = "Helvetica, Arial, sans-serif"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +155,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, binary: bool = False) -> list[float]:
-    """At most six round numbers on a logarithmic axis: powers of two, or as many of each decade as have room."""
+    """At most six round numbers on a logarithmic axis: powers of two, quarters between them where there is but one, or
+    as many of each decade as have room."""
     if binary:
-        marks = [2.0**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-        marks = [mark for mark in marks if low <= mark <= high]
+        octaves = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+        marks = []
+        for parts in ((1,), (1, 1.5), (1, 1.25, 1.5, 1.75)):
+            marks = [mark for k in octaves for part in parts if low <= (mark := part * 2.0**k) <= high]
+            if len(marks) > 1:
+                break
         return marks[:: max(1, math.ceil(len(marks) / 6))]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = []
@@ -175,7 +181,7 @@ def svg(plot: Plot, looks: Sequence[Look], label: str) -> str:
     return f'<svg class="plot" {size} role="img" aria-label="{name}" font-size="12">{_drawing(plot, looks)}</svg>'
 
 
-def file(plot: Plot, looks: Sequence[Look], title: str, sans: str = "Helvetica, Arial, sans-serif") -> str:
+def file(plot: Plot, looks: Sequence[Look], title: str) -> str:
     """The plot as a file of its own on white paper, with its title and a legend of the series in it."""
     there = sorted({mark.series for mark in plot.marks if not isinstance(mark, Front) and mark.series is not None})
     wide = max((len(_cut(looks[at].name, 44)) for at in there), default=0)
@@ -183,15 +189,20 @@ def file(plot: Plot, looks: Sequence[Look], title: str, sans: str = "Helvetica, 
     legend = []
     for i, at in enumerate(there):
         x = 14 + (i % columns) * (WIDTH - 16) // columns
-        y = plot.height + 34 + 17 * (i // columns)
+        y = plot.height + 10 + 17 * (i // columns)
         legend.append(_shape(looks[at], x, y - 4, 4.5) + _text(x + 10, y, _cut(looks[at].name, 44), "start"))
-    height = plot.height + 30 + 17 * math.ceil(len(there) / columns)
-    lines = _text(8, 15, _cut(human.plain(title), 60), "start", more=' font-weight="600"')
-    body = f'{lines}<g transform="translate(0 24)">{_drawing(plot, looks)}</g>{"".join(legend)}'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-    paper = f'<rect width="{WIDTH}" height="{height}" fill="{PAPER}"/>'
-    page = f'{head} font-family="{sans}" font-size="12">{paper}{body}</svg>\n'
-    return page.replace("currentColor", INK).replace("var(--page)", PAPER)
+    height = plot.height + 6 + 17 * math.ceil(len(there) / columns)
+    return paper(WIDTH, height, title, f"{_drawing(plot, looks)}{''.join(legend)}")
+
+
+def paper(width: float, height: float, title: str, body: str) -> str:
+    """A drawing of this size with a title above it, as a file of its own on white paper."""
+    wide, high = math.ceil(max(width, WIDTH)), math.ceil(height) + 24
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}"'
+    lines = _text(8, 15, _cut(human.plain(title), int(wide / 6.3)), "start", more=' font-weight="600"')
+    sheet = f'<rect width="{wide}" height="{high}" fill="{PAPER}"/>{lines}<g transform="translate(0 24)">{body}</g>'
+    page = f'{head} font-family="{SANS}" font-size="12">{sheet}</svg>\n'
+    return page.replace("currentColor", INK).replace("var(--page)", PAPER).replace("var(--panel)", PANEL)
 
 
 def swatch(look: Look) -> str:

@@ -9,6 +9,7 @@ A task is built as `Task(setting, *, option=default)` and gives
   without them is scored on `batch` of the same task with batch=32 and seed=0.
 * `vocab`: number of input symbols; `outputs`: number of classes of a prediction; `target`: "token" (one prediction per
   position, logits (B, T, outputs)) or "sequence" (one per sequence, logits (B, outputs)).
+* `tokenizer`: where inputs are text, what turned it into tokens; equal names give equal tokens, whatever the task.
 * `channels`: where inputs are no tokens but numbers of about unit variance, how many at a position; else 0. Then
   `vocab` is 0, `outputs` is how many numbers are predicted, and the task defines its own loss and metric.
 * `kinds`: the models it is made for, the first is what `model=auto` takes. A task that predicts the next token names
@@ -82,6 +83,7 @@ class Task:
 
     vocab: int
     outputs: int
+    tokenizer: str = ""
     channels: int = 0
     target: ClassVar[Literal["token", "sequence"]] = "token"
     kinds: ClassVar[tuple[str, ...]] = ("decoder",)

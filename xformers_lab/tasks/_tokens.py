@@ -57,6 +57,11 @@ class Tokens:
         """What several are called."""
         return "bytes" if self.tokenizer is None else "tokens"
 
+    def named(self, first: int = 0) -> str:
+        """What tells its tokens, the lowest of which is given this number, from those of any other tokenizer."""
+        name = "bytes" if self.digest is None else f"{self.vocab:,} subwords {self.digest[:12]}"
+        return f"{name} from {first} on" if first else name
+
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """How many bytes each token stands for, (vocab,) float32."""

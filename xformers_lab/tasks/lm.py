@@ -106,6 +106,7 @@ class Lm(Task):
         if self.tokens.tokenizer is not None:
             self.ids = splits.each(self.bytes, lambda content: self.tokens.encode_all([content.tobytes()])[0])
         self.vocab = self.outputs = self.tokens.vocab
+        self.tokenizer = self.tokens.named()
         sizes = splits.each(self.bytes, len)
         told = read.account.saying(self.tokens.reading(self.ids["train"]))
         self.read = account.record(told, sizes, counts, unit="byte", how=read.how, overlap=overlap)

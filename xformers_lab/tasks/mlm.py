@@ -1,4 +1,4 @@
-"""Mlm: fill in bytes that are hidden, to train an encoder before it classifies."""
+"""Mlm: fill in bytes, or subwords, that are hidden, to train an encoder before it classifies."""
 
 from typing import Literal
 
@@ -19,14 +19,15 @@ _MASKS = 1  # what else is random about a batch
 
 
 class Mlm(Task):
-    """Masked language modelling (BERT: Devlin et al., 2019, arXiv 1810.04805) of bytes.
+    """Masked language modelling (BERT: Devlin et al., 2019, arXiv 1810.04805) of bytes or subwords.
 
-    A share of the bytes of a sequence is chosen, one at least, anew at every step; of these 80 % are hidden by a mask,
-    10 % are replaced by a random byte and 10 % stay, and the model is asked for what stood there. In an evaluation the
+    A share of the tokens of a sequence is chosen, one at least, anew at every step; of these 80 % are hidden by a mask,
+    10 % are replaced by a random token and 10 % stay, and the model is asked for what stood there. In an evaluation the
     choice depends on the example alone. Sequences are the documents of task `text`, read with the same options, in the
     same splits and by the same tokens, but no label is looked at: a model that has been trained on them can be trained
     further to classify them (self-pretraining: Amos et al., 2023, arXiv 2310.02980). Or they are windows of the text of
-    task `lm`. The mask is the token of the byte 0xFF, which no UTF-8 has; text with it is refused.
+    task `lm`. The mask is the token of the byte 0xFF, which no UTF-8 has; text with it is refused. With subwords it is
+    a token of its own, the last; the others are those of `text` with the same tokens=.
 
     Options:
         path: what task `text` reads, or with of=lm what task `lm` does
@@ -37,15 +38,16 @@ class Mlm(Task):
         label_column: with of=text, the column that holds the class
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
         overlap: what becomes of training documents that are held out too: keep, drop, or refuse
-        rate: the share of bytes that is chosen
+        rate: the share of tokens that is chosen
+        tokens: bytes; bpe (trained on the training split); (file:PATH) with a tokenizer.json; (hub:MODEL)
+        vocab: how many tokens a bpe is trained to have, 4096 by default
 
-    Metric: accuracy on the chosen bytes. Chance: that of always saying the training split's most frequent byte, on the
-    test split.
+    Metric: accuracy on the chosen tokens. Chance: that of always saying the training split's most frequent token, on
+    the test split.
     """
 
     target = "token"
     kinds = ("encoder",)
-    vocab = outputs = MASK + 1
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class Mlm(Task):
         header: bool = True,
         overlap: Overlap = "drop",
         rate: float = 0.15,
+        tokens: str = "bytes",
+        vocab: int | None = None,
     ):
         super().__init__(setting)
         if not 0 < rate <= 1:
@@ -68,12 +72,17 @@ class Mlm(Task):
             raise ValueError(f"label_column={label_column} is of labelled documents: use of=text, or drop it")
         self.rate, self.of = rate, of
         common = {"path": path, "hub": hub, "config": config, "header": header, "overlap": overlap}
+        common |= {"tokens": tokens, "vocab": vocab}
         if of == "lm":
             self.texts: Text | Lm = Lm(setting, column=text_column, **common)
         else:
             self.texts = Text(setting, text_column=text_column, label_column=label_column, **common)
         counts = {split: self._counts(split) for split in SPLITS}
-        if hidden := [split for split, count in counts.items() if count[HIDDEN_BYTE]]:
+        bytes_alone = self.texts.tokens.tokenizer is None
+        self.mask = MASK if bytes_alone else self.texts.tokens.vocab + 1
+        self.vocab = self.outputs = self.mask + 1
+        self.tokenizer = self.texts.tokens.named(1)
+        if hidden := [split for split, count in counts.items() if bytes_alone and count[HIDDEN_BYTE]]:
             source = self.texts.describe()["source"]
             raise UsageError(
                 f"mlm: the {hidden[0]} split of {source} has the byte 0xff, which stands for the mask and which no "
@@ -96,10 +105,11 @@ class Mlm(Task):
         return self._asked(inputs, valid, *map(np.concatenate, zip(*rows, strict=True)))
 
     def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in text.encode()]
+        return [token + 1 for token in self.texts.tokens.encode(text.encode()).tolist()]
 
     def decode(self, tokens: list[int]) -> str:
-        return bytes(token - 1 for token in tokens if token > 0).decode(errors="replace")
+        parts = [b"\xff" if token == self.mask else self.texts.tokens.decode([token - 1]) for token in tokens if token]
+        return b"".join(parts).decode(errors="replace")
 
     def describe(self) -> dict:
         """What the task whose text it is says of it, the share that is chosen."""
@@ -109,11 +119,10 @@ class Mlm(Task):
         return self.texts.reading()
 
     def _counts(self, split: Split) -> np.ndarray:
-        """How often each byte comes in what a model sees of a split, (256,)."""
-        if isinstance(self.texts, Lm):
-            return np.bincount(self.texts.bytes[split], minlength=256)
-        seen = b"".join(document[: self.setting.seq_len] for document in self.texts.corpus.splits[split][0])
-        return np.bincount(np.frombuffer(seen, np.uint8), minlength=256)
+        """How often each token comes in what a model sees of a split, (vocab of the tokenizer,)."""
+        ids = self.texts.ids[split]
+        seen = ids if isinstance(ids, np.ndarray) else np.concatenate(ids)
+        return np.bincount(seen, minlength=self.texts.tokens.vocab)
 
     def _tokens(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Tokens as `text` has them, (B, T), and which are no padding."""
@@ -126,7 +135,7 @@ class Mlm(Task):
 
     def _drawn(self, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each token: by which it is chosen, what becomes of it then, and the one that may replace it."""
-        return rng.random(shape), rng.random(shape), rng.integers(1, MASK, shape)
+        return rng.random(shape), rng.random(shape), rng.integers(1, self.mask, shape)
 
     def _asked(
         self, tokens: np.ndarray, valid: np.ndarray, order: np.ndarray, fate: np.ndarray, replacement: np.ndarray
@@ -134,6 +143,6 @@ class Mlm(Task):
         many = np.maximum(np.rint(self.rate * valid.sum(1, keepdims=True)), 1)
         rank = np.where(valid, order, 2.0).argsort(1).argsort(1)
         chosen = valid & (rank < many)
-        became = np.where(fate < _HIDDEN, MASK, np.where(fate < _HIDDEN + _REPLACED, replacement, tokens))
+        became = np.where(fate < _HIDDEN, self.mask, np.where(fate < _HIDDEN + _REPLACED, replacement, tokens))
         inputs = np.where(chosen, became, tokens).astype(np.int32)
         return Batch(inputs, tokens.astype(np.int32), chosen.astype(np.float32), valid)

@@ -53,6 +53,7 @@ class Retrieval(InPasses):
     target = "sequence"
     kinds = ("encoder", "decoder")
     vocab = SEPARATOR + 1
+    tokenizer = "bytes from 1 on"
     outputs = 2
     chance = 0.5
 

@@ -1,4 +1,4 @@
-"""Text: classify documents by their bytes."""
+"""Text: classify documents by their bytes, or by subwords."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import Batch, Setting, Split, _presets
+from xformers_lab.tasks import Batch, Setting, Split, _presets, _tokens
 from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, labels, layout, lines, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
@@ -26,17 +26,19 @@ Label = int | str
 
 
 class Text(InPasses):
-    """Byte-level document classification, the Text task of Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
+    """Document classification by bytes, the Text task of Long Range Arena (Tay et al., 2020, arXiv 2011.04006), or by
+    subwords.
 
     By default IMDb reviews from the hub (Maas et al., 2011); or a csv, json or parquet file (or a folder of them named
     by split, such as train.csv and test.csv) with a text and a label column; or a folder with a sub-folder of text
-    files for each class; or one with such folders in train/ and test/, like IMDb's archive. A document is its bytes +
+    files for each class; or one with such folders in train/ and test/, like IMDb's archive. A document is its tokens +
     1, cut off at max_length, padded at the end with 0. Test data that the source sets apart stay test data: validation
     is a tenth of the training documents (Long Range Arena validated on its test data). Without them, documents are
     split 80 / 10 / 10. Documents go by a hash of their whole text, so copies stay together. A document that is held out
     too, as the model sees it (cut off, without blanks around), is dropped from the training data. A split whose labels
     are hidden (no such column, or all -1, as in GLUE) counts as missing; a label that only held-out data have is
-    refused. Fields of tables are text as it stands, and only an empty one is missing.
+    refused. Fields of tables are text as it stands, and only an empty one is missing. A byte-pair encoding is trained
+    on the training documents that are not held out too, so it is the same at every length.
 
     Options:
         path: a csv, json or parquet file, or a folder (none: the hub)
@@ -45,16 +47,17 @@ class Text(InPasses):
         text_column: the column that holds the text (none: one called text, sentence, review, ...); title+body joins two
         label_column: the column that holds the class (none: one called label, class, sentiment, ...)
         header: whether the first line of a csv names its columns (false: they are called 0, 1, 2, ...)
-        max_length: the most bytes of a document that are read (none: seq_len)
+        max_length: the most tokens of a document that are read (none: seq_len)
         preset: lra: documents of up to 4,000 bytes, at seq_len=4000 or more; Long Range Arena has IMDb
         overlap: what becomes of training documents that are held out too: keep, drop, or refuse
+        tokens: bytes; bpe (trained on the training split); (file:PATH) with a tokenizer.json; (hub:MODEL)
+        vocab: how many tokens a bpe is trained to have, 4096 by default
 
     Metric: accuracy. Chance: 1 / classes.
     """
 
     target = "sequence"
     kinds = ("encoder", "decoder")
-    vocab = 257
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class Text(InPasses):
         max_length: int | None = None,
         preset: _presets.Preset | None = None,
         overlap: Overlap = "drop",
+        tokens: str = "bytes",
+        vocab: int | None = None,
     ):
         super().__init__(setting)
         if path is not None and hub is not None:
@@ -78,7 +83,8 @@ class Text(InPasses):
         if not header and path is None:
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
         if preset is not None:
-            _presets.published(preset, {"max_length": (max_length, 4000)})
+            subwords = None if tokens == "bytes" else tokens
+            _presets.published(preset, {"max_length": (max_length, 4000), "tokens": (subwords, "bytes")})
             _presets.check_length(preset, setting.seq_len, 4000)
             max_length = 4000
         self.longest = length = setting.seq_len if max_length is None else max_length
@@ -87,18 +93,25 @@ class Text(InPasses):
                 f"max_length={max_length} does not fit: use 1 to {setting.seq_len} at seq_len={setting.seq_len}"
             )
         corpus = load(path, hub, config, text_column, label_column, header, files.stamp("text", path))
-        copies = splits.shared(splits.each(corpus.splits, lambda part: [text[:length].strip() for text in part[0]]))
+        self.tokens = _tokens.of("text", tokens, vocab, lambda: _not_held_out(corpus))
+        self.vocab, self.tokenizer = self.tokens.vocab + 1, self.tokens.named(1)
+        ids = splits.each(corpus.splits, lambda part: [of[:length] for of in self.tokens.encode_all(part[0])])
+        copies = splits.shared({split: self._seen(corpus.splits[split][0], of) for split, of in ids.items()})
         dropped = splits.settle("text", corpus.source, copies, overlap)
         kept: dict[Split, tuple[list[bytes], np.ndarray]] = {
             split: (splits.without(texts, dropped[split]), np.delete(answers, dropped[split]))
             for split, (texts, answers) in corpus.splits.items()
         }
         self.corpus = dataclasses.replace(corpus, splits=kept)
+        self.ids: dict[Split, list[np.ndarray]] = {
+            split: splits.without(of, dropped[split]) for split, of in ids.items()
+        }
         self.dropped = sum(map(len, dropped.values()))
         sizes = splits.each(kept, lambda part: len(part[1]))
         classes = splits.each(kept, lambda part: len(np.unique(part[1])))
         counts = splits.each(copies, len)
-        self.read = account.record(corpus.account, sizes, counts, unit="document", classes=classes, overlap=overlap)
+        told = corpus.account.saying(self.tokens.reading(np.concatenate([np.zeros(0, np.uint8), *self.ids["train"]])))
+        self.read = account.record(told, sizes, counts, unit="document", classes=classes, overlap=overlap)
         for split, size in sizes.items():
             if not size:
                 words = ", ".join(f"{name}: {number}" for name, number in sizes.items())
@@ -111,25 +124,25 @@ class Text(InPasses):
         return len(self.corpus.splits[split][1])
 
     def take(self, split: Split, numbers: np.ndarray) -> Batch:
-        documents, labels = self.corpus.splits[split]
         inputs = np.zeros((len(numbers), self.setting.seq_len), np.int32)
         for row, document in enumerate(numbers):
-            content = np.frombuffer(documents[document][: self.longest], np.uint8)
+            content = self.ids[split][document]
             inputs[row, : len(content)] = content + np.int32(1)
-        return Batch(inputs, labels[numbers], np.ones(len(numbers), np.float32), inputs > 0)
+        return Batch(inputs, self.corpus.splits[split][1][numbers], np.ones(len(numbers), np.float32), inputs > 0)
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of a document, plus one."""
-        return [byte + 1 for byte in text.encode()]
+        """The tokens of a document, plus one."""
+        return [token + 1 for token in self.tokens.encode(text.encode()).tolist()]
 
     def decode(self, tokens: list[int]) -> str:
-        return bytes(token - 1 for token in tokens if token).decode(errors="replace")
+        return self.tokens.decode([token - 1 for token in tokens if token]).decode(errors="replace")
 
     def answer_name(self, answer: int) -> str:
         return self.corpus.classes[answer]
 
     def describe(self) -> dict:
-        """Source, classes, documents per split, copies dropped, share of the most frequent class, sha256 of it all."""
+        """Source, classes, documents per split, copies dropped, share of the most frequent class, sha256 of it all, the
+        tokenizer."""
         sizes = {f"{split}_documents": len(labels) for split, (_, labels) in self.corpus.splits.items()}
         counts = np.bincount(self.corpus.splits["test"][1])
         fingerprint = hashlib.sha256()
@@ -143,11 +156,16 @@ class Text(InPasses):
             "copies_dropped": self.dropped,
             "majority": round(float(counts.max() / counts.sum()), 4),
             "sha256": fingerprint.hexdigest(),
+            **self.tokens.describe(),
             "reading": self.read,
         }
 
     def reading(self) -> list[str]:
         return account.words(self.read)
+
+    def _seen(self, documents: Sequence[bytes], ids: Sequence[np.ndarray]) -> list[bytes]:
+        """What a model sees of documents, without blanks around, by which they are compared."""
+        return [text[: self.tokens.count(of)].strip() for text, of in zip(documents, ids, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +176,13 @@ class Corpus:
     classes: tuple[str, ...]
     splits: dict[Split, tuple[list[bytes], np.ndarray]]
     account: account.Account
+
+
+def _not_held_out(corpus: Corpus) -> list[bytes]:
+    """The training documents that stand in no other split."""
+    documents = splits.each(corpus.splits, lambda part: part[0])
+    copies = splits.shared(splits.each(documents, lambda of_split: [text.strip() for text in of_split]))
+    return splits.without(documents["train"], copies["train"])
 
 
 @functools.lru_cache(maxsize=4)

@@ -92,6 +92,7 @@ class Translate(InPasses):
         self.dropped = sum(map(len, dropped.values()))
         self.tokens = _tokens.of("translate", tokens, vocab, lambda: [side for pair in kept["train"] for side in pair])
         self.vocab = self.outputs = FIRST + self.tokens.vocab
+        self.tokenizer = self.tokens.named(FIRST)
         self.sizes = np.concatenate([np.array([0, 0, 1], np.float32), self.tokens.sizes])
         encoded = splits.each(
             kept, lambda pairs: [self.tokens.encode_all([pair[side] for pair in pairs]) for side in (0, 1)]

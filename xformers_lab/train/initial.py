@@ -1,20 +1,21 @@
 """The first parameters of a run, taken from another one: `init=RUN`, as fine-tuning after pretraining needs it.
 
 Where path and shape agree an array is taken. Of a table of tokens or positions that has another number of rows the
-common first ones are: row i has to mean the same in both. Everything else keeps its fresh values. Counters, running
-statistics and fixed random features are taken like parameters, which were trained beside them; the optimizer, the step
-and what was remembered of texts begin anew.
+common first ones are: row i has to mean the same in both. So runs on texts need the same tokenizer, and between texts
+and other inputs no table of tokens is taken. Everything else keeps its fresh values. Counters, running statistics and
+fixed random features are taken like parameters, which were trained beside them; the optimizer, the step and what was
+remembered of texts begin anew.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab import named_run
+from xformers_lab import named_run, spec
 from xformers_lab.config import Config, folder
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model
@@ -74,9 +75,11 @@ def match(config: Config, task: Task) -> Match:
         manifest = checkpoint.verify(named_run.found(config.init))
     except checkpoint.Damaged as error:
         raise UsageError(f"init={config.init}: its checkpoint is damaged ({error}); train that run again") from None
+    same_tokens = _same_tokens(config, manifest["about"].get("details", {}), task)
     model = nnx.eval_shape(lambda: build_model(config, task))
     wanted = checkpoint.named_leaves(dict(zip(_PARTS, split(model)[1:3], strict=True)))
     tables, stored = set(_tables(model)), manifest["arrays"]
+    others = set() if same_tokens else set(_tables(model, of_tokens=True))
     within = _within(stored)
     taken, cut, fresh = [], {}, []
     for name, leaf in wanted.items():
@@ -84,7 +87,9 @@ def match(config: Config, task: Task) -> Match:
             continue
         there = stored.get(within + name, {})
         shape, same = tuple(there.get("shape", ())), there.get("dtype") == str(leaf.dtype)
-        if same and shape == leaf.shape:
+        if name in others:
+            fresh.append(name)
+        elif same and shape == leaf.shape:
             taken.append(name)
         elif same and name in tables and shape[1:] == leaf.shape[1:]:
             cut[name] = [min(shape[0], leaf.shape[0]), leaf.shape[0]]
@@ -123,8 +128,22 @@ def _within(stored: Iterable[str]) -> str:
     return "best." if any(name.startswith("best.params.") for name in stored) else ""
 
 
-def _tables(model: nnx.Module) -> Iterator[str]:
-    """The paths of tables whose rows stand for tokens or positions."""
+def _same_tokens(config: Config, details: Mapping[str, Any], task: Task) -> bool:
+    """Whether row i of a table of tokens is of the same token in both runs; raises UsageError where both are of texts,
+    and it is not."""
+    theirs, ours = details.get("tokenizer", task.tokenizer), task.tokenizer  # older checkpoints do not say it
+    if theirs and ours and theirs != ours:
+        raise UsageError(
+            f"init={config.init}: its texts are tokens of {theirs}, those of task {spec.parse(config.task).name} are "
+            f"of {ours}: a token is another in each; give both the same tokens=, such as (file:PATH) with one "
+            "tokenizer.json (mlm:of=lm has the tokens of text, from 1 on)"
+        )
+    return theirs == ours
+
+
+def _tables(model: nnx.Module, of_tokens: bool = False) -> Iterator[str]:
+    """The paths of tables whose rows stand for tokens or positions, or for tokens alone."""
     for path, node in nnx.iter_graph(model):
-        names = ("embedding",) if isinstance(node, Embedding) else node.tables if isinstance(node, Position) else ()
+        positions = node.tables if isinstance(node, Position) and not of_tokens else ()
+        names = ("embedding",) if isinstance(node, Embedding) else positions
         yield from (".".join(map(str, ("params", *path, name))) for name in names)

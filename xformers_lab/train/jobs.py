@@ -38,6 +38,7 @@ def prepare(config: Config, run_dir: pathlib.Path) -> "Job":
     details = {
         "config": configs.decisive(config),
         "data": json.loads(json.dumps(identifying(task.describe()), default=str)),
+        "tokenizer": task.tokenizer,
     }
     about = {"config": configs.identity(config), "data": fingerprint(task), "details": details}
     return Job(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention import Attention
 from xformers_lab.config import LEAVES, Config, edit, get, lengths
 from xformers_lab.errors import UsageError
 from xformers_lab.memory import Remembered
@@ -72,7 +73,7 @@ def at(config: Config, task: Task, length: int) -> Other:
     remembers = bool(jax.tree.leaves(nnx.state(trained, Remembered)))
     there = _resized(config, length, remembers)
     other = check_config(there)
-    for name in ("vocab", "outputs", "target"):
+    for name in ("vocab", "outputs", "target", "tokenizer"):
         if getattr(task, name) != getattr(other, name):
             was, now = getattr(task, name), getattr(other, name)
             raise UsageError(f"{where}: task {spec.parse(config.task).name} has {name}={now} there, trained with {was}")
@@ -136,7 +137,8 @@ def _choice(config: Config, model: nnx.Module, name: str) -> str:
 
 
 def _changed(trained: nnx.Module, here: nnx.Module) -> dict[str, list]:
-    """What the layers keep beside their parameters that is another here, by the last two names of its path."""
+    """What the layers keep beside their parameters, or say that they make of the length, that is another here, by the
+    last two names of its path."""
     was, now = dict(_kept(trained)), dict(_kept(here))
     return {name: [was[name], now[name]] for name in was if name in now and was[name] != now[name]}
 
@@ -146,6 +148,8 @@ def _kept(model: nnx.Module) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, nnx.Module):
             continue
         layer = next((part for part in reversed(path) if isinstance(part, str)), "model")
+        if isinstance(node, Attention):
+            yield from ((f"{layer}.{name}", value) for name, value in node.of_length().items())
         for name, value in vars(node).items():
             if name.startswith("_") or name in _PLAIN or name.endswith("_features"):
                 continue

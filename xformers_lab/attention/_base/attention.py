@@ -136,6 +136,11 @@ class Attention(nnx.Module):
         """What one head costs, forward and not causal."""
         ...
 
+    def of_length(self) -> Mapping[str, int | float]:
+        """What of the length it is built for decides what it computes, by name, where no attribute of its own has it:
+        so the lab can say that it is another function at another length. Nothing, by default."""
+        return {}
+
     def refusals(self) -> Mapping[str, str]:
         """What a mechanism with these options refuses, and why: `refuses`, unless a subclass adds what options decide.
 
