@@ -2,7 +2,7 @@
 
 import pathlib
 
-from xformers_lab import catalogue
+from xformers_lab import shelves
 
 HEAD = """\
 # Catalogue
@@ -18,7 +18,7 @@ size of a head, D the width of the model.
 
 
 def catalogue_page() -> str:
-    return f"{HEAD}{catalogue.markdown().strip()}\n"
+    return f"{HEAD}{shelves.markdown().strip()}\n"
 
 
 if __name__ == "__main__":

@@ -304,21 +304,27 @@ def folder(config: Config) -> pathlib.Path:
 # ---- sweeps: every axis is a list of values ---------------------------------------------------------------------
 
 
+Item = str | Mapping[str, Any] | Config | Sequence[Mapping[str, Any] | Config]
+"""What `study` reads: a word as on the command line; or, from Python, keys with their values, a config, or a list of
+these, as a recipe has it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What words on the command line say. bases: the configs of recipes that have several; given: axes of the other
-    files and words, in their order; study: what holds for all of them."""
+    """What words say. bases: the configs of recipes that have several; given: axes of the other files and words, in
+    their order; study: what holds for all of them."""
 
     bases: list[dict[str, list]]
     given: list[dict[str, list]]
     study: Study
 
 
-def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str]]:
-    """The grid of configs that command-line words describe, and the keys that vary.
+def sweep(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], list[str]]:
+    """The grid of configs that words describe, and the keys that vary.
 
-    Words are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`, `@file.toml|yaml|json`, or a Python
-    recipe `@file.py` that defines `configs`. Later words win over earlier ones. A value with a comma in it stands in
+    Words of the command line are `key=value`, `key=a,b,c`, `key=1..8`, `key=1..8:x2`, `key=1..8:+2`,
+    `@file.toml|yaml|json`, or a Python recipe `@file.py` that defines `configs`. From Python, mappings, configs and
+    lists of them are as good; see `Item`. Later words win over earlier ones. A value with a comma in it stands in
     brackets. A file of keys and values that names code outside the package is refused, unless `trust`. So are the keys
     of a study, which `study` reads.
     """
@@ -328,14 +334,17 @@ def sweep(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], l
     return configs, varied
 
 
-def study(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], list[str], Study]:
+def study(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], list[str], Study]:
     """What `sweep` gives, and the keys of the study among the words and at the top of files."""
     words = list(words)
     read = gathered(words, trust=trust)
     axes = {key: values for given in read.given for key, values in given.items()}
     if read.study.seeds is not None:
         # A file that a run left says seed=0, as it says all defaults.
-        typed_out = any(word.startswith("seed=") for word in words)
+        typed_out = any(
+            word.startswith("seed=") if isinstance(word, str) else isinstance(word, Mapping) and "seed" in word
+            for word in words
+        )
         if typed_out or any(given.get("seed", [0]) != [0] for given in (*read.bases, axes)):
             raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
         axes["seed"] = list(range(read.study.seeds))
@@ -343,12 +352,12 @@ def study(words: Iterable[str], *, trust: bool = False) -> tuple[list[Config], l
     return configs, varied(configs), read.study
 
 
-def gathered(words: Iterable[str], *, trust: bool = False) -> Words:
+def gathered(words: Iterable[Item], *, trust: bool = False) -> Words:
     """The words as they stand, every value typed; raises UsageError."""
     bases, given, asked = [{}], [], {}
     for word in words:
-        if word.startswith("@"):
-            listed, of_study = load(word[1:], trust=trust)
+        if not isinstance(word, str) or word.startswith("@"):
+            listed, of_study = load(word[1:], trust=trust) if isinstance(word, str) else _structured(word)
             asked |= of_study
             if len(listed) == 1:
                 given.append(listed[0])
@@ -401,14 +410,50 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def single(words: Iterable[str], *, trust: bool = False) -> Config:
-    """The one config of command-line words; a sweep is refused."""
+def single(words: Iterable[Item], *, trust: bool = False) -> Config:
+    """The one config of words; a sweep is refused."""
     configs, differing = sweep(words, trust=trust)
     if len(configs) != 1:
         raise UsageError(
             f"this command takes one config, but {', '.join(differing)} has several values; use compare or bench"
         )
     return configs[0]
+
+
+def spelled(words: Iterable[Item]) -> list[str]:
+    """The words of the command line that say the same; of several configs at once, which these have no words for, how
+    many they are."""
+    said = []
+    for item in words:
+        if isinstance(item, str):
+            said.append(item)
+            continue
+        listed, of_study = _structured(item)
+        if len(listed) > 1:
+            said.append(f"({len(listed)} configs)")
+            continue
+        # A config names every key. What is as by default need not be said, where nothing before it said otherwise.
+        every = not isinstance(item, Config) or bool(said)
+        axes = listed[0].items()
+        said += [word(key, values) for key, values in axes if every or values != [LEAVES[key][1].default]]
+        said += [f"{key}={spec.show(value)}" for key, value in of_study.items()]
+    return said
+
+
+def word(key: str, values: Sequence[Any]) -> str:
+    """The word that a command reads as these values of a key."""
+    one = LEAVES[key][1].metadata["folder"]  # a path, in which a comma is a comma
+    # A comma outside of brackets would be a sweep.
+    quoted = lambda text: text if one or len(spec.split(text, ",")) == 1 else f"({text})"
+    return f"{key}={','.join(quoted(spec.show(value)) for value in values)}"
+
+
+def help_lines(leaves: Mapping[str, tuple], width: int = 24) -> list[str]:
+    """A line for each of LEAVES or STUDY: the key with its default in so many columns, and what it is."""
+    return [
+        f"  {f'{name}={spec.show(field.default)}':{width}s} {field.metadata['help']}"
+        for name, (_, field, _) in leaves.items()
+    ]
 
 
 def axes_of(tree: Mapping, where: str, *, sweeps: bool = True) -> dict[str, list]:
@@ -616,7 +661,7 @@ def _recipe(path: pathlib.Path) -> tuple[list[dict[str, list]], dict[str, Any]]:
     module = spec.run_file(path, f"@{path}")
     try:
         with contained():  # its lists and mappings may be classes of its own
-            return _listed(getattr(module, "configs", None), path), _of_study(_values(module), f"@{path}")
+            return _listed(getattr(module, "configs", None), f"@{path}"), _of_study(_values(module), f"@{path}")
     except BrokenChoice as error:
         raise UsageError(f"@{path}: {error}") from error
     except UsageError:
@@ -625,20 +670,29 @@ def _recipe(path: pathlib.Path) -> tuple[list[dict[str, list]], dict[str, Any]]:
         raise UsageError(f"@{path}: configs cannot be read ({type(error).__name__}: {said(error)})") from error
 
 
-def _listed(listed: Any, path: pathlib.Path) -> list[dict[str, list]]:
+def _structured(item: Any) -> tuple[list[dict[str, list]], dict[str, Any]]:
+    """What `load` gives of a file, of what Python gives in its place."""
+    if isinstance(item, Mapping):
+        where = "the keys given"
+        return [axes_of({key: item[key] for key in item if key not in STUDY}, where)], _of_study(item, where)
+    if isinstance(item, (list, tuple)):
+        return _listed(item, "the configs given"), {}
+    return [_axes(item, "what is given")], {}
+
+
+def _listed(listed: Any, where: str) -> list[dict[str, list]]:
     if not isinstance(listed, (list, tuple)):
-        raise UsageError(f"@{path}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
+        raise UsageError(f"{where}: a recipe defines configs = [Config(...) or {{key: value}}, ...]")
     if len(listed) > MOST_CELLS:
-        raise UsageError(f"@{path}: {len(listed):,} configs; at most {MOST_CELLS:,} at once")
-    axes = []
-    for number, item in enumerate(listed):
-        where = f"{path}: configs[{number}]"
-        if isinstance(item, Config):
-            axes.append(axes_of(to_dict(item), where, sweeps=False))
-        elif isinstance(item, Mapping):
-            axes.append(axes_of(item, where))
-        else:
-            raise UsageError(f"@{where} is a {type(item).__name__}, not a Config or a mapping")
-    if not axes:
-        raise UsageError(f"@{path}: configs is empty")
-    return axes
+        raise UsageError(f"{where}: {len(listed):,} configs; at most {MOST_CELLS:,} at once")
+    if not listed:
+        raise UsageError(f"{where}: configs is empty")
+    return [_axes(item, f"{where}: configs[{number}]") for number, item in enumerate(listed)]
+
+
+def _axes(item: Any, where: str) -> dict[str, list]:
+    if isinstance(item, Config):
+        return axes_of(to_dict(item), where, sweeps=False)
+    if isinstance(item, Mapping):
+        return axes_of(item, where)
+    raise UsageError(f"{where} is a {type(item).__name__}, not a Config or a mapping")

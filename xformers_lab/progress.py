@@ -1,6 +1,7 @@
 """Progress on stderr while long work runs: bars on a terminal, plain lines elsewhere."""
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,16 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+def live(console: Console) -> bool:
+    """Whether what is shown can change: on a terminal, and in a notebook with ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
 class Steps:
     """Progress of one training run: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, title: str, bar: Progress | None):
-        self.title, self.bar, self.last, self.words = title, bar, time.monotonic(), ""
+    def __init__(self, title: str, bar: Progress | None, quiet: bool = False):
+        self.title, self.bar, self.quiet, self.last, self.words = title, bar, quiet, time.monotonic(), ""
         self.task = None if bar is None else bar.add_task(markup(title), total=None)
 
     def doing(self, words: str) -> None:
@@ -47,16 +53,17 @@ class Steps:
         if self.bar is not None and self.task is not None:
             words = markup(f"{self.title} · loss {loss}")
             self.bar.update(self.task, completed=step, total=total, description=words)
-        else:
+        elif not self.quiet:
             say(f"{self.title}: step {step}/{total} loss {loss}")
 
 
 @contextlib.contextmanager
-def steps(title: str) -> Iterator[Steps]:
-    """What shows one training run: called as (step, total, metrics) at each step, told what is done in between."""
+def steps(title: str, *, quiet: bool = False) -> Iterator[Steps]:
+    """What shows one training run: called as (step, total, metrics) at each step, told what is done in between; quiet:
+    nothing."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Steps(title, None)
+    if quiet or not live(console):
+        yield Steps(title, None, quiet)
         return
     with _bar(console) as bar:
         yield Steps(title, bar)
@@ -113,7 +120,7 @@ class Cells:
 def cells(total: int, varied: Sequence[str] = (), *, quiet: bool = False, what: str = "cells") -> Iterator[Cells]:
     """varied: keys that tell the cells apart; quiet: no plain lines where stderr is no terminal; what: see `Cells`."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not live(console):
         yield Cells(total, None, quiet, varied, what)
         return
     with _bar(console) as bar:
@@ -124,7 +131,7 @@ def cells(total: int, varied: Sequence[str] = (), *, quiet: bool = False, what: 
 def words(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A callable (text) that says what is being done now; quiet: no lines where stderr is no terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not live(console):
         yield (lambda text: None) if quiet else say
         return
     with console.status("") as status:
@@ -153,7 +160,7 @@ def growing(start: str, decode: Callable[[list[int]], str]) -> Callable[[int, in
 def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A callable (name) that says which of `total` things is being done."""
     console, done = Console(stderr=True), 0
-    if not console.is_terminal:
+    if not live(console):
 
         def line(name: str) -> None:
             nonlocal done

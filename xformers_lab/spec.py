@@ -141,12 +141,19 @@ def entry(shelf: str, name: str, where: str = "") -> Any:
     where = where or f"{shelf}={name}"
     module = _module(shelf, name, where)
     plain = module.__name__.rpartition(".")[2] if not _is_file(name) else pathlib.Path(name).stem
-    wanted = plain.replace("_", "").replace("-", "").lower()
+    if (named := named_like(module, plain)) is not None:
+        return named
+    camel = "".join(part.capitalize() for part in re.split("[_-]", plain))
+    raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
+
+
+def named_like(module: types.ModuleType, name: str) -> Any:
+    """The class or function of a module that is called like its file, MyAttention in my_attention.py; None without."""
+    wanted = name.replace("_", "").replace("-", "").lower()
     for attribute, value in vars(module).items():
         if attribute.replace("_", "").lower() == wanted and callable(value):
             return value
-    camel = "".join(part.capitalize() for part in re.split("[_-]", plain))
-    raise UsageError(f'{where}: {module.__file__} must define a class named like the file, "class {camel}"')
+    return None
 
 
 def home(text: str) -> tuple[str, str]:
@@ -334,6 +341,16 @@ def located(text: str | pathlib.Path, where: str) -> pathlib.Path:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise UsageError(f'{where}: "{text}" is no path ({reason})') from None
+    return path
+
+
+def writable(path: pathlib.Path, where: str) -> pathlib.Path:
+    """The same path; raises UsageError where no file can be written to it."""
+    if path.is_dir():
+        raise UsageError(f"{where}: a folder is there; name a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{where}: {above} is no folder")
     return path
 
 

@@ -60,4 +60,4 @@ def test_calls_that_cudnn_would_get_wrong_stay_with_the_engine(as_if_on_gpu):
 
 def test_on_cpu_the_engine_runs():
     q, k, _ = arrays()
-    assert not fused.fits(q, k, None, None)
+    assert not fused.fits(q, k, None, None, None)

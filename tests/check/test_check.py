@@ -12,7 +12,7 @@ from hypothesis import strategies as draw
 from mutants.right import Plain, subject
 from rich.console import Console
 
-from xformers_lab import catalogue, spec
+from xformers_lab import shelves, spec
 from xformers_lab.check import costs, masks, run, values
 from xformers_lab.check.run import PROPERTIES, check, examine
 from xformers_lab.check.subject import Case, Subject, compare
@@ -43,7 +43,7 @@ def test_shelf(name):
 # With attend_heads of their own, with attend, and with neither.
 @pytest.mark.parametrize("name", ["predictive", "star", "talking_heads", "local", "linformer", "fnet"])
 def test_catalogue_knows_who_takes_a_bias(name):
-    (row,) = (row for row in catalogue.shelf("attention") if row["name"] == name)
+    (row,) = (row for row in shelves.shelf("attention") if row["name"] == name)
     assert row["bias"] == subject(spec.entry("attention", name)).takes_bias
 
 

@@ -85,6 +85,25 @@ class Fault(Ffn):
     def __call__(self, x, *, valid=None, key=None):
         return self.down(jnp.cumsum(x, 1)), Aux()
 """),
+    "says that documents are apart, and adds up over them": ("ffn", "documents_apart", """
+class Fault(Ffn):
+    documents_apart = True
+    def __init__(self, size, *, rngs):
+        self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
+    def __call__(self, x, *, valid=None, key=None):
+        return self.down(jnp.cumsum(x, 1)), Aux()
+"""),
+    "goes by places and does not say so": ("position", "distances", """
+class Fault(Position):
+    def bias(self):
+        return Score(jnp.ones(self.size.heads))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Score:
+    slope: jax.Array
+    def __call__(self, q_at, k_at):
+        return self.slope * jnp.sin(q_at + 2.0 * k_at)
+"""),
     "tells samples of one another": ("norm", "samples_apart", """
 class Fault(Norm):
     def before(self, x, context):

@@ -26,9 +26,10 @@ LAYERS = [
     "measure",
     "train",
     "check doctor",
-    "bench catalogue compare",
+    "bench shelves compare",
     "report",
     "attention_maps",
+    "api",
     "cli",
     "__main__",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from agreement import assert_close
 
-from xformers_lab import catalogue, drawing, spec
+from xformers_lab import drawing, shelves, spec
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.order import NATURAL, Runs
@@ -332,7 +332,7 @@ def test_reformer_across_buckets_is_its_definition_in_several_rounds_and_never_c
 
 
 def picture(choice: str, length: int, causal: bool = True) -> np.ndarray:
-    patterns = catalogue.sampled(build(choice, length), causal)
+    patterns = shelves.sampled(build(choice, length), causal)
     assert patterns is not None and len(patterns) == 1
     return patterns[0]
 

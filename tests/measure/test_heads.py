@@ -59,6 +59,13 @@ def test_padding_is_left_out_and_counted():
     assert leaking.padding[0, 0] == pytest.approx(3 / 8)
 
 
+def test_packed_documents_see_their_own_tokens_alone():
+    documents = np.arange(T) // 4
+    own = documents[:, None] == documents
+    found = figures(own / 4, causal=False, documents=documents)
+    assert found.relative[0, 0] == pytest.approx(1) and found.entropy[0, 0] == pytest.approx(2)
+
+
 def test_the_first_token_is_the_first_that_is_no_padding():
     weights = np.zeros((T, T))
     weights[:, 2] = 1

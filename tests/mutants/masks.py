@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from xformers_lab.attention._engine.softmax import same_document
 from xformers_lab.attention.softcap import Softcap
 
 from .right import Gated, Plain, mask, positions, scaled_scores, softmax
@@ -48,6 +49,32 @@ class PaddingIsSoft(Plain):
     def reference(self, q, k, v, *, valid, causal, bias=None):
         s = self.scores(q, k, jnp.ones_like(valid), causal, bias)
         return softmax(s - 10.0 * ~valid[None], v)
+
+
+class DocumentsAreSoft(Plain):
+    """Other documents are pushed down by ten instead of masked (2026)."""
+
+    def reference(self, q, k, v, *, valid, documents=None, causal, bias=None):
+        s = self.scores(q, k, valid, causal, bias)
+        q_at, k_at = positions(q, k)
+        return softmax(s if documents is None else s - 10.0 * ~same_document(documents, q_at, k_at), v)
+
+    def attend(self, q, k, v, *, valid, documents=None, causal, bias=None):
+        return self.reference(q, k, v, valid=valid, documents=documents, causal=causal, bias=bias)
+
+
+class TellsDocumentsOfOneAnother(Plain):
+    """Values grow with the largest of the whole row, without a gradient (2026)."""
+
+    def reference(self, q, k, v, *, valid, documents=None, causal, bias=None):
+        if documents is None:
+            return softmax(self.scores(q, k, valid, causal, bias), v)
+        top = jax.lax.stop_gradient(jnp.where(valid[:, None], v, 0).max())
+        seen = mask(q, k, valid, causal) & same_document(documents, *positions(q, k))
+        return softmax(jnp.where(seen, scaled_scores(q, k, bias), -1e30), v) * (1 + 0.1 * top)
+
+    def attend(self, q, k, v, *, valid, documents=None, causal, bias=None):
+        return self.reference(q, k, v, valid=valid, documents=documents, causal=causal, bias=bias)
 
 
 class NanOnPadding(Plain):
@@ -129,6 +156,8 @@ FAULTS = {
     GateOfTheNextToken: "no_future",
     GateCountsPadding: "no_padding",
     MaskTooSmall: "no_future",
+    DocumentsAreSoft: "documents_apart",
+    TellsDocumentsOfOneAnother: "documents_apart",
     CapAfterTheMask: "no_future",
 }
 OPTIONS = {CapAfterTheMask: {"cap": 9.0}}

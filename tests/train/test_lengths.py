@@ -175,6 +175,15 @@ def test_what_an_attention_says_it_makes_of_the_length_is_told():
     assert lengths.at(config, build_task(config), 32).said() is None
 
 
+@pytest.mark.parametrize("attention", ["bigbird:block=2", "random:block=2", "sparse:pattern=band(2)|random(2,1)"])
+def test_blocks_that_are_drawn_for_a_length_are_told(attention):
+    """Among more blocks others are drawn; without any drawn nothing changes."""
+    config = tiny("copy", position="none", attention=attention)
+    assert lengths.at(config, build_task(config), 32).changed == {"attention.random_blocks_of": [8, 16]}
+    config = edit(config, attention="bigbird:block=2:random=0")
+    assert lengths.at(config, build_task(config), 32).said() is None
+
+
 OWN = """
 import numpy as np
 from xformers_lab.tasks import Batch, Task

@@ -88,6 +88,15 @@ def test_every_way_to_the_test_split_is_shut(name, tmp_path):
                 assert one == other if way == "examples" else np.array_equal(one.inputs, other.inputs)
 
 
+def test_the_tasks_that_a_task_reads_from_are_shut_too(tmp_path):
+    (tmp_path / "words.txt").write_text(" ".join(map(str, range(3000))))
+    config = edit(Config(), task=f"mlm:of=lm:path={tmp_path / 'words.txt'}", seq_len=16, batch=2, score="validation")
+    texts = build_task(config).texts
+    assert texts.batch("validation", 0).inputs.shape == (2, 16)
+    with pytest.raises(UsageError, match=REFUSED):
+        texts.batch("test", 0)
+
+
 def test_a_config_is_checked_without_the_test_split(tmp_path):
     (tmp_path / "words.txt").write_text(" ".join(map(str, range(3000))))
     words = {"task": f"lm:path={tmp_path / 'words.txt'}", "memory": "xl", "position": "rope", "score": "validation"}

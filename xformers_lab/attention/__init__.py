@@ -17,16 +17,18 @@ Of one head:
     cost(T, S)                                       declared matmul FLOPs, memory and state, checked against counts
 
 The signature of `attend` is the declaration. One that cannot be causal has no `causal`; one that has no scores to bias
-has no `bias`; one that draws random numbers takes `key`; one that needs the block's input takes `x` (S, D); one that
-hands something to the same mechanism in the layer above takes `carry` and returns (out, carry), and defines
-`init_carry(T, S)`. Whatever else it takes it names itself: `per_head()` gives arrays for each head (parameters, say),
-`from_keys(x)` and `from_queries(x)` give arrays for each head of each position, computed from the block's input (gates,
-step sizes). Projections, heads, grouped keys and values, batches, positions and devices are the laboratory's; what a
-signature has no place for it refuses.
+has no `bias`; one that keeps the documents of packed data apart takes `documents` (S,); one that draws random numbers
+takes `key`; one that needs the block's input takes `x` (S, D); one that hands something to the same mechanism in the
+layer above takes `carry` and returns (out, carry), and defines `init_carry(T, S)`. Whatever else it takes it names
+itself: `per_head()` gives arrays for each head (parameters, say), `from_keys(x)` and `from_queries(x)` give arrays for
+each head of each position, computed from the block's input (gates, step sizes). Projections, heads, grouped keys and
+values, batches, positions and devices are the laboratory's; what a signature has no place for it refuses.
 
 Causal is aligned at the end: query t stands at position S - T + t. valid (S,) bool marks keys that are no padding (a
 mechanism that writes `valid=None` gets None where nothing is padded); a query that may see no key gets zeros. bias is
-called with broadcasting positions of queries and keys, (T', 1) and (1, S').
+called with broadcasting positions of queries and keys, (T', 1) and (1, S'). documents (S,) int32, or None where nothing
+is packed, numbers the documents of a row: a query sees keys of its own alone, and nothing else of it may depend on the
+others. A class with an `attend_heads` or a `__call__` of its own says `documents_apart = True` where it sees to that.
 
 Decoding works by itself wherever a mechanism only depends on distances: keys and values are kept, and `attend` is
 called with one query. What is tied to places in the row of keys says in `begin` how it decodes behind places that are
@@ -38,9 +40,9 @@ cost in words, a `complexity`. What it cannot do stands in `refuses`, with the r
     refuses = {"causal": "its mean is over every position"}
 
 The keys are causal; bidirectional, of what reads one way alone; cross, keys of another sequence than the queries; bias;
-decoding. Where options decide, override `refusals()`, which begins with `refuses`. The docstring is text to print: the
-catalogue shows it with these attributes, and nothing else is read from it but the help of options. `xlab check` runs
-the mechanism to see whether its `refuses` is true.
+decoding; documents, of what could be packed. Where options decide, override `refusals()`, which begins with `refuses`.
+The docstring is text to print: the catalogue shows it with these attributes, and nothing else is read from it but the
+help of options. `xlab check` runs the mechanism to see whether its `refuses` is true.
 """
 
 from xformers_lab.attention._base.attention import KINDS, REFUSALS, Attention, Complexity, Cost

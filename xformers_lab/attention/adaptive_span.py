@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Call, Complexity
-from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, same_document
 from xformers_lab.attention.local import Local
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -34,6 +34,7 @@ class AdaptiveSpan(Local):
     kind = "multi-head"
     exact = True
     accuracy = ""
+    documents_apart = True
     complexity = Complexity(
         time="O(T span H)",
         memory="O(S H)",
@@ -72,13 +73,15 @@ class AdaptiveSpan(Local):
     def fused(self, causal: bool):
         return None
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, z):
-        return super().attend(q, k, v, valid=valid, causal=causal, bias=Ramp(z, bias, self.ramp))
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, z):
+        ramp = Ramp(z, bias, self.ramp)
+        return super().attend(q, k, v, valid=valid, documents=documents, causal=causal, bias=ramp)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None, z):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, z):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = (jnp.abs(at - keys) <= self.window) & ((keys <= at) | (not causal))
+        seen = seen if documents is None else seen & same_document(documents, at, keys)
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
         p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         p = p * jnp.clip((self.ramp + z - jnp.abs(at - keys)) / self.ramp, 0, 1)

@@ -6,7 +6,7 @@ from xformers_lab.attention import Call, Complexity, Cost
 from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.heads import over_heads
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -30,6 +30,7 @@ class Collaborative(Projected):
 
     kind = "multi-head"
     exact = True
+    documents_apart = True
     complexity = Complexity(
         time="O(T S (R + H))",
         memory="O(S)",
@@ -58,18 +59,19 @@ class Collaborative(Projected):
         function = getattr(self, call.method)
 
         def one(q, v, _, carry, of_sample, bias):
-            k, valid = of_sample
-            return function(q, k, v, valid=valid, causal=call.causal, bias=bias), None
+            k, valid, documents = of_sample
+            return function(q, k, v, valid=valid, documents=documents, causal=call.causal, bias=bias), None
 
-        of_sample, plan = (call.k[:, :, 0], call.valid), plan_of(self.size)
+        of_sample, plan = (call.k[:, :, 0], call.valid, call.documents), plan_of(self.size)
         out, _ = over_heads(one, call.q, call.v, call.v, None, of_sample, call.bias, plan=plan)
         return out, call.carry, Aux()
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
         seen = (keys <= at) | (not causal)
+        seen = seen if documents is None else seen & same_document(documents, at, keys)
         p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         return jnp.dot(p, v).astype(v.dtype)
 

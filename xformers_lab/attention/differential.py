@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, KeepsKeys
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -55,19 +55,20 @@ class Differential(KeepsKeys, Full):
     def fused(self, causal: bool):
         return None
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance, gain):
         # Values in float32: the difference of two rounded outputs would keep few of their bits.
-        options = {"valid": valid, "causal": causal, "bias": bias}
+        options = {"valid": valid, "documents": documents, "causal": causal, "bias": bias}
         wide = v.astype(jnp.float32)
         first, second = (
             super(Differential, self).attend(q, k, wide, **options) for q, k in zip(_halves(q), _halves(k), strict=True)
         )
         return self._normalised(first - balance * second, gain).astype(v.dtype)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance, gain):
         T, S, H = q.shape[0], k.shape[0], q.shape[1]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = (keys <= at) | (not causal)
+        seen = seen if documents is None else seen & same_document(documents, at, keys)
         seen = seen if valid is None else seen & valid
         score = 0 if bias is None else bias(at, keys)
         weights = jnp.zeros((T, S))

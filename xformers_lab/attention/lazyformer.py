@@ -9,7 +9,7 @@ from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.products import products, weighted
 from xformers_lab.attention._engine.query_blocks import by_blocks, masked, widened
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
@@ -33,6 +33,7 @@ class Lazyformer(OneHead):
     kind = "prior"
     exact = True
     accuracy = "in the layers that compute P"
+    documents_apart = True
     complexity = Complexity(
         time="O(T S H)",
         memory="O(T S)",
@@ -70,20 +71,22 @@ class Lazyformer(OneHead):
         out, shared = lax.cond(below % self.share == 0, computed, taken_over, call.q, call.k, call.v, shared)
         return out, (shared, below + 1), Aux()
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, carry):
         S = k.shape[0]
 
         def block(q, at, keys):
-            s = masked(products(q * q.shape[-1] ** -0.5, k[:keys]), at, valid, causal, bias)
+            s = masked(products(q * q.shape[-1] ** -0.5, k[:keys]), at, valid, causal, bias, documents)
             p = masked_softmax(s).astype(carry.dtype)
             return weighted(p, v[:keys]).astype(v.dtype), widened(p, S)
 
         return by_blocks(block, q, S, causal)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
         seen = seen if valid is None else seen & valid[None]
+        if documents is not None:
+            seen = seen & same_document(documents, jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None])
         p = masked_softmax(scores(q, k, bias), seen)
         return _plainly(p, v), p.astype(carry.dtype)
 

@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,8 @@ class Linear(Stepwise):
         decoding="one H x F matrix and one vector",
         time_note=", chunked where causal",
     )
+
+    refuses: ClassVar = {"documents": "its sums are over all keys that stand before"}
 
     def __init__(
         self,

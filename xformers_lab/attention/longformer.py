@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +24,8 @@ class GlobalTokens(Patterned):
     pieces: besides, the keys and values of global positions are projected once more for one another, and once more for
     the other queries. All are projected from the block's input. `reach`: how far back the near pattern looks.
     """
+
+    refuses: ClassVar = {"documents": "its global tokens are the first positions of the row"}
 
     def __init__(
         self, size: Size, near: Pattern, *, tokens: int, reach: int, own: bool, pieces: bool = False, rngs: nnx.Rngs

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -62,15 +64,16 @@ class LowRankBand(OneHead):
         near = min(128, max(16, -(-self.window // 8) * 8))
         return (min(256, _eights(T)), min(512, _eights(S))), (min(near, _eights(T)), min(near, _eights(S)))
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, low_q, low_k):
         (far, near), (wide, narrow) = self.parts(causal), self.blocks(len(q), len(k))
-        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, valid=valid, bias=bias, blocks=wide))
-        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, valid=valid, bias=bias, blocks=narrow))
+        options: dict[str, Any] = {"valid": valid, "documents": documents, "bias": bias}
+        out = jnp.asarray(block_sparse(low_q, low_k, v, pattern=far, blocks=wide, **options))
+        return out + jnp.asarray(block_sparse(q, k, v, pattern=near, blocks=narrow, **options))
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None, low_q, low_k):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, low_q, low_k):
         far, near = self.parts(causal)
-        far = dense(low_q, low_k, v, pattern=far, valid=valid, bias=bias)
-        return far + dense(q, k, v, pattern=near, valid=valid, bias=bias)
+        options: dict[str, Any] = {"valid": valid, "documents": documents, "bias": bias}
+        return dense(low_q, low_k, v, pattern=far, **options) + dense(q, k, v, pattern=near, **options)
 
     def cost(self, T: int, S: int) -> Cost:
         H, D = self.size.head, self.size.dim

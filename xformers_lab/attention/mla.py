@@ -5,7 +5,7 @@ from flax import nnx
 from xformers_lab.attention import Call, Complexity, Cost
 from xformers_lab.attention._base.projected import Projected
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
@@ -32,6 +32,7 @@ class Mla(Projected):
 
     kind = "multi-head"
     exact = True
+    documents_apart = True
     complexity = Complexity(
         time="O(T S H)",
         memory="O(S)",
@@ -110,6 +111,8 @@ class Mla(Projected):
         to_key, to_value = self._expanding(v.dtype)
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = jnp.broadcast_to((keys <= at) | (not causal), (len(q), T, S))
+        if call.documents is not None:
+            seen = seen & jax.vmap(lambda documents: same_document(documents, at, keys))(call.documents)
         seen = seen if valid is None else seen & valid[:, None]
         out = []
         for n in range(N):

@@ -1,5 +1,5 @@
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,8 @@ class Performer(Stepwise):
         decoding="one H x F matrix, one vector, one number",
         time_note=", chunked where causal",
     )
+
+    refuses: ClassVar = {"documents": "its sums are over all keys that stand before"}
 
     def __init__(
         self,

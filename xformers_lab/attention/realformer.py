@@ -4,7 +4,7 @@ from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.products import products, weighted
 from xformers_lab.attention._engine.query_blocks import by_blocks, masked, seen_from, widened
-from xformers_lab.attention._engine.softmax import masked_softmax, softmax_average
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document, softmax_average
 
 
 class Realformer(OneHead):
@@ -29,23 +29,25 @@ class Realformer(OneHead):
     def init_carry(self, T: int, S: int):
         return jnp.zeros((T, S), jnp.float32)
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, carry):
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, carry):
         S = k.shape[0]
 
         def block(rows, at, keys):
             q, below = rows
-            seen = seen_from(at, keys, valid, causal)
+            seen = seen_from(at, keys, valid, causal, documents)
             # What no query may see is handed on as zero: it is never used, and padding may hold anything.
             s = jnp.where(seen, products(q * q.shape[-1] ** -0.5, k[:keys]) + below[:, :keys], 0)
-            out = weighted(masked_softmax(masked(s, at, valid, causal, bias)), v[:keys])
+            out = weighted(masked_softmax(masked(s, at, valid, causal, bias, documents)), v[:keys])
             return out.astype(v.dtype), widened(s, S)
 
         return by_blocks(block, (q, carry), S, causal)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None, carry):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, carry):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tri(T, S, S - T, dtype=bool) if causal else jnp.ones((T, S), bool)
         seen = seen if valid is None else seen & valid[None]
+        if documents is not None:
+            seen = seen & same_document(documents, jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None])
         carry = jnp.where(seen, scores(q, k) + carry, 0)
         return softmax_average(carry + (scores(q, k, bias) - scores(q, k)), seen, v), carry
 

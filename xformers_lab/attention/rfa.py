@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Rfa(Stepwise):
         decoding="a 2 F x (H + 1) matrix, for arccos F x (H + 1)",
         time_note=", chunked where causal",
     )
+
+    refuses: ClassVar = {"documents": "its sums are over all keys that stand before"}
 
     def __init__(
         self,

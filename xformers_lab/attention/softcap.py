@@ -5,7 +5,7 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.query_blocks import largest, rows
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -37,15 +37,18 @@ class Softcap(OneHead):
         super().__init__(size, rngs=rngs)
         self.cap = cap
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None):
-        return rows(q, k, v, functools.partial(_weights, self.cap), bias, valid=valid, causal=causal)
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
+        return rows(
+            q, k, v, functools.partial(_weights, self.cap), bias, valid=valid, documents=documents, causal=causal
+        )
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         s = jnp.dot(q, k.T, preferred_element_type=jnp.float32) / q.shape[1] ** 0.5
         s = self.cap * jnp.tanh(s / self.cap)
         seen = (keys <= at) | (not causal)
+        seen = seen if documents is None else seen & same_document(documents, at, keys)
         p = masked_softmax(s if bias is None else s + bias(at, keys), seen if valid is None else seen & valid)
         return jnp.dot(p, v).astype(v.dtype)
 

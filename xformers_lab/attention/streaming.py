@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Streaming(Patterned):
         memory="O(S H)",
         decoding="the sinks' keys and values and a ring of window + 1",
     )
+
+    refuses: ClassVar = {"documents": "its sinks are the first positions of the row"}
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from flax import nnx
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead
 from xformers_lab.attention._engine.heads import over_samples
 from xformers_lab.attention._engine.query_blocks import ROWS, largest, rows
-from xformers_lab.attention._engine.softmax import masked_softmax
+from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
@@ -30,6 +30,7 @@ class TalkingHeads(MultiHead):
 
     kind = "multi-head"
     exact = True
+    documents_apart = True
     complexity = Complexity(
         time="O(T S (H + N))",
         memory="O(S)",
@@ -50,8 +51,12 @@ class TalkingHeads(MultiHead):
         q, k, v = (jnp.swapaxes(y, 1, 2) for y in (call.q, k, v))
         leaves = {"before": self.before[...], "after": self.after[...], "bias": call.bias}
         function = _reference if call.method == "reference" else functools.partial(_attend, self.at_once)
-        one = lambda q, k, v, valid: function(q, k, v, leaves, valid=valid, causal=call.causal)
-        out = over_samples(one, q, k, v, call.valid, plan=plan_of(self.size))
+
+        def one(q, k, v, of_sample):
+            valid, documents = of_sample
+            return function(q, k, v, leaves, valid=valid, documents=documents, causal=call.causal)
+
+        out = over_samples(one, q, k, v, (call.valid, call.documents), plan=plan_of(self.size))
         return jnp.swapaxes(out, 1, 2), call.carry, Aux()
 
     @property
@@ -68,8 +73,8 @@ class TalkingHeads(MultiHead):
         return Cost(flops=4 * T * S * (H + N), memory=largest(T, S, H, self.at_once), state=2 * S * H)
 
 
-def _attend(at_once: int, q, k, v, leaves, *, valid, causal: bool):
-    return rows(q, k, v, _weights, leaves, valid=valid, causal=causal, at_once=at_once)
+def _attend(at_once: int, q, k, v, leaves, **options):
+    return rows(q, k, v, _weights, leaves, at_once=at_once, **options)
 
 
 def _weights(s, seen, positions, leaves):
@@ -81,7 +86,7 @@ def _weights(s, seen, positions, leaves):
     return mixed(leaves["after"], masked_softmax(s, seen))
 
 
-def _reference(q, k, v, leaves, *, valid, causal: bool):
+def _reference(q, k, v, leaves, *, valid, documents, causal: bool):
     T, S = q.shape[1], k.shape[1]
     at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
     s = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32) / q.shape[2] ** 0.5
@@ -89,6 +94,7 @@ def _reference(q, k, v, leaves, *, valid, causal: bool):
     if leaves["bias"] is not None:
         s += jax.vmap(lambda bias: bias(at, keys))(leaves["bias"])
     seen = (keys <= at) | (not causal)
+    seen = seen if documents is None else seen & same_document(documents, at, keys)
     p = masked_softmax(s, seen if valid is None else seen & valid)
     p = jnp.einsum("lm,lts->mts", leaves["after"], p)
     return jnp.einsum("mts,msh->mth", p, v).astype(v.dtype)

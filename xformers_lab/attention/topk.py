@@ -6,7 +6,7 @@ from xformers_lab.attention import Complexity, Cost, OneHead
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.products import products, weighted
 from xformers_lab.attention._engine.query_blocks import BLOCK, by_blocks, masked
-from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, softmax_average
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, same_document, softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -42,10 +42,10 @@ class Topk(OneHead):
         super().__init__(size, rngs=rngs)
         self.keys = keys
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None):
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         def row(q, at, keys: int):
             # Scaled last, so that the choice does not depend on how a half precision rounds.
-            s = masked(products(q, k[:keys]) * q.shape[1] ** -0.5, at, valid, causal, bias)
+            s = masked(products(q, k[:keys]) * q.shape[1] ** -0.5, at, valid, causal, bias, documents)
             # A minimum, not the last column, for which XLA:CPU sorts whole rows.
             highest = lax.top_k(lax.stop_gradient(s), min(self.keys, keys))[0]
             s = jnp.where(_reaches(s, highest.min(1, keepdims=True)), s, MASKED)
@@ -53,10 +53,12 @@ class Topk(OneHead):
 
         return by_blocks(row, q, k.shape[0], causal).astype(v.dtype)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         T, S = q.shape[0], k.shape[0]
         seen = jnp.tril(jnp.ones((T, S), bool), S - T) if causal else jnp.ones((T, S), bool)
         seen = seen if valid is None else seen & valid
+        if documents is not None:
+            seen = seen & same_document(documents, jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None])
         s = scores(q, k, bias)
         least = jnp.sort(jnp.where(seen, s, MASKED), 1)[:, -min(self.keys, S)]
         return softmax_average(s, seen & _reaches(s, least[:, None]), v)

@@ -33,6 +33,7 @@ class AttentionMaps:
         name: What tells it from others beside it.
         layers, heads: The numbers that the layers and heads have in the model, from 1.
         notes: What else is to be known of the text.
+        documents: Of packed data the document of each token, (T,) int, for a query sees its own alone; else None.
     """
 
     weights: np.ndarray
@@ -48,6 +49,7 @@ class AttentionMaps:
     layers: Sequence[int]
     heads: Sequence[int]
     notes: Sequence[str] = ()
+    documents: np.ndarray | None = None
 
     @property
     def tokens(self) -> Sequence[str]:
@@ -79,6 +81,7 @@ class AttentionMaps:
             real_keys=self.real_keys,
             norms=self.norms,
             crosses=self.part == "cross",
+            documents=self.documents,
         )
 
     @property
@@ -100,7 +103,7 @@ class AttentionMaps:
     def seen(self) -> np.ndarray:
         """(T, S) bool: which keys causality and padding leave to each query."""
         T, S = self.weights.shape[2:]
-        return seeing(T, S, self.causal, self.real_keys) & self.real_queries[:, None]
+        return seeing(T, S, self.causal, self.real_keys, self.documents) & self.real_queries[:, None]
 
     @property
     def drawn(self) -> np.ndarray:

@@ -35,7 +35,9 @@
   }
 
   function sees(panel, query, key) {
-    return panel.about.rows[query] && panel.about.columns[key] && (!panel.about.causal || key <= query);
+    const { rows, columns, causal, documents } = panel.about;
+    if (documents && documents[query] !== documents[key]) return false;
+    return rows[query] && columns[key] && (!causal || key <= query);
   }
 
   function share(value) {

@@ -112,6 +112,7 @@ def _panel(one: AttentionMaps, look: plot.Look, texts: Sequence[tuple[str, ...]]
         "rows": one.real_queries.astype(int).tolist(),
         "columns": one.real_keys.astype(int).tolist(),
         "crosses": one.part == "cross",
+        "documents": None if one.documents is None else one.documents.tolist(),
     }
     return {
         "title": human.plain(one.title),

@@ -42,8 +42,9 @@ def parts_of_text(model: Model, task: Task, text: str, *, name: str = "") -> lis
 
 def of_example(model: Model, task: Task, batch: Batch, *, name: str = "") -> list[AttentionMaps]:
     """The maps of the first row of a batch of the host, of every part. Raises UsageError where there is none."""
-    valid = None if batch.valid is None else np.asarray(batch.valid)[:1]
-    return of_inputs(model, task, np.asarray(batch.inputs)[:1], valid, name=name)
+    first = lambda array: None if array is None else np.asarray(array)[:1]
+    inputs = np.asarray(batch.inputs)[:1]
+    return of_inputs(model, task, inputs, first(batch.valid), first(batch.documents), name=name)
 
 
 def of_inputs(
@@ -51,11 +52,13 @@ def of_inputs(
     task: Task,
     inputs: np.ndarray,
     valid: np.ndarray | None = None,
+    documents: np.ndarray | None = None,
     *,
     name: str = "",
     notes: Sequence[str] = (),
 ) -> list[AttentionMaps]:
-    """The maps of inputs (1, T), valid (1, T) bool; of every part. Raises UsageError where there is none."""
+    """The maps of inputs (1, T), valid (1, T) bool, documents (1, T) of packed data; of every part. Raises UsageError
+    where there is none."""
     try:
         if jax.tree.leaves(nnx.state(model, Remembered)):
             raise Refused("a model that remembers looks at earlier segments too, which are no tokens of a text: no map")
@@ -63,10 +66,10 @@ def of_inputs(
         if size is not None and (count := size.layers * size.heads * inputs.shape[1] ** 2) > MOST:
             raise Refused(f"{count:,} weights are too many, at most {MOST:,}: give a shorter text")
         with contained():
-            found = maps.of_model(model, inputs, valid)
+            found = maps.of_model(model, inputs, valid, documents)
         if not all(np.isfinite(each.weights).all() for each in found):
             raise Refused("weights are no finite numbers: no map")
-        return _parts(model, task, found, inputs, valid, name, notes)
+        return _parts(model, task, found, inputs, valid, documents, name, notes)
     except Refused as reason:
         raise UsageError(str(reason)) from None
     except UsageError:
@@ -127,6 +130,7 @@ def _parts(
     found: list[maps.Map],
     inputs: np.ndarray,
     valid: np.ndarray | None,
+    documents: np.ndarray | None,
     name: str,
     notes: Sequence[str],
 ) -> list[AttentionMaps]:
@@ -178,6 +182,7 @@ def _parts(
                 layers=list(range(1, len(layers) + 1)),
                 heads=list(range(1, layers[0].weights.shape[0] + 1)),
                 notes=notes,
+                documents=None if documents is None or part != "self" else documents[0],
             )
         )
     return made

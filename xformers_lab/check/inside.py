@@ -58,6 +58,25 @@ def no_padding(subject: Inside) -> None:
         _unchanged(after, before, rows, f"padding holds other tokens ({model.words}): leave out what is not `valid`")
 
 
+def documents_apart(subject: Inside) -> None:
+    """Of packed data, no document is told of the others of its row, or the choice refuses packed data."""
+    model = next((model for model in subject.models if model.task.target == "token"), None)
+    if model is None:
+        raise NotApplicable("it gives one answer of a whole row")
+    T = model.tokens.shape[1]
+    ends = 1 + np.arange(BATCH)[:, None] + np.array([[0, T // 2]])
+    documents = (np.arange(T)[None, :, None] >= ends[:, None]).sum(-1).astype(np.int32)
+    try:
+        before = model.packed(model.tokens, documents)
+    except Refused as reason:
+        raise NotApplicable(str(reason)) from None
+    for document in range(3):
+        own = documents == document
+        after = model.packed(np.where(own, model.tokens, np.roll(model.tokens, 1, 0)), documents)
+        when = "other documents of its row change: what may see them must refuse them (see nn/documents.py)"
+        _unchanged(after, before, own, when)
+
+
 def samples_apart(subject: Inside) -> None:
     """In evaluation, what one sample is told changes nothing in another."""
     model = subject.model
@@ -165,6 +184,7 @@ PROPERTIES = [
     documented,
     no_future,
     no_padding,
+    documents_apart,
     samples_apart,
     decoding,
     jit_equals_eager,

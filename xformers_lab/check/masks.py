@@ -1,8 +1,22 @@
-"""Properties of what a mechanism may not see: the future where it is causal, and padding."""
+"""Properties of what a mechanism may not see: the future where it is causal, padding, and other documents."""
+
+import dataclasses
+import functools
 
 import numpy as np
 
-from xformers_lab.check.subject import LENGTH, SHORT, Broken, Case, Subject
+from xformers_lab.check.subject import (
+    GRADIENT,
+    LENGTH,
+    SHORT,
+    VALUE,
+    Broken,
+    Case,
+    NotApplicable,
+    Subject,
+    compare,
+    compare_trees,
+)
 
 GARBAGE = 1e4
 # Other positions may be summed in another order when a masked value changes; what leaks through a mask is far larger.
@@ -96,6 +110,46 @@ def nothing_to_see(subject: Subject) -> None:
             )
 
 
+def documents_apart(subject: Subject) -> None:
+    """Of packed data nothing of one document changes an output of another one in its row, or has a derivative there;
+    attend gives what reference gives. What does not keep documents apart refuses them."""
+    first = dataclasses.replace(subject.square(subject.modes[0]), packed=True)
+    if reason := subject.refusal(first):
+        if "documents" not in subject.mechanism.refusals():
+            raise Broken(f"it refuses packed data ({reason}), which its refusals() do not have")
+        raise NotApplicable(reason)
+    for causal in subject.modes:
+        case = dataclasses.replace(subject.square(causal), packed=True)
+        inputs, documents = subject.inputs(case), subject.documents(case)
+        assert documents is not None
+        before = subject.result(case)
+        for document in (0, 1):
+            own = documents == document
+            of_rows = lambda x, own=own: own.reshape(own.shape + (1,) * (x.ndim - 2))
+            cotangent = np.asarray(subject.cotangent(case, inputs))
+            grads = subject.apply(case, inputs, cotangent=cotangent * of_rows(cotangent)).grads["inputs"]
+            others = dict(inputs)
+            for name in [name for name in ("q", "k", "v", "x") if name in inputs]:
+                leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~own
+                if leak.any():
+                    sample, at = (int(index[0]) for index in np.nonzero(leak))
+                    raise Broken(
+                        f"document {document} depends on {name}[{at}] of sample {sample}, which is of document "
+                        f"{documents[sample, at]} ({case}): derivative {leak.max():.1e} instead of exactly 0. Mask "
+                        "scores between different `documents` before the softmax"
+                    )
+                others[name] = np.where(of_rows(inputs[name]), inputs[name], -3 * inputs[name])
+            after = subject.apply(case, others).out
+            _unchanged(after, before.out, own, f"the other documents of its row change ({case})")
+        if not subject.whole:
+            slow, advice = subject.result(case, "reference"), "Look at what keeps documents apart in either form."
+            slack = functools.cache(lambda case=case: subject.rounding(case))
+            where = f"attend against reference ({case})"
+            compare(before.out, slow.out, VALUE, where, advice, lambda slack=slack: slack().out)
+            of_inputs = lambda slack=slack: slack().grads["inputs"]
+            compare_trees(before.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice, of_inputs)
+
+
 def _unchanged(after, before, rows, when: str) -> None:
     """Raises Broken where the output of `rows` (positions, or (sample, position)) differs."""
     gap = np.abs(after - before).max(tuple(range(2, before.ndim)))
@@ -110,4 +164,4 @@ def _unchanged(after, before, rows, when: str) -> None:
         )
 
 
-PROPERTIES = [no_future, no_padding, nothing_to_see]
+PROPERTIES = [no_future, no_padding, nothing_to_see, documents_apart]

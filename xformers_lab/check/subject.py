@@ -24,6 +24,8 @@ LENGTH, SHORT, EVEN = 67, 11, 60
 # Several blocks of the engines at their default sizes, and long enough for the loop over heads.
 LONG = 523
 HEADS, KEY_HEADS, HEAD = 4, 2, 8
+# Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
+VALUE, GRADIENT = 2e-5, 5e-5
 
 
 class Broken(Exception):
@@ -56,10 +58,11 @@ class Case:
     padded: bool = True
     biased: bool = False
     batch: int = 4
+    packed: bool = False
 
     def __str__(self) -> str:
         words = ["causal" if self.causal else "not causal", f"T={self.T}", f"S={self.S}"]
-        return ", ".join([*words, *["padded"] * self.padded, *["biased"] * self.biased])
+        return ", ".join([*words, *["padded"] * self.padded, *["biased"] * self.biased, *["packed"] * self.packed])
 
 
 class Result:
@@ -202,11 +205,20 @@ class Subject:
         rows = [np.ones(case.S, bool), np.arange(case.S) < -(-2 * case.S // 3), holes, np.zeros(case.S, bool)]
         return jnp.asarray(np.stack(rows)[: case.batch])
 
+    @staticmethod
+    def documents(case: Case) -> np.ndarray | None:
+        """(B, S) int32 of packed rows, whose documents end at other places in each sample."""
+        if not case.packed:
+            return None
+        ends = [np.array([case.S // 5, case.S // 2 + sample, case.S - 3]) for sample in range(case.batch)]
+        return np.stack([np.searchsorted(of_row, np.arange(case.S), "right") for of_row in ends]).astype(np.int32)
+
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def forward(self, own, inputs: dict, valid, key, *, causal: bool, method: str, loop: bool = False):
+    def forward(self, own, inputs: dict, valid, key, documents=None, *, causal: bool, method: str, loop: bool = False):
         """The output alone; raises Refused where the mechanism does."""
-        return self.call(self.layer(own, self.rest, loop), inputs, valid, key, causal=causal, method=method)[0]
+        options = {"causal": causal, "method": method, "documents": documents}
+        return self.call(self.layer(own, self.rest, loop), inputs, valid, key, **options)[0]
 
     def layer(self, own, rest, loop: bool = False) -> Attention:
         """The mechanism with these variables, whatever traces the call: copies, so that it may write to its own.
@@ -215,9 +227,12 @@ class Subject:
         """
         return nnx.merge(self.looped if loop else self.graph, own, jax.tree.map(lambda leaf: leaf, rest))
 
-    def call(self, layer, inputs: dict, valid, key, *, causal: bool, method: str = "attend"):
+    def call(self, layer, inputs: dict, valid, key, *, causal: bool, method: str = "attend", documents=None):
         """The output and the auxiliary results."""
         rest = {"valid": valid, "causal": causal, "key": key}
+        if documents is not None:
+            layer.check_documents(documents)
+            rest["documents"] = documents
         if self.whole:
             with_method = {"method": method} if method != "attend" else {}
             sources = (inputs["q"], inputs["x"]) if "q" in inputs else (inputs["x"],)
@@ -238,7 +253,8 @@ class Subject:
     def _refusal(self, case: Case) -> str | None:
         forward = functools.partial(self.forward, causal=case.causal, method="attend")
         try:
-            jax.eval_shape(forward, self.own, self.inputs(case), self.valid(case), jax.random.key(0))
+            given = self.inputs(case), self.valid(case), jax.random.key(0), self.documents(case)
+            jax.eval_shape(forward, self.own, *given)
         except Refused as error:
             return str(error)
         except Exception:  # a mistake, not a refusal: the property that makes this call will show it
@@ -262,7 +278,7 @@ class Subject:
         Without gradients the half of the program that finds them is not compiled, unless a call of these shapes has
         compiled it already."""
         valid = self.valid(case) if valid is None else valid
-        call = (inputs, valid, jax.random.key(1) if training else None)
+        call = (inputs, valid, jax.random.key(1) if training else None, self.documents(case))
         leaves, tree = jax.tree.flatten(call)
         shapes = (case.causal, method, loop, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if gradients:
@@ -318,11 +334,11 @@ class Subject:
     def _run(self, causal: bool, method: str, loop: bool, gradients: bool):
         if (causal, method, loop, gradients) not in self._runs:
 
-            def forward(own, inputs, valid, key):
-                return self.forward(own, inputs, valid, key, causal=causal, method=method, loop=loop)
+            def forward(own, inputs, valid, key, documents):
+                return self.forward(own, inputs, valid, key, documents, causal=causal, method=method, loop=loop)
 
-            def both(own, inputs, valid, key, cotangent):
-                out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, valid, key), own, inputs)
+            def both(own, inputs, valid, key, documents, cotangent):
+                out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, valid, key, documents), own, inputs)
                 return out, dict(zip(("own", "inputs"), pull(cotangent.astype(out.dtype)), strict=True))
 
             self._runs[causal, method, loop, gradients] = self.jit(both if gradients else forward)

@@ -103,6 +103,20 @@ class Tiny:
         with exact():
             return self._compiled((self.params, self.extra, memory), tokens, valid)
 
+    def packed(self, tokens, documents) -> np.ndarray:
+        """Logits in evaluation of packed rows; raises Refused where the model does not keep documents apart."""
+        jax.eval_shape(self._of_documents, self.variables, tokens, documents)
+        with exact():
+            return np.asarray(self._packed(self.variables, tokens, documents))
+
+    @functools.cached_property
+    def _packed(self) -> Callable:
+        return jax.jit(self._of_documents)
+
+    def _of_documents(self, variables, tokens, documents):
+        model: Any = self.built(variables)
+        return model(tokens, documents=documents)[0]
+
     def decoded(self, at_once: int) -> np.ndarray:
         """Logits of the tokens from the last of `at_once` on, which are read together, the others one by one; raises
         Refused where the model cannot decode."""

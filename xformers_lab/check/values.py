@@ -15,10 +15,12 @@ from flax import nnx
 from xformers_lab.attention import KINDS, OFFERED, REFUSALS
 from xformers_lab.attention.full import Full
 from xformers_lab.check.subject import (
+    GRADIENT,
     KEY_HEADS,
     LENGTH,
     LONG,
     SHORT,
+    VALUE,
     Broken,
     Case,
     NotApplicable,
@@ -28,8 +30,6 @@ from xformers_lab.check.subject import (
 )
 from xformers_lab.nn.aux_results import Aux
 
-# Relative to the largest entry, in float32. Sums run in another order in a fast form; a wrong key costs far more.
-VALUE, GRADIENT = 2e-5, 5e-5
 # bfloat16 keeps 8 bits: a rounded result is off by up to 0.004, a sum kept in bfloat16 by more the longer it is.
 HALF = 0.01
 PAPER = re.compile(r"arXiv:? ?[\w./-]*\d{4}|\b(19|20)\d\d\b")

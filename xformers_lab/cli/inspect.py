@@ -23,17 +23,17 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _list(chosen: argparse.Namespace) -> int:
-    from xformers_lab import catalogue
+    from xformers_lab import shelves
     from xformers_lab.report import listing
 
-    rows = catalogue.shelf(chosen.shelf) if chosen.shelf else catalogue.shelves()
+    rows = shelves.shelf(chosen.shelf) if chosen.shelf else shelves.shelves()
     hidden = HIDDEN if chosen.shelf == "attention" else ()
     shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
     return answer(chosen, rows, lambda: listing.print_listing(shown))
 
 
 def _show(chosen: argparse.Namespace) -> int:
-    from xformers_lab import catalogue
+    from xformers_lab import shelves
     from xformers_lab.report import listing, pages
 
     if not chosen.words:
@@ -47,7 +47,7 @@ def _show(chosen: argparse.Namespace) -> int:
         if chosen.svg:
             raise UsageError("--svg draws a mechanism of attention, and this is a task")
         config = configs.single(chosen.words, trust=chosen.trust)
-        task = catalogue.task(config, chosen.split or "test", chosen.number or 0)
+        task = shelves.task(config, chosen.split or "test", chosen.number or 0)
         return answer(chosen, task, lambda: pages.print_task(task))
     if chosen.split is not None or chosen.number is not None:
         flag = "--split" if chosen.split is not None else "--number"
@@ -56,9 +56,9 @@ def _show(chosen: argparse.Namespace) -> int:
         if chosen.svg:
             raise UsageError("--svg draws one mechanism: name it (xlab show bigbird seq_len=1024 --svg bigbird.svg)")
         config = configs.single(chosen.words, trust=chosen.trust)
-        rows = catalogue.resolved(config)
+        rows = shelves.resolved(config)
         return answer(chosen, {row["key"]: row["value"] for row in rows}, lambda: listing.print_listing(rows))
-    page = catalogue.page(name, rest)
+    page = shelves.page(name, rest)
     if chosen.svg:
         if "svg" not in page:
             raise UsageError(f"--svg: no fixed pattern says what {name} looks at, so there is nothing to draw")

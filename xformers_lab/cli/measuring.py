@@ -1,15 +1,15 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
 import argparse
-import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
+from xformers_lab.api import studies
+from xformers_lab.api.table import Table
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument, spelled
-from xformers_lab.cli.exports import EXPORTS, export, writing
+from xformers_lab.cli.exports import EXPORTS, export
 from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import message, visible
@@ -19,36 +19,24 @@ if TYPE_CHECKING:
     from xformers_lab.compare.study import Cell
 
 DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
-# What `bench --pass` may say.
-BENCH_PASSES = {
-    "forward": ("forward",),
-    "both": ("forward", "forward+backward"),
-    "decode": ("prefill", "decode"),
-}
 
 
 def _bench(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
-    cells, varied = configs.sweep(chosen.words, trust=chosen.trust)
-    from xformers_lab import progress
-    from xformers_lab.bench import supervised
+    how = {"rounds": chosen.rounds, "passes": chosen.passes, "check": not chosen.no_check, "trust": chosen.trust}
+    timed = studies.timed(chosen.words, spelled(chosen), **how, lines=not chosen.json)
     from xformers_lab.report import table
-    from xformers_lab.supervise import process
 
-    how = {"rounds": chosen.rounds, "passes": BENCH_PASSES[chosen.passes], "check": not chosen.no_check}
-    with process.Worker(notice=process.ENDS) as worker, progress.words(quiet=chosen.json) as tell:
-        rows = supervised.bench(cells, worker, progress=tell, **how)
-    code = answer(chosen, rows, lambda: table.print_rows(rows, [*varied, "pass"]))
+    rows, varied = timed.rows, timed.varied
+    code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     if chosen.report:
-        path, title = pathlib.Path(chosen.report), "What the mechanisms cost"
-        _write_report(rows, [*varied, "pass"], spelled(chosen), path, title)
-        print(visible(f"report: {path}"), file=sys.stderr)
-    export(chosen, rows, [*varied, "pass"], spelled(chosen))
-    if worker.stopped:
+        print(visible(f"report: {timed.report(chosen.report)}"), file=sys.stderr)
+    export(chosen, rows, varied, timed.command)
+    if timed.interrupted:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
-        return 128 + worker.stopped
-    return code if all(row["status"] == "ok" for row in rows) else 5
+        return 128 + timed.interrupted
+    return code if timed.ok else 5
 
 
 def _compare(chosen: argparse.Namespace) -> int:
@@ -65,11 +53,9 @@ def conducted(
 ) -> tuple[int, list[dict]]:
     """Train the cells of a study, print its table and write its page -> the exit code and the rows."""
     trackers.require(chosen.track)
-    from xformers_lab import progress
-    from xformers_lab.compare import probe, run
-    from xformers_lab.compare.conduct import Conductor, Options
+    from xformers_lab.compare import probe
+    from xformers_lab.compare.conduct import Options
     from xformers_lab.report import table
-    from xformers_lab.supervise.process import Worker
 
     options = Options(
         baselines=not chosen.no_baselines,
@@ -79,24 +65,18 @@ def conducted(
         kit=not chosen.no_check,
         track=tuple(chosen.track or ()),
     )
-    with Worker(shown=False) as worker:
-        announce = lambda text: print(message(text), file=sys.stderr, flush=True)
-        bar = lambda what, total: progress.cells(total, varied, quiet=chosen.json, what=what)
-        conductor = Conductor(cells, varied, asked, options, worker, bar=bar, announce=announce)
-        rows = conductor.rows()
-    code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
-    for note in [] if chosen.json else conductor.notes:  # said before it began too, which may be long ago
+    done = studies.conducted(cells, varied, asked, options, spelled(chosen), lines=not chosen.json)
+    code = answer(chosen, done.rows, lambda: table.print_rows(done.rows, varied))
+    for note in [] if chosen.json else done.notes:  # said before it began too, which may be long ago
         print(visible(f"note: {note}"))
-    about = {"study": dataclasses.asdict(asked), "notes": conductor.notes}
-    saved = run.save_table(rows, varied, spelled(chosen), cells[0].origin.runs, about)
-    path = pathlib.Path(chosen.report or saved.parent / "report.html")
-    report = _write_report(rows, varied, spelled(chosen), path, said=conductor.notes)
+    saved = done.save(cells[0].origin.runs)
+    report = done.report(chosen.report or saved.parent / "report.html")
     print(visible(f"report: {report}"), file=sys.stderr)
-    export(chosen, rows, varied, spelled(chosen))
-    if worker.stopped:
+    export(chosen, done.rows, varied, done.command)
+    if done.interrupted:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 128 + worker.stopped, rows
-    return (code if all(row["status"] == "ok" for row in rows) else 5), rows
+        return 128 + done.interrupted, done.rows
+    return (code if done.ok else 5), done.rows
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -119,24 +99,9 @@ def _report(chosen: argparse.Namespace) -> int:
             line = f"not what their runs say by now: {human.listing(other)}; the same xlab compare reads them again"
             print(message(line), file=sys.stderr)
             said = [*said, line]
-    out = _write_report(rows, varied, command, pathlib.Path(chosen.out or runs / "report.html"), said=said)
+    out = Table(rows, varied, command, said).report(chosen.out or runs / "report.html")
     export(chosen, rows, varied, command)
     return answer(chosen, {"report": str(out), "rows": len(rows)}, lambda: print(visible(f"report: {out}")))
-
-
-def _write_report(
-    rows: list[dict],
-    varied: list[str],
-    command: str,
-    path: pathlib.Path,
-    title: str = "Which variant, and what it costs",
-    said: Sequence[str] = (),
-) -> pathlib.Path:
-    from xformers_lab.report import html
-
-    with writing(path, "report"):
-        html.write_report(rows, varied, path, title=title, command=command, said=said)
-    return path
 
 
 BENCH = [
@@ -144,7 +109,7 @@ BENCH = [
     argument(
         "--pass",
         dest="passes",
-        choices=tuple(BENCH_PASSES),
+        choices=tuple(studies.PASSES),
         default="both",
         help="which passes to time; decode: reading a context of seq_len into a cache, and one token behind it",
     ),

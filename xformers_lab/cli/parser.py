@@ -58,11 +58,7 @@ def locate(chosen: argparse.Namespace) -> None:
         if argument.path == "folder" and path.is_file():
             raise UsageError(f"{argument.shown} {text}: a file is there; name a folder")
         if argument.path == "file":
-            if path.is_dir():
-                raise UsageError(f"{argument.shown} {text}: a folder is there; name a file")
-            above = next(folder for folder in path.absolute().parents if folder.exists())
-            if not above.is_dir():
-                raise UsageError(f"{argument.shown} {text}: {above} is no folder")
+            configs.spec.writable(path, f"{argument.shown} {text}")
         setattr(chosen, argument.attribute, str(path))
 
 
@@ -114,13 +110,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _keys(study: bool) -> str:
     """The grammar of words, and every key with its default and help; study: those of a study first."""
-    of_study = ["keys of the whole study:", *_listed(configs.STUDY), ""] if study else []
-    return "\n".join([GRAMMAR, "", *of_study, "keys:", *_listed(configs.LEAVES)])
-
-
-def _listed(leaves: dict) -> list[str]:
-    lines = []
-    for name, (_, field, _) in leaves.items():
-        default = f"{name}={configs.spec.show(field.default)}"
-        lines.append(f"  {default:{ITEM - 3}s} {field.metadata['help']}")
-    return lines
+    listed = lambda leaves: configs.help_lines(leaves, ITEM - 3)
+    of_study = ["keys of the whole study:", *listed(configs.STUDY), ""] if study else []
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES)])

@@ -4,63 +4,27 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
+from xformers_lab.api import supervised
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
-from xformers_lab.errors import RunFailed, UsageError
+from xformers_lab.errors import UsageError
 from xformers_lab.terminal import LINES, visible
-from xformers_lab.train import records, trackers
-
-# What `generate` draws by, and what it searches by.
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
-SEARCHING = ("length_penalty",)
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    runs = [word.partition("=")[2] for word in chosen.words if word.startswith("runs=")]
-    records.refuse_if_typed(chosen.words, configs.spec.located((runs or ["runs"])[-1], "runs"))
-    trackers.require(chosen.track)
-    config = configs.single(chosen.words, trust=chosen.trust)
-    title = f"{config.task} · {config.model.attention} · {config.seq_len}"
-    job = {"stall": config.stall, "config": configs.to_dict(config), "words": chosen.words, "track": chosen.track}
-    return _trained(chosen, title, configs.folder(config), "train.work.run", job)
+    _, record = supervised.train(chosen.words, track=chosen.track, trust=chosen.trust)
+    return _print(chosen, record)
 
 
 def _resume(chosen: argparse.Namespace) -> int:
-    folder = _run_dir(chosen)
-    records.refuse_if_in_use(folder)
-    trackers.require(chosen.track)
-    stall = configs.stored(folder / "config.json", trust=chosen.trust).stall
-    if chosen.stall is not None:
-        stall = configs.typed("stall", chosen.stall, f"--stall {chosen.stall}")
-    job = {"stall": stall, "run_dir": str(folder), "trust": chosen.trust, "from_scratch": chosen.from_scratch}
-    job |= {"track": chosen.track}
-    return _trained(chosen, f"resuming {folder}", folder, "train.work.resume", job)
+    how = {"from_scratch": chosen.from_scratch, "track": chosen.track, "trust": chosen.trust}
+    return _print(
+        chosen, supervised.resume(_run_dir(chosen), stall=chosen.stall, where=f"--stall {chosen.stall}", **how)
+    )
 
 
-def _trained(chosen: argparse.Namespace, title: str, folder: pathlib.Path, what: str, job: dict) -> int:
-    """Have a worker train, and print the record."""
-    records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
-    from xformers_lab import progress
+def _print(chosen: argparse.Namespace, record: dict) -> int:
     from xformers_lab.report import pages
-    from xformers_lab.supervise.process import Ended, Worker
 
-    with Worker() as worker, progress.steps(title) as step:
-
-        def heard(message: dict) -> None:
-            for line in (*message.get("reading", ()), *([message["said"]] if "said" in message else [])):
-                progress.say(line)
-            if "loss" in message:
-                step(message["step"], message["total"], message)
-            elif "doing" in message:
-                step.doing(message["doing"])
-
-        try:
-            record = worker.ask(what, heard, **job)
-        except Ended as ended:
-            how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
-            saved = f"; go on with xlab resume {folder}" if any(folder.glob("checkpoints/*/MANIFEST.json")) else ""
-            error = RunFailed(how if "xlab resume" in how else how + saved)
-            error.exit_code = ended.exit_code
-            raise error from None
     return answer(chosen, record, lambda: pages.print_record(record))
 
 
@@ -100,57 +64,29 @@ def _lengths(words: list[str]) -> list[int]:
 
 def _generate(chosen: argparse.Namespace) -> int:
     folder = _run_dir(chosen)
-    from xformers_lab import generate, progress
+    from xformers_lab import progress
+    from xformers_lab.api import generating
     from xformers_lab.train import trained
 
-    drawing, searching = _set(chosen, DRAWING), _set(chosen, SEARCHING)
-    if chosen.beams is not None and drawing:
-        raise UsageError(f"{_flags(drawing)}: beam search draws nothing; leave it out, or leave out --beams")
-    if chosen.beams is None and searching:
-        raise UsageError(f"{_flags(searching)}: it is of beam search; give --beams, or leave it out")
-    seed = drawing.pop("seed", 0)
-    sampling = generate.Sampling(**drawing)
+    called = lambda name: f"--{name.replace('_', '-')}"
+    asked = _set(chosen, (*generating.DRAWING, *generating.SEARCHING))
+    generating.refuse(chosen.beams, asked, called)  # before the model is loaded, which takes seconds
     config, task, model = trained.load(folder, trust=chosen.trust)
-    try:
-        encoded = [task.encode(prompt) for prompt in chosen.prompt]
-        stops = [task.encode(text) for text in chosen.stop or ()]
-    except ValueError as error:
-        raise UsageError(f"--prompt or --stop: {error}") from None
-    for text, tokens in zip(chosen.stop or (), stops, strict=True):
-        if len(tokens) != 1:
-            raise UsageError(f"--stop {text}: it is {len(tokens)} tokens, one is wanted")
-    stop = [*task.stop] if chosen.stop is None else [token for tokens in stops for token in tokens]
     apart = "\n" if task.source_length else ""  # a source stands in a line of its own
-    prompts, sources = generate.apart(model, encoded, begin=task.begin)
-    common = {"new": chosen.new, "length": config.seq_len, "stop": stop}
-    if chosen.beams is not None:
-        common |= {"beams": chosen.beams} | searching
-        pairs = zip(prompts, sources or [None] * len(prompts), strict=True)
-        results = [generate.beam_search(model, prompt, source=source, **common) for prompt, source in pairs]
-        rows = [{"tokens": tokens, "score": score} for tokens, score in results]
-    else:
-        live = len(prompts) == 1 and not chosen.json  # one prompt alone is shown as it grows
-        show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
-        common |= {"sources": sources or None, "sampling": sampling, "seed": seed}
-        results = generate.generate(model, prompts, on_token=show, **common)
-        if live:
-            print("" if results[0] else visible(chosen.prompt[0] + apart, LINES))
-            return 0
-        rows = [{"tokens": tokens} for tokens in results]
-    rows = [
-        {"prompt": prompt, "text": task.decode(row["tokens"]), **row}
-        for prompt, row in zip(chosen.prompt, rows, strict=True)
-    ]
+    # One prompt alone is shown as it grows.
+    live = chosen.beams is None and len(chosen.prompt) == 1 and not chosen.json
+    show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
+    how = {"new": chosen.new, "beams": chosen.beams, "stop": chosen.stop, "called": called, "on_token": show}
+    rows = generating.texts(config.seq_len, task, model, chosen.prompt, **how, **asked)
+    if live:
+        print("" if rows[0]["tokens"] else visible(chosen.prompt[0] + apart, LINES))
+        return 0
     return answer(chosen, rows, lambda: [print(visible(row["prompt"] + apart + row["text"], LINES)) for row in rows])
 
 
 def _set(chosen: argparse.Namespace, names: tuple[str, ...]) -> dict:
     """Those of the flags that have a value."""
     return {name: value for name in names if (value := getattr(chosen, name)) is not None}
-
-
-def _flags(names) -> str:
-    return " ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _run_dir(chosen: argparse.Namespace) -> pathlib.Path:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
-from xformers_lab import spec
 from xformers_lab.compare import run
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
@@ -80,15 +79,8 @@ def variants(cells: Iterable[Cell]) -> dict[Config, list[Cell]]:
 
 def command(config: Config) -> str:
     """The command that makes a run again: `xlab train` and every key that is not as it is by default."""
-    words = []
-    for key, (_, field, _) in configs.LEAVES.items():
-        value, default = configs.get(config, key), field.default
-        if value == default:
-            continue
-        text = spec.show(value)
-        if not field.metadata["folder"] and len(spec.split(text, ",")) > 1:
-            text = f"({text})"  # a comma outside of brackets would be a sweep
-        words.append(f"{key}={text}")
+    leaves = {key: configs.get(config, key) for key in configs.KEYS}
+    words = [configs.word(key, [value]) for key, value in leaves.items() if value != configs.LEAVES[key][1].default]
     return shlex.join(["xlab", "train", *words])
 
 

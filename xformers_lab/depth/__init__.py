@@ -42,7 +42,8 @@ class Context:
     (B,); None where a layer's rows are no tokens (a pooled sequence, say). among: where queries look at something else
     than their own layer's input x, `among(y)` of it normalised, (B, T, D), what they look at: the arguments of
     attention's `attend_projected` by name, but for x; in a step `among(y, cache)` of y (B, D), which gives x (B, T, D),
-    which row of it is the token's, the same arguments, and the new cache."""
+    which row of it is the token's, the same arguments, and the new cache. documents (B, T): of packed data the
+    document of each token; None where nothing is packed."""
 
     position: Position
     valid: jax.Array | None = None
@@ -51,16 +52,23 @@ class Context:
     source_real: jax.Array | None = None
     tokens: jax.Array | None = None
     among: Callable[..., Any] | None = None
+    documents: jax.Array | None = None
 
 
 class Depth(nnx.Module):
     """own_layers: whether every layer has variables of its own, with a leading axis of layers, and runs once, on whole
-    batches, as a memory needs.
+    batches, as a memory needs. documents_apart: whether it mixes no positions but by its blocks, which are given the
+    context's documents, so that those of packed data stay apart; no subclass inherits it, each says so itself.
 
     The states that it is given are of unit size at the start, and so are, within a tenth, those that it gives its first
     layer (see nn/embedding.py)."""
 
     own_layers: ClassVar[bool] = False
+    documents_apart: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.documents_apart = vars(cls).get("documents_apart", False)
 
     @required
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):

@@ -21,6 +21,7 @@ class Fixed(Depth):
     """Every token gets every layer, each with parameters of its own (Vaswani et al., 2017, arXiv 1706.03762)."""
 
     own_layers = True
+    documents_apart = True
     # Whether `step` is no more than the step of every layer in turn, so that several tokens may pass a layer together.
     plain_step: ClassVar[bool] = True
 

@@ -19,6 +19,8 @@ class Layerdrop(Fixed):
         rate: probability that a layer is left out
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, rate: float = 0.2, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         if not 0 <= rate < 1:
             raise Refused(f"rate is a probability below 1, got {rate}")

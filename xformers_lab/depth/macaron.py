@@ -20,6 +20,8 @@ class Macaron(Fixed):
     makes of it. The paper halves the hidden layers, so that a layer has the parameters it had: ffn=mlp:ratio=2.
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         def layer(index: int, rngs: nnx.Rngs):
             return Sandwiched(make_block(index, rngs).only("ffn"), make_block(index, rngs))
@@ -60,7 +62,7 @@ class Half(Ffn):
     """Half of what a feed-forward layer gives."""
 
     def __init__(self, layer: Any):
-        self.layer = layer
+        self.layer, self.documents_apart = layer, layer.documents_apart
 
     def takes_tokens(self) -> bool:
         return self.layer.takes_tokens()

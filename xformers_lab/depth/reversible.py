@@ -40,6 +40,7 @@ class Reversible(Fixed):
         backward: recompute: activations from outputs; store: the same gradient by keeping them
     """
 
+    documents_apart = True
     plain_step = False
 
     def __init__(
@@ -149,7 +150,7 @@ def recomputed(
 
     def built(of_position, fixed):
         position = nnx.merge(position_graph, of_position, fixed["position"])
-        return Context(position, fixed["valid"], tokens=fixed["tokens"])
+        return Context(position, fixed["valid"], tokens=fixed["tokens"], documents=fixed["documents"])
 
     @jax.custom_vjp
     def run(params, of_position, fixed, streams):
@@ -207,7 +208,8 @@ def recomputed(
         return of_params, to_position, None, of_streams
 
     run.defvjp(forward, backward)
-    fixed = {"rest": rest, "position": position_rest, "valid": context.valid, "keys": keys, "tokens": context.tokens}
+    fixed = {"rest": rest, "position": position_rest, "keys": keys}
+    fixed |= {"valid": context.valid, "tokens": context.tokens, "documents": context.documents}
     streams, aux, changed = run(params, of_position, fixed, streams)
     for block, variables in zip(blocks, changed, strict=True):
         nnx.update(block, variables)

@@ -23,6 +23,7 @@ class Transparent(Fixed):
     head's normaliser, where the norm has one, follows it. The mix is float32 and made on the way up.
     """
 
+    documents_apart = True
     plain_step = False
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):

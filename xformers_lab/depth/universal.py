@@ -39,6 +39,8 @@ class Universal(Depth):
         code: whether the number of the step is added before it, and positions with it
     """
 
+    documents_apart = True
+
     def __init__(
         self,
         size: Size,
@@ -68,10 +70,12 @@ class Universal(Depth):
         keys = None if key is None else jax.random.split(key, (self.steps, len(self.blocks)))
         split = [nnx.split(block, nnx.Param, ...) for block in self.blocks]
 
+        again = lambda x: context.position.embed_rows(x, documents=context.documents)
+
         def apply(state, step):
             x, carries, rest, halting = state
             number, keys = step
-            y, total, changed = self._marked(x, number, context.position, jnp.arange(x.shape[1])), Aux(), []
+            y, total, changed = self._marked(x, number, context.position, again), Aux(), []
             for place, (graph, params, _) in enumerate(split):
                 block = nnx.merge(graph, params, rest[place])
                 y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
@@ -94,12 +98,12 @@ class Universal(Depth):
         spent |= Aux(losses={"ponder": self.ponder * mean_of(steps + halting["left"], valid)})
         return halting["out"].astype(x.dtype), aux | spent
 
-    def _marked(self, x, number, position: Position, at):
-        """(B, T, D) plus the sinusoidal codes of a step's number and, after the first, of positions at (T,) anew."""
+    def _marked(self, x, number, position: Position, again):
+        """(B, T, D) plus the sinusoidal codes of a step's number and, after the first, of positions: `again(x)`."""
         if not self.code:
             return x
         if position.adds_waves:
-            x = jnp.where(number > 0, position.embed(x, at), x)
+            x = jnp.where(number > 0, again(x), x)
         return x + STEP * waves(number + 1, x.shape[-1]).astype(x.dtype)
 
     def _running(self, x):
@@ -136,7 +140,8 @@ class Universal(Depth):
         def apply(state, step):
             x, carries, halting = state
             number, caches = step
-            y, changed = self._marked(x[:, None], number, context.position, at[None])[:, 0], []
+            again = lambda x: context.position.embed(x, at[None])
+            y, changed = self._marked(x[:, None], number, context.position, again)[:, 0], []
             for block, one in zip(self.blocks, caches, strict=True):
                 y, one, carries = block.step(y, one, carries, context, at)
                 changed.append(one)

@@ -43,9 +43,16 @@ class Bank(nnx.Param):
 
 
 class Ffn(nnx.Module):
-    """A feed-forward sub-layer. down: its last linear layer, if it has one."""
+    """A feed-forward sub-layer. down: its last linear layer, if it has one. documents_apart: whether what it makes of a
+    token depends on no other token of the row, so that packed documents stay apart; no subclass inherits it, each says
+    so itself."""
 
     down: Any
+    documents_apart: bool = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.documents_apart = vars(cls).get("documents_apart", False)
 
     @required
     def __call__(

@@ -24,6 +24,8 @@ class AllAttention(Ffn):
         vectors: persistent keys and values per head (none: 4 D, as many as a feed-forward layer has hidden units)
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, vectors: int | None = None, rngs: nnx.Rngs):
         vectors = 4 * size.dim if vectors is None else vectors
         if vectors < 1:

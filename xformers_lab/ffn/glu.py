@@ -20,6 +20,8 @@ class Glu(Ffn):
         activation: on the gate
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, ratio: float = 8 / 3, activation: Activation = "silu", rngs: nnx.Rngs):
         linear = functools.partial(Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
         hidden = hidden_size(size, ratio)

@@ -29,6 +29,8 @@ class Hash(Ffn):
         activation: between the layers
     """
 
+    documents_apart = True
+
     def __init__(
         self,
         size: Size,

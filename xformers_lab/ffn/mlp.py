@@ -17,6 +17,8 @@ class Mlp(Ffn):
         activation: between the layers
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, ratio: float = 4.0, activation: Activation = "gelu", rngs: nnx.Rngs):
         linear = functools.partial(Linear, dtype=size.dtype, rngs=rngs)
         hidden = hidden_size(size, ratio)

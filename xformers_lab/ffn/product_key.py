@@ -27,6 +27,8 @@ class ProductKey(Ffn):
         key: channels of a query
     """
 
+    documents_apart = True
+
     def __init__(self, size: Size, *, side: int = 64, top: int = 16, reads: int = 4, key: int = 64, rngs: nnx.Rngs):
         if side < 1 or reads < 1 or not 1 <= top <= side:
             raise Refused(f"top must be from 1 to side and reads at least 1: top={top}, side={side}, reads={reads}")

@@ -70,14 +70,16 @@ def figures_of(
     real_keys: np.ndarray,
     norms: np.ndarray | None = None,
     crosses: bool = False,
+    documents: np.ndarray | None = None,
 ) -> Heads:
     """The figures of weights (L, N, T, S), T queries and S keys.
 
     real_queries (T,), real_keys (S,) bool: which are no padding. norms (L, N, T): how much each head adds at each
     query. crosses: whether keys are of another sequence than queries; else T = S, and position t is its own key.
+    documents (T,): of packed data the document of each token, for a query sees its own alone.
     """
     T, S = weights.shape[2:]
-    seen = seeing(T, S, causal, real_keys)
+    seen = seeing(T, S, causal, real_keys, documents)
     sizes = np.abs(weights.astype(np.float64))
     sums = sizes.sum(-1, keepdims=True)
     p = np.divide(sizes, sums, out=np.zeros_like(sizes), where=sums > 0)
@@ -107,10 +109,12 @@ def figures_of(
     )
 
 
-def seeing(T: int, S: int, causal: bool, real_keys: np.ndarray) -> np.ndarray:
-    """(T, S) bool: which keys causality and padding leave to each query, whatever else a mechanism leaves out."""
+def seeing(T: int, S: int, causal: bool, real_keys: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
+    """(T, S) bool: which keys causality, padding and packed documents leave to each query, whatever else a mechanism
+    leaves out."""
     ahead = np.tri(T, S, S - T, dtype=bool) if causal else np.ones((T, S), bool)
-    return ahead & real_keys[None]
+    own = True if documents is None else documents[:, None] == documents[None]
+    return ahead & real_keys[None] & own
 
 
 def _fixed(p: np.ndarray, seen: np.ndarray, choosing: np.ndarray) -> np.ndarray:

@@ -44,14 +44,19 @@ class Map:
     crosses: bool = False
 
 
-def of_model(model: Model, inputs: np.ndarray, valid: np.ndarray | None = None) -> list[Map]:
-    """A map for each layer in the order in which they run, of one example (1, T), valid (1, T) bool or None.
+def of_model(
+    model: Model, inputs: np.ndarray, valid: np.ndarray | None = None, documents: np.ndarray | None = None
+) -> list[Map]:
+    """A map for each layer in the order in which they run, of one example (1, T), valid (1, T) bool or None, and of
+    packed data documents (1, T) int32.
 
     Raises Refused where a layer gives no weighted mean of its values, or has no values.
     """
     graph, variables = nnx.split(model)
     try:
-        found = _of_model(graph, variables, jnp.asarray(inputs), None if valid is None else jnp.asarray(valid))
+        packed = {} if documents is None else {"documents": documents}
+        told = jax.tree.map(jnp.asarray, {"inputs": inputs, "valid": valid} | packed)
+        found = _of_model(graph, variables, told)
     except jax.errors.UnexpectedTracerError:
         raise Refused("the layers of this model run within a loop of its depth, so there is no map") from None
     if not found:
@@ -77,10 +82,10 @@ def _checked(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_model(graph: nnx.GraphDef, variables: Any, inputs: jax.Array, valid: jax.Array | None) -> list[tuple]:
+def _of_model(graph: nnx.GraphDef, variables: Any, given: dict[str, jax.Array]) -> list[tuple]:
     found = []
     with watched(lambda layer, call: found.append(_read_off(layer, call))):
-        nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))(inputs, valid=valid)
+        nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))(**given)
     return found
 
 

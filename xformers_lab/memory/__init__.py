@@ -30,7 +30,9 @@ from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
-UNRELATED = "the task gives unrelated sequences, none of which goes on in the next batch; use task=lm without stride="
+UNRELATED = (
+    "the task gives unrelated sequences, none of which goes on in the next; use task=lm without stride= or packed="
+)
 
 Look = Callable[[jax.Array, jax.Array], jax.Array]
 """look(states, known): what the layer's queries of x find by content among states (B, S, D) that are known (B, S) bool,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +15,7 @@ from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in
 from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
@@ -55,8 +57,16 @@ class Model(nnx.Module):
             inputs: Tokens.
             valid: What is no padding; None where nothing is padded.
             key: It turns on dropout and whatever else is random in training.
+
+        A model that keeps the documents of packed data apart names `documents` in its signature, too, (B, T) int32 or
+        None; others are refused for a task that packs.
         """
         ...
+
+    @classmethod
+    def takes_documents(cls) -> bool:
+        """Whether `__call__` names `documents`."""
+        return "documents" in inspect.signature(cls.__call__).parameters
 
     def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
@@ -106,6 +116,9 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
     if size.layers > most:
         raise UsageError(f"layers={size.layers}: model={kind} has its layers one by one, at most {most}")
+    if task.packed and not spec.entry("model", spec.parse(kind).name).takes_documents():
+        reason = "it reads a row from end to end"
+        raise UsageError(why_not(f"model={spec.parse(kind).name}", reason, "model=decoder"))
     rngs = nnx.Rngs(seed_of(config, "init_seed"))
     return spec.build("model", kind, size, config=config, task=task, rngs=rngs, where=f"model={kind}")
 
@@ -196,4 +209,5 @@ def _forward_once(config: Config, task: Task):
     model = build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return model(inputs, valid=jax.numpy.ones(shape, bool))[0], remembered, parameters
+    packed = {"documents": jax.numpy.zeros(shape, "int32")} if task.packed else {}
+    return model(inputs, valid=jax.numpy.ones(shape, bool), **packed)[0], remembered, parameters

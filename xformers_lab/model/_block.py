@@ -13,6 +13,7 @@ from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
 from xformers_lab.model import _segments
 from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
@@ -43,6 +44,8 @@ class Block(nnx.Module):
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads = size.dim, size.length, size.heads
         self.key_terms, self.share = key_terms, 1.0
+        # As a refusal of packed data names them.
+        self.norm_choice, self.ffn_choice, self.memory_choice = config.model.norm, config.model.ffn, config.model.memory
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
@@ -83,8 +86,12 @@ class Block(nnx.Module):
         their valid.
         """
         train = keys[0] is not None
+        self._check_documents(context, self.attention_norm)
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
         options = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
+        if context.documents is not None:
+            self.attention.check_documents(context.documents)
+            options["documents"] = context.documents
         if context.among is not None:
             y = before(x)
             y, carry, aux = self.attention.attend_projected(y, **context.among(y), **options)
@@ -101,9 +108,22 @@ class Block(nnx.Module):
 
     def apply_ffn(self, x, context, *, keys=(None, None)):
         """What the feed-forward layer on x, normalised, hands to `ffn_norm.after`, and aux."""
+        self._check_documents(context, self.ffn_norm)
+        if context.documents is not None and not self.ffn.documents_apart:
+            reason = "what becomes of a token depends on the others"
+            raise Refused(why_not(f"ffn={self.ffn_choice}", reason, "another ffn"))
         x = self.ffn_norm.before(x, LayerContext(context.valid, keys[0] is not None))
         y, aux = self.ffn(x, valid=context.valid, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
+
+    def _check_documents(self, context, norm) -> None:
+        """Raises Refused where packed documents would be mixed by the layer's placement, or by its memory."""
+        if context.documents is None:
+            return
+        if self.memory is not None:
+            reason = "what it keeps is of whole rows"
+            raise Refused(why_not(f"memory={self.memory_choice}", reason, "memory=none"))
+        check_norm(norm, self.norm_choice)
 
     def _source(self, x, valid, train: bool):
         """What keys and values come from with a memory, the segment last; which of it is valid; the memory's aux."""
@@ -188,6 +208,13 @@ class Block(nnx.Module):
                 "use depth=fixed or another ffn"
             )
         return {"tokens": context.tokens}
+
+
+def check_norm(norm, choice: str) -> None:
+    """Raises Refused where a placement, which a config calls `choice`, would mix packed documents."""
+    if not norm.documents_apart:
+        reason = "its normaliser takes statistics over the tokens of a batch"
+        raise Refused(why_not(f"norm={choice}", reason, "another normaliser"))
 
 
 def drop(x, rate: float, key):

@@ -12,7 +12,8 @@ from xformers_lab.config import Config
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
-from xformers_lab.model._block import Block, drop
+from xformers_lab.model._block import Block, check_norm, drop
+from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
@@ -52,6 +53,7 @@ class Transformer(Model):
         mechanisms = spec.split(choice.attention, "+")
         self.of_tokens = self.of_tokens and not task.channels
         self.size, self.dropout, self.target = size, choice.dropout, task.target
+        self.depth_choice, self.norm_choice = choice.depth, choice.norm
         self.embedding = self.input_layer(size, task, rngs)
         # Each block builds a memory of its own; here it only says how far back positions reach.
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
@@ -87,15 +89,29 @@ class Transformer(Model):
         """One layer of the stack."""
         return Block(size, attention, **options)
 
-    def __call__(self, inputs, *, valid=None, key=None):
-        inputs, valid = jax.tree.map(jnp.asarray, (inputs, valid))  # a task's own arrays are numpy's
+    def __call__(self, inputs, *, valid=None, key=None, documents=None):
+        # A task's own arrays are numpy's.
+        inputs, valid, documents = jax.tree.map(jnp.asarray, (inputs, valid, documents))
+        if documents is not None:
+            self._check_documents()
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
-        x = self.position.embed(x, jnp.arange(x.shape[1]), valid=valid)
+        x = self.position.embed_rows(x, valid=valid, documents=documents)
         x = drop(x, self.dropout, embed_key)
-        context = Context(self.position, valid, self.predict, tokens=inputs if self.of_tokens else None)
+        tokens = inputs if self.of_tokens else None
+        context = Context(self.position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, valid=valid, train=key is not None), aux
+
+    def _check_documents(self) -> None:
+        """Raises Refused where packed documents would be mixed; layers refuse what they cannot do themselves."""
+        if self.target == "sequence":
+            raise Refused("packed data has several documents in a row, and this task asks for one answer of a row")
+        if not type(self.stack).documents_apart:
+            reason = "it may mix the positions of a row otherwise than by attention"
+            raise Refused(why_not(f"depth={self.depth_choice}", reason, "depth=fixed"))
+        if self.final is not None:
+            check_norm(self.final, self.norm_choice)
 
     def predict(self, x, *, valid=None, train: bool = False):
         """What the hidden states above the last layer say: (B, T, D) -> logits, (B, D) -> (B, outputs) of one token.

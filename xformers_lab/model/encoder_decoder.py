@@ -79,7 +79,8 @@ class EncoderDecoder(EncoderInput, Transformer):
         x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
-    def __call__(self, inputs, *, valid=None, key=None):
+    # No packed data: it names no `documents`.
+    def __call__(self, inputs, *, valid=None, key=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, valid = jax.tree.map(jnp.asarray, (inputs, valid))  # a task's own arrays are numpy's
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         side = lambda x, part: None if x is None else x[:, part]

@@ -54,7 +54,8 @@ class Vit(Encoder):
         assert task.image is not None
         return Patches(size, task.image, patch=self.patch, token=self.token, levels=task.vocab, rngs=rngs)
 
-    def __call__(self, inputs, *, valid=None, key=None):
+    # No packed data: it names no `documents`.
+    def __call__(self, inputs, *, valid=None, key=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().__call__(inputs, valid=None if valid is None else self.embedding.valid(valid), key=key)
 
 

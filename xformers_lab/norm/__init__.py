@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from xformers_lab import spec
-from xformers_lab.nn.layer_context import LayerContext, apply
+from xformers_lab.nn.layer_context import LayerContext, apply, takes_context
 from xformers_lab.nn.size import Size
 
 
@@ -34,6 +34,12 @@ class Norm(nnx.Module):
 
     def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
         self.norm = spec.build("normaliser", normaliser, size, rngs=rngs)
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether a row's output depends on no other row, for packed documents: a normaliser that names `context` asks
+        which rows there are, and looks at all of them."""
+        return not any(takes_context(part) for part in vars(self).values() if isinstance(part, nnx.Module))
 
     def start(self, layer: Any) -> None:
         """Change the sub-layer that it is placed around, or its first parameters, where the paper asks for it."""

@@ -22,9 +22,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.errors import Refused
+from xformers_lab.nn.documents import places, why_not
 from xformers_lab.nn.size import Size
 
 # Scores to add, of query and key positions that broadcast against each other: what one head's slice of a bias is.
@@ -33,6 +35,7 @@ Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
 class Position(nnx.Module):
     """embeds: whether it defines `embed`; turns: whether it defines `rotate`.
+    by_place: whether scores that `bias` gives depend on more than the distance of two positions.
     before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
     adds_waves: whether `embed` adds sines and cosines of the position alone: a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
@@ -42,6 +45,7 @@ class Position(nnx.Module):
 
     embeds: ClassVar[bool] = False
     turns: bool = False
+    by_place: ClassVar[bool] = False
     before: int = 0
     adds_waves: ClassVar[bool] = False
     share: float = 1.0
@@ -56,6 +60,32 @@ class Position(nnx.Module):
         D). At the start tokens are of unit size, and so is, within a tenth, what becomes of them: `marked` of
         nn/embedding.py adds vectors so."""
         return x
+
+    def embed_rows(
+        self, x: jax.Array, *, valid: jax.Array | None = None, documents: jax.Array | None = None
+    ) -> jax.Array:
+        """`embed` of whole rows (B, T, D); of packed data, whose documents (B, T) are, each document begins at 0.
+
+        Queries and keys are turned, and scores biased, by places in the row: within a document distances are the same.
+
+        Raises:
+            Refused: What is added to a token, or to scores, would depend on other documents of the row.
+        """
+        if documents is None:
+            return self.embed(x, jnp.arange(x.shape[1]), valid=valid)
+        self.check_documents()
+        one = lambda x, at, valid: self.embed(x[None], at, valid=None if valid is None else valid[None])[0]
+        return jax.vmap(one)(x, places(documents), valid)
+
+    def check_documents(self) -> None:
+        """Raises Refused where a token would be told of its place in a row of packed data, or of its neighbours."""
+        reason = None
+        if self.before:
+            reason = "it looks at the tokens before, which may be another document's"
+        elif self.by_place:
+            reason = "its scores are of places in the row, which do not begin anew with each document"
+        if reason is not None:
+            raise Refused(why_not(f"position={type(self).__name__.lower()}", reason, "another position"))
 
     def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         """Queries or keys of all heads (B, T, N, H) at positions at (T,) -> (B, T, N, H)."""

@@ -26,6 +26,7 @@ class Tupe(Position):
     """
 
     turns = True  # its `rotate` only looks at how many tokens there are
+    by_place = True
     tables = ("table",)
     share = 2**-0.5  # makes sqrt(2 H) of the mechanism's sqrt(H)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xformers_lab import catalogue, drawing, spec
+from xformers_lab import drawing, shelves, spec
 from xformers_lab.errors import LabError
 from xformers_lab.nn.size import Size
 from xformers_lab.report import human, plot, rows
@@ -123,7 +123,7 @@ def _length(kinds: Sequence[_Kind], ran: Mapping[_Kind, set[int]]) -> int | None
 def _seen(kind: _Kind, length: int) -> list[np.ndarray] | None:
     try:
         size = Size(length, dim=kind.heads, heads=kind.heads, plane=kind.plane)
-        return catalogue.sampled(spec.build("attention", kind.name, size), kind.causal)
+        return shelves.sampled(spec.build("attention", kind.name, size), kind.causal)
     except (LabError, ValueError):
         return None
 

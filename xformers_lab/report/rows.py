@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ SWITCHES = ("clip", "weight_decay", "dropout")
 SEEDS = ("seed", "init_seed", "data_seed")
 # The least ratio of two speeds that one run each can tell apart, however steady its times were.
 LEAST_RATIO = 1.05
+# Where a class that was given from Python is kept.
+_KEPT = re.compile(r"(?:[^\s:+()]*/)?source-([0-9a-f]{6})[0-9a-f]{6}/(\w+)\.py")
 
 
 def value(row: dict, key: str) -> Any:
@@ -143,10 +146,10 @@ def series(row: dict, varied: Sequence[str]) -> str:
         if key in PLACES:
             continue
         choice = value(row, key)
-        words.append(choice if isinstance(choice, str) else f"{key}={'none' if choice is None else choice}")
+        words.append(_called(choice) if isinstance(choice, str) else f"{key}={'none' if choice is None else choice}")
     if not words:
         words = [value(row, "model"), value(row, "attention")]
-        words = [str(word) for word in words if word not in (None, "auto")]
+        words = [str(_called(word)) for word in words if word not in (None, "auto")]
     return human.plain(" · ".join(words) or "this model")
 
 
@@ -158,7 +161,12 @@ def named_by(varied: Sequence[str]) -> list[str]:
 def shown(row: dict, key: str) -> str:
     """The value of a key as text for people."""
     choice = value(row, key)
-    return "none" if choice is None else human.plain(choice)
+    return "none" if choice is None else human.plain(_called(choice))
+
+
+def _called(choice: Any) -> Any:
+    """A value with a class that was given from Python called by its name, not by where it is kept."""
+    return _KEPT.sub(r"\2@\1", choice) if isinstance(choice, str) else choice
 
 
 def label(row: dict, varied: Sequence[str]) -> str:

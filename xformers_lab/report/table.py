@@ -305,7 +305,7 @@ def put(table: Table, console: Console) -> None:
         console.print(table)
         return
     page = io.StringIO()
-    Console(file=page, width=100_000, color_system=None).print(table)
+    Console(file=page, width=100_000, color_system=None, force_jupyter=False).print(table)
     for text in page.getvalue().splitlines():
         _say(console, text.rstrip())
 

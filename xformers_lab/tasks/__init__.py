@@ -23,6 +23,8 @@ A task is built as `Task(setting, *, option=default)` and gives
 * `segments`: whether its texts can also be read in segments that follow one another, as a memory needs; then it gives
   `segment(split, step)`, whose row b goes on where row b of the step before ended, except where `fresh` says that a new
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
+* `packed`: whether a row holds several documents, one after the other, that know nothing of one another; its batches
+  then have `documents`.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
 * `figures(loss)`: what is reported beside the metric, by name.
 * `generated(split, numbers, produce)`: what the texts that a model generates score, where a task asks for texts.
@@ -65,9 +67,10 @@ class Batch:
 
     inputs (B, T) int32 token ids below `vocab`; targets (B, T) or (B,) int32 below `outputs`; weights, float32 and
     shaped like targets, 0 where no answer counts; of a task with channels inputs are (B, T, channels) float32 and
-    targets have a last axis of `outputs` float32; valid (B, T) bool, False at padding, or None where a task never pads;
-    fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is). counted
-    (B,) bool is the lab's: False for the rows that fill up the last batch of an evaluation (None: all count).
+    targets have a last axis of `outputs` float32; valid (B, T) bool, False at padding, or None where a task never
+    pads; fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
+    documents (B, T) int32, which document of its row each position is of, of a task that is packed, else None.
+    counted (B,) bool is the lab's: False for the rows that fill up the last batch of an evaluation (None: all count).
     """
 
     inputs: np.ndarray | jax.Array
@@ -75,6 +78,7 @@ class Batch:
     weights: np.ndarray | jax.Array
     valid: np.ndarray | jax.Array | None = None
     fresh: np.ndarray | jax.Array | None = None
+    documents: np.ndarray | jax.Array | None = None
     counted: np.ndarray | jax.Array | None = None
 
 
@@ -91,6 +95,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     chance: float
     segments: bool = False
+    packed: bool = False
     source_length: int = 0
     blank: ClassVar[int | None] = None
     begin: ClassVar[tuple[int, ...]] = ()
@@ -190,8 +195,12 @@ class _WithoutTest(Task):
 
 
 def without_test(task: Task) -> Task:
-    """The same task, which from now on raises UsageError wherever its test split is asked for."""
+    """The same task, which from now on raises UsageError wherever its test split is asked for, and so do the tasks
+    that it reads from."""
     own = type(task)
+    for inner in vars(task).values():
+        if isinstance(inner, Task):
+            without_test(inner)
     task.__class__ = type(own.__name__, (_WithoutTest, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     return task
 

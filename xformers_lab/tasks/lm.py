@@ -1,30 +1,34 @@
 """Lm: predict the next byte, or the next token, of text."""
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import pathlib
 import platform
 import sysconfig
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xformers_lab.errors import UsageError
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, Task, _splits, _tokens
+from xformers_lab.tasks import SPLITS, Batch, Setting, Split, _packing, _splits, _tokens
+from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading import account, columns, files, layout, lines, saved, splits, tables
 from xformers_lab.tasks._reading.splits import Overlap
 
+T = TypeVar("T")
 # Parts of the standard library that are no plain source of it: tests, applications, what this machine generated.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3"}
 _COLUMNS = ("text", "content", "document", "sentence")
 
 
-class Lm(Task):
+class Lm(InPasses):
     """Language modelling of any text, by bytes (as in Al-Rfou et al., 2018, arXiv 1808.04444) or by subwords.
 
     The corpus is the bytes of a file, of every file in a folder, of a column of a table (csv, json, parquet) or of a
@@ -46,6 +50,14 @@ class Lm(Task):
     follow one another, or by ones that overlap, each of which is scored on its last `stride` tokens, so that all but
     the first window's have seq_len - stride tokens or more before them.
 
+    Packed, a row holds whole documents (rows of a table or of a data set, files of a folder) one after another, as many
+    as fit, and no token is told of another document than its own: attention sees none, positions that are added to
+    tokens begin anew, and a choice that cannot respect the boundaries is refused. Of a document each token predicts the
+    next; its first is predicted from nothing and not scored, and its last predicts nothing and stands in no row. One of
+    more than seq_len + 1 tokens is cut into pieces, which share the token at the cut, so that all others are predicted
+    once. Rows are filled once, longest document first, each into the fullest row that has room; steps take them in an
+    order that is shuffled anew for each pass over the split. The rest of a row is padding, whose share the data say.
+
     Options:
         path: a file or folder (none, and no hub: the standard library's source)
         hub: a data set on the hub, such as Salesforce/wikitext
@@ -55,6 +67,7 @@ class Lm(Task):
         overlap: what becomes of training documents that are held out too: keep, drop, or refuse
         tokens: bytes; bpe (trained on the training split); (file:PATH) with a tokenizer.json; (hub:MODEL)
         vocab: how many tokens a bpe is trained to have, 4096 by default
+        packed: whether rows hold whole documents that are kept apart, not windows of the whole text
         stride: tokens that a window of an evaluation is scored on, fewer than seq_len where windows overlap (none: all)
 
     Metric: bits per byte of the text, whatever the tokens are: the nats of all that is scored over the bytes it stands
@@ -79,6 +92,7 @@ class Lm(Task):
         overlap: Overlap = "drop",
         tokens: str = "bytes",
         vocab: int | None = None,
+        packed: bool = False,
         stride: int | None = None,
     ):
         super().__init__(setting)
@@ -92,10 +106,18 @@ class Lm(Task):
             raise ValueError("header=false is for a csv file: give path=... too, or drop it")
         if stride is not None and not 1 <= stride <= setting.seq_len:
             raise ValueError(f"stride={stride}: use 1 to seq_len={setting.seq_len}")
+        if packed and stride is not None:
+            raise ValueError(f"stride={stride} is of windows, and packed=true has none: drop one of them")
         self.stride = setting.seq_len if stride is None else stride
-        self.segments = self.stride == setting.seq_len
+        self.segments = self.stride == setting.seq_len and not packed
+        self.packed = packed
         read = corpus(path, hub, config, column, header, files.stamp("lm", path))
         parts, counts = _settled(read, setting.seq_len, overlap)
+        if packed and all(len(texts) < 2 for texts in parts.values()):
+            raise ValueError(
+                f"packed=true packs documents, and {read.source} is one text: use a table or a folder of files, or "
+                "packed=false"
+            )
         self.source, self.files = read.source, 1 if read.how == "by position" else sum(map(len, parts.values()))
         self.bytes: dict[Split, np.ndarray] = {
             split: np.frombuffer(texts[0], np.uint8) if read.how == "by position" else _joined(texts)
@@ -103,7 +125,14 @@ class Lm(Task):
         }
         self.tokens = _tokens.of("lm", tokens, vocab, lambda: [self.bytes["train"].tobytes()])
         self.ids = self.bytes
-        if self.tokens.tokenizer is not None:
+        if packed:
+            texts = splits.each(parts, lambda texts: [_ended(text) for text in texts if text])
+            documents = splits.each(texts, self.tokens.encode_all)
+            self.ids = splits.each(documents, lambda of_split: np.concatenate([np.zeros(0, np.uint8), *of_split]))
+            self.rows = splits.each(
+                documents, lambda ids: _packing.pack(np.array([*map(len, ids)], int), setting.seq_len)
+            )
+        elif self.tokens.tokenizer is not None:
             self.ids = splits.each(self.bytes, lambda content: self.tokens.encode_all([content.tobytes()])[0])
         self.vocab = self.outputs = self.tokens.vocab
         self.tokenizer = self.tokens.named()
@@ -111,25 +140,40 @@ class Lm(Task):
         told = read.account.saying(self.tokens.reading(self.ids["train"]))
         self.read = account.record(told, sizes, counts, unit="byte", how=read.how, overlap=overlap)
         for split, ids in self.ids.items():
-            if len(ids) <= setting.seq_len:
+            if packed and not self.rows[split].count:
+                raise ValueError(
+                    f"the {split} split of {self.source} has no document of 2 {self.tokens.unit} or more, and "
+                    "packed=true needs one: give more text, or use packed=false"
+                )
+            if not packed and len(ids) <= setting.seq_len:
                 raise ValueError(
                     f"the {split} split of {self.source} has {len(ids)} {self.tokens.unit}, seq_len={setting.seq_len} "
                     f"needs {setting.seq_len + 1} or more: give more text, join its files into one, or use a smaller "
                     "seq_len"
                 )
-        scored = self.ids["test"][1:]
-        self.chance = math.log2(self.vocab) / self.tokens.bytes_per_token(scored)
+        self.chance = math.log2(self.vocab) / self.tokens.bytes_per_token(self._scored("test"))
+
+    def _scored(self, split: Split) -> np.ndarray:
+        """The tokens of a split that are predicted."""
+        return self.ids[split][self.rows[split].targets if self.packed else slice(1, None)]
 
     def batch(self, split: Split, step: int) -> Batch:
+        if self.packed:
+            return super().batch(split, step)
         rng, ids = _splits.generator(self.setting.seed, split, step), self.ids[split]
         starts = rng.integers(0, len(ids) - self.setting.seq_len, self.setting.batch)
         return self._windows(split, starts)
 
     def examples(self, split: Split) -> int:
-        """Windows, `stride` tokens apart: together they predict every token but the first, each once."""
+        """Windows, `stride` tokens apart, or packed rows: together they predict every token but the first, or but the
+        first of each document, once."""
+        if self.packed:
+            return self.rows[split].count
         return 1 + -(-max(len(self.ids[split]) - 1 - self.setting.seq_len, 0) // self.stride)
 
     def take(self, split: Split, numbers: np.ndarray) -> Batch:
+        if self.packed:
+            return self._packed(split, numbers)
         batch = self._windows(split, numbers * self.stride)
         # The first window has nothing before it: all of it is scored.
         new = np.arange(self.setting.seq_len) >= self.setting.seq_len - self.stride
@@ -155,6 +199,13 @@ class Lm(Task):
         places = starts[:, None] + np.arange(self.setting.seq_len + 1)
         windows = ids[np.minimum(places, len(ids) - 1)].astype(np.int32)
         return Batch(windows[:, :-1], windows[:, 1:], (places[:, 1:] < len(ids)).astype(np.float32))
+
+    def _packed(self, split: Split, numbers: np.ndarray) -> Batch:
+        """Rows of these numbers; padding is a document of its own, without weight."""
+        places, documents = self.rows[split].take(numbers)
+        ids, valid = self.ids[split], places >= 0
+        token = lambda at: np.where(valid, ids[np.where(valid, at, 0)], 0).astype(np.int32)
+        return Batch(token(places), token(places + 1), valid.astype(np.float32), valid, documents=documents)
 
     def encode(self, text: str) -> list[int]:
         return self.tokens.encode(text.encode()).tolist()
@@ -183,14 +234,19 @@ class Lm(Task):
         )
         sizes = {f"{split}_bytes": len(content) for split, content in self.bytes.items()}
         identity = {"source": self.source, "documents": self.files, **sizes, "sha256": fingerprint.hexdigest()}
+        if self.packed:
+            identity["packed"] = splits.each(self.rows, lambda rows: {"rows": rows.count, "padding": rows.padding})
         return identity | self.tokens.describe() | {"unigram": self._unigram, "reading": self.read}
 
     @functools.cached_property
     def _unigram(self) -> float:
-        return round(self.tokens.unigram(self.ids["train"], self.ids["test"][1:]), 4)
+        return round(self.tokens.unigram(self.ids["train"], self._scored("test")), 4)
 
     def reading(self) -> list[str]:
-        return account.words(self.read)
+        if not self.packed:
+            return account.words(self.read)
+        words = lambda rows: f"packed into {rows.count:,} rows of {rows.length}, {rows.padding:.1%} of them padding"
+        return [*account.words(self.read), *(f"{split}: {words(rows)}" for split, rows in self.rows.items())]
 
 
 class Corpus(NamedTuple):
@@ -322,25 +378,23 @@ def _settled(corpus: Corpus, length: int, overlap: str) -> tuple[dict[Split, lis
         keys = splits.each(parts, lambda texts: [_key(text, shortest) for text in texts])
         parts, counts = _without_shared(corpus.source, parts, keys, overlap)
     if corpus.compared == "lines":
-        broken = splits.each(parts, lambda texts: b"".join(map(_ended, texts)).split(b"\n"))
-        keys = splits.each(broken, lambda of_split: [_key(line, length) for line in of_split])
+        broken = splits.each(parts, _numbered_lines)
+        keys = splits.each(broken, lambda of_split: [_key(line, length) for _, line in of_split])
         rest, more = _without_shared(corpus.source, broken, keys, overlap)
         for split, many in more.items():
-            parts[split] = [b"\n".join(rest[split])] if many else parts[split]
+            parts[split] = _of_lines(rest[split]) if many else parts[split]
             counts[split] += many
     for split in corpus.missing:
-        text = b"".join(parts["train"])
-        end = len(text) * 9 // 10
-        parts["train"], parts[split] = [text[:end]], [text[end:]]
+        parts["train"], parts[split] = _cut(parts["train"], sum(map(len, parts["train"])) * 9 // 10)
     return parts, counts
 
 
 def _without_shared(
-    source: str, parts: dict[Split, list[bytes]], keys: dict[Split, list[bytes | None]], overlap: str
-) -> tuple[dict[Split, list[bytes]], dict[Split, int]]:
+    source: str, parts: dict[Split, list[T]], keys: dict[Split, list[bytes | None]], overlap: str
+) -> tuple[dict[Split, list[T]], dict[Split, int]]:
     copies = splits.shared(keys)
     dropped = splits.settle("lm", source, copies, overlap)
-    rest: dict[Split, list[bytes]] = {split: splits.without(texts, dropped[split]) for split, texts in parts.items()}
+    rest: dict[Split, list[T]] = {split: splits.without(texts, dropped[split]) for split, texts in parts.items()}
     return rest, splits.each(copies, len)
 
 
@@ -348,6 +402,28 @@ def _key(text: bytes, shortest: int) -> bytes | None:
     """What a document or line is compared by; None where it is too short to be."""
     stripped = text.strip()
     return stripped if len(stripped) >= shortest else None
+
+
+def _numbered_lines(documents: list[bytes]) -> list[tuple[int, bytes]]:
+    """The lines of each document, with its number."""
+    return [(at, line) for at, text in enumerate(documents) for line in _ended(text)[:-1].split(b"\n")]
+
+
+def _of_lines(numbered: list[tuple[int, bytes]]) -> list[bytes]:
+    """The documents that still have a line."""
+    of_document = itertools.groupby(numbered, lambda pair: pair[0])
+    return [b"".join(line + b"\n" for _, line in lines) for _, lines in of_document]
+
+
+def _cut(documents: list[bytes], end: int) -> tuple[list[bytes], list[bytes]]:
+    """What stands in the first `end` bytes of documents, and what stands behind."""
+    ends = list(itertools.accumulate(map(len, documents)))
+    number = bisect.bisect_right(ends, end)
+    before = end - (ends[number - 1] if number else 0)
+    if number == len(documents) or not before:
+        return documents[:number], documents[number:]
+    middle = documents[number]
+    return [*documents[:number], middle[:before]], [middle[before:], *documents[number + 1 :]]
 
 
 def _ended(text: bytes) -> bytes:

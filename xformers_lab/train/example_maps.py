@@ -49,10 +49,11 @@ def small(length: int, layers: int, heads: int) -> bool:
 def of_example(model: Model, task: Task, batch: Batch) -> dict:
     """The maps of the first example of a batch of the host, with the text of its tokens; {"reason": why} where the
     layers give no weights of the positions of the sequence, or too many."""
-    inputs, valid = np.asarray(batch.inputs)[:1], None if batch.valid is None else np.asarray(batch.valid)[:1]
+    first = lambda array: None if array is None else np.asarray(array)[:1]
+    inputs, valid, documents = np.asarray(batch.inputs)[:1], first(batch.valid), first(batch.documents)
     T = inputs.shape[1]
     try:
-        found = maps.of_model(model, inputs, valid)
+        found = maps.of_model(model, inputs, valid, documents)
     except (LabError, Refused) as reason:
         log.info("no attention maps: %s", reason)
         return {"reason": str(reason)}

@@ -39,12 +39,15 @@ def check(task: Task, batch: Batch, where: str) -> None:
     per_token = (setting.batch, setting.seq_len)
     answers = per_token if task.target == "token" else per_sequence
     shapes = {"inputs": per_token, "targets": answers, "weights": answers, "valid": per_token, "fresh": per_sequence}
+    shapes["documents"] = per_token
     if task.channels:
         shapes |= {"inputs": (*per_token, task.channels), "targets": (*answers, task.outputs)}
     for field, shape in shapes.items():
         value = getattr(batch, field)
         if value is not None and np.shape(value) != shape:
             raise UsageError(f"task {name}: {field} of {where} is {np.shape(value)}, not {shape}")
+    if task.packed != (batch.documents is not None):
+        raise UsageError(f"task {name}: packed={task.packed}, but {where} has documents={batch.documents is not None}")
     if task.channels:
         for field in ("inputs", "targets"):
             if not np.isfinite(getattr(batch, field)).all():

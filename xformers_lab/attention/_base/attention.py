@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._base.cache import one_by_one
-from xformers_lab.attention._base.refusals import why_not_decode
+from xformers_lab.attention._base.refusals import NO_MASK, why_not, why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.required import required
@@ -35,6 +35,7 @@ REFUSALS = {
     "cross": "Not cross",
     "bias": "No bias",
     "decoding": "No decoding",
+    "documents": "Not packed",
 }
 
 
@@ -90,11 +91,17 @@ class Attention(nnx.Module):
     # Whether there is a form for one token more, with a cache.
     decodes: ClassVar[bool] = False
 
+    # Whether a layer looks from no document of packed data into another one: what a class that defines `__call__` or
+    # `attend_heads` says of these, and no class inherits that replaces them. Of OneHead the signature says the rest.
+    documents_apart: ClassVar[bool] = False
+
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error: ClassVar[float] = 0.0
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
+        if {"__call__", "attend_heads"} & vars(cls).keys():
+            cls.documents_apart = vars(cls).get("documents_apart", False)
         if hasattr(cls, "attend") and not hasattr(cls, "attend_heads"):
             raise TypeError(f"{cls.__name__} defines attend, for one head: its base class is OneHead, not Attention")
 
@@ -102,7 +109,9 @@ class Attention(nnx.Module):
         self.size = size
 
     @required
-    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
+    def __call__(
+        self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
+    ):
         """(B, T, D) and optional keys' source (B, S, D) -> (B, T, D), the carry for the layer above, an `Aux`.
 
         Args:
@@ -111,6 +120,8 @@ class Attention(nnx.Module):
             position: It gives `rotate(x, at)` and `share`, and `bias()` or what makes a bias of every sample.
             carry: What the layer below handed on, where the mechanism hands something on.
             key: A random key, in training alone.
+            documents: (B, S) int32, of packed data the document that each position is of; None where nothing is
+                packed. Only a layer whose documents are apart is given it.
 
         Raises:
             Refused: The mechanism cannot do what is asked.
@@ -147,12 +158,18 @@ class Attention(nnx.Module):
         Returns:
             Reasons by key of REFUSALS; what is not there it can do.
         """
-        return type(self).refuses
+        apart = {} if type(self).accepts("documents") else {"documents": NO_MASK}
+        return apart | dict(type(self).refuses)
+
+    def check_documents(self, documents) -> None:
+        """Raises Refused where there are documents, and the mechanism does not keep them apart."""
+        if documents is not None and "documents" in self.refusals():
+            raise Refused(why_not(self, "documents"))
 
     @classmethod
     def accepts(cls, what: str) -> bool:
-        """Whether it has a place for "causal", "bias", "carry" or "key" and does not refuse it."""
-        return what not in cls.refuses
+        """Whether it has a place for "causal", "bias", "carry", "key" or "documents" and does not refuse it."""
+        return what not in cls.refuses and (what != "documents" or cls.documents_apart)
 
     @classmethod
     def carries(cls) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Method = Literal["attend", "reference"]
 
@@ -29,6 +29,8 @@ class Call:
         carry: What the same mechanism in the layer below handed on; None: this is the first layer.
         key: A random key, in training alone.
         method: What is run of one head: the fast form, or the definition.
+        documents: Of packed data the number of the document that each position is of, for queries see their own alone;
+            None where nothing is packed.
     """
 
     q: Float[Array, "B T N H"]
@@ -42,6 +44,7 @@ class Call:
     carry: PyTree | None = None
     key: Key[Array, ""] | None = None
     method: Method = "attend"
+    documents: Int[Array, "B S"] | None = None
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

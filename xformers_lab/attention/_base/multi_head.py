@@ -72,24 +72,42 @@ class MultiHead(Attention):
         carry=None,
         key=None,
         method: Method = "attend",
+        documents=None,
     ) -> tuple[jax.Array, Any, Aux]:
         """`attend_heads` of a `Call` with these fields."""
-        return self.attend_heads(Call(q, k, v, x, x_q, valid, causal, bias, carry, key, method))
+        self.check_documents(documents)
+        return self.attend_heads(Call(q, k, v, x, x_q, valid, causal, bias, carry, key, method, documents))
 
-    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
+    def __call__(
+        self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
+    ):
         source = x if memory is None else memory
         k, v = self.heads_of(self.key(source)), self.heads_of(self.value(source))
         options = {"valid": valid, "causal": causal, "position": position, "carry": carry, "key": key}
+        options["documents"] = documents
         return self.attend_projected(x, k, v, source, **options)
 
     def attend_projected(
-        self, x, k, v, source, *, valid=None, causal=False, position=None, carry=None, key=None, at: Any = None
+        self,
+        x,
+        k,
+        v,
+        source,
+        *,
+        valid=None,
+        causal=False,
+        position=None,
+        carry=None,
+        key=None,
+        at: Any = None,
+        documents=None,
     ):
         """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D).
 
         at (): the position of x's first row, where the rows that a mechanism sees are a part of the text; none: S - T.
         Keys before position 0 are not valid.
         """
+        self.check_documents(documents)
         q, bias, run = self.heads_of(self.query(x)), None, self.attend_heads
         T, S = q.shape[1], k.shape[1]
         if position is not None:
@@ -104,7 +122,8 @@ class MultiHead(Attention):
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        out, carry, aux = run(shown(self, Call(q, k, v, source, x, valid, causal, bias, carry, key)))
+        call = Call(q, k, v, source, x, valid, causal, bias, carry, key, documents=documents)
+        out, carry, aux = run(shown(self, call))
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
     def heads_of(self, y) -> jax.Array:

@@ -16,11 +16,13 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.required import required
 
 # What the laboratory can hand to `attend`; every other parameter is named by `per_head`, `from_keys` or `from_queries`.
-OFFERED = ("valid", "causal", "bias", "carry", "x", "key")
+OFFERED = ("valid", "documents", "causal", "bias", "carry", "x", "key")
 
 
 class OneHead(MultiHead):
     """A subclass defines `attend` and `reference`; their signatures say what it can do and what it needs."""
+
+    documents_apart: ClassVar[bool] = True
 
     @required
     def attend(self, q, k, v, *args: Any, **kwargs: Any) -> Any:
@@ -52,6 +54,8 @@ class OneHead(MultiHead):
             raise Refused(why_not(type(self), "causal"))
         if call.bias is not None and "bias" not in takes:
             raise Refused(why_not(self, "bias"))
+        if "documents" not in takes:
+            self.check_documents(call.documents)
         carry, valid = call.carry, call.valid
         if "carry" in takes and carry is None:
             carry = self.initial_carry(B, T, S)
@@ -67,7 +71,7 @@ class OneHead(MultiHead):
             out = function(q, k, v, **fixed, **{name: value for name, value in offered.items() if name in takes})
             return out if "carry" in takes else (out, None)
 
-        of_sample = {"valid": valid} | ({"x": call.x} if "x" in takes else {})
+        of_sample = {"valid": valid, "documents": call.documents} | ({"x": call.x} if "x" in takes else {})
         of_head = {"bias": call.bias, "key": keys} | self.per_head()
         of_pair = carry if "carry" in takes else None, self.of_tokens(call)
         narrow = call.method == "attend" and self.narrow(T, S, call.causal)

@@ -37,6 +37,7 @@ class Patterned(OneHead):
     """
 
     keeps_keys: ClassVar[bool] = False
+    documents_apart: ClassVar[bool] = True
     block: int | None = None
     # How many of the first positions decoding keeps for good, beside a ring of the newest.
     kept: int = 0
@@ -46,6 +47,10 @@ class Patterned(OneHead):
     def __init__(self, size: Size, pattern: Pattern | tuple[Pattern, ...], *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)
         self.pattern = pattern
+
+    def of_length(self):
+        first = self.pattern[0] if isinstance(self.pattern, tuple) else self.pattern
+        return {"random_blocks_of": first.drawn_among} if first.drawn_among else {}
 
     def seen(self, causal: bool, head: int = 0) -> Pattern:
         pattern = self.pattern[head] if isinstance(self.pattern, tuple) else self.pattern
@@ -72,7 +77,7 @@ class Patterned(OneHead):
         return _even(T, most), _even(S, most)
 
     def attend_heads(self, call: Call):
-        plain = call.method == "attend" and fused.fits(call.q, call.k, call.valid, call.bias)
+        plain = call.method == "attend" and fused.fits(call.q, call.k, call.valid, call.documents, call.bias)
         if plain and (kernel := self.fused(call.causal)):
             return kernel(call.q, call.k, call.v), call.carry, Aux()
         if isinstance(self.pattern, tuple):
@@ -91,12 +96,13 @@ class Patterned(OneHead):
                 run = functools.partial(block_sparse, pattern=pattern, blocks=blocks)
 
             def one(q, k, v, _, of_sample, of_head, run=run):
-                return run(q, k, v, valid=of_sample, bias=of_head), None
+                valid, documents = of_sample
+                return run(q, k, v, valid=valid, documents=documents, bias=of_head), None
 
             keys, values = (x[:, :, chosen // times] for x in (k, v))
             of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], call.bias)
-            plan = plan_of(self.size)
-            outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, call.valid, of_head, plan=plan)[0])
+            of_sample, plan = (call.valid, call.documents), plan_of(self.size)
+            outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, of_sample, of_head, plan=plan)[0])
         return jnp.concatenate(outputs, 2)
 
     def fused(self, causal: bool) -> Callable | None:
@@ -107,12 +113,12 @@ class Patterned(OneHead):
         parts = layout(self.seen(causal), T, S, *self.blocks(T, S, causal))
         return all(group.batched for part in parts for group in part.groups)
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None):
-        blocks = self.blocks(q.shape[0], k.shape[0], causal)
-        return block_sparse(q, k, v, pattern=self.seen(causal), valid=valid, bias=bias, blocks=blocks)
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
+        pattern, blocks = self.seen(causal), self.blocks(q.shape[0], k.shape[0], causal)
+        return block_sparse(q, k, v, pattern=pattern, valid=valid, documents=documents, bias=bias, blocks=blocks)
 
-    def reference(self, q, k, v, *, valid=None, causal, bias=None):
-        return dense(q, k, v, pattern=self.seen(causal), valid=valid, bias=bias)
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
+        return dense(q, k, v, pattern=self.seen(causal), valid=valid, documents=documents, bias=bias)
 
     def cost(self, T: int, S: int) -> Cost:
         pairs = live_pairs(self.seen(False), T, S, *self.blocks(T, S, causal=False))

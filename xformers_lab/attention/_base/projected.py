@@ -19,6 +19,7 @@ class Projected(KeepsKeys, Patterned):
     """A subclass makes its own projections and defines `project`; heads attend to what it gives; decoding keeps it."""
 
     projects: ClassVar[bool] = False
+    documents_apart: ClassVar[bool] = True
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size, self.pattern = size, All()
@@ -37,13 +38,17 @@ class Projected(KeepsKeys, Patterned):
         arrays = jax.eval_shape(lambda x: self.project(x, x, _as_it_is, _as_it_is), x)
         return tuple(y.shape[2:] for y in arrays)
 
-    def __call__(self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None):
+    def __call__(
+        self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
+    ):
+        self.check_documents(documents)
         source = x if memory is None else memory
         S = source.shape[1]
         at = jnp.arange(x.shape[1]) + S - x.shape[1]
         q, k, v = self.project(x, source, _turn(position, at), _turn(position, jnp.arange(S)))
         q = _share(position) * q
-        call = shown(self, Call(q, k, v, source, x, valid, causal, _bias(position), carry, key))
+        call = Call(q, k, v, source, x, valid, causal, _bias(position), carry, key, documents=documents)
+        call = shown(self, call)
         out, carry, aux = self.attend_heads(call)
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 

@@ -24,7 +24,10 @@ class Recurrent(Stepwise):
     keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads.
     """
 
-    refuses: ClassVar = {"bidirectional": "it reads from left to right, so it serves no encoder and no cross-attention"}
+    refuses: ClassVar = {
+        "bidirectional": "it reads from left to right, so it serves no encoder and no cross-attention",
+        "documents": "its state passes from one document to the next",
+    }
 
     def forward(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)

@@ -2,13 +2,19 @@
 
 from typing import Any
 
+from xformers_lab.nn import documents
+
+# Of documents, where a mechanism gives no reason of its own.
+NO_MASK = "it mixes positions, and has no mask between documents"
+
 
 def why_not(mechanism: Any, what: str) -> str:
-    """Why a mechanism, or a class of them, cannot be causal or takes no bias, with the reason that its `refuses` has.
+    """Why a mechanism, or a class of them, cannot be causal, takes no bias, or cannot keep documents apart, with the
+    reason that its `refuses` has.
 
     Args:
         mechanism: An `Attention`, or a subclass of it.
-        what: "causal" or "bias".
+        what: "causal", "bias" or "documents".
     """
     kind = mechanism if isinstance(mechanism, type) else type(mechanism)
     name = kind.__name__.lower()
@@ -16,6 +22,9 @@ def why_not(mechanism: Any, what: str) -> str:
         reason = kind.refuses.get("bias", "it has no scores to bias")
         rope = "" if kind is not mechanism and not mechanism.turns() else "rope, "
         return f"{name} takes no bias: {reason}; use position={rope}learned, sinusoidal or none"
+    if what == "documents":
+        reason = (kind.refuses if kind is mechanism else mechanism.refusals()).get(what, NO_MASK)
+        return documents.why_not(name, reason, "another attention")
     reason = kind.refuses.get("causal", "its attend takes no `causal`")
     return f"{name} cannot be causal: {reason}; use model=encoder or another attention"
 

@@ -54,7 +54,7 @@ def step_apart(mechanism, cache, call: Call):
 
 def _of_samples(call: Call) -> dict:
     """The arrays of a call that have an axis of samples."""
-    return {name: getattr(call, name) for name in ("q", "k", "v", "x", "x_q", "valid")}
+    return {name: getattr(call, name) for name in ("q", "k", "v", "x", "x_q", "valid", "documents")}
 
 
 def _carries(mechanism, T: int, S: int) -> "_Samples":

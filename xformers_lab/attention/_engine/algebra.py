@@ -24,6 +24,11 @@ class Pattern:
     def order(self) -> Order:
         return NATURAL
 
+    @property
+    def drawn_among(self) -> int:
+        """How many runs of positions random ones are drawn among; 0 where nothing is drawn."""
+        return 0
+
     def __call__(self, q, k):
         """Booleans for integer arrays of query and key positions that broadcast, numpy or jax."""
         raise NotImplementedError
@@ -65,6 +70,10 @@ class Either(Pattern):
     def order(self):
         return self.a.order if self.a.order == self.b.order else NATURAL
 
+    @property
+    def drawn_among(self):
+        return max(self.a.drawn_among, self.b.drawn_among)
+
     def __call__(self, q, k):
         return self.a(q, k) | self.b(q, k)
 
@@ -95,6 +104,10 @@ class Both(Pattern):
     def order(self):
         return self.b.order if self.a.order == NATURAL else self.a.order
 
+    @property
+    def drawn_among(self):
+        return max(self.a.drawn_among, self.b.drawn_among)
+
     def __call__(self, q, k):
         return self.a(q, k) & self.b(q, k)
 
@@ -114,6 +127,10 @@ class Both(Pattern):
 @dataclasses.dataclass(frozen=True)
 class Not(Pattern):
     a: Pattern
+
+    @property
+    def drawn_among(self):
+        return self.a.drawn_among
 
     def __call__(self, q, k):
         return ~self.a(q, k)

@@ -7,15 +7,18 @@ IMPLEMENTATION = "cudnn"
 LARGEST_HEAD = 128  # every architecture cuDNN supports takes this; Hopper takes 256
 
 
-def fits(q, k, valid, bias) -> bool:
-    """Whether cuDNN can run q (B, T, N, H) against k (B, S, K, H): half precision, no padding, no bias, T = S.
+def fits(q, k, valid, documents, bias) -> bool:
+    """Whether cuDNN can run q (B, T, N, H) against k (B, S, K, H): half precision, one document, no padding, no bias,
+    T = S.
 
-    Its causal mask is aligned at the start, ours at the end, so T must equal S. A padding mask would have to be
-    materialised as (T, S), and its bias gradients only work for one batch, so those calls stay with the block engine.
+    Its causal mask is aligned at the start, ours at the end, so T must equal S. A mask of padding or of documents would
+    have to be materialised as (T, S), and its bias gradients only work for one batch, so those calls stay with the
+    block engine.
     """
+    plain = valid is None and documents is None and bias is None
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     head = q.shape[-1] % 8 == 0 and q.shape[-1] <= LARGEST_HEAD
-    return valid is None and bias is None and half and head and q.shape[1] == k.shape[1] and _nvidia()
+    return plain and half and head and q.shape[1] == k.shape[1] and _nvidia()
 
 
 def attend(q, k, v, *, causal: bool, window: int | None = None):

@@ -18,12 +18,12 @@ def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: b
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 
-def over_samples(one, q, k, v, valid, *, plan: Plan):
-    """Run `one(q, k, v, valid)` on every sample of (B, N, T, H), (B, N, S, H) and (B, S): one by one where the plan
-    says so, which keeps the scores of a block in cache."""
+def over_samples(one, q, k, v, of_sample, *, plan: Plan):
+    """Run `one(q, k, v, of_sample)` on every sample of (B, N, T, H), (B, N, S, H) and a pytree of (B, ...): one by one
+    where the plan says so, which keeps the scores of a block in cache."""
     if plan.loops(q.shape[2], k.shape[2]):
-        return lax.map(lambda each: one(*each), (q, k, v, valid))
-    return jax.vmap(one)(q, k, v, valid)
+        return lax.map(lambda each: one(*each), (q, k, v, of_sample))
+    return jax.vmap(one)(q, k, v, of_sample)
 
 
 def _grouped(tree, axis: int, K: int):

@@ -14,7 +14,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.blocks import in_blocks, joined
 from xformers_lab.attention._engine.products import EXACT
-from xformers_lab.attention._engine.softmax import MASKED
+from xformers_lab.attention._engine.softmax import MASKED, same_document
 
 # Queries per block, at most. Of `by_blocks`: rows of some thousand scores then stay in the cache of a CPU. Of `rows`,
 # not causal and causal: enough for wide products, few enough that a block of scores stays in cache.
@@ -37,32 +37,35 @@ def by_blocks(row, queries, S: int, causal: bool, *, at_once: int = BLOCK):
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
 
 
-def rows(q, k, v, weigh, leaves, *, valid=None, causal=False, at_once: int | None = None):
+def rows(q, k, v, weigh, leaves, *, valid=None, documents=None, causal=False, at_once: int | None = None):
     """weigh(scores, seen, positions, leaves) @ v -> (..., T, H) in v's type.
 
-    q (..., T, H), k and v (..., S, H), valid (S,) bool or None; query t stands at position S - T + t. Axes in front,
-    of heads, `weigh` may mix. It gets float32 scores (..., C, S') of C queries, scaled by 1 / sqrt(H), seen (C, S')
-    bool, positions ((C, 1), (1, S')), and `leaves`, a pytree that is differentiated; it gives float32 weights, zero
-    where nothing is seen. at_once: queries per block, by default as many as one head should have.
+    q (..., T, H), k and v (..., S, H), valid (S,) bool or None, documents (S,) int32 or None, of which a query sees
+    its own; query t stands at position S - T + t. Axes in front, of heads, `weigh` may mix. It gets float32 scores
+    (..., C, S') of C queries, scaled by 1 / sqrt(H), seen (C, S') bool, positions ((C, 1), (1, S')), and `leaves`,
+    a pytree that is differentiated; it gives float32 weights, zero where nothing is seen. at_once: queries per
+    block, by default as many as one head should have.
     """
     T, S = q.shape[-2], k.shape[-2]
     at_once, parts = at_once or (CAUSAL_ROWS if causal else ROWS), []
     for first, last, keys in _portions(T, S, EIGHTHS if causal else 1):
         part = q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], None if valid is None else valid[:keys]
-        parts.append(_rows(*part, leaves, weigh, S - T + first, causal, at_once))
+        parts.append(_rows(*part, documents, leaves, weigh, S - T + first, causal, at_once))
     return jnp.concatenate(parts, -2)
 
 
-def seen_from(at, keys: int, valid=None, causal: bool = False):
-    """(C or 1, keys) bool: what queries at positions `at` (C, 1) may see of the first `keys` keys; valid (S,)."""
+def seen_from(at, keys: int, valid=None, causal: bool = False, documents=None):
+    """(C or 1, keys) bool: what queries at positions `at` (C, 1) may see of the first `keys` keys; valid and documents
+    (S,)."""
     seen = jnp.arange(keys)[None] <= (at if causal else keys)
+    seen = seen if documents is None else seen & same_document(documents, at, jnp.arange(keys)[None])
     return seen if valid is None else seen & valid[:keys]
 
 
-def masked(s, at, valid, causal: bool, bias=None):
+def masked(s, at, valid, causal: bool, bias=None, documents=None):
     """Scores s (C, keys) of queries at positions `at` (C, 1) with their bias, MASKED where a key may not be seen."""
     s = s if bias is None else s + bias(at, jnp.arange(s.shape[1])[None])
-    return jnp.where(seen_from(at, s.shape[1], valid, causal), s, MASKED)
+    return jnp.where(seen_from(at, s.shape[1], valid, causal, documents), s, MASKED)
 
 
 def widened(x, S: int):
@@ -100,33 +103,33 @@ def _each_block(row, queries, first: int, at_once: int):
     return jax.tree.map(lambda x: joined(x, T), lax.map(run, blocks))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _rows(q, k, v, valid, leaves, weigh, first, causal, at_once):
-    return _forward(q, k, v, valid, leaves, weigh, first, causal, at_once)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _rows(q, k, v, valid, documents, leaves, weigh, first, causal, at_once):
+    return _forward(q, k, v, valid, documents, leaves, weigh, first, causal, at_once)[0]
 
 
-def _forward(q, k, v, valid, leaves, weigh, first, causal, at_once):
+def _forward(q, k, v, valid, documents, leaves, weigh, first, causal, at_once):
     T, scale, kT = q.shape[-2], q.shape[-1] ** -0.5, jnp.swapaxes(k, -1, -2)
 
     def row(block):
         number, q = block
-        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, causal)
+        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, documents, causal)
         p = weigh(_product(q * scale, kT), seen, positions, leaves)
         return _product(p.astype(v.dtype), v).astype(v.dtype)
 
     blocks = in_blocks(q, _size(T, at_once), axis=-2)
     out = lax.map(row, (jnp.arange(len(blocks)), blocks))
-    return joined(out, T, axis=-2), (q, k, v, valid, leaves)
+    return joined(out, T, axis=-2), (q, k, v, valid, documents, leaves)
 
 
 def _backward(weigh, first, causal, at_once, saved, grad):
-    q, k, v, valid, leaves = saved
+    q, k, v, valid, documents, leaves = saved
     T, scale = q.shape[-2], q.shape[-1] ** -0.5
     kT, vT = jnp.swapaxes(k, -1, -2), jnp.swapaxes(v, -1, -2)
 
     def row(totals, block):
         number, q, g = block
-        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, causal)
+        seen, positions = _looked_at(first + number * q.shape[-2], q, k, valid, documents, causal)
         p, pull = jax.vjp(lambda s, leaves: weigh(s, seen, positions, leaves), _product(q * scale, kT), leaves)
         ds, dleaves = pull(_product(g, vT))
         p, ds = p.astype(v.dtype), ds.astype(k.dtype)
@@ -140,7 +143,7 @@ def _backward(weigh, first, causal, at_once, saved, grad):
     (dkT, dvT, dleaves), dq = lax.scan(row, totals, (jnp.arange(len(blocks)), blocks, grads))
     dk, dv = jnp.swapaxes(dkT, -1, -2) * scale, jnp.swapaxes(dvT, -1, -2)
     dq = joined(dq, T, axis=-2) * scale
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dleaves
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dleaves
 
 
 _rows.defvjp(_forward, _backward)
@@ -150,11 +153,11 @@ def _product(a, b):
     return jnp.matmul(a, b, **EXACT)
 
 
-def _looked_at(first, q, k, valid, causal: bool):
+def _looked_at(first, q, k, valid, documents, causal: bool):
     """What queries from position `first` on may see (C, S), and the positions (C, 1) and (1, S)."""
     at, S = (first + jnp.arange(q.shape[-2]))[:, None], k.shape[-2]
-    all_seen = valid is None and not causal  # a constant, with which XLA masks nothing
-    seen = jnp.ones((len(at), S), bool) if all_seen else seen_from(at, S, valid, causal)
+    all_seen = valid is None and documents is None and not causal  # a constant, with which XLA masks nothing
+    seen = jnp.ones((len(at), S), bool) if all_seen else seen_from(at, S, valid, causal, documents)
     return seen, (at, jnp.arange(S)[None])
 
 

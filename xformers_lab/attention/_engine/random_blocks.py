@@ -16,6 +16,10 @@ class OfRuns(Pattern):
     count: int
     blocks: int
 
+    @property
+    def drawn_among(self):
+        return self.blocks if self.count else 0
+
     def linked(self, run, other):
         """Which runs see which: booleans for arrays of their numbers that broadcast."""
         raise NotImplementedError

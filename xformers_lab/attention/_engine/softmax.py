@@ -43,6 +43,12 @@ def softmax_average(s, seen, v):
     return jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
+def same_document(documents, q_at, k_at):
+    """Which keys stand in the query's own document: documents (S,), positions that broadcast -> booleans."""
+    of = lambda at: documents[jnp.clip(at, 0, len(documents) - 1)]
+    return of(q_at) == of(k_at)
+
+
 def hiding(seen):
     """What is added to scores so that those that are not seen are masked: 0 or MASKED, in float32."""
     return jnp.where(seen, 0.0, MASKED)

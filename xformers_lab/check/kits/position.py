@@ -80,6 +80,19 @@ def from_indices(subject: Inside) -> None:
         compare(blocks, np.stack([whole[n : n + 4, n : n + 4] for n in (0, 4, 8)]), SAME, "blocks against all", advice)
 
 
+def distances(subject: Inside) -> None:
+    """Scores from positions depend on distances alone, unless it says `by_place = True`."""
+    position, at = _built(subject), jnp.arange(4)
+    bias = position.bias() if position.key_terms is None else None
+    if bias is None:
+        raise NotApplicable("it adds nothing to scores from positions alone")
+    head = jax.tree.map(lambda leaf: leaf[0], bias)
+    one, other = (np.asarray(head(at[:, None] + start, at[None] + start), np.float32) for start in (0, 5))
+    same = np.abs(one - other).max() <= SAME * max(1.0, float(np.abs(one).max()))
+    if not same and not position.by_place:
+        raise Broken("its scores change when both positions move by 5: write `by_place = True` in its class")
+
+
 def _built(subject: Inside) -> Position:
     position = spec.build("position", subject.name, SIZE, causal=True)
     graph, params, rest = nnx.split(position, nnx.Param, ...)
@@ -94,4 +107,4 @@ def _compared(position: Position):
     return jax.tree.map(lambda leaf: leaf[0], bias)
 
 
-PROPERTIES = [*inside.PROPERTIES, declared, unit_size, turned, from_indices]
+PROPERTIES = [*inside.PROPERTIES, declared, unit_size, turned, from_indices, distances]

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from xformers_lab.errors import UsageError, said
+from xformers_lab.errors import UsageError, nearest, said
 from xformers_lab.train import records
 
 PATIENCE = 30.0  # seconds that a tracker has to end in, once the run has
@@ -42,8 +42,10 @@ def names() -> list[str]:
 
 
 def require(chosen: Sequence[str]) -> None:
-    """Raises UsageError where the package of a tracker is not installed."""
+    """Raises UsageError where there is no such tracker, or its package is not installed."""
     for name in chosen:
+        if name not in names():
+            raise UsageError(f'no tracker "{name}": {nearest(name, names())}')
         module = _module(name)
         if module.PACKAGE not in sys.modules and importlib.util.find_spec(module.PACKAGE) is None:
             raise UsageError(f"--track {name} needs {module.PACKAGE}: pip install 'xformers_lab[{module.EXTRA}]'")

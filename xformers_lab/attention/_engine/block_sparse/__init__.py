@@ -22,29 +22,31 @@ from xformers_lab.attention._engine.block_sparse.view import View, neighbours
 from xformers_lab.attention._engine.softmax import EMPTY
 
 
-def block_sparse(q, k, v, *, pattern: Pattern, valid=None, bias=None, blocks: tuple[int, int], sizes: Sizes = SIZES):
+def block_sparse(
+    q, k, v, *, pattern: Pattern, valid=None, documents=None, bias=None, blocks: tuple[int, int], sizes: Sizes = SIZES
+):
     """Softmax attention over the keys that `pattern` allows and `valid` marks; zeros where there is none.
 
-    q (T, H), k and v (S, H), valid (S,) bool or None; query t stands at position S - T + t. bias is a pytree that is
-    called with (T', 1) and (1, S') position arrays and gives scores to add, differentiable in its leaves. blocks is
-    (queries, keys) per block, sizes decide how rows of them are run. Returns (T, H) in v's type; scores and sums are
-    float32.
+    q (T, H), k and v (S, H), valid (S,) bool or None, documents (S,) int32 or None, of which a query sees its own.
+    Query t stands at position S - T + t. bias is a pytree that is called with (T', 1) and (1, S') position arrays and
+    gives scores to add, differentiable in its leaves. blocks is (queries, keys) per block, sizes decide how rows of
+    them are run. Returns (T, H) in v's type; scores and sums are float32.
     """
-    return _attend(q, k, v, valid, bias, pattern, blocks, sizes)
+    return _attend(q, k, v, valid, documents, bias, pattern, blocks, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, valid, bias, pattern, blocks, sizes):
-    return _forward(q, k, v, valid, bias, pattern, blocks, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(q, k, v, valid, documents, bias, pattern, blocks, sizes):
+    return _forward(q, k, v, valid, documents, bias, pattern, blocks, sizes)[0]
 
 
-def _forward(q, k, v, valid, bias, pattern, blocks, sizes):
+def _forward(q, k, v, valid, documents, bias, pattern, blocks, sizes):
     H = v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
     parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, bias, blocks)
+        view = View(part, scaled, k, v, valid, documents, bias, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
@@ -60,11 +62,11 @@ def _forward(q, k, v, valid, bias, pattern, blocks, sizes):
             lse = both
     assert total is not None and lse is not None
     total = total.astype(v.dtype)
-    return total, (q, k, v, valid, bias, total, lse)
+    return total, (q, k, v, valid, documents, bias, total, lse)
 
 
 def _backward(pattern, blocks, sizes, residuals, grad):
-    q, k, v, valid, bias, out, lse = residuals
+    q, k, v, valid, documents, bias, out, lse = residuals
     scale = q.shape[-1] ** -0.5
     scaled = (q * scale).astype(q.dtype)
     delta = (out.astype(jnp.float32) * grad).sum(-1)
@@ -72,7 +74,7 @@ def _backward(pattern, blocks, sizes, residuals, grad):
     dbias = jax.tree.map(jnp.zeros_like, bias)
     parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, bias, blocks)
+        view = View(part, scaled, k, v, valid, documents, bias, blocks)
         grads, deltas = view.block_queries(grad), view.block_queries(delta)
         # A query that pads a block has no weights, however large a bias is at its place.
         lses = view.block_queries(lse, fill=jnp.inf)
@@ -88,7 +90,7 @@ def _backward(pattern, blocks, sizes, residuals, grad):
             both = (run.joined(total) for run, total in totals.items())
             of_keys, of_values = functools.reduce(functools.partial(jax.tree.map, jnp.add), both)
             dk, dv = dk + view.unblock_keys(of_keys), dv + view.unblock_keys(of_values)
-    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias
+    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dbias
 
 
 _attend.defvjp(_forward, _backward)

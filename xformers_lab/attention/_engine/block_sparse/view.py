@@ -16,7 +16,7 @@ class View:
     are named by an index: a number, or numbers (R,) of neighbours, whose arrays have an axis R in front.
     """
 
-    def __init__(self, part: Part, q, k, v, valid, bias, blocks: tuple[int, int]):
+    def __init__(self, part: Part, q, k, v, valid, documents, bias, blocks: tuple[int, int]):
         self.part, self.bias, self.T, self.S = part, bias, len(q), len(k)
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = self.S - self.T, part.lead * self.block_k
@@ -29,6 +29,10 @@ class View:
         self.valid = None if valid is None else self._keys_in_order(valid) & (self.zero == 0)
         padded = bool((part.keys == PAD).any())
         self.known = jnp.asarray(part.keys != PAD) & (self.zero == 0) if padded and valid is None else self.valid
+        self.documents = None
+        if documents is not None:
+            of_queries = documents[np.maximum(np.arange(self.T) + self.shift, 0)]
+            self.documents = self.block_queries(of_queries) + self.zero, self._keys_in_order(documents)
         self.query_at = None if part.natural_queries else jnp.asarray(part.queries).reshape(-1, self.block_q)
         self.key_at = None if part.natural_keys else jnp.asarray(part.keys)
 
@@ -106,6 +110,10 @@ class View:
         known = self.valid if group.whole else self.known
         if known is not None:
             masks.append(self.of_keys(known, columns)[..., None, :])
+        if self.documents is not None:
+            queries, keys = self.documents
+            of_keys = self.of_keys(keys, columns)
+            masks.append(self.of_queries(queries, group, index)[..., None] == of_keys[..., None, :])
         if group.live is not None:
             live = jnp.repeat(jnp.asarray(group.live[:: group.together])[index], self.block_k, -1)
             masks.append(live[..., None, :] & (self.zero == 0))

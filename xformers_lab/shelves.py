@@ -45,6 +45,7 @@ def _abilities(mechanism) -> dict:
         "cross": "cross" not in refuses and "bidirectional" not in refuses,
         "bias": mechanism.accepts("bias"),
         "decode": why_not_decode(mechanism) is None,
+        "packed": mechanism.accepts("documents"),
         "nature": _nature(mechanism).lower(),
     }
 
@@ -215,10 +216,10 @@ def resolved(config: configs.Config) -> list[dict]:
 
 def markdown() -> str:
     """Every shelf as a Markdown table: what docs/catalogue.md holds."""
-    head = ("attention", "kind", "time", "nature", "causal", "cross", "decode", "options", "what it is")
+    head = ("attention", "kind", "time", "nature", "causal", "cross", "decode", "packed", "options", "what it is")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in shelf("attention"):
-        can = " | ".join("yes" if row[word] else "" for word in ("causal", "cross", "decode"))
+        can = " | ".join("yes" if row[word] else "" for word in ("causal", "cross", "decode", "packed"))
         options, what = f"`{row['options']}`" if row["options"] else "", row["title"].replace("|", "/")
         is_a = f"`{row['name']}` | {row['kind']} | {row['time']} | {row['nature']}"
         lines.append(f"| {is_a} | {can} | {options} | {what} |")

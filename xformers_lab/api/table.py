@@ -1,0 +1,106 @@
+"""The rows of a comparison or a bench from Python: a table, a verdict in words, a page, a frame."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from xformers_lab.api.shown import Shown
+from xformers_lab.errors import UsageError
+from xformers_lab.terminal import visible
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import Console
+
+VARIANTS, COSTS = "Which variant, and what it costs", "What the mechanisms cost"
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Table(Shown, Sequence[Mapping[str, Any]]):
+    """A row for every cell, as `xl.compare` and `xl.bench` give it; printing it shows what the command prints.
+
+    A row is a mapping: the keys that vary, status ("ok", or how it failed, with its reason), and what was measured.
+
+    rows: the rows. varied: the keys that tell them apart. command: the command that does the same. notes: what was
+    left out, cut or could not be. study: what was matched, tuned and repeated. interrupted: the signal that ended it
+    before its end, 0 for none; the same call goes on from there.
+    """
+
+    rows: list[dict[str, Any]]
+    varied: list[str]
+    command: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    study: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    interrupted: int = 0
+    title: str = VARIANTS
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Mapping[str, Any]: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> "Table": ...
+
+    def __getitem__(self, at: int | slice) -> "Mapping[str, Any] | Table":
+        return dataclasses.replace(self, rows=self.rows[at]) if isinstance(at, slice) else self.rows[at]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every cell came to its end."""
+        return all(row["status"] == "ok" for row in self.rows)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for each cell, as `--csv` writes it: what places and names it, then what was measured; a value within
+        a value has a column of both names, "metric_interval.low". Curves and configs are left out: see the rows."""
+        import pandas
+
+        from xformers_lab.report import sheet
+
+        return pandas.DataFrame(sheet.columns_of(self.rows, self.varied))
+
+    def verdict(self) -> str:
+        """Who won, by how much, at what cost, in sentences; only what tests carry. A line for each task and length that
+        was compared, after its name, where there are several."""
+        from xformers_lab.report import aggregate, findings, human, rows
+
+        groups = rows.groups(self.rows, self.varied)
+        lines = []
+        for group in groups:
+            said = " ".join(human.plain(sentence) for sentence in findings.sentences(group))
+            lines.append(f"{group.title}: {said}" if len(groups) > 1 else said)
+        lines += [human.plain(sentence) for sentence in aggregate.sentences(groups)]
+        return "\n".join(lines)
+
+    def report(self, path: pathlib.Path | str) -> pathlib.Path:
+        """Write one offline HTML file with charts, every cell and how it was measured; -> its path. Raises UsageError
+        where it cannot be written."""
+        from xformers_lab.report import html
+
+        path = pathlib.Path(path).expanduser()
+        try:
+            html.write_report(self.rows, self.varied, path, title=self.title, command=self.command, said=self.notes)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
+        return path
+
+    def save(self, runs: pathlib.Path | str) -> pathlib.Path:
+        """Keep the rows in a folder of runs, where `xlab report` finds them; -> the path. Raises RunFailed."""
+        from xformers_lab.compare import run
+
+        about = {"study": dict(self.study), "notes": self.notes}
+        return run.save_table(self.rows, self.varied, self.command, str(runs), about)
+
+    def _draw(self, console: "Console") -> None:
+        from rich.text import Text
+
+        from xformers_lab.report import table
+
+        table.print_rows(self.rows, self.varied, console)
+        for note in self.notes:
+            console.print(Text(visible(f"note: {note}")), soft_wrap=not console.is_terminal)
