@@ -12,6 +12,33 @@ from xformers_lab.report import html, table
 KEYS = ["task", "seq_len", "attention"]
 ATTENTIONS = ("full", "local:window=16", "strided:stride=8", "linear", "axial")
 PAYLOAD = '</script><script>document.title="owned"</script><img src=x onerror=document.title="owned">'
+# Text that a browser would run if a page did not escape it, for every place of a page.
+PAYLOADS = (
+    PAYLOAD,
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)>",
+    "</title><script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    "</pre><script>alert(1)</script>",
+    "</text></svg><script>alert(1)</script>",
+    "</textarea><img src=x onerror=alert(1)>",
+    '"><script>alert(1)</script>',
+    "'><script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "' autofocus onfocus='alert(1)",
+    "javascript:alert(1)",
+    "<a href=javascript:alert(1)>x</a>",
+    "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<iframe src=https://example.org>",
+    "<link rel=stylesheet href=https://example.org/x.css>",
+    "<meta http-equiv=refresh content='0;url=https://example.org'>",
+    "<base href=https://example.org>",
+    "<form action=https://example.org><input autofocus onfocus=alert(1)>",
+    "{{ 7 * 7 }}{% raw %}",
+    "]]><script>alert(1)</script>",
+    "\u2028\u202e<!--<script>alert(1)//",
+)
 HOSTILE = (PAYLOAD, "[bold]x[/bold]", "=1+1", "a-very-long-name" * 20, '\x1b[31mred\u202eder\\" + alert(1)')
 
 

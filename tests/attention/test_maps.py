@@ -64,6 +64,29 @@ def test_the_definition_has_the_same_weights(choice):
     np.testing.assert_allclose(found, again, atol=1e-5)
 
 
+@pytest.mark.full
+def test_weights_that_heads_mix_are_those_of_the_definition():
+    model, task = model_of(attention="talking_heads", layers=1)
+    calls = []
+    with maps.watched(lambda layer, call: calls.append((layer, call))):
+        model(jnp.asarray(task.batch("test", 0).inputs[:1]))
+    ((layer, call),) = calls
+    found = maps.of_call(layer, call)
+    again = maps.of_call(layer, call.replace(method="reference"))
+    np.testing.assert_allclose(found.weights, again.weights, atol=1e-5)
+    assert not found.implied and abs(found.weights.sum(-1) - 1).max() > 0.01
+
+
+@pytest.mark.full
+def test_many_keys_are_read_off_in_parts(monkeypatch):
+    """However many values there are at once, the weights are the same."""
+    layer = spec.build("attention", "full", length=T, dim=4, heads=2)
+    q = jax.random.normal(jax.random.key(0), (1, T, 2, 2))
+    whole = maps.of_call(layer, maps.Call(q, q, q, causal=True))
+    monkeypatch.setattr(maps, "AT_ONCE", 2 * T * T * 4)
+    np.testing.assert_allclose(maps.of_call(layer, maps.Call(q, q, q, causal=True)).weights, whole.weights, atol=1e-6)
+
+
 def test_padding_has_no_weight():
     valid = np.arange(T)[None] < 8
     for found in maps_of(task="listops", valid=valid, model="encoder", attention="full"):

@@ -28,6 +28,7 @@ LAYERS = [
     "check doctor",
     "bench shelves compare",
     "report",
+    "attention_maps",
     "api",
     "cli",
     "__main__",

@@ -5,14 +5,12 @@ import html as markup
 import itertools
 import json
 import math
-import pathlib
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree
 
 import pytest
-from report_rows import ATTENTIONS, HOSTILE, KEYS, PAYLOAD, bench, cell, failed, sample, study, written
+from browser import browsed
+from report_rows import ATTENTIONS, HOSTILE, KEYS, PAYLOAD, PAYLOADS, bench, cell, failed, sample, study, written
 
 from xformers_lab.cli import main
 from xformers_lab.errors import UsageError
@@ -510,34 +508,6 @@ def test_the_policy_admits_exactly_the_script_and_the_style_of_the_file(page):
     assert {f"'{html._hash(text)}'" for text in [*scripts, *styles]} == set(re.findall(r"'sha256-[^']+'", policy))
 
 
-PAYLOADS = (
-    PAYLOAD,
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg onload=alert(1)>",
-    "</title><script>alert(1)</script>",
-    "</style><script>alert(1)</script>",
-    "</pre><script>alert(1)</script>",
-    "</text></svg><script>alert(1)</script>",
-    "</textarea><img src=x onerror=alert(1)>",
-    '"><script>alert(1)</script>',
-    "'><script>alert(1)</script>",
-    '" onmouseover="alert(1)',
-    "' autofocus onfocus='alert(1)",
-    "javascript:alert(1)",
-    "<a href=javascript:alert(1)>x</a>",
-    "<iframe srcdoc='<script>alert(1)</script>'>",
-    "<iframe src=https://example.org>",
-    "<link rel=stylesheet href=https://example.org/x.css>",
-    "<meta http-equiv=refresh content='0;url=https://example.org'>",
-    "<base href=https://example.org>",
-    "<form action=https://example.org><input autofocus onfocus=alert(1)>",
-    "{{ 7 * 7 }}{% raw %}",
-    "]]><script>alert(1)</script>",
-    "\u2028\u202e<!--<script>alert(1)//",
-)
-
-
 def attacked() -> list[dict]:
     """A study with a payload in each text that a row may have, each payload in some row."""
     cells = []
@@ -682,21 +652,6 @@ DRIVER = """
   })();
 })();
 """
-
-
-def browsed(path: pathlib.Path, width: int = 1200) -> str:
-    """The document after its scripts ran; skips without a browser, fails on anything in the browser's console."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium")
-    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic")
-    flags = ("headless", "no-sandbox", "disable-gpu", "no-first-run", *quiet, f"window-size={width},2400")
-    flags = (*flags, "virtual-time-budget=10000", "enable-logging=stderr", "dump-dom")
-    profile = f"--user-data-dir={path.with_name('profile')}"
-    command = [chromium, *(f"--{flag}" for flag in flags), profile, path.as_uri()]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in seen.stderr, seen.stderr[-2000:]
-    return seen.stdout
 
 
 def test_a_browser_runs_no_payload(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task, check_config
+from xformers_lab.tasks import Task
 from xformers_lab.train import loop, records, trained
 
 # Looks at the test split from within the batch of a step of training, by a way of its own.
@@ -91,7 +92,7 @@ def test_every_way_to_the_test_split_is_shut(name, tmp_path):
 def test_the_tasks_that_a_task_reads_from_are_shut_too(tmp_path):
     (tmp_path / "words.txt").write_text(" ".join(map(str, range(3000))))
     config = edit(Config(), task=f"mlm:of=lm:path={tmp_path / 'words.txt'}", seq_len=16, batch=2, score="validation")
-    texts = build_task(config).texts
+    texts: Task = vars(build_task(config))["texts"]
     assert texts.batch("validation", 0).inputs.shape == (2, 16)
     with pytest.raises(UsageError, match=REFUSED):
         texts.batch("test", 0)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
+    from xformers_lab.attention_maps.maps import AttentionMaps, Part
     from xformers_lab.model import Model
     from xformers_lab.tasks import Split, Task
 
@@ -177,6 +178,26 @@ class Run(Shown):
         )
         written = [row["text"] for row in rows]
         return written if isinstance(prompt, list) else written[0]  # pyright: ignore[reportReturnType]
+
+    def attention(self, text: str, *, part: "Part | None" = None) -> "AttentionMaps":
+        """Where its heads look in a text, as `xlab maps` shows it.
+
+            maps = run.attention("To be, or not to be")
+            maps.weights, maps.tokens, maps.entropy, maps.dead, maps.page("maps.html")
+
+        Args:
+            text: As a prompt of `generate`. An encoder-decoder's is the source, and it writes the target itself.
+            part: Of an encoder-decoder: "encoder", "decoder" or "cross" (default).
+
+        Returns:
+            Weights (L, N, T, S) with the tokens and figures of every head; a notebook shows the page.
+
+        Raises:
+            xformers_lab.errors.UsageError: The text does not fit, or its layers take no weighted mean of positions.
+        """
+        from xformers_lab.attention_maps import reading
+
+        return reading.of_text(self.model, self.task, text, name=self.id, part=part)
 
     def resume(
         self,

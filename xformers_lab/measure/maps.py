@@ -25,14 +25,23 @@ from xformers_lab.model import Model
 IMPLIED = ("linearised", "memory compression", "low rank", "without attention")
 CLOSE = 1e-3  # what weights may miss of the output, in units of its largest number
 WHOLE = 255  # a weight of 1 in a record
+AT_ONCE = 2**25  # scores of all heads that are computed side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-    """One layer's weights (N, T, S) float32, and whether they are implied: the mechanism has no scores."""
+    """One layer's weights (N, T, S) float32, and whether they are implied: the mechanism has no scores.
+
+    norms (N, T) float32: the length of what each head adds to the layer's output at each query; None where the layer
+    does not add up what heads give. causal: whether no query sees a key behind it; crosses: whether queries come from
+    other states than keys.
+    """
 
     weights: np.ndarray
     implied: bool
+    norms: np.ndarray | None = None
+    causal: bool = False
+    crosses: bool = False
 
 
 def of_model(
@@ -51,7 +60,8 @@ def of_model(
     except jax.errors.UnexpectedTracerError:
         raise Refused("the layers of this model run within a loop of its depth, so there is no map") from None
     if not found:
-        raise Refused("no layer of this model gives a mean of values, so there is no map")
+        name = type(model).__name__.lower()
+        raise Refused(f"no layer of this model ({name}) gives a mean of values, so there is no map")
     return [_checked(*each) for each in jax.device_get(found)]
 
 
@@ -60,12 +70,15 @@ def of_call(layer: Any, call: Call) -> Map:
     return _checked(*jax.device_get(_read_off(layer, call)))
 
 
-def _checked(weights: np.ndarray, implied: np.ndarray, missed: np.ndarray) -> Map:
+def _checked(
+    weights: np.ndarray, implied: np.ndarray, missed: np.ndarray, norms: np.ndarray | None, causal: Any, crosses: Any
+) -> Map:
     if not missed <= CLOSE:
         raise Refused(
             "a layer gives no weighted mean of its values, for there is a gate, a norm or a choice by them: no map"
         )
-    return Map(np.asarray(weights, np.float32), bool(implied))
+    norms = None if norms is None else np.asarray(norms, np.float32)
+    return Map(np.asarray(weights, np.float32), bool(implied), norms, bool(causal), bool(crosses))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,11 +89,12 @@ def _of_model(graph: nnx.GraphDef, variables: Any, given: dict[str, jax.Array]) 
     return found
 
 
-def _read_off(layer: Any, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weights (N, T, S) of a layer, whether they are implied, and how much they miss of what the layer gives."""
-    name = type(layer).__name__.lower()
+def _read_off(layer: Any, call: Call) -> tuple:
+    """What `_checked` makes a `Map` of; missed: how much the weights (N, T, S) miss of what the layer gives."""
+    name, crosses = type(layer).__name__.lower(), call.x_q is not None and call.x_q is not call.x
     if call.v.ndim != 4 or call.v.shape[0] != 1:
         raise Refused(f"{name} has no values of single positions: no map")
+    call = _in_float32(call)
     _, S, K, H = call.v.shape
     graph, variables = nnx.split(layer)
     compared = bool(jax.tree.leaves(call.bias)) and _of_samples(call, layer)
@@ -93,16 +107,33 @@ def _read_off(layer: Any, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     count = -(-S // H)
     at = jnp.arange(count * H).reshape(count, H)
     basis = (at[:, None, :] == jnp.arange(S)[None, :, None]).astype(call.v.dtype)  # (chunks, S, H)
-    out = jax.vmap(given)(
-        jnp.concatenate([jnp.broadcast_to(basis[:, None, :, None], (count, 1, S, K, H)), call.v[None]])
-    )
+    values = jnp.concatenate([jnp.broadcast_to(basis[:, None, :, None], (count, 1, S, K, H)), call.v[None]])
+    together = max(1, AT_ONCE // (call.q.shape[2] * call.q.shape[1] * S))
+    out = jax.vmap(given)(values) if together > count else jax.lax.map(given, values, batch_size=together)
     T, N = out.shape[2:4]
     if out.shape[-1] != H:
         raise Refused(f"{name} gives {out.shape[-1]} channels of values of {H}: no map")
     weights = out[:-1, 0].transpose(2, 1, 0, 3).reshape(N, T, count * H)[..., :S]
     again = jnp.einsum("nts,snh->tnh", weights, jnp.repeat(call.v[0], N // K, 1))
     missed = jnp.abs(again - out[-1, 0]).max() / jnp.maximum(jnp.abs(out[-1, 0]).max(), 1e-6)
-    return weights, jnp.asarray(type(layer).kind in IMPLIED), missed
+    return weights, type(layer).kind in IMPLIED, missed, _norms(layer, out[-1, 0]), call.causal, crosses
+
+
+def _norms(layer: Any, given: jax.Array) -> jax.Array | None:
+    """(N, T), the length of what each head adds to the layer's output: what it gives (T, N, H), through the projection
+    `out` of all heads."""
+    if not hasattr(layer, "out"):
+        return None
+    T, N, H = given.shape
+    alone = jnp.swapaxes(given[:, :, None] * jnp.eye(N)[None, :, :, None], 0, 1).reshape(N, T, N * H)
+    return jnp.linalg.norm(layer.out(alone) - layer.out(jnp.zeros_like(alone)), axis=-1)
+
+
+def _in_float32(call: Call) -> Call:
+    """The call with all its numbers in float32: weights rounded to bfloat16 would miss what the layer gives."""
+    wide = lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    names = ("q", "k", "v", "x", "x_q", "carry")
+    return call.replace(**{name: jax.tree.map(wide, getattr(call, name)) for name in names})
 
 
 def drawn(maps: list[Map], tokens: list[str]) -> dict:

@@ -4,7 +4,7 @@ attention maps and patterns."""
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from xformers_lab import files
 from xformers_lab.errors import UsageError
@@ -23,21 +23,31 @@ def write_figures(
 
     Raises UsageError where vl-convert, which makes the PDFs, is missing, and OSError where a file cannot be written.
     """
+    return write_pictures(_pictures(cells, varied_keys, schema), folder)
+
+
+def write_pictures(pictures: Iterable[tuple[Sequence[str], str]], folder: pathlib.Path | str) -> list[pathlib.Path]:
+    """Write pictures, (words, SVG) each, as SVG and as PDF, named by their words; -> the paths, in order. Raises as
+    `write_figures` does."""
     try:
         import vl_convert
     except ImportError:
         raise UsageError("figures as PDF need vl_convert: pip install vl-convert-python") from None
-    folder, looks = pathlib.Path(folder), charts.looks(cells, varied_keys)
-    names = [look.name for look in looks]
+    folder, written = pathlib.Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[pathlib.Path] = []
-
-    def write(words: Sequence[str], text: str) -> None:
+    for words, text in pictures:
         path = _free(folder, slug(words), written)
         files.replace_text(path, text)
         path.with_suffix(".pdf").write_bytes(vl_convert.svg_to_pdf(text))
-        written.extend([path, path.with_suffix(".pdf")])
+        written += [path, path.with_suffix(".pdf")]
+    return written
 
+
+def _pictures(
+    cells: Sequence[dict], varied_keys: Sequence[str], schema: type[Record]
+) -> Iterator[tuple[Sequence[str], str]]:
+    looks = charts.looks(cells, varied_keys)
+    names = [look.name for look in looks]
     for group in rows.groups(cells, varied_keys):
         for chart in charts.of_group(group, names, varied_keys, figures(schema)):
             for pane in chart.panes:
@@ -45,14 +55,13 @@ def write_figures(
                     at = chart.options(pane)
                     words = [chart.title, group.title, *at, *([drawn.x.title] if chart.wide else [])]
                     title = " · ".join(filter(None, [chart.title, group.title, *at]))
-                    write(words, plot.file(drawn, looks, title))
+                    yield words, plot.file(drawn, looks, title)
         weights = maps.of_group(group, names, varied_keys, budget=sys.maxsize)
         for shown in weights.shown if weights else ():
             words = ["Attention maps", group.title, shown.name]
-            write(words, maps.file(shown, " · ".join(filter(None, words))))
+            yield words, maps.file(shown, " · ".join(filter(None, words)))
     for figure in patterns.figures(cells):
-        write(["Pattern", figure.name], patterns.file(figure))
-    return written
+        yield ["Pattern", figure.name], patterns.file(figure)
 
 
 def slug(words: Sequence[str]) -> str:

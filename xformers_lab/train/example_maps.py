@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from xformers_lab.errors import LabError, in_words
+from xformers_lab.errors import LabError, Refused, in_words
 from xformers_lab.measure import maps
 from xformers_lab.model import Model
 from xformers_lab.model._transformer import Transformer
@@ -54,7 +54,7 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict:
     T = inputs.shape[1]
     try:
         found = maps.of_model(model, inputs, valid, documents)
-    except LabError as reason:
+    except (LabError, Refused) as reason:
         log.info("no attention maps: %s", reason)
         return {"reason": str(reason)}
     except Exception as error:  # of a mechanism of the user's own: the run is done, and not for nothing
@@ -66,8 +66,12 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict:
         return {"reason": TOO_LARGE}
     if not all(np.isfinite(each.weights).all() for each in found):
         return {"reason": "its weights are not finite"}
-    texts = map(str, range(T)) if task.channels else (_text(task, int(token)) for token in inputs[0])
-    return maps.drawn(found, list(texts))  # numbers have no text, so each is called by its place
+    return maps.drawn(found, labels(task, inputs[0]))
+
+
+def labels(task: Task, inputs: np.ndarray) -> list[str]:
+    """The text of each token of (T,); numbers (T, channels) have none, so each is called by its place."""
+    return [str(at) if task.channels else _text(task, int(token)) for at, token in enumerate(inputs)]
 
 
 def _text(task: Task, token: int) -> str:
