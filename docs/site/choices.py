@@ -64,7 +64,7 @@ def _where(shelf: str, name: str) -> str:
 def _picture(shelf: str, name: str) -> str:
     if (picture := pictures.of(shelf, name)) is None:
         return ""
-    image = f"![The pattern of {name}](../../pictures/{shelf}/{name}.svg)"
+    image = f"![Picture of {name}](../../pictures/{shelf}/{name}.svg)"
     caption = f"<figcaption>{typeset.inline(picture.caption)}</figcaption>"
     return f'<figure class="pattern" markdown>\n{image}\n{caption}\n</figure>'
 

@@ -1,15 +1,16 @@
-"""A picture of every choice that moves something from position to position, drawn by what runs.
+"""Pictures of choices, drawn by what runs: here of what moves something between positions, in `curves` of other things.
 
 Where a fixed pattern says what a query sees, that is drawn. Else it is measured: one token after the other is replaced,
-and each row shows by how much the output there changes.
+and each row shows by how much the output there changes. Of a position the weights are drawn that it alone makes.
 """
 
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import curves
 import numpy as np
 
 from xformers_lab import catalogue, drawing, spec
@@ -19,6 +20,7 @@ from xformers_lab.nn.size import Size
 LENGTH = 64  # of a pattern
 SIZE = Size(LENGTH, dim=32, heads=2)
 MEASURED = Size(32, dim=32, heads=2)  # of what is measured
+CURVES = ("norm", "normaliser", "ffn")
 SMALL = 4  # what large options are made
 SHADES = (0.04, 0.12, 0.25, 0.5, 0.75)  # shares of the largest change from which on a square is darker
 SEEN, BACKGROUND = "#0072b2", "#7f7f7f"
@@ -30,9 +32,12 @@ class Picture(NamedTuple):
 
 
 def of(shelf: str, name: str) -> Picture | None:
-    """The picture of a choice, None where its shelf moves nothing between positions or it cannot be drawn alone."""
-    draw = {"attention": _attention, "position": _in_model, "depth": _in_model}.get(shelf)
-    return draw(shelf, name) if draw else None
+    """The picture of a choice, None where nothing of it can be drawn alone."""
+    if shelf in CURVES:
+        heights, caption = curves.of(shelf, name)
+        return None if heights is None else Picture(curves.svg(heights, SEEN, BACKGROUND), f"{caption}; untrained.")
+    draw = {"attention": _attention, "position": _position, "depth": _depth}.get(shelf)
+    return draw(name) if draw else None
 
 
 def pattern(text: str, causal: bool = False) -> str:
@@ -63,7 +68,7 @@ def _small(name: str) -> str:
     return name
 
 
-def _attention(shelf: str, name: str) -> Picture | None:
+def _attention(name: str) -> Picture | None:
     from flax import nnx
 
     text = _small(name)
@@ -76,12 +81,26 @@ def _attention(shelf: str, name: str) -> Picture | None:
     return Picture(_svg(_shaded(changes)), _caption(f"a layer of `{text}`" + (", causal" if causal else "")))
 
 
-def _in_model(shelf: str, name: str) -> Picture | None:
+def _position(name: str) -> Picture:
+    """The weights of full attention on a sequence of one token alone: all that differs is the position."""
+    from xformers_lab.measure import maps
+
+    model, task = _model(position=name, layers=1)
+    (one,) = maps.of_model(model, np.full((1, MEASURED.length), task.vocab // 2, np.int32))
+    weights = one.weights[0] / one.weights[0].max(-1, keepdims=True)  # of each query, the largest is 1
+    caption = (
+        f"Weights of full attention, head 1, with `position={name}` where every token is the same: a row is a query, a "
+        f"column a key. {MEASURED.length} positions, causal, untrained; the darkest square is the largest of its row."
+    )
+    return Picture(_svg(_layers(weights, np.linspace(0.1, 0.9, 9).tolist())), caption)
+
+
+def _depth(name: str) -> Picture | None:
     try:
-        changes = _changes_of_model(shelf, name)
-    except LabError:  # it needs a task of its own: a plane, say, or segments
+        changes = _changes_of_model(depth=name)
+    except LabError:  # it keeps no length, so a row has no position
         return None
-    return Picture(_svg(_shaded(changes)), _caption(f"a causal model of four layers with `{shelf}={name}`"))
+    return Picture(_svg(_shaded(changes)), _caption(f"a causal model of four layers with `depth={name}`"))
 
 
 def _caption(what: str) -> str:
@@ -104,19 +123,23 @@ def _changes_of_layer(name: str) -> tuple[np.ndarray, bool]:
     return _changes(lambda rows: run(layer, rows), x, other), causal
 
 
-def _changes_of_model(shelf: str, name: str) -> np.ndarray:
-    """(T, T) changes of the logits of a decoder with one choice of its own."""
-    import jax
-    from flax import nnx
-
+def _model(**choices: Any) -> tuple[Any, Any]:
+    """An untrained decoder without positions but for some choices, and its task."""
     from xformers_lab.config import Config, edit
     from xformers_lab.model import build_model, build_task
 
     sizes = {"seq_len": MEASURED.length, "dim": MEASURED.dim, "heads": MEASURED.heads, "layers": 4, "batch": 2}
-    config = edit(Config(), task="copy", model="decoder", position="none", **sizes)
-    config = edit(config, **{shelf: name})
+    config = edit(Config(), **({"task": "copy", "model": "decoder", "position": "none"} | sizes | choices))
     task = build_task(config)
-    model = build_model(config, task)
+    return build_model(config, task), task
+
+
+def _changes_of_model(**choices: Any) -> np.ndarray:
+    """(T, T) changes of the logits of a decoder with some choices."""
+    import jax
+    from flax import nnx
+
+    model, task = _model(**choices)
     tokens = jax.random.randint(jax.random.key(1), (MEASURED.length,), 0, task.vocab)
     run = nnx.jit(lambda model, rows: model(rows)[0])
     return _changes(lambda rows: run(model, rows), tokens, (tokens + 1) % task.vocab)
@@ -134,14 +157,16 @@ def _changes(run: Callable, x, other) -> np.ndarray:
 
 
 def _shaded(changes: np.ndarray) -> list[tuple[float, np.ndarray]]:
-    """Opacity and squares of each shade. Logarithmic: an output depends most on its own token."""
+    """The shades of changes. Logarithmic: an output depends most on its own token."""
     top = changes.max()
     size = np.log1p(1e3 * changes / top) / np.log1p(1e3) if top else changes
-    edges = [*SHADES, np.inf]
-    return [
-        ((step + 1) / len(SHADES), (low <= size) & (size < high))
-        for step, (low, high) in enumerate(itertools.pairwise(edges))
-    ]
+    return _layers(size, SHADES)
+
+
+def _layers(size: np.ndarray, shades: Sequence[float]) -> list[tuple[float, np.ndarray]]:
+    """Opacity and squares of each shade, which begins where the size of a square is so much."""
+    bounds = itertools.pairwise([*shades, np.inf])
+    return [((step + 1) / len(shades), (low <= size) & (size < high)) for step, (low, high) in enumerate(bounds)]
 
 
 def _svg(layers: list[tuple[float, np.ndarray]]) -> str:

@@ -25,8 +25,9 @@ Lin et al., *A Survey of Transformers*, 2021 ([arXiv 2106.04554](https://arxiv.o
 of the Transformer in a taxonomy. These are its branches, with what stands on our shelves for each. Tables and pictures
 are made from the shelves themselves: a choice that is added has its row here with the next build.
 
-In pictures a row is a query, or the position of an output, and a column is a key, or the position of an input. Costs
-are for one head: T queries, S keys, H channels of a head, D channels of the model.
+In pictures a row is a query, or the position of an output, and a column is a key, or the position of an input; of what
+moves nothing between positions a curve shows what becomes of the size of a vector. The page of each choice says what
+its picture shows. Costs are for one head: T queries, S keys, H channels of a head, D channels of the model.
 """
 
 
@@ -83,7 +84,7 @@ def _table(branch: dict) -> str:
         cells = [f"[`{name}`](choices/{shelf}/{name}.md)", typeset.cell(row["title"])]
         cells += [typeset.cell(row[cost]) for cost in costs]
         if drawn:
-            image = f"![The pattern of {name}](pictures/{shelf}/{name}.svg){{ .small loading=lazy }}"
+            image = f"![Picture of {name}](pictures/{shelf}/{name}.svg){{ .small loading=lazy }}"
             cells.insert(0, image if pictures.of(shelf, name) else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
