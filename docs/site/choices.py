@@ -8,7 +8,8 @@ import pictures
 import timings
 import typeset
 
-from xformers_lab import catalogue, spec
+from xformers_lab import catalogue as shelves
+from xformers_lab import spec
 from xformers_lab.check import cache, run
 
 LENGTH = 64  # at which costs are told
@@ -27,7 +28,7 @@ def pages() -> list[tuple[str, str]]:
 
 def page(shelf: str, name: str) -> str:
     """The page of one choice, in Markdown."""
-    about = catalogue.page(f"{shelf}/{name}", [f"seq_len={LENGTH}"] if shelf == "attention" else [])
+    about = shelves.page(f"{shelf}/{name}", [f"seq_len={LENGTH}"] if shelf == "attention" else [])
     parts = [
         f"# {name}",
         _where(shelf, name),
@@ -45,9 +46,7 @@ def page(shelf: str, name: str) -> str:
 def shelf_page(shelf: str) -> str:
     """The page of a shelf: its choices in a table."""
     lines = [f"# {shelf}", "", *_doc_of_shelf(shelf), "| choice | what it is |", "|---|---|"]
-    lines += [
-        f"| [`{row['name']}`]({row['name']}.md) | {typeset.cell(row['title'])} |" for row in catalogue.shelf(shelf)
-    ]
+    lines += [f"| [`{row['name']}`]({row['name']}.md) | {typeset.cell(row['title'])} |" for row in shelves.shelf(shelf)]
     return "\n".join(lines) + "\n"
 
 

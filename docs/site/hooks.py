@@ -29,13 +29,13 @@ INCLUDED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "benc
 
 def on_config(config: Any) -> Any:
     """Every choice has its place in the navigation."""
-    shelves = [
+    sections = [
         {shelf: [f"choices/{shelf}/index.md", *(f"choices/{shelf}/{name}.md" for name in spec.names(shelf))]}
         for shelf in spec.SHELVES
     ]
     for section in config["nav"]:
         if section.get("Choices") == []:
-            section["Choices"] = shelves
+            section["Choices"] = sections
     return config
 
 
@@ -63,7 +63,8 @@ def generated() -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links as they work in the repository become links as they work in the site."""
+    """Links, and blocks that name a file, as they are written in the repository become what they are in the site."""
+    markdown = re.sub(r"^```(\w+) (\S+\.\w+)$", r'```\1 title="\2"', markdown, flags=re.M)
     here = page.file.src_uri
     home = (ROOT / INCLUDED[here] if here in INCLUDED else ROOT / "docs" / here).parent
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)]*)?\)", lambda match: _link(match, home, here, files), markdown)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import curves
 import numpy as np
 
-from xformers_lab import catalogue, drawing, spec
+from xformers_lab import catalogue as shelves
+from xformers_lab import drawing, spec
 from xformers_lab.errors import LabError
 from xformers_lab.nn.size import Size
 
@@ -42,7 +43,7 @@ def of(shelf: str, name: str) -> Picture | None:
 
 def pattern(text: str, causal: bool = False) -> str:
     """SVG of what a choice of attention with a fixed pattern shows its queries; raises ValueError."""
-    seen = catalogue.sampled(_built(text), causal)
+    seen = shelves.sampled(_built(text), causal)
     if seen is None:
         raise ValueError(f"{text} has no fixed pattern")
     return _svg([(1.0, seen[0])])
@@ -72,7 +73,7 @@ def _attention(name: str) -> Picture | None:
     from flax import nnx
 
     text = _small(name)
-    seen = catalogue.sampled(nnx.eval_shape(lambda: _built(text)), causal=False)
+    seen = shelves.sampled(nnx.eval_shape(lambda: _built(text)), causal=False)
     if seen is not None:
         head = f", head 1 of {len(seen)}" if len(seen) > 1 else ""
         caption = f"`{text}`{head}, {LENGTH} positions: a row is a query, a column a key that it sees."

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pictures
 import typeset
 
-from xformers_lab import catalogue, spec
+from xformers_lab import catalogue as shelves
+from xformers_lab import spec
 from xformers_lab.attention import KINDS
 
 BRANCHES = tomllib.loads(pathlib.Path(__file__).with_name("taxonomy.toml").read_text())["branch"]
@@ -40,8 +41,8 @@ def page() -> str:
 def check() -> None:
     """Raises ValueError where a shelf or a kind of attention has no branch."""
     kinds = {branch["kind"] for branch in BRANCHES if branch["shelf"] == "attention"}
-    shelves = {branch["shelf"] for branch in BRANCHES}
-    if missing := sorted({*KINDS} - kinds | {*spec.SHELVES} - shelves - APART):
+    named = {branch["shelf"] for branch in BRANCHES}
+    if missing := sorted({*KINDS} - kinds | {*spec.SHELVES} - named - APART):
         raise ValueError(f"docs/site/taxonomy.toml has no branch for {', '.join(missing)}")
 
 
@@ -74,7 +75,7 @@ def _atoms(branch: dict) -> str:
 
 def _table(branch: dict) -> str:
     shelf = branch["shelf"]
-    rows = [row for row in catalogue.shelf(shelf) if branch.get("kind") in (None, row.get("kind"))]
+    rows = [row for row in shelves.shelf(shelf) if branch.get("kind") in (None, row.get("kind"))]
     drawn = any(pictures.of(shelf, row["name"]) for row in rows)
     costs = ["time", "memory"] if shelf == "attention" else []
     head = [*(["picture"] if drawn else []), shelf, "what it is", *costs]
