@@ -69,16 +69,15 @@ def _picture(shelf: str, name: str) -> str:
 
 
 def _used(shelf: str, name: str) -> str:
+    """How a command names it, and which commands look at it alone."""
     lone = sum(name in spec.names(other) for other in spec.SHELVES) == 1
-    show = f"xlab show {name if lone else f'{shelf}/{name}'}"
-    key = {"normaliser": f"norm=pre:normaliser={name}"}.get(shelf, f"{shelf}={name}")
-    lines = [show, f"xlab train {key}"]
+    key = f"norm=pre:normaliser={name}" if shelf == "normaliser" else f"{shelf}={name}"
+    lines = [f"xlab show {name if lone else f'{shelf}/{name}'}"]
+    if shelf in run.kits():
+        lines.append(f"xlab check {shelf}/{name}")
     if shelf == "attention":
-        lines += [
-            f"xlab check {name}",
-            f"xlab bench attention=full,{name}" if name != "full" else "xlab bench attention=full",
-        ]
-    return "\n".join(["```bash", *lines, "```"])
+        lines.append(f"xlab bench attention={'' if name == 'full' else 'full,'}{name}")
+    return "\n".join([f"A command takes it as `{key}`.", "", "```bash", *lines, "```"])
 
 
 def _options(options: list[dict]) -> str:

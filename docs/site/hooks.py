@@ -67,11 +67,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = re.sub(r"^```(\w+) (\S+\.\w+)$", r'```\1 title="\2"', markdown, flags=re.M)
     here = page.file.src_uri
     home = (ROOT / INCLUDED[here] if here in INCLUDED else ROOT / "docs" / here).parent
-    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)]*)?\)", lambda match: _link(match, home, here, files), markdown)
+    return re.sub(r"\[([^\]]+)\]\(([^)\s#]+)(#[^)]*)?\)", lambda match: _link(match, home, here), markdown)
 
 
-def _link(match: re.Match, home: pathlib.Path, here: str, files: Any) -> str:
-    """One link: to a page of the site, or of a file that has none its words alone."""
+def _link(match: re.Match, home: pathlib.Path, here: str) -> str:
+    """One link, or the place of a picture: where it is in the site; of a file that is not there, its words or path."""
     words, target, anchor = match[1], match[2], match[3] or ""
     if re.match(r"\w+:", target):
         return match[0]
@@ -91,8 +91,3 @@ def _link(match: re.Match, home: pathlib.Path, here: str, files: Any) -> str:
     else:
         return words if "`" in words or "*" in words else f"`{inside}`"
     return f"[{words}]({os.path.relpath(to, os.path.dirname(here) or '.')}{anchor})"
-
-
-def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Pictures in the README have their path from the root of the repository."""
-    return output.replace('src="docs/', 'src="') if page.file.src_uri in INCLUDED else output

@@ -50,10 +50,8 @@ def paragraph(text: str) -> str:
     if len(lines) > 1 and all(line.endswith(".") for line in lines):
         return f"<p>{'<br>'.join(map(inline, lines))}</p>"
     words = " ".join(lines)
-    return f"<p{_CLASS if _is_formula(words) else ''}>{inline(words)}</p>"
-
-
-_CLASS = ' class="equation"'
+    shown = ' class="equation"' if _is_formula(words) else ""
+    return f"<p{shown}>{inline(words)}</p>"
 
 
 def _is_formula(text: str) -> bool:
@@ -65,12 +63,6 @@ def docstring(text: str) -> str:
     """A docstring as HTML without its options, which are a table of their own."""
     kept = text.partition("Options:")[0].rstrip()
     return "\n\n".join(paragraph(each) for each in kept.split("\n\n") if each.strip())
-
-
-def first(text: str) -> str:
-    """The first sentence of a text."""
-    words = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.;])\s", words)[0].rstrip(".;")
 
 
 def cell(text: str) -> str:

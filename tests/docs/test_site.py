@@ -73,7 +73,7 @@ def test_a_page_says_what_the_file_says(module, monkeypatch):
     page = module("choices").page("attention", "local")
     assert "Sliding-window attention" in page and "| `window` | `128` | keys seen on each side of a query" in page
     assert "| `no_future` | Under causality" in page and "knows no verdict" in page
-    assert "local:window=128" in page.partition("## Timings")[2]  # the case of benchmarks/results
+    assert "| local w=128 causal N=4096 |" in page.partition("## Timings")[2]  # the case of benchmarks/results
     assert "sub>t</sub>" in page and "Options:" not in page
 
 
