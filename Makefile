@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 
 PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-rest test-all test-peers test-flags check lint docs bench clean
+.PHONY: demo test test-rest test-all test-peers test-flags check lint docs site bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
 	$(BIN)/xlab demo --report report.html
@@ -38,6 +38,10 @@ check: lint test  ## ruff, pyright and the tests
 docs: $(READY)  ## write docs/catalogue.md from docstrings and signatures
 	$(BIN)/python docs/generate.py
 
+site: $(READY)  ## build the manual as a site that needs no network: site/index.html (installs the extra `docs`)
+	$(BIN)/python -m pip install -q -e '.[docs]' -c $(CONSTRAINTS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
 	$(BIN)/python benchmarks/attention.py
@@ -57,4 +61,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache build dist *.egg-info

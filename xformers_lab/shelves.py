@@ -122,10 +122,12 @@ def _about(text: str, facts: list[str]) -> str:
 
 def _mechanism(name: str, text: str, config: configs.Config) -> dict:
     """What an attention mechanism with its docstring says of itself, its cost and drawing at the sizes of a config."""
+    from flax import nnx
+
     from xformers_lab.model import size_of
 
     size = size_of(config)
-    built = spec.build("attention", name, size)
+    built = nnx.eval_shape(lambda: spec.build("attention", name, size))  # nothing compiles
     cost = built.cost(size.length, size.length)
     result = {
         "about": _about(text, _facts(built)),
