@@ -73,5 +73,5 @@ def test_the_revision_is_that_of_the_users_repository(tmp_path):
     clean = provenance.revision.__wrapped__(tmp_path)
     assert clean == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
     (tmp_path / "mine.py").write_text("b")
-    assert provenance.revision.__wrapped__(tmp_path) == clean | {"dirty": True}
+    assert provenance.revision.__wrapped__(tmp_path) == {**clean, "dirty": True}
     assert json.loads(json.dumps(clean)) == clean
