@@ -70,8 +70,8 @@ def test_the_revision_is_that_of_the_users_repository(tmp_path):
     git("add", "mine.py")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")
     (tmp_path / "notes").write_text("a")  # untracked
-    clean = provenance.revision.__wrapped__(tmp_path)
+    clean = provenance.revision.__wrapped__(tmp_path) or {}
     assert clean == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
     (tmp_path / "mine.py").write_text("b")
-    assert provenance.revision.__wrapped__(tmp_path) == {**clean, "dirty": True}
+    assert provenance.revision.__wrapped__(tmp_path) == {"commit": clean["commit"], "dirty": True}
     assert json.loads(json.dumps(clean)) == clean
