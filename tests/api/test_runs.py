@@ -82,7 +82,7 @@ def test_runs_are_found_by_what_the_command_calls_them(trained, tmp_path):
     folder = trained.folder.parents[1]
     for word in ("last", trained.id, trained.id[:6], str(trained.folder), trained.folder, trained):
         assert xl.load(word, runs=folder).folder == trained.folder
-    with pytest.raises(UsageError, match=r"no run in .* has this id"):
+    with pytest.raises(UsageError, match=r"no run in .* has this name or id"):
         xl.load("fff", runs=folder)
     with pytest.raises(UsageError, match=r"a run's folder holds config\.json"):
         xl.load(tmp_path)
