@@ -75,6 +75,8 @@ def test_shares_and_bytes_are_shown(counted):
     assert "rest" not in {row["part"] for row in shown.by_part(hidden)}
     assert [row["bytes"] for row in shown.in_bytes(hidden)][-1] == "training: total"
     shown.print_sizes(hidden)
+    (row,) = shown.lines([({"attention": "full"}, counted)])
+    assert row["attention"] == "full" and row["parameters: attention"] == rows["attention"]["share"]
 
 
 def test_a_scope_has_its_backward_pass_and_its_loops():

@@ -60,7 +60,7 @@ def line(sizes: Mapping[str, Any]) -> dict[str, str]:
     flops, decoding = sizes["flops_per_token"], sizes["decoding_bytes"]
     row = {
         "parameters": f"{sizes['parameters']['total']:,}",
-        "attention": _percent(attention_share(sizes["parameters"])),
+        "parameters: attention": _percent(attention_share(sizes["parameters"])),
     }
     for key, heading in {"forward": "FLOPs/token", "training": "in training"}.items():
         counted = flops[key]
