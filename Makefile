@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 
 PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-rest test-all test-peers test-flags check lint docs site bench clean
+.PHONY: demo test test-rest test-all test-peers test-deep check lint docs site bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
 	$(BIN)/xlab demo --report report.html
@@ -15,7 +15,7 @@ demo: $(READY)  ## set up and run the main job: a real comparison with its repor
 test: $(READY)  ## set up and run what is quick and decisive: every choice, every property, in minutes
 	$(PYTEST) -m "not full and not slow"
 
-test-rest: $(READY)  ## what `make test` leaves out: whole kits, other implementations' numbers, some choices at default compiler flags
+test-rest: $(READY)  ## what `make test` leaves out: whole kits, other implementations' numbers, choices at default compiler flags
 	$(PYTEST) -m "full and not slow"
 
 test-all: $(READY)  ## both in one go; what is there in brief and whole, whole alone
@@ -25,8 +25,8 @@ test-peers: $(READY)  ## golden tests against the other implementations themselv
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
 	GOLDEN=live $(PYTEST) -m golden
 
-test-flags: $(READY)  ## every choice of every shelf at XLA's default flags, as users run it
-	$(PYTEST) tests/default_flags -m "full or slow"
+test-deep: $(READY)  ## campaigns of an hour: whole kits of all mechanisms, all choices at XLA's default flags, drawn shapes
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

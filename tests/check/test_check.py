@@ -22,8 +22,18 @@ from xformers_lab.model import check_config
 from xformers_lab.report import pages
 
 
-@pytest.mark.brief
-@pytest.mark.parametrize("name", spec.names("attention"))
+def mechanisms(of_each_kind: pytest.MarkDecorator, others: pytest.MarkDecorator | None = None) -> list:
+    """All of the shelf: the first of each kind with one mark, the others with another."""
+    marked, seen = [], set()
+    for name in spec.names("attention"):
+        kind = spec.entry("attention", name).kind
+        mark = others if kind in seen else of_each_kind
+        marked.append(pytest.param(name, marks=[] if mark is None else [mark]))
+        seen.add(kind)
+    return marked
+
+
+@pytest.mark.parametrize("name", mechanisms(pytest.mark.brief))
 def test_shelf_at_one_shape(name):
     """Value, gradients, no leak of the future or of padding, decoding: what decides, in seconds."""
     resolved = spec.resolve("attention", name)
@@ -32,9 +42,9 @@ def test_shelf_at_one_shape(name):
     assert examine(subject, decisive).failed == []
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", spec.names("attention"))
+@pytest.mark.parametrize("name", mechanisms(pytest.mark.full, pytest.mark.slow))
 def test_shelf(name):
+    """Every property at every shape."""
     report = check(name)
     assert report.passed, report.failed
     assert len(report.skipped) < len(PROPERTIES) / 2

@@ -2,7 +2,7 @@
 
 The other tests compile cheaply (conftest.py), and the compiler has faults that only its default flags bring out. It
 takes the longest of all tests, so CI looks at one mechanism of each kind and one choice of each other shelf;
-`make test-flags` looks at all.
+`make test-deep` looks at all.
 """
 
 import pathlib
