@@ -60,8 +60,17 @@ def run(line: str, folder: pathlib.Path) -> None:
     assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, fences(page)))], ids=lambda page: page.stem)
+LONG = ("maps", "new_mechanism")  # pages whose blocks take minutes, as those of guides do
+
+
+def with_blocks() -> list:
+    """Pages with blocks to run; CI runs those that take no minutes."""
+    pages = [page for page in PAGES if any(map(runs, fences(page)))]
+    long = lambda page: page.stem in LONG or (page.parent.name == "guides" and page.stem != "quick_start")
+    return [pytest.param(page, marks=pytest.mark.slow if long(page) else pytest.mark.full) for page in pages]
+
+
+@pytest.mark.parametrize("page", with_blocks(), ids=lambda page: page.stem)
 def test_blocks_run_as_written(page, tmp_path):
     for fence in fences(page):
         if fence.file:
