@@ -16,7 +16,7 @@ from xformers_lab import files
 from xformers_lab.attention_maps import picture, table
 from xformers_lab.attention_maps.maps import AttentionMaps
 from xformers_lab.errors import UsageError
-from xformers_lab.report import html, human, plot
+from xformers_lab.report import html, human, offline, plot
 
 HERE = pathlib.Path(__file__).parent
 # Weights of all maps of a page: 16 bits each, so that it has six megabytes at most.
@@ -38,27 +38,17 @@ def write(
 
     Raises UsageError where jinja2 is missing or there are too many weights, and OSError where it cannot be written.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UsageError(f"the page needs {error.name}: pip install jinja2") from None
+    page_template = offline.template(HERE)
     if (count := sum(one.weights.size for one in shown)) > MOST:
         raise UsageError(
             f"the page would hold {count:,} weights, at most {MOST:,} fit: choose --layers= and --heads=, or give a "
             "shorter text"
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style = html.HERE.joinpath("page.css").read_text(encoding="utf-8") + _text("page.css")
     script, chosen = _text("page.js"), table.columns(shown)
     looks = plot.look([human.plain(one.title) for one in shown])
     texts = list(dict.fromkeys(tuple(side) for one in shown for side in (one.queries, one.keys)))
-    page = environment.get_template("page.html.jinja").render(
+    page = page_template.render(
         title=human.plain(title),
         tally=_tally(shown),
         panels=[_panel(one, look, texts) for one, look in zip(shown, looks, strict=True)],
@@ -81,7 +71,7 @@ def write(
         command=command,
         style=style,
         script=script,
-        policy=html.policy(style, [script]),
+        policy=offline.policy(style, [script]),
     )
     files.replace_text(pathlib.Path(path), page)
     return pathlib.Path(path)

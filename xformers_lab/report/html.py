@@ -5,19 +5,16 @@ script in the file, named by their hashes. Charts are SVG in the page, so that i
 script, which makes a chosen series stand out. Text from rows reaches the page only escaped, by Jinja or by `plot`.
 """
 
-import base64
 import collections
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from xformers_lab import files
-from xformers_lab.errors import UsageError
 from xformers_lab.record import Figure, Record, columns, figures
-from xformers_lab.report import aggregate, charts, findings, human, maps, notes, patterns, plot, rows, summary
+from xformers_lab.report import aggregate, charts, findings, human, maps, notes, offline, patterns, plot, rows, summary
 
 HERE = pathlib.Path(__file__).parent
 # Wrong examples of a series, and letters of each of their texts.
@@ -49,17 +46,7 @@ def write_report(
 
     Raises UsageError where jinja2 is missing, and OSError where the file cannot be written.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UsageError(f"the HTML report needs {error.name}: pip install jinja2") from None
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page_template = offline.template(HERE)
     looks = charts.looks(cells, varied_keys)
     left = maps.BUDGET
     groups, grouped = [], rows.groups(cells, varied_keys)
@@ -69,7 +56,7 @@ def write_report(
         groups.append(section)
     style, script = _text("page.css"), _text("page.js")
     shared, unshared = _configs(cells, varied_keys)
-    page = pages.get_template("page.html.jinja").render(
+    page = page_template.render(
         title=human.plain(title),
         tally=_tally(cells),
         overall=aggregate.sentences(grouped),
@@ -89,7 +76,7 @@ def write_report(
         measures=_measures(cells, columns(schema)),
         style=style,
         script=script,
-        policy=policy(style, [script]),
+        policy=offline.policy(style, [script]),
     )
     files.replace_text(pathlib.Path(path), page)
 
@@ -424,16 +411,6 @@ def _memory(cells: Sequence[dict], bench: bool) -> dict[str, str]:
             "from the truth."
         )
     return how
-
-
-def policy(style: str, scripts: Sequence[str]) -> str:
-    """The Content-Security-Policy of a page that has this style and these scripts, and fetches nothing."""
-    hashes = " ".join(f"'{_hash(script)}'" for script in scripts)
-    return f"default-src 'none'; style-src '{_hash(style)}'; script-src {hashes}; base-uri 'none'; form-action 'none'"
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _clean(value: object) -> object:

@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from xformers_lab import files
-from xformers_lab.report import human, plot, stored
+from xformers_lab.report import human, offline, plot, stored
 from xformers_lab.report.braille import curve
-from xformers_lab.report.html import policy
 from xformers_lab.train.tail import Tail
 
 RECENT = 50  # steps that the speed is taken of
@@ -117,7 +116,7 @@ def page(now: Snapshot, every: float = EVERY) -> str:
     )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(style, []))}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(offline.policy(style, []))}">\n'
         f'{again}<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n<style>{style}</style>\n'
         f"</head>\n<body>\n<header><h1>{title}</h1></header>\n<main>\n<section><dl>{facts}</dl></section>\n"
         f'<section class="charts">{figures}</section>\n</main>\n</body>\n</html>\n'
