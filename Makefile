@@ -10,7 +10,7 @@ PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
 .PHONY: demo test test-rest test-all test-peers test-deep check lint docs site bench clean
 
 demo: $(READY)  ## set up and run the main job: a real comparison with its report
-	$(BIN)/xlab demo --report report.html
+	$(BIN)/xlab demo --no-baselines --report report.html
 
 test: $(READY)  ## set up and run what is quick and decisive: every choice, every property, in minutes
 	$(PYTEST) -m "not full and not slow"
