@@ -161,7 +161,7 @@ def test_a_whole_report_of_a_broken_mechanism(tmp_path):
     path.write_text(
         "from xformers_lab.attention.full import Full\n\n\n"
         'class Crashes(Full):\n    """Full (Vaswani et al., 2017)."""\n\n'
-        "    def attend(self, q, k, v, *, valid=None, causal, bias=None):\n"
+        "    def attend(self, q, k, v, *, valid=None, causal, bias=None, documents=None):\n"
         "        return q + missing\n"
     )
     report = check(str(path))
