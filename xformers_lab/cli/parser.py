@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import ablate, author, inspect, maps, measuring, running, runs, watch
+from xformers_lab.cli import ablate, author, experiment, inspect, maps, measuring, running, runs, watch
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
@@ -16,6 +16,7 @@ COMMANDS = [
     *watch.COMMANDS,
     *measuring.COMMANDS,
     *ablate.COMMANDS,
+    *experiment.COMMANDS,
     *runs.COMMANDS,
     *maps.COMMANDS,
     *author.COMMANDS,

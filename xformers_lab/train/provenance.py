@@ -36,6 +36,14 @@ def revision(folder: pathlib.Path) -> dict | None:
     return None if commit is None or changed is None else {"commit": commit, "dirty": bool(changed)}
 
 
+def of_file(path: pathlib.Path) -> dict | None:
+    """The commit that a file was last changed in, and whether it was changed since; None where git does not know it."""
+    folder, name = path.resolve().parent, path.name
+    commit = _git(folder, "log", "-1", "--format=%H", "--", name)
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", name)
+    return {"commit": commit, "dirty": bool(changed)} if commit and changed is not None else None
+
+
 def _git(folder: pathlib.Path, *words: str) -> str | None:
     # A repository may name a program to run as its monitor of files; what only looks runs none.
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *words]

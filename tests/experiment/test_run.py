@@ -1,0 +1,124 @@
+"""An experiment from its file to the pages: run, judged, kept, resumed, refused."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from xformers_lab import spec
+from xformers_lab.cli import main
+from xformers_lab.experiment import result
+
+FILE = '''"""Is a model of width 16 any good after three steps?"""
+
+from xformers_lab.experiment import Claim, at_least, at_most, bench, compare, reported, slope
+
+CLAIM = Claim(says="It is <b>not</b>.", source="A | paper", literature="1.0", doubt="More steps.", minutes=1, seeds=2)
+STUDIES = {
+    "train": compare("task=copy attention=full,linear seq_len=16 test_len=32 position=rope dim=16 layers=1 batch=4 steps=3 "
+                     "eval_batches=1"),
+    "time": bench("attention=full seq_len=16,32 dim=16 batch=1", rounds=2, passes="forward"),
+}
+
+
+def judge(tables):
+    full = tables["train"].metric(attention="full")
+    flops = {length: tables["time"].value("flops", seq_len=length) for length in (16, 32)}
+    return [
+        at_most("accuracy", full, 0.9),
+        at_most("exponent of FLOPs", slope(flops), BOUND),
+        reported("at 32 tokens less at 16", tables["train"].metric(attention="full", test_len=32) - full),
+        reported("seconds", tables["time"].seconds(seq_len=32)),
+    ]
+'''
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one test has trained, the others read."""
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    spec._from_file.cache_clear()  # a process runs the code that it found first
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE.replace("BOUND", "2.5"))
+    return tmp_path
+
+
+def test_from_the_file_to_the_pages(mine, runs, capsys):
+    command = ["experiment", "run", "mine.py", "--runs", runs]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "mine: reproduced" in said.out and "at most 0.9: holds" in said.out
+    kept = result.read(mine / "experiments" / "results", "mine")[1]
+    assert kept.verdict == "reproduced" and list(kept.seeds) == [0, 1] and kept.minutes > 0
+    assert [measured.n for measured in kept.measurements] == [2, 1, 2, 2]
+    assert all((mine / "experiments" / "results" / name).exists() for name in kept.figures) and kept.figures
+    page, html = ((mine / "experiments" / name).read_text() for name in ("RESULTS.md", "RESULTS.html"))
+    assert "reproduced" in page and "extrapolation" in page  # the others stand there as not run
+    assert kept.commands["train"] in page
+    assert "&lt;b&gt;not&lt;/b&gt;" in html and "<b>not" not in html and "<svg" in html
+    assert not re.search(r"(src|href)=\"(?!#)", html)  # it fetches nothing
+
+    # Nothing trains twice: a finished study is read.
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(runs).rglob("result.json")}
+    (mine / "mine.py").write_text(FILE.replace("BOUND", "0.25"))
+    spec._from_file.cache_clear()
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in pathlib.Path(runs).rglob("result.json")} == before
+    again = result.read(mine / "experiments" / "results", "mine")[1]
+    assert again.verdict == "not reproduced at this scale" and again.digest != kept.digest
+
+    # A result is of the file that it was judged by.
+    (mine / "mine.py").write_text(FILE.replace("BOUND", "2.5"))
+    capsys.readouterr()
+    assert main(["experiment", "show", "mine.py"]) == 0
+    assert "changed since" in capsys.readouterr().out
+
+
+def test_a_pilot_has_other_seeds_and_keeps_no_result(mine, runs, capsys):
+    assert main(["experiment", "run", "mine.py", "--pilot", "--json", "--runs", runs]) == 0
+    printed = json.loads(capsys.readouterr().out)["mine"]
+    assert printed["seeds"] == [1000, 1001]
+    assert not (mine / "experiments").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (('attention="full")', 'attention="fulll")'), "fulll"),
+        (('tables["train"]', 'tables["trian"]'), "trian"),
+        (("at_most(", "reported("), "judge"),
+    ],
+)
+def test_a_rule_that_cannot_be_applied_names_its_file(mine, runs, capsys, change, message):
+    (mine / "mine.py").write_text(FILE.replace("BOUND", "2.5").replace(*change))
+    assert main(["experiment", "run", "mine.py", "--quiet", "--runs", runs]) == 2
+    said = capsys.readouterr().err
+    assert "mine.py" in said and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["rnu"], "run"),
+        (["run"], "which experiments"),
+        (["show"], "which experiment"),
+        (["run", "extrapolation", "--scale", "0"], "at least 1"),
+        (["all", "extrapolation"], "say run extrapolation"),
+    ],
+)
+def test_bad_input(words, message, capsys):
+    assert main(["experiment", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_read(mine, capsys):
+    folder = mine / "experiments" / "results"
+    folder.mkdir(parents=True)
+    (folder / "extrapolation.json").write_text("[]")
+    assert main(["experiment", "list"]) == 4
+    assert "delete it and run again" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""The command that judges claims of the literature: experiment."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from xformers_lab.cli.command import JSON, Command, answer, argument
+from xformers_lab.errors import UsageError, nearest
+from xformers_lab.terminal import LINES, message, visible
+
+if TYPE_CHECKING:
+    from xformers_lab.experiment.library import Experiment
+    from xformers_lab.experiment.result import Result
+
+RUNS, OUT = "runs/experiments", "experiments/results"
+
+
+def _experiment(chosen: argparse.Namespace) -> int:
+    verb, *names = chosen.words or ["list"]
+    if verb not in VERBS:
+        raise UsageError(f'experiment "{verb}": {nearest(verb, VERBS, "verbs")}')
+    return VERBS[verb](chosen, names)
+
+
+def _list(chosen: argparse.Namespace, names: list[str]) -> int:
+    from xformers_lab.experiment import library, pages, words
+    from xformers_lab.report import listing
+
+    listed = pages.entries(names or library.names(), pathlib.Path(chosen.out))
+    rows = [
+        {
+            "name": entry.experiment.name,
+            "minutes": f"{entry.experiment.claim.minutes:g}",
+            "verdict": words.verdicts(entry.results),
+            "claim": entry.experiment.claim.says,
+        }
+        for entry in listed
+    ]
+    return answer(chosen, rows, lambda: listing.print_listing(rows))
+
+
+def _show(chosen: argparse.Namespace, names: list[str]) -> int:
+    from xformers_lab.experiment import pages
+
+    if not names:
+        raise UsageError("show which experiment? xlab experiment list names them")
+    for entry in pages.entries(names, pathlib.Path(chosen.out)):
+        experiment, claim = entry.experiment, entry.experiment.claim
+        print(visible(f"{experiment.name}: {experiment.question}"))
+        for what, text in dataclasses.asdict(claim).items():
+            print(visible(f"  {what:<11}{text}"))
+        print(visible(f"  {'file':<11}{experiment.path}"))
+        for name, study in experiment.studies.items():
+            print(visible(f"  {name:<11}{study.line}"))
+        print(f"\n{visible(experiment.rule.rstrip(), LINES)}")
+        for scale, known in entry.results.items():
+            print()
+            _print(f"scale {scale}", known, experiment)
+    return 0
+
+
+def _run(chosen: argparse.Namespace, names: list[str]) -> int:
+    from xformers_lab import progress
+    from xformers_lab.experiment import conduct, library, pages
+
+    if not names:
+        raise UsageError("run which experiments? xlab experiment list names them; xlab experiment all runs all")
+    for flag, value in (("--seeds", chosen.seeds), ("--scale", chosen.scale)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} {value}: at least 1")
+    experiments = [library.load(name) for name in names]  # all of them, before the first runs
+    out, results = pathlib.Path(chosen.out), {}
+    say = (lambda text: None) if chosen.quiet else progress.say
+    for at, experiment in enumerate(experiments, 1):
+        minutes = experiment.claim.minutes
+        say(f"experiment {at} of {len(experiments)}: {experiment.name}, about {minutes:g} min on two cores")
+        how = {"runs": pathlib.Path(chosen.runs), "seeds": chosen.seeds, "scale": chosen.scale, "pilot": chosen.pilot}
+        outcome = conduct.run(experiment, **how, quiet=chosen.quiet, announce=say)
+        if outcome.result is None:
+            print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+            return 128 + outcome.interrupted
+        results[experiment.name] = outcome.result
+        if not chosen.json:
+            _print(experiment.name, outcome.result, experiment)
+        if not chosen.pilot:
+            conduct.keep(outcome, experiment, out)
+    if chosen.json:
+        print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=2))
+    if chosen.pilot:
+        print(message("a pilot: nothing was written to the results"), file=sys.stderr)
+        return 0
+    written = pages.write(pages.entries(_known(names), out), out)
+    print(visible(f"results: {' and '.join(map(str, written))}"), file=sys.stderr)
+    return 0
+
+
+def _all(chosen: argparse.Namespace, names: list[str]) -> int:
+    from xformers_lab.experiment import library
+
+    if names:
+        raise UsageError(f"all and {names[0]}: say run {names[0]}, or all alone")
+    return _run(chosen, library.names())
+
+
+def _known(names: list[str]) -> list[str]:
+    """What the pages list: the laboratory's own experiments, and those that were named by their files."""
+    from xformers_lab.experiment import library
+
+    return [*library.names(), *(name for name in names if name.endswith(".py"))]
+
+
+def _print(title: str, result: "Result", experiment: "Experiment") -> None:
+    from xformers_lab.experiment import words
+    from xformers_lab.report import listing
+
+    print(visible(f"{title}: {result.verdict}"))
+    measured = [
+        {"measured": each.what, "value": words.number(each), "rule": words.rule(each)} for each in result.measurements
+    ]
+    listing.print_listing(measured)
+    print(visible(f"{words.setting(result)} {words.pinned(result, experiment.digest)}"))
+    for line in [*(f"did not end: {reason}" for reason in words.missing(result)), *result.notes]:
+        print(visible(f"note: {line}"))
+
+
+VERBS = {"list": _list, "show": _show, "run": _run, "all": _all}
+COMMANDS = [
+    Command(
+        "experiment",
+        _experiment,
+        "run claims of the literature and judge them: list, show, run, all",
+        [
+            argument(
+                "words",
+                nargs="*",
+                metavar="VERB [NAME ...]",
+                help="list; show NAME; run NAME..., a name or the path of a .py file of your own; all",
+            ),
+            argument("--seeds", type=int, metavar="N", help="seeds of every study (default: the claim's)"),
+            argument("--scale", type=int, default=1, metavar="N", help="times the width and the steps (default: 1)"),
+            argument("--pilot", action="store_true", help="with seeds of pilot runs; results are printed and not kept"),
+            argument("--quiet", action="store_true", help="no progress"),
+            argument("--runs", path="folder", default=RUNS, help=f"folder of the runs (default: {RUNS})"),
+            argument("--out", path="folder", default=OUT, help=f"folder of the results (default: {OUT})"),
+            JSON,
+        ],
+    )
+]

@@ -1,0 +1,44 @@
+"""The pictures of an experiment: of each of its studies what the report draws first, as SVG beside the results."""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+
+from xformers_lab import files
+from xformers_lab.api.table import Table
+from xformers_lab.errors import RunFailed
+from xformers_lab.record import figures
+from xformers_lab.report import charts, plot, rows
+from xformers_lab.report.figures import slug
+
+# What says most of a study, in this order; the first two that it has are drawn.
+TITLES = ("At lengths beyond the trained one", "Time of a pass", "Memory", "Temporary memory", "Sensitivity")
+MOST = 2
+
+
+def write(tables: Mapping[str, Table], name: str, folder: pathlib.Path) -> list[str]:
+    """Write the pictures into a folder, in place of those of the same name from before; -> their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}_*.svg"):
+        old.unlink()
+    written = []
+    for study, table in tables.items():
+        for words, text in _pictures(table):
+            path = folder / f"{slug([name, study, *words])}.svg"
+            try:
+                files.replace_text(path, text)
+            except OSError as error:
+                raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+            written.append(path.name)
+    return written
+
+
+def _pictures(table: Table) -> Iterator[tuple[list[str], str]]:
+    looks = charts.looks(table.rows, table.varied)
+    names = [look.name for look in looks]
+    for group in rows.groups(table.rows, table.varied):
+        drawn = charts.of_group(group, names, table.varied, figures())
+        for chart in drawn[:MOST]:
+            pane = chart.panes[-1]
+            for one in pane.plots:
+                title = " · ".join(filter(None, [chart.title, group.title, *chart.options(pane)]))
+                yield [chart.title, group.title, *([one.x.title] if chart.wide else [])], plot.file(one, looks, title)
