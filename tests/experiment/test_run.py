@@ -16,8 +16,10 @@ from xformers_lab.experiment import Claim, at_least, at_most, bench, compare, re
 
 CLAIM = Claim(says="It is <b>not</b>.", source="A | paper", literature="1.0", doubt="More steps.", minutes=1, seeds=2)
 STUDIES = {
-    "train": compare("task=copy attention=full,linear seq_len=16 test_len=32 position=rope dim=16 layers=1 batch=4 steps=3 "
-                     "eval_batches=1"),
+    "train": compare(
+        "task=copy attention=full,linear seq_len=16 test_len=32 position=rope dim=16 layers=1 batch=4 steps=3 "
+        "eval_batches=1"
+    ),
     "time": bench("attention=full seq_len=16,32 dim=16 batch=1", rounds=2, passes="forward"),
 }
 
