@@ -40,13 +40,11 @@ class Measured:
         return Sample(values, exact=figure in COUNTED, missing=_missing(found))
 
     def seconds(self, **keys: Any) -> Sample:
-        """The time of one pass, by round of a bench, which the rows of one length take in turns. Give `pass` as
-        `pass_`: "forward", "forward+backward", "prefill", "decode"."""
-        (row, *others) = self._rows({key.rstrip("_"): choice for key, choice in keys.items()})
+        """The time of one pass, by round of a bench, which the rows of one length take in turns."""
+        row, *others = self._rows(keys)
         if others:
             raise UsageError(f"{self._asked(keys)}: {len(others) + 1} rows of the bench; give more keys")
-        rounds = row.get("seconds_rounds") or []
-        return Sample(dict(enumerate(rounds)), missing=_missing([row]))
+        return Sample(dict(enumerate(row.get("seconds_rounds") or [])), missing=_missing([row]))
 
     def all(self, key: str) -> list[Any]:
         """The values of a key over the variants, in order."""
