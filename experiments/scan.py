@@ -6,8 +6,8 @@ CLAIM = Claim(
     says="It is near perfect where commands are split at random, and near zero where the test commands are longer.",
     source="Lake and Baroni, 2018 (arXiv:1711.00350), experiments 1 and 2; Csordas et al., 2021 (arXiv:2108.12284)",
     literature="exact match: simple 99.8, length 20.8 (LSTM); Transformer with absolute positions, length 0.00",
-    doubt="Relative positions or shared layers that solve the length split: Csordas et al. report 100 % where the cut-off "
-    "is 26 actions.",
+    doubt="Relative positions or shared layers that solve the length split: Csordas et al. report 100 % with a "
+    "cut-off of 26 actions.",
     minutes=10,
 )
 STUDIES = {

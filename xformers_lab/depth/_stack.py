@@ -12,6 +12,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
+from xformers_lab.nn import layer_watch
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
@@ -150,6 +151,7 @@ def run_watched(
     graphs = [graph for graph, _, _ in split]
     length = jax.tree.leaves(split[0][1])[0].shape[0]
     keys = None if key is None else jax.random.split(key, (length, len(blocks)))
+    shown_to = layer_watch.watching()
 
     def period(state, layer):
         x, carries = state
@@ -157,14 +159,17 @@ def run_watched(
         total, changed = Aux(), []
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
             block = nnx.merge(graph, params, rest)
+            if shown_to is not None:
+                shown_to.enter(block)
             x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
+            x = x if shown_to is None else shown_to.leave(x)
             total = total + (computation(1) | aux)
             changed.append(nnx.split(block, nnx.Param, ...)[2])
         return (x, carries), (total, changed, watch(x))
 
     variables = [(params, rest) for _, params, rest in split]
     scan = functools.partial(jax.lax.scan, unroll=plan.unroll(length, len(blocks)))
-    scan = _written_out if watching() else scan
+    scan = _written_out if watching() or shown_to is not None else scan
     (x, carries), (aux, changed, watched) = scan(period, (x, carries), (variables, keys))
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)

@@ -13,7 +13,7 @@ verdict (`judge`, from their tables to findings with thresholds):
         return [at_most("ALiBi's bits at 512 tokens less those at 64", at(512) - at(64), 0.02)]
 """
 
-from xformers_lab.experiment.claim import Claim, bench, compare
+from xformers_lab.experiment.claim import Claim, bench, compare, error, signals
 from xformers_lab.experiment.findings import Finding, at_least, at_most, reported
 from xformers_lab.experiment.sample import Sample, highest, lowest, slope
 
@@ -25,8 +25,10 @@ __all__ = [
     "at_most",
     "bench",
     "compare",
+    "error",
     "highest",
     "lowest",
     "reported",
+    "signals",
     "slope",
 ]

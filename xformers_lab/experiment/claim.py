@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from xformers_lab import config as configs
@@ -28,9 +28,9 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A command of the laboratory: `compare`, whose words and flags are those of `xlab compare`, or `bench`."""
+    """A command of the laboratory, with words and flags as `xlab` takes them."""
 
-    command: Literal["compare", "bench"]
+    command: Literal["compare", "bench", "signals", "error"]
     words: tuple[str, ...]
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -40,13 +40,14 @@ class Study:
         return shlex.join(["xlab", self.command, *self.words, *_flags(self.flags)])
 
     def of(self, *, seeds: list[int], scale: int = 1) -> "Study":
-        """The same with these seeds, and with dim and steps times `scale`. A bench has neither seeds nor steps."""
-        keys = {"dim": "64"} if self.command == "bench" else {"dim": "64", "steps": "400"}
+        """The same with these seeds, and with dim and steps times `scale`. A bench has no seeds, and nothing but a
+        comparison has steps."""
+        keys = {"dim": "64", "steps": "400"} if self.command == "compare" else {"dim": "64"}
         keys |= {key: text for key, _, text in (word.partition("=") for word in self.words) if key in keys}
         scaled = {key: _times(key, text, scale) for key, text in keys.items()} if scale != 1 else {}
         words = [word for word in self.words if word.partition("=")[0] not in scaled]
         words += [f"{key}={text}" for key, text in scaled.items()]
-        if self.command == "compare":
+        if self.command != "bench":
             words.append(f"seed={','.join(map(str, seeds))}")
         return dataclasses.replace(self, words=tuple(words))
 
@@ -54,16 +55,31 @@ class Study:
 def compare(words: str, **flags: Any) -> Study:
     """`xlab compare` of these words, with flags as `xformers_lab.compare` takes them: baselines=True, budget="5m".
     Baselines are left out unless asked for. The words say no seed: the command that runs the experiment does."""
-    split = tuple(shlex.split(words))
-    for word in split:
-        if word.partition("=")[0] in ("seed", "seeds", "runs"):
-            raise UsageError(f'"{word}": seeds and folder are no words of an experiment; xlab experiment run says them')
-    return Study("compare", split, {"baselines": False, **flags})
+    return Study("compare", _split(words), {"baselines": False, **flags})
 
 
 def bench(words: str, **flags: Any) -> Study:
     """`xlab bench` of these words, with flags as `xformers_lab.bench` takes them: passes="decode", rounds=9."""
-    return Study("bench", tuple(shlex.split(words)), flags)
+    return Study("bench", _split(words), flags)
+
+
+def signals(words: str) -> Study:
+    """`xlab signals` of these words: states and gradients in each layer before training."""
+    return Study("signals", _split(words))
+
+
+def error(words: str, scale: Sequence[float] = (1.0,)) -> Study:
+    """`xlab error` of these words: how far mechanisms are from softmax attention."""
+    return Study("error", _split(words), {"scale": tuple(scale)})
+
+
+def _split(words: str) -> tuple[str, ...]:
+    """The words apart; raises UsageError where they say what the command that runs the experiment says."""
+    split = tuple(shlex.split(words))
+    for word in split:
+        if word.partition("=")[0] in ("seed", "seeds", "runs"):
+            raise UsageError(f'"{word}": seeds and folder are no words of an experiment; xlab experiment run says them')
+    return split
 
 
 def _times(key: str, text: str, scale: int) -> str:
@@ -82,5 +98,5 @@ def _flags(flags: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, bool):
             spelled += [flag] if value else []
         else:
-            spelled += [flag, str(value)]
+            spelled += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return spelled

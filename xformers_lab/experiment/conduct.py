@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from xformers_lab import __version__, files
+from xformers_lab import config as configs
 from xformers_lab.api import studies as commands
+from xformers_lab.api import untrained
 from xformers_lab.api.table import Table
 from xformers_lab.errors import UsageError
 from xformers_lab.experiment import pictures, result
@@ -25,6 +27,7 @@ from xformers_lab.train import provenance
 
 # Pilot runs, which thresholds are chosen by, have other seeds than the runs that are judged by them.
 PILOTS = 1000
+UNTRAINED = {"signals": untrained.signals, "error": untrained.error}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,9 @@ def _table(study: Study, folder: pathlib.Path, quiet: bool) -> Table:
     """The table of a study; a bench that has ended is read, as the cells of a comparison are."""
     if study.command == "compare":
         return commands.compare(*study.words, f"runs={folder}", quiet=quiet, **study.flags)
+    if study.command in UNTRAINED:
+        rows = UNTRAINED[study.command](*study.words, **study.flags)
+        return Table(rows, [key for key in rows[0] if key in configs.LEAVES], study.line)
     kept = folder / "compare.json"
     if kept.exists():
         known = saved.read(kept)

@@ -10,8 +10,7 @@ from xformers_lab.record import figures
 from xformers_lab.report import charts, plot, rows
 from xformers_lab.report.figures import slug
 
-# What says most of a study, in this order; the first two that it has are drawn.
-TITLES = ("At lengths beyond the trained one", "Time of a pass", "Memory", "Temporary memory", "Sensitivity")
+# Pictures of a study.
 MOST = 2
 
 
@@ -22,6 +21,8 @@ def write(tables: Mapping[str, Table], name: str, folder: pathlib.Path) -> list[
         old.unlink()
     written = []
     for study, table in tables.items():
+        if not any(row.get("kind") in ("compare", "bench") for row in table.rows):
+            continue
         for words, text in _pictures(table):
             path = folder / f"{slug([name, study, *words])}.svg"
             try:
