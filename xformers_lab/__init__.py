@@ -23,12 +23,27 @@ if TYPE_CHECKING:
     from xformers_lab.api import catalogue as catalogue
     from xformers_lab.api import check as check
     from xformers_lab.api import compare as compare
+    from xformers_lab.api import error as error
     from xformers_lab.api import load as load
     from xformers_lab.api import runs as runs
+    from xformers_lab.api import signals as signals
     from xformers_lab.api import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
+__all__ = [
+    "Run",
+    "Table",
+    "bench",
+    "build",
+    "catalogue",
+    "check",
+    "compare",
+    "error",
+    "load",
+    "runs",
+    "signals",
+    "train",
+]
 
 
 class _Package(types.ModuleType):

@@ -11,7 +11,7 @@ from rich.console import Console
 import xformers_lab as xl
 from xformers_lab import config, progress
 
-NAMES = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
+NAMES = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "error", "load", "runs", "signals", "train"]
 LIGHT = """
 import sys, time
 began = time.process_time()

@@ -30,6 +30,7 @@ LAYERS = [
     "report",
     "attention_maps",
     "api",
+    "experiment",
     "cli",
     "__main__",
 ]

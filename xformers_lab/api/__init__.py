@@ -11,5 +11,19 @@ from xformers_lab.api.stored import load, runs
 from xformers_lab.api.studies import bench, compare
 from xformers_lab.api.table import Table
 from xformers_lab.api.training import train
+from xformers_lab.api.untrained import error, signals
 
-__all__ = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
+__all__ = [
+    "Run",
+    "Table",
+    "bench",
+    "build",
+    "catalogue",
+    "check",
+    "compare",
+    "error",
+    "load",
+    "runs",
+    "signals",
+    "train",
+]

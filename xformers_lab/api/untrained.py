@@ -29,7 +29,7 @@ def signals(*what: arguments.What, trust: bool = False, **keys: Any) -> list[dic
     Raises:
         xformers_lab.errors.UsageError: A key or value is wrong, or the layers of a model run in no stack.
     """
-    from xformers_lab.measure import signals as measured
+    from xformers_lab.train import signals as measured
 
     measure = lambda cells: (map(dataclasses.asdict, layers) for layers in measured.of_configs(cells))
     return _rows("signals", arguments.items(what, keys), trust, measure)

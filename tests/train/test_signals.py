@@ -9,8 +9,8 @@ from flax import nnx
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
-from xformers_lab.measure import signals
 from xformers_lab.model import build_model, check_config
+from xformers_lab.train import signals
 
 TINY = edit(Config(), task="copy", seq_len=8, dim=8, layers=2, batch=2)
 
