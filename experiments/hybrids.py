@@ -11,8 +11,8 @@ CLAIM = Claim(
 )
 ARMS = {
     "local:window=4": "no full layer",
-    "local:window=4+local:window=4+local:window=4+full": "the last of four full",
-    "local:window=4+full": "two of four full",
+    "full+local:window=4+local:window=4+local:window=4": "the first of four full",
+    "full+local:window=4": "two of four full",
     "full": "all full",
 }
 STUDIES = {

@@ -28,6 +28,11 @@ def test_a_study_is_a_command():
     )
 
 
+def test_a_study_may_begin_with_a_run_of_another():
+    study = compare("task=text init=none,{pretraining}").of(seeds=[0], runs={"pretraining": "runs/mlm/1"})
+    assert "init=none,runs/mlm/1" in study.words
+
+
 def test_scale_doubles_width_and_steps():
     study = compare("task=copy dim=16..64:x2 steps=100").of(seeds=[0], scale=2)
     assert set(study.words) == {"task=copy", "dim=32,64,128", "steps=200", "seed=0"}
@@ -90,5 +95,5 @@ def test_every_experiment_can_be_read(name):
     assert len(known.path.read_text().splitlines()) <= 60
     for study in known.studies.values():
         for scale in (1, 2):
-            words = study.of(seeds=[0], scale=scale).words
+            words = study.of(seeds=[0], scale=scale, runs=dict.fromkeys(known.studies, "none")).words
             configs.study(words) if study.command == "compare" else configs.sweep(words)

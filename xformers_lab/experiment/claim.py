@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from xformers_lab import config as configs
@@ -39,14 +40,15 @@ class Study:
         """The command as a user types it."""
         return shlex.join(["xlab", self.command, *self.words, *_flags(self.flags)])
 
-    def of(self, *, seeds: list[int], scale: int = 1) -> "Study":
+    def of(self, *, seeds: list[int], scale: int = 1, runs: Mapping[str, str] = MappingProxyType({})) -> "Study":
         """The same with these seeds, and with dim and steps times `scale`. A bench has no seeds, and nothing but a
-        comparison has steps."""
+        comparison has steps. runs: the first run of each study before, for which {NAME} stands in the words."""
         keys = {"dim": "64", "steps": "400"} if self.command == "compare" else {"dim": "64"}
         keys |= {key: text for key, _, text in (word.partition("=") for word in self.words) if key in keys}
         scaled = {key: _times(key, text, scale) for key, text in keys.items()} if scale != 1 else {}
         words = [word for word in self.words if word.partition("=")[0] not in scaled]
         words += [f"{key}={text}" for key, text in scaled.items()]
+        words = [word.format_map(runs) if "{" in word else word for word in words]
         if self.command != "bench":
             words.append(f"seed={','.join(map(str, seeds))}")
         return dataclasses.replace(self, words=tuple(words))
@@ -54,7 +56,8 @@ class Study:
 
 def compare(words: str, **flags: Any) -> Study:
     """`xlab compare` of these words, with flags as `xformers_lab.compare` takes them: baselines=True, budget="5m".
-    Baselines are left out unless asked for. The words say no seed: the command that runs the experiment does."""
+    Baselines are left out unless asked for. The words say no seed, for the command that runs the experiment does;
+    init={NAME} is the first run of the study NAME, which stands before this one."""
     return Study("compare", _split(words), {"baselines": False, **flags})
 
 

@@ -66,9 +66,10 @@ def run(
     folder = runs / experiment.name
     tables: dict[str, Table] = {}
     lines: dict[str, str] = {}
+    firsts: dict[str, str] = {}
     clock = _Clock(folder / "seconds.json")
     for at, (name, study) in enumerate(experiment.studies.items(), 1):
-        asked = study.of(seeds=drawn, scale=scale)
+        asked = study.of(seeds=drawn, scale=scale, runs=firsts)
         lines[name] = asked.line
         announce(f"{experiment.name}: {name}, study {at} of {len(experiment.studies)}: {asked.line}")
         try:
@@ -76,6 +77,7 @@ def run(
                 tables[name] = _table(asked, folder / name, quiet)
         except UsageError as error:
             raise UsageError(f"{experiment.path}: {name}: {error}") from error
+        firsts[name] = next((row["run_dir"] for row in tables[name].rows if row.get("run_dir")), "none")
         if tables[name].interrupted:
             return Outcome(None, tables, tables[name].interrupted)
     findings = judged(experiment, {name: Measured(table) for name, table in tables.items()})

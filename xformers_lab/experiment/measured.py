@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.api.table import Table
@@ -45,6 +47,24 @@ class Measured:
         if others:
             raise UsageError(f"{self._asked(keys)}: {len(others) + 1} rows of the bench; give more keys")
         return Sample(dict(enumerate(row.get("seconds_rounds") or [])), missing=_missing([row]))
+
+    def heads(self, figure: str, *, layer: int | None = None, **keys: Any) -> Sample:
+        """What heads do on the first test example, as the record keeps its maps (`measure.heads`: "entropy",
+        "relative", "distance"), by seed: the mean over the heads of a layer, from 1, or of all."""
+        from xformers_lab.measure import heads
+
+        values, missing = {}, []
+        found = self._rows(keys)
+        for row in found:
+            kept = row.get("maps") or {}
+            if "layers" not in kept:
+                missing.append(f"seed {rows.draw(row)}: {kept.get('reason', 'no maps were kept')}")
+                continue
+            weights = np.asarray(kept["layers"], np.float64)
+            real, causal = np.ones(weights.shape[-1], bool), not np.triu(weights, 1).any()
+            each = getattr(heads.figures_of(weights, causal=causal, real_queries=real, real_keys=real), figure)
+            values[rows.draw(row)] = float(np.nanmean(each if layer is None else each[layer - 1]))
+        return Sample(values, missing=tuple(dict.fromkeys([*_missing(found), *missing])))
 
     def all(self, key: str) -> list[Any]:
         """The values of a key over the variants, in order."""
