@@ -165,7 +165,7 @@ COMMANDS.insert(
     Command(
         "demo",
         _demo,
-        "compare five attention mechanisms at three lengths on two tasks, in minutes",
+        "compare five attention mechanisms at three lengths, three seeds each, in minutes",
         OF_COMPARE,
         keys=True,
         study=True,
