@@ -9,22 +9,20 @@ CLAIM = Claim(
     doubt="An LSTM that bridges the longest distance with more steps, or with another learning rate.",
     minutes=8,
 )
+DISTANCES = (8, 32, 128)
 STUDIES = {
-    f"distance_{distance}": compare(
-        f"task=needle:distance={distance} model=encoder,lstm position=rope seq_len={2 * distance} dim=64 layers=2 "
-        "batch=32 steps=300 lr=3e-3"
+    f"{name}_{distance}": compare(
+        f"task=needle:distance={distance} {keys} seq_len={2 * distance} dim=64 layers=2 batch=32 steps=300 lr=3e-3"
     )
-    for distance in (8, 32, 128)
+    for name, keys in {"attention": "model=encoder position=rope", "lstm": "model=lstm"}.items()
+    for distance in DISTANCES
 }
 
 
 def judge(tables):
-    accuracy = lambda model, distance: tables[f"distance_{distance}"].metric(model=model)
+    accuracy = lambda name, distance: tables[f"{name}_{distance}"].metric()
     return [
-        *(
-            at_least(f"attention over {distance} tokens: accuracy", accuracy("encoder", distance), 0.9)
-            for distance in (8, 32, 128)
-        ),
+        *(at_least(f"attention over {each} tokens: accuracy", accuracy("attention", each), 0.9) for each in DISTANCES),
         at_most("LSTM over 128 tokens: accuracy", accuracy("lstm", 128), 0.5),
-        *(reported(f"LSTM over {distance} tokens", accuracy("lstm", distance)) for distance in (8, 32)),
+        *(reported(f"LSTM over {each} tokens: accuracy", accuracy("lstm", each)) for each in DISTANCES[:2]),
     ]
