@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from xformers_lab.api import signals as signals
     from xformers_lab.api import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Run",
     "Table",

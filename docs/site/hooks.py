@@ -24,7 +24,12 @@ from xformers_lab import spec  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Pages whose text stands elsewhere in the repository: where they stand in the site, and where they are written.
-INCLUDED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "benchmarks.md": "benchmarks/README.md"}
+INCLUDED = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "benchmarks.md": "benchmarks/README.md",
+}
 
 
 def on_config(config: Any) -> Any:

@@ -12,8 +12,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from xformers_lab import config, doctor, progress, spec
+from xformers_lab import config, hardware, progress, spec
 from xformers_lab.cli import main, measuring
+from xformers_lab.doctor import quiet
 from xformers_lab.errors import nearest
 from xformers_lab.measure import speed
 
@@ -229,13 +230,17 @@ def test_train_resume_eval(capsys, tmp_path):
     assert scored["metric"] == pytest.approx(record["metric"])
 
 
+TIMED = {"float32 product", "bfloat16 product", "bf16 in training"}
+
+
 @pytest.mark.full
 def test_doctor(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.hardware, "load", lambda: 99.0)
-    monkeypatch.setattr(doctor, "_spread", lambda: 1.1)
-    findings = run(capsys, "doctor")  # other work on the machine is no fault of the installation
-    assert [finding["what"] for finding in findings if finding["ok"] is not True] == ["cores"]
-    assert {"python", "devices", "same seed, same result"} <= {finding["what"] for finding in findings}
+    monkeypatch.setattr(hardware, "load", lambda: 99.0)
+    monkeypatch.setattr(quiet, "spread", lambda: 1.1)
+    findings = {finding["what"]: finding for finding in run(capsys, "doctor")}
+    assert findings["cores"]["ok"] is None  # other work on the machine is no fault of the installation
+    assert {"python", "packages", "backends", "memory", "same seed, same result", *TIMED} <= findings.keys()
+    assert all(findings[what]["measured"] for what in TIMED)
 
 
 @pytest.mark.full

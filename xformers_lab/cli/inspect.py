@@ -11,6 +11,8 @@ from xformers_lab.errors import UsageError
 OF_TASK = {"task", "seq_len"}
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
+# How a finding of the doctor is, in a word: None is no fault of the installation.
+OK = {True: "yes", None: "note", False: "NO"}
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
@@ -18,7 +20,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
     from xformers_lab.report import listing
 
     findings = doctor.examine()
-    code = answer(chosen, findings, lambda: listing.print_listing(findings))
+    shown = [{"what": each["what"], "ok": OK[each["ok"]], "found": each["found"]} for each in findings]
+    code = answer(chosen, findings, lambda: listing.print_listing(shown))
     return 3 if any(finding["ok"] is False for finding in findings) else code
 
 
@@ -111,7 +114,12 @@ SVG = argument("--svg", path="file", metavar="FILE", help="write the drawing of 
 SPLIT = argument("--split", choices=("train", "validation", "test"), help="of a task: the split of the example (test)")
 NUMBER = argument("--number", type=int, metavar="N", help="of a task: which example, from 0 (0)")
 COMMANDS = [
-    Command("doctor", _doctor, "versions, devices, and a self-test of a few seconds", [JSON]),
+    Command(
+        "doctor",
+        _doctor,
+        "what there is to compute on and what to install for the rest, how fast it is, and a self-test: some seconds",
+        [JSON],
+    ),
     Command("list", _list, "the choices on a shelf, or the shelves", [SHELF, JSON]),
     Command(
         "show",

@@ -10,8 +10,8 @@ from xformers_lab.record import figures
 from xformers_lab.report import charts, plot, rows
 from xformers_lab.report.figures import slug
 
-# Pictures of a study.
-MOST = 2
+# Charts of a comparison that are drawn where there are some, by how their titles begin or end.
+BEGIN, END = ("Tuning of",), ("beyond the trained length",)
 
 
 def write(tables: Mapping[str, Table], name: str, folder: pathlib.Path) -> list[str]:
@@ -37,9 +37,16 @@ def _pictures(table: Table) -> Iterator[tuple[list[str], str]]:
     looks = charts.looks(table.rows, table.varied)
     names = [look.name for look in looks]
     for group in rows.groups(table.rows, table.varied):
-        drawn = charts.of_group(group, names, table.varied, figures())
-        for chart in drawn[:MOST]:
+        for chart in _chosen(charts.of_group(group, names, table.varied, figures()), group.bench):
             pane = chart.panes[-1]
             for one in pane.plots:
                 title = " · ".join(filter(None, [chart.title, group.title, *chart.options(pane)]))
                 yield [chart.title, group.title, *([one.x.title] if chart.wide else [])], plot.file(one, looks, title)
+
+
+def _chosen(drawn: list[charts.Chart], bench: bool) -> list[charts.Chart]:
+    """Of a bench time and memory; of a comparison the metric by length, and what was asked for besides."""
+    if bench:
+        return drawn[:2]
+    asked = [chart for chart in drawn if chart.title.startswith(BEGIN) or chart.title.endswith(END)]
+    return [*drawn[1:2], *asked]
