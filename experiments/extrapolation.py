@@ -9,12 +9,12 @@ CLAIM = Claim(
     "20.05 and 132.41, rotary 20.07 and 31.58, T5 19.65 and 20.41",
     doubt="A loss that rises with ALiBi too once the model is trained for longer, or one that does not rise with "
     "sinusoidal positions, on another text.",
-    minutes=6,
+    minutes=4,
 )
 STUDIES = {
     "lengths": compare(
-        "task=lm position=alibi,sinusoidal,rope,t5,none seq_len=64 test_len=128+256+512 layers=3 dim=64 heads=4 "
-        "batch=32 steps=500 lr=3e-3"
+        "task=lm position=alibi,sinusoidal,rope,t5,none seq_len=64 test_len=128+256+512 layers=2 dim=64 heads=4 "
+        "batch=16 steps=300 lr=3e-3"
     )
 }
 
@@ -23,8 +23,8 @@ def judge(tables):
     bits = lambda position, length: tables["lengths"].metric(position=position, test_len=length)
     rise = {position: bits(position, 512) - bits(position, 64) for position in tables["lengths"].all("position")}
     return [
-        at_most("ALiBi: bits per byte at 512 tokens less those at 64", rise["alibi"], 0.02),
-        at_least("sinusoidal: the same", rise["sinusoidal"], 0.05),
+        at_most("ALiBi: bits per byte at 512 tokens less those at 64", rise["alibi"], 0.05),
+        at_least("sinusoidal: the same", rise["sinusoidal"], 0.3),
         at_least("sinusoidal less ALiBi at 512 tokens", bits("sinusoidal", 512) - bits("alibi", 512), 0.1),
         *(reported(f"{position}: the same rise", rise[position]) for position in ("rope", "t5", "none")),
     ]

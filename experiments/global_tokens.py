@@ -15,7 +15,7 @@ CLAIM = Claim(
 STUDIES = {
     "needle": compare(
         "task=needle:distance=30 attention=full,local:window=6,longformer:window=6:tokens=1 seq_len=64 model=encoder "
-        "steps=200 batch=64 lr=3e-3"
+        "steps=150 batch=32 lr=3e-3"
     )
 }
 
@@ -24,6 +24,6 @@ def judge(tables):
     full, window, mended = (tables["needle"].metric(attention=name) for name in tables["needle"].all("attention"))
     return [
         at_least("full: accuracy", full, 0.9),
-        at_most("window: accuracy", window, 0.3),
-        at_least("window with a global token, less the window alone", mended - window, 0.3),
+        at_most("window: accuracy (chance 0.0625)", window, 0.15),
+        at_least("window with a global token, less the window alone", mended - window, 0.7),
     ]
