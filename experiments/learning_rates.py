@@ -22,7 +22,7 @@ STUDIES = {
 
 
 def decades(bits: dict[float, Sample]) -> Sample:
-    """At each seed the decades of learning rate, half a step around each, within 5 % of the best loss of any norm."""
+    """At each seed the decades of learning rate, half a step around each, within 5 % of the best."""
     trials = set.intersection(*(set(sample.values) for sample in bits.values()))
     step = math.log10(RATES[-1] / RATES[0]) / (len(RATES) - 1)
     near = lambda trial: min(sample.values[trial] for sample in bits.values()) * 1.05

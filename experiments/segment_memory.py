@@ -6,14 +6,14 @@ CLAIM = Claim(
     says="A memory of a whole segment lowers the loss of a model that reads short segments of one text after another.",
     source="Dai et al., 2019, Transformer-XL (arXiv:1901.02860), table 6",
     literature="WikiText-103, 128M parameters: perplexity 26.77 with recurrence, 29.02 without",
-    doubt="A memory of one position is the control: it reads the same bytes in the same order. Without memory batches are "
-    "drawn from everywhere, and a short training learns more of that than any memory gives.",
+    doubt="A memory of one position is the control: it reads the same bytes in the same order. Without memory batches "
+    "are drawn from everywhere, and a short training learns more of that than any memory gives.",
     minutes=7,
 )
 STUDIES = {
     "memory": compare(
-        "task=lm memory=xl:length=1,xl:length=32,none position=xl seq_len=32 layers=2 dim=64 heads=4 batch=32 steps=600 "
-        "lr=3e-3"
+        "task=lm memory=xl:length=1,xl:length=32,none position=xl seq_len=32 layers=2 dim=64 heads=4 batch=32 "
+        "steps=600 lr=3e-3"
     )
 }
 
