@@ -175,6 +175,26 @@ def test_every_byte_of_a_text_is_predicted_once(choices, segments, batch):
     assert np.array_equal(answers, np.bincount(content[1:], minlength=256))
 
 
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_a_sample_for_a_memory_is_of_runs_from_all_over_the_split(choices, batch):
+    """The first windows of a text are of one author, or of one file. Whatever the batch, a row goes on where it ended,
+    or says that it begins anew."""
+    task = built(choices["lm"])
+    every = {task.take("train", np.array([at])).inputs.tobytes(): at for at in range(task.examples("train"))}
+    sample = sampled(choices["lm"], batch, 2, "train", segments=True)
+    assert sample.examples == 2 * UNIT < sample.of and sample.runs
+    scored, last = set(), {}
+    for number in range(sample.batches):
+        one = sample.batch(number)
+        for row in np.flatnonzero(one.counted):
+            at = every[one.inputs[row].tobytes()]
+            assert one.fresh[row] or at == last[row] + 1
+            scored, last = scored | {at}, last | {row: at}
+    assert len(scored) == 2 * UNIT
+    assert min(scored) == 0 and sample.of // 2 in scored  # two runs: from the beginning, and from the middle
+    assert all(at in scored for at in range(UNIT))
+
+
 def test_segments_without_an_end_are_read_on(choices):
     """A task with `segment` alone: its rows cannot be dealt out anew, so the sample is of whole batches."""
 

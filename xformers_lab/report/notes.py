@@ -22,7 +22,7 @@ def of(cells: Sequence[dict]) -> list[str]:
 def of_group(group: rows.Group) -> list[str]:
     """One sentence for each thing in which the rows of one table differ beside what was varied, or that makes their
     times uncertain."""
-    return [*_matched(group), *_unequal(group), *_busy(group)]
+    return [*_matched(group), *_other_examples(group), *_unequal(group), *_busy(group)]
 
 
 def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:
@@ -53,6 +53,19 @@ def _matched(group: rows.Group) -> list[str]:
         but = f", but for {human.listing(off)}" if off else ""
         lines.append(f"Held equal within 2 % at each length: {budget}{but}.")
     return lines
+
+
+def _other_examples(group: rows.Group) -> list[str]:
+    """Who was scored on other examples than the rest: what remembers reads on, what does not has examples from
+    everywhere."""
+    parts = {point.series: point.rows[0].get("runs") is True for point in group.points if point.rows}
+    partly = any(rows.partly(row) for point in group.points for row in point.rows)
+    if not partly or len(set(parts.values())) < 2:
+        return []
+    runs = human.listing([name for name, in_runs in parts.items() if in_runs])
+    return [
+        f"Scored on other examples than the rest: {runs}, for what remembers reads on; eval_batches=all scores all."
+    ]
 
 
 def _unequal(group: rows.Group) -> list[str]:

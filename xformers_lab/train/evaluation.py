@@ -2,7 +2,8 @@
 
 Which examples are scored is a function of the split and of `eval_batches` alone: neither `batch` nor `seed` changes it.
 A split with an end is read once, each example exactly once; the last batch is filled up with rows that do not count. A
-smaller sample is the first part of one fixed shuffled order. Of a task that draws its examples without end, example i
+smaller sample is the first part of one fixed shuffled order, or where a model remembers what it read before, runs of
+examples that follow one another, spread over the split. Of a task that draws its examples without end, example i
 of a split is row i % UNIT of batch i // UNIT of the same task with batch=UNIT and seed=0.
 """
 
@@ -35,12 +36,14 @@ Wanted = int | Literal["all"]
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """What is scored. examples: how many; of: how many the split has, None without end; batches: how many batches hold
-    them; batch(number) is one of these on the host, whose `counted` says which of its rows are examples."""
+    them; batch(number) is one of these on the host, whose `counted` says which of its rows are examples; runs: whether
+    they are a part of the split that follow one another, for a model that remembers."""
 
     examples: int
     of: int | None
     batches: int
     batch: Callable[[int], Batch]
+    runs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Score:
     """loss: nats for each answer; metric: as reported; answers: the sum of their weights; interval: where the metric of
     all examples lies with 95 %, None where all were scored; majority: the share of the most frequent answer, None where
     the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position; the
-    scalars are also what the task reports beside its metric; seconds: the median time of a batch, without compiling."""
+    scalars are also what the task reports beside its metric; seconds: the median time of a batch, without compiling;
+    runs: as of the sample."""
 
     loss: float
     metric: float
@@ -60,6 +64,7 @@ class Score:
     scalars: dict[str, float]
     tokens: dict[str, list[float]]
     seconds: float
+    runs: bool = False
 
 
 def amount(of: int | None, wanted: Wanted, most: int | None = None) -> int:
@@ -76,9 +81,9 @@ def sample(
 ) -> Sample:
     """The examples to score, in batches of the task's own size; rebuilt(batch) is the task with that batch and seed 0.
 
-    segments: whether each row of a batch has to go on where it ended in the batch before. The rows then each read a
-    part of their own, whose first window has nothing before it, so there the size of the batch decides what is
-    remembered, though not what is scored.
+    segments: whether each row of a batch has to go on where it ended in the batch before, or begin anew. The rows then
+    each read a part of their own, whose first window has nothing before it, so there the size of the batch decides what
+    is remembered, though not what is scored.
     """
     of, size = task.examples(split), task.setting.batch
     if of == 0:
@@ -88,25 +93,37 @@ def sample(
         count = math.ceil(examples / size)
         return Sample(count * size, None, count, lambda number: prefetch.checked(rebuilt(size), split, number, True))
     count = math.ceil(examples / size)
-    order = None if of is None else np.random.Generator(np.random.PCG64(0)).permutation(of)
+    order = None if of is None else _runs(examples, of) if segments else _shuffled(of)
     drawn = functools.lru_cache(maxsize=2)(lambda number: prefetch.checked(rebuilt(UNIT), split, number))
 
     def batch(number: int) -> Batch:
-        if segments:
-            numbers = np.arange(size) * count + number
-            chosen = numbers % examples
-        else:
-            numbers = np.arange(number * size, (number + 1) * size)
-            chosen = numbers % examples if order is None else order[numbers % examples]
+        numbers = np.arange(size) * count + number if segments else np.arange(number * size, (number + 1) * size)
+        chosen = numbers % examples if order is None else order[numbers % examples]
+        counted = numbers < examples
         taken = _drawn(drawn, chosen) if of is None else task.take(split, chosen)
         prefetch.check(task, taken, f"{split} batch {number}")
-        counted = numbers < examples
         weights = np.asarray(taken.weights)
         weights = np.where(counted.reshape(-1, *[1] * (weights.ndim - 1)), weights, np.zeros_like(weights))
-        fresh = np.full(size, number == 0) if segments else taken.fresh
+        fresh = taken.fresh
+        if segments and order is not None:
+            fresh = (number == 0) | ((chosen != order[(numbers - 1) % examples] + 1) & counted)
         return dataclasses.replace(taken, weights=weights, fresh=fresh, counted=counted)
 
-    return Sample(examples, of, count, batch)
+    return Sample(examples, of, count, batch, segments and of is not None and examples < of)
+
+
+def _shuffled(of: int) -> np.ndarray:
+    """All examples of a split in one fixed order."""
+    return np.random.Generator(np.random.PCG64(0)).permutation(of)
+
+
+def _runs(examples: int, of: int) -> np.ndarray:
+    """So many of the examples of a split, in runs of UNIT that follow one another, spread over the split."""
+    if examples == of:
+        return np.arange(of)
+    runs = math.ceil(examples / UNIT)
+    starts = np.arange(runs) * of // runs
+    return (starts[:, None] + np.arange(UNIT)).ravel()[:examples]
 
 
 def score(
@@ -178,6 +195,7 @@ def score(
         scalars=means["scalars"] | task.figures(means["loss"]),
         tokens=means["tokens"],
         seconds=statistics.median(seconds if compiled else seconds[1:]),
+        runs=sample.runs,
     )
 
 
