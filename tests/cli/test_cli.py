@@ -273,7 +273,9 @@ def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
     cells, varied = config.sweep([f"@{measuring.DEMO}"])
     assert len(cells) == 45 and {cell.seed for cell in cells} == {0, 1, 2} and "attention" in varied
     monkeypatch.chdir(tmp_path)
-    (row,) = run(capsys, "demo", *TINY, "--no-baselines", "attention=full", "seq_len=16", "lr=1e-3", "layers=1", "seed=1")
+    (row,) = run(
+        capsys, "demo", *TINY, "--no-baselines", "attention=full", "seq_len=16", "lr=1e-3", "layers=1", "seed=1"
+    )
     assert row["status"] == "ok" and (tmp_path / "runs" / "report.html").is_file()
     assert "xlab demo" in (tmp_path / "runs" / "compare.json").read_text()
 
