@@ -92,8 +92,8 @@ class Babi(InPasses):
             self.cut[split] = len(shorter)
             if shorter:
                 notes.append(
-                    f"{split}: stories cut on the left to fit into seq_len={setting.seq_len}: {len(shorter):,}, of which "
-                    f"without a fact that the answer needs: {lost:,}"
+                    f"{split}: stories cut on the left to fit into seq_len={setting.seq_len}: {len(shorter):,}, of "
+                    f"which without a fact that the answer needs: {lost:,}"
                 )
             if unheard := int((self.targets[split] == UNHEARD).sum()):
                 notes.append(f"{split}: answers that the training data lack, which count as wrong: {unheard:,}")
