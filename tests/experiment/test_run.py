@@ -94,8 +94,8 @@ NEEDY = '''"""Does it read?"""
 from xformers_lab.experiment import Claim, at_most, compare
 
 CLAIM = Claim(says="Yes.", source="-", literature="-", doubt="-", minutes=1, data={"a:b.txt": "any <text>"})
-WORDS = "task=lm:path=({data}/a:b.txt) depth=universal:act=true seq_len=16 dim=16 layers=1 batch=4 steps=2 eval_batches=1"
-STUDIES = {"train": compare(WORDS)}
+WORDS = "depth=universal:act=true seq_len=16 dim=16 layers=1 batch=4 steps=2 eval_batches=1"
+STUDIES = {"train": compare("task=lm:path=({data}/a:b.txt) " + WORDS)}
 
 
 def judge(tables):
