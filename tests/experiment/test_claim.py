@@ -33,6 +33,12 @@ def test_a_study_may_begin_with_a_run_of_another():
     assert "init=none,runs/mlm/1" in study.words
 
 
+def test_a_study_may_read_the_folder_of_data():
+    study = compare("task=text:path=({data}/sst2)")
+    assert study.needs_data and not compare("task=copy").needs_data
+    assert study.of(seeds=[0], data="a:b").words[0] == "task=text:path=(a:b/sst2)"
+
+
 def test_scale_doubles_width_and_steps():
     study = compare("task=copy dim=16..64:x2 steps=100").of(seeds=[0], scale=2)
     assert set(study.words) == {"task=copy", "dim=32,64,128", "steps=200", "seed=0"}
@@ -69,6 +75,8 @@ def test_a_file_is_loaded_by_its_path(tmp_path):
         ('{"only": compare("task=copy attention=full,linear")}', "{}", "STUDIES holds"),
         ("def judge", "def other", "judge has to be"),
         ("minutes=1)", "minutes=1, hours=1)", "hours"),
+        ("minutes=1)", 'minutes=1, data={"sst2": "reviews"})', "go together"),
+        ("task=copy", "task=text:path={data}/sst2", "go together"),
     ],
 )
 def test_a_file_that_is_no_experiment_is_refused(tmp_path, old, new, message):
@@ -95,5 +103,5 @@ def test_every_experiment_can_be_read(name):
     assert len(known.path.read_text().splitlines()) <= 60
     for study in known.studies.values():
         for scale in (1, 2):
-            words = study.of(seeds=[0], scale=scale, runs=dict.fromkeys(known.studies, "none")).words
+            words = study.of(seeds=[0], scale=scale, runs=dict.fromkeys(known.studies, "none"), data="data").words
             configs.study(words) if study.command == "compare" else configs.sweep(words)

@@ -8,6 +8,7 @@ import pytest
 
 from xformers_lab import spec
 from xformers_lab.cli import main
+from xformers_lab.errors import UsageError
 from xformers_lab.experiment import result
 
 FILE = '''"""Is a model of width 16 any good after three steps?"""
@@ -86,6 +87,63 @@ def test_a_pilot_has_other_seeds_and_keeps_no_result(mine, runs, capsys):
     printed = json.loads(capsys.readouterr().out)["mine"]
     assert printed["seeds"] == [1000, 1001]
     assert not (mine / "experiments").exists()
+
+
+NEEDY = '''"""Does it read?"""
+
+from xformers_lab.experiment import Claim, at_most, compare
+
+CLAIM = Claim(says="Yes.", source="-", literature="-", doubt="-", minutes=1, data={"a:b.txt": "any <text>"})
+WORDS = "depth=universal:act=true seq_len=16 dim=16 layers=1 batch=4 steps=2 eval_batches=1"
+STUDIES = {"train": compare("task=lm:path=({data}/a:b.txt) " + WORDS)}
+
+
+def judge(tables):
+    return [at_most("steps", tables["train"].reports("steps"), 1)]
+'''
+
+
+def test_an_experiment_that_needs_data(mine, runs, capsys):
+    """It is refused before anything runs, whatever runs beside it."""
+    (mine / "needy.py").write_text(NEEDY)
+    command = ["experiment", "run", "mine.py", "needy.py", "--quiet", "--runs", f"{runs}/needy"]
+    for flags, says in (([], "give --data the folder"), (["--data", "."], "--data . has no such entry")):
+        assert main([*command, *flags]) == 2
+        said = capsys.readouterr().err
+        assert says in said and "needy needs a:b.txt (any <text>)" in said
+    assert not pathlib.Path(runs, "needy").exists()
+    (mine / "a:b.txt").write_text("".join(f"{number} " for number in range(2000)))
+    command.remove("mine.py")
+    assert main([*command, "--seeds", "1", "--data", "."]) == 0
+    kept = result.read(mine / "experiments" / "results", "needy")[1]
+    assert kept.measurements[0].mean == 1 and "task=lm:path=(./a:b.txt)" in kept.commands["train"]
+    assert main(["experiment", "show", "needy.py"]) == 0
+    assert "a:b.txt: any <text>" in capsys.readouterr().out
+    assert "Data: a:b.txt (any <text>)" in (mine / "experiments" / "RESULTS.md").read_text()
+
+
+def test_what_models_report_of_themselves():
+    from xformers_lab.api.table import Table
+    from xformers_lab.experiment.measured import Measured
+
+    row = {"status": "ok", "attention": "full", "aux": {"exit/1": 0.25, "exit/2": 0.75}}
+    other = row | {"seed": 1, "aux": {"exit/2": 1.0}}
+    lost = {"status": "failed", "attention": "full", "seed": 2}
+    table = Measured(Table([row | {"seed": 0}, other, lost], ["attention"], "xlab compare"))
+    sample = table.reports("exit/1", attention="full")
+    assert dict(sample.values) == {0: 0.25, 1: 0.0} and len(sample.missing) == 1
+    with pytest.raises(UsageError, match=r'reports "exit/3".*choose from: exit/1, exit/2'):
+        table.reports("exit/3")
+
+
+def test_all_leaves_out_what_lacks_its_data(mine, monkeypatch, capsys):
+    from xformers_lab.cli import experiment
+
+    ran = []
+    monkeypatch.setattr(experiment, "_run", lambda chosen, names: ran.extend(names) or 0)
+    assert main(["experiment", "all"]) == 0
+    said = capsys.readouterr().err
+    assert "left out: ponder needs babi_en10k" in said and "extrapolation" in ran and "ponder" not in ran
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,23 @@ def commands(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def stories(tmp_path_factory) -> pathlib.Path:
+    """Who went where, and where somebody is: four sentences and a question for each story, in bAbI's files."""
+    folder, rng = tmp_path_factory.mktemp("stories"), np.random.default_rng(0)
+    people, places = ("Mary", "John", "Daniel"), ("kitchen", "garden", "office", "hallway")
+    for side, many in (("train", 400), ("test", 100)):
+        rows = []
+        for _ in range(many):
+            moves = [(rng.choice(people), rng.choice(places)) for _ in range(4)]
+            asked = rng.choice([who for who, _ in moves])
+            at = max(number for number, (who, _) in enumerate(moves) if who == asked)
+            rows += [f"{number} {who} went to the {place}." for number, (who, place) in enumerate(moves, 1)]
+            rows += [f"5 Where is {asked}? \t{moves[at][1]}\t{at + 1}"]
+        (folder / f"qa1_one-fact_{side}.txt").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def measured(tmp_path_factory) -> pathlib.Path:
     """Two quantities that swing, and noise."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("measured") / "swings.csv"
@@ -95,7 +112,7 @@ def measured(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def choice(documents, images, sentences, commands, measured):
+def choice(documents, images, sentences, commands, measured, stories):
     """The spelling of a task by its name: what it needs is added."""
     paths = {
         "text": documents,
@@ -105,6 +122,7 @@ def choice(documents, images, sentences, commands, measured):
         "translate": sentences,
         "scan": commands,
         "series": measured,
+        "babi": stories,
     }
     return lambda name: f"{name}:path={paths[name]}" if name in paths else name
 
@@ -322,6 +340,12 @@ def solve_scan(task, ids):
     return answers
 
 
+def solve_babi(task, ids):
+    """Where the one that is asked for went last."""
+    *moves, question = task.decode(ids.tolist()).rstrip(" ?").split(" . ")
+    return task.answers.index([move for move in moves if move.split()[0] == question.split()[-1]][-1].split()[-1])
+
+
 def solve_selective_copy(task, ids):
     answers = np.zeros_like(ids)
     answers[ids == 1] = ids[ids > 1]
@@ -340,6 +364,7 @@ def solve_needle(task, ids):
 
 ORACLES = {
     "addition": solve_addition,
+    "babi": solve_babi,
     "brackets": solve_brackets,
     "copy": solve_copy,
     "induction": solve_induction,
@@ -366,6 +391,7 @@ def guess_value(task, batch, rng):
 
 GUESSES = {
     "addition": lambda task, batch, rng: rng.integers(0, 10, batch.targets.shape),
+    "babi": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "brackets": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
     "induction": lambda task, batch, rng: rng.integers(1, task.outputs, batch.targets.shape),
     "modular": lambda task, batch, rng: rng.integers(0, task.outputs, batch.targets.shape),
@@ -492,6 +518,10 @@ def test_an_example_is_shown_with_its_answer(name, choice):
         ("series", 64, "path="),
         ("series:path=nowhere.csv", 64, "does not exist"),
         ("series:path=a.csv:horizon=0", 64, "horizon=1"),
+        ("babi", 64, "path="),
+        ("babi:path=nowhere", 64, "does not exist"),
+        ("babi:path=a:number=21", 64, "use 1 to 20"),
+        ("babi:path=a:number=1+1", 64, "twice"),
         ("scan", 64, "path="),
         ("scan:path=nowhere", 64, "does not exist"),
         ("pixels", 64, "path=..."),

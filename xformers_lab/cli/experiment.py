@@ -51,7 +51,9 @@ def _show(chosen: argparse.Namespace, names: list[str]) -> int:
         experiment, claim = entry.experiment, entry.experiment.claim
         print(visible(f"{experiment.name}: {experiment.question}"))
         for what, text in dataclasses.asdict(claim).items():
-            print(visible(f"  {what:<11}{text}"))
+            text = "; ".join(f"{name}: {held}" for name, held in text.items()) if what == "data" else text
+            if text:
+                print(visible(f"  {what:<11}{text}"))
         print(visible(f"  {'file':<11}{experiment.path}"))
         for name, study in experiment.studies.items():
             print(visible(f"  {name:<11}{study.line}"))
@@ -72,12 +74,16 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: at least 1")
     experiments = [library.load(name) for name in names]  # all of them, before the first runs
+    for experiment in experiments:
+        if lack := library.lacking(experiment, chosen.data):
+            raise UsageError(f"{experiment.name} {lack}")
     out, results = pathlib.Path(chosen.out), {}
     say = (lambda text: None) if chosen.quiet else progress.say
     for at, experiment in enumerate(experiments, 1):
         minutes = experiment.claim.minutes
         say(f"experiment {at} of {len(experiments)}: {experiment.name}, about {minutes:g} min on two cores")
         how = {"runs": pathlib.Path(chosen.runs), "seeds": chosen.seeds, "scale": chosen.scale, "pilot": chosen.pilot}
+        how["data"] = chosen.data
         outcome = conduct.run(experiment, **how, quiet=chosen.quiet, announce=say)
         if outcome.result is None:
             print("interrupted: the same command goes on where it stopped", file=sys.stderr)
@@ -102,7 +108,11 @@ def _all(chosen: argparse.Namespace, names: list[str]) -> int:
 
     if names:
         raise UsageError(f"all and {names[0]}: say run {names[0]}, or all alone")
-    return _run(chosen, library.names())
+    lacks = {name: library.lacking(library.load(name), chosen.data) for name in library.names()}
+    for name, lack in lacks.items():
+        if lack:
+            print(message(f"left out: {name} {lack}"), file=sys.stderr)
+    return _run(chosen, [name for name, lack in lacks.items() if not lack])
 
 
 def _known(names: list[str]) -> list[str]:
@@ -142,6 +152,7 @@ COMMANDS = [
             argument("--seeds", type=int, metavar="N", help="seeds of every study (default: the claim's)"),
             argument("--scale", type=int, default=1, metavar="N", help="times the width and the steps (default: 1)"),
             argument("--pilot", action="store_true", help="with seeds of pilot runs; results are printed and not kept"),
+            argument("--data", path="folder", metavar="FOLDER", help="what claims that need data read; show names it"),
             argument("--quiet", action="store_true", help="no progress"),
             argument("--runs", path="folder", default=RUNS, help=f"folder of the runs (default: {RUNS})"),
             argument("--out", path="folder", default=OUT, help=f"folder of the results (default: {OUT})"),

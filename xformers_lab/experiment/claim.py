@@ -16,7 +16,8 @@ class Claim:
 
     says: what is claimed, in one sentence. source: the paper, and its cell or figure. literature: the numbers there.
     doubt: what would change one's mind of the verdict. minutes: what its studies take on two idle cores at scale 1.
-    seeds: how many seeds each study runs, where the command does not say.
+    seeds: how many seeds each study runs, where the command does not say. data: what the folder of --data has to hold,
+    for which {data} stands in the words of studies: the name in it, and what that is.
     """
 
     says: str
@@ -25,6 +26,7 @@ class Claim:
     doubt: str
     minutes: float
     seeds: int = 3
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +42,23 @@ class Study:
         """The command as a user types it."""
         return shlex.join(["xlab", self.command, *self.words, *_flags(self.flags)])
 
-    def of(self, *, seeds: list[int], scale: int = 1, runs: Mapping[str, str] = MappingProxyType({})) -> "Study":
+    @property
+    def needs_data(self) -> bool:
+        """Whether it reads the folder of --data."""
+        return any("{data}" in word for word in self.words)
+
+    def of(
+        self, *, seeds: list[int], scale: int = 1, runs: Mapping[str, str] = MappingProxyType({}), data: str = ""
+    ) -> "Study":
         """The same with these seeds, and with dim and steps times `scale`. A bench has no seeds, and nothing but a
-        comparison has steps. runs: the first run of each study before, for which {NAME} stands in the words."""
+        comparison has steps. runs: the first run of each study before, for which {NAME} stands in the words; data: the
+        folder for which {data} does."""
         keys = {"dim": "64", "steps": "400"} if self.command == "compare" else {"dim": "64"}
         keys |= {key: text for key, _, text in (word.partition("=") for word in self.words) if key in keys}
         scaled = {key: _times(key, text, scale) for key, text in keys.items()} if scale != 1 else {}
         words = [word for word in self.words if word.partition("=")[0] not in scaled]
         words += [f"{key}={text}" for key, text in scaled.items()]
-        words = [word.format_map(runs) if "{" in word else word for word in words]
+        words = [word.format_map({**runs, "data": data}) if "{" in word else word for word in words]
         if self.command != "bench":
             words.append(f"seed={','.join(map(str, seeds))}")
         return dataclasses.replace(self, words=tuple(words))
@@ -57,7 +67,8 @@ class Study:
 def compare(words: str, **flags: Any) -> Study:
     """`xlab compare` of these words, with flags as `xformers_lab.compare` takes them: baselines=True, budget="5m".
     Baselines are left out unless asked for. The words say no seed, for the command that runs the experiment does;
-    init={NAME} is the first run of the study NAME, which stands before this one."""
+    init={NAME} is the first run of the study NAME, which stands before this one; ({data}/FOLDER) lies in the folder of
+    --data, and the claim's `data` says what it is."""
     return Study("compare", _split(words), {"baselines": False, **flags})
 
 

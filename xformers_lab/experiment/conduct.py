@@ -19,7 +19,7 @@ from xformers_lab.errors import UsageError
 from xformers_lab.experiment import pictures, result
 from xformers_lab.experiment.claim import Study
 from xformers_lab.experiment.findings import verdict
-from xformers_lab.experiment.library import Experiment, judged
+from xformers_lab.experiment.library import Experiment, judged, lacking
 from xformers_lab.experiment.measured import Measured
 from xformers_lab.experiment.result import Result
 from xformers_lab.report import notes, saved
@@ -46,6 +46,7 @@ def run(
     seeds: int | None = None,
     scale: int = 1,
     pilot: bool = False,
+    data: str | None = None,
     quiet: bool = False,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
@@ -56,11 +57,14 @@ def run(
         seeds: How many seeds, None for as many as the claim says.
         scale: What dim and steps are multiplied by.
         pilot: With the seeds of pilot runs.
+        data: The folder that {data} stands for.
         quiet: No progress on stderr.
         announce: Gets a line for each study that begins.
 
     Raises UsageError where a study or the rule cannot be.
     """
+    if lack := lacking(experiment, data):
+        raise UsageError(f"{experiment.name} {lack}")
     first, count = PILOTS if pilot else 0, seeds or experiment.claim.seeds
     drawn = list(range(first, first + count))
     folder = runs / experiment.name
@@ -69,7 +73,7 @@ def run(
     firsts: dict[str, str] = {}
     clock = _Clock(folder / "seconds.json")
     for at, (name, study) in enumerate(experiment.studies.items(), 1):
-        asked = study.of(seeds=drawn, scale=scale, runs=firsts)
+        asked = study.of(seeds=drawn, scale=scale, runs=firsts, data=data or "")
         lines[name] = asked.line
         announce(f"{experiment.name}: {name}, study {at} of {len(experiment.studies)}: {asked.line}")
         try:

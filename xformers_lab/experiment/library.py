@@ -71,8 +71,27 @@ def load(name: str) -> Experiment:
     studies = _member(module, path, "STUDIES", Mapping, '{"name": compare("key=value ..."), ...}')
     if not studies or not all(isinstance(study, Study) for study in studies.values()):
         raise UsageError(f"{path}: STUDIES holds something other than compare(...) and bench(...)")
+    if any(study.needs_data for study in studies.values()) != bool(claim.data):
+        raise UsageError(
+            f'{path}: {{data}} in the words of a study and Claim(data={{"NAME": "what it is"}}) go together'
+        )
     judge = _member(module, path, "judge", types.FunctionType, "a function from the tables to a list of findings")
     return Experiment(path.stem, path, question, claim, dict(studies), judge)
+
+
+def lacking(experiment: Experiment, data: str | None) -> str:
+    """What an experiment needs of the folder of --data and does not have, in words; empty where nothing is missing."""
+    missing = {name: what for name, what in experiment.claim.data.items() if not (data and _there(data, name))}
+    if not missing:
+        return ""
+    needed = " and ".join(f"{name} ({what})" for name, what in missing.items())
+    return f"needs {needed}: " + (
+        f"--data {data} has no such entry" if data else "give --data the folder that holds it"
+    )
+
+
+def _there(data: str, name: str) -> bool:
+    return (pathlib.Path(data).expanduser() / name).exists()
 
 
 def judged(experiment: Experiment, tables: Mapping[str, Measured]) -> list[Finding]:

@@ -8,7 +8,7 @@ import numpy as np
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.api.table import Table
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import UsageError, nearest
 from xformers_lab.experiment.sample import Sample
 from xformers_lab.report import human, rows
 
@@ -40,6 +40,16 @@ class Measured:
         numbers = {rows.draw(row): rows.measure(row, figure) for row in found}
         values = {seed: number for seed, number in numbers.items() if number is not None}
         return Sample(values, exact=figure in COUNTED, missing=_missing(found))
+
+    def reports(self, name: str, **keys: Any) -> Sample:
+        """What the models say of themselves on the test split, by seed: a mean by its name in the rows' `aux`, such as
+        "steps" of ACT or "exit/2"; 0 of a run that does not report it where another does."""
+        found = self._rows(keys)
+        told = {each for row in found for each in row.get("aux") or {}}
+        if any(map(rows.ok, found)) and name not in told:
+            raise UsageError(f'{self._asked(keys)}: no model reports "{name}": {nearest(name, told)}')
+        values = {rows.draw(row): float((row.get("aux") or {}).get(name, 0.0)) for row in found if rows.ok(row)}
+        return Sample(values, missing=_missing(found))
 
     def seconds(self, **keys: Any) -> Sample:
         """The time of one pass, by round of a bench, which the rows of one length take in turns."""

@@ -80,6 +80,8 @@ def _section(entry: Entry, folder: str) -> list[str]:
     lines += [f"Source: {claim.source}. There: {claim.literature}", ""]
     if not entry.results:
         lines += [f"Not run yet: about {claim.minutes:g} minutes on two cores.", ""]
+    if claim.data:
+        lines += [f"Data: {', '.join(f'{name} ({what})' for name, what in claim.data.items())}", ""]
     for scale, known in entry.results.items():
         lines += [f"### Scale {scale}: {known.verdict}", ""]
         lines += ["| measured | value | rule |", "|---|---|---|"]
