@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xformers_lab.api import Run as Run
     from xformers_lab.api import Table as Table
+    from xformers_lab.api import ablate as ablate
     from xformers_lab.api import bench as bench
     from xformers_lab.api import build as build
     from xformers_lab.api import catalogue as catalogue
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from xformers_lab.api import train as train
 
 __version__ = "0.2.0"
-__all__ = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
+__all__ = ["Run", "Table", "ablate", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
 
 
 class _Package(types.ModuleType):

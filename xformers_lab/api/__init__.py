@@ -8,8 +8,8 @@ from xformers_lab.api.checking import check
 from xformers_lab.api.looking import build, catalogue
 from xformers_lab.api.run import Run
 from xformers_lab.api.stored import load, runs
-from xformers_lab.api.studies import bench, compare
+from xformers_lab.api.studies import ablate, bench, compare
 from xformers_lab.api.table import Table
 from xformers_lab.api.training import train
 
-__all__ = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
+__all__ = ["Run", "Table", "ablate", "bench", "build", "catalogue", "check", "compare", "load", "runs", "train"]
