@@ -1,12 +1,12 @@
 """Which Transformer variant should I use, and what does it cost?
 
-import xformers_lab as xl
+    import xformers_lab as xl
 
-table = xl.compare(task="copy", attention=["full", "local:window=8"], seq_len=[16, 32], steps=100)
-table                              # in a notebook or a terminal: the table, with the verdict in words below it
-table.to_pandas(), table.verdict(), table.report("report.html")
-run = xl.train(task="copy", attention="linear", seq_len=16, steps=100)
-run.metrics, run.model, run.evaluate(seq_len=32)
+    table = xl.compare(task="copy", attention=["full", "local:window=8"], seq_len=[16, 32], steps=100)
+    table                              # in a notebook or a terminal: the table, with the verdict in words below it
+    table.to_pandas(), table.verdict(), table.report("report.html")
+    run = xl.train(task="copy", attention="linear", seq_len=16, steps=100)
+    run.metrics, run.model, run.evaluate(seq_len=32)
 
 `help(xl.compare)` lists every key. What is wrong raises an exception of `xformers_lab.errors`.
 """
