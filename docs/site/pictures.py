@@ -97,11 +97,13 @@ def _position(name: str) -> Picture:
 
 
 def _depth(name: str) -> Picture | None:
-    try:
-        changes = _changes_of_model(depth=name)
-    except LabError:  # it keeps no length, so a row has no position
-        return None
-    return Picture(_svg(_shaded(changes)), _caption(f"a causal model of four layers with `depth={name}`"))
+    # Some depths are for an encoder alone.
+    kinds = {"a causal model": {}, "an encoder": {"model": "encoder", "task": "needle"}}
+    for kind, choices in kinds.items():
+        with contextlib.suppress(LabError):
+            changes = _changes_of_model(depth=name, **choices)
+            return Picture(_svg(_shaded(changes)), _caption(f"{kind} of four layers with `depth={name}`"))
+    return None  # it keeps no length, so a row has no position
 
 
 def _memory(name: str) -> Picture:
