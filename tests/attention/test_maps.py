@@ -1,5 +1,7 @@
 """Attention maps: the weights that are read off are those of the scores, or give what the layer gives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,8 @@ def call_of(layer, seed: int = 0) -> maps.Call:
     """A call of random arrays, causal where the layer can be."""
     random = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(random.standard_normal((1, T, *shape)), jnp.float32)
-    heads, x = {name: draw(*shape) for name, shape in heads_of(layer).items()}, draw(layer.size.dim)
+    heads: Any = {name: draw(*shape) for name, shape in heads_of(layer).items()}
+    x = draw(layer.size.dim)
     return maps.Call(**heads, x=x, x_q=x, causal="causal" not in layer.refusals())
 
 

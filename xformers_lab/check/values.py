@@ -168,7 +168,7 @@ def attention_map(subject: Subject) -> None:
     if subject.refusal(case):
         case = dataclasses.replace(subject.square(subject.modes[0]), batch=2)
     inputs, valid = subject.inputs(case), subject.valid(case)
-    padded = {name: x if name == "bias" else jnp.asarray(x[1:]) for name, x in inputs.items()}
+    padded: Any = {name: x if name == "bias" else jnp.asarray(x[1:]) for name, x in inputs.items()}
     call = Call(**padded, valid=None if valid is None else valid[1:], causal=case.causal)
     mechanism = subject.multi_head
     try:
@@ -176,7 +176,7 @@ def attention_map(subject: Subject) -> None:
             fast = maps.of_call(mechanism, call)
     except Refused as reason:
         declares = type(mechanism).summed is not MultiHead.summed
-        if declares or (subject.per_head and type(mechanism).finished is not OneHead.finished):
+        if declares or (isinstance(mechanism, OneHead) and type(mechanism).finished is not OneHead.finished):
             raise Broken(
                 f"{reason}. finished(mean, ...) of the weighted mean of summed(v) has to be what attend_heads gives; "
                 "attend itself gives the mean alone"
