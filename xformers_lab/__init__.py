@@ -1,12 +1,12 @@
 """Which Transformer variant should I use, and what does it cost?
 
-import xformers_lab as xl
+    import xformers_lab as xl
 
-table = xl.compare(task="copy", attention=["full", "local:window=8"], seq_len=[16, 32], steps=100)
-table                              # in a notebook or a terminal: the table, with the verdict in words below it
-table.to_pandas(), table.verdict(), table.report("report.html")
-run = xl.train(task="copy", attention="linear", seq_len=16, steps=100)
-run.metrics, run.model, run.evaluate(seq_len=32)
+    table = xl.compare(task="copy", attention=["full", "local:window=8"], seq_len=[16, 32], steps=100)
+    table                              # in a notebook or a terminal: the table, with the verdict in words below it
+    table.to_pandas(), table.verdict(), table.report("report.html")
+    run = xl.train(task="copy", attention="linear", seq_len=16, steps=100)
+    run.metrics, run.model, run.evaluate(seq_len=32)
 
 `help(xl.compare)` lists every key. What is wrong raises an exception of `xformers_lab.errors`.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xformers_lab.api import Run as Run
     from xformers_lab.api import Table as Table
+    from xformers_lab.api import ablate as ablate
     from xformers_lab.api import bench as bench
     from xformers_lab.api import build as build
     from xformers_lab.api import catalogue as catalogue
@@ -33,6 +34,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Run",
     "Table",
+    "ablate",
     "bench",
     "build",
     "catalogue",

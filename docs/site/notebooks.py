@@ -13,7 +13,8 @@ def _page(file: pathlib.Path) -> str:
     cells = json.loads(file.read_text())["cells"]
     parts = ["".join(cell["source"]) if cell["cell_type"] == "markdown" else _code(cell) for cell in cells]
     title, *rest = parts
-    return "\n\n".join([title, f"[The notebook]({file.name}){{ download }}", *rest]) + "\n"
+    hint = f"[The notebook]({file.name}){{ download }} stands here without what its cells give; run it to see that."
+    return "\n\n".join([title, hint, *rest]) + "\n"
 
 
 def _code(cell: dict) -> str:

@@ -14,13 +14,14 @@ import curves
 import numpy as np
 
 from xformers_lab import drawing, shelves, spec
-from xformers_lab.errors import LabError
+from xformers_lab.errors import LabError, UsageError
 from xformers_lab.nn.size import Size
 
 LENGTH = 64  # of a pattern
 SIZE = Size(LENGTH, dim=32, heads=2)
 MEASURED = Size(32, dim=32, heads=2)  # of what is measured
 CURVES = ("norm", "normaliser", "ffn")
+SEGMENTS = 4  # of a text that is read with a memory
 SMALL = 4  # what large options are made
 SHADES = (0.04, 0.12, 0.25, 0.5, 0.75)  # shares of the largest change from which on a square is darker
 SEEN, BACKGROUND = "#0072b2", "#7f7f7f"
@@ -36,8 +37,8 @@ def of(shelf: str, name: str) -> Picture | None:
     if shelf in CURVES:
         heights, caption = curves.of(shelf, name)
         return None if heights is None else Picture(curves.svg(heights, SEEN, BACKGROUND), f"{caption}; untrained.")
-    draw = {"attention": _attention, "position": _position, "depth": _depth}.get(shelf)
-    return draw(name) if draw else None
+    draw = {"attention": _attention, "position": _position, "depth": _depth, "memory": _memory, "model": _kind}
+    return draw[shelf](name) if shelf in draw else None
 
 
 def pattern(text: str, causal: bool = False) -> str:
@@ -96,11 +97,49 @@ def _position(name: str) -> Picture:
 
 
 def _depth(name: str) -> Picture | None:
-    try:
-        changes = _changes_of_model(depth=name)
-    except LabError:  # it keeps no length, so a row has no position
-        return None
-    return Picture(_svg(_shaded(changes)), _caption(f"a causal model of four layers with `depth={name}`"))
+    # Some depths are for an encoder alone.
+    kinds = {"a causal model": {}, "an encoder": {"model": "encoder", "task": "needle"}}
+    for kind, choices in kinds.items():
+        with contextlib.suppress(LabError):
+            changes = _changes_of_model(depth=name, **choices)
+            return Picture(_svg(_shaded(changes)), _caption(f"{kind} of four layers with `depth={name}`"))
+    return None  # it keeps no length, so a row has no position
+
+
+def _memory(name: str) -> Picture:
+    """A text is read segment by segment: what is left of one in the next."""
+    rows = _shaded(_changes_over_segments(memory=name))
+    caption = _caption(
+        f"one layer with `memory={name}`, which reads {SEGMENTS} segments of {MEASURED.length // SEGMENTS},"
+    )
+    return Picture(_svg(rows, every=MEASURED.length // SEGMENTS), caption)
+
+
+def _kind(name: str) -> Picture | None:
+    """What kinds of model see, on a task that has one answer for each token; the source of one comes first."""
+    from xformers_lab.config import Config
+
+    baseline = {"position": Config().model.position}  # which has none, and takes no other word for it
+    for task, more in itertools.product(("copy", "needle"), ({}, baseline)):
+        choices = {"model": name, "task": task, "layers": 1} | more
+        with contextlib.suppress(LabError):
+            model, _ = _model(**choices)
+            source = f" The first {model.source} positions are the source." if model.source else ""
+            svg = _svg(_shaded(_changes_of_model(**choices)), every=model.source)
+            return Picture(svg, _caption(f"`model={name}` of one layer") + source)
+    return None  # it reads images
+
+
+def layers(text: str) -> str:
+    """SVG of how many layers each token of a text went through, of a depth whose tokens differ in it."""
+    from flax import nnx
+
+    model, task = _model(depth=text)
+    tokens = np.asarray(task.batch("test", 0).inputs[:1])
+    passed = nnx.jit(lambda model, tokens: model(tokens)[1].tokens["computation"])(model, tokens)[0]
+    height = max(4, int(np.ceil(passed.max())))
+    share = np.clip(np.asarray(passed)[None] - np.arange(height)[::-1, None], 0, 1)  # the first layer is at the bottom
+    return _svg(_layers(share, [0.125, 0.375, 0.625, 0.875]))
 
 
 def _caption(what: str) -> str:
@@ -145,14 +184,40 @@ def _changes_of_model(**choices: Any) -> np.ndarray:
     return _changes(lambda rows: run(model, rows), tokens, (tokens + 1) % task.vocab)
 
 
+def _changes_over_segments(**choices: Any) -> np.ndarray:
+    """(T, T) changes of the logits of a decoder that reads a text in SEGMENTS parts, from an empty memory."""
+    import jax
+    import jax.numpy as jnp
+
+    from xformers_lab.train.state import merge, split
+
+    part = MEASURED.length // SEGMENTS
+    model, task = _model(task="lm", layers=1, seq_len=part, **choices)
+    graph, params, extra, empty = split(model)
+
+    @jax.jit
+    def run(rows):
+        memory, said = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(rows), 1), empty), []
+        for at in range(0, MEASURED.length, part):
+            reader = merge(graph, params, extra, memory)
+            said.append(reader(rows[:, at : at + part])[0])
+            memory = split(reader)[3]
+        return jnp.concatenate(said, 1)
+
+    tokens = jax.random.randint(jax.random.key(1), (MEASURED.length,), 0, task.vocab)
+    return _changes(run, tokens, (tokens + 1) % task.vocab)
+
+
 def _changes(run: Callable, x, other) -> np.ndarray:
     """(T, T): how far each output moves where each input in turn is another; run takes (B, T, ...) rows."""
     import jax.numpy as jnp
 
-    axes = (1,) * (x.ndim - 1)
+    axes = (1,) * (x.ndim - 1)  # of a position's channels
     replaced = jnp.eye(len(x), dtype=bool).reshape(len(x), len(x), *axes)
     rows = jnp.concatenate([x[None], jnp.where(replaced, other[None], x[None])])
     out = np.asarray(run(rows), np.float64)
+    if out.ndim < 3:
+        raise UsageError("there is one output for all positions")
     return np.linalg.norm(out[1:] - out[:1], axis=-1).T
 
 
@@ -169,13 +234,16 @@ def _layers(size: np.ndarray, shades: Sequence[float]) -> list[tuple[float, np.n
     return [((step + 1) / len(shades), (low <= size) & (size < high)) for step, (low, high) in enumerate(bounds)]
 
 
-def _svg(layers: list[tuple[float, np.ndarray]]) -> str:
-    """A file whose colours do on a light page and on a dark one."""
-    n = len(layers[0][1])
+def _svg(layers: list[tuple[float, np.ndarray]], every: int = 0) -> str:
+    """A file whose colours do on a light page and on a dark one. every: where a line parts so many positions."""
+    high, wide = layers[0][1].shape
     paths = "".join(f'<path d="{drawing.path(seen)}" opacity="{opacity:g}"/>' for opacity, seen in layers if seen.any())
+    parts = "".join(f"M{at} 0v{high}M0 {at}h{wide}" for at in range(every, wide, every)) if every else ""
+    lines = f'<path d="{parts}" stroke="{BACKGROUND}" stroke-width="0.3" opacity="0.8"/>' if parts else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {n} {n}" width="{8 * n}" height="{8 * n}">'
-        f'<rect width="{n}" height="{n}" fill="{BACKGROUND}" opacity="0.18"/><g fill="{SEEN}">{paths}</g></svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{8 * wide}" height="{8 * high}">'
+        f'<rect width="{wide}" height="{high}" fill="{BACKGROUND}" opacity="0.18"/>'
+        f'<g fill="{SEEN}">{paths}</g>{lines}</svg>\n'
     )
 
 

@@ -47,11 +47,17 @@ def check() -> None:
 
 def drawings() -> dict[str, Callable[[], str]]:
     """What makes each picture that belongs to a branch, by its path."""
+    drawn = {"draw": pictures.pattern, "passes": pictures.layers}
     return {
-        f"pictures/atoms/{name.replace(' ', '_')}.svg": lambda text=text: pictures.pattern(text)
+        _file(name): lambda text=text, draw=draw: draw(text)
         for branch in BRANCHES
-        for name, text in branch.get("draw", ())
+        for key, draw in drawn.items()
+        for name, text in branch.get(key, ())
     }
+
+
+def _file(name: str) -> str:
+    return f"pictures/atoms/{name.replace(' ', '_')}.svg"
 
 
 def _branch(branch: dict) -> str:
@@ -65,10 +71,9 @@ def _equation(branch: dict) -> str:
 
 
 def _atoms(branch: dict) -> str:
-    figures = [
-        f"![The pattern {name}](pictures/atoms/{name.replace(' ', '_')}.svg){{ .small }} {name}"
-        for name, _ in branch.get("draw", ())
-    ]
+    figures = [f"![The pattern {name}]({_file(name)}){{ .small }} {name}" for name, _ in branch.get("draw", ())]
+    passes = branch.get("passes", ())
+    figures += [f"![Layers of tokens: {name}]({_file(name)}){{ .passes }} {name}, `{text}`" for name, text in passes]
     return "\n".join(['<div class="atoms" markdown>', *figures, "</div>"]).replace("\n!", "\n\n!") if figures else ""
 
 

@@ -43,9 +43,11 @@ def inline(text: str) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of a docstring: indented lines stay lines, as those of a formula; a list of sentences too."""
-    lines = text.split("\n")
-    if any(line.startswith("  ") for line in lines):
+    """A paragraph of a docstring: one that is indented keeps its lines, as those of a formula do; a list of sentences
+    too, in which an indented line goes on with the one before."""
+    indented = text.startswith("  ")
+    lines = text.split("\n") if indented else re.sub(r"\n {2,}", " ", text).split("\n")
+    if indented:
         return f'<p class="equation lines">{inline(text)}</p>'
     if len(lines) > 1 and all(line.endswith(".") for line in lines):
         return f"<p>{'<br>'.join(map(inline, lines))}</p>"

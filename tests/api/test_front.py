@@ -11,7 +11,21 @@ from rich.console import Console
 import xformers_lab as xl
 from xformers_lab import config, progress
 
-NAMES = ["Run", "Table", "bench", "build", "catalogue", "check", "compare", "error", "load", "runs", "signals", "train"]
+NAMES = [
+    "Run",
+    "Table",
+    "ablate",
+    "bench",
+    "build",
+    "catalogue",
+    "check",
+    "compare",
+    "error",
+    "load",
+    "runs",
+    "signals",
+    "train",
+]
 LIGHT = """
 import sys, time
 began = time.process_time()
@@ -55,7 +69,7 @@ def test_help_is_enough_to_work_from(name):
         assert parameter.annotation is not inspect.Parameter.empty, parameter
         assert f"    {parameter.name}: " in text, f"{parameter.name} is not told"
     if any(parameter.name == "keys" for parameter in parameters):
-        study = name == "compare"
+        study = name in ("ablate", "compare")
         assert all(f"  {key}=" in text for key in (*config.KEYS, *(config.STUDY if study else ())))
 
 

@@ -95,6 +95,14 @@ def test_runs_are_found_by_what_the_command_calls_them(trained, tmp_path):
         xl.runs(runs=folder, sort="metrik")
 
 
+def test_tags_are_given_and_taken(trained):
+    assert trained.tag("paper+draft").tag(remove="draft").config.tags == "paper"
+    assert [run.id for run in xl.runs(runs=trained.folder.parents[1], tags="paper")] == [trained.id]
+    with pytest.raises(UsageError, match="no run has the tag draft; there is paper"):
+        trained.tag(remove="draft")
+    assert xl.load(trained.folder).tag(remove="paper").config.tags is None
+
+
 def test_what_goes_wrong_is_an_exception_of_ours(runs, monkeypatch, inline):
     with pytest.raises(UsageError, match="attention has several values"):
         xl.train(TINY, attention=["full", "linear"])

@@ -64,6 +64,22 @@ def test_the_rows_are_those_of_the_command(capsys):
     assert json.loads(capsys.readouterr().out) == table.rows
 
 
+@pytest.mark.usefixtures("interrupts")
+def test_an_ablation_is_that_of_the_command(capsys):
+    table = xl.ablate(TINY, norm=["pre", "post"], position="rope", seeds=2, baselines=False, quiet=True)
+    assert [row["name"] for row in table] == [name for name in ("base", "norm=post", "position=learned") for _ in "ab"]
+    words = [*WORDS, "norm=pre,post", "position=rope", "seeds=2"]
+    assert table.command == f"xlab ablate {' '.join(words)} --no-baselines"
+    assert table.axes == {"norm": ["norm=post"], "position": ["position=learned"]}
+    capsys.readouterr()
+    assert main(table.command.split()[1:]) == 0
+    assert capsys.readouterr().out.rstrip() == repr(table)
+    with pytest.raises(UsageError, match="both say which seeds"):
+        xl.ablate(TINY, norm=["pre", "post"], seed=1, seeds=2)
+    with pytest.raises(UsageError, match="nothing to ablate"):
+        xl.ablate({"task": "copy"})
+
+
 def test_an_interrupt_gives_what_was_reached(monkeypatch, capsys, interrupts):
     interrupts.append(1)
     table = xl.compare(TINY, seed=[0, 1, 2], baselines=False)

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pandas
 import pytest
 from report_rows import PAYLOAD, cell, failed
 from rich.console import Console
@@ -52,6 +53,25 @@ def test_the_report_is_a_page_and_the_rows_are_kept(compared, tmp_path):
     assert kept.rows == json.loads(json.dumps(compared.rows)) and kept.notes == ["a note"]
     with pytest.raises(UsageError, match="cannot write the report there"):
         compared.report(tmp_path)
+
+
+def test_files_are_those_of_the_flags(compared, tmp_path):
+    frame = compared.to_pandas()
+    assert compared.csv(tmp_path / "rows.csv").read_text().splitlines()[0].split(",") == list(frame)
+    assert pandas.read_parquet(compared.parquet(tmp_path / "rows.parquet")).metric.equals(frame.metric)
+    assert compared.latex(str(tmp_path / "rows.tex")) == tmp_path / "rows.tex"
+    assert "% xlab compare ..." in (tmp_path / "rows.tex").read_text()
+    drawn = compared[:2].figures(tmp_path / "figures")
+    assert {path.suffix for path in drawn} == {".svg", ".pdf"} and all(path.is_file() for path in drawn)
+    with pytest.raises(UsageError, match="cannot write the CSV there"):
+        compared.csv(tmp_path)
+
+
+def test_an_ablation_says_which_choice_mattered():
+    cells = [cell(name=name, metric=metric) for name, metric in (("base", 0.5), ("norm=post", 0.25))]
+    swapped = Table(cells, ["attention"], "xlab ablate ...", axes={"norm": ["norm=post"]})
+    assert "norm=post: -0.250 (one seed, so not tested)" in swapped.verdict()
+    assert repr(swapped).endswith(swapped.verdict())
 
 
 def test_what_is_shown_is_what_the_command_prints(compared, monkeypatch):

@@ -87,6 +87,7 @@ def test_a_page_puts_what_is_declared_between_formula_and_notes():
         "Not cross: one sequence is transformed; there are no queries to another.",
         "No bias: it has no scores.",
         "Not packed: it mixes positions, and has no mask between documents.",
+        "No attention map: its transform mixes channels as well as positions.",
     ]
     assert paragraphs[3].startswith("Padding is zeros to the transform")
 

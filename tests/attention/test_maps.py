@@ -1,5 +1,7 @@
 """Attention maps: the weights that are read off are those of the scores, or give what the layer gives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention import MultiHead
+from xformers_lab.check.subject import heads_of
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import Refused
 from xformers_lab.measure import maps
@@ -100,10 +104,68 @@ def test_linear_attention_has_effective_weights():
         np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["fnet", "gla"])
-def test_what_is_no_mean_of_values_is_refused(attention):
-    with pytest.raises(Refused, match="no map"):
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [("fnet", "fnet has no map: its transform mixes channels"), ("rwkv", "every channel has weights of its own")],
+)
+def test_what_is_no_mean_of_values_is_refused(attention, reason):
+    with pytest.raises(Refused, match=reason):
         maps_of(task="listops" if attention == "fnet" else "copy", attention=attention)
+
+
+def call_of(layer, seed: int = 0) -> maps.Call:
+    """A call of random arrays, causal where the layer can be."""
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(random.standard_normal((1, T, *shape)), jnp.float32)
+    heads: Any = {name: draw(*shape) for name, shape in heads_of(layer).items()}
+    x = draw(layer.size.dim)
+    return maps.Call(**heads, x=x, x_q=x, causal="causal" not in layer.refusals())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", spec.names("attention"))
+def test_what_has_no_map_says_why_and_has_none(name, monkeypatch):
+    layer = spec.build("attention", name, length=T, dim=16, heads=2)
+    if not isinstance(layer, MultiHead):
+        assert layer.refusals()["map"]
+        return
+    call = call_of(layer)
+    if "map" not in layer.refusals():
+        weights = maps.of_call(layer, call).weights
+        assert np.isfinite(weights).all() and weights.any()
+        assert not (call.causal and np.abs(weights[:, ~np.tri(T, dtype=bool)]).max() > 1e-5)
+        return
+    monkeypatch.setattr(maps, "_refuse_declared", lambda layer: None)
+    with pytest.raises(Refused, match="no map"):
+        maps.of_call(layer, call)
+
+
+def test_weights_behind_a_norm_are_those_of_the_mean():
+    """Retention by hand: weights fade with the distance, and the layer gives its norm and gate of the mean."""
+    layer = spec.build("attention", "retnet", length=T, dim=16, heads=2)
+    call = call_of(layer)
+    found = maps.of_call(layer, call)
+    apart = np.arange(T)[:, None] - np.arange(T)[None]
+    fades = np.exp(np.asarray(layer.per_head()["decay"]))[:, None, None] ** np.maximum(apart, 0) * (apart >= 0)
+    wanted = np.einsum("tnh,snh->nts", call.q[0], call.k[0]) * call.q.shape[-1] ** -0.5 * fades
+    np.testing.assert_allclose(found.weights, wanted, atol=1e-5)
+    mean = np.einsum("nts,snh->tnh", wanted, call.v[0])
+    gate = layer.gate(call.x).reshape(T, 2, 8)
+    given = mean / np.sqrt((mean**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(jax.nn.silu(gate))
+    np.testing.assert_allclose(layer.attend_heads(call)[0][0], given, atol=1e-4)
+
+
+def test_a_planted_norm_that_no_class_tells_is_refused():
+    plain = spec.build("attention", "retnet", length=T, dim=16, heads=2)
+
+    class Normed(type(plain)):
+        def attend(self, q, k, v, *, valid=None, causal, decay):
+            out = super().attend(q, k, v, valid=valid, causal=causal, decay=decay)
+            return out / jnp.linalg.norm(out, axis=-1, keepdims=True)
+
+    layer = Normed(plain.size, rngs=nnx.Rngs(0))
+    with pytest.raises(Refused, match="does not tell apart from the mean"):
+        maps.of_call(layer, call_of(layer))
 
 
 def test_a_planted_choice_by_values_is_refused():

@@ -309,7 +309,7 @@ def test_a_page_with_too_many_weights_is_refused(tmp_path, monkeypatch):
 def xlab(tmp_path, capsys, monkeypatch):
     """xlab(words) runs maps on three stored runs, whose models are as they were drawn -> exit code, stdout, stderr."""
     runs = tmp_path / "runs"
-    changes = {"a": {"attention": "full"}, "b": {"attention": "linear"}, "c": {"attention": "gla"}}
+    changes = {"a": {"attention": "full"}, "b": {"attention": "linear"}, "c": {"attention": "rwkv"}}
     for name, change in changes.items():
         stored(runs, name * 12, attention=change["attention"])
 
@@ -348,15 +348,15 @@ def test_json_has_a_row_for_each_head(xlab):
 
 def test_a_run_without_a_map_is_said_beside_the_others(xlab, tmp_path):
     code, said, told = xlab(f"aaa ccc --report {tmp_path}/m.html", "--text", "1 2 3 4")
-    assert code == 5 and "cccccccccccc: a layer gives no weighted mean" in told and "full" in said
-    assert "<strong>No map of gla:</strong> a layer gives no weighted mean" in (tmp_path / "m.html").read_text()
+    assert code == 5 and "cccccccccccc: rwkv has no map: every channel" in told and "full" in said
+    assert "<strong>No map of rwkv:</strong> rwkv has no map: every channel" in (tmp_path / "m.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("", "maps of which run?"),
-        ("ccc", "no weighted mean of its values"),
+        ("ccc", "rwkv has no map: every channel has weights of its own"),
         ("aaa --text 1 --example 2", "--text and --example are two inputs"),
         ("aaa --text 1 --split test", "--text and --example are two inputs"),
         ("aaa --text x", '"x" is no token'),

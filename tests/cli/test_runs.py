@@ -360,6 +360,28 @@ def test_the_list_and_its_exports_show_names_and_tags(xlab, named, tmp_path):
     assert xlab("report base badca --json")[0] == 0
 
 
+def test_tags_are_given_and_taken_afterwards(xlab, named):
+    began = (named[0] / "config.json").stat().st_mtime_ns
+    code, said, _ = xlab("runs tag tags=draft --add paper+draft --remove lr --json")
+    assert code == 0 and json.loads(said) == {str(named[0]): "draft+paper", str(named[1]): "draft+paper"}
+    assert sorted(ids(xlab("runs tags=paper --json")[1])) == sorted([named[0].name, named[1].name])
+    assert (named[0] / "config.json").stat().st_mtime_ns == began, "a run stays as old as it was"
+    assert xlab("runs tag base twice --remove paper")[0] == 2  # two runs have this name
+    code, said, _ = xlab("runs tag base --remove paper+draft")
+    assert code == 0 and said.split()[1:] == ["no", "tags"]
+    assert xlab("runs base --json")[0] == 0, "its record is believed"
+    for words, reason in (
+        ("tag --add a", "tag which runs?"),
+        ("tag base", "tag with what?"),
+        ("tag base --add a/b", "letters, digits"),
+        ("tag tags=draft --remove lr", "no run has the tag lr; there is draft, paper"),
+        ("base --add a", "--add: the list of runs does not read it"),
+        ("tag base --add a --sort id", "--sort: xlab runs tag"),
+    ):
+        code, _, error = xlab(f"runs {words}")
+        assert code == 2 and reason in error
+
+
 def test_a_run_is_one_line(xlab, named):
     row = json.loads((named[2] / "result.json").read_text()) | {"started": "2026-01-01T00:00:00+00:00"}
     row = record.sealed(row | {"ended": "2026-01-01T00:01:30+00:00"})

@@ -52,11 +52,11 @@ def test_formulas(module, plain, shown):
 def test_docstrings_keep_every_word(module):
     """Formulas are printed otherwise, and nothing is lost on the way: not a line, and no tag of the docstring's own."""
     typeset = module("typeset")
-    text = "Title <i>.\n\n    y = x_1    (B, T)\n    z = y\n\nOne.\nTwo.\n\nOptions:\n    width: of it"
+    text = "Title <i>.\n\n    y = x_1    (B, T)\n    z = y\n\nOne\n    more.\nTwo.\n\nOptions:\n    width: of it"
     assert typeset.docstring(text) == (
         "<p>Title &lt;i&gt;.</p>\n\n"
         '<p class="equation lines">    y = x<sub>1</sub>    (B, T)\n    z = y</p>\n\n'
-        "<p>One.<br>Two.</p>"
+        "<p>One more.<br>Two.</p>"
     )
 
 

@@ -76,14 +76,18 @@ def test_delta_rule_is_that_of_flash_linear_attention(golden, chunk):
 
 @pytest.mark.parametrize("method", ["attend", "reference"])
 def test_gla_is_that_of_flash_linear_attention(golden, method):
-    """Where its output gate is constant, a head's output is the package's at unit root mean square."""
+    """A head's mean is the package's output; where its gate is constant, the layer gives that at unit root mean
+    square."""
     peer = golden("gla_naive")
     q, k, v, g = (time_first(peer[name]) for name in "qkvg")
     v = v[..., :8]
     layer = build("gla:chunk=5", 18, 32, 4)
-    one = lambda q, k, v, g: getattr(layer, method)(q, k, v, causal=True, decay=g, gate=jnp.full(v.shape, 2.0))
+    one = lambda q, k, v, g: getattr(layer, method)(q, k, v, causal=True, decay=g)
     y = time_first(peer["y"])[..., :8]
-    assert_close(by_head(one, q, k, v, g), jax.nn.silu(2.0) * y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5))
+    mean = by_head(one, q, k, v, g)
+    assert_close(mean, y)
+    wanted = jax.nn.silu(2.0) * y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
+    assert_close(layer.finished(mean, gate=jnp.full(v.shape, 2.0)), wanted)
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])

@@ -200,10 +200,20 @@ class DropsTheRotaryKey(Mla):
 class HalvesOfAnotherOrder(Differential):
     """The fast form takes the second half's softmax from the first's keys (Differential, 2024)."""
 
-    def attend(self, q, k, v, *, valid=None, causal, bias=None, balance, gain):
+    def attend(self, q, k, v, *, valid=None, causal, bias=None, balance):
         a, _, c, _ = jnp.split(k, 4, -1)
-        given = {"valid": valid, "causal": causal, "bias": bias, "balance": balance, "gain": gain}
+        given = {"valid": valid, "causal": causal, "bias": bias, "balance": balance}
         return super().attend(q, jnp.concatenate([a, a, c, c], -1), v, **given)
+
+
+class ClipsTheMean(Plain):
+    """Both forms clip the mean, which is not what `finished` says of it (Clipped, 2020)."""
+
+    def reference(self, q, k, v, *, valid, causal, bias=None):
+        return jnp.maximum(super().reference(q, k, v, valid=valid, causal=causal, bias=bias), 0)
+
+    def finished(self, mean):
+        return mean / 2
 
 
 class NormaliserCountsPadding(Linear):
@@ -248,6 +258,7 @@ FAULTS = {
     DropsTheRotaryKey: "equals_reference",
     HalvesOfAnotherOrder: "equals_reference",
     NormaliserCountsPadding: "equals_reference",
+    ClipsTheMean: "attention_map",
     NoMethod: "equals_reference",
 }
 OPTIONS = {

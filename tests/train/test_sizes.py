@@ -11,6 +11,7 @@ from xformers_lab import config as configs
 from xformers_lab.cli import main
 from xformers_lab.config import edit
 from xformers_lab.measure.flops import count_flops, flops_by_scope
+from xformers_lab.measure.kept import kept_by_scope
 from xformers_lab.report import sizes as shown
 from xformers_lab.train import loop, sizes
 
@@ -72,7 +73,7 @@ def test_shares_and_bytes_are_shown(counted):
         "decoding_bytes": {"why_not": "it reads both sides"},
     }
     assert shown.line(hidden)["FLOPs/token"] == shown.line(hidden)["decoding keeps"] == "\N{EN DASH}"
-    assert "rest" not in {row["part"] for row in shown.by_part(hidden)}
+    assert {row["FLOPs/token"] for row in shown.by_part(hidden)} == {"\N{EN DASH}"}
     assert [row["bytes"] for row in shown.in_bytes(hidden)][-1] == "training: total"
     shown.print_sizes(hidden)
     (row,) = shown.lines([({"attention": "full"}, counted)])
@@ -94,6 +95,31 @@ def test_a_scope_has_its_backward_pass_and_its_loops():
     assert flops_by_scope(loss, x, w, scopes=["attention"]) == {"attention": 3 * one, "rest": 4 * one}
     parts = flops_by_scope(step, x, w, scopes=["attention"])
     assert parts["attention"] == 9 * one and sum(parts.values()) == count_flops(step, x, w)
+
+
+def test_kept_bytes_are_of_the_scope_that_made_them():
+    def layer(x, w):
+        with jax.named_scope("attention"):
+            y = jnp.sin(x @ w)  # its cosine
+            y = jax.lax.map(jax.checkpoint(lambda row: jnp.tanh(jnp.cos(row))), y)  # what it is computed from again
+        return jnp.exp(y), None  # itself, and the layer's input for the product
+
+    loss = lambda w, x: jax.lax.scan(layer, x, w)[0].sum()
+    one = 3 * 4 * 8 * 4
+    assert kept_by_scope(loss, jnp.zeros((3, 8, 8)), jnp.zeros((4, 8)), scopes=["attention"]) == {
+        "attention": 2 * one,
+        "rest": 2 * one,
+    }
+
+
+def test_what_waits_for_the_backward_pass_grows_with_the_batch_of_a_part(config, counted):
+    kept = counted["kept_bytes"]
+    assert kept["total"] == sum(kept["parts"].values()) and kept["parts"]["ffn"] > 0
+    longer = sizes.of(edit(config, seq_len=2 * config.seq_len))["kept_bytes"]["parts"]
+    assert longer["ffn"] == pytest.approx(2 * kept["parts"]["ffn"], rel=0.001)  # but for vectors of biases
+    assert longer["attention"] >= 1.9 * kept["parts"]["attention"] > 0
+    halved = sizes.of(edit(config, accumulate=2))["kept_bytes"]["parts"]
+    assert halved["ffn"] == pytest.approx(kept["parts"]["ffn"] / 2, rel=0.001)
 
 
 @pytest.mark.full

@@ -8,7 +8,7 @@ from xformers_lab.api.checking import check
 from xformers_lab.api.looking import build, catalogue
 from xformers_lab.api.run import Run
 from xformers_lab.api.stored import load, runs
-from xformers_lab.api.studies import bench, compare
+from xformers_lab.api.studies import ablate, bench, compare
 from xformers_lab.api.table import Table
 from xformers_lab.api.training import train
 from xformers_lab.api.untrained import error, signals
@@ -16,6 +16,7 @@ from xformers_lab.api.untrained import error, signals
 __all__ = [
     "Run",
     "Table",
+    "ablate",
     "bench",
     "build",
     "catalogue",

@@ -38,7 +38,7 @@ class Report(Shown):
     def __bool__(self) -> bool:
         return self.passed
 
-    def _draw(self, console: "Console") -> None:
+    def draw(self, console: "Console") -> None:
         from xformers_lab.report import pages
 
         pages.print_checks([dataclasses.asdict(self)], console)

@@ -228,7 +228,20 @@ class Run(Shown):
             folder, _ = supervised.resume(self.folder, words, where=f"stall={stall}", **how)
         return Run(folder, trust=self.trust)
 
-    def _draw(self, console: "Console") -> None:
+    def tag(self, add: str | None = None, *, remove: str | None = None) -> "Run":
+        """Give it more tags, or take some from it, as `xlab runs tag` does; -> the run as it is then.
+
+            run.tag("paper+final", remove="draft")
+
+        Raises:
+            xformers_lab.errors.UsageError: A word can be no tag, it has no tag to remove, or a process works in it.
+        """
+        from xformers_lab.train import labels
+
+        labels.retag([self.folder], add, remove)
+        return Run(self.folder, trust=self.trust)
+
+    def draw(self, console: "Console") -> None:
         from rich.text import Text
 
         from xformers_lab.report import pages

@@ -14,26 +14,26 @@ _PAGE = '<pre style="white-space:pre;overflow-x:auto;line-height:normal;font-fam
 
 
 class Shown:
-    """A result that can be shown: `print`, rich and notebooks show what `_draw` prints on a console."""
+    """A result that can be shown: `print`, rich and notebooks show what `draw` prints on a console."""
 
-    def _draw(self, console: "Console") -> None:
+    def draw(self, console: "Console") -> None:
         raise NotImplementedError
 
     def __repr__(self) -> str:
         page = _console(NOTEBOOK, terminal=False)
-        self._draw(page)
+        self.draw(page)
         return _text(page)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text]":
         from rich.text import Text
 
         page = _console(options.max_width)
-        self._draw(page)
+        self.draw(page)
         yield Text.from_ansi(_text(page))
 
     def _repr_html_(self) -> str:
         page = _console(NOTEBOOK, record=True)
-        self._draw(page)
+        self.draw(page)
         return page.export_html(inline_styles=True, code_format=_PAGE)
 
 

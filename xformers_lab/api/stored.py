@@ -24,7 +24,7 @@ class Runs(Shown, list[Run]):
         frame = pandas.DataFrame([{key: run.stored.value(key) for key in keys} for run in self])
         return frame.dropna(axis=1, how="all")
 
-    def _draw(self, console: "Console") -> None:
+    def draw(self, console: "Console") -> None:
         from xformers_lab.report import listing
 
         if not self:

@@ -1,10 +1,10 @@
-"""`xl.compare` and `xl.bench`, and what `xlab compare`, `ablate` and `bench` print."""
+"""`xl.compare`, `xl.ablate` and `xl.bench`, and what `xlab compare`, `ablate` and `bench` print."""
 
 import contextlib
 import dataclasses
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from xformers_lab import config as configs
@@ -81,26 +81,82 @@ def compare(
     items = arguments.items(what, keys)
     page = _page(report)
     grid, varied, asked = configs.study(items, trust=trust)
-    from xformers_lab.compare import probe, study
-    from xformers_lab.compare.conduct import Options
+    from xformers_lab.compare import study
 
-    limit = f"{budget:.3f}s" if isinstance(budget, int | float) else budget
-    options = Options(
+    options, flags = _options(
         baselines=baselines,
-        ranges=range_control,
-        budget=None if limit is None else probe.seconds(limit),
+        range_control=range_control,
+        budget=budget,
         skip_impossible=skip_impossible,
-        kit=check,
-        track=tuple(track),
+        check=check,
+        track=track,
     )
-    flags = {"--no-baselines": not baselines, "--range-control": range_control, "--no-check": not check}
-    flags |= {"--skip-impossible": skip_impossible, f"--budget={limit}": limit is not None, "--trust": trust}
-    command = shlex.join(["xlab", "compare", *configs.spelled(items), *(flag for flag in flags if flags[flag])])
-    table = conducted(study.cells(grid), varied, asked, options, command, quiet=quiet)
-    saved = table.save(grid[0].runs)
-    table.report(page or saved.parent / "report.html")
-    _end(table, quiet)
-    return table
+    command = shlex.join(["xlab", "compare", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
+    return _ended(conducted(study.cells(grid), varied, asked, options, command, quiet=quiet), grid[0].runs, page, quiet)
+
+
+@arguments.documented(study=True)
+def ablate(
+    *what: arguments.What,
+    baselines: bool = True,
+    range_control: bool = False,
+    budget: str | float | None = None,
+    skip_impossible: bool = False,
+    check: bool = True,
+    report: pathlib.Path | str | None = None,
+    track: Sequence[str] = (),
+    trust: bool = False,
+    quiet: bool = False,
+    **keys: Any,
+) -> Table:
+    """Swap one choice of a base config at a time, and say which mattered, as `xlab ablate` does.
+
+        table = xl.ablate(task="copy", norm=["pre", "post"], position=["learned", "rope"], seeds=3)
+        table = xl.ablate("base.toml", seeds=3)
+        print(table.verdict())
+
+    A key with a list is an axis, and its base is what a file or an earlier word says, else the first of the list. Each
+    choice of the base that is not the laboratory's default is set back to it, alone, too. Everything else is as in
+    `xl.compare`.
+
+    Args:
+        what: As `xl.compare` takes it; a file may go without its @.
+        baselines: Add what stands beside the variants: bag of tokens, LSTM, full attention with rotary positions.
+        range_control: Add the base with windows of several sizes: whether the task needs long range at all.
+        budget: "30s", "10m", "2h", or seconds: fewer steps for every run alike, where all takes longer.
+        skip_impossible: Keep combinations that cannot be as refused rows.
+        check: Run the conformance check on mechanisms of your own before they train.
+        report: Where the HTML goes (default: report.html in the folder of runs).
+        track: Where else every step is shown: "tensorboard", "wandb".
+        trust: Run code outside the package that an @file names.
+        quiet: No progress on stderr.
+        keys: Keys with their values; see `xl.compare`.
+
+    Returns:
+        The table, named "base", "norm=post" and so on; `verdict()` has the largest difference of each axis.
+
+    Raises:
+        xformers_lab.errors.UsageError: A key or value is wrong, or nothing is left to swap, which is found before
+            anything trains.
+    """
+    if not what and not keys:
+        raise UsageError('ablate what? For example: xl.ablate("base.toml", norm=["pre", "post"], seeds=3)')
+    items = arguments.items(what, keys)
+    page = _page(report)
+    from xformers_lab.compare import ablate
+
+    plan = ablate.ablation(items, trust=trust)
+    options, flags = _options(
+        baselines=baselines,
+        range_control=range_control,
+        budget=budget,
+        skip_impossible=skip_impossible,
+        check=check,
+        track=track,
+    )
+    command = shlex.join(["xlab", "ablate", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
+    table = conducted(plan.cells, plan.varied, plan.study, options, command, quiet=quiet, axes=plan.axes)
+    return _ended(table, plan.cells[0].origin.runs, page, quiet)
 
 
 def conducted(
@@ -112,9 +168,10 @@ def conducted(
     *,
     quiet: bool = False,
     lines: bool = True,
+    axes: Mapping[str, Sequence[str]] | None = None,
 ) -> Table:
     """Train the cells of a study -> its table. command: what made it; quiet: no progress on stderr; lines: a line for
-    each cell where that is no terminal."""
+    each cell where that is no terminal; axes: of an ablation, see `Table`."""
     trackers.require(options.track)
     from xformers_lab import progress
     from xformers_lab.compare.conduct import Conductor
@@ -126,7 +183,8 @@ def conducted(
     with Worker(shown=False) as worker:
         conductor = Conductor(cells, varied, asked, options, worker, bar=nothing if quiet else bar, announce=announce)
         rows = conductor.rows()
-    return Table(rows, varied, command, conductor.notes, dataclasses.asdict(asked), worker.stopped)
+    about = {"study": dataclasses.asdict(asked), "interrupted": worker.stopped, "axes": axes or {}}
+    return Table(rows, varied, command, conductor.notes, **about)
 
 
 @arguments.documented()
@@ -200,9 +258,44 @@ def timed(
     return Table(rows, [*varied, "pass"], command, interrupted=worker.stopped, title=COSTS)
 
 
+def _options(
+    *,
+    baselines: bool,
+    range_control: bool,
+    budget: str | float | None,
+    skip_impossible: bool,
+    check: bool,
+    track: Sequence[str],
+) -> "tuple[Options, list[str]]":
+    """What a study does beside its cells, and the flags that say so."""
+    from xformers_lab.compare import probe
+    from xformers_lab.compare.conduct import Options
+
+    limit = f"{budget:.3f}s" if isinstance(budget, int | float) else budget
+    options = Options(
+        baselines=baselines,
+        ranges=range_control,
+        budget=None if limit is None else probe.seconds(limit),
+        skip_impossible=skip_impossible,
+        kit=check,
+        track=tuple(track),
+    )
+    flags = {"--no-baselines": not baselines, "--range-control": range_control, "--no-check": not check}
+    flags |= {"--skip-impossible": skip_impossible, f"--budget={limit}": limit is not None}
+    return options, [flag for flag in flags if flags[flag]]
+
+
 def _page(report: pathlib.Path | str | None) -> pathlib.Path | None:
     """Where a page is asked for; what cannot be written is refused before anything runs."""
     return None if report is None else spec.writable(spec.located(report, f"report={report}"), f"report={report}")
+
+
+def _ended(table: Table, runs: str, page: pathlib.Path | None, quiet: bool) -> Table:
+    """Keep the rows and the page of a study as its command does."""
+    saved = table.save(runs)
+    table.report(page or saved.parent / "report.html")
+    _end(table, quiet)
+    return table
 
 
 def _end(table: Table, quiet: bool) -> None:

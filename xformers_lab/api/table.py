@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from xformers_lab.api.shown import Shown
-from xformers_lab.errors import UsageError
 from xformers_lab.terminal import visible
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
 
     rows: the rows. varied: the keys that tell them apart. command: the command that does the same. notes: what was
     left out, cut or could not be. study: what was matched, tuned and repeated. interrupted: the signal that ended it
-    before its end, 0 for none; the same call goes on from there.
+    before its end, 0 for none; the same call goes on from there. axes: of an ablation the names of the variants that
+    swap each key, {"norm": ["norm=post"]}.
     """
 
     rows: list[dict[str, Any]]
@@ -34,6 +34,7 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
     study: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     interrupted: int = 0
     title: str = VARIANTS
+    axes: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,8 +67,12 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
 
     def verdict(self) -> str:
         """Who won, by how much, at what cost, in sentences; only what tests carry. A line for each task and length that
-        was compared, after its name, where there are several."""
+        was compared, after its name, where there are several. Of an ablation, which choice mattered: for each task and
+        length the largest difference from the base that each axis makes."""
         from xformers_lab.report import aggregate, findings, human, rows
+
+        if self.axes:
+            return "\n".join(self._mattered())
 
         groups = rows.groups(self.rows, self.varied)
         lines = []
@@ -80,14 +85,37 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
     def report(self, path: pathlib.Path | str) -> pathlib.Path:
         """Write one offline HTML file with charts, every cell and how it was measured; -> its path. Raises UsageError
         where it cannot be written."""
-        from xformers_lab.report import html
+        from xformers_lab.report import exports, html
 
         path = pathlib.Path(path).expanduser()
-        try:
+        with exports.writing(path, "report"):
             html.write_report(self.rows, self.varied, path, title=self.title, command=self.command, said=self.notes)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot write the report there ({error.strerror})") from None
         return path
+
+    def csv(self, path: pathlib.Path | str) -> pathlib.Path:
+        """Write the rows as CSV, as `--csv` does: the columns of `to_pandas`; -> its path. Raises UsageError where it
+        cannot be written."""
+        return self._export("csv", path)[0]
+
+    def parquet(self, path: pathlib.Path | str) -> pathlib.Path:
+        """Write the rows as Parquet, with the type of each column, as `--parquet` does; -> its path. Raises UsageError
+        where it cannot be written."""
+        return self._export("parquet", path)[0]
+
+    def latex(self, path: pathlib.Path | str) -> pathlib.Path:
+        """Write the table for a paper, which wants booktabs, as `--latex` does; -> its path. Raises UsageError where it
+        cannot be written."""
+        return self._export("latex", path)[0]
+
+    def figures(self, folder: pathlib.Path | str) -> list[pathlib.Path]:
+        """Write every picture of the report into a folder, as SVG and as PDF, as `--figures` does; -> the paths. Raises
+        UsageError where they cannot be written."""
+        return self._export("figures", folder)
+
+    def _export(self, kind: str, path: pathlib.Path | str) -> list[pathlib.Path]:
+        from xformers_lab.report import exports
+
+        return exports.EXPORTS[kind](self.rows, self.varied, pathlib.Path(path).expanduser(), self.command)
 
     def save(self, runs: pathlib.Path | str) -> pathlib.Path:
         """Keep the rows in a folder of runs, where `xlab report` finds them; -> the path. Raises RunFailed."""
@@ -96,11 +124,18 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
         about = {"study": dict(self.study), "notes": self.notes}
         return run.save_table(self.rows, self.varied, self.command, str(runs), about)
 
-    def _draw(self, console: "Console") -> None:
+    def draw(self, console: "Console") -> None:
         from rich.text import Text
 
         from xformers_lab.report import table
 
         table.print_rows(self.rows, self.varied, console)
-        for note in self.notes:
-            console.print(Text(visible(f"note: {note}")), soft_wrap=not console.is_terminal)
+        said = [f"note: {note}" for note in self.notes]
+        for line in [*said, *(["", *self._mattered()] if self.axes else [])]:
+            console.print(Text(visible(line)), soft_wrap=not console.is_terminal)
+
+    def _mattered(self) -> list[str]:
+        from xformers_lab.compare import ablate
+        from xformers_lab.report import ablation
+
+        return ablation.lines(self.rows, self.varied, self.axes, ablate.BASE)

@@ -24,6 +24,10 @@ itself: `per_head()` gives arrays for each head (parameters, say), `from_keys(x)
 each head of each position, computed from the block's input (gates, step sizes). Projections, heads, grouped keys and
 values, batches, positions and devices are the laboratory's; what a signature has no place for it refuses.
 
+What stands around the mean of values stands apart from `attend`, so that attention maps can show its weights:
+`finished(mean, ...)` is what a norm or a gate makes of the means of all heads (B, T, N, H), and takes by name what
+`per_head` and `from_queries` name; `summed(v)` is what is made of each value first.
+
 Causal is aligned at the end: query t stands at position S - T + t. valid (S,) bool marks keys that are no padding (a
 mechanism that writes `valid=None` gets None where nothing is padded); a query that may see no key gets zeros. bias is
 called with broadcasting positions of queries and keys, (T', 1) and (1, S'). documents (S,) int32, or None where nothing
@@ -40,7 +44,8 @@ cost in words, a `complexity`. What it cannot do stands in `refuses`, with the r
     refuses = {"causal": "its mean is over every position"}
 
 The keys are causal; bidirectional, of what reads one way alone; cross, keys of another sequence than the queries; bias;
-decoding; documents, of what could be packed. Where options decide, override `refusals()`, which begins with `refuses`.
+decoding; documents, of what could be packed; map, of what gives no mean of values by weights that all channels share.
+Where options decide, override `refusals()`, which begins with `refuses`.
 The docstring is text to print: the catalogue shows it with these attributes, and nothing else is read from it but the
 help of options. `xlab check` runs the mechanism to see whether its `refuses` is true.
 """

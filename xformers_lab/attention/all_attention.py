@@ -29,6 +29,7 @@ class AllAttention(Patterned):
     """
 
     kind = "full"
+    own_values = True
     exact = True
     complexity = Complexity(
         time="O(T (S + vectors) H)",

@@ -36,7 +36,10 @@ class Average(MultiHead):
         memory="O(T D)",
         decoding="a sum of D numbers and a count, whatever the length",
     )
-    refuses: ClassVar = {"bias": "it has no scores"}
+    refuses: ClassVar = {
+        "bias": "it has no scores",
+        "map": "its mean is of the block's input, which has no values, and passes a feed-forward network",
+    }
 
     def __init__(self, size: Size, *, widen: int = 4, rngs: nnx.Rngs):
         if widen < 1:

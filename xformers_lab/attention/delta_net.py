@@ -48,13 +48,19 @@ class DeltaNet(Recurrent):
     def from_queries(self, x):
         return {"gate": None if self.gate is None else self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, valid=None, causal, beta, gate):
-        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
-        return gated(self.forward(direction(q), keys, valid, causal), gate, v.dtype)
+    def summed(self, v):
+        return jax.nn.silu(v)
 
-    def reference(self, q, k, v, *, valid=None, causal, beta, gate):
-        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta}
-        return gated(self.by_definition(direction(q), keys, valid, causal), gate, v.dtype)
+    def finished(self, mean, *, gate):
+        return gated(mean, gate)
+
+    def attend(self, q, k, v, *, valid=None, causal, beta):
+        keys = {"k": direction(k), "v": v, "beta": beta}
+        return self.forward(direction(q), keys, valid, causal)
+
+    def reference(self, q, k, v, *, valid=None, causal, beta):
+        keys = {"k": direction(k), "v": v, "beta": beta}
+        return self.by_definition(direction(q), keys, valid, causal)
 
     def scanned(self, q, k, v, beta):
         return delta_rule(q, k, v, beta, chunk=self.chunk)[0]
@@ -63,10 +69,8 @@ class DeltaNet(Recurrent):
         state = state + beta * jnp.outer(k, v - k @ state)
         return q @ state, state
 
-    def step(self, state, q, k, v, *, beta, gate):
-        wide = jax.nn.silu(v.astype(jnp.float32))
-        out, state = self.update(state, direction(q), direction(k), wide, beta)
-        return gated(out, gate, v.dtype), state
+    def step(self, state, q, k, v, *, beta):
+        return self.update(state, direction(q), direction(k), v, beta)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

@@ -55,16 +55,20 @@ class Differential(KeepsKeys, Full):
     def fused(self, causal: bool):
         return None
 
-    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance, gain):
+    def finished(self, mean, *, gain):
+        size = jax.lax.rsqrt((mean**2).mean(-1, keepdims=True) + EPSILON)
+        return (1 - self.lambda_init) * gain * mean * size
+
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance):
         # Values in float32: the difference of two rounded outputs would keep few of their bits.
         options = {"valid": valid, "documents": documents, "causal": causal, "bias": bias}
         wide = v.astype(jnp.float32)
         first, second = (
             super(Differential, self).attend(q, k, wide, **options) for q, k in zip(_halves(q), _halves(k), strict=True)
         )
-        return self._normalised(first - balance * second, gain).astype(v.dtype)
+        return first - balance * second
 
-    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance, gain):
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance):
         T, S, H = q.shape[0], k.shape[0], q.shape[1]
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         seen = (keys <= at) | (not causal)
@@ -76,11 +80,7 @@ class Differential(KeepsKeys, Full):
             mine = jnp.arange(H) // (H // 4) % 2 == half
             s = jnp.dot(q * mine, (k * mine).T, preferred_element_type=jnp.float32) / (H / 2) ** 0.5 + score
             weights += part * masked_softmax(s, seen)
-        return self._normalised(weights @ v.astype(jnp.float32), gain).astype(v.dtype)
-
-    def _normalised(self, out, gain):
-        size = jax.lax.rsqrt((out**2).mean(-1, keepdims=True) + EPSILON)
-        return (1 - self.lambda_init) * gain * out * size
+        return weights @ v.astype(jnp.float32)
 
     def cost(self, T: int, S: int) -> Cost:
         one = super().cost(T, S)

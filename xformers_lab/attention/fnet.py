@@ -36,6 +36,7 @@ class Fnet(Attention):
         "causal": "every output is a sum over all positions",
         "cross": "one sequence is transformed; there are no queries to another",
         "bias": "it has no scores",
+        "map": "its transform mixes channels as well as positions",
     }
 
     def __call__(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity
-from xformers_lab.attention._base.recurrent import gated, interval_bias
+from xformers_lab.attention._base.recurrent import interval_bias
 from xformers_lab.attention._engine.linear.gated import delta_rule
 from xformers_lab.attention.delta_net import DeltaNet, direction
 from xformers_lab.nn.linear import Linear
@@ -43,13 +43,13 @@ class GatedDeltaNet(DeltaNet):
         fade = jax.nn.softplus(self.forget(x).astype(jnp.float32))
         return super().from_keys(x) | {"decay": -jnp.exp(self.rate[...]) * fade}
 
-    def attend(self, q, k, v, *, valid=None, causal, beta, decay, gate):
-        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
-        return gated(self.forward(direction(q), keys, valid, causal), gate, v.dtype)
+    def attend(self, q, k, v, *, valid=None, causal, beta, decay):
+        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        return self.forward(direction(q), keys, valid, causal)
 
-    def reference(self, q, k, v, *, valid=None, causal, beta, decay, gate):
-        keys = {"k": direction(k), "v": jax.nn.silu(v), "beta": beta, "decay": decay}
-        return gated(self.by_definition(direction(q), keys, valid, causal), gate, v.dtype)
+    def reference(self, q, k, v, *, valid=None, causal, beta, decay):
+        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        return self.by_definition(direction(q), keys, valid, causal)
 
     def scanned(self, q, k, v, beta, decay):
         return delta_rule(q, k, v, beta, decay, chunk=self.chunk)[0]
@@ -57,7 +57,5 @@ class GatedDeltaNet(DeltaNet):
     def update(self, state, q, k, v, beta, decay):
         return super().update(jnp.exp(decay) * state, q, k, v, beta)
 
-    def step(self, state, q, k, v, *, beta, decay, gate):
-        wide = jax.nn.silu(v.astype(jnp.float32))
-        out, state = self.update(state, direction(q), direction(k), wide, beta, decay)
-        return gated(out, gate, v.dtype), state
+    def step(self, state, q, k, v, *, beta, decay):
+        return self.update(state, direction(q), direction(k), v, beta, decay)

@@ -45,13 +45,16 @@ class Gla(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
-        keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
-        return gated(self.forward(q, keys, valid, causal), gate, v.dtype)
+    def finished(self, mean, *, gate):
+        return gated(mean, gate)
 
-    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
+    def attend(self, q, k, v, *, valid=None, causal, decay):
         keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
-        return gated(self.by_definition(q, keys, valid, causal), gate, v.dtype)
+        return self.forward(q, keys, valid, causal)
+
+    def reference(self, q, k, v, *, valid=None, causal, decay):
+        keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
+        return self.by_definition(q, keys, valid, causal)
 
     def scanned(self, q, k, v, decay):
         return channel_decay(q, k, v, decay, chunk=self.chunk)[0]
@@ -60,9 +63,9 @@ class Gla(Recurrent):
         state = jnp.exp(decay)[:, None] * state + jnp.outer(k, v)
         return q @ state, state
 
-    def step(self, state, q, k, v, *, decay, gate):
+    def step(self, state, q, k, v, *, decay):
         out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
-        return gated(out, gate, v.dtype), state
+        return out, state
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, power_of_two(min(self.chunk, S))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
-from xformers_lab.attention._base.recurrent import EPSILON, Recurrent, gate_of
+from xformers_lab.attention._base.recurrent import Recurrent, gate_of, rms
 from xformers_lab.attention._engine.linear.gated import scalar_decay
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
@@ -39,11 +39,17 @@ class Lightning(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
-        return _finished(self.forward(jax.nn.silu(q), _keys(k, v, decay), valid, causal), gate, v.dtype)
+    def summed(self, v):
+        return jax.nn.silu(v)
 
-    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
-        return _finished(self.by_definition(jax.nn.silu(q), _keys(k, v, decay), valid, causal), gate, v.dtype)
+    def finished(self, mean, *, gate):
+        return rms(mean) * jax.nn.sigmoid(gate.astype(jnp.float32))
+
+    def attend(self, q, k, v, *, valid=None, causal, decay):
+        return self.forward(jax.nn.silu(q), _keys(k, v, decay), valid, causal)
+
+    def reference(self, q, k, v, *, valid=None, causal, decay):
+        return self.by_definition(jax.nn.silu(q), _keys(k, v, decay), valid, causal)
 
     def scanned(self, q, k, v, decay):
         return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
@@ -52,10 +58,9 @@ class Lightning(Recurrent):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
         return q @ state, state
 
-    def step(self, state, q, k, v, *, decay, gate):
-        q, k, wide = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k, v))
-        out, state = self.update(state, q, k, wide, decay)
-        return _finished(out, gate, v.dtype), state
+    def step(self, state, q, k, v, *, decay):
+        q, k = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k))
+        return self.update(state, q, k, v, decay)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)
@@ -63,9 +68,4 @@ class Lightning(Recurrent):
 
 
 def _keys(k, v, decay):
-    return {"k": jax.nn.silu(k), "v": jax.nn.silu(v), "decay": jnp.full(len(k), decay)}
-
-
-def _finished(out, gate, dtype):
-    out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
-    return (out * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(dtype)
+    return {"k": jax.nn.silu(k), "v": v, "decay": jnp.full(len(k), decay)}

@@ -42,6 +42,10 @@ class GlobalTokens(Patterned):
         if self.pieces:
             self.among_global, self.to_global = nnx.Dict(pair()), nnx.Dict(pair())
 
+    def refusals(self):
+        reason = "global queries see values of another projection; projections=shared has a map"
+        return {**super().refusals(), **({"map": reason} if self.own else {})}
+
     def scale_init(self, share: float) -> None:
         super().scale_init(share)
         more = [self.of_global] if self.own else []

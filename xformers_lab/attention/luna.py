@@ -45,7 +45,10 @@ class Luna(MultiHead):
         decoding="two H x packed matrices",
         time_note=", chunked where causal",
     )
-    refuses: ClassVar = {"bias": "a packed row has no position"}
+    refuses: ClassVar = {
+        "bias": "a packed row has no position",
+        "map": "what it unpacks are projections of packed rows, which mix heads and channels of values",
+    }
 
     def __init__(self, size: Size, *, packed: int = 32, chunk: int = 64, rngs: nnx.Rngs):
         if packed < 1:

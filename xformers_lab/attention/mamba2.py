@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Call, Complexity, Cost
+from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._base.recurrent import EPSILON, Recurrent, gate_of, interval_bias
 from xformers_lab.attention._engine.linear.gated import scalar_decay
 from xformers_lab.errors import Refused
@@ -65,32 +65,26 @@ class Mamba2(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend_heads(self, call: Call):
-        out, carry, aux = super().attend_heads(call)
-        return self._normalised(out).astype(call.v.dtype), carry, aux
+    def summed(self, v):
+        return jax.nn.silu(v)
 
-    def decode_heads(self, cache, call: Call):
-        out, cache, carry = super().decode_heads(cache, call)
-        return self._normalised(out).astype(call.v.dtype), cache, carry
-
-    def _normalised(self, out):
-        """(..., N, H) at unit root mean square over all channels of a group, times learned weights."""
+    def finished(self, mean, *, gate):
+        """Gated, then at unit root mean square over all channels of a group, times learned weights."""
+        out = mean * jax.nn.silu(gate.astype(jnp.float32))
         of_group = out.reshape(*out.shape[:-2], self.groups, -1)
         of_group = of_group * jax.lax.rsqrt(jnp.square(of_group).mean(-1, keepdims=True) + EPSILON)
         return of_group.reshape(out.shape) * self.scale[...]
 
-    def attend(self, q, k, v, *, valid=None, causal, rate, skip, interval, gate):
-        return self._gated(self.forward, q, k, v, valid, causal, rate, skip, interval, gate)
+    def attend(self, q, k, v, *, valid=None, causal, rate, skip, interval):
+        return self._mean(self.forward, q, k, v, valid, causal, rate, skip, interval)
 
-    def reference(self, q, k, v, *, valid=None, causal, rate, skip, interval, gate):
-        return self._gated(self.by_definition, q, k, v, valid, causal, rate, skip, interval, gate)
+    def reference(self, q, k, v, *, valid=None, causal, rate, skip, interval):
+        return self._mean(self.by_definition, q, k, v, valid, causal, rate, skip, interval)
 
-    def _gated(self, run, q, k, v, valid, causal, rate, skip, interval, gate):
-        """One head before it is normalised, which takes all heads of a group."""
-        q, k, v = (jax.nn.silu(x) for x in (q, k, v))
+    def _mean(self, run, q, k, v, valid, causal, rate, skip, interval):
+        q, k = jax.nn.silu(q), jax.nn.silu(k)
         keys = {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
-        out = run(q, keys, valid, causal) + skip * _at_queries(q, v, valid)
-        return out * jax.nn.silu(gate.astype(jnp.float32))
+        return run(q, keys, valid, causal) + skip * _at_queries(q, v, valid)
 
     def scanned(self, q, k, v, decay):
         return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
@@ -99,10 +93,10 @@ class Mamba2(Recurrent):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
         return q @ state, state
 
-    def step(self, state, q, k, v, *, rate, skip, interval, gate):
-        q, k, v = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k, v))
+    def step(self, state, q, k, v, *, rate, skip, interval):
+        q, k = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k))
         out, state = self.update(state, q, k * interval, v, rate * interval)
-        return (out + skip * v) * jax.nn.silu(gate.astype(jnp.float32)), state
+        return out + skip * v, state
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

@@ -60,6 +60,10 @@ class Mca(Stepwise):
         shape, scale = (size.heads, 2, kernel, size.head, size.head), (kernel * size.head) ** -0.5
         self.taps = nnx.Param(jax.random.normal(rngs.params(), shape) * scale, decays=True) if pool == "conv" else None
 
+    def refusals(self):
+        mixes = {} if self.taps is None else {"map": "its convolutions mix the channels of values; pool=mean has a map"}
+        return {**super().refusals(), **mixes}
+
     def per_head(self):
         return {"taps": None if self.taps is None else self.taps[...]}
 

@@ -85,13 +85,21 @@ class Mla(Projected):
         q, k, v = call.q, call.k[:, :, :1], call.v[:, :, :1]
         if call.method == "reference":
             return self._by_definition(call), call.carry, Aux()
-        if self._absorbs(q.shape[1], k.shape[1]):
+        if call.values is None and self._absorbs(q.shape[1], k.shape[1]):
             return self._absorbed(call.replace(k=k, v=v)), call.carry, Aux()
         (B, S), N, H = v.shape[:2], self.size.heads, self.size.head
         up = self.up.kernel[...].astype(v.dtype)
         expanded = (v.reshape(B * S, -1) @ up).reshape(B, S, N, 2 * H)
         keys = jnp.concatenate([expanded[..., :H], jnp.broadcast_to(k, (B, S, N, k.shape[3]))], -1)
-        return super().attend_heads(call.replace(k=keys, v=expanded[..., H:]))
+        values = expanded[..., H:] if call.values is None else call.values
+        return super().attend_heads(call.replace(k=keys, v=values))
+
+    def values_of(self, call: Call):
+        """What every head adds up is expanded from the latent; keys are, too, so that other values leave it."""
+        return jnp.einsum("bsc,cnh->bsnh", call.v[:, :, 0], self._expanding(call.v.dtype)[1])
+
+    def with_values(self, call: Call, values) -> Call:
+        return call.replace(values=values)
 
     def _absorbed(self, call: Call):
         """One key head, the latent and the rotary key, for all queries, which are brought into the latent's space."""
@@ -120,7 +128,8 @@ class Mla(Projected):
             s = (s + jnp.einsum("btr,bsr->bts", q[:, :, n, H:], k)).astype(jnp.float32) / q.shape[3] ** 0.5
             if bias is not None:
                 s += jax.tree.map(lambda leaf, n=n: leaf[n], bias)(at, keys)
-            out.append(masked_softmax(s, seen) @ (v @ to_value[:, n]))
+            values = v @ to_value[:, n] if call.values is None else call.values[:, :, n]
+            out.append(masked_softmax(s, seen) @ values)
         return jnp.stack(out, 2).astype(v.dtype)
 
     def _expanding(self, dtype):

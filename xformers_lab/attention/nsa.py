@@ -1,4 +1,5 @@
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ class Nsa(Projected):
         window: keys seen on each side of a query in the third branch, besides itself
     """
 
+    refuses: ClassVar = {"map": "it adds up three values of every position, some of them made of whole blocks"}
     kind = "sparse by content"
     exact = True
     accuracy = "over what is chosen"

@@ -37,6 +37,7 @@ class Perceiver(MultiHead):
     accuracy = ": positions exchange nothing that does not pass through the latents"
     complexity = Complexity(time="O(T latents H + steps latents^2 D)", memory="O(T H)")
     refuses: ClassVar = {
+        "map": "its latents pass layers of their own before positions look at them",
         "causal": (
             "a latent looks at all positions, and Perceiver AR (arXiv 2202.07765), whose latents are the last "
             "positions of a sequence, gives outputs for those alone, where a layer needs them for all"

@@ -47,6 +47,7 @@ class Poolingformer(Local):
         decoding="window + 1 keys and values and reach / stride pooled ones",
     )
     refuses: ClassVar = {
+        "map": "the queries of the second level are outputs of the first, so weights depend on the values",
         "cross": "the keys of the second level are outputs of the first, so the queries must be those of the keys",
     }
 

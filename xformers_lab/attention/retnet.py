@@ -42,11 +42,14 @@ class Retnet(Recurrent):
     def from_queries(self, x):
         return {"gate": self.gate(x).reshape(*x.shape[:2], self.size.heads, -1)}
 
-    def attend(self, q, k, v, *, valid=None, causal, decay, gate):
-        return gated(self.forward(q, self._keys(q, k, v, decay), valid, causal), gate, v.dtype)
+    def finished(self, mean, *, gate):
+        return gated(mean, gate)
 
-    def reference(self, q, k, v, *, valid=None, causal, decay, gate):
-        return gated(self.by_definition(q, self._keys(q, k, v, decay), valid, causal), gate, v.dtype)
+    def attend(self, q, k, v, *, valid=None, causal, decay):
+        return self.forward(q, self._keys(q, k, v, decay), valid, causal)
+
+    def reference(self, q, k, v, *, valid=None, causal, decay):
+        return self.by_definition(q, self._keys(q, k, v, decay), valid, causal)
 
     def _keys(self, q, k, v, decay):
         return {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": jnp.full(len(k), decay)}
@@ -58,9 +61,9 @@ class Retnet(Recurrent):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
         return q @ state, state
 
-    def step(self, state, q, k, v, *, decay, gate):
+    def step(self, state, q, k, v, *, decay):
         out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
-        return gated(out, gate, v.dtype), state
+        return out, state
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

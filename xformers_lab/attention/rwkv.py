@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Rwkv(Recurrent):
         chunk: positions that one turn of the loop within all chunks, or one between them, passes
     """
 
+    refuses: ClassVar = {**Recurrent.refuses, "map": "every channel has weights of its own"}
     kind = "without attention"
     exact = True
     complexity = Complexity(

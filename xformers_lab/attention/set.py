@@ -35,6 +35,7 @@ class Set(MultiHead):
     refuses: ClassVar = {
         "causal": "a point is a mean over all positions, later ones too",
         "bias": "a point has no position",
+        "map": "its points pass a feed-forward layer before positions look at them",
     }
 
     def __init__(self, size: Size, *, points: int = 32, rngs: nnx.Rngs):

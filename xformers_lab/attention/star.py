@@ -34,7 +34,10 @@ class Star(MultiHead):
     exact = True
     accuracy = "for its graph; two steps lead from any position to any other"
     complexity = Complexity(time="O(T (H + D))", memory="O(T H)", decoding="nothing")
-    refuses: ClassVar = {"causal": "the relay gathers every position"}
+    refuses: ClassVar = {
+        "causal": "the relay gathers every position",
+        "map": "two of the five nodes that a query sees, the relay and the first layer's embedding, are no values",
+    }
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         super().__init__(size, rngs=rngs)

@@ -44,6 +44,9 @@ class Yoso(OneHead):
         super().__init__(size, rngs=rngs)
         self.bits = bits
 
+    def finished(self, mean):
+        return _unit(mean)
+
     def attend(self, q, k, v, *, valid=None, causal):
         T, S = len(q), len(k)
         q, k = _unit(q), _unit(k)
@@ -60,14 +63,14 @@ class Yoso(OneHead):
 
         pad = lambda x: jnp.pad(x, ((0, count * block - T), (0, 0))).reshape(count, block, -1)
         out = lax.map(rows, (pad(q), jnp.arange(count * block).reshape(count, block) + S - T))
-        return _unit(out.reshape(count * block, -1)[:T]).astype(v.dtype)
+        return out.reshape(count * block, -1)[:T]
 
     def reference(self, q, k, v, *, valid=None, causal):
         T, S = len(q), len(k)
         unit = lambda x: x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-24)
         weights = _collide(unit(q) @ unit(k).T, self.bits)
         seen = jnp.tril(jnp.ones((T, S)), S - T) if causal else jnp.ones((T, S))
-        return unit(weights * (seen if valid is None else seen * valid) @ v).astype(v.dtype)
+        return weights * (seen if valid is None else seen * valid) @ v
 
     def cost(self, T: int, S: int) -> Cost:
         H = self.size.head

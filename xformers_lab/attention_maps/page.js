@@ -100,8 +100,9 @@
       const bar = document.createElement("span");
       const name = document.createElement("code");
       text.textContent = share(one.weight);
-      bar.className = "bar";
-      bar.style.setProperty("width", `${Math.min(100, 100 * Math.abs(one.weight))}%`);
+      bar.className = one.weight < 0 ? "bar negative" : "bar";
+      // A full bar is a weight of 1, or the strongest where effective weights are above that.
+      bar.style.setProperty("width", `${(100 * Math.abs(one.weight)) / Math.max(1, Math.abs(ranked[0].weight))}%`);
       name.textContent = `${panel.texts[other][one.other]} (${one.other + 1})`;
       line.append(text, bar, name);
       list.append(line);

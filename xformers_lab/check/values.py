@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xformers_lab.attention import KINDS, OFFERED, REFUSALS
+from xformers_lab.attention import KINDS, OFFERED, REFUSALS, Call, MultiHead, OneHead
 from xformers_lab.attention.full import Full
 from xformers_lab.check.subject import (
     GRADIENT,
@@ -28,6 +28,8 @@ from xformers_lab.check.subject import (
     compare,
     compare_trees,
 )
+from xformers_lab.errors import Refused
+from xformers_lab.measure import maps
 from xformers_lab.nn.aux_results import Aux
 
 # bfloat16 keeps 8 bits: a rounded result is off by up to 0.004, a sum kept in bfloat16 by more the longer it is.
@@ -72,6 +74,9 @@ def signature(subject: Subject) -> None:
                 )
         if "valid" not in names:
             raise Broken(f"{method} takes no `valid`, so it cannot keep padding out")
+    for name in mechanism.takes("finished") - {"mean", "args", "kwargs"}:
+        if name not in arrays | tokens:
+            raise Broken(f'finished takes "{name}", which neither per_head() nor from_queries(x) names')
     fast, slow = (mechanism.takes(method) for method in ("attend", "reference"))
     if fast != slow:
         raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
@@ -150,6 +155,39 @@ def equals_reference(subject: Subject) -> None:
         fast, slow = subject.result(case), subject.result(case, "reference")
         where, advice = f"attend against reference ({case})", functools.partial(_likely, subject, case)
         compare(fast.out, slow.out, VALUE, where, advice, lambda case=case: subject.rounding(case).out)
+
+
+def attention_map(subject: Subject) -> None:
+    """The weights that an attention map shows are those of reference, and give, with `summed` and `finished`, what the
+    layer gives."""
+    if subject.whole:
+        raise NotApplicable("it has a layer of its own, of whose values nothing is seen")
+    if reason := subject.mechanism.refusals().get("map"):
+        raise NotApplicable(reason)
+    case = Case(SHORT, SHORT, subject.modes[0], batch=2, biased=subject.takes_bias)
+    if subject.refusal(case):
+        case = dataclasses.replace(subject.square(subject.modes[0]), batch=2)
+    inputs, valid = subject.inputs(case), subject.valid(case)
+    padded: Any = {name: x if name == "bias" else jnp.asarray(x[1:]) for name, x in inputs.items()}
+    call = Call(**padded, valid=None if valid is None else valid[1:], causal=case.causal)
+    mechanism = subject.multi_head
+    try:
+        with jax.default_matmul_precision("highest"):
+            fast = maps.of_call(mechanism, call)
+    except Refused as reason:
+        declares = type(mechanism).summed is not MultiHead.summed
+        if declares or (isinstance(mechanism, OneHead) and type(mechanism).finished is not OneHead.finished):
+            raise Broken(
+                f"{reason}. finished(mean, ...) of the weighted mean of summed(v) has to be what attend_heads gives; "
+                "attend itself gives the mean alone"
+            ) from None
+        raise NotApplicable(f'{reason}; it may say why, refuses = {{"map": reason}}') from None
+    _has_reference(subject)
+    with jax.default_matmul_precision("highest"):
+        slow = maps.of_call(mechanism, call.replace(method="reference"))
+    where, advice = f"weights of values ({case})", "Both forms must weigh values alike, whatever the values are."
+    of_queries = lambda found: found.weights.transpose(1, 0, 2)[None]
+    compare(of_queries(fast), of_queries(slow), VALUE, where, advice)
 
 
 def full_in_the_limit(subject: Subject) -> None:
@@ -498,6 +536,7 @@ PROPERTIES = [
     signature,
     equals_reference,
     same_gradients,
+    attention_map,
     full_in_the_limit,
     several_blocks,
     shortest,

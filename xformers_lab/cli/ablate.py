@@ -5,7 +5,6 @@ import argparse
 from xformers_lab.cli import measuring
 from xformers_lab.cli.command import Command
 from xformers_lab.errors import UsageError
-from xformers_lab.terminal import visible
 
 
 def _ablate(chosen: argparse.Namespace) -> int:
@@ -14,14 +13,7 @@ def _ablate(chosen: argparse.Namespace) -> int:
     from xformers_lab.compare import ablate
 
     plan = ablate.ablation(chosen.words, trust=chosen.trust)
-    code, rows = measuring.conducted(chosen, plan.cells, plan.varied, plan.study)
-    from xformers_lab.report import ablation
-
-    if not chosen.json:
-        print()
-        for line in ablation.lines(rows, plan.varied, plan.axes, ablate.BASE):
-            print(visible(line))
-    return code
+    return measuring.conducted(chosen, plan.cells, plan.varied, plan.study, plan.axes)
 
 
 COMMANDS = [

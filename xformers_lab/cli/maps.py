@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
 from xformers_lab.cli.command import JSON, TRUST, Command, argument, spelled
-from xformers_lab.cli.exports import writing
 from xformers_lab.cli.running import SPLIT
 from xformers_lab.cli.runs import RUN, RUNS, selected
 from xformers_lab.errors import LabError, UsageError
+from xformers_lab.report.exports import writing
 from xformers_lab.terminal import message, visible
 
 if TYPE_CHECKING:

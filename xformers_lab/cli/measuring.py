@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
@@ -45,17 +46,23 @@ def _compare(chosen: argparse.Namespace) -> int:
     grid, varied, asked = configs.study(chosen.words, trust=chosen.trust)
     from xformers_lab.compare import study
 
-    return conducted(chosen, study.cells(grid), varied, asked)[0]
+    return conducted(chosen, study.cells(grid), varied, asked)
 
 
 def conducted(
-    chosen: argparse.Namespace, cells: list["Cell"], varied: list[str], asked: configs.Study
-) -> tuple[int, list[dict]]:
-    """Train the cells of a study, print its table and write its page -> the exit code and the rows."""
+    chosen: argparse.Namespace,
+    cells: list["Cell"],
+    varied: list[str],
+    asked: configs.Study,
+    axes: Mapping[str, Sequence[str]] | None = None,
+) -> int:
+    """Train the cells of a study, print its table and write its page -> the exit code. axes: of an ablation, see
+    `api.Table`."""
     trackers.require(chosen.track)
+    from rich.console import Console
+
     from xformers_lab.compare import probe
     from xformers_lab.compare.conduct import Options
-    from xformers_lab.report import table
 
     options = Options(
         baselines=not chosen.no_baselines,
@@ -65,18 +72,16 @@ def conducted(
         kit=not chosen.no_check,
         track=tuple(chosen.track or ()),
     )
-    done = studies.conducted(cells, varied, asked, options, spelled(chosen), lines=not chosen.json)
-    code = answer(chosen, done.rows, lambda: table.print_rows(done.rows, varied))
-    for note in [] if chosen.json else done.notes:  # said before it began too, which may be long ago
-        print(visible(f"note: {note}"))
+    done = studies.conducted(cells, varied, asked, options, spelled(chosen), lines=not chosen.json, axes=axes)
+    code = answer(chosen, done.rows, lambda: done.draw(Console()))
     saved = done.save(cells[0].origin.runs)
     report = done.report(chosen.report or saved.parent / "report.html")
     print(visible(f"report: {report}"), file=sys.stderr)
     export(chosen, done.rows, varied, done.command)
     if done.interrupted:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 128 + done.interrupted, done.rows
-    return (code if done.ok else 5), done.rows
+        return 128 + done.interrupted
+    return code if done.ok else 5
 
 
 def _demo(chosen: argparse.Namespace) -> int:

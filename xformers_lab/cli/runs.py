@@ -1,4 +1,4 @@
-"""The command that looks after stored runs: runs, which lists, compares and deletes them."""
+"""The command that looks after stored runs: runs, which lists, compares, tags and deletes them."""
 
 import argparse
 import json
@@ -77,6 +77,20 @@ def _compare(chosen: argparse.Namespace) -> int:
     code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
     export(chosen, rows, varied, spelled(chosen))
     return code
+
+
+def _tag(chosen: argparse.Namespace) -> int:
+    if not chosen.words:
+        raise UsageError("tag which runs? Name them (xlab runs tag 3f2a --add paper), or filter (task=copy)")
+    if chosen.add is None and chosen.remove is None:
+        raise UsageError("tag with what? --add paper gives runs a tag, --remove draft takes one, a+b are two")
+    from xformers_lab.train import labels
+
+    tags = labels.retag([run.folder for run in selected(chosen)], chosen.add, chosen.remove)
+    said = [f"{folder}  {words or 'no tags'}" for folder, words in tags.items()]
+    return answer(
+        chosen, {str(folder): words for folder, words in tags.items()}, lambda: print("\n".join(map(visible, said)))
+    )
 
 
 def _remove(chosen: argparse.Namespace) -> int:
@@ -196,14 +210,21 @@ def _word(value: Any) -> str:
 
 def _refuse_unread(chosen: argparse.Namespace, verb: str | None) -> None:
     """Raises UsageError at a flag that the verb does not read."""
-    of_list = {"--sort": chosen.sort != WHEN, "--reverse": chosen.reverse, "--columns": chosen.columns is not None}
-    exports = {flag.name: getattr(chosen, flag.attribute) is not None for flag in EXPORTS}
-    unread = {None: {"--yes": chosen.yes}, "compare": of_list | {"--yes": chosen.yes}, "rm": of_list | exports}[verb]
-    if flags := [name for name, given in unread.items() if given]:
-        raise UsageError(f"{', '.join(flags)}: xlab runs {verb or 'without rm'} does not read it; leave it out")
+    given = {
+        "list": {"--sort": chosen.sort != WHEN, "--reverse": chosen.reverse, "--columns": chosen.columns is not None},
+        "tag": {"--add": chosen.add is not None, "--remove": chosen.remove is not None},
+        "rm": {"--yes": chosen.yes},
+        "exports": {flag.name: getattr(chosen, flag.attribute) is not None for flag in EXPORTS},
+    }
+    read = {None: ("list", "exports"), "compare": ("exports",), "tag": ("tag",), "rm": ("rm",)}[verb]
+    unread = {name: said for kind, flags in given.items() if kind not in read for name, said in flags.items()}
+    if flags := [name for name, said in unread.items() if said]:
+        raise UsageError(
+            f"{', '.join(flags)}: {f'xlab runs {verb}' if verb else 'the list of runs'} does not read it; leave it out"
+        )
 
 
-VERBS = {None: _list, "compare": _compare, "rm": _remove}
+VERBS = {None: _list, "compare": _compare, "tag": _tag, "rm": _remove}
 RUN = argument(
     "words",
     nargs="*",
@@ -216,14 +237,18 @@ VERB_OR_RUN = argument(
     nargs="*",
     metavar="RUN or key=value",
     help="which runs: a folder, a name, an id or the start of it, or `last`; and filters: task=lm tags=draft "
-    "status=ok. `compare` before them prints their table, `rm` deletes them",
+    "status=ok. `compare` before them prints their table, `tag` changes their tags, `rm` deletes them",
 )
 LIST = [
     argument("--sort", metavar="KEY", default=WHEN, help="in rising order of a key, say metric (default: when)"),
     argument("--reverse", action="store_true", help="in falling order"),
     argument("--columns", metavar="KEY,KEY", help="show these keys of the config or the record"),
+    argument("--add", metavar="TAG+TAG", help="tag: give the runs these tags"),
+    argument("--remove", metavar="TAG+TAG", help="tag: take these tags from the runs"),
     argument("--yes", action="store_true", help="rm: do not ask"),
 ]
 COMMANDS = [
-    Command("runs", _runs, "list, filter, compare and delete stored runs", [VERB_OR_RUN, RUNS, *LIST, *EXPORTS, JSON]),
+    Command(
+        "runs", _runs, "list, filter, compare, tag and delete stored runs", [VERB_OR_RUN, RUNS, *LIST, *EXPORTS, JSON]
+    ),
 ]

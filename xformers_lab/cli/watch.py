@@ -7,9 +7,9 @@ import time
 
 from xformers_lab import named_run
 from xformers_lab.cli.command import Command, argument
-from xformers_lab.cli.exports import writing
 from xformers_lab.cli.running import RUN_DIR, RUNS
 from xformers_lab.errors import UsageError
+from xformers_lab.report.exports import writing
 from xformers_lab.terminal import message, visible
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal

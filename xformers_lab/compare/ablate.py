@@ -4,7 +4,7 @@ to the laboratory's default alone."""
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xformers_lab import config as configs
@@ -33,20 +33,20 @@ class Ablation:
     axes: dict[str, list[str]]
 
 
-def ablation(words: Iterable[str], *, trust: bool = False) -> Ablation:
-    """What `xlab ablate` runs: words as `compare` takes them, and files with or without the @.
+def ablation(words: Iterable[configs.Item], *, trust: bool = False) -> Ablation:
+    """What `xlab ablate` runs: words as `compare` takes them, or what stands for them, and files with or without the @.
 
     A key with several values is an axis. Its value in the base is the one that a file or word before gave it, else the
     first of them. Raises UsageError where nothing is left to swap.
     """
-    words = [f"@{word}" if "=" not in word and pathlib.Path(word).suffix in FILES else word for word in words]
+    words = [_at_file(word) for word in words]
     configs.refuse_name(words)
     read = configs.gathered(words, trust=trust)
     if len(read.bases) > 1:
         raise UsageError(f"an ablation has one base, but the recipe has {len(read.bases)} configs; use compare")
     base, listed, frame = _sorted(read)
     if read.study.seeds is not None:
-        if "seed" in frame and (frame["seed"] != [0] or any(word.startswith("seed=") for word in words)):
+        if "seed" in frame and (frame["seed"] != [0] or any(map(_says_seed, words))):
             raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
         frame["seed"] = list(range(read.study.seeds))
     tokens = base.pop("tokens", None)
@@ -76,6 +76,16 @@ def ablation(words: Iterable[str], *, trust: bool = False) -> Ablation:
             cells.append(Cell(config, config, name=name))
     varied = configs.varied([cell.origin for cell in cells])
     return Ablation(cells, varied, read.study, {key: list(swaps) for key, swaps in axes.items()})
+
+
+def _at_file(word: configs.Item) -> configs.Item:
+    bare = isinstance(word, str) and "=" not in word and pathlib.Path(word).suffix in FILES
+    return f"@{word}" if bare else word
+
+
+def _says_seed(word: configs.Item) -> bool:
+    """Whether a word, or a mapping, says which seeds; a file that a run left, and a config, say seed=0 as all else."""
+    return word.startswith("seed=") if isinstance(word, str) else isinstance(word, Mapping) and "seed" in word
 
 
 def _sorted(read: configs.Words) -> tuple[dict[str, Any], dict[str, list], dict[str, list]]:

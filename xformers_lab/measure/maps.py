@@ -1,10 +1,13 @@
 """Attention maps: how much each head of each layer takes of each position, of one example.
 
-One way for every mechanism: where what a head gives is linear in its values and weights all channels alike, its weights
-can be read off by values that are 1 in one channel at one position, as many positions at once as a head has channels.
-For softmax attention these are the weights of its scores; for linear attention and recurrences, which have no scores,
-the effective weights. That it is so is checked on the values themselves: the weights have to give what the head gave.
-A mechanism with a gate or a norm behind its mean, or that chooses by its values, is refused.
+One way for every mechanism: where what a head adds up is linear in its values and weights all channels alike, its
+weights can be read off by values that are 1 in one channel at one position, as many positions at once as a head has
+channels. For softmax attention these are the weights of its scores; for linear attention and recurrences, which have no
+scores, the effective weights. What stands before and behind the mean, a nonlinearity of each value, a norm, a gate, a
+mechanism says itself: `summed` and `finished` of its class; and `own_values`, where heads also add up values that are
+of no position, so that something is there without values too. That it is so is checked on the values themselves: the
+weights have to give what the heads gave. A mechanism of another kind says why there is no map, refuses = {"map":
+reason}.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xformers_lab.attention import Attention
 from xformers_lab.attention._base.call import Call, watched
 from xformers_lab.attention._base.samples import apart
 from xformers_lab.errors import Refused
@@ -60,6 +64,8 @@ def of_model(
     except jax.errors.UnexpectedTracerError:
         raise Refused("the layers of this model run within a loop of its depth, so there is no map") from None
     if not found:
+        for _, layer in nnx.iter_modules(model):
+            _refuse_declared(layer)
         name = type(model).__name__.lower()
         raise Refused(f"no layer of this model ({name}) gives a mean of values, so there is no map")
     return [_checked(*each) for each in jax.device_get(found)]
@@ -67,7 +73,11 @@ def of_model(
 
 def of_call(layer: Any, call: Call) -> Map:
     """The map of one layer on a call of one sample; raises Refused."""
-    return _checked(*jax.device_get(_read_off(layer, call)))
+    graph, variables = nnx.split(layer)
+    names = ("q", "k", "v", "x", "x_q", "valid", "bias", "carry", "documents")
+    arrays = {name: value for name in names if (value := getattr(call, name)) is not None}
+    found = jax.jit(lambda variables, arrays: _read_off(nnx.merge(graph, variables), call.replace(**arrays)))
+    return _checked(*jax.device_get(found(variables, arrays)))
 
 
 def _checked(
@@ -75,7 +85,8 @@ def _checked(
 ) -> Map:
     if not missed <= CLOSE:
         raise Refused(
-            "a layer gives no weighted mean of its values, for there is a gate, a norm or a choice by them: no map"
+            "a layer gives no weighted mean of its values, for there is a gate, a norm or a choice by them that its "
+            "class does not tell apart from the mean (`summed`, `finished`): no map"
         )
     norms = None if norms is None else np.asarray(norms, np.float32)
     return Map(np.asarray(weights, np.float32), bool(implied), norms, bool(causal), bool(crosses))
@@ -91,32 +102,44 @@ def _of_model(graph: nnx.GraphDef, variables: Any, given: dict[str, jax.Array]) 
 
 def _read_off(layer: Any, call: Call) -> tuple:
     """What `_checked` makes a `Map` of; missed: how much the weights (N, T, S) miss of what the layer gives."""
+    _refuse_declared(layer)
     name, crosses = type(layer).__name__.lower(), call.x_q is not None and call.x_q is not call.x
     if call.v.ndim != 4 or call.v.shape[0] != 1:
         raise Refused(f"{name} has no values of single positions: no map")
     call = _in_float32(call)
-    _, S, K, H = call.v.shape
+    real = layer.values_of(call)
+    _, S, M, H = real.shape
     graph, variables = nnx.split(layer)
     compared = bool(jax.tree.leaves(call.bias)) and _of_samples(call, layer)
 
-    def given(v):
+    def given(one):
         # Not shown to who watches: these calls are no layers.
         own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
-        return (apart(own, call.replace(v=v)) if compared else own.attend_heads(call.replace(v=v)))[0]
+        return (apart(own, one) if compared else own.attend_heads(one))[0].astype(jnp.float32)
 
-    count = -(-S // H)
-    at = jnp.arange(count * H).reshape(count, H)
-    basis = (at[:, None, :] == jnp.arange(S)[None, :, None]).astype(call.v.dtype)  # (chunks, S, H)
-    values = jnp.concatenate([jnp.broadcast_to(basis[:, None, :, None], (count, 1, S, K, H)), call.v[None]])
-    together = max(1, AT_ONCE // (call.q.shape[2] * call.q.shape[1] * S))
-    out = jax.vmap(given)(values) if together > count else jax.lax.map(given, values, batch_size=together)
-    T, N = out.shape[2:4]
+    out = given(call)[0]
     if out.shape[-1] != H:
         raise Refused(f"{name} gives {out.shape[-1]} channels of values of {H}: no map")
-    weights = out[:-1, 0].transpose(2, 1, 0, 3).reshape(N, T, count * H)[..., :S]
-    again = jnp.einsum("nts,snh->tnh", weights, jnp.repeat(call.v[0], N // K, 1))
-    missed = jnp.abs(again - out[-1, 0]).max() / jnp.maximum(jnp.abs(out[-1, 0]).max(), 1e-6)
-    return weights, type(layer).kind in IMPLIED, missed, _norms(layer, out[-1, 0]), call.causal, crosses
+    count = -(-S // H)
+    at = jnp.arange(count * H).reshape(count, H)
+    basis = (at[:, None, :] == jnp.arange(S)[None, :, None]).astype(real.dtype)  # (chunks, S, H)
+    values = jnp.broadcast_to(basis[:, None, :, None], (count, 1, S, M, H))
+    values = jnp.concatenate([values, jnp.zeros_like(real)[None]])
+    together = max(1, AT_ONCE // (call.q.shape[2] * call.q.shape[1] * S))
+    mean = lambda values: given(layer.with_values(call, values))
+    means = jax.vmap(mean)(values) if together > count else jax.lax.map(mean, values, batch_size=together)
+    T, N = means.shape[2:4]
+    rest = means[-1, 0] if layer.own_values else jnp.zeros_like(means[-1, 0])  # what is there without values
+    weights = (means[:-1, 0] - rest).transpose(2, 1, 0, 3).reshape(N, T, count * H)[..., :S]
+    again = jnp.einsum("nts,snh->tnh", weights, jnp.repeat(real[0], N // M, 1)) + rest
+    again = layer.finish(again[None], call)[0]
+    missed = jnp.abs(again - out).max() / jnp.maximum(jnp.abs(out).max(), 1e-6)
+    return weights, type(layer).kind in IMPLIED, missed, _norms(layer, out), call.causal, crosses
+
+
+def _refuse_declared(layer: Any) -> None:
+    if isinstance(layer, Attention) and (reason := layer.refusals().get("map")):
+        raise Refused(f"{type(layer).__name__.lower()} has no map: {reason}")
 
 
 def _norms(layer: Any, given: jax.Array) -> jax.Array | None:

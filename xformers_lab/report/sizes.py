@@ -10,6 +10,7 @@ from xformers_lab.report.listing import print_listing
 
 LAYERS = ("attention", "ffn")  # parts that every layer has
 ATTENTION = "attention"
+KEPT = "kept for backward"
 
 
 def print_sizes(sizes: Mapping[str, Any], console: Console | None = None) -> None:
@@ -23,12 +24,11 @@ def print_sizes(sizes: Mapping[str, Any], console: Console | None = None) -> Non
 
 
 def by_part(sizes: Mapping[str, Any]) -> list[dict]:
-    """Parameters and FLOPs of a token, a row for each part and one for all."""
+    """Parameters, FLOPs of a token and bytes that wait for the backward pass, a row for each part and one for all."""
     parameters, flops = sizes["parameters"], sizes["flops_per_token"]
     passes = {heading: flops[key] for key, heading in {"forward": "FLOPs/token", "training": "in training"}.items()}
     rows = []
-    rest = ["rest"] if any(passes.values()) else []
-    for part in [*parameters["parts"], *rest, "total"]:
+    for part in [*parameters["parts"], "rest", "total"]:
         count = parameters["total"] if part == "total" else parameters["parts"].get(part)
         row = {"part": part, "parameters": human.NONE if count is None else f"{count:,}"}
         row |= {"share": _share(count, parameters["total"])}
@@ -37,6 +37,9 @@ def by_part(sizes: Mapping[str, Any]) -> list[dict]:
             value = None if counted is None else counted["total"] if part == "total" else counted["parts"].get(part)
             whole = None if counted is None else counted["total"]
             row |= {heading: human.count(value), f"{heading} share": _share(value, whole)}
+        kept = sizes["kept_bytes"]
+        size = kept["total"] if part == "total" else kept["parts"].get(part)
+        row |= {KEPT: human.size(size), f"{KEPT} share": _share(size, kept["total"])}
         rows.append(row)
     return rows
 
@@ -68,6 +71,7 @@ def line(sizes: Mapping[str, Any]) -> dict[str, str]:
         row[f"{heading}: attention"] = human.NONE if counted is None else _percent(attention_share(counted))
     row |= {"training memory": human.size(sizes["training_bytes"]["total"])}
     row |= {"activations": human.size(sizes["training_bytes"]["activations"])}
+    row |= {f"{KEPT}: attention": _percent(attention_share(sizes["kept_bytes"]))}
     return row | {"decoding keeps": human.size(decoding.get("cache"))}
 
 
@@ -80,7 +84,7 @@ def lines(cells: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]) -> list[
 
 
 def attention_share(counted: Mapping[str, Any]) -> float | None:
-    """What attention has of parameters or FLOPs, from 0 to 1; None of nothing."""
+    """What attention has of parameters, FLOPs or bytes, from 0 to 1; None of nothing."""
     return counted["parts"].get(ATTENTION, 0) / counted["total"] if counted["total"] else None
 
 

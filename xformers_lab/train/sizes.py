@@ -17,8 +17,10 @@ from xformers_lab.config import Config
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import Ffn
 from xformers_lab.measure.flops import flops_by_scope
+from xformers_lab.measure.kept import kept_by_scope
 from xformers_lab.memory import Memory
 from xformers_lab.model import build_model, check_config
+from xformers_lab.nn import backward
 from xformers_lab.nn.embedding import Embedding
 from xformers_lab.norm import Norm
 from xformers_lab.position import Position
@@ -26,7 +28,8 @@ from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import Task
 from xformers_lab.train import decoding, selection
 from xformers_lab.train.jobs import Job, prepare
-from xformers_lab.train.step import make_eval_step, make_train_step
+from xformers_lab.train.state import merge
+from xformers_lab.train.step import make_eval_step, make_objective, make_train_step
 
 # What a part of a model is called, by the outermost of its modules that is one of these; any other module by the name
 # that the model has for it: head, say.
@@ -48,7 +51,9 @@ def of(config: Config) -> dict:
     parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, other (what else the
     state holds), activations (temporary buffers of the compiled step beside the gradients) and total, on one device;
     decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of the whole batch) and total, or why_not.
-    batch, seq_len and layers are the config's.
+    kept_bytes: total, and parts, of the arrays that wait for the backward pass, as differentiation asks for them (see
+    `measure.kept`), on all devices together; of one of the parts where a step has several (accumulate). batch, seq_len
+    and layers are the config's.
 
     Raises UsageError where the config cannot be.
     """
@@ -66,6 +71,7 @@ def of(config: Config) -> dict:
         "parameters": _parameters(config, task),
         "flops_per_token": _flops(job, state),
         "training_bytes": training | {"total": sum(training.values())},
+        "kept_bytes": _kept(job, state),
         "decoding_bytes": _decoding(job, state, parameters),
     }
 
@@ -112,6 +118,23 @@ def _flops(job: Job, state: Any) -> dict:
         each = {part: flops / tokens for part, flops in parts.items()}
         counted[name] = {"total": sum(parts.values()) / tokens, "parts": each}
     return counted
+
+
+def _kept(job: Job, state: Any) -> dict:
+    """What attention and the others make for the backward pass."""
+    objective, count = make_objective(job.task, job.graph), job.config.train.accumulate
+    first = lambda x: x[: x.shape[0] // count]
+    of_memory = lambda x: x[:, : x.shape[1] // count]
+
+    def loss(params, extra, memory, batch, key):
+        memory, batch = jax.tree.map(of_memory, memory), jax.tree.map(first, batch)
+        statistics = backward.values(merge(job.graph, params, extra, memory))
+        return objective(params, statistics, extra, memory, batch, key)[0]
+
+    plain = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    given = plain((state.params, state.extra, state.memory, job.first_batch))
+    parts = kept_by_scope(loss, *given, jax.eval_shape(lambda: jax.random.key(0)), scopes=LAYERS)
+    return {"total": sum(parts.values()), "parts": parts}
 
 
 def _decoding(job: Job, state: Any, parameters: int) -> dict:

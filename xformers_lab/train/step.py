@@ -33,21 +33,9 @@ def run(model: Model, batch: Batch, key: jax.Array | None = None) -> tuple[jax.A
     return model(cast(jax.Array, batch.inputs), valid=cast("jax.Array | None", batch.valid), key=key, **packed)
 
 
-def make_train_step(
-    config: Config, task: Task, graph: nnx.GraphDef, tx: optax.GradientTransformation, axis: str | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """-> train_step(state, batch) -> (state, metrics).
-
-    batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
-    weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
-    divided once. Auxiliary losses and scalars are the mean of the parts', each weighted as its targets are. In the
-    metrics "loss" is the task's alone, as an evaluation has it; "total" is what was minimised, where that is more; the
-    auxiliaries stand there as `Aux.metrics` names them, the weighted loss of each further prediction among the losses.
-    A step whose loss or gradient is not finite, or that would leave a value that is not, changes nothing but `step` and
-    `skipped`; texts that begin with it have begun all the same.
-    """
-
-    update = optax.with_extra_args_support(tx).update
+def make_objective(task: Task, graph: nnx.GraphDef) -> Callable[..., tuple[jax.Array, Any]]:
+    """-> objective(params, statistics, extra, memory, batch, key) -> what a step differentiates by params and
+    statistics, (the new extra and memory, sums over the batch)."""
 
     def objective(params, statistics, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
@@ -64,6 +52,25 @@ def make_train_step(
         totals = {"total": total} if sums.losses else {}
         seeded = total + backward.surrogate_loss(statistics, backward.values(model))
         return seeded, (split(model)[2:], {"loss": loss, "weight": weight} | totals | reported)
+
+    return objective
+
+
+def make_train_step(
+    config: Config, task: Task, graph: nnx.GraphDef, tx: optax.GradientTransformation, axis: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """-> train_step(state, batch) -> (state, metrics).
+
+    batch is the whole batch, or under pmap this device's part of it, and `axis` then names the devices. The loss is the
+    weighted mean over the whole batch, however it is split over devices or `accumulate` parts: sums are added up and
+    divided once. Auxiliary losses and scalars are the mean of the parts', each weighted as its targets are. In the
+    metrics "loss" is the task's alone, as an evaluation has it; "total" is what was minimised, where that is more; the
+    auxiliaries stand there as `Aux.metrics` names them, the weighted loss of each further prediction among the losses.
+    A step whose loss or gradient is not finite, or that would leave a value that is not, changes nothing but `step` and
+    `skipped`; texts that begin with it have begun all the same.
+    """
+
+    update, objective = optax.with_extra_args_support(tx).update, make_objective(task, graph)
 
     def part(params, extra, memory, batch: Batch, key):
         statistics = backward.values(merge(graph, params, extra, memory))

@@ -36,6 +36,7 @@ REFUSALS = {
     "bias": "No bias",
     "decoding": "No decoding",
     "documents": "Not packed",
+    "map": "No attention map",
 }
 
 

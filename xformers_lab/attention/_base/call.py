@@ -31,6 +31,9 @@ class Call:
         method: What is run of one head: the fast form, or the definition.
         documents: Of packed data the number of the document that each position is of, for queries see their own alone;
             None where nothing is packed.
+        values: What heads shall add up in the place of what they make of v, by which attention maps read weights off;
+            v is the same array then, where nothing else is made of it. Means are wanted as they are, without what
+            stands behind them.
     """
 
     q: Float[Array, "B T N H"]
@@ -45,6 +48,7 @@ class Call:
     key: Key[Array, ""] | None = None
     method: Method = "attend"
     documents: Int[Array, "B S"] | None = None
+    values: Float[Array, "B S M H"] | None = None
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

@@ -30,6 +30,8 @@ class MultiHead(Attention):
     projects: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
     keeps_keys: ClassVar[bool] = True
+    # Whether heads add up values of their own besides, of no position, as persistent vectors are.
+    own_values: ClassVar[bool] = False
     # What goes by places in the row of keys, of a mechanism that cannot leave any of them empty in decoding.
     on_places: ClassVar[str] = ""
 
@@ -57,6 +59,23 @@ class MultiHead(Attention):
             Refused: The mechanism has no place for what is asked.
         """
         ...
+
+    def summed(self, v) -> jax.Array:
+        """What a mean adds up, made of each value (..., K, H) alone: the value itself, unless a mechanism says more."""
+        return v
+
+    def finish(self, mean, call: Call) -> jax.Array:
+        """What heads give, made of their weighted means (B, T, N, H), whatever stands behind these. A call with
+        `values` ends before it."""
+        return mean
+
+    def values_of(self, call: Call) -> jax.Array:
+        """What the means of a call add up, (B, S, K or N, H)."""
+        return self.summed(call.v)
+
+    def with_values(self, call: Call, values) -> Call:
+        """The call with other `values_of`; a mechanism that reads more off v than what it adds up keeps v."""
+        return call.replace(v=values, values=values)
 
     def mix(
         self,

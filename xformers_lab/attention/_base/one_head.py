@@ -44,6 +44,11 @@ class OneHead(MultiHead):
         """(B, T, D), what the queries are projected from -> arrays (B, T, N, ...), passed to `attend` as (T, ...)."""
         return {}
 
+    def finished(self, mean, *args: Any, **kwargs: Any) -> Any:
+        """What stands behind the weighted mean that `attend` gives, such as a norm or a gate, of all heads (B, T, N, H)
+        -> the same shape. It may take, by name, what `per_head` (N, ...) and `from_queries` (B, T, N, ...) name."""
+        return mean
+
     def narrow(self, T: int, S: int, causal: bool) -> bool:
         """Whether `attend` runs the queries of a head as a batch of narrow rows, to which a CPU adds other heads."""
         return False
@@ -63,7 +68,7 @@ class OneHead(MultiHead):
             valid = jnp.ones((B, S), bool)
         keys = None if call.key is None or "key" not in takes else jax.random.split(call.key, N)
         fixed = {"causal": call.causal} if "causal" in takes else {}
-        function = getattr(self, call.method)
+        function, v = getattr(self, call.method), self.summed(call.v) if call.values is None else call.v
 
         def one(q, k, v, of_pair, of_sample, of_head):
             carry, tokens = of_pair
@@ -76,13 +81,23 @@ class OneHead(MultiHead):
         of_pair = carry if "carry" in takes else None, self.of_tokens(call)
         narrow = call.method == "attend" and self.narrow(T, S, call.causal)
         plan = plan_of(self.size)
-        out, above = over_heads(one, call.q, call.k, call.v, of_pair, of_sample, of_head, plan=plan, narrow=narrow)
+        out, above = over_heads(one, call.q, call.k, v, of_pair, of_sample, of_head, plan=plan, narrow=narrow)
+        out = self.finish(out, call) if call.values is None else out
         return out, above if "carry" in takes else carry, Aux()
 
+    def finish(self, mean, call: Call) -> jax.Array:
+        if type(self).finished is OneHead.finished:
+            return mean
+        arrays, takes = self.per_head() | self.from_queries(call.queries_input), self.takes("finished")
+        given = {name: value for name, value in arrays.items() if name in takes}
+        return self.finished(mean, **given).astype(call.v.dtype)
+
     def of_tokens(self, call: Call) -> dict[str, Any]:
-        """What `from_keys` and `from_queries` give, heads before positions: (B, N, S, ...) and (B, N, T, ...)."""
-        arrays = self.from_keys(call.x) | self.from_queries(call.queries_input)
-        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), arrays)
+        """What `attend` takes of what `from_keys` and `from_queries` give, heads before positions: (B, N, S, ...) and
+        (B, N, T, ...)."""
+        arrays, takes = self.from_keys(call.x) | self.from_queries(call.queries_input), self.takes()
+        taken = {name: value for name, value in arrays.items() if name in takes}
+        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), taken)
 
     @classmethod
     def takes(cls, method: str = "attend") -> frozenset[str]:
@@ -159,7 +174,7 @@ class Stepwise(OneHead):
         if call.bias is not None and "bias" not in takes:
             raise Refused(why_not(self, "bias"))
         times = self.size.heads // self.size.key_heads
-        k, v = (jnp.repeat(y, times, 1) for y in (call.k, call.v))
+        k, v = (jnp.repeat(y, times, 1) for y in (call.k, self.summed(call.v)))
         tokens = jax.tree.map(lambda leaf: leaf[:, :, 0], self.of_tokens(call.as_row()))
         of_head = {"bias": call.bias} | self.per_head()
         taken = lambda arrays: {name: value for name, value in arrays.items() if name in takes}
@@ -170,4 +185,4 @@ class Stepwise(OneHead):
         heads = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, 0))
         samples = jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None))
         out, cache = samples(cache, call.q, k, v, taken(tokens), taken({"x": call.x}), taken(of_head))
-        return out, cache, call.carry
+        return self.finish(out[:, None], call.as_row())[:, 0], cache, call.carry

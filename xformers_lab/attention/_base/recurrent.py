@@ -60,10 +60,14 @@ def gate_of(size: Size, rngs: nnx.Rngs) -> Linear:
     return Linear(size.dim, size.heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
 
 
-def gated(out, gate, dtype):
+def rms(out):
+    """out at unit root mean square over the head's channels."""
+    return out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
+
+
+def gated(out, gate):
     """silu(gate), where there is a gate, times out at unit root mean square over the head's channels."""
-    out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
-    return (out if gate is None else out * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)
+    return rms(out) if gate is None else rms(out) * jax.nn.silu(gate.astype(jnp.float32))
 
 
 def interval_bias(key, shape, dtype):
