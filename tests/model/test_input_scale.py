@@ -43,8 +43,16 @@ def at_the_stack(model, tokens, valid=None) -> float:
     return float(jnp.sqrt(jnp.square(seen[0]).mean()))
 
 
-@pytest.mark.parametrize("depth", ["fixed", "universal", "universal:code=false", "feedback", "hourglass"])
-@pytest.mark.parametrize("position", spec.names("position"))
+# Every position and every depth with the default of the other axis, and all pairs in make test-deep.
+DEPTHS = ["fixed", "universal", "universal:code=false", "feedback", "hourglass"]
+BOTH = [
+    pytest.param(position, depth, marks=[] if position == "learned" or depth == "fixed" else [pytest.mark.slow])
+    for position in spec.names("position")
+    for depth in DEPTHS
+]
+
+
+@pytest.mark.parametrize("position, depth", BOTH)
 def test_positions_and_depths_reach_the_stack_alike(position, depth):
     model, _ = model_of(position=position, depth=depth)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (8, 65)))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -73,8 +74,8 @@ def alone(batch: Batch) -> tuple[Batch, np.ndarray]:
 @pytest.mark.parametrize("words", [
     *({"attention": name, "position": "none"} for name in QUICK),
     *(
-        pytest.param({"attention": name, "position": "rope"}, marks=pytest.mark.full)
-        for name in KEEPING
+        pytest.param({"attention": name, "position": "rope"}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in ((one.values, one.marks) for one in kinds.one_of_each_kind(KEEPING))
     ),
     *(
         pytest.param({"position": name}, marks=pytest.mark.full)
