@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -109,13 +110,12 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("changes", kinds.every_third([
     *({"model": kind} for kind in KINDS), {"model": "encoder", "task": "listops"}, {"norm": "post"}, {"norm": "rezero"},
     {"norm": "deepnorm"}, {"norm": "rezero", "model": "decoder:tied=true"}, {"model": "decoder:tied=true", "dim": 512},
     {"model": "decoder:tied=true", "dim": 512, "position": "none"}, {"model": "vit"},
     {"depth": "universal", "model": "decoder:tied=true"}, {"depth": "hourglass", "model": "decoder:tied=true"},
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 def test_no_model_is_sure_of_anything_at_the_start(changes):
     """Its loss is that of a guess among all answers, and what logits of unit size add to that."""
     model, task = model_of(**changes)
