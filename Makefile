@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell "$(PYTHON)" -c 'import platform; print(platform.python_version())')
 READY := $(VENV)/.ready-$(VERSION)
 
-PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -o cache_dir=.pytest_cache/$(PINS)
 
 .PHONY: demo setup test test-rest test-all test-peers test-deep check lint docs site bench clean
 

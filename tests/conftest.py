@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled programs are shared by all checkouts of a user: most of the suite's time is the compiler's.
 USER_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(USER_CACHE / "xformers_lab" / "tests"))
-os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")  # the laboratory's own cache: tests write verdicts there
+# The laboratory's own cache: tests write verdicts there.
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache" / "python{}.{}".format(*sys.version_info))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A test runs a program a few times on a few numbers, so that most of its time would be the compiler's: the cheapest

@@ -6,21 +6,23 @@ import pytest
 
 from xformers_lab import spec
 
+# Of attention, one for each kind: those that other tests and pages use anyway, so that what they compile is shared.
+# A kind that has none here, or not among the names that a test is about, is looked at by its first.
+USUAL = ("full", "local", "linear", "linformer", "nystrom", "average", "talking_heads", "realformer", "reformer")
+
 
 def one_of_each_kind(
     names: Sequence[str] | None = None,
     mark: pytest.MarkDecorator | None = None,
     others: pytest.MarkDecorator | None = pytest.mark.slow,
 ) -> list:
-    """Parameters: attention by name, by default all of the shelf; the first of each kind has one mark, all others
-    another."""
-    marked, seen = [], set()
-    for name in spec.names("attention") if names is None else names:
-        kind = spec.entry("attention", name).kind
-        one = others if kind in seen else mark
-        marked.append(pytest.param(name, marks=[] if one is None else [one]))
-        seen.add(kind)
-    return marked
+    """Parameters: attention by name, by default all of the shelf; one of each kind has one mark, all others another."""
+    names = spec.names("attention") if names is None else names
+    chosen = {}
+    for name in sorted(names, key=lambda name: name not in USUAL):
+        chosen.setdefault(spec.entry("attention", name).kind, name)
+    marks = [mark if name in chosen.values() else others for name in names]
+    return [pytest.param(name, marks=[] if one is None else [one]) for name, one in zip(names, marks, strict=True)]
 
 
 def every_third(
