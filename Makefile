@@ -10,12 +10,13 @@ endif
 CONSTRAINTS := constraints/$(PINS).txt
 VENV ?= .venv$(if $(filter old,$(PINS)),-old)
 BIN := $(VENV)/bin
+PART ?= 1/3
 VERSION := $(shell "$(PYTHON)" -c 'import platform; print(platform.python_version())')
 READY := $(VENV)/.ready-$(VERSION)
 
 PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -o cache_dir=.pytest_cache/$(PINS)
 
-.PHONY: demo setup test test-rest test-all test-peers test-deep check lint docs site bench clean
+.PHONY: demo setup test test-rest test-part test-all test-smoke test-peers test-deep check lint docs site bench clean
 
 setup: $(READY)  ## make the environment, which every other target does too
 
@@ -28,8 +29,14 @@ test: $(READY)  ## set up and run what is quick and decisive: every choice, ever
 test-rest: $(READY)  ## what `make test` leaves out: whole kits, other implementations' numbers, choices at default compiler flags
 	$(PYTEST) -m "full and not slow"
 
+test-part: $(READY)  ## `make test`, and a third of test-rest: PART=1/3, 2/3 or 3/3; .ci/run takes them in turn
+	PART=$(PART) $(PYTEST) -m "not slow"
+
 test-all: $(READY)  ## both in one go; what is there in brief and whole, whole alone
 	$(PYTEST) -m "not brief and not slow"
+
+test-smoke: $(READY)  ## a part of `make test`, which .ci/run runs with the old pins: mechanisms in brief, models, the whole way
+	$(PYTEST) -m "not full and not slow" tests/test_smoke.py tests/check/test_check.py tests/model
 
 test-peers: $(READY)  ## golden tests against the other implementations themselves, run live (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -42,10 +43,21 @@ def pytest_configure(config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")
+    if part := os.environ.get("PART"):
+        number, parts = map(int, part.split("/"))
+        chosen = [item for item in items if not item.get_closest_marker("full") or part_of(item, parts) == number]
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen
+
+
+def part_of(item, parts: int) -> int:
+    """Which of so many parts of the tests marked full a test belongs to, the same on every machine; from 1 on."""
+    return 1 + zlib.crc32(item.nodeid.encode()) % parts
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -51,9 +51,7 @@ def test_catalogue_knows_who_takes_a_bias(name):
 
 # Options under which a mechanism is another algorithm: what the bare name proves says nothing of them.
 OTHER_FORMS = [
-    "gaussian:kind=distance",
     "linear:features=cosformer:chunk=5",
-    "rfa:gate=learned:features=5:chunk=5",
     "streaming:logit=learned:sinks=0:window=5",
 ]
 MORE_FORMS = [
@@ -61,6 +59,7 @@ MORE_FORMS = [
     "axial:shape=3x4x6",
     "bigbird:block=5:heads=own",
     "fixed:stride=6:summary=2:heads=own",
+    "gaussian:kind=distance",
     "gaussian:kind=layer",
     "image_local:form=2d:block=3x2:memory=2x1",
     "linear:features=dpfp:nu=2:chunk=5",
@@ -75,6 +74,7 @@ MORE_FORMS = [
     "performer:kernel=relu:features=5:chunk=5",
     "performer:rows=independent:features=5:chunk=5",
     "poolingformer:pool=max:window=3:reach=12",
+    "rfa:gate=learned:features=5:chunk=5",
     "rfa:kernel=arccos:features=5:chunk=5",
     "synthesizer:kind=factorised_dense",
     "synthesizer:kind=factorised_random",
