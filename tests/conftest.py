@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pathlib
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled programs are shared by all checkouts of a user: most of the suite's time is the compiler's.
 USER_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(USER_CACHE / "xformers_lab" / "tests"))
-os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")  # the laboratory's own cache: tests write verdicts there
+# The laboratory's own cache: tests write verdicts there.
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache" / "python{}.{}".format(*sys.version_info))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A test runs a program a few times on a few numbers, so that most of its time would be the compiler's: the cheapest
@@ -40,10 +43,21 @@ def pytest_configure(config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")
+    if part := os.environ.get("PART"):
+        number, parts = map(int, part.split("/"))
+        chosen = [item for item in items if not item.get_closest_marker("full") or part_of(item, parts) == number]
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen
+
+
+def part_of(item, parts: int) -> int:
+    """Which of so many parts of the tests marked full a test belongs to, the same on every machine; from 1 on."""
+    return 1 + zlib.crc32(item.nodeid.encode()) % parts
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -125,6 +125,7 @@ def test_what_goes_wrong_is_an_exception_of_ours(runs, monkeypatch, inline):
         xl.train(TINY)
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on(runs, monkeypatch, inline):
     from xformers_lab.train import work
 

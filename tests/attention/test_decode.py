@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -59,13 +60,12 @@ def agree(model, tokens):
     assert float(jnp.abs(whole[:, 1:] - whole[:, :-1]).max()) > 1e-3  # positions do differ
 
 
-@pytest.mark.parametrize("name", DECODABLE)
+@pytest.mark.parametrize("name", kinds.one_of_each_kind(DECODABLE))
 def test_mechanism(name):
     agree(*model_of(name))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("changes", kinds.every_third([
     {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
     {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},
     {"position": "grid"}, {"position": "grid:width=4"},
@@ -73,7 +73,7 @@ def test_mechanism(name):
     {"norm": "post"}, {"norm": "normformer"}, {"ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},
     {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
     {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 def test_other_axes(changes):
     agree(*model_of(**({"attention": "full"} | changes)))
 

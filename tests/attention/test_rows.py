@@ -1,10 +1,12 @@
 """How softmax attention is run: rows in a batch with a backward of their own, rows filled up, several as one, heads."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -100,8 +102,9 @@ def test_rows_that_see_the_same_keys_are_run_as_one(queries, together):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("choice", ["local:window=4", "block_local:block=8", "axial:shape=8x8", "full"])
-@pytest.mark.parametrize("queries", [64, 200, 1 << 20])
+@pytest.mark.parametrize("choice, queries", kinds.every_third([*itertools.product(
+    ["local:window=4", "block_local:block=8", "axial:shape=8x8", "full"], [64, 200, 1 << 20]
+)]))  # fmt: skip
 def test_heads_run_alone_or_together_alike(choice, queries):
     """In a loop over heads, of which few or all are run at once, with grouped keys, padding and slopes."""
     B, T, N, K, H = 3, 64, 4, 2, 8

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -46,7 +47,7 @@ def _valid(batch):
     return None if batch.valid is None else jnp.asarray(batch.valid)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", kinds.one_of_each_kind())
 def test_trains(name):
     """Two steps through scanned layers with grouped heads: finite, and every parameter of the mechanism learns."""
     still = without_gradient(config(small(name)))

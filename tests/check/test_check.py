@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -13,7 +14,7 @@ from mutants.right import Plain, subject
 from rich.console import Console
 
 from xformers_lab import shelves, spec
-from xformers_lab.check import costs, masks, run, values
+from xformers_lab.check import cache, costs, masks, run, values
 from xformers_lab.check.run import PROPERTIES, check, examine
 from xformers_lab.check.subject import Case, Subject, compare
 from xformers_lab.config import Config, edit
@@ -22,18 +23,7 @@ from xformers_lab.model import check_config
 from xformers_lab.report import pages
 
 
-def mechanisms(of_each_kind: pytest.MarkDecorator, others: pytest.MarkDecorator | None = None) -> list:
-    """All of the shelf: the first of each kind with one mark, the others with another."""
-    marked, seen = [], set()
-    for name in spec.names("attention"):
-        kind = spec.entry("attention", name).kind
-        mark = others if kind in seen else of_each_kind
-        marked.append(pytest.param(name, marks=[] if mark is None else [mark]))
-        seen.add(kind)
-    return marked
-
-
-@pytest.mark.parametrize("name", mechanisms(pytest.mark.brief))
+@pytest.mark.parametrize("name", kinds.one_of_each_kind(None, pytest.mark.brief, None))
 def test_shelf_at_one_shape(name):
     """Value, gradients, no leak of the future or of padding, decoding: what decides, in seconds."""
     resolved = spec.resolve("attention", name)
@@ -42,10 +32,12 @@ def test_shelf_at_one_shape(name):
     assert examine(subject, decisive).failed == []
 
 
-@pytest.mark.parametrize("name", mechanisms(pytest.mark.full, pytest.mark.slow))
+@pytest.mark.full
+@pytest.mark.parametrize("name", kinds.one_of_each_kind())
 def test_shelf(name):
-    """Every property at every shape."""
+    """Every property at every shape; commands of other tests ask for the verdict."""
     report = check(name)
+    cache.keep(name, report.to_dict())
     assert report.passed, report.failed
     assert len(report.skipped) < len(PROPERTIES) / 2
 
@@ -59,32 +51,32 @@ def test_catalogue_knows_who_takes_a_bias(name):
 
 # Options under which a mechanism is another algorithm: what the bare name proves says nothing of them.
 OTHER_FORMS = [
-    "gaussian:kind=distance",
     "linear:features=cosformer:chunk=5",
-    "linear:features=hedgehog:chunk=5",
-    "linear:features=softmax:chunk=5",
-    "performer:kernel=relu:features=5:chunk=5",
-    "rfa:gate=learned:features=5:chunk=5",
     "streaming:logit=learned:sinks=0:window=5",
-    "synthesizer:kind=factorised_dense",
 ]
 MORE_FORMS = [
     "axial:axis=row",
     "axial:shape=3x4x6",
     "bigbird:block=5:heads=own",
     "fixed:stride=6:summary=2:heads=own",
+    "gaussian:kind=distance",
     "gaussian:kind=layer",
     "image_local:form=2d:block=3x2:memory=2x1",
     "linear:features=dpfp:nu=2:chunk=5",
+    "linear:features=hedgehog:chunk=5",
     "linear:features=relu:chunk=5",
+    "linear:features=softmax:chunk=5",
     "linear:features=taylor:chunk=5",
     "linformer:share=keyvalue:rank=5",
     "linformer:share=none:rank=5",
     "longformer:dilation=2:window=3:tokens=2",
     "mca:pool=mean",
+    "performer:kernel=relu:features=5:chunk=5",
     "performer:rows=independent:features=5:chunk=5",
     "poolingformer:pool=max:window=3:reach=12",
+    "rfa:gate=learned:features=5:chunk=5",
     "rfa:kernel=arccos:features=5:chunk=5",
+    "synthesizer:kind=factorised_dense",
     "synthesizer:kind=factorised_random",
     "synthesizer:kind=random",
 ]

@@ -65,7 +65,18 @@ def test_a_mechanism_that_overrides_the_whole_call():
     assert [skip.property for skip in report.skipped] == ["equals_reference"]
 
 
-@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+# The first of each property, and all in make test-deep.
+FIRST = {expected: kind for kind, expected in reversed(FAULTS.items())}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind is FIRST[expected] else [pytest.mark.slow])
+        for kind, expected in FAULTS.items()
+    ],
+    ids=lambda kind: kind.__name__,
+)
 def test_planted_fault_is_caught_by_its_property(kind):
     expected = FAULTS[kind]
     report = examine(subject(kind, **OPTIONS.get(kind, {})), [NAMED[expected]])

@@ -2,6 +2,7 @@
 
 import importlib
 
+import kinds
 import pytest
 
 from xformers_lab import spec
@@ -17,8 +18,7 @@ KITS = [shelf for shelf in run.kits() if shelf != "attention"]
 CHOICES = [(shelf, name) for shelf in KITS for name in spec.names(shelf)]
 
 
-@pytest.mark.brief
-@pytest.mark.parametrize("shelf, name", CHOICES)
+@pytest.mark.parametrize("shelf, name", kinds.every_third(CHOICES, pytest.mark.brief, None))
 def test_shelf_in_brief(shelf, name):
     """No leak of the future or of padding, decoding: what decides, in seconds."""
     subject = importlib.import_module(f"xformers_lab.check.kits.{shelf}").subject(name)
@@ -26,20 +26,14 @@ def test_shelf_in_brief(shelf, name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shelf, name", CHOICES)
+@pytest.mark.parametrize("shelf, name", kinds.every_third(CHOICES))
 def test_shelf(shelf, name):
     report = run.check(name, shelf)
     assert report.passed, [f"{failure}: {failure.message}" for failure in report.failed]
 
 
-DEPTHS = [
-    name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
-    for number, name in enumerate(spec.names("depth"))
-]
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("name", kinds.every_third(spec.names("depth")))
 def test_mechanisms_in_turn_decode_in_every_depth(name):
     """A last period that is not whole, where the depth allows that."""
     words = {"depth": name, "attention": "linear+full", "position": "rope"}

@@ -345,6 +345,7 @@ class Exits(Full):
 """
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("command", ["compare", "bench"])
 def test_a_mechanism_that_exits_is_a_row(capsys, tmp_path, command):

@@ -4,13 +4,14 @@ A fenced block of bash is run line by line; one that names a file, as in "```pyt
 other Python is run as it is. A line that ends in "# exit code 1" must end so, every other one in 0.
 """
 
-import os
+import json
 import pathlib
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -44,20 +45,24 @@ def runs(fence: Fence) -> bool:
     return fence.language in ("bash", "python") or bool(fence.file)
 
 
-def run(line: str, folder: pathlib.Path) -> None:
-    """Run one line of a page in a folder, with the commands of this environment."""
+def steps(page: pathlib.Path) -> Iterator[tuple[str, str, str]]:
+    """What running a page is: (file, command or python; its text; the name of a file)."""
+    for fence in fences(page):
+        if fence.file:
+            yield "file", fence.text, fence.file
+        elif fence.language == "python":
+            yield "python", fence.text, ""
+        for line in commands(fence):
+            yield "command", runnable(line), ""
+
+
+def runnable(line: str) -> str:
+    """A line of a page, or of those that take minutes what at least knows how."""
     words = shlex.split(line, comments=True)
     assert words[0] in PROGRAMS, f"{line}: a page shows no other programs than {', '.join(PROGRAMS)}"
-    expected = int(code[1]) if (code := re.search(r"# exit code (\d+)$", line)) else 0
-    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    if words[0] == "make":  # the demo and the tests themselves: make must at least know how
-        line = shlex.join(["make", "-n", "-C", str(ROOT), *words[1:]])
-    elif words[:2] == ["xlab", "demo"]:  # minutes long
-        line = "xlab demo --help"
-    environment = os.environ | {"PATH": path}
-    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
+    if words[0] == "make":  # the demo and the tests themselves
+        return shlex.join(["make", "-n", "-C", str(ROOT), *words[1:]])
+    return "xlab demo --help" if words[:2] == ["xlab", "demo"] else line
 
 
 LONG = ("maps", "new_mechanism")  # pages whose blocks take minutes, as those of guides do
@@ -72,13 +77,10 @@ def with_blocks() -> list:
 
 @pytest.mark.parametrize("page", with_blocks(), ids=lambda page: page.stem)
 def test_blocks_run_as_written(page, tmp_path):
-    for fence in fences(page):
-        if fence.file:
-            (tmp_path / fence.file).write_text(fence.text)
-        elif fence.language == "python":
-            subprocess.run([sys.executable, "-c", fence.text], check=True, cwd=tmp_path)
-        for line in commands(fence):
-            run(line, tmp_path)
+    """All in one process, see page.py."""
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("page.py"))]
+    done = subprocess.run(command, input=json.dumps([*steps(page)]), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_subcommand_is_shown():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from agreement import assert_close
@@ -134,8 +135,9 @@ def one_step(state, q, k, v, beta=None, decay=0.0):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("T, chunk", LENGTHS)
-@pytest.mark.parametrize("kind", ["scalar", "channel", "delta", "gated delta"])
+@pytest.mark.parametrize("kind, T, chunk", kinds.every_third([
+    (kind, *length) for kind in ("scalar", "channel", "delta", "gated delta") for length in LENGTHS
+]))  # fmt: skip
 def test_chunks_are_the_recurrence(kind, T, chunk):
     """In value, last state and gradient; keys are of 6 channels, values of 3."""
     q, k, v, fade, beta = draw(T, (T, 6), (T, 6), (T, 3), (T, 6), (T,))
@@ -309,7 +311,7 @@ def test_a_recurrence_refuses_to_see_both_sides(choice):
         layer(x, causal=False)
 
 
-@pytest.mark.parametrize("choice", [*ONE_WAY, "rwkv:shift=none", "rfa", "rfa:kernel=arccos"])
+@pytest.mark.parametrize("choice", kinds.every_third([*ONE_WAY, "rwkv:shift=none", "rfa", "rfa:kernel=arccos"]))
 def test_padding_in_front_is_as_if_it_were_not_there(choice):
     layer = build(choice, 13, 16, 4, kv_heads=2)
     x = draw(7, (1, 13, 16))[0]

@@ -3,6 +3,7 @@ refused."""
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from agreement import assert_close
@@ -187,8 +188,9 @@ def test_spans_hold_every_key_that_is_seen(name):
         assert not (seen & ~held).any()
 
 
-@pytest.mark.parametrize("T, causal", [(60, False), (23, True)])
-@pytest.mark.parametrize("name", OWN_PATTERNS)
+@pytest.mark.parametrize("name, T, causal", kinds.every_third([
+    (name, *shape) for name in OWN_PATTERNS for shape in ((60, False), (23, True))
+]))  # fmt: skip
 def test_engine_runs_them_as_their_dense_mask_says(name, T, causal):
     pattern = OWN_PATTERNS[name] & Causal() if causal else OWN_PATTERNS[name]
     q, k, v = drawn((T, 4), (60, 4), (60, 4))

@@ -1,10 +1,12 @@
 """Memories across segments: what is seen, what is not, and what is kept."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -89,9 +91,9 @@ def at_once(model: Any, inputs) -> jax.Array:
     return jax.jit(lambda inputs: model(inputs)[0])(inputs)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("position", ["alibi", "rope", "none", "xl", "t5:sides=past"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers, position", kinds.every_third([*itertools.product(
+    [1, 3], ["alibi", "rope", "none", "xl", "t5:sides=past"]
+)]))  # fmt: skip
 def test_segments_with_all_of_the_past_are_the_whole(text, layers, position):
     config = tiny(text, "xl:length=8", layers=layers, position=position)
     model, inputs = model_of(config), tokens(12)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -43,8 +44,16 @@ def at_the_stack(model, tokens, valid=None) -> float:
     return float(jnp.sqrt(jnp.square(seen[0]).mean()))
 
 
-@pytest.mark.parametrize("depth", ["fixed", "universal", "universal:code=false", "feedback", "hourglass"])
-@pytest.mark.parametrize("position", spec.names("position"))
+# Every position and every depth with the default of the other axis, and all pairs in make test-deep.
+DEPTHS = ["fixed", "universal", "universal:code=false", "feedback", "hourglass"]
+BOTH = [
+    pytest.param(position, depth, marks=[] if position == "learned" or depth == "fixed" else [pytest.mark.slow])
+    for position in spec.names("position")
+    for depth in DEPTHS
+]
+
+
+@pytest.mark.parametrize("position, depth", BOTH)
 def test_positions_and_depths_reach_the_stack_alike(position, depth):
     model, _ = model_of(position=position, depth=depth)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (8, 65)))
@@ -101,13 +110,12 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("changes", kinds.every_third([
     *({"model": kind} for kind in KINDS), {"model": "encoder", "task": "listops"}, {"norm": "post"}, {"norm": "rezero"},
     {"norm": "deepnorm"}, {"norm": "rezero", "model": "decoder:tied=true"}, {"model": "decoder:tied=true", "dim": 512},
     {"model": "decoder:tied=true", "dim": 512, "position": "none"}, {"model": "vit"},
     {"depth": "universal", "model": "decoder:tied=true"}, {"depth": "hourglass", "model": "decoder:tied=true"},
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 def test_no_model_is_sure_of_anything_at_the_start(changes):
     """Its loss is that of a guess among all answers, and what logits of unit size add to that."""
     model, task = model_of(**changes)

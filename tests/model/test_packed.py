@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -70,19 +71,24 @@ def alone(batch: Batch) -> tuple[Batch, np.ndarray]:
     return Batch(inputs, targets, weights, valid), np.array([(row, where[0], len(where)) for row, where in at])
 
 
+def few(names: list[str]) -> list[tuple]:
+    """(names, marks) of parameters: every third is one of CI's."""
+    return [(one.values, one.marks) for one in kinds.every_third(names)]
+
+
 @pytest.mark.parametrize("words", [
     *({"attention": name, "position": "none"} for name in QUICK),
     *(
-        pytest.param({"attention": name, "position": "rope"}, marks=pytest.mark.full)
-        for name in KEEPING
+        pytest.param({"attention": name, "position": "rope"}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in few(KEEPING)
     ),
     *(
-        pytest.param({"position": name}, marks=pytest.mark.full)
-        for name in spec.names("position") if name not in ("conv", "tupe")
+        pytest.param({"position": name}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in few([name for name in spec.names("position") if name not in ("conv", "tupe")])
     ),
     *(
-        pytest.param({"depth": name, "layers": 3, "norm": "pre"}, marks=pytest.mark.full)
-        for name in spec.names("depth") if spec.entry("depth", name).documents_apart
+        pytest.param({"depth": name, "layers": 3, "norm": "pre"}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in few([name for name in spec.names("depth") if spec.entry("depth", name).documents_apart])
     ),
     *(
         pytest.param({"ffn": name}, marks=pytest.mark.full)
@@ -109,12 +115,12 @@ def test_no_document_is_told_of_the_others(words):
 @pytest.mark.parametrize("words", [
     {"position": "learned"},
     *(
-        pytest.param({"position": name}, marks=pytest.mark.full)
-        for name in ("none", "sinusoidal", "rope", "alibi", "t5", "xl", "shaw", "deberta")
+        pytest.param({"position": name}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in few(["none", "sinusoidal", "rope", "alibi", "t5", "xl", "shaw", "deberta"])
     ),
     *(
-        pytest.param({"attention": name, "position": "learned"}, marks=pytest.mark.full)
-        for name in ("local:window=5", "softcap", "differential:lambda_init=0.3", "mla", "collaborative")
+        pytest.param({"attention": name, "position": "learned"}, marks=[pytest.mark.full, *marks])
+        for (name,), marks in few(["local:window=5", "softcap", "differential:lambda_init=0.3", "mla", "collaborative"])
     ),
     pytest.param({"depth": "universal", "position": "sinusoidal"}, marks=pytest.mark.full),
     pytest.param({"depth": "reversible", "position": "sinusoidal", "layers": 3}, marks=pytest.mark.full),

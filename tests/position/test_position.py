@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -201,7 +202,7 @@ EVERY_PAIR += [("xl", "full", True), ("deberta:reach=4", "local:window=5", True)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("choice, attention, looped", EVERY_PAIR)
+@pytest.mark.parametrize("choice, attention, looped", kinds.every_third(EVERY_PAIR))
 def test_scores_are_those_of_every_pair(choice, attention, looped):
     """Values, and gradients of the input and of every parameter, with padding and grouped heads, in several blocks."""
     size: dict[str, Any] = {"length": 37, "dim": 32, "heads": 4, "key_heads": 2}
@@ -267,8 +268,10 @@ def test_moved_along_it_is_the_same(choice):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("attention", ["local:window=4", "softcap", "poolingformer:window=3:reach=8"])
-@pytest.mark.parametrize("choice", ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"])
+@pytest.mark.parametrize("attention, choice", kinds.every_third([*itertools.product(
+    ["local:window=4", "softcap", "poolingformer:window=3:reach=8"],
+    ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"],
+)]))  # fmt: skip
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
     chosen = {"task": "copy", "attention": attention, "position": choice, "seq_len": 14, "dim": 16, "heads": 2}

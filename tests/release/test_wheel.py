@@ -24,7 +24,17 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
 ]
 DATA = ("*.toml", "*.jinja", "*.css", "*.js", "*.txt", "py.typed")
-SDIST = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile")
+SDIST = (
+    "pyproject.toml",
+    "constraints/newest.txt",
+    "constraints/old.txt",
+    ".ci/python",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "Makefile",
+)
 
 
 def done(*command: object, folder: pathlib.Path, **variables: str) -> str:

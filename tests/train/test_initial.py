@@ -147,6 +147,7 @@ def test_between_texts_and_other_inputs_no_table_of_tokens_is_taken(source, tmp_
     assert any(name.startswith("params.stack") for name in matched.taken)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("theirs", ["bytes", "300 subwords 0123456789ab from 1 on"])
 def test_texts_of_another_tokenizer_are_refused(source, tmp_path, theirs):
     config = tiny("mlm", tmp_path, init=str(source))

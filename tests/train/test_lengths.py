@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -144,7 +145,7 @@ def test_a_table_that_is_no_row_of_positions_is_refused_at_shorter_lengths_too()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("attention", spec.names("attention"))
+@pytest.mark.parametrize("attention", kinds.one_of_each_kind())
 def test_every_attention_has_the_same_parameters_at_twice_the_length_or_is_refused(attention):
     one_way = spec.entry("attention", attention).refuses.get("causal")
     config = tiny("listops" if one_way else "copy", attention=attention, position="none", seq_len=64, layers=2)

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import kinds
 import numpy as np
 import pytest
 from flax import nnx
@@ -76,7 +77,7 @@ def test_whoever_uses_the_run_gets_these_parameters(whole, caplog, capsys):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("after", [4, *(pytest.param(after, marks=pytest.mark.full) for after in (1, 2, 7))])
+@pytest.mark.parametrize("after", kinds.every_third([4, 1, 2, 7]))
 def test_interrupted_and_resumed_it_is_the_same(task_file, whole, tmp_path, after):
     config, seen = tiny(task_file, tmp_path, **FAST), []
     progress = lambda step, total, metrics: seen.append(step)

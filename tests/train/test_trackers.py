@@ -133,6 +133,7 @@ def test_event_files_hold_every_step_and_the_config(config):
     assert sorted(folder.glob("events/*")) == before, "a run that had ended shows nothing again"
 
 
+@pytest.mark.full
 def test_a_resumed_run_has_each_step_once(config):
     folder = configs.folder(config)
     with pytest.raises(Interrupted):

@@ -62,6 +62,7 @@ def test_a_task_that_cannot_show_an_answer_costs_no_run(caplog):
     assert wrong.rows == [] and not wrong.wants() and "wrong answers are not shown" in caplog.text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("task", ["copy", "listops"])
 def test_a_run_keeps_them(task, tmp_path):
     """They are what the model itself says, in the order of the evaluation."""

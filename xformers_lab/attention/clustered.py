@@ -1,4 +1,4 @@
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from xformers_lab.attention._engine.softmax import MASKED, masked_softmax
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
-EXACT = {"preferred_element_type": jnp.float32}
+EXACT: dict[str, Any] = {"preferred_element_type": jnp.float32}
 # Fewest queries of one cluster that are computed together.
 BLOCK = 16
 

@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -102,8 +102,8 @@ class GlobalTokens(Patterned):
         at = jnp.arange(count)[:, None] + max(0, S - T)
         last = max(0, S - T) + count if causal else S
         keys = jnp.arange(last)[None]
-        asked, exact = of_query["q"] * q.shape[1] ** -0.5, {"preferred_element_type": jnp.float32}
-        s = jnp.dot(asked, of_key["k"][:last].T, **exact)
+        exact: dict[str, Any] = {"preferred_element_type": jnp.float32}
+        s = jnp.dot(of_query["q"] * q.shape[1] ** -0.5, of_key["k"][:last].T, **exact)
         s = s if bias is None else s + bias(at, keys)
         seen = jnp.logical_or(keys <= at, not causal)
         seen = seen if valid is None else seen & valid[None, :last]

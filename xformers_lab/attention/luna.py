@@ -1,4 +1,4 @@
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from xformers_lab.nn.normalisation import LayerNorm
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
-EXACT = {"preferred_element_type": jnp.float32}
+EXACT: dict[str, Any] = {"preferred_element_type": jnp.float32}
 
 
 class Luna(MultiHead):

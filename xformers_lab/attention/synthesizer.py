@@ -1,5 +1,5 @@
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ class Synthesizer(Stepwise, Patterned):
 
     def _row(self, q, at, own, S: int):
         """Scores (C, S) of some queries at positions `at`."""
-        exact = {"preferred_element_type": jnp.float32}
+        exact: dict[str, Any] = {"preferred_element_type": jnp.float32}
         times = lambda q, rows: jnp.dot(q, rows.T.astype(q.dtype), **exact)
         if self.form == "dense":
             return times(jax.nn.relu(q), own["rows"][:S])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 
 # Primitives that compute products without a jaxpr inside: counting them as nothing would be a lie.
 OPAQUE = ("dot_product_attention", "ffi_call", "ragged_dot")
@@ -101,10 +101,9 @@ def _inside(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     """The jaxprs that an equation runs: bodies of loops, branches, calls; a custom_vjp holds its forward rule."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
+            inner = getattr(item, "jaxpr", item)  # JAX 0.10 has closed ones too
+            if isinstance(inner, Jaxpr):
+                yield inner
 
 
 def _shape(atom) -> tuple[int, ...]:
