@@ -35,9 +35,8 @@ def test_gradients_are_those_of_the_whole_model(choice):
     measured = next(signals.of_configs([config]))
     assert [each.layer for each in measured] == [1, 2]
     np.testing.assert_allclose([each.gradient for each in measured], [norm(layer) for layer in layers], rtol=1e-4)
-    np.testing.assert_allclose(
-        [each.ffn_gradient for each in measured], [norm(layer["ffn"]) for layer in layers], rtol=1e-4
-    )
+    ffn = np.array([each.ffn_gradient for each in measured], float)
+    np.testing.assert_allclose(ffn, [norm(layer["ffn"]) for layer in layers], rtol=1e-4)
 
 
 def test_states_are_those_that_the_placement_gives():
