@@ -7,7 +7,8 @@ CLAIM = Claim(
     source="Dehghani et al., 2019, Universal Transformers (arXiv:1807.03819), section 3.1",
     literature="bAbI, all tasks in one model, steps of a position: 2.3 ± 0.8 for one supporting fact, 3.1 ± 1.1 for "
     "two, 3.8 ± 2.2 for three",
-    doubt="A position for each sentence, as the paper has them, in place of each word; one model of both tasks, longer training, or task 3, whose stories are far longer.",
+    doubt="A position for each sentence, as the paper has them, in place of each word; one model of both tasks, "
+    "longer training, or task 3, whose stories are far longer.",
     minutes=10,
     data={"babi_en10k": "bAbI's published files of tasks 1 and 2, en-10k"},
 )
