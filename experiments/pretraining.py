@@ -12,11 +12,11 @@ CLAIM = Claim(
     minutes=8,
     data={"sst2": "SST-2's sentences, train.tsv, dev.tsv and test.tsv: sentence, tab, label, no header"},
 )
-SENTENCES = "path=({data}/sst2):text_column=0:label_column=1:header=false:tokens=bpe:vocab=1024"
-MODEL = "position=sinusoidal seq_len=64 layers=2 dim=64 heads=4 batch=32 model=encoder"
+SENTENCES = "path=({data}/sst2):text_column=0:label_column=1:header=false"
+MODEL = "position=conv seq_len=96 layers=2 dim=64 heads=2 batch=32 model=encoder"
 STUDIES = {
-    "masked": compare(f"task=mlm:{SENTENCES} {MODEL} steps=800 lr=2e-3"),
-    "classes": compare(f"task=text:{SENTENCES} {MODEL} init=none,{{masked}} steps=300 lr=1e-3"),
+    "masked": compare(f"task=mlm:{SENTENCES} {MODEL} steps=500 lr=4e-3"),
+    "classes": compare(f"task=text:{SENTENCES} {MODEL} init=none,{{masked}} steps=250 lr=1e-3"),
 }
 
 
