@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 
 def kept_by_scope(fn: Callable, x: Any, *args: Any, scopes: Iterable[str]) -> dict[str, int]:
@@ -55,8 +55,9 @@ def _body(eqn: JaxprEqn) -> Jaxpr | None:
     """What an equation runs, whose outputs are its own: the body of a loop or a call, the first of branches."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr | Jaxpr):
-                return item.jaxpr if isinstance(item, ClosedJaxpr) else item
+            inside = getattr(item, "jaxpr", item)  # a closed one has its constants beside it; newer JAX has one kind
+            if isinstance(inside, Jaxpr):
+                return inside
     return None
 
 
