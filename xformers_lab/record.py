@@ -125,7 +125,7 @@ class Record:
     split: str = fact("what an evaluation scored: train, validation or test", summary=True)
     examples: int = fact("how many examples of the split were scored")
     examples_of: int | None = fact("how many it has, None where they are drawn without end")
-    runs: bool = fact(
+    consecutive: bool = fact(
         "true where the examples are a part of the split in runs that follow one another, as a model that remembers "
         "reads them; else a part is drawn from everywhere"
     )

@@ -261,10 +261,14 @@ def test_rows_of_unequal_size_are_named_with_their_ratios(tmp_path):
 
 def test_rows_that_are_scored_on_other_examples_are_named():
     part = {"examples": 64, "examples_of": 500}
-    cells = [cell(name) | part for name in ("full", "local")] + [cell("xl", runs=True) | part]
+    cells = [cell(name) | part for name in ("full", "local")] + [cell("xl", consecutive=True) | part]
     note = "Scored on other examples than the rest: xl, for what remembers reads on; eval_batches=all scores all."
     assert note in of_group(cells, ["attention"])
-    assert of_group(cells[:2], ["attention"]) == of_group([row | {"runs": True} for row in cells], ["attention"]) == []
+    assert (
+        of_group(cells[:2], ["attention"])
+        == of_group([row | {"consecutive": True} for row in cells], ["attention"])
+        == []
+    )
     assert of_group([row | {"examples": 500} for row in cells[:2]], ["attention"]) == []
 
 

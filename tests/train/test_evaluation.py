@@ -183,7 +183,7 @@ def test_a_sample_for_a_memory_is_of_runs_from_all_over_the_split(choices, batch
     task = built(choices["lm"])
     every = {task.take("train", np.array([at])).inputs.tobytes(): at for at in range(task.examples("train"))}
     sample = sampled(choices["lm"], batch, 2, "train", segments=True)
-    assert sample.examples == 2 * UNIT < sample.of and sample.runs
+    assert sample.examples == 2 * UNIT < sample.of and sample.consecutive
     scored, last = set(), {}
     for number in range(sample.batches):
         one = sample.batch(number)

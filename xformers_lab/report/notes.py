@@ -58,7 +58,7 @@ def _matched(group: rows.Group) -> list[str]:
 def _other_examples(group: rows.Group) -> list[str]:
     """Who was scored on other examples than the rest: what remembers reads on, what does not has examples from
     everywhere."""
-    parts = {point.series: point.rows[0].get("runs") is True for point in group.points if point.rows}
+    parts = {point.series: point.rows[0].get("consecutive") is True for point in group.points if point.rows}
     partly = any(rows.partly(row) for point in group.points for row in point.rows)
     if not partly or len(set(parts.values())) < 2:
         return []

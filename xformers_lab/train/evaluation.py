@@ -36,14 +36,14 @@ Wanted = int | Literal["all"]
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """What is scored. examples: how many; of: how many the split has, None without end; batches: how many batches hold
-    them; batch(number) is one of these on the host, whose `counted` says which of its rows are examples; runs: whether
-    they are a part of the split that follow one another, for a model that remembers."""
+    them; batch(number) is one of these on the host, whose `counted` says which of its rows are examples; consecutive:
+    whether they are a part of the split in runs that follow one another, for a model that remembers."""
 
     examples: int
     of: int | None
     batches: int
     batch: Callable[[int], Batch]
-    runs: bool = False
+    consecutive: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Score:
     all examples lies with 95 %, None where all were scored; majority: the share of the most frequent answer, None where
     the metric is no accuracy; scalars, tokens: means of what the model reports of itself, the latter by position; the
     scalars are also what the task reports beside its metric; seconds: the median time of a batch, without compiling;
-    runs: as of the sample."""
+    consecutive: as of the sample."""
 
     loss: float
     metric: float
@@ -64,7 +64,7 @@ class Score:
     scalars: dict[str, float]
     tokens: dict[str, list[float]]
     seconds: float
-    runs: bool = False
+    consecutive: bool = False
 
 
 def amount(of: int | None, wanted: Wanted, most: int | None = None) -> int:
@@ -195,7 +195,7 @@ def score(
         scalars=means["scalars"] | task.figures(means["loss"]),
         tokens=means["tokens"],
         seconds=statistics.median(seconds if compiled else seconds[1:]),
-        runs=sample.runs,
+        consecutive=sample.consecutive,
     )
 
 

@@ -92,7 +92,7 @@ def reported(score: evaluation.Score) -> dict:
         "majority": score.majority,
         "computation": score.scalars.get("computation"),
         "aux": score.scalars,
-        **({"runs": True} if score.runs else {}),
+        **({"consecutive": True} if score.consecutive else {}),
     }
 
 
