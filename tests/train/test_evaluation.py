@@ -346,9 +346,11 @@ def part_of(examples: int, of: int | None) -> Any:
     return evaluation.Sample(examples, of, 1, nothing)
 
 
+@pytest.mark.parametrize("name", ["accuracy", "exact_match"])
 @pytest.mark.parametrize("right", [0, 1, 20, 40])
-def test_the_interval_of_accuracy_is_wilsons(right):
+def test_the_interval_of_a_share_is_wilsons(right, name):
     task, each = Scored(Setting(4, 4)), [1.0] * right + [0.0] * (40 - right)
+    task.metric_name = name
     assert evaluation.interval(task, moments(each, [1.0] * 40), part_of(40, None)) == pytest.approx(wilson(right, 40))
     # Eight answers of each example that are all alike tell no more than one.
     many = moments([8 * one for one in each], [8.0] * 40)

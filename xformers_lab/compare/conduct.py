@@ -304,7 +304,7 @@ class Conductor:
         trials = set(self._trials(self._open()))
         tuning = sum(one in trials for one in left)
         done = sum(cell.origin not in self.ended and run.stored(cell.config) is not None for cell in self.cells)
-        words = f"{len(self.cells)} cells, {done} already done"
+        words = f"{len(self.cells)} cell{'s' * (len(self.cells) != 1)}, {done} already done"
         words += f", and {tuning} tuning runs" if tuning else ""
         if probes:
             about = sum(probe.estimate(left, *self._keyed(probes)))

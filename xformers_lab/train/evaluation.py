@@ -28,6 +28,7 @@ from xformers_lab.train.wrong import Wrong
 UNIT = 32  # examples that one of eval_batches stands for, whatever `batch` is
 DRAWN = 8 * UNIT  # examples that eval_batches=all stands for where a task draws them without end
 WATCHED = 32 * UNIT  # examples at most of a validation while training
+SHARES = ("accuracy", "exact_match")  # metrics that are shares of right answers
 _NORMAL = 1.959964  # the 97.5 % point of the normal distribution
 
 Wanted = int | Literal["all"]
@@ -202,7 +203,7 @@ def score(
 def interval(task: Task, moments: np.ndarray, sample: Sample) -> list[float] | None:
     """Where the metric of the whole split, or of endlessly many examples, lies with 95 %; None where all were scored.
 
-    Answers of one example are not independent, so the variance is that of a ratio of sums over whole examples. Accuracy
+    Answers of one example are not independent, so the variance is that of a ratio of sums over whole examples. A share
     gets Wilson's interval for as many independent answers as have this variance. moments: as of `make_eval_step`.
     """
     left = 1.0 if sample.of is None else 1 - sample.examples / sample.of
@@ -211,7 +212,7 @@ def interval(task: Task, moments: np.ndarray, sample: Sample) -> list[float] | N
         return None
     mean = s / w
     variance = max(ss - 2 * mean * sw + mean**2 * ww, 0.0) / w**2
-    if task.metric_name == "accuracy" and 0 <= mean <= 1:
+    if task.metric_name in SHARES and 0 <= mean <= 1:
         within = mean * (1 - mean)
         independent = (within / variance if min(within, variance) > 1e-12 else count) / left
         z = _NORMAL**2 / independent
