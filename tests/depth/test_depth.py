@@ -211,7 +211,8 @@ def test_full_capacity_is_the_formula():
         block, score = routed.block, expected @ routed.router.kernel[...]
         expected = expected + score * (block(expected, {}, context)[0] - expected)
     out, aux = model.stack(x, context, key=jax.random.key(0))
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    scale = float(jnp.abs(expected).max())  # some hundred: four layers of states that are not normalised
+    np.testing.assert_allclose(out / scale, expected / scale, atol=1e-5)
     assert aux.scalars["computation"] == 4
 
 
