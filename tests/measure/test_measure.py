@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from xformers_lab import config as configs
 from xformers_lab.bench import cells as benches
@@ -87,7 +87,7 @@ def test_count_of_each_construct(fn, products):
 
 
 def test_shard_map_counts_all_devices():
-    mesh, rows = AbstractMesh((4,), ("data",)), PartitionSpec("data")
+    mesh, rows = AbstractMesh((4,), ("data",), (AxisType.Auto,)), PartitionSpec("data")
     each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
     assert count_flops(each, SQUARE) == 4 * 2 * 1 * 1 * 4
 
