@@ -19,7 +19,7 @@ def test_a_small_run_has_maps_of_its_first_example(tmp_path):
 
 @pytest.mark.full
 def test_what_is_no_mean_of_values_leaves_the_run_as_it_is(tmp_path):
-    record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope", attention="gla"))
+    record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope", attention="rwkv"))
     assert record["status"] == "ok" and set(record["maps"]) == {"reason"} and "no map" in record["maps"]["reason"]
     assert ".py" not in record["maps"]["reason"]  # it is no mistake of anybody's
 
