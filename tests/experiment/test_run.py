@@ -57,7 +57,7 @@ def test_from_the_file_to_the_pages(mine, runs, capsys):
     said = capsys.readouterr()
     assert "mine: reproduced" in said.out and "at most 0.9: holds" in said.out
     kept = result.read(mine / "experiments" / "results", "mine")[1]
-    assert kept.verdict == "reproduced" and list(kept.seeds) == [0, 1] and kept.minutes > 0
+    assert kept.verdict == "reproduced" and list(kept.seeds) == [0, 1] and kept.minutes > 0 and kept.machine["cores"]
     assert [measured.n for measured in kept.measurements] == [2, 1, 2, 2]
     assert all((mine / "experiments" / "results" / name).exists() for name in kept.figures) and kept.figures
     page, html = ((mine / "experiments" / name).read_text() for name in ("RESULTS.md", "RESULTS.html"))

@@ -98,11 +98,18 @@ def run(
         minutes=sum(map(clock.seconds, lines.values())) / 60,
         ended=provenance.now(),
         version=__version__,
-        machine=next((row["machine"] for row in rows if row.get("machine")), {}),
+        machine=next((row["machine"] for row in rows if row.get("machine")), None) or _machine(),
         digest=experiment.digest,
         git=provenance.of_file(experiment.path),
     )
     return Outcome(final, tables)
+
+
+def _machine() -> dict[str, str]:
+    """What measured in this process, where rows do not say it."""
+    from xformers_lab.measure import speed
+
+    return speed.machine()
 
 
 def keep(outcome: Outcome, experiment: Experiment, folder: pathlib.Path) -> pathlib.Path:
