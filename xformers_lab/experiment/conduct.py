@@ -16,7 +16,7 @@ from xformers_lab.api import studies as commands
 from xformers_lab.api import untrained
 from xformers_lab.api.table import Table
 from xformers_lab.errors import UsageError
-from xformers_lab.experiment import pictures, result
+from xformers_lab.experiment import result
 from xformers_lab.experiment.claim import Study
 from xformers_lab.experiment.findings import verdict
 from xformers_lab.experiment.library import Experiment, judged, lacking
@@ -114,6 +114,8 @@ def _machine() -> dict[str, str]:
 
 def keep(outcome: Outcome, experiment: Experiment, folder: pathlib.Path) -> pathlib.Path:
     """Write the result and its pictures into the folder of results; -> the file of the result."""
+    from xformers_lab.experiment import pictures  # which draws, and so takes long to import
+
     assert outcome.result is not None
     drawn = pictures.write(outcome.tables, f"{experiment.name}_{outcome.result.scale}", folder)
     return result.write(folder, experiment.name, dataclasses.replace(outcome.result, figures=drawn))
