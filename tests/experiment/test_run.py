@@ -151,6 +151,7 @@ def test_all_leaves_out_what_lacks_its_data(mine, monkeypatch, capsys):
     [
         (('attention="full")', 'attention="fulll")'), "fulll"),
         (('tables["train"]', 'tables["trian"]'), "trian"),
+        (('metric(attention="full")', "metric()"), "give more keys"),
         (("at_most(", "reported("), "judge"),
     ],
 )

@@ -77,7 +77,7 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
     for experiment in experiments:
         if lack := library.lacking(experiment, chosen.data):
             raise UsageError(f"{experiment.name} {lack}")
-    out, results = pathlib.Path(chosen.out), {}
+    out, results, written = pathlib.Path(chosen.out), {}, []
     say = (lambda text: None) if chosen.quiet else progress.say
     for at, experiment in enumerate(experiments, 1):
         minutes = experiment.claim.minutes
@@ -93,12 +93,12 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
             _print(experiment.name, outcome.result, experiment)
         if not chosen.pilot:
             conduct.keep(outcome, experiment, out)
+            written = pages.write(pages.entries(_known(names), out), out)
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=2))
     if chosen.pilot:
         print(message("a pilot: nothing was written to the results"), file=sys.stderr)
         return 0
-    written = pages.write(pages.entries(_known(names), out), out)
     print(visible(f"results: {' and '.join(map(str, written))}"), file=sys.stderr)
     return 0
 

@@ -53,9 +53,7 @@ class Measured:
 
     def seconds(self, **keys: Any) -> Sample:
         """The time of one pass, by round of a bench, which the rows of one length take in turns."""
-        row, *others = self._rows(keys)
-        if others:
-            raise UsageError(f"{self._asked(keys)}: {len(others) + 1} rows of the bench; give more keys")
+        (row,) = self._rows(keys)
         return Sample(dict(enumerate(row.get("seconds_rounds") or [])), missing=_missing([row]))
 
     def heads(self, figure: str, *, layer: int | None = None, **keys: Any) -> Sample:
@@ -87,6 +85,10 @@ class Measured:
         if not found:
             there = human.listing(list(dict.fromkeys(rows.series(row, self.table.varied) for row in self.table.rows)))
             raise UsageError(f"the study has no row with {self._asked(keys)}; it has {there}")
+        if len({rows.draw(row) for row in found}) < len(found):  # one would stand for another of its seed
+            raise UsageError(
+                f"{self._asked(keys)}: {len(found)} rows of the study, several of one seed; give more keys"
+            )
         return found
 
     def _asked(self, keys: Mapping[str, Any]) -> str:

@@ -31,11 +31,11 @@ def error(config: Config, scale: float = 1.0) -> float:
     can = layer.accepts("causal") and "causal" not in layer.refusals()
     causal = can and (kind == "auto" or spec.entry("model", spec.parse(kind).name).causal)
     shape = (config.train.batch, size.length, size.heads, size.head)
-    draws = jax.random.split(jax.random.key(seed_of(config, "data_seed")), 3)
-    q, k, v = (jax.random.normal(draw, shape) * by for draw, by in zip(draws, (scale, scale, 1.0), strict=True))
-    mixed = lambda layer: layer.mix(q, k, v, causal=causal, key=draws[0])[0]
+    draws = jax.random.split(jax.random.key(seed_of(config, "data_seed")), 4)
+    q, k, v = (jax.random.normal(draw, shape) * by for draw, by in zip(draws, (scale, scale, 1.0), strict=False))
+    mixed = lambda layer: layer.mix(q, k, v, causal=causal, key=draws[3])[0]
     try:
         out, full = mixed(layer), mixed(exact)
-    except (TypeError, AttributeError):
-        raise UsageError(f"attention={choice}: it needs the layer's input beside q, k and v") from None
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f"attention={choice}: it does not run on q, k and v alone ({error})") from None
     return float(jnp.linalg.norm(out - full) / jnp.linalg.norm(full))
