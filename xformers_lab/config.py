@@ -176,6 +176,8 @@ STUDY = _fields(Study)
 DERIVED = _fields(Derived)
 _WORDS = LEAVES | STUDY | DERIVED  # whatever may stand in front of =
 MOST_CELLS = 100_000
+# The value of a choice's key that stands for its whole shelf.
+EVERY = "all"
 LARGEST_FILE = 2**25  # bytes
 LARGEST = 2**31  # counts are 32-bit numbers on every device
 
@@ -683,7 +685,8 @@ def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
 
 
 def _spread(key: str, text: str, where: str) -> list[str]:
-    """The values of `a,b` and `first..last[:xF|:+S]`; a range needs a whole-number field."""
+    """The values of `a,b` and `first..last[:xF|:+S]`, where a range needs a whole-number field, and of `all` where the
+    field is a choice: every file of its shelf, with its defaults."""
     if _WORDS[key][1].metadata["folder"] or _WORDS[key][1].metadata["label"]:
         return [text]
     values = []
@@ -691,6 +694,9 @@ def _spread(key: str, text: str, where: str) -> list[str]:
     if len(parts) > MOST_CELLS:
         raise UsageError(f"{where}: {len(parts):,} values; at most {MOST_CELLS:,} at once")
     for part in parts:
+        if part == EVERY and (shelf := _WORDS[key][1].metadata["shelf"]):
+            values += spec.names(shelf)
+            continue
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
         whole = int in (kind := _WORDS[key][2], *typing.get_args(kind))
         if match is None or not whole:

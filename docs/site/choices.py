@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 
+import claims
 import pictures
 import timings
 import typeset
@@ -37,6 +38,7 @@ def page(shelf: str, name: str) -> str:
         _options(about["options"]),
         _costs(about) if "cost" in about else "",
         _kit(shelf, name),
+        _experiments(shelf, name),
         _timed(name),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -134,6 +136,12 @@ def _properties(shelf: str) -> list[tuple[str, str]]:
     if shelf != "attention":
         held = importlib.import_module(f"xformers_lab.check.kits.{shelf}").PROPERTIES
     return [(holds.__name__, " ".join((inspect.getdoc(holds) or "").split()).rstrip(".")) for holds in held]
+
+
+def _experiments(shelf: str, name: str) -> str:
+    tables = claims.section(shelf, name)
+    said = "What the laboratory's experiments measured of it, a line for each variant."
+    return f"## In experiments\n\n{said}\n\n{tables}" if tables else ""
 
 
 def _timed(name: str) -> str:

@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import choices  # noqa: E402
+import claims  # noqa: E402
 import notebooks  # noqa: E402
 import pictures  # noqa: E402
 import survey  # noqa: E402
@@ -29,6 +30,7 @@ INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "benchmarks.md": "benchmarks/README.md",
+    "results.md": "experiments/RESULTS.md",
 }
 
 
@@ -64,6 +66,7 @@ def generated() -> dict[str, str]:
         for shelf, name in choices.pages()
         if (picture := pictures.of(shelf, name))
     }
+    pages |= {f"results/{picture.name}": picture.read_text() for picture in claims.RESULTS.glob("*.svg")}
     return pages | notebooks.pages(ROOT / "docs" / "notebooks")
 
 
@@ -89,8 +92,8 @@ def _link(match: re.Match, home: pathlib.Path, here: str) -> str:
     shelf = {folder: shelf for shelf, folder in spec.SHELVES.items()}.get(shelf, "")
     if inside in written:
         to = written[inside]
-    elif inside.startswith("docs/"):
-        to = inside.removeprefix("docs/")
+    elif inside.startswith(("docs/", "experiments/results/")):
+        to = inside.partition("/")[2]
     elif shelf and path.suffix == ".py" and name in spec.names(shelf):
         to = f"choices/{shelf}/{name}.md"
     else:

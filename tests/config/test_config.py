@@ -27,6 +27,9 @@ def test_sweeps_and_ranges():
     assert values("seq_len", ["seq_len=8..32:+8"]) == [8, 16, 24, 32]
     assert values("steps", ["steps=1e3,2k,1ki"]) == [1000, 2000, 1024]
     assert values("lr", ["lr=1e-3,3e-3"]) == [0.001, 0.003]
+    assert values("norm", ["norm=all"]) == spec.names("norm")
+    assert {configs.get(cell, "norm") for cell in sweep([{"norm": "all"}])[0]} == set(values("norm", ["norm=all"]))
+    assert values("eval_batches", ["eval_batches=all"]) == ["all"]
     cells, varied = sweep(["task=copy", "attention=full,local:window=8,local:window=8+full", "seq_len=16,32"])
     assert [c.model.attention for c in cells[::2]] == ["full", "local:window=8", "local:window=8+full"]
     assert varied == ["seq_len", "attention"]

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from xformers_lab import spec
 from xformers_lab.attention import KINDS
+from xformers_lab.experiment import variants
 
 EXTRA = ("mkdocs", "material", "mkdocstrings")
 
@@ -75,6 +76,20 @@ def test_a_page_says_what_the_file_says(module, monkeypatch):
     assert "| `no_future` | Under causality" in page and "knows no verdict" in page
     assert "| local w=128 causal N=4096 |" in page.partition("## Timings")[2]  # the case of benchmarks/results
     assert "sub>t</sub>" in page and "Options:" not in page
+
+
+def test_a_page_has_the_rows_of_experiments(module, monkeypatch):
+    claims = module("claims")
+    of = lambda name, choice, mean: variants.Variant(
+        "copy", "copy (chance 0.100)", name, 64, {"attention": choice}, "accuracy", mean, 0.01, 3, {"state_bytes": 2048}
+    )
+    known = [of("local|16", "local:window=16", 0.5), of("mixed", "full+local", 0.75), of("full", "full", 1.0)]
+    monkeypatch.setattr(claims, "_variants", lambda: {"reach": known})
+    section = claims.section("attention", "local")
+    assert "[reach](../../results.md#reach), copy: copy (chance 0.100):" in section
+    assert r"| local\|16 | 64 | 0.500 ± 0.010 | 3 | 2 KiB |" in section and "| mixed |" in section
+    assert "| full |" not in section and not claims.section("norm", "local")
+    assert "## In experiments" in module("choices")._experiments("attention", "full")
 
 
 def test_a_verdict_stands_on_the_page(module, monkeypatch):

@@ -63,6 +63,12 @@ def test_from_the_file_to_the_pages(mine, runs, capsys):
     page, html = ((mine / "experiments" / name).read_text() for name in ("RESULTS.md", "RESULTS.html"))
     assert "reproduced" in page and "extrapolation" in page  # the others stand there as not run
     assert kept.commands["train"] in page
+    trained = [variant for variant in kept.variants if variant.study == "train"]
+    assert {variant.choices["attention"] for variant in trained} == {"full", "linear"}
+    assert all(variant.n == 2 and variant.mean is not None and variant.costs["state_bytes"] for variant in trained)
+    assert [variant.seq_len for variant in kept.variants if variant.study == "time"] == [16, 32]
+    assert "train: copy (chance 0.100):" in page and "| linear | 16 |" in page
+    assert "<summary>train: copy (chance 0.100): 2 rows</summary>" in html
     assert "&lt;b&gt;not&lt;/b&gt;" in html and "<b>not" not in html and "<svg" in html
     assert not re.search(r"(src|href)=\"(?!#)", html)  # it fetches nothing
 

@@ -5,7 +5,17 @@ import random
 
 import pytest
 
-from xformers_lab.experiment import Finding, Sample, at_least, at_most, highest, lowest, reported, slope
+from xformers_lab.experiment import (
+    Finding,
+    Sample,
+    at_least,
+    at_most,
+    highest,
+    lowest,
+    rank_correlation,
+    reported,
+    slope,
+)
 from xformers_lab.experiment.findings import outcomes, verdict
 
 
@@ -40,6 +50,16 @@ def test_slope_is_the_exponent():
     assert exponent is not None and exponent.mean == pytest.approx(1.5) and exponent.half == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="two sizes"):
         slope({256: Sample({0: 1.0})})
+
+
+def test_rank_correlation_is_of_what_is_known():
+    firsts = [Sample({0: 1.0, 1: 1.0}), Sample({0: 2.0, 1: 3.0}), Sample({0: 9.0, 1: 2.0}), Sample({})]
+    sizes = [Sample({0: size, 1: size}, exact=True) for size in (10.0, 20.0, 30.0, 0.0)]
+    assert rank_correlation(firsts, sizes).values == pytest.approx({0: 1.0, 1: 0.5})
+    estimate = rank_correlation(firsts, sizes).estimate()
+    assert estimate is not None and estimate.half  # an exact number beside a measured one is not exact together
+    with pytest.raises(ValueError, match="three pairs"):
+        rank_correlation(firsts[2:], sizes[2:])
 
 
 @pytest.mark.parametrize(

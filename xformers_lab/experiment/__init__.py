@@ -15,7 +15,7 @@ verdict (`judge`, from their tables to findings with thresholds):
 
 from xformers_lab.experiment.claim import Claim, bench, compare, error, signals
 from xformers_lab.experiment.findings import Finding, at_least, at_most, reported
-from xformers_lab.experiment.sample import Sample, highest, lowest, slope
+from xformers_lab.experiment.sample import Sample, highest, lowest, rank_correlation, slope
 
 __all__ = [
     "Claim",
@@ -28,6 +28,7 @@ __all__ = [
     "error",
     "highest",
     "lowest",
+    "rank_correlation",
     "reported",
     "signals",
     "slope",

@@ -16,7 +16,7 @@ from xformers_lab.api import studies as commands
 from xformers_lab.api import untrained
 from xformers_lab.api.table import Table
 from xformers_lab.errors import UsageError
-from xformers_lab.experiment import result
+from xformers_lab.experiment import result, variants
 from xformers_lab.experiment.claim import Study
 from xformers_lab.experiment.findings import verdict
 from xformers_lab.experiment.library import Experiment, judged, lacking
@@ -101,6 +101,7 @@ def run(
         machine=next((row["machine"] for row in rows if row.get("machine")), None) or _machine(),
         digest=experiment.digest,
         git=provenance.of_file(experiment.path),
+        variants=variants.of_tables(tables),
     )
     return Outcome(final, tables)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from xformers_lab import files
 from xformers_lab.errors import RunFailed
-from xformers_lab.experiment import library, result, words
+from xformers_lab.experiment import library, result, variants, words
 from xformers_lab.experiment.library import Experiment
 from xformers_lab.experiment.result import Result
 from xformers_lab.report import offline
@@ -67,7 +67,8 @@ def page(listed: Sequence[Entry], folder: pathlib.Path) -> str:
     sections = []
     for entry in listed:
         drawn = {name: _drawing(folder / name) for known in entry.results.values() for name in known.figures}
-        sections.append({"entry": entry, "figures": drawn})
+        listings = {scale: list(variants.listings(known.variants)) for scale, known in entry.results.items()}
+        sections.append({"entry": entry, "figures": drawn, "listings": listings})
     beginning = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(BEGINNING)))
     return offline.template(HERE).render(
         title=TITLE, beginning=beginning, sections=sections, words=words, style=style, policy=offline.policy(style, [])
@@ -86,6 +87,9 @@ def _section(entry: Entry, folder: str) -> list[str]:
         lines += [f"### Scale {scale}: {known.verdict}", ""]
         lines += ["| measured | value | rule |", "|---|---|---|"]
         lines += [f"| {_cell(each.what)} | {words.number(each)} | {words.rule(each)} |" for each in known.measurements]
+        for listing in variants.listings(known.variants):
+            lines += ["", f"{_cell(listing.title)}:", "", _line(listing.heads), "|" + "---|" * len(listing.heads)]
+            lines += map(_line, listing.lines)
         lines += ["", "```text", *known.commands.values(), "```", ""]
         lines += [f"![{experiment.name}: {name}]({folder}/{name})" for name in known.figures]
         lines += ["", words.setting(known) + " " + words.pinned(known, experiment.digest), ""]
@@ -94,6 +98,10 @@ def _section(entry: Entry, folder: str) -> list[str]:
         lines.append("")
     lines.append(f"What would change the verdict: {claim.doubt}")
     return lines
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, texts))} |"
 
 
 def _cell(text: str) -> str:

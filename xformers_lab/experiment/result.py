@@ -9,6 +9,7 @@ from typing import Any
 from xformers_lab import files
 from xformers_lab.errors import IntegrityError, RunFailed
 from xformers_lab.experiment.findings import Finding, Verdict, outcomes
+from xformers_lab.experiment.variants import Variant
 from xformers_lab.report.intervals import Estimate
 
 
@@ -34,7 +35,8 @@ class Measurement:
 class Result:
     """One scale of an experiment. says: the claim as it was; digest: of the experiment's file; commands: what ran, by
     the name of the study; minutes: of all studies, those of interrupted calls too;
-    git: the commit that the file is of; figures: the names of its pictures beside the result."""
+    git: the commit that the file is of; figures: the names of its pictures beside the result; variants: every variant
+    with its metric and costs."""
 
     says: str
     verdict: Verdict
@@ -50,6 +52,7 @@ class Result:
     digest: str
     git: Mapping[str, Any] | None = None
     figures: Sequence[str] = ()
+    variants: Sequence[Variant] = ()
 
 
 def measurements(findings: Sequence[Finding]) -> list[Measurement]:
@@ -76,7 +79,11 @@ def read(folder: pathlib.Path, name: str) -> dict[int, Result]:
         kept = json.loads(where.read_text())
         results = [Result(**each) for each in kept["results"]]
         read = [
-            dataclasses.replace(result, measurements=[Measurement(**each) for each in result.measurements])  # type: ignore[arg-type]
+            dataclasses.replace(
+                result,
+                measurements=[Measurement(**each) for each in result.measurements],  # type: ignore[arg-type]
+                variants=[Variant(**each) for each in result.variants],  # type: ignore[arg-type]
+            )
             for result in results
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:

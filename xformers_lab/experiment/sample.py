@@ -93,6 +93,20 @@ def slope(by_size: Mapping[int, Sample]) -> Sample:
     return _across(fit, [by_size[size] for size in sizes])
 
 
+def rank_correlation(firsts: Sequence[Sample], others: Sequence[Sample]) -> Sample:
+    """Spearman's rank correlation of two numbers over what both are known of, ties in the middle, at each trial that
+    all of them have. Exact numbers are the same at every trial. Raises ValueError for fewer than three pairs."""
+    from scipy import stats
+
+    pairs = [(first, other) for first, other in zip(firsts, others, strict=True) if first.values and other.values]
+    if len(pairs) < 3:
+        raise ValueError(f"a rank correlation takes three pairs or more, not {len(pairs)}")
+    known = [sample for pair in pairs for sample in pair]
+    halves = len(pairs)
+    ranked = lambda *values: float(stats.spearmanr(values[:halves], values[halves:]).statistic)
+    return dataclasses.replace(_across(ranked, [*known[::2], *known[1::2]]), sampled=0.0)
+
+
 def _across(combine: Callable[..., float], samples: Sequence[Sample]) -> Sample:
     first, *rest = samples
     trials = [trial for trial in first.values if all(trial in other.values for other in rest)]
