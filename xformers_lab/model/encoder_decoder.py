@@ -43,7 +43,7 @@ class EncoderDecoder(EncoderInput, Transformer):
     ):
         source = task.source_length
         if task.target == "sequence" or not 0 < source < size.length:
-            raise Refused("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
+            raise Refused("this task has no source and target apart: use model=decoder, or a task like mqar")
         if config.model.memory != "none":
             raise Refused(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
         mechanism = spec.entry("attention", spec.parse(cross).name, f"cross={cross}")
