@@ -685,8 +685,8 @@ def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
 
 
 def _spread(key: str, text: str, where: str) -> list[str]:
-    """The values that text names of a key, `all` of a choice being every file of its shelf, with its defaults; a path and
-    words for people are one value, whatever stands in them."""
+    """The values that text names of a key, `all` of a choice being every file of its shelf, with its defaults; a path
+    and words for people are one value, whatever stands in them."""
     if _WORDS[key][1].metadata["folder"] or _WORDS[key][1].metadata["label"]:
         return [text]
     shelf = _WORDS[key][1].metadata["shelf"]
