@@ -122,7 +122,9 @@ def test_an_experiment_that_needs_data(mine, runs, capsys):
     command.remove("mine.py")
     assert main([*command, "--seeds", "1", "--data", "."]) == 0
     kept = result.read(mine / "experiments" / "results", "needy")[1]
-    assert kept.measurements[0].mean == 1 and "task=lm:path=(./a:b.txt)" in kept.commands["train"]
+    assert kept.measurements[0].mean == 1 and "task=lm:path=({data}/a:b.txt)" in kept.commands["train"]
+    (variant,) = kept.variants  # where the folder is, is of this machine alone
+    assert variant.group.startswith("lm:path=({data}/a:b.txt)")
     assert main(["experiment", "show", "needy.py"]) == 0
     assert "a:b.txt: any <text>" in capsys.readouterr().out
     assert "Data: a:b.txt (any <text>)" in (mine / "experiments" / "RESULTS.md").read_text()

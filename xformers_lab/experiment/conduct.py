@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from xformers_lab import __version__, files
 from xformers_lab import config as configs
@@ -74,11 +76,14 @@ def run(
     clock = _Clock(folder / "seconds.json")
     for at, (name, study) in enumerate(experiment.studies.items(), 1):
         asked = study.of(seeds=drawn, scale=scale, runs=firsts, data=data or "")
-        lines[name] = asked.line
+        lines[name] = _anywhere(asked.line, data)
         announce(f"{experiment.name}: {name}, study {at} of {len(experiment.studies)}: {asked.line}")
         try:
-            with clock.timing(asked.line):
-                tables[name] = _table(asked, folder / name, quiet)
+            with clock.timing(lines[name]):
+                table = _table(asked, folder / name, quiet)
+            tables[name] = dataclasses.replace(
+                table, rows=_anywhere(table.rows, data), notes=_anywhere(table.notes, data)
+            )
         except UsageError as error:
             raise UsageError(f"{experiment.path}: {name}: {error}") from error
         firsts[name] = next((row["run_dir"] for row in tables[name].rows if row.get("run_dir")), "none")
@@ -111,6 +116,17 @@ def _machine() -> dict[str, str]:
     from xformers_lab.measure import speed
 
     return speed.machine()
+
+
+def _anywhere(value: Any, data: str | None) -> Any:
+    """What is to be kept, with {data} again for the folder of data, whose place is of this machine alone."""
+    if isinstance(value, Mapping):
+        return {key: _anywhere(inner, data) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_anywhere(inner, data) for inner in value]
+    if not isinstance(value, str) or not data:
+        return value
+    return re.sub(rf"(?<=[(=]){re.escape(data)}(?=/)", "{data}", value)
 
 
 def keep(outcome: Outcome, experiment: Experiment, folder: pathlib.Path) -> pathlib.Path:
