@@ -103,7 +103,7 @@ def rank_correlation(firsts: Sequence[Sample], others: Sequence[Sample]) -> Samp
         raise ValueError(f"a rank correlation takes three pairs or more, not {len(pairs)}")
     known = [sample for pair in pairs for sample in pair]
     halves = len(pairs)
-    ranked = lambda *values: float(stats.spearmanr(values[:halves], values[halves:]).statistic)
+    ranked = lambda *values: float(stats.spearmanr(values[:halves], values[halves:])[0])
     return dataclasses.replace(_across(ranked, [*known[::2], *known[1::2]]), sampled=0.0)
 
 
