@@ -55,6 +55,11 @@ class Reversible(Fixed):
         streams = lambda index, rngs: TwoStreams(size, make_block(index, rngs))
         super().__init__(size, make_block=streams, period=period, rngs=rngs)
         self.backward = backward
+        if backward == "recompute" and self.plan.remat != "none":
+            raise Refused(
+                f"remat={self.plan.remat}: depth=reversible computes all that its layers gave again already, from the "
+                "output of the last; use remat=none, or backward=store"
+            )
         if backward == "recompute" and values(self):
             raise Refused(
                 "a normaliser here keeps statistics of gradients, which backward=recompute does not hand on; use "

@@ -48,9 +48,10 @@ def of(config: Config) -> dict:
     """The sizes of a config, as JSON has them.
 
     parameters: total, and parts with their own; flops_per_token: forward and training, each with its total and its
-    parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, other (what else the
-    state holds), activations (temporary buffers of the compiled step beside the gradients) and total, on one device;
-    decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of the whole batch) and total, or why_not.
+    parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, average (of the
+    parameters, with ema), other (what else the state holds), activations (temporary buffers of the compiled step beside
+    the gradients) and total, on one device; decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of
+    the whole batch) and total, or why_not.
     kept_bytes: total, and parts, of the arrays that wait for the backward pass, as differentiation asks for them (see
     `measure.kept`), on all devices together; of one of the parts where a step has several (accumulate). batch, seq_len
     and layers are the config's.
@@ -61,8 +62,9 @@ def of(config: Config) -> dict:
     job = prepare(config, configs.folder(config))
     state, _ = selection.parted(job.target())
     compiled = job.compiled(state)
-    parameters, kept = _bytes(state.params), _bytes((state.extra, state.memory))
-    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt), "other": kept}
+    parameters, other = _bytes(state.params), _bytes((state.extra, state.memory))
+    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt)}
+    training |= {"average": _bytes(state.average), "other": other}
     training["activations"] = max(compiled.temp_bytes - parameters, 0)
     return {
         "layers": config.model.layers,
@@ -71,7 +73,7 @@ def of(config: Config) -> dict:
         "parameters": _parameters(config, task),
         "flops_per_token": _flops(job, state),
         "training_bytes": training | {"total": sum(training.values())},
-        "kept_bytes": _kept(job, state),
+        "kept_bytes": kept(job, state),
         "decoding_bytes": _decoding(job, state, parameters),
     }
 
@@ -120,7 +122,7 @@ def _flops(job: Job, state: Any) -> dict:
     return counted
 
 
-def _kept(job: Job, state: Any) -> dict:
+def kept(job: Job, state: Any) -> dict:
     """What attention and the others make for the backward pass."""
     objective, count = make_objective(job.task, job.graph), job.config.train.accumulate
     first = lambda x: x[: x.shape[0] // count]
