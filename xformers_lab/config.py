@@ -90,6 +90,14 @@ class Train:
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
+    ema: float | None = knob(
+        None,
+        "rate of a moving average of the parameters, which is what is scored (none: the last ones are)",
+        least=0,
+        below=1,
+        compiled=False,
+        later=True,
+    )
     eval_every: int = knob(
         0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0, compiled=False
     )
