@@ -43,7 +43,7 @@ def leaves_of(tree) -> list[np.ndarray]:
 
 def states(task_file: str, steps: int, **changes) -> list:
     """The state before the first step and after each."""
-    config = tiny(task_file, **(PLAIN | {"lr": 0.1} | changes))
+    config = edit(tiny(task_file), **(PLAIN | {"lr": 0.1} | changes))
     task = build_task(config)
     tx = optimizer.of(config, task)
     step = jax.jit(make_train_step(config, task, structure(config, task), tx))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
@@ -67,9 +68,8 @@ def gradients(task: str = "tokens", plan: Any = PLAN, **changes) -> dict[str, np
 
     with jax.default_matmul_precision("highest"):
         everything = jax.jit(run)(params, extra, memory, batch, jax.random.key(1))
-    numbers = jax.tree.map(
-        lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, everything
-    )
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    numbers = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, everything)
     return {name: np.asarray(leaf, float) for name, leaf in checkpoint.named_leaves(numbers).items()}
 
 

@@ -32,7 +32,7 @@ class Reversible(Fixed):
     taken back is what was added up to rounding; sub-layers run in the model's dtype. The paper hands both streams to
     the head side by side; the mean leaves the head as it is.
 
-    A normaliser that keeps statistics of gradients (powernorm) needs backward=store.
+    A normaliser that keeps statistics of gradients (powernorm) needs backward=store, and so does remat.
     A placement that normalises the sum (post, deepnorm) cannot be taken back and is refused, so are a mechanism that
     hands something to the layer above, which would have to be kept, and ffn=none, which leaves a stream as it was.
 

@@ -95,8 +95,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, opt = update(grads, state.opt, state.params, rates=state.rates)
         params = optax.apply_updates(state.params, updates)
-        applied = state.step + 1 - state.skipped
-        average = None if state.average is None else averaged(state.average, params, state.rates.ema, applied)
+        rate, applied = None if state.rates is None else state.rates.ema, state.step + 1 - state.skipped
+        average = None if rate is None else averaged(state.average, params, rate, applied)
         after = params, extra, memory, opt, average
         ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
