@@ -101,28 +101,28 @@ def test_gradients_of_every_mechanism_are_those_without(attention):
 
 
 @pytest.fixture(scope="module")
-def by_remat(tmp_path_factory) -> dict[str, tuple]:
-    """The compiled step and what waits for the backward pass, of layers that run in a loop."""
-    found = {}
-    for remat in ("none", *HOWS):
-        config = tiny(
-            "copy", tmp_path_factory.mktemp("runs"), seq_len=128, dim=32, heads=4, layers=9, batch=4, remat=remat
-        )
-        job = jobs.prepare(config, tmp_path_factory.mktemp("run"))
-        state, _ = selection.parted(job.target())
-        found[remat] = job.compiled(state), sizes.kept(job, state)
-    return found
+def by_remat(tmp_path_factory) -> dict[str, dict]:
+    """The sizes of a model whose layers run in a loop."""
+    base = tiny("copy", tmp_path_factory.mktemp("runs"), seq_len=128, dim=32, heads=4, layers=9, batch=4)
+    return {remat: sizes.of(edit(base, remat=remat)) for remat in ("none", *HOWS)}
 
 
 def test_memory_falls_and_products_are_computed_again(by_remat):
-    none, dots, full = (by_remat[remat][0] for remat in ("none", *HOWS))
-    assert full.temp_bytes < dots.temp_bytes < none.temp_bytes / 2
-    assert none.flops < dots.flops < full.flops < 4 / 3 * none.flops, "a forward pass more, at most"
+    of = lambda read: [read(by_remat[remat]) for remat in ("none", *HOWS)]
+    none, dots, full = of(lambda sizes: sizes["training_bytes"]["activations"])
+    assert full < dots < none / 2
+    none, dots, full = of(lambda sizes: sizes["flops_per_token"]["training"]["total"])
+    assert none < dots < full < 4 / 3 * none, "a forward pass more, at most"
+    forward = of(lambda sizes: sizes["flops_per_token"]["forward"])
+    assert forward[0] == forward[1] == forward[2]
+    parts = of(lambda sizes: sizes["flops_per_token"]["training"]["parts"])
+    assert parts[1]["ffn"] == parts[0]["ffn"] < parts[2]["ffn"], "its products alone, which dots keeps"
+    assert parts[0]["attention"] < parts[1]["attention"] < parts[2]["attention"]
 
 
 def test_what_is_kept_is_what_is_said(by_remat):
     """full: the input of each layer; dots: what the projections and the first feed-forward layer gave besides."""
-    none, dots, full = (by_remat[remat][1]["parts"] for remat in ("none", *HOWS))
+    none, dots, full = (by_remat[remat]["kept_bytes"]["parts"] for remat in ("none", *HOWS))
     one = 9 * 4 * 128 * 32 * 4  # (L, B, T, D) float32
     assert full == {"attention": 0, "ffn": 0, "rest": none["rest"] + one}
     assert dots == {"attention": 4 * one, "ffn": 4 * one, "rest": none["rest"] + one}

@@ -62,9 +62,9 @@ def of(config: Config) -> dict:
     job = prepare(config, configs.folder(config))
     state, _ = selection.parted(job.target())
     compiled = job.compiled(state)
-    parameters, other = _bytes(state.params), _bytes((state.extra, state.memory))
+    parameters, kept = _bytes(state.params), _bytes((state.extra, state.memory))
     training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt)}
-    training |= {"average": _bytes(state.average), "other": other}
+    training |= {"average": _bytes(state.average), "other": kept}
     training["activations"] = max(compiled.temp_bytes - parameters, 0)
     return {
         "layers": config.model.layers,
@@ -73,7 +73,7 @@ def of(config: Config) -> dict:
         "parameters": _parameters(config, task),
         "flops_per_token": _flops(job, state),
         "training_bytes": training | {"total": sum(training.values())},
-        "kept_bytes": kept(job, state),
+        "kept_bytes": _kept(job, state),
         "decoding_bytes": _decoding(job, state, parameters),
     }
 
@@ -122,7 +122,7 @@ def _flops(job: Job, state: Any) -> dict:
     return counted
 
 
-def kept(job: Job, state: Any) -> dict:
+def _kept(job: Job, state: Any) -> dict:
     """What attention and the others make for the backward pass."""
     objective, count = make_objective(job.task, job.graph), job.config.train.accumulate
     first = lambda x: x[: x.shape[0] // count]
