@@ -701,20 +701,24 @@ def _typed_all(key: str, values: list, text: str, where: str = "") -> list:
 
 
 def _spread(key: str, text: str, where: str) -> list[str]:
-    """The values of `a,b` and `first..last[:xF|:+S]`, where a range needs a whole-number field, and of `all` where the
-    field is a choice: every file of its shelf, with its defaults."""
+    """The values that text names of a key, `all` of a choice being every file of its shelf, with its defaults; a path
+    and words for people are one value, whatever stands in them."""
     if _WORDS[key][1].metadata["folder"] or _WORDS[key][1].metadata["label"]:
         return [text]
+    shelf = _WORDS[key][1].metadata["shelf"]
+    each = lambda value: spec.names(shelf) if shelf and value == EVERY else [value]
+    return [name for value in spread(text, _WORDS[key][2], where) for name in each(value)]
+
+
+def spread(text: str, kind: Any, where: str) -> list[str]:
+    """The values of `a,b` and `first..last[:xF|:+S]`; a range needs whole numbers as its `kind`. Raises UsageError."""
     values = []
     parts = spec.split(text, ",")
     if len(parts) > MOST_CELLS:
         raise UsageError(f"{where}: {len(parts):,} values; at most {MOST_CELLS:,} at once")
+    whole = int in (kind, *typing.get_args(kind))
     for part in parts:
-        if part == EVERY and (shelf := _WORDS[key][1].metadata["shelf"]):
-            values += spec.names(shelf)
-            continue
         match = re.fullmatch(r"([^.:]+)\.\.([^.:]+)(?::([x+])(\w+))?", part)
-        whole = int in (kind := _WORDS[key][2], *typing.get_args(kind))
         if match is None or not whole:
             values.append(part)
             continue

@@ -133,6 +133,10 @@ class Record:
         "where the metric of all its examples lies with 95 %, None where all were scored"
     )
     majority: float | None = fact("the share of the most frequent answer, where the metric is accuracy")
+    changed: Mapping = fact(
+        "what an evaluation has otherwise than training had, an option or what a choice makes of the length: {name: "
+        "[as trained, as scored]}"
+    )
     step: int = fact("the step that the metric is of, or after which a run was ended")
     name: str = fact("what the row is called where its keys do not say it: a baseline, say")
     role: Literal["variant", "baseline", "range"] = fact(

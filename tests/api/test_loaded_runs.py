@@ -65,6 +65,19 @@ def test_its_model_scores_and_writes(trained):
     assert trained.evaluate()["metric"] == trained.record["metric"]
     two = trained.evaluate(seq_len=[16, 8], batches=1)
     assert [row["seq_len"] for row in two] == [16, 8] and two[0]["metric"] == trained.record["metric"]
+    plain = trained.evaluate(options={"attention.features": "elu", "dtype": "float32"})
+    assert plain["metric"] == trained.record["metric"] and "changed" not in plain
+    rows = trained.evaluate(seq_len=16, options={"attention.features": ["elu", "relu"], "dtype": "float32"})
+    assert [(row["attention.features"], row["dtype"], row["seq_len"]) for row in rows] == [
+        ("elu", "float32", 16),
+        ("relu", "float32", 16),
+    ]
+    assert rows[0]["loss"] == plain["loss"] != rows[1]["loss"]
+    assert rows[1]["changed"] == {"attention.features": ["elu", "relu"]}
+    with pytest.raises(UsageError, match='without an option "feature": did you mean "features"'):
+        trained.evaluate(options={"attention.feature": "relu"})
+    with pytest.raises(UsageError, match="texts are generated for one row"):
+        trained.evaluate(options={"attention.features": ["elu", "relu"]}, beams=2)
     one = trained.generate("1 2 3", new=2, temperature=0)
     assert trained.generate(["1 2 3", "4 5"], new=2, temperature=0)[0] == one and len(one.split()) == 2
     for wrong, message in (

@@ -159,6 +159,32 @@ class Fault(Fixed):
     def __call__(self, x, context, *, key=None):
         return super().__call__(x, context, key=key)[0], Aux()
 """),
+    "draws from elsewhere than the key": ("position", "drawn", """
+import numpy as np
+class Fault(Position):
+    embeds = True
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.first = nnx.Variable(jnp.zeros(()))
+    def drawn(self, key):
+        other = nnx.clone(self)
+        other.first[...] = np.random.default_rng().random()
+        return other
+    def embed(self, x, at, *, valid=None):
+        return x + (0.1 * jnp.sin(at + self.first[...])[:, None]).astype(x.dtype)
+"""),
+    "keeps what it drew": ("position", "drawn", """
+class Fault(Position):
+    embeds = True
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.first = nnx.Variable(jnp.zeros(()))
+    def drawn(self, key):
+        self.first[...] = jax.random.uniform(key)
+        return self
+    def embed(self, x, at, *, valid=None):
+        return x + (0.1 * jnp.sin(at + self.first[...])[:, None]).astype(x.dtype)
+"""),
     "adds waves as large as the tokens": ("position", "unit_size", """
 class Fault(Position):
     embeds = True

@@ -79,7 +79,7 @@ def test_patches_and_their_class_token_do_too(pool, position):
     assert at_the_stack(model, pixels) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "conv"])
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "conv", "randomized"])
 def test_both_sides_of_an_encoder_decoder_do(position):
     model, _ = model_of(model="encoder_decoder", position=position)
     x = model.embedding(jnp.asarray(np.random.default_rng(0).integers(0, 200, (8, 33))))

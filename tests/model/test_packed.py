@@ -116,7 +116,7 @@ def test_no_document_is_told_of_the_others(words):
     {"position": "learned"},
     *(
         pytest.param({"position": name}, marks=[pytest.mark.full, *marks])
-        for (name,), marks in few(["none", "sinusoidal", "rope", "alibi", "t5", "xl", "shaw", "deberta"])
+        for (name,), marks in few(["none", "sinusoidal", "rope", "alibi", "t5", "xl", "shaw", "deberta", "randomized"])
     ),
     *(
         pytest.param({"attention": name, "position": "learned"}, marks=[pytest.mark.full, *marks])

@@ -1,5 +1,6 @@
 """Positions against other implementations, and what each of them promises."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import kinds
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -19,6 +21,8 @@ from xformers_lab.nn.plan import Plan
 from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
 from xformers_lab.position.t5 import bucket
+from xformers_lab.train.state import init, structure
+from xformers_lab.train.step import make_train_step
 
 pytestmark = pytest.mark.full
 
@@ -351,6 +355,78 @@ def test_convolution(causal, width):
         np.testing.assert_array_equal(later[:, :9], out[:, :9])
 
 
+@pytest.mark.parametrize("draw", ["subset", "offset"])
+def test_randomized_places(draw):
+    """All from the range and in order; as many as the length, each of the range as often, or one behind the other."""
+    position = build(f"randomized:range=24:draw={draw}")
+    keys = jax.random.split(jax.random.key(0), 3000)
+    places = np.asarray(jax.jit(jax.vmap(lambda key: position.drawn(key).places()))(keys))
+    assert places.shape == (3000, 16) and places.min() == 0 and places.max() == 23
+    steps = np.diff(places, axis=1)
+    if draw == "offset":
+        assert (steps == 1).all()
+        counts, expected = np.bincount(places[:, 0], minlength=9), 3000 / 9
+        assert len(counts) == 9
+    else:
+        assert (steps >= 1).all() and steps.max() > 1
+        counts, expected = np.bincount(places.ravel(), minlength=24), 3000 * 16 / 24
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("choice", ["randomized:range=40", "randomized:range=40:draw=offset", "randomized:range=16"])
+def test_randomized_adds_the_sinusoids_of_its_places(choice):
+    """In evaluation one draw, the run's own, of which a shorter sequence has the first; where nothing is left to draw
+    they are those of position=sinusoidal."""
+    position, other = build(choice), spec.build("position", choice, length=16, dim=32, rngs=nnx.Rngs(1), causal=True)
+    x = np.random.default_rng(0).standard_normal((2, 16, 32)).astype(np.float32)
+    places, at = np.asarray(position.places()), jnp.arange(16)
+    angle = places[:, None] / 10_000 ** (np.arange(0, 32, 2) / 32)
+    waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(16, 32)
+    out = position.embed(jnp.asarray(x), at)
+    np.testing.assert_allclose(out, (x + waves) / 1.5**0.5, atol=1e-5)
+    np.testing.assert_array_equal(position.embed(jnp.asarray(x), at), out)
+    np.testing.assert_array_equal(position.embed(jnp.asarray(x[:, 5:7]), at[5:7]), out[:, 5:7])
+    if "range=16" in choice:
+        np.testing.assert_allclose(out, build("sinusoidal").embed(jnp.asarray(x), at), atol=1e-6)
+    else:
+        assert (np.asarray(other.places()) != places).any()
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder_decoder"])
+def test_places_are_drawn_by_seed_and_step(model):
+    """Losses of one state on one batch, without dropout, tell what is drawn; with no draw they are all the same."""
+    losses = {}
+    for position in ("randomized", "randomized:draw=offset", "sinusoidal"):
+        config = edit(Config(), task="copy", model=model, position=position, seq_len=16, dim=16, layers=1, batch=4)
+        task = build_task(config)
+        state = init(config, task, optax.sgd(0.0))
+        step = jax.jit(make_train_step(config, task, structure(config, task), optax.sgd(0.0)))
+        batch = jax.tree.map(jnp.asarray, task.batch("train", 0))
+        at = lambda number, seed, state=state: dataclasses.replace(state, step=jnp.int32(number), seed=jnp.uint32(seed))
+        loss = lambda state, step=step, batch=batch: float(step(state, batch)[1]["loss"])
+        losses[position] = [loss(at(*each)) for each in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert len(set(losses.pop("sinusoidal"))) == 1
+    for first, again, later, elsewhere in losses.values():
+        assert first == again and len({first, later, elsewhere}) == 3
+
+
+@pytest.mark.parametrize("depth", ["fixed", "universal", "reversible"])
+def test_every_layer_of_a_pass_is_told_of_one_draw(depth):
+    """What a depth adds again is what the model added, in training as in evaluation."""
+    config = edit(Config(), task="copy", position="randomized", depth=depth, seq_len=16, dim=16, layers=2, batch=2)
+    task, seen = build_task(config), []
+    model: Any = build_model(config, task)
+    run = model.stack
+    model.stack = lambda x, context, *, key: seen.append((x, context.position)) or run(x, context, key=key)
+    tokens = jnp.asarray(task.batch("train", 0).inputs)
+    for key in (None, jax.random.key(0), jax.random.key(1)):
+        model(tokens, key=key)
+    for x, position in seen:
+        np.testing.assert_array_equal(position.embed_rows(model.embedding(tokens)), x)
+    assert len({np.asarray(position.places()).tobytes() for _, position in seen}) == 3
+    np.testing.assert_array_equal(seen[0][1].places(), model.position.places())
+
+
 def test_untied_positions_are_as_many_as_it_was_built_for():
     with pytest.raises(ValueError, match="knows 16 positions"):
         spec.build("attention", "full", length=16, dim=32, heads=4)(jnp.ones((1, 17, 32)), position=build("tupe"))
@@ -367,6 +443,7 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("deberta:buckets=7", "buckets must be even"),
     ("deberta:reach=4:buckets=6", "half of them below reach - 1 = 3"),
     ("conv:width=1", "width must be at least 2"),
+    ("randomized:range=15", "range=15 has no places for 16 tokens: use range=16 or more"),
     ("grid:width=17", "width must be from 1 to the length of 16"),
 ])  # fmt: skip
 def test_bad_options(choice, message):

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from xformers_lab import spec
+from xformers_lab.errors import UsageError
 from xformers_lab.tasks import SPLITS, Setting, _splits
 from xformers_lab.tasks.listops import TOKENS, decode, encode, evaluate, expressions, length_probabilities
 
@@ -87,6 +88,59 @@ def test_copy_fills_the_length(length):
     assert (scored.sum(1) == half).all()
     np.testing.assert_array_equal(batch.targets[scored].reshape(64, half), batch.inputs[:, 1 : half + 1])
     np.testing.assert_array_equal(batch.targets[:, :-1][scored[:, :-1]], batch.inputs[:, 1:][scored[:, :-1]])
+
+
+ORDERS = {"copy": lambda string: string, "reverse": lambda string: string[::-1], "sort": np.sort}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("length", [23, 24])
+def test_strings_of_mixed_lengths_are_answered_in_full_and_padded(name, length):
+    """Every one of its own length, its answer behind it; padding is neither scored nor seen."""
+    batch = build(f"{name}:shortest=3", length).batch("train", 0)
+    sizes = batch.weights.sum(1).astype(int)
+    assert sizes.min() == 3 and sizes.max() == 11
+    for row, size in enumerate(sizes):
+        ids, valid = batch.inputs[row], batch.valid[row]
+        string, scored = ids[1 : size + 1], np.flatnonzero(batch.weights[row])
+        assert (string > 0).all() and ids[0] == ids[size + 1] == 0
+        np.testing.assert_array_equal(scored, np.arange(size + 1, 2 * size + 1))
+        np.testing.assert_array_equal(batch.targets[row, scored], ORDERS[name](string))
+        np.testing.assert_array_equal(batch.targets[row, :-1][valid[1:]], ids[1:][valid[1:]])
+        assert (valid == (np.arange(length) < 2 * size + 2)).all() and (ids[~valid] == 0).all()
+
+
+def test_lengths_of_training_are_uniform():
+    task = build("reverse:shortest=3", 24, 1000)
+    sizes = np.concatenate([task.batch("train", step).weights.sum(1) for step in range(10)]).astype(int)
+    counts = np.bincount(sizes, minlength=12)[3:]
+    assert counts.sum() == 10_000 and np.abs(counts - 10_000 / 9).max() < 5 * np.sqrt(10_000 / 9)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_what_is_scored_is_as_long_as_fits_however_training_draws(name):
+    """So accuracy belongs to a length, and is of the same strings with lengths mixed or not."""
+    for split in SPLITS[1:]:
+        mixed, fixed = (build(text, 24).batch(split, 1) for text in (f"{name}:shortest=3", name))
+        assert mixed.valid is None
+        for each in ("inputs", "targets", "weights"):
+            np.testing.assert_array_equal(getattr(mixed, each), getattr(fixed, each))
+
+
+def test_a_short_string_of_training_is_in_no_other_split_at_its_own_length():
+    inputs = build("copy:shortest=3", 24, 512).batch("train", 0).inputs
+    strings = np.where(np.cumsum(inputs[:, 1:] == 0, 1) == 0, inputs[:, 1:], 0)
+    assert (_splits.of_rows(strings) == SPLITS.index("train")).all()
+
+
+@pytest.mark.parametrize("option, message", [
+    ("shortest=0", "only 1 different strings of length 0 exist"),
+    ("shortest=2", "only 100 different strings of length 2 exist.*use a greater shortest or more symbols"),
+    ("shortest=12", "shortest=12, and strings of seq_len=24 have at most 11 symbols: use that or less"),
+])  # fmt: skip
+def test_lengths_that_cannot_be_mixed_are_refused(option, message):
+    with pytest.raises(UsageError, match=message):
+        build(f"copy:{option}", 24)
 
 
 @pytest.mark.parametrize("distance", [1, 20])

@@ -30,6 +30,7 @@ CROWDED = {
     "addition": ("addition", 8),
     "brackets": ("brackets:types=2:depth=1", 19),
     "copy": ("copy:symbols=4", 11),
+    "copy of mixed lengths": ("copy:symbols=4:shortest=5", 13),
     "induction": ("induction:symbols=4", 7),
     "listops": ("listops:min_length=4:max_args=3", 6),
     "modular": ("modular", 5),

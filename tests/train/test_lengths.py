@@ -17,7 +17,7 @@ from xformers_lab.config import edit
 from xformers_lab.errors import UsageError
 from xformers_lab.memory import Remembered
 from xformers_lab.model import build_model, build_task
-from xformers_lab.train import jobs, lengths, loop, scoring, trained
+from xformers_lab.train import jobs, loop, otherwise, scoring, trained
 from xformers_lab.train.state import init
 
 
@@ -115,7 +115,7 @@ def test_which_examples_are_scored_does_not_depend_on_the_batch():
 def test_every_position_goes_beyond_its_length_or_says_why_not(position):
     job, state = untrained(position=position, batch=4)
     try:
-        lengths.at(job.config, job.task, 32)
+        otherwise.at(job.config, job.task, 32)
     except UsageError as error:
         assert f"position={position}" in str(error) and "seq_len=32" in str(error)
         assert position in ("learned", "tupe", "grid")
@@ -141,7 +141,7 @@ def test_a_shorter_sequence_takes_the_first_rows(position):
 def test_a_table_that_is_no_row_of_positions_is_refused_at_shorter_lengths_too():
     with pytest.raises(UsageError, match=r"position=grid has columns of 4x16 and 3x16 at 16 and 8 tokens"):
         job, _ = untrained(position="grid")
-        lengths.at(job.config, job.task, 8)
+        otherwise.at(job.config, job.task, 8)
 
 
 @pytest.mark.full
@@ -151,10 +151,10 @@ def test_every_attention_has_the_same_parameters_at_twice_the_length_or_is_refus
     config = tiny("listops" if one_way else "copy", attention=attention, position="none", seq_len=64, layers=2)
     task = build_task(config)
     if shapes(config) == shapes(edit(config, seq_len=128)):
-        assert not lengths.at(config, task, 128).rows
+        assert not otherwise.at(config, task, 128).rows
     else:
         with pytest.raises(UsageError, match=rf"seq_len=128: attention={attention} has \w+ of"):
-            lengths.at(config, task, 128)
+            otherwise.at(config, task, 128)
 
 
 def test_what_a_choice_makes_of_the_length_is_told(caplog):
@@ -162,27 +162,27 @@ def test_what_a_choice_makes_of_the_length_is_told(caplog):
     other, _ = scoring.at(job, 36)
     assert other.changed == {"attention.stride": [4, 6]}
     assert "seq_len=36: attention.stride is 6, trained with 4" in caplog.text
-    said = lengths.at(edit(job.config, attention="strided:stride=4"), job.task, 36)
+    said = otherwise.at(edit(job.config, attention="strided:stride=4"), job.task, 36)
     assert said.changed == {} and said.said() is None
 
 
 def test_what_an_attention_says_it_makes_of_the_length_is_told():
     """The cosine of cosformer has a period of four lengths; its other features do not go by the length."""
     config = tiny("copy", position="none", attention="linear:features=cosformer")
-    other = lengths.at(config, build_task(config), 32)
+    other = otherwise.at(config, build_task(config), 32)
     assert other.changed == {"attention.period": [64, 128]}
     assert "attention.period is 128, trained with 64" in (other.said() or "")
     config = edit(config, attention="linear")
-    assert lengths.at(config, build_task(config), 32).said() is None
+    assert otherwise.at(config, build_task(config), 32).said() is None
 
 
 @pytest.mark.parametrize("attention", ["bigbird:block=2", "random:block=2", "sparse:pattern=band(2)|random(2,1)"])
 def test_blocks_that_are_drawn_for_a_length_are_told(attention):
     """Among more blocks others are drawn; without any drawn nothing changes."""
     config = tiny("copy", position="none", attention=attention)
-    assert lengths.at(config, build_task(config), 32).changed == {"attention.random_blocks_of": [8, 16]}
+    assert otherwise.at(config, build_task(config), 32).changed == {"attention.random_blocks_of": [8, 16]}
     config = edit(config, attention="bigbird:block=2:random=0")
-    assert lengths.at(config, build_task(config), 32).said() is None
+    assert otherwise.at(config, build_task(config), 32).said() is None
 
 
 OWN = """
@@ -207,7 +207,7 @@ def test_a_task_with_other_answers_is_refused(tmp_path):
     path.write_text(OWN)
     job, _ = untrained(str(path))
     with pytest.raises(UsageError, match=r"seq_len=32: task .*where\.py has outputs=32 there, trained with 16"):
-        lengths.at(job.config, job.task, 32)
+        otherwise.at(job.config, job.task, 32)
 
 
 @pytest.mark.full
@@ -216,14 +216,16 @@ def test_kinds_of_models_score_beyond_their_length(model):
     position = {"position": "rope"} if model == "encoder_decoder" else {"position": "learned"}
     job, state = untrained("reverse", model=model, batch=4, **position)
     if model == "encoder_decoder":
-        assert build_model(lengths.at(job.config, job.task, 32).config, build_task(edit(job.config, seq_len=32))).source
+        assert build_model(
+            otherwise.at(job.config, job.task, 32).config, build_task(edit(job.config, seq_len=32))
+        ).source
     assert math.isfinite(scored(job, state, 32).loss)
 
 
 @pytest.mark.full
 def test_tables_of_both_sides_are_cut_in_an_encoder_decoder():
     job, state = untrained("reverse", model="encoder_decoder", position="learned", batch=4)
-    assert set(lengths.at(job.config, job.task, 8).rows) == {"position.table", "source_position.table"}
+    assert set(otherwise.at(job.config, job.task, 8).rows) == {"position.table", "source_position.table"}
     assert math.isfinite(scored(job, state, 8).loss)
 
 

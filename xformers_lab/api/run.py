@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from xformers_lab import config as configs
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 Prompt = TypeVar("Prompt", str, list[str])
+Value = str | int | float | bool | None
+"""One value of an option."""
 
 
 class Run(Shown):
@@ -79,6 +81,7 @@ class Run(Shown):
         self,
         *,
         seq_len: int | None = None,
+        options: Mapping[str, Value] | None = None,
         split: "Split | None" = None,
         batches: int | str | None = None,
         beams: int | None = None,
@@ -87,13 +90,29 @@ class Run(Shown):
 
     @overload
     def evaluate(
-        self, *, seq_len: Sequence[int], split: "Split | None" = None, batches: int | str | None = None
+        self,
+        *,
+        seq_len: Sequence[int],
+        options: Mapping[str, Value | Sequence[Value]] | None = None,
+        split: "Split | None" = None,
+        batches: int | str | None = None,
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def evaluate(
+        self,
+        *,
+        seq_len: int | Sequence[int] | None = None,
+        options: Mapping[str, Value | Sequence[Value]],
+        split: "Split | None" = None,
+        batches: int | str | None = None,
     ) -> list[dict[str, Any]]: ...
 
     def evaluate(
         self,
         *,
         seq_len: int | Sequence[int] | None = None,
+        options: Mapping[str, Value | Sequence[Value]] | None = None,
         split: "Split | None" = None,
         batches: int | str | None = None,
         beams: int | None = None,
@@ -102,33 +121,41 @@ class Run(Shown):
         """Score it, as `xlab eval` does.
 
             run.evaluate(seq_len=256)["metric"]
+            rows = run.evaluate(options={"depth.threshold": [0.5, 0.9]})
 
         Args:
-            seq_len: Tokens per sequence, by default those of training; of several a list of records comes back.
+            seq_len: Tokens per sequence, by default those of training.
+            options: What the trained parameters are used with in place of the run's own: options of its choices, by
+                choice and option, and keys of its model that are no choice, such as "layers". Text is one value.
             split: "train", "validation" or "test", by default the one that the run was scored on.
             batches: "all" of the split, or so many times 32 examples; by default the run's own eval_batches.
             beams: Of a translation: score what is generated too, by a search with so many beams.
             texts: With beams: of how many examples (default: 100).
 
         Returns:
-            A record: metric, metric_interval, loss and more.
+            A record: metric, metric_interval, loss and more; seq_len and each of the options where they were given, and
+            under changed what is otherwise than in training, {name: [as trained, as scored]}. Of a list of lengths, or
+            of values of an option, a list of records: every combination, the lengths varying fastest.
 
         Raises:
-            xformers_lab.errors.UsageError: It has no checkpoint yet, or its model no such length.
+            xformers_lab.errors.UsageError: It has no checkpoint yet, its choices have no such option, its model cannot
+                be so, or its parameters would be others.
         """
         from xformers_lab.train import trained
 
-        how: dict[str, Any] = {"split": split, "trust": self.trust}
+        how: dict[str, Any] = {"split": split, "trust": self.trust, "beams": beams}
         how["batches"] = None if batches is None else configs.typed("eval_batches", batches, f"batches={batches}")
         if texts is not None and beams is None:
             raise UsageError(f"texts={texts}: it is of texts that are generated; give beams, or leave it out")
-        if seq_len is None or isinstance(seq_len, int):
-            at = None if seq_len is None else configs.typed("seq_len", seq_len)
-            more: dict[str, Any] = {"beams": beams} | ({} if texts is None else {"texts": texts})
-            return trained.evaluate(self.folder, length=at, **how, **more)
-        if beams is not None:
-            raise UsageError("beams: texts are generated at one length; give one seq_len, or none")
-        return trained.evaluate_at(self.folder, [configs.typed("seq_len", one) for one in seq_len], **how)
+        how |= {} if texts is None else {"texts": texts}
+        one = lambda value: isinstance(value, str) or not isinstance(value, Iterable)
+        listed = lambda value: [value] if one(value) else list(value)
+        lengths = [] if seq_len is None else [configs.typed("seq_len", length) for length in listed(seq_len)]
+        if seq_len is not None and not lengths:
+            raise UsageError("seq_len: an empty list")
+        asked = {name: listed(value) for name, value in (options or {}).items()}
+        rows = trained.evaluate_at(self.folder, lengths, asked, **how)
+        return rows[0] if all(map(one, (seq_len, *(options or {}).values()))) else rows
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from xformers_lab.api import supervised
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import LINES, visible
+from xformers_lab.train import options
 
 
 def _train(chosen: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def _eval(chosen: argparse.Namespace) -> int:
     batches = chosen.batches
     if batches is not None:
         batches = configs.typed("eval_batches", batches, f"--batches {batches}")
-    lengths = _lengths(chosen.words)
+    lengths, asked = _asked(chosen.words)
     folder = _run_dir(chosen)
     from xformers_lab import progress
     from xformers_lab.report import pages
@@ -43,26 +44,27 @@ def _eval(chosen: argparse.Namespace) -> int:
 
     if chosen.beams is None and chosen.texts is not None:
         raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
-    options = {"split": chosen.split, "batches": batches, "trust": chosen.trust, "say": progress.say}
-    if len(lengths) > 1:
-        if chosen.beams is not None:
-            raise UsageError("--beams: texts are generated at one length; give one seq_len, or none")
-        rows = trained.evaluate_at(folder, lengths, **options)
-        return answer(chosen, rows, lambda: pages.print_lengths(rows))
-    options |= _set(chosen, ("beams", "texts"))
-    record = trained.evaluate(folder, length=lengths[0] if lengths else None, **options)
-    return answer(chosen, record, lambda: pages.print_record(record))
+    how = {"split": chosen.split, "batches": batches, "trust": chosen.trust, "say": progress.say}
+    rows = trained.evaluate_at(folder, lengths, asked, **how, **_set(chosen, ("beams", "texts")))
+    if len(rows) > 1:
+        return answer(chosen, rows, lambda: pages.print_scores(rows))
+    return answer(chosen, rows[0], lambda: pages.print_record(rows[0]))
 
 
-def _lengths(words: list[str]) -> list[int]:
-    """The lengths of the words of `eval`; raises UsageError for any other word."""
+def _asked(words: list[str]) -> tuple[list[int], dict[str, str]]:
+    """The lengths that the words of `eval` name, and the values of options, as text; raises UsageError."""
     lengths: list[int] = []
+    values: dict[str, list[str]] = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        if key != "seq_len" or not equals:
-            raise UsageError(f'"{word}": eval scores a run as it is, at other lengths if asked: seq_len=64,128,256')
-        lengths += configs.axes_of({"seq_len": text}, word)["seq_len"]
-    return list(dict.fromkeys(lengths))
+        name, _, text = word.partition("=")
+        if name == "seq_len":
+            lengths += configs.axes_of({"seq_len": text}, word)["seq_len"]
+            continue
+        options.parted(name, f'"{word}"')
+        if not text:
+            raise UsageError(f'"{word}" has no value')
+        values.setdefault(name, []).append(text)
+    return list(dict.fromkeys(lengths)), {name: ",".join(texts) for name, texts in values.items()}
 
 
 def _generate(chosen: argparse.Namespace) -> int:
@@ -109,7 +111,12 @@ STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own s
 SCRATCH = argument(
     "--from-scratch", action="store_true", help="begin at step 1 again where checkpoints or lines of metrics are lost"
 )
-LENGTHS = argument("words", nargs="*", metavar="seq_len=T", help="tokens per sequence; several give a row each")
+OTHERWISE = argument(
+    "words",
+    nargs="*",
+    metavar="key=value",
+    help="seq_len=T or an option of the run's choices, depth.threshold=0.5,0.9; several values give a row each",
+)
 SPLIT = argument("--split", choices=("train", "validation", "test"), help="in place of the run's own score=")
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")
 BEAMS = argument("--beams", type=int, help="translate: score what is generated too, BLEU and chrF, with so many beams")
@@ -142,7 +149,7 @@ COMMANDS = [
         "eval",
         _eval,
         "score the newest checkpoint of a run",
-        [RUN_DIR, LENGTHS, SPLIT, BATCHES, BEAMS, TEXTS, TRUST, RUNS, JSON],
+        [RUN_DIR, OTHERWISE, SPLIT, BATCHES, BEAMS, TEXTS, TRUST, RUNS, JSON],
     ),
     Command(
         "generate",

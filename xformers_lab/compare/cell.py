@@ -16,7 +16,7 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     cell = configs.from_dict(config)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task, check_config
-    from xformers_lab.train import initial, jobs, layout, lengths, settled
+    from xformers_lab.train import initial, jobs, layout, otherwise, settled
 
     reading: list[str] = []
     with contextlib.suppress(Exception):  # it shows again; what takes long, and stays, is no part of the check
@@ -24,7 +24,7 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     tell.doing("checking the config", reading=reading)
     try:
         task = check_config(cell)
-        lengths.check(cell, task)
+        otherwise.check(cell, task)
         if settled.record(configs.folder(cell), lambda: task) is None:
             initial.check(cell, task)
             if cell.train.layout == "jit":

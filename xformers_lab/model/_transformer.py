@@ -18,6 +18,7 @@ from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
+from xformers_lab.position import Position
 from xformers_lab.tasks import Task
 
 Pool = Literal["mean", "first", "last"]
@@ -95,11 +96,11 @@ class Transformer(Model):
         if documents is not None:
             self._check_documents()
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        x = self.embedding(inputs)
-        x = self.position.embed_rows(x, valid=valid, documents=documents)
+        x, position = self.embedding(inputs), of_pass(self.position, embed_key)
+        x = position.embed_rows(x, valid=valid, documents=documents)
         x = drop(x, self.dropout, embed_key)
         tokens = inputs if self.of_tokens else None
-        context = Context(self.position, valid, self.predict, tokens=tokens, documents=documents)
+        context = Context(position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, valid=valid, train=key is not None), aux
 
@@ -171,3 +172,10 @@ class Transformer(Model):
             return x[:, 0 if first else -1]
         at = jnp.argmax(valid, 1) if first else x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1)
         return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+
+
+def of_pass(position: Position, key: jax.Array | None) -> Position:
+    """A position as one pass has it: in training, with the key of dropout behind it, with what it draws; in evaluation,
+    without one, as it is."""
+    # Not the key itself, which is dropout's, nor a third of a split, which would draw another dropout.
+    return position if key is None else position.drawn(jax.random.fold_in(key, 1))

@@ -13,7 +13,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import EncoderInput
-from xformers_lab.model._transformer import Transformer
+from xformers_lab.model._transformer import Transformer, of_pass
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
@@ -43,7 +43,7 @@ class EncoderDecoder(EncoderInput, Transformer):
     ):
         source = task.source_length
         if task.target == "sequence" or not 0 < source < size.length:
-            raise Refused("this task has no source and target apart: use model=decoder, or a task like copy or mqar")
+            raise Refused("this task has no source and target apart: use model=decoder, or a task like mqar")
         if config.model.memory != "none":
             raise Refused(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
         mechanism = spec.entry("attention", spec.parse(cross).name, f"cross={cross}")
@@ -74,8 +74,9 @@ class EncoderDecoder(EncoderInput, Transformer):
     def encode(self, inputs, *, valid=None, key=None):
         """Source tokens (B, S) -> their states (B, S, D), aux."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self.source_position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
-        context = Context(self.source_position, valid, tokens=inputs)
+        position = of_pass(self.source_position, keys[0])
+        x = position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
+        context = Context(position, valid, tokens=inputs)
         x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
@@ -88,8 +89,9 @@ class EncoderDecoder(EncoderInput, Transformer):
         real_source = self.real_source(inputs[:, first], side(valid, first))
         states, aux = self.encode(inputs[:, first], valid=real_source, key=keys[0])
         x, real_rest = self.embedding(inputs[:, rest]), side(valid, rest)
-        x = self.position.embed(x, jnp.arange(x.shape[1]), valid=real_rest)
-        context = Context(self.position, real_rest, self.predict, states, real_source, inputs[:, rest])
+        position = of_pass(self.position, keys[1])
+        x = position.embed(x, jnp.arange(x.shape[1]), valid=real_rest)
+        context = Context(position, real_rest, self.predict, states, real_source, inputs[:, rest])
         x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
         logits = self.predict(x, valid=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)

@@ -63,7 +63,7 @@ class Seq2seq(EncoderInput, Recurrent):
         rngs: nnx.Rngs,
     ):
         if task.target == "sequence" or not 0 < task.source_length < size.length:
-            raise Refused("this task has no source and target apart: use model=lstm, or a task like copy or mqar")
+            raise Refused("this task has no source and target apart: use model=lstm, or a task like mqar")
         self.source, self.blank, self.outputs = task.source_length, task.blank, task.outputs
         self.kind, self.dtype, self.feeds = cell, size.dtype, look == "additive"
         super().__init__(size, config=config, task=task, rngs=rngs)

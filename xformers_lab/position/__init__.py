@@ -6,6 +6,7 @@ A position defines what it needs; what it does not define is the identity (or no
     rotate(x, at)                               turns queries and keys
     bias()                                      gives scores to add, from positions alone
     of_queries, of_keys, compare, and `key_terms` give scores to add that depend on what the tokens are
+    drawn(key)                                  is what a pass of training has in its place, where it draws anything
 
 One position serves all layers. Its constructor may name `causal`, whether the model sees the past alone.
 
@@ -54,6 +55,11 @@ class Position(nnx.Module):
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
+
+    def drawn(self, key: jax.Array) -> "Position":
+        """What one pass of training has in its place: a copy that draws from `key` alone, and the same wherever it is
+        asked, or itself, where nothing is random. Evaluation and decoding ask the position as it is."""
+        return self
 
     def embed(self, x: jax.Array, at: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
         """Token embeddings (B, T, D) at positions at (T,), valid (B, T) bool or None where nothing is padded -> (B, T,

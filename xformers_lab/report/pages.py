@@ -7,8 +7,9 @@ import statistics
 from rich.console import Console
 from rich.text import Text
 
+from xformers_lab import spec
 from xformers_lab.check import SAME
-from xformers_lab.record import Record, figures, summary
+from xformers_lab.record import Record, figures, keys, summary
 from xformers_lab.report import human, rows
 from xformers_lab.report.listing import print_listing
 from xformers_lab.terminal import markup, visible
@@ -122,6 +123,8 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
     """The record of one run or evaluation: what its summary tells."""
     shown = {figure.key: figure for figure in figures(schema) if not figure.exact}
     lines = [{"": "seq_len", "value": f"{record['seq_len']:,}"}] if "seq_len" in record else []
+    for name, (was, now) in (record.get("changed") or {}).items():
+        lines.append({"": name, "value": f"{spec.show(now)}, trained with {spec.show(was)}"})
     for key in summary(schema):
         value = record.get(key)
         if value is not None:
@@ -135,27 +138,39 @@ def print_record(record: dict, console: Console | None = None, schema: type[Reco
         print_listing(along(by_position), console)
     if by_length := record.get("by_length"):
         (console or Console()).print("\nat other lengths:")
-        print_lengths([{"metric_name": record.get("metric_name"), **row} for row in by_length], console)
+        print_scores([{"metric_name": record.get("metric_name"), **row} for row in by_length], console)
 
 
-def print_lengths(records: list[dict], console: Console | None = None) -> None:
-    """Scores of one run at several lengths, a line each."""
+def print_scores(records: list[dict], console: Console | None = None) -> None:
+    """Scores of one run at several lengths or with several values of options, a line each."""
+    known, told = keys(), summary()
+    has = lambda key: any(record.get(key) is not None for record in records)
+    beside = [figure for figure in figures() if figure.key in told and has(figure.key)]
+    told_of = lambda figure, value: "-" if value is None else human.in_column(figure, value)
     lines = []
     for record in records:
         interval = record.get("metric_interval")
-        line = {
-            "seq_len": record["seq_len"],
+        asked = {key: value for key, value in record.items() if key not in known}
+        line = {key: value if key == "seq_len" else spec.show(value) for key, value in asked.items()}
+        line |= {
             record.get("metric_name") or "metric": _scored(record.get("metric")),
             "95 % interval": "-" if interval is None else f"{_scored(interval[0])} to {_scored(interval[1])}",
-            "loss": _scored(record.get("loss")),
+            **{figure.heading: told_of(figure, record.get(figure.key)) for figure in beside},
             "examples": rows.scored(record) or "-",
         }
+        if perplexity := _perplexity(record):
+            line["perplexity"] = perplexity
         lines.append(line | ({"reason": record["reason"]} if record.get("reason") else {}))
     print_listing(lines, console)
 
 
 def _scored(value: float | None) -> str:
     return "-" if value is None else human.score(value)
+
+
+def _perplexity(record: dict) -> str:
+    perplexity = human.number((record.get("aux") or {}).get("perplexity"))
+    return "" if perplexity is None else human.score(perplexity)
 
 
 def _of_metric(record: dict) -> dict[str, str]:
@@ -166,11 +181,10 @@ def _of_metric(record: dict) -> dict[str, str]:
         rows.validation(record)[-1:],
     )
     low, high = record["metric_interval"] if rows.sampling(record) else (None, None)
-    perplexity = human.number((record.get("aux") or {}).get("perplexity"))
     return {
         "95 % interval": "" if low is None else f"{human.score(low)} to {human.score(high)}",
         "examples": rows.scored(record),
-        "perplexity": "" if perplexity is None else human.score(perplexity),
+        "perplexity": _perplexity(record),
         "after step": "" if step is None else f"{step:,}",
         "majority": "" if majority is None else human.score(majority),
         "validation": "".join(

@@ -48,12 +48,12 @@ def select(
     return tuple(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
 
 
-def check_room(log_examples: float, mend: str) -> None:
-    """Raises ValueError where there are so few different examples, of whose number this is the logarithm, that a split
-    may be empty."""
+def check_room(log_examples: float, mend: str, what: str = "examples") -> None:
+    """Raises ValueError where there are so few different examples, or of `what` there are, of whose number this is the
+    logarithm, that a split may be empty."""
     if log_examples < math.log(_LEAST_EXAMPLES) - 1e-9:
         raise ValueError(
-            f"only {math.exp(log_examples):.0f} different examples exist, too few to split into train, validation and "
+            f"only {math.exp(log_examples):.0f} different {what} exist, too few to split into train, validation and "
             f"test (at least {_LEAST_EXAMPLES}): {mend}"
         )
 

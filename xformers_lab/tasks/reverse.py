@@ -14,6 +14,8 @@ class Reverse(Copy):
 
     Options:
         symbols: how many different symbols the string is made of
+        shortest: length of the shortest strings of the training split, drawn as those of task=copy; none: all are as
+            long as fits
 
     Metric: accuracy on the second string. Chance: 1 / symbols.
     """

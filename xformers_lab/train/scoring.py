@@ -1,15 +1,16 @@
-"""The score of a state of training on a split, at the length of training and at others."""
+"""The score of a state of training on a split, as it was trained and otherwise."""
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 from xformers_lab import config as configs
 from xformers_lab.errors import ran_out_of_memory
 from xformers_lab.tasks import Batch, Split
-from xformers_lab.train import evaluation, lengths, selection
+from xformers_lab.train import evaluation, otherwise, selection
 from xformers_lab.train.failures import MEND, Diverged
 from xformers_lab.train.jobs import Job, prepare
 from xformers_lab.train.state import TrainState
@@ -56,26 +57,26 @@ def by_length(job: Job, state: TrainState, score: Callable[[Job, TrainState], ev
         row: dict = {"seq_len": length} | ({"changed": other.changed} if other.changed else {})
         try:
             figures = reported(score(there, moved(other, there, state)))
-            rows.append(row | {key: figures[key] for key in lengths.FIGURES})
+            rows.append(row | {key: figures[key] for key in otherwise.FIGURES})
         except Diverged as error:
-            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": str(error)})
+            rows.append(row | dict.fromkeys(otherwise.FIGURES) | {"reason": str(error)})
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
-            rows.append(row | dict.fromkeys(lengths.FIGURES) | {"reason": "out of memory"})
+            rows.append(row | dict.fromkeys(otherwise.FIGURES) | {"reason": "out of memory"})
     return rows
 
 
-def at(job: Job, length: int) -> tuple[lengths.Other, Job]:
-    """A job at another length, where nothing is compiled yet; what becomes otherwise is said."""
-    other = lengths.at(job.config, job.task, length)
+def at(job: Job, length: int | None = None, asked: Mapping[str, Any] | None = None) -> tuple[otherwise.Other, Job]:
+    """A job at another length and with other options, where nothing is compiled yet; what becomes otherwise is said."""
+    other = otherwise.at(job.config, job.task, length, asked)
     if words := other.said():
         logging.getLogger(__name__).warning("%s", words)
     return other, prepare(other.config, job.run_dir)
 
 
-def moved(other: lengths.Other, there: Job, state: TrainState) -> TrainState:
-    """The state of training on the devices, as a job at another length takes it."""
+def moved(other: otherwise.Other, there: Job, state: TrainState) -> TrainState:
+    """The state of training on the devices, as a job at another length or with other options takes it."""
     target, _ = selection.parted(there.target())
     return there.layout.place_state(other.state(state, target))
 

@@ -1,16 +1,17 @@
-"""A trained run: its scores on any split, at any length, and its model."""
+"""A trained run: its scores on any split, at any length and with other options, and its model."""
 
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
-from xformers_lab.model import Model
+from xformers_lab.model import Model, kind_of
 from xformers_lab.record import Record
 from xformers_lab.tasks import Split, Task
-from xformers_lab.train import checkpoint, evaluation, generated, records, result, scoring, selection, settled
+from xformers_lab.train import checkpoint, evaluation, generated, options, records, result, scoring, selection, settled
 from xformers_lab.train.failures import Diverged
 from xformers_lab.train.jobs import Job, prepare
 from xformers_lab.train.state import TrainState, merge
@@ -22,6 +23,7 @@ def evaluate(
     split: Split | None = None,
     batches: evaluation.Wanted | None = None,
     length: int | None = None,
+    asked: Mapping[str, Any] | None = None,
     beams: int | None = None,
     texts: int = generated.TEXTS,
     trust: bool = False,
@@ -33,25 +35,69 @@ def evaluate(
 
     by_position in it holds what the model reports of each token, "computation" where tokens get different numbers of
     layers: a mean for every position of the sequence, None where all are padding. length: tokens per sequence, where
-    they are not those of training; UsageError where the model has no such length. beams: have the model generate the
-    answers of `texts` examples too, by a search with so many, and the task score them. trust: as in `resume`.
-    say(line) is called with what the task says of its data. Raises Diverged where the loss is no number.
+    they are not those of training; asked: options of the run's choices with other values than it was trained with,
+    {"depth.threshold": 0.5}, as `train.options` has them; `changed` in the record has both. UsageError where the model
+    cannot be so, or has other parameters then. beams: have the model generate the answers of `texts` examples too, by a
+    search with so many, and the task score them. trust: as in `resume`. say(line) is called with what the task says of
+    its data. Raises Diverged where the loss is no number.
     """
-    return _evaluated(pathlib.Path(run_dir), [length], split, batches, trust, say, beams, texts)[0]
+    at, each = [] if length is None else [length], {name: [value] for name, value in (asked or {}).items()}
+    how: dict[str, Any] = {"split": split, "batches": batches, "beams": beams, "texts": texts}
+    return evaluate_at(run_dir, at, each, **how, trust=trust, say=say)[0]
 
 
 def evaluate_at(
     run_dir: pathlib.Path | str,
     at: Sequence[int],
+    asked: Mapping[str, str | Sequence[Any]] | None = None,
     *,
     split: Split | None = None,
     batches: evaluation.Wanted | None = None,
+    beams: int | None = None,
+    texts: int = generated.TEXTS,
     trust: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[dict]:
-    """What `evaluate` gives at each of several lengths; where the loss at one is no number, its `reason` says so.
-    Raises before it scores any where the model has no such length."""
-    return _evaluated(pathlib.Path(run_dir), at, split, batches, trust, say)
+    """What `evaluate` gives for every combination of lengths (none: that of training) and of values of the options that
+    are asked for, the lengths varying fastest; a text of values is read as a word of a command is. Of several rows,
+    where the loss of one is no number, its `reason` says so. Raises before it scores any where the model of one cannot
+    be, and where texts are to be generated of several."""
+    run_dir = pathlib.Path(run_dir)
+    job = _trained(run_dir, trust)
+    grid = options.grid(job.config, kind_of(job.config, job.task), asked or {})
+    cells = [(length, values) for values in grid for length in at or [None]]
+    if beams is not None:
+        if len(cells) > 1:
+            raise UsageError("beams: texts are generated for one row; give one seq_len and one value of an option")
+        generated.check(job.task, beams, texts)
+    if say is not None:
+        for line in job.task.reading():
+            say(line)
+    split = job.config.train.score if split is None else split
+    wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
+    places = [None if length is None and not values else scoring.at(job, length, values) for length, values in cells]
+    trained, step = _counting(job)
+    rows = []
+    for (length, values), place in zip(cells, places, strict=True):
+        there, state = (job, trained) if place is None else (place[1], scoring.moved(*place, trained))
+        row = values if length is None else values | {"seq_len": length}
+        about: dict = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
+        if job.config.train.ema is not None:
+            about["averaged"] = job.config.train.ema
+        if place is not None and place[0].changed:
+            about["changed"] = place[0].changed
+        try:
+            score = scoring.score(there, state, split, wanted, None, lambda: 0, lambda what: None)
+            about |= {**scoring.reported(score), "by_position": score.tokens}
+        except Diverged as error:
+            if len(cells) == 1:
+                raise
+            about |= {"reason": str(error), "metric": None, "loss": None}
+        if beams is not None:
+            model = merge(there.graph, state.params, state.extra, state.memory)
+            about["generated"] = generated.scores(there.config, there.task, model, split, beams, texts)
+        rows.append(records.finite(row | Record(**about, **result.declared(there.task)).to_dict()))
+    return rows
 
 
 def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, Task, Model]:
@@ -60,48 +106,6 @@ def load(run_dir: pathlib.Path | str, *, trust: bool = False) -> tuple[Config, T
     job = _trained(pathlib.Path(run_dir), trust)
     state, _ = _counting(job)
     return job.config, job.task, merge(job.graph, state.params, state.extra, state.memory)
-
-
-def _evaluated(
-    run_dir: pathlib.Path,
-    at: Sequence[int | None],
-    split: Split | None,
-    batches: evaluation.Wanted | None,
-    trust: bool,
-    say: Callable[[str], None] | None,
-    beams: int | None = None,
-    texts: int = generated.TEXTS,
-) -> list[dict]:
-    """A record for each length, None for that of training."""
-    job = _trained(run_dir, trust)
-    if beams is not None:
-        generated.check(job.task, beams, texts)
-    if say is not None:
-        for line in job.task.reading():
-            say(line)
-    split = job.config.train.score if split is None else split
-    wanted = job.config.train.eval_batches if batches is None else configs.typed("eval_batches", batches)
-    places = [None if length is None else scoring.at(job, length) for length in at]
-    trained, step = _counting(job)
-    rows = []
-    for length, place in zip(at, places, strict=True):
-        there, state = (job, trained) if place is None else (place[1], scoring.moved(*place, trained))
-        row = {} if length is None else {"seq_len": length}
-        about: dict = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
-        if job.config.train.ema is not None:
-            about["averaged"] = job.config.train.ema
-        try:
-            score = scoring.score(there, state, split, wanted, None, lambda: 0, lambda what: None)
-            about |= {**scoring.reported(score), "by_position": score.tokens}
-        except Diverged as error:
-            if len(at) == 1:
-                raise
-            about |= {"reason": str(error), "metric": None, "loss": None}
-        if beams is not None:
-            model = merge(there.graph, state.params, state.extra, state.memory)
-            about["generated"] = generated.scores(there.config, there.task, model, split, beams, texts)
-        rows.append(records.finite(row | Record(**about, **result.declared(there.task)).to_dict()))
-    return rows
 
 
 def _trained(run_dir: pathlib.Path, trust: bool) -> Job:

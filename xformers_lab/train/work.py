@@ -21,9 +21,9 @@ def run(tell: Tell, config: dict, words: Sequence[str] = (), track: Sequence[str
 
     task = check_config(chosen)
     tell.doing("preparing the config", reading=task.reading())
-    from xformers_lab.train import initial, lengths, loop
+    from xformers_lab.train import initial, loop, otherwise
 
-    lengths.check(chosen, task)
+    otherwise.check(chosen, task)
     initial.check(chosen, task)
     records.typed(words)
     with tracked(tell, chosen, configs.folder(chosen), track) as followers:

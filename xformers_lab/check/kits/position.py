@@ -48,6 +48,21 @@ def unit_size(subject: Inside) -> None:
         raise Broken(f"tokens of unit size are of size {sizes[at]:.3g} in quarter {at + 1} of 4 {inside.QUIETER}")
 
 
+def drawn(subject: Inside) -> None:
+    """What it draws in training is a function of the key alone, and it stays as it is itself."""
+    position = _built(subject)
+    if type(position).drawn is Position.drawn:
+        raise NotApplicable("it draws nothing in training")
+    before = _said(position)
+    one, again, other = (_said(position.drawn(jax.random.key(seed))) for seed in (0, 0, 1))
+    if one != again:
+        raise Broken("two passes with one key differ: draw from `key` and from nothing else")
+    if one == other:
+        raise Broken("passes with two keys are the same: define `drawn` where something is drawn, and else leave it")
+    if _said(position) != before:
+        raise Broken("`drawn` changes the position that evaluation sees: change a copy, as nnx.clone(self) gives one")
+
+
 def turned(subject: Inside) -> None:
     """Queries and keys keep shape and type, and in bfloat16 are turned as in float32, nearly."""
     position = _built(subject)
@@ -99,6 +114,16 @@ def _built(subject: Inside) -> Position:
     return nnx.merge(graph, moved(params), rest)
 
 
+def _said(position: Position) -> bytes:
+    """All that a position does to equal tokens, and to queries and keys, and all that it adds to their scores."""
+    at, ones = jnp.arange(SIZE.length), jnp.ones((1, SIZE.length, SIZE.heads, SIZE.head))
+    bias = position.bias() if position.key_terms is None else _compared(position)
+    heads = range(SIZE.heads if bias is not None else 0)
+    scores = [jax.tree.map(lambda leaf, head=head: leaf[head], bias)(at[:, None], at[None]) for head in heads]
+    said = position.embed(ones.reshape(1, SIZE.length, SIZE.dim), at), position.rotate(ones, at), *scores
+    return b"".join(np.asarray(each).tobytes() for each in said)
+
+
 def _compared(position: Position):
     """The scores of one sample."""
     q, k = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 12, 2, 4)), jnp.float32)
@@ -107,4 +132,4 @@ def _compared(position: Position):
     return jax.tree.map(lambda leaf: leaf[0], bias)
 
 
-PROPERTIES = [*inside.PROPERTIES, declared, unit_size, turned, from_indices, distances]
+PROPERTIES = [*inside.PROPERTIES, declared, unit_size, drawn, turned, from_indices, distances]
