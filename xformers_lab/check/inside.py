@@ -144,7 +144,7 @@ def computed_again(subject: Inside) -> None:
         for name, leaf in checkpoint.named_leaves(leaves).items():
             if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 where = f"{what} {name} with remat=full"
-                compare(np.asarray(others[name]), np.asarray(leaf), ANOTHER_WAY, where, advice)
+                compare(np.asarray(others[name], float), np.asarray(leaf, float), ANOTHER_WAY, where, advice)
 
 
 def half_precision(subject: Inside) -> None:
