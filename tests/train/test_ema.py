@@ -83,6 +83,13 @@ def test_of_rate_0_it_is_the_last_parameters(task_file):
         assert a.tobytes() == b.tobytes()
 
 
+def test_of_a_rate_that_is_1_but_for_rounding_it_is_the_mean_of_all_steps(task_file):
+    _, *after = states(task_file, 3, ema=1 - 1e-12)
+    assert int(after[-1].skipped) == 0
+    for leaf, *each in zip(leaves_of(after[-1].average), *(leaves_of(state.params) for state in after), strict=True):
+        np.testing.assert_allclose(leaf, np.mean(each, axis=0), atol=1e-6)
+
+
 def test_whoever_uses_the_run_gets_the_average(whole, caplog, capsys):
     folder, arrays = whole["run_dir"], saved(whole["run_dir"])
     assert whole["averaged"] == RATE

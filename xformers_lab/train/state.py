@@ -31,12 +31,12 @@ class Rates:
 
 def rates_of(train: Train) -> Rates:
     """The rates of a config. Beyond float32 they are its largest number, since a checkpoint holds no infinities; so is
-    the norm that nothing clips."""
+    the norm that nothing clips. A rate of the average that float32 rounds to 1 is the next number below."""
     largest = float(jnp.finfo(jnp.float32).max)
     number = lambda value: jnp.float32(min(value, largest))
     warm = round(min(train.warmup, 1) * train.steps)
     clip = train.clip or largest
-    ema = None if train.ema is None else number(train.ema)
+    ema = None if train.ema is None else number(min(train.ema, 1 - 2**-24))
     lr, decay = number(train.lr), number(train.weight_decay)
     return Rates(lr, jnp.int32(warm), jnp.int32(train.steps), decay, number(clip), ema)
 
