@@ -66,6 +66,7 @@ bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python benchmarks/shelf.py
 	$(BIN)/python benchmarks/early_exit.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/trainer_overhead.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@if ls $(VENV)/.ready* >/dev/null 2>&1 && [ ! -e $@ ]; then rm -rf $(VENV); fi  # made here, with another Python

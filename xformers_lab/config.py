@@ -36,18 +36,20 @@ def knob(
     run: bool = False,
     label: bool = False,
     compiled: bool = True,
+    later: bool = False,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
     a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
     of which the parameters count and not the folder; `label` words for people, that tell no config from another. A
-    field that is not `compiled` is no part of a compiled program, which runs that differ in nothing else share.
+    field that is not `compiled` is no part of a compiled program, which runs that differ in nothing else share. One
+    that came `later` than ids were given is no part of the id at its default, so that runs from before keep theirs.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
     same_result = same_result or label
     rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
-    rules |= {"label": label}
+    rules |= {"label": label, "later": later}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -77,12 +79,25 @@ class Train:
     steps: int = knob(400, "optimizer steps", least=1, compiled=False)
     batch: int = knob(64, "sequences per step B, over all devices", least=1, below=2**24)
     accumulate: int = knob(1, "split each batch into this many equal parts, one after the other", least=1)
+    remat: typing.Literal["none", "dots", "full"] = knob(
+        "none",
+        "what layers compute again in the backward pass: nothing, all but their linear layers, or all (less memory)",
+        later=True,
+    )
     optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
     lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
     schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
+    ema: float | None = knob(
+        None,
+        "rate of a moving average of the parameters, which is what is scored (none: the last ones are)",
+        least=0,
+        below=1,
+        compiled=False,
+        later=True,
+    )
     eval_every: int = knob(
         0, "validate every so many steps, on at most 1,024 examples (0: only at the end)", least=0, compiled=False
     )
@@ -289,6 +304,7 @@ def decisive(config: Config) -> dict[str, Any]:
     keys = [key for key, (_, field, _) in LEAVES.items() if not field.metadata["same_result"]]
     # Told apart or not, equal seeds are the same run.
     same = [key for key in ("init_seed", "data_seed") if seed_of(config, key) == config.seed]
+    same += [key for key in keys if LEAVES[key][1].metadata["later"] and get(config, key) == LEAVES[key][1].default]
     return _spelled(config, [key for key in keys if key not in same])
 
 

@@ -162,6 +162,11 @@ class Record:
         "scores of texts that the model generated for examples of the split: beams, examples, examples_of, bleu, "
         "bleu_signature, chrf, chrf_signature"
     )
+    averaged: float = fact(
+        "the rate of the moving average of the parameters that was scored; without the key the parameters themselves "
+        "were",
+        summary=True,
+    )
     wrong: Sequence[Mapping] = fact(
         "examples of the split scored that were answered wrong, the first 8: input, answer, said, all text"
     )

@@ -218,6 +218,25 @@ class Fault(Fixed):
     def __call__(self, x, context, *, key=None):
         return super().__call__(x + jnp.ones_like(x), context, key=key)
 """),
+    "draws without a key": ("ffn", "computed_again", """
+import numpy as np
+class Fault(Ffn):
+    def __init__(self, size, *, rngs):
+        self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
+    def __call__(self, x, *, valid=None, key=None):
+        share = jax.pure_callback(lambda: np.float32(np.random.rand()), jax.ShapeDtypeStruct((), "float32"))
+        return (share * self.down(x)).astype(x.dtype), Aux()
+"""),
+    "keeps all that its layers gave": ("depth", "computes_again", """
+from xformers_lab.depth import Depth
+class Fault(Depth):
+    def __init__(self, size, *, make_block, period, rngs):
+        self.blocks = nnx.List(make_block(index, rngs) for index in range(size.layers))
+    def __call__(self, x, context, *, key=None):
+        for block in self.blocks:
+            x, _, aux = block(x, {}, context, key=key)
+        return x, aux
+"""),
     "has gains that decay": ("depth", "matrices_decay", """
 class Fault(Fixed):
     def __init__(self, size, *, make_block, period, rngs):

@@ -85,6 +85,14 @@ def test_identity():
     assert len({identity(c) for c in [base, *others]}) == 5
 
 
+def test_keys_that_came_later_leave_the_ids_of_runs_from_before():
+    keys = configs.decisive(Config()).keys()
+    assert not {"remat", "ema"} & keys and {"accumulate", "dtype"} <= keys
+    others = [edit(Config(), **change) for change in ({"remat": "full"}, {"remat": "dots"}, {"ema": 0.9}, {"ema": 0.5})]
+    assert len({identity(config) for config in (Config(), *others)}) == 5
+    assert identity(edit(others[0], remat="none")) == identity(Config())
+
+
 def test_identity_follows_the_source_of_an_outsider(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("from xformers_lab.attention.full import Full\n\n\nclass Mine(Full):\n    '''One.'''\n")

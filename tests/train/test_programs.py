@@ -15,7 +15,7 @@ from xformers_lab import config as configs
 from xformers_lab.config import edit
 from xformers_lab.model import build_task
 from xformers_lab.train import jobs, loop, programs
-from xformers_lab.train.state import structure
+from xformers_lab.train.state import init, structure
 
 # Its loss has a number of the seed's in it.
 SEEDED = (
@@ -144,12 +144,41 @@ def test_only_the_last_are_kept(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("changes", [{"layout": "pmap"}, {"layout": "experts", "ffn": "moe"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"layout": "pmap"}, {"layout": "pmap", "ema": 0.9}, {"layout": "experts", "ffn": "moe"}], ids=str
+)
 def test_other_layouts_share_too(folder, tmp_path, compilations, changes):
     base = tiny(str(folder / "uneven.py"), tmp_path, **changes)
     loop.run(base)
     loop.run(edit(base, seed=1, lr=0.1))
     assert len(compilations) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema": 0.9}, {"remat": "full"}, {"accumulate": 2}, {"ema": 0.9, "remat": "dots", "accumulate": 2}],
+    ids=str,
+)
+def test_no_step_compiles_again(folder, tmp_path, compilations, backend, monkeypatch, changes):
+    """Whatever it is given: the state that a run begins with, one that a step gave, and one that was scored meanwhile;
+    every step uses up the state that it is given."""
+    config = tiny(str(folder / "uneven.py"), tmp_path, steps=5, eval_every=2, dropout=0.1, **changes)
+    compiled_by, dispatch = [], loop.Log.dispatched
+
+    def dispatched(log, **options):
+        compiled_by.append(len(backend))
+        return dispatch(log, **options)
+
+    monkeypatch.setattr(loop.Log, "dispatched", dispatched)
+    loop.run(config)
+    # The evaluation compiles after step 2.
+    first, second, third, *rest = compiled_by
+    assert len(compilations) == 1 and first == second and set(rest) == {third}
+    job = jobs.prepare(config, tmp_path)
+    state = job.layout.place_state(init(config, job.task, job.tx))
+    job.compiled(state).step(state, job.training_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt, state.average)))
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from xformers_lab.check.subject import Broken, NotApplicable, compare
 from xformers_lab.check.tiny import BATCH, GARBAGE, Inside, exact
 from xformers_lab.config import edit
 from xformers_lab.depth import Context
-from xformers_lab.errors import Refused
+from xformers_lab.errors import Refused, UsageError
 from xformers_lab.model import build_model
 from xformers_lab.train import checkpoint
 
@@ -129,6 +129,24 @@ def trains(subject: Inside) -> None:
         compare(np.asarray(others[name]), np.asarray(leaf), HALF, where, advice)
 
 
+def computed_again(subject: Inside) -> None:
+    """With remat=full, and dropout, a training step has the gradients that it has without, and leaves the same."""
+    model, plain = subject.model, {"dtype": "float32", "dropout": 0.1}
+    try:
+        again = model.trained(1, remat="full", **plain)
+    except (Refused, UsageError) as reason:
+        raise NotApplicable(str(reason)) from None
+    before = model.trained(1, **plain)
+    advice = "Look at what is drawn without a key, or kept outside of variables: a layer may run twice in a step."
+    parts = lambda grads, _, state: {"the gradient": grads[0], "the step's": (state.extra, state.memory)}
+    for what, leaves in parts(*before).items():
+        others = checkpoint.named_leaves(parts(*again)[what])
+        for name, leaf in checkpoint.named_leaves(leaves).items():
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                where = f"{what} {name} with remat=full"
+                compare(np.asarray(others[name], float), np.asarray(leaf, float), ANOTHER_WAY, where, advice)
+
+
 def half_precision(subject: Inside) -> None:
     """In bfloat16 what a layer is given and gives is bfloat16, and the logits are float32."""
     model = subject.model
@@ -189,6 +207,7 @@ PROPERTIES = [
     decoding,
     jit_equals_eager,
     trains,
+    computed_again,
     half_precision,
     evaluation_keeps_state,
     saved,

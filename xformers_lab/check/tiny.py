@@ -59,6 +59,7 @@ class Tiny:
 
     def __init__(self, config: Config, task: Task):
         self.config, self.task = config, task
+        self._steps: dict[Config, Callable] = {}
         self.words = f"model={config.model.model}, an answer of every {task.target}"
         model = build_model(config, task, PLAN)
         self.graph, params, self.extra, memory = split(model)
@@ -135,28 +136,34 @@ class Tiny:
         with exact():
             return np.asarray(jax.jit(run)(self.variables, self.tokens))
 
-    @functools.cached_property
-    def _step(self) -> Callable:
-        config = edit(self.config, dtype="bfloat16")
-        # Its optimizer only keeps the gradients.
-        return jax.jit(
-            make_train_step(config, self.task, split(build_model(config, self.task, PLAN))[0], optax.trace(0.0))
-        )
+    def step(self, **changes: Any) -> Callable:
+        """The step of training of its config with these changes, (state, batch) -> (state, metrics)."""
+        config = edit(self.config, **changes)
+        if config not in self._steps:
+            graph = split(build_model(config, self.task, PLAN))[0]
+            # Its optimizer only keeps the gradients.
+            self._steps[config] = jax.jit(make_train_step(config, self.task, graph, optax.trace(0.0)))
+        return self._steps[config]
 
-    def trained(self, steps: int, filler: int | None = None) -> tuple[list, list, TrainState]:
-        """Gradients and metrics of so many steps in bfloat16, and the state after them; parameters stay as they are.
-
-        filler: the token that padding holds."""
+    def first_state(self) -> TrainState:
         opt = optax.TraceState(jax.tree.map(np.zeros_like, self.params))
         none: Any = np.zeros((), np.int32)
-        state = TrainState(self.params, self.extra, self.memory, opt, none, none, none.astype(np.uint32))
+        return TrainState(self.params, self.extra, self.memory, opt, none, none, none.astype(np.uint32))
+
+    def trained(
+        self, steps: int, filler: int | None = None, *, dtype: str = "bfloat16", **changes: Any
+    ) -> tuple[list, list, TrainState]:
+        """Gradients and metrics of so many steps, and the state after them; parameters stay as they are.
+
+        filler: the token that padding holds; changes: of the config."""
+        state, step = self.first_state(), self.step(dtype=dtype, **changes)
         grads, history = [], []
         for number in range(steps):
             batch = self.task.batch("train", number)
             if filler is not None:
                 batch = dataclasses.replace(batch, inputs=np.where(self.valid, batch.inputs, filler).astype(np.int32))
             with exact():
-                state, metrics = self._step(state, batch)
+                state, metrics = step(state, batch)
             grads.append(state.opt.trace)
             history.append(metrics)
             state = dataclasses.replace(state, params=self.params)

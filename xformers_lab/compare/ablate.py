@@ -17,8 +17,8 @@ from xformers_lab.errors import UsageError
 BASE = "base"
 FRAME = ("task", "seq_len", *SEEDS)  # what every variant is run on: several values are several tables or seeds
 # What a run costs, and how it is measured: no choice of a design that could be set back.
-COSTS = ("dim", "layers", "heads", "dtype", "steps", "batch", "accumulate", "eval_every", "eval_batches", "layout")
-COSTS += ("runs", "stall", "save_every", "score", "select", "test_len", "init", "name", "tags")
+COSTS = ("dim", "layers", "heads", "dtype", "steps", "batch", "accumulate", "remat", "eval_every", "eval_batches")
+COSTS += ("layout", "runs", "stall", "save_every", "score", "select", "test_len", "init", "name", "tags")
 FILES = (".toml", ".yaml", ".yml", ".json", ".py")
 
 

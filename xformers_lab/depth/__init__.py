@@ -1,7 +1,8 @@
 """The shelf of depths: how many layers a token gets. One file = one class, a subclass of `Depth`.
 
 A depth builds its layers with `make_block(index, rngs)`, or with `length=` those that it gives shorter sequences than
-the model's, and runs them. A block is called as `block(x, carries, context, key=...) -> (x, carries, aux)` and gives
+the model's, and runs them by `run_stack` or `run_layer` of _stack.py, which know what the backward pass computes again
+(`remat`). A block is called as `block(x, carries, context, key=...) -> (x, carries, aux)` and gives
 its `initial_carries(B, T, S)`; carries hold what a mechanism passes to the same mechanism in the layer above, aux is an
 `Aux` (nn/aux_results.py). For decoding it gives its `init_cache(B, length)`, and `block.step(x, cache, carries,
 context, at)` takes one token; where it has it, `block.step_several(x, cache, context, at)` takes several. It says

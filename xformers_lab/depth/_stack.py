@@ -16,6 +16,7 @@ from xformers_lab.nn import layer_watch
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.remat import rematerialised
 
 
 def build_stack(make_block: MakeBlock, indices: list[int], rngs: nnx.Rngs) -> Any:
@@ -151,29 +152,60 @@ def run_watched(
     graphs = [graph for graph, _, _ in split]
     length = jax.tree.leaves(split[0][1])[0].shape[0]
     keys = None if key is None else jax.random.split(key, (length, len(blocks)))
-    shown_to = layer_watch.watching()
+    unroll = plan.unroll(length, len(blocks))
 
     def period(state, layer):
         x, carries = state
         variables, keys = layer
         total, changed = Aux(), []
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
-            block = nnx.merge(graph, params, rest)
-            if shown_to is not None:
-                shown_to.enter(block)
-            x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
-            x = x if shown_to is None else shown_to.leave(x)
-            total = total + (computation(1) | aux)
-            changed.append(nnx.split(block, nnx.Param, ...)[2])
+            of_layer = {"key": None if keys is None else keys[place], "plan": plan, "looped": unroll < length}
+            x, carries, aux, rest = run_layer(graph, params, rest, x, carries, context, **of_layer)
+            total = total + aux
+            changed.append(rest)
         return (x, carries), (total, changed, watch(x))
 
     variables = [(params, rest) for _, params, rest in split]
-    scan = functools.partial(jax.lax.scan, unroll=plan.unroll(length, len(blocks)))
-    scan = _written_out if watching() or shown_to is not None else scan
+    scan = functools.partial(jax.lax.scan, unroll=unroll)
+    scan = _written_out if _looked_at() else scan
     (x, carries), (aux, changed, watched) = scan(period, (x, carries), (variables, keys))
     for block, rest in zip(blocks, changed, strict=True):
         nnx.update(block, rest)
     return x, carries, jax.tree.map(lambda values: jnp.sum(values, 0), aux), watched
+
+
+def run_layer(
+    graph: nnx.GraphDef,
+    params: Any,
+    rest: Any,
+    x: Any,
+    carries: dict[str, Any],
+    context: Any,
+    *,
+    key: jax.Array | None,
+    plan: Plan,
+    looped: bool,
+) -> tuple[Any, dict[str, Any], Aux, Any]:
+    """One layer, which `nnx.split(block, nnx.Param, ...)` gave the parts of, on what its block takes -> x, carries, aux
+    with the "computation" that it says or else 1, and its other variables as it left them. What it computes again in
+    the backward pass the plan says; looped: whether a loop of the program runs it."""
+
+    def run(params, rest, x, carries, key):
+        block, shown_to = nnx.merge(graph, params, rest), layer_watch.watching()
+        if shown_to is not None:
+            shown_to.enter(block)
+        x, carries, aux = block(x, carries, context, key=key)
+        x = x if shown_to is None else shown_to.leave(x)
+        return x, carries, computation(1) | aux, nnx.split(block, nnx.Param, ...)[2]
+
+    # What is within cannot be taken out by whoever looks at it.
+    run = run if _looked_at() else rematerialised(run, plan.remat, looped=looped)
+    return run(params, rest, x, carries, key)
+
+
+def _looked_at() -> bool:
+    """Whether somebody looks at the layers, or at their attention, as they run."""
+    return watching() or layer_watch.watching() is not None
 
 
 def _written_out(body: Callable, state: Any, xs: Any) -> tuple[Any, Any]:

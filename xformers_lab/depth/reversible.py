@@ -32,7 +32,7 @@ class Reversible(Fixed):
     taken back is what was added up to rounding; sub-layers run in the model's dtype. The paper hands both streams to
     the head side by side; the mean leaves the head as it is.
 
-    A normaliser that keeps statistics of gradients (powernorm) needs backward=store.
+    A normaliser that keeps statistics of gradients (powernorm) needs backward=store, and so does remat.
     A placement that normalises the sum (post, deepnorm) cannot be taken back and is refused, so are a mechanism that
     hands something to the layer above, which would have to be kept, and ffn=none, which leaves a stream as it was.
 
@@ -55,6 +55,11 @@ class Reversible(Fixed):
         streams = lambda index, rngs: TwoStreams(size, make_block(index, rngs))
         super().__init__(size, make_block=streams, period=period, rngs=rngs)
         self.backward = backward
+        if backward == "recompute" and self.plan.remat != "none":
+            raise Refused(
+                f"remat={self.plan.remat}: depth=reversible computes all that its layers gave again already, from the "
+                "output of the last; use remat=none, or backward=store"
+            )
         if backward == "recompute" and values(self):
             raise Refused(
                 "a normaliser here keeps statistics of gradients, which backward=recompute does not hand on; use "

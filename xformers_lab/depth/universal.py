@@ -6,9 +6,11 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.depth import Context, Depth, MakeBlock
+from xformers_lab.depth._stack import run_layer
 from xformers_lab.errors import Refused
-from xformers_lab.nn.aux_results import Aux, by_token, computation, mean_of
+from xformers_lab.nn.aux_results import Aux, by_token, mean_of
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 from xformers_lab.position._waves import waves
@@ -58,7 +60,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise Refused(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
-        self.code = code
+        self.code, self.plan = code, plan_of(size)
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -77,10 +79,10 @@ class Universal(Depth):
             number, keys = step
             y, total, changed = self._marked(x, number, context.position, again), Aux(), []
             for place, (graph, params, _) in enumerate(split):
-                block = nnx.merge(graph, params, rest[place])
-                y, carries, aux = block(y, carries, context, key=None if keys is None else keys[place])
-                total = total + (computation(1) | aux)
-                changed.append(nnx.split(block, nnx.Param, ...)[2])
+                of_layer = {"key": None if keys is None else keys[place], "plan": self.plan, "looped": self.steps > 1}
+                y, carries, aux, left = run_layer(graph, params, rest[place], y, carries, context, **of_layer)
+                total = total + aux
+                changed.append(left)
             if halting is not None:
                 y, halting = self._halted(x, y, number, halting)
             return (y, carries, changed, halting), total

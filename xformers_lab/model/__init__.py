@@ -110,8 +110,10 @@ def build_task(config: Config) -> Task:
 def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     """The model of a config for a task, its parameters drawn from `init_seed`; raises UsageError.
 
-    plan: how it runs, else the platform's.
+    plan: how it runs, else the platform's; with the config's `remat`.
     """
+    if config.train.remat != "none":
+        plan = dataclasses.replace(plan or Plan.of(jax.default_backend()), remat=config.train.remat)
     kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image, plan=plan)
     most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
     if size.layers > most:

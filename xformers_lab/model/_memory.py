@@ -25,7 +25,8 @@ def refuse_activations(config: Config, outputs: int = 0) -> None:
 def refuse_parameters(config: Config, count: int) -> None:
     """Raises UsageError where so many parameters, with all that training keeps of them, fit into no memory here."""
     words = f"dim={config.model.dim} layers={config.model.layers}: {count:,} parameters in training"
-    _refuse(words, 4 * count * COPIES[config.train.optimizer], 1, "use a smaller model")
+    copies = COPIES[config.train.optimizer] + (config.train.ema is not None)
+    _refuse(words, 4 * count * copies, 1, "use a smaller model")
 
 
 def _refuse(what: str, needed: int, devices: int, mend: str) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from xformers_lab.nn import remat
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear` on (..., in) -> (..., out), computed as one product of matrices.
@@ -18,4 +20,4 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
-        return rows.reshape(*inputs.shape[:-1], -1)
+        return remat.product(rows.reshape(*inputs.shape[:-1], -1))

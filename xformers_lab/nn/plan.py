@@ -1,10 +1,12 @@
-"""What a platform decides about how a model runs. What it computes is the same under every plan."""
+"""What a platform, or a run, decides about how a model runs. What it computes is the same under every plan."""
 
 import dataclasses
-from typing import Protocol
+from typing import Literal, Protocol
 
 # From so many queries on, in all rows together, XLA:CPU runs narrow rows of blocks as one kernel.
 FUSED = 4096
+
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,14 @@ class Plan:
         unrolled: a stack of at most so many layers is written out in the program; a deeper one is a loop.
         fused: of heads that run one after the other and have narrow rows, so many come at once that they have about
             this many queries together.
+        remat: what layers compute again in the backward pass: nothing, all but what linear layers gave, or all but
+            what they were given.
     """
 
     loop_from: int | None = None
     unrolled: int = 0
     fused: int = FUSED
+    remat: Remat = "none"
 
     @classmethod
     def of(cls, platform: str) -> "Plan":
@@ -43,7 +48,8 @@ class Plan:
 
     def unroll(self, length: int, places: int) -> int:
         """How many of `length` periods of so many layers a scan runs between two looks at its counter."""
-        return length if length * places <= self.unrolled else 1
+        # Written out, XLA:CPU has what several layers compute again in memory at once.
+        return length if length * places <= self.unrolled and self.remat == "none" else 1
 
 
 class _Sized(Protocol):

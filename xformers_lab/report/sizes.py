@@ -50,9 +50,9 @@ def in_bytes(sizes: Mapping[str, Any]) -> list[dict]:
     rows = []
     for what, each in (("training", sizes["training_bytes"]), ("decoding", sizes["decoding_bytes"])):
         for key, size in each.items():
-            if key == "why_not" or (key == "other" and not size):
+            if key == "why_not" or (key in ("average", "other") and not size):
                 continue
-            for_parameters = key in ("parameters", "gradients", "optimizer")
+            for_parameters = key in ("parameters", "gradients", "optimizer", "average")
             of_attention = human.size(size * share) if for_parameters and share is not None else human.NONE
             rows.append({"bytes": f"{what}: {key}", "": human.size(size), "of them attention": of_attention})
     return rows

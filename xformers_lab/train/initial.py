@@ -33,18 +33,21 @@ _PARTS = ("params", "extra")
 @dataclasses.dataclass(frozen=True)
 class Match:
     """What a run takes of another's checkpoint. taken: the paths of whole arrays; cut: of tables, with the rows taken
-    and those there are; fresh: the paths of parameters that keep their own values."""
+    and those there are; fresh: the paths of parameters that keep their own values; averaged: whether the other run
+    keeps an average of its parameters, which is what is taken."""
 
     init: str
     step: int
     taken: list[str]
     cut: dict[str, list[int]]
     fresh: list[str]
+    averaged: bool = False
 
     def said(self) -> str:
         """The same in words."""
         count = len(self.taken) + len(self.cut) + len(self.fresh)
-        words = [f"init={self.init} of step {self.step}: {len(self.taken)} of {count} arrays taken"]
+        what = ", the average up to step" if self.averaged else " of step"
+        words = [f"init={self.init}{what} {self.step}: {len(self.taken)} of {count} arrays taken"]
         if self.cut:
             words.append(
                 "the first rows of " + ", ".join(f"{name} ({n} of {of})" for name, (n, of) in self.cut.items())
@@ -57,6 +60,7 @@ class Match:
         """The same as a record has it."""
         run, digest = named_run.parts(self.init)
         about = {"run": run, "checkpoint": digest, "step": self.step}
+        about |= {"averaged": True} if self.averaged else {}
         return about | {"taken": len(self.taken), "cut": self.cut, "fresh": self.fresh}
 
 
@@ -80,12 +84,12 @@ def match(config: Config, task: Task) -> Match:
     wanted = checkpoint.named_leaves(dict(zip(_PARTS, split(model)[1:3], strict=True)))
     tables, stored = set(_tables(model)), manifest["arrays"]
     others = set() if same_tokens else set(_tables(model, of_tokens=True))
-    within = _within(stored)
+    where = _counting(stored)
     taken, cut, fresh = [], {}, []
     for name, leaf in wanted.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
-        there = stored.get(within + name, {})
+        there = stored.get(_place(where, name), {})
         shape, same = tuple(there.get("shape", ())), there.get("dtype") == str(leaf.dtype)
         if name in others:
             fresh.append(name)
@@ -100,32 +104,48 @@ def match(config: Config, task: Task) -> Match:
             f"init={config.init}: no matrix of that run has the path and shape of one of this model: give both the "
             "same dim, layers, heads and choices"
         )
-    return Match(config.init, manifest["step"], taken, cut, fresh)
+    return Match(config.init, manifest["step"], taken, cut, fresh, _averages(stored))
 
 
 def take(matched: Match, state: TrainState) -> TrainState:
     """The first state of a run with the arrays of the other one in it; raises IntegrityError where they cannot be
     read."""
     stored = checkpoint.arrays(named_run.found(matched.init))
-    within = _within(stored)
-    if within == "best." and int(stored["best.step"]) == 0:  # nothing was validated yet
-        within = "state."
+    where = _counting(stored, validated=int(stored.get("best.step", 1)) > 0)
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name in matched.cut:
             rows = matched.cut[name][0]
-            return leaf.at[:rows].set(stored[within + name][:rows])
-        return jnp.asarray(stored[within + name]) if name in taken else leaf
+            return leaf.at[:rows].set(stored[_place(where, name)][:rows])
+        return jnp.asarray(stored[_place(where, name)]) if name in taken else leaf
 
     taken = set(matched.taken)
     begun = jax.tree_util.tree_map_with_path(one, {part: getattr(state, part) for part in _PARTS})
-    return dataclasses.replace(state, **begun)
+    average = None if state.average is None else jax.tree.map(jnp.copy, begun["params"])
+    return dataclasses.replace(state, **begun, average=average)
 
 
-def _within(stored: Iterable[str]) -> str:
-    """Where in a checkpoint the parameters that count stand: those of the best validation with select=best."""
-    return "best." if any(name.startswith("best.params.") for name in stored) else ""
+def _counting(stored: Iterable[str], *, validated: bool = True) -> dict[str, str]:
+    """Where in a checkpoint the parameters that count stand, and the other variables: those of the best validation with
+    select=best, once there was one, else the average where there is one."""
+    names = set(stored)
+    has = lambda part: any(name.startswith(f"{part}.") for name in names)
+    if has("best.params") and validated:
+        return {"params": "best.params", "extra": "best.extra"}
+    state = "state." if has("state.params") else ""
+    return {"params": state + ("average" if _averages(names) else "params"), "extra": f"{state}extra"}
+
+
+def _averages(stored: Iterable[str]) -> bool:
+    """Whether a checkpoint holds an average of the parameters."""
+    return any(name.startswith(("average.", "state.average.")) for name in stored)
+
+
+def _place(where: dict[str, str], name: str) -> str:
+    """The path in a checkpoint of what stands at `name` in a model."""
+    part, _, rest = name.partition(".")
+    return f"{where[part]}.{rest}"
 
 
 def _same_tokens(config: Config, details: Mapping[str, Any], task: Task) -> bool:

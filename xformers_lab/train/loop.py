@@ -268,7 +268,7 @@ class _Training:
 
     def validated(self, line: dict) -> dict:
         """The line of a step with its score on validation data, which may be the best so far."""
-        score = self.score(self.state, "validation", most=evaluation.WATCHED)
+        score = self.score(selection.scored(self.state), "validation", most=evaluation.WATCHED)
         up = self.job.task.higher_is_better
         if self.best is not None and selection.improves(score.metric, self.best_metric, higher_is_better=up):
             self.best, self.best_metric = selection.best_of(self.state), score.metric

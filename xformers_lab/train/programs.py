@@ -80,7 +80,8 @@ def _key(config: Config, task: Task, graph: nnx.GraphDef, layout: Layout, batch:
     leaves, whole = jax.tree.flatten(shapes)
     chosen = json.dumps(configs.compiled(config), sort_keys=True)
     lowered = _lowered(task, shapes)
-    key = chosen, graph, layout, lowered, whole, tuple((leaf.shape, leaf.dtype) for leaf in leaves), precision
+    averages = config.train.ema is not None  # its rate is data
+    key = chosen, averages, graph, layout, lowered, whole, tuple((leaf.shape, leaf.dtype) for leaf in leaves), precision
     try:
         hash(key)
     except TypeError:

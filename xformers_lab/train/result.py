@@ -50,6 +50,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         curve=curve(log.lines),
         validation=[[line["step"], line["validation_loss"], line["validation_metric"]] for line in validated],
         validation_examples=evaluation.amount(of, wanted, evaluation.WATCHED) if validated else None,
+        averaged=ABSENT if config.train.ema is None else config.train.ema,
         initialised=ABSENT if config.init is None else records.read_json(job.run_dir / initial.INITIALISED) or {},
         extended=records.read_json(job.run_dir / longer.EXTENDED) or ABSENT,
         data=job.task.describe(),

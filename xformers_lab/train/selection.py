@@ -1,4 +1,5 @@
-"""Which parameters of a run count: those of its last step, or those of its best validation (select=best).
+"""Which parameters of a run count: those of its last step, or those of its best validation (select=best); with `ema`
+the average after that step in their place.
 
 The best so far stand in each checkpoint beside the state of training, so that a run which goes on from it ends as one
 that nothing disturbed.
@@ -16,8 +17,8 @@ from xformers_lab.train.state import TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """Parameters and other variables after the step whose validation has been the best so far; before the first
-    validation those that training began with, at step 0."""
+    """Parameters, as they were scored, and other variables after the step whose validation has been the best so far;
+    before the first validation those that training began with, at step 0."""
 
     params: Any
     extra: Any
@@ -33,9 +34,14 @@ class Kept:
     best: Best
 
 
+def scored(state: TrainState) -> TrainState:
+    """The state with the parameters that are scored after its step, and no other average."""
+    return state if state.average is None else dataclasses.replace(state, params=state.average, average=None)
+
+
 def best_of(state: TrainState) -> Best:
     """Copies, for the next step uses up its state."""
-    return jax.tree.map(jnp.copy, Best(state.params, state.extra, state.step))
+    return jax.tree.map(jnp.copy, Best(scored(state).params, state.extra, state.step))
 
 
 def kept(state: TrainState, best: Best | None) -> TrainState | Kept:
@@ -51,8 +57,8 @@ def parted(kept: TrainState | Kept) -> tuple[TrainState, Best | None]:
 def chosen(state: TrainState, best: Best | None) -> TrainState:
     """The state whose parameters count, of `best` where there was a validation, with their step."""
     if best is None or int(best.step) == 0:
-        return state
-    return dataclasses.replace(state, params=best.params, extra=best.extra, step=best.step)
+        return scored(state)
+    return dataclasses.replace(state, params=best.params, extra=best.extra, step=best.step, average=None)
 
 
 def improves(metric: float, on: float | None, *, higher_is_better: bool) -> bool:

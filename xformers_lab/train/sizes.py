@@ -48,9 +48,10 @@ def of(config: Config) -> dict:
     """The sizes of a config, as JSON has them.
 
     parameters: total, and parts with their own; flops_per_token: forward and training, each with its total and its
-    parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, other (what else the
-    state holds), activations (temporary buffers of the compiled step beside the gradients) and total, on one device;
-    decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of the whole batch) and total, or why_not.
+    parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, average (of the
+    parameters, with ema), other (what else the state holds), activations (temporary buffers of the compiled step beside
+    the gradients) and total, on one device; decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of
+    the whole batch) and total, or why_not.
     kept_bytes: total, and parts, of the arrays that wait for the backward pass, as differentiation asks for them (see
     `measure.kept`), on all devices together; of one of the parts where a step has several (accumulate). batch, seq_len
     and layers are the config's.
@@ -62,7 +63,8 @@ def of(config: Config) -> dict:
     state, _ = selection.parted(job.target())
     compiled = job.compiled(state)
     parameters, kept = _bytes(state.params), _bytes((state.extra, state.memory))
-    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt), "other": kept}
+    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt)}
+    training |= {"average": _bytes(state.average), "other": kept}
     training["activations"] = max(compiled.temp_bytes - parameters, 0)
     return {
         "layers": config.model.layers,

@@ -18,23 +18,27 @@ from xformers_lab.tasks import Task
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What only scales updates: the peak learning rate, the steps that warm it up, the steps of the whole run, the
-    weight decay and the largest norm of a gradient; float32, and int32 for counts of steps."""
+    weight decay, the largest norm of a gradient and the rate of the average of the parameters, None where none is kept;
+    float32, and int32 for counts of steps."""
 
     lr: jax.Array
     warm: jax.Array
     steps: jax.Array
     weight_decay: jax.Array
     clip: jax.Array
+    ema: jax.Array | None = None
 
 
 def rates_of(train: Train) -> Rates:
     """The rates of a config. Beyond float32 they are its largest number, since a checkpoint holds no infinities; so is
-    the norm that nothing clips."""
+    the norm that nothing clips. A rate of the average that float32 rounds to 1 is the next number below."""
     largest = float(jnp.finfo(jnp.float32).max)
     number = lambda value: jnp.float32(min(value, largest))
     warm = round(min(train.warmup, 1) * train.steps)
     clip = train.clip or largest
-    return Rates(number(train.lr), jnp.int32(warm), jnp.int32(train.steps), number(train.weight_decay), number(clip))
+    ema = None if train.ema is None else number(min(train.ema, 1 - 2**-24))
+    lr, decay = number(train.lr), number(train.weight_decay)
+    return Rates(lr, jnp.int32(warm), jnp.int32(train.steps), decay, number(clip), ema)
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +48,8 @@ class TrainState:
     features); memory: what is remembered of each sequence of the batch, (L, B, ...), empty without a memory; opt: the
     optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite and changed nothing;
     seed: the run's; rates: how far updates go. Both are arrays so that runs that differ in nothing else share one
-    compiled program; an update rule of another kind has no rates.
+    compiled program; an update rule of another kind has no rates. average: the moving average of the parameters, None
+    without `ema`.
     The data position is `step`, for a batch is a function of (seed, split, step)."""
 
     params: Any
@@ -55,6 +60,7 @@ class TrainState:
     skipped: jax.Array
     seed: jax.Array
     rates: Rates | None = None
+    average: Any = None
 
 
 def split(model: Model) -> tuple[nnx.GraphDef, Any, Any, Any]:
@@ -98,7 +104,8 @@ def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainS
     memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.train.batch, 1), memory)
     count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
     seed, rates = jnp.uint32(config.seed % 2**32), rates_of(config.train)
-    return TrainState(params, extra, memory, tx.init(params), count(), count(), seed, rates)
+    average = None if config.train.ema is None else jax.tree.map(jnp.copy, params)
+    return TrainState(params, extra, memory, tx.init(params), count(), count(), seed, rates, average)
 
 
 def abstract(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:

@@ -95,14 +95,29 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, opt = update(grads, state.opt, state.params, rates=state.rates)
         params = optax.apply_updates(state.params, updates)
-        after = params, extra, memory, opt
+        rate, applied = None if state.rates is None else state.rates.ema, state.step + 1 - state.skipped
+        average = None if rate is None else averaged(state.average, params, rate, applied)
+        after = params, extra, memory, opt, average
         ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
-        params, extra, memory, opt = keep(after, (state.params, state.extra, before, state.opt))
-        state = TrainState(params, extra, memory, opt, state.step + 1, state.skipped + ~ok, state.seed, state.rates)
+        was = state.params, state.extra, before, state.opt, state.average
+        params, extra, memory, opt, average = keep(after, was)
+        counts = state.step + 1, state.skipped + ~ok
+        state = TrainState(params, extra, memory, opt, *counts, state.seed, state.rates, average)
         return state, metrics | {"grad_norm": norm, "ok": ok}
 
     return train_step
+
+
+def averaged(average: Any, params: Any, rate: jax.Array, applied: jax.Array) -> Any:
+    """The moving average after the step that gave `params`, the `applied`-th (from 1) that was not skipped: the weights
+    of steps t = 1, ... n are in proportion to rate^(n - t) and add up to 1.
+
+    That is m_n = rate m_(n-1) + (1 - rate) params, m_0 = 0, divided by 1 - rate^n (Kingma and Ba, 2015, arXiv
+    1412.6980, section 3), kept as the quotient: what the first parameters were leaves no trace.
+    """
+    share = jnp.minimum((1 - rate) / -jnp.expm1(applied * jnp.log(rate)), 1)
+    return jax.tree.map(lambda old, new: ((1 - share) * old + share * new).astype(old.dtype), average, params)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -82,6 +82,8 @@ def evaluate_at(
         there, state = (job, trained) if place is None else (place[1], scoring.moved(*place, trained))
         row = values if length is None else values | {"seq_len": length}
         about: dict = {"id": configs.identity(job.config), "run_dir": str(run_dir), "split": split, "step": step}
+        if job.config.train.ema is not None:
+            about["averaged"] = job.config.train.ema
         if place is not None and place[0].changed:
             about["changed"] = place[0].changed
         try:
@@ -122,6 +124,9 @@ def _counting(job: Job) -> tuple[TrainState, int]:
     kept, step = checkpoint.restore(job.run_dir, job.target(), job.about)
     state, best = selection.parted(kept)
     counting = selection.chosen(state, best)
+    if (rate := job.config.train.ema) is not None:
+        words = f"ema={rate:g}: the parameters are their average up to step {int(counting.step)}"
+        logging.getLogger(__name__).warning("%s: %s", job.run_dir, words)
     if best is not None:
         of = f"the parameters are those of step {int(counting.step)}"
         why = "the best validation" if int(best.step) else "the last one saved, for nothing is validated yet"

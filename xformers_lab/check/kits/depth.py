@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.check import inside
-from xformers_lab.check.subject import Broken
+from xformers_lab.check.subject import Broken, NotApplicable
 from xformers_lab.check.tiny import Inside, Tiny
 from xformers_lab.config import edit
+from xformers_lab.errors import UsageError
+from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import size_of
 from xformers_lab.model._block import Block
 from xformers_lab.model._transformer import Transformer
@@ -28,6 +30,23 @@ def computation(subject: Inside) -> None:
         raise Broken('its aux lacks "computation", the layers that a valid token passed through on average')
     if not 0 < (spent := float(metrics["computation"])) < math.inf:
         raise Broken(f'"computation" is {spent:g}, and should be a number of layers')
+
+
+def computes_again(subject: Inside) -> None:
+    """With remat its layers are computed again in the backward pass, with full more of them than with dots."""
+    model = subject.model
+    try:
+        steps = {remat: model.step(remat=remat) for remat in ("none", "dots", "full")}
+    except UsageError as reason:
+        raise NotApplicable(str(reason)) from None
+    arguments = model.first_state(), model.task.batch("train", 0)
+    flops = {remat: count_flops(step, *arguments) for remat, step in steps.items()}
+    if not flops["none"] < flops["dots"] < flops["full"]:
+        counted = ", ".join(f"{count:,} with remat={remat}" for remat, count in flops.items())
+        raise Broken(
+            f"a training step has {counted} FLOPs, which should be more each time: run layers by `run_stack` or "
+            "`run_layer` of depth/_stack.py"
+        )
 
 
 def unit_size(subject: Inside) -> None:
@@ -87,4 +106,4 @@ def matrices_decay(subject: Inside) -> None:
             )
 
 
-PROPERTIES = [*inside.PROPERTIES, computation, unit_size, matrices_decay]
+PROPERTIES = [*inside.PROPERTIES, computation, computes_again, unit_size, matrices_decay]
