@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Union
 
+import numpy as np
+
 from xformers_lab.report import intervals
 from xformers_lab.report.intervals import Difference, Estimate
 
@@ -103,7 +105,7 @@ def rank_correlation(firsts: Sequence[Sample], others: Sequence[Sample]) -> Samp
         raise ValueError(f"a rank correlation takes three pairs or more, not {len(pairs)}")
     known = [sample for pair in pairs for sample in pair]
     halves = len(pairs)
-    ranked = lambda *values: float(stats.spearmanr(values[:halves], values[halves:])[0])
+    ranked = lambda *values: float(np.corrcoef(*map(stats.rankdata, (values[:halves], values[halves:])))[0, 1])
     return dataclasses.replace(_across(ranked, [*known[::2], *known[1::2]]), sampled=0.0)
 
 
