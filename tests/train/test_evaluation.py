@@ -278,7 +278,7 @@ from xformers_lab.train import failures, loop, trained
 
 task, runs = sys.argv[1:]
 small = edit(Config(), task=task, seq_len=16, dim=16, layers=1, batch=16, lr=0.0, steps=1, ffn="hash:experts=8")
-for layout in ("jit", "pmap", "experts"):
+for layout in ("data", "pmap", "experts"):
     record = loop.run(edit(small, layout=layout, runs=f"{runs}/{layout}", eval_every=1))
     print(json.dumps([record[key] for key in ("devices", "examples", "metric", "majority", "loss", "validation")]))
 """

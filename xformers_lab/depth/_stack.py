@@ -12,7 +12,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
-from xformers_lab.nn import layer_watch
+from xformers_lab.nn import layer_watch, on_mesh
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
@@ -162,7 +162,7 @@ def run_watched(
             if shown_to is not None:
                 shown_to.enter(block)
             x, carries, aux = block(x, carries, context, key=None if keys is None else keys[place])
-            x = x if shown_to is None else shown_to.leave(x)
+            x = on_mesh.states(x if shown_to is None else shown_to.leave(x))
             total = total + (computation(1) | aux)
             changed.append(nnx.split(block, nnx.Param, ...)[2])
         return (x, carries), (total, changed, watch(x))

@@ -13,6 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, check_norm, drop
+from xformers_lab.nn import on_mesh
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
@@ -97,7 +98,7 @@ class Transformer(Model):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embedding(inputs)
         x = self.position.embed_rows(x, valid=valid, documents=documents)
-        x = drop(x, self.dropout, embed_key)
+        x = on_mesh.states(drop(x, self.dropout, embed_key))
         tokens = inputs if self.of_tokens else None
         context = Context(self.position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)

@@ -71,7 +71,7 @@ def at(job: Job, length: int) -> tuple[lengths.Other, Job]:
     other = lengths.at(job.config, job.task, length)
     if words := other.said():
         logging.getLogger(__name__).warning("%s", words)
-    return other, prepare(other.config, job.run_dir)
+    return other, prepare(other.config, job.run_dir, trains=False)
 
 
 def moved(other: lengths.Other, there: Job, state: TrainState) -> TrainState:

@@ -110,7 +110,7 @@ def _trained(run_dir: pathlib.Path, trust: bool) -> Job:
         again = f"xlab resume {run_dir} --from-scratch makes one" if ended else f"train it with xlab resume {run_dir}"
         raise UsageError(f"{run_dir}: holds no checkpoint{'' if ended else ' yet'}; {again}")
     settled.refuse_misnamed(config, run_dir)
-    return prepare(config, run_dir)
+    return prepare(config, run_dir, trains=False)
 
 
 def _counting(job: Job) -> tuple[TrainState, int]:

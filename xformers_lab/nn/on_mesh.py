@@ -1,0 +1,33 @@
+"""Where the states of a model lie on the mesh that it is traced in, if there is one."""
+
+import math
+from typing import TypeVar
+
+import jax
+from jax.sharding import PartitionSpec
+
+from xformers_lab.layouts import FSDP, ROWS, SEQUENCE, TENSOR
+
+T = TypeVar("T")
+
+
+def states(x: T) -> T:
+    """States (B, T, D), or a pytree with such among its arrays, whose sequences and positions lie where the batch's do.
+
+    The compiler finds a place for everything between such states. Without them it may follow parameters that are shared
+    out, and then move whole layers of states between devices. What the mesh does not divide is left to the compiler,
+    and so is everything where sequences alone are shared out.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not any(sizes.get(name, 1) > 1 for name in (FSDP, SEQUENCE, TENSOR)):
+        return x
+    rows, positions = math.prod(sizes[name] for name in ROWS), sizes[SEQUENCE]
+
+    def place(leaf):
+        if getattr(leaf, "ndim", 0) != 3:
+            return leaf
+        divides = lambda axis, count, names: names if leaf.shape[axis] % count == 0 else PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(divides(0, rows, ROWS), divides(1, positions, SEQUENCE), None)
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree.map(place, x)
