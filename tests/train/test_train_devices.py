@@ -242,7 +242,7 @@ def test_every_kind_of_attention_is_there():
 
 
 def shared_out(changes: dict, layouts, folder, monkeypatch, *, saved: bool = False) -> dict:
-    """What LAYOUTS says of each layout: each computes what one device does, and compiles nothing after the first step."""
+    """What LAYOUTS says: each layout computes what one device does, and compiles nothing after the first step."""
     argument = [{"task": "FOLDER/uneven.py"} | changes, layouts, "FOLDER/saved" if saved else ""]
     (folder / "uneven.py").write_text(TASK)
     results = run(LAYOUTS, argument, folder, monkeypatch)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import pathlib
 from collections.abc import Callable
 
@@ -18,18 +17,18 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train import optimizer, prefetch, programs, selection
-from xformers_lab.train.layout import Compiled, Layout, alone, compile_train_step, layout_of
+from xformers_lab.train.layout import Compiled, Layout, compile_train_step, layout_of
 from xformers_lab.train.state import TrainState, abstract, merge, shapes
 
 _HOW_READ = "reading"  # of what a task says of its data
 
 
-def prepare(config: Config, run_dir: pathlib.Path, *, trains: bool = True) -> "Job":
-    """All that a run needs but its state; raises UsageError where its layout over the devices cannot be. A job that is
-    only scored then has one device, and a line says so."""
+def prepare(config: Config, run_dir: pathlib.Path, place: Callable[[Config, Task], Layout] = layout_of) -> "Job":
+    """All that a run needs but its state, on the devices that `place` gives it; raises UsageError where its layout over
+    them cannot be."""
     configs.refuse_selection(config)
     task = build_task(config)
-    layout = layout_of(config, task) if trains else _scoring(config, task)
+    layout = place(config, task)
     parts = shapes(config, task)
     graph, *_, memory = parts
     segments = bool(jax.tree.leaves(memory))
@@ -54,14 +53,6 @@ def prepare(config: Config, run_dir: pathlib.Path, *, trains: bool = True) -> "J
         segments,
         functools.cache(lambda batch: build_task(edit(config, batch=batch, data_seed=0))),
     )
-
-
-def _scoring(config: Config, task: Task) -> Layout:
-    try:
-        return layout_of(config, task)
-    except UsageError as error:
-        logging.getLogger(__name__).warning("%s: scored on one device", error)
-        return alone()
 
 
 def identifying(described: dict) -> dict:

@@ -7,16 +7,18 @@ measured apart and the memory of the compiled program is known.
 
 import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from xformers_lab.config import Config
+from xformers_lab.errors import UsageError
 from xformers_lab.layouts import AXES, DATA, PMAP, ROWS, SEQUENCE
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train.mesh import divided, mesh_of
@@ -26,7 +28,8 @@ from xformers_lab.train.step import make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where arrays live, for one config on the devices of this process.
+    """Where arrays live, for one config on the devices of this process, or on a mesh that is none of devices, for which
+    nothing is placed or compiled.
 
     shares: the paths of the parameters that are shared out, as keys of a pure dict, and how."""
 
@@ -105,11 +108,32 @@ def keys_of(path: Sequence[Any]) -> tuple:
 def layout_of(config: Config, task: Task) -> Layout:
     """The layout of a config over all devices; raises UsageError, see `mesh.divided`."""
     devices = jax.devices()
-    sizes, parameters, specs = divided(config, task, len(devices))
+    planned = plan(config, task, len(devices))
+    return dataclasses.replace(planned, mesh=mesh_of(devices, planned.mesh.shape))
+
+
+def plan(config: Config, task: Task, devices: int) -> Layout:
+    """The layout of a config over so many devices, whether or not they are there; raises UsageError."""
+    sizes, parameters, specs = divided(config, task, devices)
     if config.train.layout == PMAP:
-        return Layout(mesh_of(devices, {DATA: len(devices)}), pmap=True)
+        return Layout(_abstract({DATA: devices}), pmap=True)
     shares = tuple((parameter.keys, where) for parameter, where in zip(parameters, specs, strict=True) if any(where))
-    return Layout(mesh_of(devices, sizes), shares=shares)
+    return Layout(_abstract(sizes), shares=shares)
+
+
+def _abstract(sizes: Mapping[str, int]) -> Mesh:
+    # Whatever asks a mesh for shapes takes this as well, though the types of JAX do not say so.
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+
+
+def to_score(config: Config, task: Task) -> Layout:
+    """The layout of a config where the devices here allow it, else one device, which a line says: what is only scored
+    may be so elsewhere than it was trained."""
+    try:
+        return layout_of(config, task)
+    except UsageError as error:
+        logging.getLogger(__name__).warning("scored on one device: %s", error)
+        return alone()
 
 
 def alone() -> Layout:

@@ -12,6 +12,7 @@ from xformers_lab.tasks import Batch, Split
 from xformers_lab.train import evaluation, lengths, selection
 from xformers_lab.train.failures import MEND, Diverged
 from xformers_lab.train.jobs import Job, prepare
+from xformers_lab.train.layout import to_score
 from xformers_lab.train.state import TrainState
 from xformers_lab.train.wrong import Wrong
 
@@ -71,7 +72,7 @@ def at(job: Job, length: int) -> tuple[lengths.Other, Job]:
     other = lengths.at(job.config, job.task, length)
     if words := other.said():
         logging.getLogger(__name__).warning("%s", words)
-    return other, prepare(other.config, job.run_dir, trains=False)
+    return other, prepare(other.config, job.run_dir, to_score)
 
 
 def moved(other: lengths.Other, there: Job, state: TrainState) -> TrainState:

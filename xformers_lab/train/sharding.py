@@ -9,7 +9,7 @@ divide is whole on it. Dimensions that count layers are never shared out, for la
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -22,6 +22,7 @@ from xformers_lab.model import build_model
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.tasks import Task
 
+NUMBER = 4  # bytes of each number of a parameter
 VOCABULARY, WIDTH, HEADS, ONE_HEAD = "vocabulary", "width", "heads", "one of each head"
 
 
@@ -108,17 +109,18 @@ def _of_tensor(parameter: Parameter, size: int, heads: int, head: int) -> int | 
 
 
 def groups(
-    parameters: Sequence[Parameter], specs: Sequence[PartitionSpec], sizes: Mapping[str, int], item: int = 4
-) -> Iterator[dict[str, Any]]:
-    """Parameters whose paths differ in numbers alone, and that lie alike, as a row each: path, how many numbers, how
-    each dimension is shared out ("2 x fsdp 32 x tensor 64"), bytes in all and on a device, at `item` bytes a number."""
-    rows: dict[tuple, dict[str, Any]] = {}
+    parameters: Sequence[Parameter], specs: Sequence[PartitionSpec], sizes: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """A row for all parameters whose paths differ in numbers alone and that lie alike: parameter (the path, * for a
+    number), shape of each ("2 x 32/fsdp x 128/tensor"), shared (by any axis), bytes in all and bytes_per_device."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for parameter, where in zip(parameters, specs, strict=True):
-        path = re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.path)
+        path = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parameter.path)
         axes = [*where, *[None] * (len(parameter.shape) - len(where))]
-        lies = " x ".join(f"{axis} {n}" if axis else str(n) for axis, n in zip(axes, parameter.shape, strict=True))
-        count = math.prod(parameter.shape)
-        row = rows.setdefault((path, lies), {"parameter": path, "shape": lies, "bytes": 0, "bytes_per_device": 0})
-        row["bytes"] += item * count
-        row["bytes_per_device"] += item * count // math.prod(sizes[axis] for axis in axes if axis)
-    yield from rows.values()
+        shape = " x ".join(f"{n}/{axis}" if axis else str(n) for n, axis in zip(parameter.shape, axes, strict=True))
+        row = {"parameter": path, "shape": shape, "shared": any(axes), "bytes": 0, "bytes_per_device": 0}
+        row = rows.setdefault((path, shape), row)
+        size = NUMBER * math.prod(parameter.shape)
+        row["bytes"] += size
+        row["bytes_per_device"] += size // math.prod(sizes[axis] for axis in axes if axis)
+    return list(rows.values())
