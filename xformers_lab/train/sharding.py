@@ -37,19 +37,24 @@ class Rule:
 
 
 # The first that is found counts. A layer that is shared out by its outputs comes before one by its inputs, so that
-# devices exchange sums once for both (Shoeybi et al., 2019, arXiv 1909.08053).
+# devices exchange sums once for both (Shoeybi et al., 2019, arXiv 1909.08053). Cells of recurrent networks have none:
+# their gates lie side by side in one matrix, and a share of it would be of one gate or another.
 RULES = (
     Rule(r"(^|\.)embedding\.embedding$", -2, VOCABULARY),
     Rule(r"^head\.(kernel|bias)$", -1, VOCABULARY),
     Rule(r"(^|\.)(ffn|blocks)\.(.+\.)?(up|gate)\.(kernel|bias)$", -1, WIDTH),
     Rule(r"(^|\.)ffn\.(.+\.)?down\.norm\.(scale|bias)$", -1, WIDTH),
     Rule(r"(^|\.)(ffn|blocks)\.(.+\.)?down(\.linear)?\.kernel$", -2, WIDTH),
+    Rule(r"(^|\.)grow\.(kernel|bias)$", -1, WIDTH),
+    Rule(r"(^|\.)shrink\.kernel$", -2, WIDTH),
     Rule(r"(^|\.)ffn\.(.+\.)?up$", -1, WIDTH),  # of many networks
     Rule(r"(^|\.)ffn\.(.+\.)?down$", -2, WIDTH),
     Rule(r"(^|[._])(query|key|value|k|v)\.(kernel|bias)$", -1, HEADS),
     Rule(r"(^|\.)attention\.(up|gate|strength|forget|interval)\.(kernel|bias)$", -1, HEADS),
+    Rule(r"(^|\.)attention\.second\.\d+\.kernel$", -1, HEADS),
     Rule(r"(^|[._])out(\.linear)?\.kernel$", -2, HEADS),
     Rule(r"(^|\.)attention\.(out\.gain|\w+)$", 0, ONE_HEAD),
+    Rule(r"(^|\.)ffn\.(keys|values)$", 0, ONE_HEAD),
 )
 
 
