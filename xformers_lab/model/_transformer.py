@@ -126,7 +126,7 @@ class Transformer(Model):
 
     def likeness(self, x):
         """(..., D) -> (..., V), products with the embeddings; of two matrices, as in linear.py."""
-        return self.embedding.attend(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return self.embedding.attend(on_mesh.flat(x)).reshape(*x.shape[:-1], -1)
 
     def init_cache(self, B: int, length: int):
         if not self.causal:

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from xformers_lab.nn.on_mesh import flat
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear` on (..., in) -> (..., out), computed as one product of matrices.
@@ -17,5 +19,5 @@ class Linear(nnx.Linear):
         super().__init__(*sizes, **options, kernel_metadata={"decays": True}, bias_metadata={"decays": False})
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        rows = super().__call__(flat(inputs), out_sharding)
         return rows.reshape(*inputs.shape[:-1], -1)

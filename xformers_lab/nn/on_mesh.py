@@ -1,4 +1,4 @@
-"""Where the states of a model lie on the mesh that it is traced in, if there is one."""
+"""What a model makes of the mesh that it is traced in, if there is one: where its states lie, what it leaves whole."""
 
 import math
 from typing import TypeVar
@@ -6,9 +6,26 @@ from typing import TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from xformers_lab.layouts import FSDP, ROWS, SEQUENCE, TENSOR
+from xformers_lab.layouts import AXES, FSDP, ROWS, SEQUENCE, TENSOR
 
 T = TypeVar("T")
+
+
+def shares(*axes: str) -> bool:
+    """Whether one of these axes has several devices."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return any(sizes.get(name, 1) > 1 for name in axes)
+
+
+def any_shared() -> bool:
+    """Whether anything is shared out over devices."""
+    return shares(*AXES)
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """(..., D) as one matrix (n, D); as it is where positions are shared out, for an axis of samples and positions in one
+    has no place for them: all devices would get all."""
+    return x if shares(SEQUENCE) else x.reshape(-1, x.shape[-1])
 
 
 def states(x: T) -> T:
@@ -18,9 +35,9 @@ def states(x: T) -> T:
     out, and then move whole layers of states between devices. What the mesh does not divide is left to the compiler,
     and so is everything where sequences alone are shared out.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    if not any(sizes.get(name, 1) > 1 for name in (FSDP, SEQUENCE, TENSOR)):
+    if not shares(FSDP, SEQUENCE, TENSOR):
         return x
+    sizes = jax.sharding.get_abstract_mesh().shape
     rows, positions = math.prod(sizes[name] for name in ROWS), sizes[SEQUENCE]
 
     def place(leaf):
