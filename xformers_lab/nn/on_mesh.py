@@ -23,9 +23,18 @@ def any_shared() -> bool:
 
 
 def flat(x: jax.Array) -> jax.Array:
-    """(..., D) as one matrix (n, D); as it is where positions are shared out, for an axis of samples and positions in one
-    has no place for them: all devices would get all."""
+    """(..., D) as one matrix (n, D); as it is where positions are shared out, for they have no place in one axis with
+    samples: all devices would get all."""
     return x if shares(SEQUENCE) else x.reshape(-1, x.shape[-1])
+
+
+def whole_rows(table: jax.Array) -> jax.Array:
+    """A table (V, D) to look up rows in, each row whole: where channels are shared out, the compiler can make rows that
+    are shared out themselves only by way of all of them on every device."""
+    if not shares(FSDP):
+        return table
+    tensor = jax.sharding.get_abstract_mesh().shape[TENSOR]
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(None if len(table) % tensor else TENSOR, None))
 
 
 def states(x: T) -> T:
