@@ -71,18 +71,21 @@ def sizes(layout: str, devices: int, experts: Sequence[int] = ()) -> dict[str, i
     open_axes = [name for name, size in given.items() if size is None]
     if over or (left > 1 and not open_axes):
         product = " x ".join(str(size) for size in given.values() if size is not None)
-        mend = "+".join(given) if open_axes or len(given) > 1 else f"{next(iter(given))}"
         raise UsageError(
             f"layout={layout}: {product} devices, and there {'is 1' if devices == 1 else f'are {devices}'}: the sizes "
-            f"must multiply to {devices}, or be left out (layout={mend}) to be divided up"
+            f"must multiply to {devices}, or be left out (layout={'+'.join(given)}) to be divided up"
         )
     result = dict.fromkeys(AXES, 1) | {name: size or 1 for name, size in given.items()}
     if EXPERTS in open_axes:
         open_axes.remove(EXPERTS)
         result[EXPERTS] = math.gcd(left, *experts)
         left //= result[EXPERTS]
-        if not open_axes and DATA not in given:
-            open_axes = [DATA]
+        if not open_axes and given.get(DATA) is not None and left > 1:
+            raise UsageError(
+                f"layout={layout}: {left * result[EXPERTS]} devices are left for the experts, who can use "
+                f"{result[EXPERTS]} of them: leave out the size of {DATA}"
+            )
+        open_axes = open_axes or [DATA]
     for factor in _prime_factors(left) if open_axes else ():
         smallest = min(open_axes, key=lambda name: (result[name], AXES.index(name)))
         result[smallest] *= factor
@@ -92,11 +95,6 @@ def sizes(layout: str, devices: int, experts: Sequence[int] = ()) -> dict[str, i
 def rows(sizes: Mapping[str, int]) -> int:
     """Over how many groups of devices the sequences of a batch are shared out."""
     return math.prod(sizes[name] for name in ROWS)
-
-
-def shown(sizes: Mapping[str, int]) -> str:
-    """Sizes as a layout says them."""
-    return "+".join(f"{name}:{size}" for name, size in sizes.items() if size > 1) or f"{DATA}:1"
 
 
 def _prime_factors(number: int) -> list[int]:

@@ -58,7 +58,7 @@ def test_what_is_no_layout_is_refused(wrong, message):
 def test_devices_are_divided_up(layout, devices, experts, shown):
     sizes = layouts.sizes(layout, devices, experts)
     assert tuple(sizes) == layouts.AXES and math.prod(sizes.values()) == devices
-    assert layouts.shown(sizes) == shown
+    assert ("+".join(f"{name}:{size}" for name, size in sizes.items() if size > 1) or "data:1") == shown
     assert layouts.devices_of(layout, 99) in (99, devices)
 
 
@@ -71,6 +71,11 @@ def test_devices_are_divided_up(layout, devices, experts, shown):
 def test_sizes_must_multiply_to_the_devices(layout, devices, message):
     with pytest.raises(UsageError, match=message):
         layouts.sizes(layout, devices)
+
+
+def test_experts_leave_no_device_without_work():
+    with pytest.raises(UsageError, match="4 devices are left for the experts, who can use 2"):
+        layouts.sizes("data:2+experts", 8, (2,))
 
 
 def test_a_layout_is_typed_without_jax():

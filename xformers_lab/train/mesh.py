@@ -21,18 +21,13 @@ def mesh_of(devices: Any, sizes: Mapping[str, int]) -> Mesh:
     return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def plain(config: Config) -> bool:
-    """Whether a layout shares out sequences alone, so that the model need not be looked at."""
-    return set(layouts.asked(config.train.layout)) == {DATA}
-
-
 def divided(
     config: Config, task: Task, devices: int
 ) -> tuple[dict[str, int], list[Parameter], tuple[PartitionSpec, ...]]:
     """The size of every axis for so many devices, and the model's parameters with where each lies; none where all are
     whole. Raises UsageError where the sizes do not multiply to the devices, or an axis does not divide what it shares
     out."""
-    parameters = [] if plain(config) else sharding.parameters(config, task)
+    parameters = [] if _plain(config) else sharding.parameters(config, task)
     counts = sorted({parameter.shape[-3] for parameter in parameters if parameter.bank})
     _check_experts(config, counts)
     sizes = layouts.sizes(config.train.layout, devices, counts)
@@ -44,6 +39,11 @@ def divided(
     specs = tuple(sharding.spec(parameter, sizes, size.heads, size.head) for parameter in parameters)
     _check_parameters(config, sizes, parameters, specs)
     return sizes, parameters, specs
+
+
+def _plain(config: Config) -> bool:
+    """Whether a layout shares out sequences alone, so that the model need not be looked at."""
+    return set(layouts.asked(config.train.layout)) == {DATA}
 
 
 def _check_rows(config: Config, rows: int, devices: int) -> None:
