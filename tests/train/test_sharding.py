@@ -1,16 +1,20 @@
 """Which dimension of which parameter is shared out, on every shelf; and layouts that do not fit are refused."""
 
 import math
+from typing import Any
 
+import jax
 import pytest
 from jax.sharding import PartitionSpec
+from test_train import tiny
 
 from xformers_lab import layouts, spec
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task
-from xformers_lab.train import sharding
+from xformers_lab.train import optimizer, sharding
 from xformers_lab.train.layout import plan
+from xformers_lab.train.state import abstract
 
 HEADS, HEAD = 4, 12
 BASE = {"task": "copy", "seq_len": 36, "dim": 48, "layers": 4, "heads": HEADS, "batch": 8}
@@ -119,16 +123,10 @@ def test_what_an_axis_does_not_divide_is_refused(changes, message):
 
 def test_memory_and_moments_live_with_what_they_are_of():
     """Whatever in a state ends in a parameter's path and is as large lies as it does."""
-    import jax
-    from test_train import tiny
-
-    from xformers_lab.train import optimizer
-    from xformers_lab.train.state import abstract
-
     config = tiny("lm", memory="xl:length=8", position="rope", layout="fsdp:4+tensor:2", dim=16)
     task = build_task(config)
     layout, state = plan(config, task, 8), abstract(config, task, optimizer.of(config, task))
-    places = layout.of_state(state)
+    places: Any = layout.of_state(state)
     kernel = lambda tree: [leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "up" in str(path)]
     assert kernel(places.opt) == 2 * kernel(places.params) and any(kernel(places.params)[0])
     assert {leaf.spec for leaf in jax.tree.leaves(places.memory)} == {PartitionSpec(None, layouts.ROWS)}
