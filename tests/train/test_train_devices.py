@@ -101,6 +101,10 @@ CASES = {
         [("data", 1), ("data+sequence", 1)],
     ),
     "a memory, in parts": (MEMORY, [("fsdp+sequence:2", 2), ("tensor:2+data", 2)]),
+    "documents in a row": (
+        {"task": "lm:path=FOLDER/rows.jsonl:packed=true", "attention": "local:window=4"},
+        [("fsdp:2+sequence:2+tensor:2", 1)],
+    ),
     # Eleven tokens, so that some devices get far more than an even share, and it takes them several rounds.
     "hash": ({"ffn": "hash:experts=8"}, [("experts", 2)]),
     # Two groups of four devices.
@@ -126,6 +130,8 @@ def test_eight_devices_equal_one(case, tmp_path, monkeypatch):
     (tmp_path / "uneven.py").write_text(TASK)
     (tmp_path / "counting.py").write_text(COUNTING)
     (tmp_path / "words.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(3000)))
+    rows = ("".join("abcdefg"[i * n % 7] for i in range(3 + n % 9)) for n in range(400))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     argument = [{"task": "FOLDER/uneven.py"} | changes, layouts, "FOLDER/run"]
     results = run(PROGRAM, argument, tmp_path, monkeypatch)
     assert results.pop("devices") == 8
