@@ -235,8 +235,8 @@ print(json.dumps(results))
 
 EVERY = ("data", "fsdp", "tensor", "sequence", "data:2+fsdp:2+tensor:2")
 # Of every kind at least one, and every engine, with options that make each something else than full attention here.
-# Not delta_net, whose own rounding is larger than 1e-6 where heads are this small, for it divides by lengths of keys; nor
-# gla, of which the compiler brings whole chunks together on every device where `sequence` cuts through them.
+# Not delta_net, whose own rounding is larger than 1e-6 where heads are this small, for it divides by lengths of keys;
+# nor gla, of which the compiler brings whole chunks together on every device where `sequence` cuts through them.
 MECHANISMS = (
     "full", "talking_heads", "fnet", "local:window=4", "bigbird:block=4:random=1", "linformer:rank=8",
     "nystrom:landmarks=8", "linear:chunk=8", "mamba2:chunk=8", "realformer", "synthesizer",
