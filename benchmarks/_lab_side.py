@@ -56,7 +56,8 @@ def train_step(layers=4, dim=256, heads=4, T=512, B=8):
     config = configs.edit(
         configs.Config(), task="lm", layers=layers, dim=dim, heads=heads, seq_len=T, batch=B, attention="full"
     )
-    layout, task = layout_of(config), build_task(config)
+    task = build_task(config)
+    layout = layout_of(config, task)
     tx = optimizer.of(config, task)
     batch = task.batch("train", 0)
     state = layout.place_state(init(config, task, tx))

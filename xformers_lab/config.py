@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from xformers_lab import named_run, sources, spec
+from xformers_lab import layouts, named_run, sources, spec
 from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, said
 
 MOST_LAYERS = 2048  # twice the deepest Transformer that was published
@@ -35,6 +35,7 @@ def knob(
     lengths: bool = False,
     run: bool = False,
     label: bool = False,
+    layout: bool = False,
     compiled: bool = True,
     later: bool = False,
 ) -> Any:
@@ -42,14 +43,15 @@ def knob(
 
     `same_result` marks a field that changes nothing in what a run computes, so it is no part of the run's id; `folder`
     a path, which is one value whatever stands in it; `lengths` numbers of tokens with + between; `run` another run,
-    of which the parameters count and not the folder; `label` words for people, that tell no config from another. A
-    field that is not `compiled` is no part of a compiled program, which runs that differ in nothing else share. One
-    that came `later` than ids were given is no part of the id at its default, so that runs from before keep theirs.
+    of which the parameters count and not the folder; `label` words for people, that tell no config from another;
+    `layout` axes of devices with + between. A field that is not `compiled` is no part of a compiled program, which runs
+    that differ in nothing else share. One that came `later` than ids were given is no part of the id at its default, so
+    that runs from before keep theirs.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
     same_result = same_result or label
     rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
-    rules |= {"label": label, "later": later}
+    rules |= {"label": label, "layout": layout, "later": later}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -116,8 +118,11 @@ class Train:
         compiled=False,
     )
     save_every: int = knob(0, "checkpoint every so many steps (0: only at the end)", least=0, same_result=True)
-    layout: typing.Literal["jit", "pmap", "experts"] = knob(
-        "jit", "data-parallel over all devices: jit over a mesh, pmap, or jit with an ffn's experts shared out too"
+    layout: str = knob(
+        "data",
+        "axes of the devices, + between: data, fsdp, tensor, sequence, experts, each with a size or not "
+        "(data:2+tensor:4); or pmap",
+        layout=True,
     )
 
 
@@ -233,6 +238,8 @@ def typed(key: str, value: Any, where: str = "") -> Any:
         return _lengths(value, where)
     if field.metadata["label"]:
         return _label(key, value, where)
+    if field.metadata["layout"]:
+        return layouts.canonical(str(value), where)
     value = spec.coerce(value, kind, where)
     if field.metadata["run"]:
         return None if value is None else named_run.named(value, where)
@@ -321,6 +328,8 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["run"] and value is not None:
             leaves[key] = named_run.parts(value)[1]
+        if field.metadata["layout"]:
+            leaves[key] = layouts.former(str(value))
         if field.metadata["shelf"] and value != "auto":
             parts = spec.split(str(value), "+")
             digests = [spec.digest(field.metadata["shelf"], part) for part in parts]

@@ -199,7 +199,7 @@ def test_only_mechanisms_from_outside_are_checked_anew(tmp_path, monkeypatch):
 )
 def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path, changes):
     row = checked(tiny(tmp_path, **changes))
-    assert row["status"] == "impossible" and "layout=jit" in row["reason"]
+    assert row["status"] == "impossible" and "layout=data" in row["reason"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_path):

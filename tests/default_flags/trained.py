@@ -12,7 +12,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.measure import speed
 from xformers_lab.model import build_task
 from xformers_lab.train import optimizer, prefetch
-from xformers_lab.train.layout import compile_train_step, layout_of, sharing
+from xformers_lab.train.layout import compile_train_step, layout_of
 from xformers_lab.train.state import TrainState, init, structure
 from xformers_lab.train.step import make_train_step
 
@@ -34,7 +34,7 @@ def losses(config: Config, report: Callable[[str], None]) -> list[float]:
     task = build_task(config)
     tx = optimizer.of(config, task)
     graph, start = structure(config, task), init(config, task, tx)
-    layout = sharing(layout_of(config), config, task)
+    layout = layout_of(config, task)
     segments = bool(jax.tree.leaves(start.memory))
     batch_of = lambda step: prefetch.checked(task, "train", step, segments)
     report("compiling a training step")

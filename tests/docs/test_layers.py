@@ -11,6 +11,7 @@ from conftest import ROOT
 LAYERS = [
     "terminal",
     "errors files hardware record drawing",
+    "layouts",
     "nn",
     "spec",
     "sources named_run",

@@ -346,7 +346,7 @@ def test_training_carries_what_a_depth_remembers(text, tmp_path):
     assert len(kept) == 2 and all(map(any, kept.values()))
     with pytest.raises(UsageError, match="from batch to batch: the task gives unrelated"):
         check_config(edit(config, task="copy", seq_len=32))
-    with pytest.raises(UsageError, match="layout=jit"):
+    with pytest.raises(UsageError, match="layout=data"):
         loop.run(edit(config, layout="pmap"))
 
 
@@ -469,7 +469,7 @@ def test_every_mechanism_decodes_behind_a_memory_or_says_why_not(text, attention
 
 
 def test_pmap_is_refused(text):
-    with pytest.raises(UsageError, match="layout=jit"):
+    with pytest.raises(UsageError, match="layout=data"):
         loop.run(tiny(text, layout="pmap"))
 
 

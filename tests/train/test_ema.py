@@ -17,7 +17,7 @@ from xformers_lab.config import edit
 from xformers_lab.model import build_task
 from xformers_lab.report import sizes as shown
 from xformers_lab.train import checkpoint, initial, jobs, loop, optimizer, prefetch, programs, selection, sizes, trained
-from xformers_lab.train.layout import layout_of, sharing
+from xformers_lab.train.layout import plan
 from xformers_lab.train.state import abstract, init, structure
 from xformers_lab.train.step import make_train_step
 
@@ -181,11 +181,11 @@ def test_rates_share_a_program_and_only_they(task_file, tmp_path):
 
 
 def test_it_lies_where_the_parameters_do(tmp_path):
-    config = tiny("copy", tmp_path, ffn="moe", layout="experts", ema=RATE)
+    config = tiny("copy", tmp_path, ffn="moe", layout="experts:2+fsdp:2", ema=RATE)
     task = build_task(config)
-    layout = sharing(layout_of(config), config, task)
-    places = layout.of_state(abstract(config, task, optimizer.of(config, task)))
+    places = plan(config, task, 4).of_state(abstract(config, task, optimizer.of(config, task)))
     assert places.average == places.params
+    assert any(any(place.spec) for place in jax.tree.leaves(places.params))
 
 
 @pytest.mark.parametrize("word, message", [("ema=1", "must be below 1"), ("ema=-0.1", "must be at least 0")])

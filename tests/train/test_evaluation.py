@@ -278,9 +278,17 @@ from xformers_lab.train import failures, loop, trained
 
 task, runs = sys.argv[1:]
 small = edit(Config(), task=task, seq_len=16, dim=16, layers=1, batch=16, lr=0.0, steps=1, ffn="hash:experts=8")
-for layout in ("jit", "pmap", "experts"):
-    record = loop.run(edit(small, layout=layout, runs=f"{runs}/{layout}", eval_every=1))
-    print(json.dumps([record[key] for key in ("devices", "examples", "metric", "majority", "loss", "validation")]))
+FIGURES = ("devices", "examples", "metric", "majority", "loss", "validation")
+for layout in ("data", "pmap", "experts", "data:2+fsdp:2+tensor:2", "fsdp+sequence:4"):
+    config = edit(small, layout=layout, runs=f"{runs}/{layout.replace(':', '')}", eval_every=1)
+    record = loop.run(config)
+    print(json.dumps([record[key] for key in FIGURES]))
+copy = edit(small, task="copy", ffn="mlp", layout="fsdp+sequence:2+tensor:2", runs=f"{runs}/copy", eval_batches=1)
+assert loop.run(copy)["token_seconds"] > 0, "one device decodes what eight have trained"
+# On devices that its layout is not for, the run is scored on one of them.
+here = jax.devices()
+jax.devices = lambda *backend: here[:3]
+print(json.dumps([trained.evaluate(record["run_dir"])[key] for key in ("examples", "metric", "loss")]))
 """
 
 
@@ -303,8 +311,11 @@ def test_eight_devices_score_the_same_pass(choices, tmp_path):
             eval_batches="all",
         )
     )
-    for line in ran.stdout.splitlines()[-3:]:
-        devices, examples, metric, majority, loss, ((_, *validation),) = json.loads(line)
+    *layouts, elsewhere = map(json.loads, ran.stdout.splitlines()[-6:])
+    assert "scored on one device: layout=fsdp+sequence:4" in ran.stderr
+    assert elsewhere == [45, alone["metric"], pytest.approx(alone["loss"], rel=1e-5)]
+    for line in layouts:
+        devices, examples, metric, majority, loss, ((_, *validation),) = line
         assert (devices, examples, metric, majority) == (8, 45, alone["metric"], alone["majority"])
         assert [loss, *validation] == pytest.approx([alone["loss"], *alone["validation"][0][1:]], rel=1e-5)
 

@@ -61,6 +61,23 @@ def test_several_configs_are_a_line_each(config, inline, capsys):
     assert "training: activations" in capsys.readouterr().out
 
 
+def test_how_a_layout_shares_parameters_out_is_shown_without_the_devices(config, counted, capsys):
+    assert counted["layout"] == {"devices": 1, "here": 1, "axes": {}, "parameters": []}
+    spread = sizes.of(edit(config, layout="fsdp:2+tensor:2", batch=8))
+    layout, whole = spread["layout"], counted["training_bytes"]
+    assert (layout["devices"], layout["axes"]) == (4, {"fsdp": 2, "tensor": 2})
+    assert sum(row["bytes"] for row in layout["parameters"]) == 4 * counted["parameters"]["total"]
+    on_each = sum(row["bytes_per_device"] for row in layout["parameters"])
+    assert on_each == spread["training_bytes"]["parameters"] == spread["training_bytes"]["gradients"]
+    assert on_each < 0.35 * whole["parameters"] and spread["training_bytes"]["optimizer"] < 0.35 * whole["optimizer"]
+    assert spread["training_bytes"]["total"] is None and spread["decoding_bytes"] == counted["decoding_bytes"]
+    shown.print_sizes(spread)
+    page = capsys.readouterr().out
+    assert "stack.periods.*.ffn.up.kernel" in page and "16/fsdp x 64/tensor" in page
+    assert "4 devices: fsdp 2 x tensor 2" in page and "whole on every device: head.bias" in page
+    assert "activations are not known: here is 1 device" in page
+
+
 def test_shares_and_bytes_are_shown(counted):
     rows = {row["part"]: row for row in shown.by_part(counted)}
     assert rows["total"]["share"] == "100.0 %" and rows["rest"]["parameters"] == "\N{EN DASH}"

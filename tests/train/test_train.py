@@ -17,7 +17,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import checkpoint, failures, loop, optimizer, prefetch, records, trained
-from xformers_lab.train.layout import layout_of, sharing
+from xformers_lab.train.layout import layout_of
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 
@@ -55,6 +55,12 @@ def task_file(tmp_path_factory) -> str:
 def tiny(task: str, runs: pathlib.Path | str = "runs", **changes) -> Config:
     small = edit(Config(), task=task, runs=str(runs), seq_len=16, dim=16, layers=1, batch=8, steps=6, eval_batches=2)
     return edit(small, **changes)
+
+
+def tiny_task(task: str, **changes) -> tuple:
+    """A config, and its task."""
+    config = tiny(task, **changes)
+    return config, build_task(config)
 
 
 def losses_of(record: dict) -> list:
@@ -286,18 +292,17 @@ def test_batch_must_be_shared_out_equally(task_file, monkeypatch):
     with pytest.raises(
         UsageError, match=r"batch=12 cannot be shared out over 8 devices: .* divisible by 8, such as batch=16"
     ):
-        layout_of(tiny(task_file, batch=12))
+        layout_of(*tiny_task(task_file, batch=12))
     with pytest.raises(UsageError, match=r"accumulate=2 parts: .* divisible by 16"):
-        layout_of(tiny(task_file, batch=24, accumulate=2))
+        layout_of(*tiny_task(task_file, batch=24, accumulate=2))
 
 
 @pytest.mark.parametrize("ffn, message", [
-    ("mlp", "ffn=mlp has none: use ffn=moe or layout=jit"),
+    ("mlp", "ffn=mlp has none: use ffn=moe or layout=data"),
     ("moe:experts=7", "cannot share out 7 experts over 8 devices"),
 ])  # fmt: skip
 def test_experts_must_be_shared_out_equally(task_file, monkeypatch, ffn, message):
     devices = jax.devices() * 8
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    config = tiny(task_file, layout="experts", ffn=ffn)
     with pytest.raises(UsageError, match=message):
-        sharing(layout_of(config), config, build_task(config))
+        layout_of(*tiny_task(task_file, layout="experts", ffn=ffn))

@@ -124,7 +124,8 @@ COMMANDS = [
     Command(
         "show",
         _show,
-        "what a choice is, with its options and drawing; a task with an example (task=copy); or how large configs are",
+        "what a choice is, with its options and drawing; a task with an example (task=copy); or how large configs are, "
+        "and how a layout shares their parameters out",
         [CHOICE, SPLIT, NUMBER, SVG, TRUST, JSON],
     ),
 ]

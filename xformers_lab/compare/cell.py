@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from xformers_lab import config as configs
 from xformers_lab import spec
 from xformers_lab.errors import BrokenChoice, InUse, LabError, UsageError, in_words, ran_out_of_memory, stopped_by
+from xformers_lab.layouts import DATA
 from xformers_lab.record import HELD, IMPOSSIBLE
 from xformers_lab.supervise.worker import Tell
 
@@ -27,8 +28,8 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
         otherwise.check(cell, task)
         if settled.record(configs.folder(cell), lambda: task) is None:
             initial.check(cell, task)
-            if cell.train.layout == "jit":
-                layout.layout_of(cell)
+            if cell.train.layout == DATA:
+                layout.layout_of(cell, task)
             else:  # whether it can be depends on the model
                 jobs.prepare(cell, configs.folder(cell))
         for choice in spec.split(cell.model.attention, "+") if kit else ():

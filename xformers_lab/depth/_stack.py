@@ -12,7 +12,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
-from xformers_lab.nn import layer_watch
+from xformers_lab.nn import layer_watch, on_mesh
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
@@ -200,7 +200,8 @@ def run_layer(
 
     # What is within cannot be taken out by whoever looks at it.
     run = run if _looked_at() else rematerialised(run, plan.remat, looped=looped)
-    return run(params, rest, x, carries, key)
+    x, carries, aux, rest = run(params, rest, x, carries, key)
+    return on_mesh.states(x), carries, aux, rest
 
 
 def _looked_at() -> bool:

@@ -34,7 +34,6 @@ ACTIVATIONS = {
     "sigmoid": jax.nn.sigmoid,
     "identity": lambda x: x,
 }
-EXPERT = "expert"  # the axis of a mesh over whose devices banks are shared out
 
 
 class Bank(nnx.Param):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from xformers_lab.ffn import EXPERT
+from xformers_lab.layouts import EXPERTS
 
 BLOCK = 64
 ROOM = 1.25
@@ -41,7 +41,7 @@ def run_experts(
     """
     most = place.shape[1] if most is None else most
     mesh = jax.sharding.get_abstract_mesh()
-    if EXPERT not in mesh.axis_names:
+    if EXPERTS not in mesh.axis_names:
         y = _run(*_flat(x, place, expert, weight), up, down, activation, most * len(x))
         return y.reshape(*x.shape[:2], -1)
     # A depth may work on some of a batch's sequences, which the devices need not divide.
@@ -50,7 +50,7 @@ def run_experts(
         leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), constant_values=jnp.asarray(value, leaf.dtype)
     )
     run = functools.partial(_run_shared, activation=activation, most=most, axes=mesh.axis_names)
-    shared, banks = PartitionSpec(mesh.axis_names), PartitionSpec(EXPERT)
+    shared, banks = PartitionSpec(mesh.axis_names), PartitionSpec(EXPERTS)
     # Unchecked, for the checks want every loop's start to say over which axes it varies.
     run = jax.shard_map(run, in_specs=(shared,) * 4 + (banks,) * 2, out_specs=shared, check_vma=False)
     return run(fill(x), fill(place), fill(expert, len(up)), fill(weight), up, down)[: len(x)]
@@ -89,7 +89,7 @@ def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, ax
     """`run_experts` as one device of the mesh does it: x and assignments of its sequences, up and down of its own."""
     shape = x.shape[:2]
     x, row, expert, weight = _flat(x, place, expert, weight)
-    shards, per_device, most = lax.axis_size(EXPERT), len(up), most * shape[0]
+    shards, per_device, most = lax.axis_size(EXPERTS), len(up), most * shape[0]
     if shards == 1:
         return _run(x, row, expert, weight, up, down, activation, most).reshape(*shape, -1)
     room = math.ceil(ROOM * most / shards)
@@ -101,7 +101,7 @@ def _run_shared(x, place, expert, weight, up, down, *, activation, most: int, ax
     rank = jnp.arange(len(to)) - (jnp.cumsum(counts) - counts)[to]
     # The same number everywhere, for what some devices do not take part in would wait for them.
     rounds = lax.pmax(-(-counts.max() // room), axes)
-    over = functools.partial(lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
+    over = functools.partial(lax.all_to_all, axis_name=EXPERTS, split_axis=0, concat_axis=0, tiled=True)
 
     def travel(number):
         at = rank - number * room

@@ -13,6 +13,7 @@ from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, check_norm, drop
+from xformers_lab.nn import on_mesh
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
@@ -98,7 +99,7 @@ class Transformer(Model):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x, position = self.embedding(inputs), of_pass(self.position, embed_key)
         x = position.embed_rows(x, valid=valid, documents=documents)
-        x = drop(x, self.dropout, embed_key)
+        x = on_mesh.states(drop(x, self.dropout, embed_key))
         tokens = inputs if self.of_tokens else None
         context = Context(position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)
@@ -126,7 +127,7 @@ class Transformer(Model):
 
     def likeness(self, x):
         """(..., D) -> (..., V), products with the embeddings; of two matrices, as in linear.py."""
-        return self.embedding.attend(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return self.embedding.attend(on_mesh.flat(x)).reshape(*x.shape[:-1], -1)
 
     def init_cache(self, B: int, length: int):
         if not self.causal:

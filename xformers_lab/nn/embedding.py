@@ -12,8 +12,10 @@ the layers learn.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.nn import on_mesh
 from xformers_lab.nn.linear import Linear
 
 # The standard deviation of tables of vectors at the start.
@@ -40,7 +42,8 @@ class Embedding(nnx.Embed):
         self.scale, self.share = 1 / START, 1 / (START * dim)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        return super().__call__(inputs, out_sharding) * self.scale
+        table = on_mesh.whole_rows(self.embedding[...])
+        return jnp.take(table if self.dtype is None else table.astype(self.dtype), inputs, axis=0) * self.scale
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         return super().attend(query, out_sharding) * self.share

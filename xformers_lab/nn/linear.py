@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from xformers_lab.nn import remat
+from xformers_lab.nn.on_mesh import flat
 
 
 class Linear(nnx.Linear):
@@ -19,5 +20,5 @@ class Linear(nnx.Linear):
         super().__init__(*sizes, **options, kernel_metadata={"decays": True}, bias_metadata={"decays": False})
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        rows = super().__call__(flat(inputs), out_sharding)
         return remat.product(rows.reshape(*inputs.shape[:-1], -1))

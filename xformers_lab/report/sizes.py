@@ -14,13 +14,18 @@ KEPT = "kept for backward"
 
 
 def print_sizes(sizes: Mapping[str, Any], console: Console | None = None) -> None:
-    """Parts of one config, then bytes."""
+    """Parts of one config, then bytes, then how parameters lie on the devices where they are shared out."""
     console = console or Console()
     print_listing(by_part(sizes), console)
     console.print()
     print_listing(in_bytes(sizes), console)
     if why := sizes["decoding_bytes"].get("why_not"):
         console.print(f"it cannot decode: {human.plain(why)}", markup=False, highlight=False)
+    if rows := on_devices(sizes):
+        console.print()
+        print_listing(rows, console)
+        for line in about_layout(sizes):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def by_part(sizes: Mapping[str, Any]) -> list[dict]:
@@ -56,6 +61,26 @@ def in_bytes(sizes: Mapping[str, Any]) -> list[dict]:
             of_attention = human.size(size * share) if for_parameters and share is not None else human.NONE
             rows.append({"bytes": f"{what}: {key}", "": human.size(size), "of them attention": of_attention})
     return rows
+
+
+def on_devices(sizes: Mapping[str, Any]) -> list[dict]:
+    """Parameters that are shared out, and how: `32/fsdp` is a dimension of 32 shared out over that axis."""
+    rows = [row for row in sizes["layout"]["parameters"] if row["shared"]]
+    size = lambda row: {"bytes": human.size(row["bytes"]), "on each device": human.size(row["bytes_per_device"])}
+    return [{"parameter": row["parameter"], "shape": row["shape"], **size(row)} for row in rows]
+
+
+def about_layout(sizes: Mapping[str, Any]) -> list[str]:
+    """The axes, what is whole on every device, and what is not known for want of devices, a line each."""
+    layout = sizes["layout"]
+    axes = " x ".join(f"{axis} {size}" for axis, size in layout["axes"].items())
+    whole = [row["parameter"] for row in layout["parameters"] if not row["shared"]]
+    lines = [f"{layout['devices']} devices: {axes}"]
+    lines += [f"whole on every device: {human.listing(whole)}"] if whole else []
+    if layout["devices"] != layout["here"]:
+        count = layout["here"]
+        lines.append(f"activations are not known: here {'is 1 device' if count == 1 else f'are {count} devices'}")
+    return lines
 
 
 def line(sizes: Mapping[str, Any]) -> dict[str, str]:

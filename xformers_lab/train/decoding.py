@@ -36,8 +36,10 @@ class Decoder:
 
 def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
     """For variables as in `state`; raises Refused where the model cannot decode."""
-    length, variables = config.seq_len, (state.params, state.extra, state.memory)
-    size = state_bytes(config, graph, state)
+    length, size = config.seq_len, state_bytes(config, graph, state)
+    # Shapes alone: the arrays may be spread over devices.
+    plain = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    variables = jax.tree.map(plain, (state.params, state.extra, state.memory))
 
     def prefill(variables):
         model = merge(graph, *variables)

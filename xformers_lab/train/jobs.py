@@ -17,23 +17,24 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import build_task
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train import optimizer, prefetch, programs, selection
-from xformers_lab.train.layout import Compiled, Layout, compile_train_step, layout_of, sharing
+from xformers_lab.train.layout import Compiled, Layout, compile_train_step, layout_of
 from xformers_lab.train.state import TrainState, abstract, merge, shapes
 
 _HOW_READ = "reading"  # of what a task says of its data
 
 
-def prepare(config: Config, run_dir: pathlib.Path) -> "Job":
-    """All that a run needs but its state; raises UsageError where its layout over the devices cannot be."""
+def prepare(config: Config, run_dir: pathlib.Path, place: Callable[[Config, Task], Layout] = layout_of) -> "Job":
+    """All that a run needs but its state, on the devices that `place` gives it; raises UsageError where its layout over
+    them cannot be."""
     configs.refuse_selection(config)
-    layout, task = layout_of(config), build_task(config)
-    layout = sharing(layout, config, task)
+    task = build_task(config)
+    layout = place(config, task)
     parts = shapes(config, task)
     graph, *_, memory = parts
     segments = bool(jax.tree.leaves(memory))
     if segments and config.train.layout == "pmap":
         raise UsageError(
-            "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=jit"
+            "layout=pmap keeps the whole state on every device, what it remembers of texts too: layout=data"
         )
     details = {
         "config": configs.decisive(config),

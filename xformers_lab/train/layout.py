@@ -1,43 +1,41 @@
-"""How a step runs over the devices: `jit` over a mesh, `pmap`, or `experts`. All share the batch out. jit and pmap keep
-the state whole on every device; experts, which is jit otherwise, shares out an ffn's networks, and with them all that
-the optimizer keeps of them.
+"""How a step runs over the devices: one program over a mesh of axes, or `pmap`, a copy of it for each device.
 
-All compile ahead of time, so that compile time is measured apart and the memory of the compiled program is known.
+Which axes there are is `xformers_lab/layouts.py`, how many devices each has `mesh.py`, where parameters lie on them
+`sharding.py`; whatever else lies anywhere follows from these here. All compile ahead of time, so that compile time is
+measured apart and the memory of the compiled program is known.
 """
 
 import contextlib
 import dataclasses
-import math
+import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
-from xformers_lab.ffn import EXPERT, Bank
-from xformers_lab.model import build_model
+from xformers_lab.layouts import AXES, DATA, PMAP, ROWS, SEQUENCE
 from xformers_lab.tasks import Batch, Task
+from xformers_lab.train.mesh import divided, mesh_of
 from xformers_lab.train.state import TrainState
 from xformers_lab.train.step import make_eval_step, make_train_step
-
-AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where arrays live, for one config on the devices of this process.
+    """Where arrays live, for one config on the devices of this process, or on a mesh that is none of devices, for which
+    nothing is placed or compiled.
 
-    banks: the paths of the parameters that are shared out over the axis EXPERT of the mesh."""
+    shares: the paths of the parameters that are shared out, as keys of a pure dict, and how."""
 
-    kind: str
     mesh: Mesh
-    banks: frozenset[tuple] = frozenset()
+    pmap: bool = False
+    shares: tuple[tuple[tuple, PartitionSpec], ...] = ()
 
     def on(self, *axes: Any) -> NamedSharding:
         """The mesh axes that share out the leading axes of an array."""
@@ -49,30 +47,35 @@ class Layout:
         return self.on()
 
     @property
-    def shared(self) -> NamedSharding:
-        """The leading axis is shared out over the devices."""
-        return self.on(self.mesh.axis_names)
-
-    @property
     def of_memory(self) -> NamedSharding:
         """Memory, (L, B, ...), lives with the batch."""
-        return self.on(None, self.mesh.axis_names)
+        return self.on(None, DATA if self.pmap else ROWS)
+
+    def of_batch(self, batch: Batch) -> Batch:
+        """Where each array of a batch as `shape_batch` gives it lives: its sequences over the axes that share these
+        out, positions over `sequence`."""
+        if self.pmap:
+            return jax.tree.map(lambda leaf: self.on(DATA), batch)
+        tokens = batch.inputs.shape[:2]
+        place = lambda leaf: self.on(ROWS, SEQUENCE) if leaf.shape[:2] == tokens else self.on(ROWS)
+        return jax.tree.map(place, batch)
 
     def of_state(self, state: TrainState) -> TrainState:
-        """Where each array of a train state lives: memory with the batch, banks and the optimizer's moments of them,
-        whose paths end in the bank's, by expert, all else on every device."""
+        """Where each array of a train state lives: memory with the batch, parameters as `shares` has them, and with
+        them the optimizer's moments of them, whose paths end in the parameter's; all else on every device."""
+        shares = dict(self.shares)
 
         def place(path, leaf):
             keys = keys_of(path)
-            shared = any(keys[-len(bank) :] == bank for bank in self.banks)
-            return self.on(*[None] * (leaf.ndim - 3), EXPERT) if shared else self.whole
+            ends = (keys[start:] for start in range(len(keys)))
+            return self.on(*next((shares[end] for end in ends if end in shares), ()))
 
         places = jax.tree_util.tree_map_with_path(place, state)
         return dataclasses.replace(places, memory=jax.tree.map(lambda leaf: self.of_memory, state.memory))
 
     def in_use(self) -> contextlib.AbstractContextManager:
         """What a model is traced in: what has a partition of its own asks for the mesh."""
-        alone = self.kind == "pmap" or self.mesh.size == 1
+        alone = self.pmap or self.mesh.size == 1
         return contextlib.nullcontext() if alone else jax.set_mesh(self.mesh)
 
     def place_state(self, state: TrainState) -> TrainState:
@@ -82,13 +85,14 @@ class Layout:
 
     def shape_batch(self, batch: Batch) -> Batch:
         """(B, ...) as the step takes it: the same, or (devices, B / devices, ...) for pmap."""
-        if self.kind != "pmap":
+        if not self.pmap:
             return batch
         return jax.tree.map(lambda x: x.reshape(self.mesh.size, -1, *x.shape[1:]), batch)
 
     def place_batch(self, batch: Batch) -> Batch:
         """One whole batch of the host, (B, ...), onto the devices."""
-        return jax.device_put(self.shape_batch(batch), self.shared)
+        shaped = self.shape_batch(batch)
+        return jax.device_put(shaped, self.of_batch(shaped))
 
     def abstract_state(self, state: TrainState) -> TrainState:
         """Shapes, types and places, as a checkpoint is restored to."""
@@ -101,50 +105,40 @@ def keys_of(path: Sequence[Any]) -> tuple:
     return tuple(getattr(part, "key", None) for part in path)
 
 
-def layout_of(config: Config) -> Layout:
-    """The layout over all devices; raises UsageError where the batch cannot be shared out equally. `sharing` makes the
-    one of layout=experts of it, for that takes the model."""
-    train, devices = config.train, jax.devices()
-    if train.batch % (len(devices) * train.accumulate):
-        parts = f" in accumulate={train.accumulate} parts" if train.accumulate > 1 else ""
-        step = len(devices) * train.accumulate
-        nearest = max(round(train.batch / step), 1) * step
-        raise UsageError(
-            f"batch={train.batch} cannot be shared out over {len(devices)} devices{parts}: "
-            f"it must be divisible by {step}, such as batch={nearest}"
-        )
-    axes = {AXIS: len(devices)} if train.layout == "pmap" else {AXIS: len(devices), EXPERT: 1}
-    return Layout(train.layout, mesh_of(devices, axes))
+def layout_of(config: Config, task: Task) -> Layout:
+    """The layout of a config over all devices; raises UsageError, see `mesh.divided`."""
+    devices = jax.devices()
+    planned = plan(config, task, len(devices))
+    return dataclasses.replace(planned, mesh=mesh_of(devices, planned.mesh.shape))
 
 
-def mesh_of(devices: Any, axes: dict[str, int]) -> Mesh:
-    """A mesh of devices, a sequence or an array of them, whose axes have these sizes, for XLA to partition over."""
-    return Mesh(np.array(devices).reshape(*axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+def plan(config: Config, task: Task, devices: int) -> Layout:
+    """The layout of a config over so many devices, whether or not they are there; raises UsageError."""
+    sizes, parameters, specs = divided(config, task, devices)
+    if config.train.layout == PMAP:
+        return Layout(_abstract({DATA: devices}), pmap=True)
+    shares = tuple((parameter.keys, where) for parameter, where in zip(parameters, specs, strict=True) if any(where))
+    return Layout(_abstract(sizes), shares=shares)
 
 
-def sharing(layout: Layout, config: Config, task: Task) -> Layout:
-    """layout=experts with as many devices on the axis of experts as divide both; any other layout as it is.
+def _abstract(sizes: Mapping[str, int]) -> Mesh:
+    # Whatever asks a mesh for shapes takes this as well, though the types of JAX do not say so.
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
-    The batch is shared out over both axes. Raises UsageError where there are no experts, or none to each device.
-    """
-    if layout.kind != "experts":
-        return layout
-    variables = nnx.state(nnx.eval_shape(lambda: build_model(config, task)), Bank)
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(variables))
-    if not leaves:
-        raise UsageError(
-            f"layout=experts shares out the experts of a feed-forward layer, but ffn={config.model.ffn} has none: "
-            "use ffn=moe or layout=jit"
-        )
-    devices, counts = layout.mesh.size, sorted({leaf.shape[-3] for _, leaf in leaves})
-    shards = math.gcd(devices, *counts)
-    if shards == 1 < devices:
-        raise UsageError(
-            f"layout=experts cannot share out {' and '.join(map(str, counts))} experts over {devices} devices: give "
-            f"ffn a number of experts that has a divisor in common with {devices}, such as {devices}, or use layout=jit"
-        )
-    mesh = mesh_of(layout.mesh.devices, {AXIS: devices // shards, EXPERT: shards})
-    return Layout(layout.kind, mesh, frozenset(keys_of(path) for path, _ in leaves))
+
+def to_score(config: Config, task: Task) -> Layout:
+    """The layout of a config where the devices here allow it, else one device, which a line says: what is only scored
+    may be so elsewhere than it was trained."""
+    try:
+        return layout_of(config, task)
+    except UsageError as error:
+        logging.getLogger(__name__).warning("scored on one device: %s", error)
+        return alone()
+
+
+def alone() -> Layout:
+    """Everything on one device, whatever the config."""
+    return Layout(mesh_of(jax.devices()[:1], dict.fromkeys(AXES, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +174,13 @@ def compile_train_step(
     # Counted on the global view, which pmap would show one device's share of, and outside of the mesh in use.
     counted = step = jax.jit(
         make_train_step(config, task, graph, tx),
-        in_shardings=(places, layout.shared),
+        in_shardings=(places, layout.of_batch(shaped)),
         out_shardings=(places, layout.whole),
         donate_argnums=0,
     )
-    if layout.kind == "pmap":
-        local = make_train_step(config, task, graph, tx, AXIS)
-        step = jax.pmap(local, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    if layout.pmap:
+        local = make_train_step(config, task, graph, tx, DATA)
+        step = jax.pmap(local, axis_name=DATA, in_axes=(None, 0), out_axes=None, donate_argnums=0)
     with layout.in_use():
         compiled = step.lower(state, shaped).compile()
     seconds = time.perf_counter() - began
@@ -204,8 +198,8 @@ def compile_train_step(
 
 def compile_eval_step(task: Task, graph: nnx.GraphDef, layout: Layout) -> Callable[[TrainState, Batch], tuple]:
     """Compiled at its first call."""
-    if layout.kind == "pmap":
-        return jax.pmap(make_eval_step(task, graph, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    if layout.pmap:
+        return jax.pmap(make_eval_step(task, graph, DATA), axis_name=DATA, in_axes=(None, 0), out_axes=None)
     # The arrays of a state are where `of_state` has them, which its shapes would have to tell.
     run = jax.jit(make_eval_step(task, graph), out_shardings=(layout.whole, layout.of_memory))
 

@@ -13,6 +13,7 @@ from xformers_lab.tasks import Batch, Split
 from xformers_lab.train import evaluation, otherwise, selection
 from xformers_lab.train.failures import MEND, Diverged
 from xformers_lab.train.jobs import Job, prepare
+from xformers_lab.train.layout import to_score
 from xformers_lab.train.state import TrainState
 from xformers_lab.train.wrong import Wrong
 
@@ -72,7 +73,7 @@ def at(job: Job, length: int | None = None, asked: Mapping[str, Any] | None = No
     other = otherwise.at(job.config, job.task, length, asked)
     if words := other.said():
         logging.getLogger(__name__).warning("%s", words)
-    return other, prepare(other.config, job.run_dir)
+    return other, prepare(other.config, job.run_dir, to_score)
 
 
 def moved(other: otherwise.Other, there: Job, state: TrainState) -> TrainState:

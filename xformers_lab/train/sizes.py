@@ -4,6 +4,7 @@ Everything is counted or planned: the step of training is compiled for shapes al
 has of parameters and FLOPs is that of its layers with their projections, cross-attention too.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab import config as configs
+from xformers_lab import layouts
 from xformers_lab.attention import Attention
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
@@ -26,8 +28,9 @@ from xformers_lab.norm import Norm
 from xformers_lab.position import Position
 from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import Task
-from xformers_lab.train import decoding, selection
+from xformers_lab.train import decoding, mesh, selection, sharding
 from xformers_lab.train.jobs import Job, prepare
+from xformers_lab.train.layout import layout_of, plan
 from xformers_lab.train.state import merge
 from xformers_lab.train.step import make_eval_step, make_objective, make_train_step
 
@@ -50,31 +53,37 @@ def of(config: Config) -> dict:
     parameters: total, and parts with their own; flops_per_token: forward and training, each with its total and its
     parts (None where a kernel hides its inside); training_bytes: parameters, gradients, optimizer, average (of the
     parameters, with ema), other (what else the state holds), activations (temporary buffers of the compiled step beside
-    the gradients) and total, on one device; decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of
-    the whole batch) and total, or why_not.
+    the gradients) and total, on each device; activations and total are None where the layout is for another number of
+    devices than are here; decoding_bytes: parameters, cache (what decoding keeps of seq_len tokens of the whole batch)
+    and total, or why_not.
     kept_bytes: total, and parts, of the arrays that wait for the backward pass, as differentiation asks for them (see
-    `measure.kept`), on all devices together; of one of the parts where a step has several (accumulate). batch, seq_len
-    and layers are the config's.
+    `measure.kept`), on all devices together; of one of the parts where a step has several (accumulate). layout:
+    devices, here (how many there are), axes with their sizes, and parameters, how each of them lies, see
+    `sharding.groups`. batch, seq_len and layers are the config's.
 
     Raises UsageError where the config cannot be.
     """
-    task = check_config(config)
-    job = prepare(config, configs.folder(config))
+    task, here = check_config(config), len(jax.devices())
+    devices = layouts.devices_of(config.train.layout, here)
+    planned = lambda config, task: layout_of(config, task) if devices == here else plan(config, task, devices)
+    job = prepare(config, configs.folder(config), planned)
     state, _ = selection.parted(job.target())
-    compiled = job.compiled(state)
-    parameters, kept = _bytes(state.params), _bytes((state.extra, state.memory))
-    training = {"parameters": parameters, "gradients": parameters, "optimizer": _bytes(state.opt)}
-    training |= {"average": _bytes(state.average), "other": kept}
-    training["activations"] = max(compiled.temp_bytes - parameters, 0)
+    parameters, kept = _on_device(state.params), _on_device((state.extra, state.memory))
+    training: dict = {"parameters": parameters, "gradients": parameters, "optimizer": _on_device(state.opt)}
+    training |= {"average": _on_device(state.average), "other": kept, "activations": None, "total": None}
+    if devices == here:
+        training["activations"] = max(job.compiled(state).temp_bytes - parameters, 0)
+        training["total"] = sum(size for size in training.values() if size is not None)
     return {
         "layers": config.model.layers,
         "seq_len": config.seq_len,
         "batch": config.train.batch,
         "parameters": _parameters(config, task),
         "flops_per_token": _flops(job, state),
-        "training_bytes": training | {"total": sum(training.values())},
+        "training_bytes": training,
         "kept_bytes": _kept(job, state),
-        "decoding_bytes": _decoding(job, state, parameters),
+        "decoding_bytes": _decoding(job, state, _bytes(state.params)),
+        "layout": _layout(job, devices, here),
     }
 
 
@@ -145,6 +154,21 @@ def _decoding(job: Job, state: Any, parameters: int) -> dict:
     except Refused as reason:
         return {"why_not": str(reason)}
     return {"parameters": parameters, "cache": cache, "total": parameters + cache}
+
+
+def _layout(job: Job, devices: int, here: int) -> dict:
+    """How the parameters of a job lie on its devices."""
+    sizes, parameters, specs = mesh.divided(job.config, job.task, devices)
+    rows = list(sharding.groups(parameters, specs, sizes))
+    axes = {axis: size for axis, size in sizes.items() if size > 1}
+    return {"devices": devices, "here": here, "axes": axes, "parameters": rows}
+
+
+def _on_device(tree: Any) -> int:
+    """Bytes on one device, of shapes with the places that they have."""
+    piece = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
+    return sum(piece(leaf) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def _bytes(tree: Any) -> int:

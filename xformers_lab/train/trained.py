@@ -14,6 +14,7 @@ from xformers_lab.tasks import Split, Task
 from xformers_lab.train import checkpoint, evaluation, generated, options, records, result, scoring, selection, settled
 from xformers_lab.train.failures import Diverged
 from xformers_lab.train.jobs import Job, prepare
+from xformers_lab.train.layout import to_score
 from xformers_lab.train.state import TrainState, merge
 
 
@@ -116,7 +117,7 @@ def _trained(run_dir: pathlib.Path, trust: bool) -> Job:
         again = f"xlab resume {run_dir} --from-scratch makes one" if ended else f"train it with xlab resume {run_dir}"
         raise UsageError(f"{run_dir}: holds no checkpoint{'' if ended else ' yet'}; {again}")
     settled.refuse_misnamed(config, run_dir)
-    return prepare(config, run_dir)
+    return prepare(config, run_dir, to_score)
 
 
 def _counting(job: Job) -> tuple[TrainState, int]:

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.attention._base.call import Call
+from xformers_lab.nn import on_mesh
 from xformers_lab.nn.plan import plan_of
 
 
@@ -29,8 +30,8 @@ def apart(mechanism, call: Call):
 
     keys = None if call.key is None else jax.random.split(call.key, B)
     samples = (_of_samples(call), call.bias, keys, mapped)
-    # As with heads: one by one on CPU, where that keeps the scores in cache.
-    looped = plan_of(mechanism.size).loops(T, S)
+    # As with heads: one by one on CPU, where that keeps the scores in cache, and no devices share them out.
+    looped = plan_of(mechanism.size).loops(T, S) and not on_mesh.any_shared()
     out, above, aux, after = lax.map(one, samples) if looped else jax.vmap(one)(samples)
     nnx.update(mechanism, jax.tree.map(_mean, after))
     return out, carries.joined(above), jax.tree.map(_mean, aux)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xformers_lab.nn import on_mesh
 from xformers_lab.nn.plan import Plan
 
 
@@ -12,16 +13,18 @@ def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: b
 
     q (B, T, N, H); k, v (B, S, K, H), each shared by N / K query heads; carry has leading axes (B, N), of_sample (B),
     of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
+
+    Never in a loop where devices share out samples or heads: each would run all of it.
     """
-    if plan.loops(q.shape[1], k.shape[1]):
+    if plan.loops(q.shape[1], k.shape[1]) and not on_mesh.any_shared():
         return _loop(one, q, k, v, carry, of_sample, of_head, plan.heads_at_once(q.shape[1]) if narrow else 1)
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 
 def over_samples(one, q, k, v, of_sample, *, plan: Plan):
     """Run `one(q, k, v, of_sample)` on every sample of (B, N, T, H), (B, N, S, H) and a pytree of (B, ...): one by one
-    where the plan says so, which keeps the scores of a block in cache."""
-    if plan.loops(q.shape[2], k.shape[2]):
+    where the plan says so, which keeps the scores of a block in cache, and no devices share them out."""
+    if plan.loops(q.shape[2], k.shape[2]) and not on_mesh.any_shared():
         return lax.map(lambda each: one(*each), (q, k, v, of_sample))
     return jax.vmap(one)(q, k, v, of_sample)
 
