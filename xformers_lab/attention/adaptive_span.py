@@ -70,9 +70,6 @@ class AdaptiveSpan(Local):
         span = self.per_head()["z"].mean()
         return out, carry, aux | Aux(losses={"span": self.penalty * span}, scalars={"span": span})
 
-    def fused(self, causal: bool):
-        return None
-
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, z):
         ramp = Ramp(z, bias, self.ramp)
         return super().attend(q, k, v, valid=valid, documents=documents, causal=causal, bias=ramp)

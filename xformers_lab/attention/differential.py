@@ -52,9 +52,6 @@ class Differential(KeepsKeys, Full):
         balance = first - second + self.lambda_init
         return {"balance": jnp.broadcast_to(balance, N), "gain": jnp.broadcast_to(self.gain[...], (N, self.size.head))}
 
-    def fused(self, causal: bool):
-        return None
-
     def finished(self, mean, *, gain):
         size = jax.lax.rsqrt((mean**2).mean(-1, keepdims=True) + EPSILON)
         return (1 - self.lambda_init) * gain * mean * size

@@ -6,6 +6,7 @@ from xformers_lab.attention import Complexity
 from xformers_lab.attention._base.patterned import Patterned
 from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import All
+from xformers_lab.attention._engine.ring import Rule
 from xformers_lab.nn.size import Size
 
 
@@ -31,3 +32,6 @@ class Full(Patterned):
 
     def fused(self, causal: bool):
         return functools.partial(fused.attend, causal=causal)
+
+    def ringed(self, causal: bool):
+        return Rule(causal)

@@ -14,7 +14,7 @@ from flax import nnx
 from xformers_lab.attention._base.attention import Cost
 from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.one_head import OneHead
-from xformers_lab.attention._engine import fused
+from xformers_lab.attention._engine import fused, ring
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
@@ -77,9 +77,14 @@ class Patterned(OneHead):
         return _even(T, most), _even(S, most)
 
     def attend_heads(self, call: Call):
-        plain = call.method == "attend" and fused.fits(call.q, call.k, call.valid, call.documents, call.bias)
-        if plain and (kernel := self.fused(call.causal)):
-            return kernel(call.q, call.k, call.v), call.carry, Aux()
+        # A subclass with a form of its own adds up by other weights than kernels of the plain average do.
+        if call.method == "attend" and type(self).attend is Patterned.attend:
+            kernel, rule = self.fused(call.causal), self.ringed(call.causal)
+            if kernel and fused.fits(call.q, call.k, call.valid, call.documents, call.bias):
+                return kernel(call.q, call.k, call.v), call.carry, Aux()
+            if rule and ring.fits(call.q, call.k):
+                how = {"valid": call.valid, "documents": call.documents, "bias": call.bias}
+                return ring.attend(call.q, call.k, call.v, rule=rule, **how), call.carry, Aux()
         if isinstance(self.pattern, tuple):
             return self._own_patterns(call), call.carry, Aux()
         return super().attend_heads(call)
@@ -107,6 +112,10 @@ class Patterned(OneHead):
 
     def fused(self, causal: bool) -> Callable | None:
         """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
+        return None
+
+    def ringed(self, causal: bool) -> ring.Rule | None:
+        """The pattern by distance alone, for devices that share out positions; None for any other."""
         return None
 
     def narrow(self, T: int, S: int, causal: bool) -> bool:
