@@ -160,6 +160,7 @@ def run_watched(
         total, changed = Aux(), []
         for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
             of_layer = {"key": None if keys is None else keys[place], "plan": plan, "looped": unroll < length}
+            of_layer["shown_to"] = layer_watch.watching()
             x, carries, aux, rest = run_layer(graph, params, rest, x, carries, context, **of_layer)
             total = total + aux
             changed.append(rest)
@@ -185,13 +186,15 @@ def run_layer(
     key: jax.Array | None,
     plan: Plan,
     looped: bool,
+    shown_to: layer_watch.LayerWatch | None = None,
 ) -> tuple[Any, dict[str, Any], Aux, Any]:
     """One layer, which `nnx.split(block, nnx.Param, ...)` gave the parts of, on what its block takes -> x, carries, aux
     with the "computation" that it says or else 1, and its other variables as it left them. What it computes again in
-    the backward pass the plan says; looped: whether a loop of the program runs it."""
+    the backward pass the plan says; looped: whether a loop of the program runs it; shown_to: who looks at it, which
+    nobody can where one does."""
 
     def run(params, rest, x, carries, key):
-        block, shown_to = nnx.merge(graph, params, rest), layer_watch.watching()
+        block = nnx.merge(graph, params, rest)
         if shown_to is not None:
             shown_to.enter(block)
         x, carries, aux = block(x, carries, context, key=key)
