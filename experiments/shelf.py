@@ -1,5 +1,7 @@
 """What does every attention mechanism recall, copy and predict, and what does it cost?"""
 
+import math
+
 from xformers_lab import spec
 from xformers_lab.experiment import Claim, Sample, at_least, at_most, compare, rank_correlation, reported
 
@@ -40,7 +42,7 @@ def judge(tables):
     full = dict(zip(SHELF, scores["text"], strict=True))["full"]
     known = [sample for sample in scores["text"] if sample.values]
     better = Sample(
-        {seed: sum(bits.values.get(seed, 99) < at - 0.05 for bits in known) for seed, at in full.values.items()}
+        {seed: sum(bits.values.get(seed, math.inf) < at - 0.05 for bits in known) for seed, at in full.values.items()}
     )
     return [
         at_least(
