@@ -81,7 +81,7 @@ from xformers_lab import layouts
 from xformers_lab.attention._engine import ring
 from xformers_lab.train.mesh import mesh_of
 
-shape, temporary, tile = (1, 65536, 2, 16), {}, {}
+shape, temporary = (1, 65536, 2, 16), {}
 for devices in (2, 4, 8):
     mesh = mesh_of(jax.devices()[:devices], layouts.sizes("sequence", devices))
     loss = lambda q, k, v: ring.attend(q, k, v, rule=ring.Rule(True)).astype(jnp.float32).sum()
