@@ -15,6 +15,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from xformers_lab import cpu_threads
+
 if TYPE_CHECKING:
     from xformers_lab.api import Run as Run
     from xformers_lab.api import Table as Table
@@ -68,4 +70,6 @@ class _Package(types.ModuleType):
         return sorted(__all__)
 
 
+# XLA reads it when JAX starts, which may be long before anything of the package asks for its devices.
+cpu_threads.enough(cpu_threads.simulated())
 sys.modules[__name__].__class__ = _Package
