@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from xformers_lab import config as configs
+from xformers_lab import progress
 from xformers_lab.cli.command import JSON, TRUST, Command, answer, argument
 from xformers_lab.errors import UsageError
 
@@ -11,15 +12,23 @@ from xformers_lab.errors import UsageError
 OF_TASK = {"task", "seq_len"}
 # Columns of `list attention` that JSON alone has: a terminal has no room, and `show NAME` has all of one choice.
 HIDDEN = ("memory", "bias", "options")
+EVERY = "all"  # what --deep without names means
 # How a finding of the doctor is, in a word: None is no fault of the installation.
 OK = {True: "yes", None: "note", False: "NO"}
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
     from xformers_lab import doctor
+    from xformers_lab.doctor import deep
     from xformers_lab.report import listing
 
-    findings = doctor.examine()
+    if chosen.deep is None and chosen.times is not None:
+        raise UsageError("--times: how often is for --deep, which disturbs runs; write xlab doctor --deep --times N")
+    trials = [] if chosen.deep in (None, EVERY) else chosen.deep.split(",")
+    deep.refuse_unknown(trials, chosen.times)
+    findings = [] if trials else doctor.examine()
+    if chosen.deep is not None:
+        findings += deep.examine(trials, chosen.times, progress.say)
     shown = [{"what": each["what"], "ok": OK[each["ok"]], "found": each["found"]} for each in findings]
     code = answer(chosen, findings, lambda: listing.print_listing(shown))
     return 3 if any(finding["ok"] is False for finding in findings) else code
@@ -108,6 +117,17 @@ def _sizes(chosen: argparse.Namespace) -> int:
     return answer(chosen, resolved | {"sizes": measured[0]}, page)
 
 
+DEEP = argument(
+    "--deep",
+    nargs="?",
+    const=EVERY,
+    metavar="TRIAL,TRIAL",
+    help="disturb a small run as well, by kills, signals, damage, and see that nothing is lost: minutes; with names, "
+    "these trials alone",
+)
+TIMES = argument(
+    "--times", type=int, metavar="N", help="with --deep: how often each trial disturbs a run (a few times)"
+)
 SHELF = argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
 CHOICE = argument("words", nargs="*", metavar="NAME or key=value")
 SVG = argument("--svg", path="file", metavar="FILE", help="write the drawing of a pattern of attention there")
@@ -118,7 +138,7 @@ COMMANDS = [
         "doctor",
         _doctor,
         "what there is to compute on and what to install for the rest, how fast it is, and a self-test: some seconds",
-        [JSON],
+        [DEEP, TIMES, JSON],
     ),
     Command("list", _list, "the choices on a shelf, or the shelves", [SHELF, JSON]),
     Command(
