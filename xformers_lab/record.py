@@ -337,9 +337,7 @@ class Record:
     devices: int = fact("how many devices trained it")
     host: str = fact("the host that trained it")
     device: str = fact("what its devices are called")
-    untimed: str = fact(
-        "why it has no times, where it trained beside other cells: none of its figures in seconds counts"
-    )
+    untimed: str = fact("why it has no times: it trained beside other cells, which would disturb them")
     started: str | None = fact("when the run began, in UTC")
     ended: str = fact("when it came to its end, in UTC")
     git: Mapping | None = fact(

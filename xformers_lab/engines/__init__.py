@@ -2,9 +2,9 @@
 
 An engine is a file of this folder, or a .py file anywhere, with a class `Engine` (see `Engine` here). Its options are
 the keyword arguments of its constructor, `--engine slurm:partition=gpu:minutes=60`. A job is a payload that is JSON
-throughout: the name of a function of the package, what it is called with, and where (see `_job`). An engine moves it and
-its answer, and says when it was lost; what a job is for, whether it is tried again, and which row comes of it, is none of
-its concern. A file may name PACKAGE, what it needs, and EXTRA, the extra that installs it.
+throughout: the name of a function of the package, what it is called with, and where (see `_job`). An engine moves it
+and its answer, and says when it was lost; what a job is for, whether it is tried again, and which row comes of it, is
+none of its concern. A file may name PACKAGE, what it needs, and EXTRA, the extra that installs it.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a job came to its end: with an answer, or without one, and then why, in words. host: where it ran; unfit: that
-    place can run no job, so that none should be tried; ended: {"status", "reason", ...} where the job's own process
-    ended before it answered."""
+    """How a job came to its end: with an answer, or without one, `lost`, and then why, in words. host: where it ran;
+    unfit: why that place can run no job at all; ended: {"status", "reason", ...} where the job's own process ended
+    before it answered."""
 
     handle: str
     answer: Any = None

@@ -23,8 +23,8 @@ SIDE_BY_SIDE = {"CPU": 1.0, "GPU": 1.0}  # what one job of several on a host tak
 
 
 class Engine:
-    """Where jobs are timed, a job takes all processors and accelerators of a node, and no two are on one host, which may
-    be several nodes.
+    """Where jobs are timed, a job takes all processors and accelerators of a node, and no two are on one host, which
+    may be several nodes.
 
     Options:
         address: HOST:PORT of the cluster's head; this machine is one of its nodes.

@@ -1,4 +1,4 @@
-"""Jobs of a SLURM cluster, by submitit: `--engine slurm:partition=gpu:minutes=120:gpus=1`, on a machine that has sbatch.
+"""Jobs of a SLURM cluster, by submitit: `--engine slurm:partition=gpu:minutes=120`, on a machine that has sbatch.
 
 Jobs outlive the command: those of one that was killed go on, and the next one takes their results.
 """
