@@ -16,7 +16,7 @@ import pytest
 from xformers_lab import config as configs
 from xformers_lab.check import cache
 from xformers_lab.cli import main
-from xformers_lab.compare import run as grid
+from xformers_lab.compare import sweep
 from xformers_lab.config import Config, edit
 from xformers_lab.supervise import process, worker
 from xformers_lab.supervise.limits import APART, CHECK, FIRST, LEAST, MEDIANS, Clock
@@ -150,7 +150,7 @@ def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, 
     # Its reason stays in its folder, and the same command tries it again.
     kept = json.loads((folder / "result.json").read_text())
     assert (kept["status"], kept["step"]) == ("stalled", hung["step"])
-    assert grid.stored(configs.from_dict(hung["config"])) is None
+    assert sweep.stored(configs.from_dict(hung["config"])) is None
     with records.locked(folder):
         pass  # nothing of the process is left to hold it
 

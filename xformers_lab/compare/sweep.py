@@ -101,7 +101,7 @@ class Sweep:
         while self.left and self.engine.room() > 0:
             index = self.left.popleft()
             cell = self.cells[index]
-            record = stored(cell) or self._failed_elsewhere(cell)  # another command may have trained it meanwhile
+            record = stored(cell) or failed_since(self.began, cell)  # another command may have trained it meanwhile
             if record is not None:
                 self._take(index, record)
             elif self.engine.remote and _in_use(cell):
@@ -196,15 +196,16 @@ class Sweep:
                 index = self.running[handle]
                 self.progress.stepped(index, lines[-1]["step"], self.cells[index].train.steps, lines[-1]["loss"])
 
-    def _failed_elsewhere(self, cell: Config) -> dict | None:
-        """The record of a cell that another process failed since this began, or None."""
-        path = configs.folder(cell) / "result.json"
-        try:
-            record = json.loads(path.read_text()) if path.stat().st_mtime >= self.began else None
-        except (OSError, ValueError, RecursionError):
-            return None
-        failed = isinstance(record, dict) and record.get("status") in STATUSES and record["status"] not in SETTLED
-        return record if failed else None
+
+def failed_since(began: float, cell: Config) -> dict | None:
+    """The record of a cell that another process failed after `began` (seconds since the epoch), or None."""
+    path = configs.folder(cell) / "result.json"
+    try:
+        record = json.loads(path.read_text()) if path.stat().st_mtime >= began else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    failed = isinstance(record, dict) and record.get("status") in STATUSES and record["status"] not in SETTLED
+    return record if failed else None
 
 
 def _in_use(cell: Config) -> bool:
