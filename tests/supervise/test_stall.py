@@ -338,10 +338,15 @@ def test_a_worker_that_hangs_ends_without_its_driver(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     reads, writes = os.pipe()
     os.close(writes)
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
     tell = worker.Tell(io.StringIO())
     worker._end_alone(reads, tell)
+    assert tell.alone and ended == [1] and not signals  # it has nothing to do, and ends by itself
+    tell.busy = True
+    worker._end_alone(reads, tell)
     os.close(reads)
-    assert tell.alone and ended == [1]
+    assert signals == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.full
