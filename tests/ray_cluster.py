@@ -7,6 +7,7 @@ own; `ray stop` would end everybody's.
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import signal
@@ -31,19 +32,23 @@ class Cluster:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
-        self.start("head", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false")
-        self.address = f"{self._ip()}:{port}"
+        head = ("--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false")
+        said = self.start("head", *head)
+        # Ray listens on another address of this machine's, whatever it is told.
+        found = re.search(r"Local node IP: (\S+)", said)
+        assert found is not None, said
+        self.address = f"{found[1]}:{port}"
 
-    def start(self, name: str, *how: str, cpus: int = 2) -> None:
-        """A node; without more words one beside the head."""
+    def start(self, name: str, *how: str, cpus: int = 2) -> str:
+        """A node; without more words one beside the head. -> what Ray says."""
         how = how or (f"--address={self.address}",)
         self.nodes[name] = secrets.token_hex(8)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, f"--num-cpus={cpus}", "--num-gpus=0"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000"]
         command += [f"--temp-dir={self.folder}"] if "--head" in how else []
         environment = self.environment | {MARK: self.nodes[name]}
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        ran = subprocess.run(command, env=environment, check=True, text=True, timeout=120, capture_output=True)
+        return ran.stdout + ran.stderr
 
     def processes(self, node: str, name: str = "") -> list[int]:
         """The pids of a node, of those processes alone that have `name` in their command."""
@@ -69,9 +74,3 @@ class Cluster:
             while self.kill(node):
                 time.sleep(0.2)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _ip(self) -> str:
-        """What Ray takes this machine's address for: it listens there, whatever it is told."""
-        from ray._private import services
-
-        return services.get_node_ip_address()

@@ -17,8 +17,15 @@ def command(*words: object) -> list[str]:
 
 def start(*words: object, environment=os.environ, cwd: pathlib.Path | None = None) -> subprocess.Popen:
     """The command under way, in a session of its own."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command(*words), env=environment, cwd=cwd, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command(*words),
+        env=environment,
+        cwd=cwd,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def rows(*words: object, environment=os.environ, cwd: pathlib.Path | None = None, code: int = 0) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
@@ -77,7 +77,9 @@ def _step(config: Config):
     return call, {"compile_seconds": compiled.compile_seconds, "examples": examples}
 
 
-def estimate(runs: Sequence[Config], probes: Mapping[Config, Mapping], program) -> tuple[float, float]:
+def estimate(
+    runs: Sequence[Config], probes: Mapping[Any, Mapping], program: Callable[[Config], Any]
+) -> tuple[float, float]:
     """(seconds that the steps of all runs take, seconds of all else) from the probe of each program, where
     program(run) is its key; a program that did not run counts as nothing."""
     stepping, apart, compiling = 0.0, 0.0, 0.0

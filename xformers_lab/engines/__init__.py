@@ -10,7 +10,6 @@ none of its concern. A file may name PACKAGE, what it needs, and EXTRA, the extr
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 import pathlib
 import pkgutil
 import sys
@@ -122,8 +121,8 @@ def chosen(text: str = DEFAULT, address: str | None = None, jobs: int | None = N
         raise UsageError(f"-j {jobs}: at least 1")
     choice = spec.parse(text, where)
     module = _module(choice.name, where)
-    entry = getattr(module, "Engine", None)
-    if not inspect.isclass(entry):
+    entry: Any = getattr(module, "Engine", None)
+    if not isinstance(entry, type):
         raise UsageError(f"{where}: {choice.name} defines no class Engine")
     declared = spec.options(entry)
     options = dict(choice.options)

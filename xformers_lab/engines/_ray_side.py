@@ -3,6 +3,7 @@
 Its functions are asked for by the command, one at a time (`supervise.worker`).
 """
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,12 +25,9 @@ _RUNNING: dict[Any, str] = {}  # Ray's reference -> handle
 def connect(tell: Tell, address: str) -> dict[str, Any]:
     """Join a cluster; -> what `wait` says of it, and whether it asks for a token."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
     tell.doing("connecting to Ray")
     try:
-        # Of its own folder, so that what a job imports is found by its name alone.
-        ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+        _ray().init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:
         raise UsageError((said(error).splitlines() or [type(error).__name__])[0]) from None
     return wait(tell, 0.0)
@@ -37,13 +35,13 @@ def connect(tell: Tell, address: str) -> dict[str, Any]:
 
 def submit(tell: Tell, handle: str, payload: str, node: str | None, resources: Mapping[str, float]) -> None:
     """Have a job run on a node, or on any one."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    strategies = importlib.import_module("ray.util.scheduling_strategies")
+    there = strategies.NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD"
     # A lost one is tried again by who knows what it is for.
-    there = NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD"
-    task = ray.remote(_job.perform).options(
-        max_retries=0, num_cpus=resources["CPU"], num_gpus=resources["GPU"], scheduling_strategy=there
+    task = (
+        _ray()
+        .remote(_job.perform)
+        .options(max_retries=0, num_cpus=resources["CPU"], num_gpus=resources["GPU"], scheduling_strategy=there)
     )
     _RUNNING[task.remote(payload)] = handle
 
@@ -51,9 +49,7 @@ def submit(tell: Tell, handle: str, payload: str, node: str | None, resources: M
 def wait(tell: Tell, seconds: float) -> dict[str, Any]:
     """{"ended": [{"handle", "answer" or "lost"}], "nodes": [{"id", "host", "CPU", "GPU"}]} after a wait of up to so
     many seconds for the first that ends."""
-    import ray
-
-    found = []
+    ray, found = _ray(), []
     if _RUNNING:
         ready, _ = ray.wait(list(_RUNNING), num_returns=1, timeout=seconds)
         more, _ = ray.wait(list(_RUNNING), num_returns=len(_RUNNING), timeout=0)
@@ -70,17 +66,17 @@ def wait(tell: Tell, seconds: float) -> dict[str, Any]:
 
 def cancel(tell: Tell, insisted: bool) -> None:
     """Have all jobs end, or end them at once if `insisted`."""
-    import ray
-
     for reference in _RUNNING:
-        ray.cancel(reference, force=insisted)
+        _ray().cancel(reference, force=insisted)
+
+
+def _ray() -> Any:
+    return importlib.import_module("ray")  # an extra; `import` might take the engine's file for it
 
 
 def _of(reference: Any) -> dict[str, str]:
-    import ray
-
     try:
-        return {"answer": ray.get(reference)}
+        return {"answer": _ray().get(reference)}
     except Exception as error:
         kind = type(error).__name__
         return {"lost": WORDS.get(kind) or f"{kind}: {(said(error).splitlines() or [''])[0]}"}

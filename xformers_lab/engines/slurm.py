@@ -59,8 +59,8 @@ class Engine:
         self.parameters |= {"gpus_per_node": gpus} if gpus is not None else {}
         self.parameters |= {"cpus_per_task": cpus} if cpus is not None else {}
         self.parameters |= {"mem_gb": memory} if memory is not None else {}
-        of_slurm = {"partition": partition, "account": account, "constraint": constraint}
-        of_slurm["exclusive"] = True if setting.timed and cluster == "slurm" else None
+        alone = True if setting.timed and cluster == "slurm" else None
+        of_slurm = {"partition": partition, "account": account, "constraint": constraint, "exclusive": alone}
         self.parameters |= {f"slurm_{name}": value for name, value in of_slurm.items() if value is not None}
         self.where = "in SLURM's queue" if cluster == "slurm" else "here, as SLURM would run it"
         self.running: dict[str, tuple[Any, pathlib.Path]] = {}  # handle -> submitit's job, and where its answer will be
