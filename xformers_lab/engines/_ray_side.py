@@ -59,7 +59,7 @@ def wait(tell: Tell, seconds: float) -> dict[str, Any]:
         {"id": node["NodeID"], "host": node["NodeManagerHostname"]}
         | {kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")}
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["Resources"].get("CPU")  # a head may be told to do no work
     ]
     return {"ended": found, "nodes": nodes}
 

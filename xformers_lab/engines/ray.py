@@ -13,6 +13,7 @@ from typing import Any
 
 from xformers_lab.engines import Outcome, Setting, Told, _job
 from xformers_lab.errors import LabError, RunFailed, UsageError
+from xformers_lab.supervise.interrupt import handling
 from xformers_lab.supervise.process import Ended, Worker
 
 PACKAGE, EXTRA = "ray", "ray"
@@ -43,9 +44,12 @@ class Engine:
         _refuse_unreachable(address)
         self.side = Worker(shown=False, hears=False)
         try:
-            self._heard(self.side.ask("engines._ray_side.connect", limit=CONNECTED, address=address))
+            with handling(self.side.stop):
+                self._heard(self.side.ask("engines._ray_side.connect", limit=CONNECTED, address=address))
         except LabError as error:
             self.side.__exit__(type(error))
+            if self.side.stopped:
+                raise
             raise UsageError(
                 f"--address {address}: no connection to a Ray cluster there ({error}); is it its head, is this machine "
                 "a node of it, with the same Ray, and has RAY_AUTH_TOKEN its token?"
@@ -87,8 +91,8 @@ class Engine:
         self._ask("cancel", insisted=insisted)
 
     def close(self) -> None:
-        # Its jobs end with it, as Ray has it.
-        self.side.stop(0, insisted=bool(self.running))
+        if self.running:  # which end with it, as Ray has it
+            self.side.stop(0, insisted=True)
         self.side.__exit__(None)
 
     def _free(self) -> dict[str, dict[str, Any]]:
