@@ -210,7 +210,8 @@ def planned(cells: "list[Cell]", varied: list[str], asked: configs.Study, option
     from xformers_lab.supervise.process import Worker
 
     nothing = lambda what, total: contextlib.nullcontext(progress.Cells(total, None, True, varied, what))
-    return dry.plan(Conductor(cells, varied, asked, options, Worker(), bar=nothing))
+    with Worker() as worker:  # which is not begun
+        return dry.plan(Conductor(cells, varied, asked, options, worker, bar=nothing))
 
 
 @arguments.documented()

@@ -91,7 +91,7 @@ class Sweep:
                 elif self.held:
                     self._wait()
         except RunFailed as gone:
-            for index in [*self.running.values(), *self.left, *self.held]:
+            for index in [index for index in range(len(self.cells)) if index not in self.found]:
                 reason = f"{gone}; the same command goes on from there"
                 self._settle(index, {"status": "failed", "reason": reason}, kept=False)
         return [self.found[index] for index in range(len(self.cells))]
