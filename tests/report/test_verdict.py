@@ -236,7 +236,7 @@ def timed(machines: dict[str, str]) -> list[dict]:
     def row(name: str, seq_len: int) -> dict:
         seconds = 64 * seq_len / speeds[name]
         times = {"tokens_per_second": speeds[name], "seconds_median": seconds, "seconds_min": seconds}
-        return cell(name, seq_len=seq_len, metric=better[name], machine={"processor": machines[name]}, **times)
+        return cell(name, seq_len=seq_len, metric=better[name], machine={"processor": machines[name]}) | times
 
     return [row(name, seq_len) for name in speeds for seq_len in (64, 128)]
 
