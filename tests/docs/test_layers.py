@@ -24,6 +24,7 @@ LAYERS = [
     "config",
     "model progress",
     "generate supervise",
+    "engines",
     "measure",
     "train",
     "check doctor",

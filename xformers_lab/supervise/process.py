@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
@@ -56,19 +57,32 @@ class Worker:
     """A worker process while the `with` lasts, in which the driver hears Ctrl-C and SIGTERM.
 
     stopped: the first signal, 0 for none. It is passed on to the process, which saves what it trains and ends; a
-    second one kills it, and so does the limit of what it is doing. From then on nothing is begun.
+    second one (insisted) kills it, and so does the limit of what it is doing. From then on nothing is begun.
     """
 
-    def __init__(self, *, shown: bool = True, notice: str = SAVES):
+    def __init__(
+        self,
+        *,
+        shown: bool = True,
+        notice: str = SAVES,
+        hears: bool = True,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        folder: str | None = None,
+        inherited: Sequence[int] = (),
+    ):
         """shown: whether what the process writes to stderr is the user's to read; notice: what the first signal does,
-        in words."""
-        self.shown, self.notice, self.stopped = shown, notice, 0
+        in words; hears: whether signals of this process are meant for it, where not `stop` is called; environment: what
+        the process has beside this one's; folder: where it works; inherited: open files that it keeps until it ends.
+        """
+        self.shown, self.notice, self.stopped, self.insisted = shown, notice, 0, False
+        self.environment, self.folder, self.inherited = environment, folder, inherited
+        self.begun_elsewhere = False  # whether other workers have something to save
         self.process: subprocess.Popen | None = None
         self.clock = Clock()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed on exit, with the process)
         self.begun = self.read = 0  # where in the log the latest question begins, and how far it was shown
         self.received, self.ready = b"", None
-        self.signals = handling(self._stop)
+        self.signals = handling(self._stop) if hears else contextlib.nullcontext()
 
     def __enter__(self) -> Self:
         self.signals.__enter__()
@@ -135,6 +149,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             start_new_session=True,
+            env={**os.environ, **self.environment},
+            cwd=self.folder,
+            pass_fds=self.inherited,
         )
         assert self.process.stdout is not None
         self.ready = selectors.DefaultSelector()
@@ -160,9 +177,26 @@ class Worker:
         line, _, self.received = self.received.partition(b"\n")
         return json.loads(line)
 
+    def rest(self) -> None:
+        """End the process, which has nothing to do for a while; the next question starts another one."""
+        if self.process is not None:
+            self._close()
+
+    def stop(self, number: int, *, insisted: bool = False) -> None:
+        """Have the process save itself and end, or end it at once if `insisted`, as a signal of that number does; from
+        any thread."""
+        self.stopped = self.stopped or number
+        process = self.process
+        if insisted:
+            self._kill()
+        elif process is not None:
+            process.terminate()
+
     def _stop(self, number: int) -> None:
         again, self.stopped = self.stopped, self.stopped or number
-        notice = self.notice if self.clock.begun else ENDS  # before, there is nothing to save
+        self.insisted = bool(again)
+        saves = self.clock.begun or self.begun_elsewhere
+        notice = self.notice if saves else ENDS  # before, there is nothing to save
         late = "; it compiles now, which comes first" if self.clock.doing == "compiling the evaluation" else ""
         with contextlib.suppress(OSError):  # not print: a handler may interrupt another one
             os.write(2, b"\n" if again else f"\nstopping: {notice}{late}\n".encode())
@@ -182,9 +216,10 @@ class Worker:
 
     def _kill(self) -> None:
         """End the process and all that it started, whatever they are doing."""
-        if self.process is not None:
+        process = self.process
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _overdue(self) -> Ended:
         clock, quiet = self.clock, self.clock.quiet

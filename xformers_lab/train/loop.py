@@ -14,6 +14,7 @@ from xformers_lab import config as configs
 from xformers_lab import sources
 from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_of_memory
+from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Split
@@ -234,7 +235,8 @@ class _Training:
         state, wrong = selection.chosen(self.state, self.best), Wrong(job.task)
         score = self.score(state, self.train.score, wrong=wrong)
         outcome = {"step": int(state.step)} | scoring.reported(score)
-        outcome["eval_tokens_per_second"] = self.train.batch * config.seq_len / score.seconds
+        if not speed.shared():
+            outcome["eval_tokens_per_second"] = self.train.batch * config.seq_len / score.seconds
         if job.task.metric_name == "accuracy":
             outcome["wrong"] = wrong.rows
         if config.test_len is not None:
