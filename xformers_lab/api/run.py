@@ -251,8 +251,7 @@ class Run(Shown):
         """
         with supervised.interruptible():
             how = {"stall": stall, "from_scratch": from_scratch, "track": track, "trust": self.trust, "quiet": quiet}
-            words = configs.spelled([keys]) if keys else []
-            folder, _ = supervised.resume(self.folder, words, where=f"stall={stall}", **how)
+            folder, _ = supervised.resume(self.folder, [keys] if keys else [], where=f"stall={stall}", **how)
         return Run(folder, trust=self.trust)
 
     def tag(self, add: str | None = None, *, remove: str | None = None) -> "Run":

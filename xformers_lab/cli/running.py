@@ -22,7 +22,9 @@ def _resume(chosen: argparse.Namespace) -> int:
     return _print(chosen, *supervised.resume(_run_dir(chosen), chosen.words, stall=chosen.stall, where=where, **how))
 
 
-def _print(chosen: argparse.Namespace, folder: pathlib.Path, record: dict) -> int:
+def _print(chosen: argparse.Namespace, folder: pathlib.Path, record: dict | None) -> int:
+    if record is None:  # the first process prints it
+        return 0
     from xformers_lab.report import pages, stored
 
     def page() -> None:

@@ -10,7 +10,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, initial, longer, provenance, records
+from xformers_lab.train import evaluation, hosts, initial, longer, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
@@ -55,6 +55,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         extended=records.read_json(job.run_dir / longer.EXTENDED) or ABSENT,
         data=job.task.describe(),
         devices=job.layout.mesh.size,
+        **hosts.present(),
         started=env.get("started"),
         ended=provenance.now(),
         git=env.get("git"),
