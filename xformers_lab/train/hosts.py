@@ -64,9 +64,14 @@ def first() -> bool:
     return _here.process == 0
 
 
-def present() -> dict[str, int]:
-    """processes: how many train the run, and hosts: on how many machines."""
-    return {"processes": len(_here.names), "hosts": len(set(_here.names))}
+def processes() -> int:
+    """How many train the run."""
+    return len(_here.names)
+
+
+def machines() -> int:
+    """On how many hosts."""
+    return len(set(_here.names))
 
 
 # ---- meeting and leaving -----------------------------------------------------------------------------------------
@@ -143,9 +148,7 @@ def join(place: Place) -> None:
         raise UsageError(f"{unmet(place)} ({reason})") from None
     _here.process = jax.process_index()
     if (devices := jax.local_device_count()) * jax.process_count() != jax.device_count():
-        raise UsageError(
-            f"process {_here.process} has {devices} devices, and others have more or less; give all as many"
-        )
+        raise UsageError(f"process {_here.process} has {devices} devices, others have more or fewer; give all as many")
     _here.names = ("",) * jax.process_count()
     _here.names = tuple(gathered(socket.gethostname()))
 
@@ -175,8 +178,6 @@ def _reach(place: Place, ends: float) -> None:
         except OSError as error:
             raise UsageError(f"coordinator={place.coordinator}: {error.strerror} at port {port}; use another") from None
         return
-    # A proxy for the web knows nothing of the hosts of a cluster.
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, [os.environ.get("no_grpc_proxy"), host]))
     reason = ""
     while (left := ends - time.monotonic()) > 0:
         try:

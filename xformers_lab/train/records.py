@@ -263,7 +263,8 @@ def environment() -> dict:
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
-        **hosts.present(),
+        "processes": hosts.processes(),
+        "hosts": hosts.machines(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

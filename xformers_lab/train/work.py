@@ -87,7 +87,7 @@ def joined(tell: Tell, place: Mapping[str, Any] | None) -> Iterator[None]:
         return
     tell.doing(hosts.WAITING)
     with hosts.joined(configs.Place(**place)):
-        tell(process=hosts.process(), **hosts.present())
+        tell(process=hosts.process())
         yield
 
 
