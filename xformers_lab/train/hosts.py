@@ -126,7 +126,7 @@ def join(place: Place) -> None:
         return
     meeting, silence = (limit if place.wait is None else place.wait for limit in (MEETING, SILENCE))
     ends = time.monotonic() + meeting
-    told = {}
+    told: dict[str, Any] = {}
     if place.coordinator != AUTO:
         told = {"coordinator_address": place.coordinator, "cluster_detection_method": "deactivate"}
         told |= {"num_processes": place.processes, "process_id": place.process}
@@ -137,9 +137,9 @@ def join(place: Place) -> None:
     # Signals are the lab's own to hear: see `Stopping`.
     jax.config.update("jax_enable_preemption_service", False)
     left = max(1, round(ends - time.monotonic()))
-    limits = {"heartbeat_timeout_seconds": max(1, round(silence)), "shutdown_timeout_seconds": max(1, round(meeting))}
+    told |= {"heartbeat_timeout_seconds": max(1, round(silence)), "shutdown_timeout_seconds": max(1, round(meeting))}
     try:
-        jax.distributed.initialize(**told, initialization_timeout=left, **limits)
+        jax.distributed.initialize(**told, initialization_timeout=left)
     except Exception as error:  # jax knows no cluster here, or nobody came
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         if place.coordinator == AUTO:
@@ -263,7 +263,8 @@ def agreed(call: Callable[[], T], *kinds: type[Exception]) -> T:
         raise error
     for process, answer in enumerate(answers):
         if answer is not None:
-            raise _as_told(process, *answer, kinds)
+            name, code, text = answer
+            raise _as_told(process, name, code, text, kinds)
     return cast(T, value)
 
 
