@@ -232,10 +232,13 @@ def run_all(cases: list[dict], count: int, devices: int) -> list[list[dict]]:
 @pytest.mark.full
 def test_two_processes_are_one_with_all_their_devices(tmp_path, words):
     plain = {"seq_len": 16, "dim": 16, "layers": 1, "batch": 8, "steps": 5, "eval_batches": 1, "dropout": 0.1}
-    cases = [plain | {"task": words["task"], "layout": layout} for layout in ("data", "fsdp", "tensor:2+data")]
-    cases[0] |= {"test_len": "32", "accumulate": 2}
     (tmp_path / "text.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(4000)))
-    cases += [plain | {"task": f"lm:path={tmp_path}/text.txt", "memory": "xl:length=8", "position": "rope"}]
+    text, remembers = {"task": f"lm:path={tmp_path}/text.txt"}, {"memory": "xl:length=8", "position": "rope"}
+    cases = [
+        plain | {"task": words["task"], "layout": "data", "accumulate": 2, "test_len": "32", "position": "rope"},
+        plain | text | remembers | {"layout": "fsdp"},
+        plain | {"task": words["task"], "layout": "tensor:2+data"},
+    ]
     placed = lambda name: [case | {"runs": str(tmp_path / name)} for case in cases]
     refused = [
         plain | {"task": "copy", "layout": "data:8", "runs": str(tmp_path / "refused")},

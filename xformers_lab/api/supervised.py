@@ -74,7 +74,7 @@ def _ask(
     else:
         job |= {"place": dataclasses.asdict(place)}
     from xformers_lab import progress
-    from xformers_lab.supervise.process import Ended, Worker
+    from xformers_lab.supervise.process import LOST, Ended, Worker
 
     number = 0  # which process this is, if not the first
     with Worker() as worker, progress.steps(title, quiet=quiet or bool(place.process)) as step:
@@ -94,10 +94,14 @@ def _ask(
         try:
             record = worker.ask(what, heard, **job)
             return None if number else record
-        except Ended as ended:
-            how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
-            if ended.clock.doing == hosts.WAITING and ended.status == "failed":
-                how = hosts.unmet(place)
+        except RunFailed as ended:
+            how = str(ended)
+            if isinstance(ended, Ended):
+                how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
+                if ended.clock.doing == hosts.WAITING and ended.status == "failed":
+                    how = hosts.unmet(place)
+            elif not how.startswith(LOST):
+                raise
             saved = f"; go on with xlab resume {folder}" if any(folder.glob("checkpoints/*/MANIFEST.json")) else ""
             error = RunFailed(how if "xlab resume" in how else how + saved)
             error.exit_code = ended.exit_code

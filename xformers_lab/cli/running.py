@@ -107,7 +107,8 @@ LONGER = argument(
     "words",
     nargs="*",
     metavar="key=value",
-    help="steps= and warmup= of a longer run, which goes on from this one in a folder of its own; name=, tags=",
+    help="steps= and warmup= of a longer run, which goes on from this one in a folder of its own; name=, tags=; of "
+    "several processes coordinator=, processes=, process=, wait=, as train takes them",
 )
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(
@@ -140,7 +141,7 @@ HOW_TO_GENERATE = [
     ),
 ]
 COMMANDS = [
-    Command("train", _train, "train one config", [WORDS, TRACK, TRUST, JSON], keys=True),
+    Command("train", _train, "train one config", [WORDS, TRACK, TRUST, JSON], keys=True, place=True),
     Command(
         "resume",
         _resume,

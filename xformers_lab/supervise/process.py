@@ -26,6 +26,7 @@ LEAVING = 20.0  # seconds to end in, for a worker that has nothing more to do
 KINDS = {kind.exit_code: kind for kind in (UsageError, RunFailed, IntegrityError)}
 SAVES = "what is under way saves itself; once more ends it at once"
 ENDS = "what is under way ends"
+LOST = "another process of the run ended, or fell silent"
 # What native threads of jax write where several processes train one run: that they have met, and that one is gone,
 # before they end this one too.
 MET = re.compile(rb"^\[Gloo\] .*\n", re.M)
@@ -217,7 +218,7 @@ class Worker:
         if self.stopped:
             return self._interrupted("stopped at once")
         if self.gone:
-            return Ended("failed", f"another process of the run ended, or fell silent, while {clock.place}", clock)
+            return Ended("failed", f"{LOST}, while {clock.place}", clock)
         if code == -signal.SIGKILL:
             reason = f"the process was killed (signal 9) while {clock.place}, most likely for want of memory"
             return Ended("oom", reason, clock)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 from xformers_lab import cpu_threads
 from xformers_lab.config import Place
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError
+from xformers_lab.supervise.process import LOST
 
 T = TypeVar("T")
 MEETING, SILENCE = 300.0, 60.0  # seconds to wait for processes to come, and for a sign of life of one: see `Place.wait`
@@ -228,7 +229,7 @@ def leave(error: BaseException | None) -> None:
 def _lost(error: BaseException) -> Lost:
     """What an exception of jax means among several processes: devices exchange numbers at every step."""
     reason = (str(error).strip().splitlines() or [""])[0][:300]
-    return Lost(f"another process of the run ended, or could not be reached any more ({reason})")
+    return Lost(f"{LOST} ({reason})")
 
 
 # ---- what one knows and all must -----------------------------------------------------------------------------------
