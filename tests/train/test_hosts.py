@@ -35,14 +35,21 @@ def flags(devices: int) -> str:
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
-def begun(words: list[str], count: int = 2, devices: int = 2, strikes: tuple = ()) -> list[subprocess.Popen]:
+def begun(
+    words: list[str], count: int = 2, devices: int = 2, strikes: tuple = (), launched: bool = False
+) -> list[subprocess.Popen]:
     """`xlab WORDS` in so many processes that are one run, or in one by itself, each with so many devices; a strike is a
-    signal that the process of that number sends itself, see STRIKE."""
-    at, processes = f"127.0.0.1:{free_port()}", []
+    signal that the process of that number sends itself, see STRIKE. launched: they are told by what SLURM sets."""
+    port, processes = free_port(), []
     for process in range(count):
-        place = [f"coordinator={at}", f"processes={count}", f"process={process}"] if count > 1 else []
+        place = [f"coordinator=127.0.0.1:{port}", f"processes={count}", f"process={process}"]
         strike = dict(strikes).get(process, "")
         environment = os.environ | {"XLA_FLAGS": flags(devices), "STRIKE": strike}
+        if count == 1 or launched:
+            place = []
+        if launched:
+            step = {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": f"{count}", "SLURM_PROCID": f"{process}"}
+            environment |= SLURM | step | {"SLURM_LOCALID": f"{process}", "JAX_COORDINATOR_PORT": f"{port}"}
         command = [sys.executable, "-m", "xformers_lab", *words, *place]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **pipes))
@@ -315,13 +322,15 @@ def test_a_signal_to_one_stops_all_and_any_number_of_devices_goes_on(words, tmp_
     with pytest.raises(loop.Interrupted):
         loop.run(config, progress=lambda step, total, metrics: seen.append(step), stop=lambda: len(seen) >= 1)
     assert checkpoint.steps(folder)[-1] == 2
-    struck = ended(begun(["resume", str(folder)], strikes=((1, f"{int(signal.SIGTERM)} train 3"),)))
+    strikes = ((1, f"{int(signal.SIGTERM)} train 3"),)
+    struck = ended(begun(["resume", str(folder), "name=moved"], strikes=strikes, launched=True))
     assert [code for code, _, _ in struck] == [143, 143]
     at = {re.search(r"saved at step (\d+) of 8", said)[1] for _, _, said in struck}  # pyright: ignore
     assert len(at) == 1 and 3 <= int(*at) <= 7 and str(checkpoint.steps(folder)[-1]) in at
     one = ended(begun(["resume", str(folder)], count=1, devices=8, strikes=((0, f"{int(signal.SIGTERM)} train 7"),)))
     assert one[0][0] in (0, 143), one[0][2]
     record = loop.resume(folder)
+    assert record["config"]["name"] == "moved"
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     np.testing.assert_allclose(losses_of(record), losses_of(expected), rtol=1e-5)
     assert [line["step"] for line in records.read(folder)] == list(range(1, 9))
@@ -335,3 +344,13 @@ def test_one_that_waits_for_others_says_so(words, tmp_path):
     (answer,) = ended(begun(["train", *spelled(config), *place], count=1))
     assert answer[0] == 3 and "the processes did not meet within 5 s" in answer[2]
     assert "stack trace" not in answer[2] and time.monotonic() - began < 90
+
+
+@pytest.mark.full
+def test_one_that_hangs_is_given_up(words, tmp_path):
+    config = tiny(**words, runs=tmp_path, stall=60)
+    answers = ended(begun(["train", *spelled(config), "wait=10"], strikes=((1, f"{int(signal.SIGSTOP)} train 6"),)))
+    assert [code for code, _, _ in answers] == [3, 3]
+    assert "another process of the run ended, or fell silent, while training" in answers[0][2]
+    assert "no step for 60 s" in answers[1][2]
+    assert not any("stack trace" in said or "Traceback" in said for _, _, said in answers)

@@ -56,7 +56,7 @@ def resume(
     job: dict[str, Any] = {"run_dir": str(folder), "words": asked, "trust": trust, "from_scratch": from_scratch}
     job |= {"stall": first.stall if stall is None else configs.typed("stall", stall, where), "track": list(track)}
     if configs.identity(config) == configs.identity(first):
-        if place.coordinator is None or place.process == 0:
+        if not place.process:  # a launcher's processes all write the same
             labels.write(config, folder)
     elif from_scratch:
         raise UsageError("--from-scratch: a longer run goes on from a checkpoint; xlab train begins at step 1")

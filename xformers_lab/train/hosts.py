@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -326,6 +327,25 @@ def _reads(path: pathlib.Path, text: str) -> bool:
     return False
 
 
+def refuse_unequal(tree: Any) -> None:
+    """Raises UsageError where processes drew different first arrays, as other processors may: copies of one parameter
+    would go on to differ, without a word."""
+    if not several():
+        return
+    import jax
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf).tobytes())
+    drawn = gathered(digest.hexdigest())
+    if other := [process for process, each in enumerate(drawn) if each != drawn[0]]:
+        raise UsageError(
+            f"process {other[0]} on {_here.names[other[0]]} draws other first parameters than process 0 on "
+            f"{_here.names[0]}: give all processes the same kind of host, or begin with another run's, init=RUN"
+        )
+
+
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
@@ -337,8 +357,13 @@ def whole(tree: Any) -> Any:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
-    apart = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-    fetch = lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if apart(leaf) else jax.device_get(leaf)
+    def fetch(leaf: Any) -> Any:
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(fetch(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
     return jax.tree.map(fetch, tree)
 
 
@@ -352,11 +377,19 @@ def put(tree: Any, places: Any, **how: Any) -> Any:
     import numpy as np
 
     def one(leaf: Any, place: Any) -> Any:
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
         array = np.asarray(leaf)
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
         return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
     return jax.tree.map(one, tree, places)
+
+
+def _is_key(leaf: Any) -> bool:
+    import jax
+
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class Stopping:
@@ -382,7 +415,7 @@ def _largest(number: int) -> Any:
     import numpy as np
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-    apart, together = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("all",), ()))
+    apart, together = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("all",), ()))
     numbers = jax.make_array_from_callback((mesh.size,), apart, lambda part: np.full(1, number, np.int32))
     return _most(together)(numbers)
 

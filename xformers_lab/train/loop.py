@@ -167,6 +167,7 @@ def _start(job: Job, strict: bool, from_scratch: bool) -> tuple[TrainState, sele
             raise
         logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
     state = init(job.config, job.task, job.tx)
+    hosts.refuse_unequal(state)
     if job.config.init is not None:
         matched = initial.match(job.config, job.task)
         state = initial.take(matched, state)
