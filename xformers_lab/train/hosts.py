@@ -389,7 +389,7 @@ def put(tree: Any, places: Any, **how: Any) -> Any:
 def _is_key(leaf: Any) -> bool:
     import jax
 
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class Stopping:
