@@ -294,16 +294,30 @@ def held_by_first(lock: contextlib.AbstractContextManager[None]) -> Iterator[Non
         yield
 
 
-def refuse_apart(run_dir: pathlib.Path, about: Mapping[str, Any]) -> None:
-    """Raises UsageError where processes do not see the one folder of the run, in which process 0 has left a file with
-    its name, or are not about the same: `about` is everything that decides which steps they take."""
+def refuse_other_words(steering: Mapping[str, Any]) -> None:
+    """Raises UsageError where processes were not given the same of all that decides which steps they take."""
     if not several():
         return
-    own = of_first(lambda: (run_dir / "owner.json").read_text())
+    ours = json.loads(json.dumps(steering))
+    for process, theirs in enumerate(gathered(ours)):
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                raise UsageError(
+                    f"process {process} was given {key}={theirs.get(key)}, and process {_here.process} "
+                    f"{key}={ours[key]}: processes of one run take the same words (processes=1: each runs by itself)"
+                )
+
+
+def refuse_other_folder(run_dir: pathlib.Path) -> None:
+    """Raises UsageError where not all processes see the folder of the run that process 0 has locked."""
+    if not several():
+        return
+    mark = run_dir / "owner.json"
+    own = of_first(mark.read_text)
 
     def seen() -> None:
         ends = time.monotonic() + SEEING
-        while not _reads(run_dir / "owner.json", own):
+        while not _reads(mark, own):
             if time.monotonic() > ends:
                 raise UsageError(
                     f"{run_dir}: not the folder that process 0 has by this name; all processes need one that all see: "
@@ -312,13 +326,6 @@ def refuse_apart(run_dir: pathlib.Path, about: Mapping[str, Any]) -> None:
             time.sleep(0.2)
 
     agreed(seen)
-    for process, other in enumerate(gathered(about)):
-        for key in {**other, **about}:
-            if (theirs := other.get(key)) != (ours := json.loads(json.dumps(about.get(key), default=str))):
-                raise UsageError(
-                    f"process {process} was given {key}={theirs}, and process {_here.process} {key}={ours}: processes "
-                    "of one run take the same words (processes=1: each runs by itself)"
-                )
 
 
 def _reads(path: pathlib.Path, text: str) -> bool:

@@ -100,11 +100,12 @@ def _run(
     progress, doing = progress or (lambda step, total, metrics: None), doing or (lambda what, step: None)
     doing("preparing", 0)
     settled.refuse_misnamed(config, run_dir)
+    hosts.refuse_other_words(_steering(config) | {"--from-scratch": from_scratch})
     if (record := hosts.of_first(lambda: settled.finished(config, run_dir, from_scratch))) is not None:
         labels.write(config, run_dir)
         return record
     with hosts.held_by_first(records.locked(run_dir)), contextlib.ExitStack() as stack:
-        hosts.refuse_apart(run_dir, _steering(config) | {"--from-scratch": from_scratch})
+        hosts.refuse_other_folder(run_dir)
         if (record := hosts.of_first(lambda: settled.finished(config, run_dir, from_scratch))) is not None:
             return record
         hosts.of_first(lambda: checkpoint.check_place(run_dir, config.train.steps, config.train.save_every))
