@@ -74,7 +74,8 @@ def save(run_dir: pathlib.Path, step: int, state: Any, about: dict) -> pathlib.P
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise RunFailed(f"non-finite values in {name} at step {step}: not saved")
     folder = run_dir / "checkpoints" / str(step)
-    fresh, old = (folder.with_name(f"{step}.{hosts.of_first(os.getpid)}.{end}") for end in ("new", "old"))
+    writer = hosts.of_first(os.getpid)
+    fresh, old = (folder.with_name(f"{step}.{writer}.{end}") for end in ("new", "old"))
     records.still_there(run_dir)
 
     def begin() -> None:
