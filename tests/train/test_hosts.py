@@ -22,7 +22,7 @@ from xformers_lab.cpu_threads import enough
 from xformers_lab.errors import RunFailed, UsageError
 from xformers_lab.train import checkpoint, hosts, loop, records
 
-SECONDS = 240  # in which any of these processes ends, on a busy machine too
+SECONDS = 900  # in which any of these processes ends, on a busy machine too
 
 
 def free_port() -> int:
