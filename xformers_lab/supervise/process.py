@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -26,6 +27,11 @@ LEAVING = 20.0  # seconds to end in, for a worker that has nothing more to do
 KINDS = {kind.exit_code: kind for kind in (UsageError, RunFailed, IntegrityError)}
 SAVES = "what is under way saves itself; once more ends it at once"
 ENDS = "what is under way ends"
+LOST = "another process of the run ended, or fell silent"
+# What native threads of jax write where several processes train one run: that they have met, and that one is gone,
+# before they end this one too.
+MET = re.compile(rb"^\[Gloo\] .*\n", re.M)
+GONE = re.compile(rb"^[EF]\d{4} \S+ +\d+ (coordination_service\w*\.cc|client\.h):", re.M)
 
 
 class Ended(RunFailed):
@@ -80,6 +86,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.clock = Clock()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed on exit, with the process)
+        self.gone = False  # whether the process wrote that another one is
         self.begun = self.read = 0  # where in the log the latest question begins, and how far it was shown
         self.received, self.ready = b"", None
         self.signals = handling(self._stop) if hears else contextlib.nullcontext()
@@ -140,7 +147,7 @@ class Worker:
     def _start(self) -> None:
         if self.process is not None:
             self._close()
-        self.received = b""
+        self.received, self.gone = b"", False
         # Its own session: what a terminal sends reaches the driver alone, which passes it on once; and all that the
         # process starts can be ended with it.
         self.process = subprocess.Popen(
@@ -207,11 +214,17 @@ class Worker:
             self.clock.quiet = 0.0
             self.process.terminate()
 
-    def _show(self) -> None:
-        """Pass on what the process wrote to stderr since the last time."""
-        if self.shown and (text := os.pread(self.log.fileno(), 1 << 20, self.read)):
-            self.read += len(text)
-            sys.stderr.write(visible(text.decode(errors="replace"), LINES))
+    def _show(self, rest: bool = False) -> None:
+        """Pass on the lines that the process wrote to stderr since the last time; rest: and what is no whole line."""
+        text = os.pread(self.log.fileno(), 1 << 20, self.read)
+        if not rest and len(text) < 1 << 20:
+            text = text[: text.rfind(b"\n") + 1]
+        self.read += len(text)
+        own = b"" if self.gone else MET.sub(b"", text)
+        if gone := GONE.search(own):
+            own, self.gone = own[: gone.start()], True
+        if self.shown and own:
+            sys.stderr.write(visible(own.decode(errors="replace"), LINES))
             sys.stderr.flush()
 
     def _kill(self) -> None:
@@ -239,6 +252,8 @@ class Worker:
         code = self._close()
         if self.stopped:
             return self._interrupted("stopped at once")
+        if self.gone:
+            return Ended("failed", f"{LOST}, while {clock.place}", clock)
         if code == -signal.SIGKILL:
             reason = f"the process was killed (signal 9) while {clock.place}, most likely for want of memory"
             return Ended("oom", reason, clock)
@@ -275,7 +290,7 @@ class Worker:
         if self.ready is not None:
             self.ready.close()
         process.stdout.close()
-        self._show()
+        self._show(rest=True)
         self.process = None
         return code
 

@@ -11,7 +11,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, initial, longer, provenance, records
+from xformers_lab.train import evaluation, hosts, initial, longer, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
@@ -60,6 +60,8 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         devices=job.layout.mesh.size,
         host=socket.gethostname(),
         device=jax.devices()[0].device_kind,
+        processes=hosts.processes(),
+        hosts=hosts.machines(),
         started=env.get("started"),
         ended=provenance.now(),
         git=env.get("git"),
