@@ -13,6 +13,7 @@ CLAIM = Claim(
     "it holds; most modifications do not meaningfully improve a Transformer",
     doubt="Longer contexts, learning rates tuned for each, more steps: this is one recipe for all.",
     minutes=75,
+    data={"sst2": "SST-2's sentences, train.tsv, dev.tsv and test.tsv: sentence, tab, label, no header"},
 )
 # Windows and blocks that are short beside 64 tokens, where those by default are as long as they. What is not named
 # here is as by default.
