@@ -4,6 +4,7 @@ A fenced block of bash is run line by line; one that names a file, as in "```pyt
 other Python is run as it is. A line that ends in "# exit code 1" must end so, every other one in 0.
 """
 
+import importlib
 import json
 import pathlib
 import re
@@ -17,13 +18,17 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
+from xformers_lab import config as configs
+from xformers_lab import engines, spec
 from xformers_lab.cli.parser import COMMANDS
+from xformers_lab.train import hosts
 
 README = ROOT / "README.md"
 MANUAL = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*MANUAL, *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 GENERATED = ["survey.md"]  # of the site alone, whose build looks at links to it
 PROGRAMS = ("xlab", "make", "sed")
+LAUNCHERS = ("srun", "mpirun")  # what starts xlab on a cluster
 
 
 class Fence(NamedTuple):
@@ -42,7 +47,7 @@ def commands(fence: Fence) -> list[str]:
 
 
 def runs(fence: Fence) -> bool:
-    return fence.language in ("bash", "python") or bool(fence.file)
+    return fence.language in ("bash", "python", "cluster") or bool(fence.file)
 
 
 def steps(page: pathlib.Path) -> Iterator[tuple[str, str, str]]:
@@ -54,6 +59,10 @@ def steps(page: pathlib.Path) -> Iterator[tuple[str, str, str]]:
             yield "python", fence.text, ""
         for line in commands(fence):
             yield "command", runnable(line), ""
+        if fence.language == "cluster":
+            for line in fence.text.splitlines():
+                if not line.startswith("#"):
+                    yield "command", of_cluster(line), ""
 
 
 def runnable(line: str) -> str:
@@ -63,6 +72,22 @@ def runnable(line: str) -> str:
     if words[0] == "make":  # the demo and the tests themselves
         return shlex.join(["make", "-n", "-C", str(ROOT), *words[1:]])
     return "xlab demo --help" if words[:2] == ["xlab", "demo"] else line
+
+
+def of_cluster(line: str) -> str:
+    """A line for a cluster as it can run anywhere: a comparison lists its cells, a run says what each device would
+    hold, and the variables, the launcher, the engine and the place among processes are left out."""
+    words = shlex.split(line)
+    assert words[0] in ("xlab", *LAUNCHERS) or "=" in words[0], line
+    command, *words = words[words.index("xlab") + 1 :]
+    if command == "compare":
+        engine = {
+            index + more for index, word in enumerate(words) if word in ("--engine", "--address") for more in (0, 1)
+        }
+        left = [word for index, word in enumerate(words) if index not in engine]
+        return shlex.join(["xlab", "compare", *left, "--no-baselines", "--dry-run"])
+    assert command == "train", line
+    return shlex.join(["xlab", "show", *(word for word in words if word.partition("=")[0] not in configs.PLACE)])
 
 
 LONG = ("maps", "new_mechanism")  # pages whose blocks take minutes, as those of guides do
@@ -81,6 +106,23 @@ def test_blocks_run_as_written(page, tmp_path):
     command = [sys.executable, str(pathlib.Path(__file__).with_name("page.py"))]
     done = subprocess.run(command, input=json.dumps([*steps(page)]), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_engines_and_places_of_clusters_are_what_there_is():
+    """What `of_cluster` leaves out of the lines that it runs."""
+    page = ROOT / "docs" / "guides" / "scaling.md"
+    lines = [line for fence in fences(page) if fence.language == "cluster" for line in fence.text.splitlines()]
+    said = [shlex.split(line) for line in lines if not line.startswith("#")]
+    named = [words[words.index("--engine") + 1] for words in said if "--engine" in words]
+    assert {spec.parse(engine).name for engine in named} == {"ray", "slurm"}
+    for engine in named:
+        choice = spec.parse(engine)
+        assert (
+            choice.options.keys()
+            <= spec.options(importlib.import_module(f"{engines.__name__}.{choice.name}").Engine).keys()
+        )
+    placed = [configs.placed(words)[0] for words in said if any(word.startswith("process=") for word in words)]
+    assert [hosts.meant(place) for place in placed] == placed and placed
 
 
 def test_every_subcommand_is_shown():
