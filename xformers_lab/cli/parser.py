@@ -6,7 +6,19 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import ablate, author, experiment, inspect, maps, measuring, running, runs, untrained, watch
+from xformers_lab.cli import (
+    ablate,
+    author,
+    experiment,
+    inspect,
+    maps,
+    measuring,
+    planning,
+    running,
+    runs,
+    untrained,
+    watch,
+)
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
@@ -20,6 +32,7 @@ COMMANDS = [
     *runs.COMMANDS,
     *maps.COMMANDS,
     *untrained.COMMANDS,
+    *planning.COMMANDS,
     *author.COMMANDS,
 ]
 ITEM = 27  # columns in front of what an item of a list is

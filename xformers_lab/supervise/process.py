@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
@@ -59,10 +59,10 @@ class Worker:
     second one kills it, and so does the limit of what it is doing. From then on nothing is begun.
     """
 
-    def __init__(self, *, shown: bool = True, notice: str = SAVES):
+    def __init__(self, *, shown: bool = True, notice: str = SAVES, environment: Mapping[str, str] | None = None):
         """shown: whether what the process writes to stderr is the user's to read; notice: what the first signal does,
-        in words."""
-        self.shown, self.notice, self.stopped = shown, notice, 0
+        in words; environment: the process's, where it is not the driver's."""
+        self.shown, self.notice, self.stopped, self.environment = shown, notice, 0, environment
         self.process: subprocess.Popen | None = None
         self.clock = Clock()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed on exit, with the process)
@@ -134,6 +134,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
+            env=self.environment,
             start_new_session=True,
         )
         assert self.process.stdout is not None
