@@ -75,13 +75,17 @@ def machine() -> dict:
     }
 
 
+def place(name: str) -> pathlib.Path:
+    """Where the results of a benchmark on this machine are."""
+    label = "-".join("".join(c if c.isalnum() else " " for c in hardware.processor().lower()).split())
+    return HERE / "results" / f"{name}.{label}.json"
+
+
 def keep(name: str, rows: list[dict], rounds: int | None = None, about: dict[str, str] | None = None) -> pathlib.Path:
     """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first.
 
     rounds: None where nothing was timed; about: what else decides the figures, such as versions."""
-    host = machine() | (about or {})
-    label = "-".join("".join(c if c.isalnum() else " " for c in host["cpu"].lower()).split())
-    path = HERE / "results" / f"{name}.{label}.json"
+    host, path = machine() | (about or {}), place(name)
     path.parent.mkdir(exist_ok=True)
     timed = {} if rounds is None else {"rounds": rounds}
     path.write_text(json.dumps({"machine": host, **timed, "rows": rows}, indent=1) + "\n")

@@ -2,14 +2,16 @@
 needed, only its compiler (`pip install 'xformers_lab[plan]'`).
 
 A language model of 4 layers, width 512 and 8 heads, bfloat16, two sequences, on one chip. A mechanism that cannot be
-causal stands in a masked language model instead, and its row says so.
+causal stands in a masked language model instead, and its row says so. Compiling takes minutes a row: rows that
+results/ has already are not made again, so that a run that was stopped goes on; `--anew` makes all.
 """
 
 import argparse
 import importlib.metadata
+import json
 import sys
 
-from _duel import keep
+from _duel import keep, place
 
 from xformers_lab import config as configs
 from xformers_lab import spec
@@ -17,8 +19,9 @@ from xformers_lab.plan import devices, rows
 from xformers_lab.plan.target import targets
 from xformers_lab.supervise.process import ENDS, Worker
 
+NAME = "tpu_shelf"
 MODEL = ["layers=4", "dim=512", "heads=8", "dtype=bfloat16", "batch=2"]
-TASKS = ("lm", "mlm")
+TASKS = ("lm", "mlm:of=lm")
 SHOWN = ("parameters", "optimizer", "activations", "total")
 
 
@@ -27,17 +30,22 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--attention", default="all")
+    parser.add_argument("--anew", action="store_true")
     chosen = parser.parse_args()
     (target,) = targets([chosen.topology], [])
     mechanisms = spec.names("attention") if chosen.attention == "all" else chosen.attention.split(",")
     lengths = [int(length) for length in chosen.lengths.split(",")]
-    table: list[dict] = []
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    kept = [] if chosen.anew or not place(NAME).is_file() else json.loads(place(NAME).read_text())["rows"]
+    made = {(row["attention"], row["N"]): row for row in kept}
     with Worker(notice=ENDS, environment=devices.environment(1)) as worker:
         for length in lengths:
             for mechanism in mechanisms:
-                table.append(_row(planned(target, mechanism, length, worker)))
-                print(table[-1], file=sys.stderr, flush=True)
-                keep("tpu_shelf", table, about={"libtpu": importlib.metadata.version("libtpu")})
+                if (mechanism, length) in made:
+                    continue
+                made[mechanism, length] = row = _row(planned(target, mechanism, length, worker))
+                print(row, file=sys.stderr, flush=True)
+                keep(NAME, [made[key] for key in sorted(made)], about={"planned for": target.name, **versions})
 
 
 def planned(target, mechanism: str, length: int, worker: Worker) -> dict:

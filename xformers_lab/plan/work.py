@@ -63,8 +63,11 @@ def measure(tell: Tell, target: dict, config: dict, program: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One program: lowered(platforms) lowers it, for others than those of its devices where some are given; given: bytes of its arguments
-    on one device, by what they are; tokens: how many it computes; spread: over how many devices."""
+    """One program.
+
+    lowered(platforms) lowers it, for others than its devices' where some are given. flops(): of all devices together.
+    given: bytes of its arguments on one device, by what they are. tokens: how many it computes. spread: over how many
+    devices its work is shared out."""
 
     lowered: Callable[[tuple[str, ...] | None], jax.stages.Lowered]
     flops: Callable[[], int]
