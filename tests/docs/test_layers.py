@@ -10,7 +10,7 @@ from conftest import ROOT
 # within a folder is a layer of its own where it is named here.
 LAYERS = [
     "terminal",
-    "errors files hardware record drawing",
+    "errors files hardware record drawing cpu_threads",
     "layouts",
     "nn",
     "spec",
