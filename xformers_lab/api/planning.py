@@ -71,8 +71,8 @@ def planned(
     """The rows of a plan, the keys that vary, and the signal that ended it before its end, 0 for none. lines: say each
     cell where stderr is no terminal."""
     cells, varied = configs.sweep(items, trust=trust)
-    if longest and (lengths := {cell.seq_len for cell in cells}) != {cells[0].seq_len}:
-        raise UsageError(f"longest: the search begins at one length, and seq_len= has {len(lengths)}: give the first")
+    if longest:
+        _refuse_search(items, cells, targets)
     from xformers_lab import progress
     from xformers_lab.plan import devices, rows
     from xformers_lab.supervise import process
@@ -91,3 +91,13 @@ def planned(
             progress=tell,
         )
     return made, varied, worker.stopped
+
+
+def _refuse_search(items: Sequence[configs.Item], cells: Sequence[configs.Config], targets: Sequence[Target]) -> None:
+    """Raises UsageError where the longest sequence that fits cannot be searched for."""
+    if len(lengths := {cell.seq_len for cell in cells}) > 1:
+        raise UsageError(f"longest: the search begins at one length, and seq_len= has {len(lengths)}: give the first")
+    if any(isinstance(item, str) and item.startswith("tokens=") for item in items):
+        raise UsageError("longest: the batch stays while the length grows, and tokens= ties them: say batch=")
+    if any(each.platform == "gpu" for each in targets):
+        raise UsageError("longest: nothing tells what fits on a GPU that is not here: name topology= or platform=cpu")

@@ -37,7 +37,7 @@ COMMANDS = [
 ]
 ITEM = 27  # columns in front of what an item of a list is
 GRAMMAR = """\
-Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
+Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench, plan); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
 
 Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted

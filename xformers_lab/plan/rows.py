@@ -134,7 +134,7 @@ def _search(cell: Cell, worker: Worker, progress: Callable[[str], None]) -> None
     cell.row.update(shown.row, seq_len=shown.config.seq_len, config=to_dict(shown.config))
     cell.row.update(longest=found.fits, too_long=found.too_long, tried=sorted(tried))
     if found.stopped is not None and found.stopped != shown.config.seq_len:
-        cell.row["why"] = f"{found.stopped} tokens could not be tried: {tried[found.stopped].row['reason']}"
+        cell.row["why"] = f"{found.stopped} tokens could not be tried: {tried[found.stopped].row.get('reason')}"
 
 
 def _end(cell: Cell, ended: Ended) -> None:
