@@ -80,6 +80,15 @@ def test_what_does_not_fit_is_said_and_no_failure(inline, capsys, monkeypatch):
     assert "NO" in capsys.readouterr().out
 
 
+def test_what_a_compiler_cannot_do_is_a_row(inline, capsys, monkeypatch):
+    def compile(self):
+        raise RuntimeError("INTERNAL: no such instruction\nand pages of it")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    (row,) = planned(capsys, *WORDS, "platform=cpu", code=5)
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: INTERNAL: no such instruction")
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     """Figures of a device of a million bytes, where full attention keeps its scores; nothing is compiled."""

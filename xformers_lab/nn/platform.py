@@ -10,7 +10,7 @@ _PLANNED = jax.make_user_context(None)
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": that of this process, or within `planned_for` the one that is planned for."""
+    """That of this process, "cpu", "gpu" or "tpu", or within `planned_for` the one that is planned for."""
     return _PLANNED.value or jax.default_backend()
 
 

@@ -52,13 +52,20 @@ def look(tell: Tell, target: dict, config: dict, program: str) -> None:
 
 
 def measure(tell: Tell, target: dict, config: dict, program: str) -> dict:
-    """The figures of one program of a config on a target, as `rows.plan` has them."""
+    """The figures of one program of a config on a target, as `rows.plan` has them, or status and reason where it does
+    not compile."""
     chosen, where = configs.from_dict(config), Target(**target)
     tell.doing(f"compiling {chosen.model.attention} at {chosen.seq_len} tokens for {where.name}")
-    with planned_for(where.platform), contained():
-        job, state = _prepared(where, chosen)
-        subject = _training(job, state) if program == TRAIN else _decoding(where, job, state, program)
-        return _measured(where, job, subject)
+    try:
+        with planned_for(where.platform), contained():
+            job, state = _prepared(where, chosen)
+            subject = _training(job, state) if program == TRAIN else _decoding(where, job, state, program)
+            return _measured(where, job, subject)
+    except UsageError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+        return {"status": "oom" if ran_out_of_memory(error) else "failed", "reason": said}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +128,9 @@ def _decoding(target: Target, job: Job, state: TrainState, program: str) -> Subj
 
 
 def _measured(target: Target, job: Job, subject: Subject) -> dict:
-    size = job.layout.mesh.size
-    row: dict[str, Any] = {"devices": size, "memory": _memory(target, size), "bytes": dict(subject.given)}
-    row["axes"] = {axis: count for axis, count in job.layout.mesh.shape.items() if count > 1}
+    count, mesh = subject.spread, job.layout.mesh
+    row: dict[str, Any] = {"devices": count, "memory": _memory(target, count), "bytes": dict(subject.given)}
+    row["axes"] = {axis: size for axis, size in mesh.shape.items() if size > 1} if count == mesh.size else {}
     try:
         flops = subject.flops()
     except ValueError:  # a loop of unknown length, an opaque kernel: there is no figure
