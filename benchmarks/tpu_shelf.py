@@ -43,7 +43,10 @@ def main() -> None:
             for mechanism in mechanisms:
                 if (mechanism, length) in made:
                     continue
-                made[mechanism, length] = row = _row(planned(target, mechanism, length, worker))
+                row = _row(planned(target, mechanism, length, worker))
+                if worker.stopped:
+                    sys.exit(128 + worker.stopped)
+                made[mechanism, length] = row
                 print(row, file=sys.stderr, flush=True)
                 keep(NAME, [made[key] for key in sorted(made)], about={"planned for": target.name, **versions})
 
