@@ -53,8 +53,11 @@ def of(target: Target, count: int) -> Sequence[Any]:
 def _grid(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    name = target.name.partition(":")[0]
-    options = {"chip_config_name": "megacore"} if name in MEGACORE else {}
+    name, _, grid = target.name.partition(":")
+    sides = [int(side) for side in grid.split("x")]
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name in MEGACORE else {}
+    if 1 in sides[:2]:  # a host has 2 x 2 chips, unless it is told that the grid has fewer
+        options["chips_per_host_bounds"] = (min(sides[0], 2), min(sides[1], 2), 1)
     try:
         with _signals_kept():
             return topologies.get_topology_desc(platform="tpu", topology_name=target.name, **options).devices
