@@ -75,20 +75,30 @@ def machine() -> dict:
     }
 
 
-def keep(name: str, rows: list[dict], rounds: int) -> pathlib.Path:
-    """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first."""
-    host = machine()
-    label = "-".join("".join(c if c.isalnum() else " " for c in host["cpu"].lower()).split())
-    path = HERE / "results" / f"{name}.{label}.json"
+def place(name: str) -> pathlib.Path:
+    """Where the results of a benchmark on this machine are."""
+    label = "-".join("".join(c if c.isalnum() else " " for c in hardware.processor().lower()).split())
+    return HERE / "results" / f"{name}.{label}.json"
+
+
+def keep(name: str, rows: list[dict], rounds: int | None = None, about: dict[str, str] | None = None) -> pathlib.Path:
+    """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first.
+
+    rounds: None where nothing was timed; about: what else decides the figures, such as versions."""
+    host, path = machine() | (about or {}), place(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": host, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+    timed = {} if rounds is None else {"rounds": rounds}
+    path.write_text(json.dumps({"machine": host, **timed, "rows": rows}, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(host, rows, rounds))
     return path
 
 
-def table(host: dict, rows: list[dict], rounds: int) -> str:
+def table(host: dict, rows: list[dict], rounds: int | None) -> str:
     """Rows as a Markdown page for people, a column for each key."""
-    head = f"{host['cpu']}, {host['cores']} cores, {host['system']}, Python {host['python']}; {rounds} rounds."
+    more = [f"{name} {text}" for name, text in host.items() if name not in ("cpu", "cores", "system", "python")]
+    versions = ", ".join([f"Python {host['python']}", *more])
+    timed = "" if rounds is None else f"; {rounds} rounds"
+    head = f"{host['cpu']}, {host['cores']} cores, {host['system']}, {versions}{timed}."
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
     lines += [[_word(row.get(key)) for key in keys] for row in rows]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xformers_lab.api import compare as compare
     from xformers_lab.api import error as error
     from xformers_lab.api import load as load
+    from xformers_lab.api import plan as plan
     from xformers_lab.api import runs as runs
     from xformers_lab.api import signals as signals
     from xformers_lab.api import train as train
@@ -44,6 +45,7 @@ __all__ = [
     "compare",
     "error",
     "load",
+    "plan",
     "runs",
     "signals",
     "train",

@@ -22,6 +22,7 @@ NAMES = [
     "compare",
     "error",
     "load",
+    "plan",
     "runs",
     "signals",
     "train",

@@ -28,7 +28,7 @@ LAYERS = [
     "measure",
     "train",
     "check doctor",
-    "bench shelves compare",
+    "bench shelves compare plan",
     "report",
     "attention_maps",
     "api",

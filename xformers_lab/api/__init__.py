@@ -6,6 +6,7 @@ have a worker do the work, and `cli` prints what they give. Nothing here prints 
 
 from xformers_lab.api.checking import check
 from xformers_lab.api.looking import build, catalogue
+from xformers_lab.api.planning import plan
 from xformers_lab.api.run import Run
 from xformers_lab.api.stored import load, runs
 from xformers_lab.api.studies import ablate, bench, compare
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "error",
     "load",
+    "plan",
     "runs",
     "signals",
     "train",

@@ -8,6 +8,7 @@ from xformers_lab import hardware
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.platform import platform
 
 # Numbers of float32 in the widest vector of a CPU.
 LANES = 16
@@ -81,7 +82,7 @@ def _of_lines(transform, x):
     """
     lines = x.reshape(-1, x.shape[-1])
     count = len(lines)
-    if jax.default_backend() == "cpu" and count >= LANES:  # fewer are one thread's
+    if platform() == "cpu" and count >= LANES:  # fewer are one thread's
         lines = jnp.pad(lines, ((0, -count % (LANES * (hardware.cores() or 1))), (0, 0)))
     return transform(lines)[:count].reshape(*x.shape[:-1], -1)
 

@@ -6,7 +6,19 @@ from typing import NoReturn
 
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
-from xformers_lab.cli import ablate, author, experiment, inspect, maps, measuring, running, runs, untrained, watch
+from xformers_lab.cli import (
+    ablate,
+    author,
+    experiment,
+    inspect,
+    maps,
+    measuring,
+    planning,
+    running,
+    runs,
+    untrained,
+    watch,
+)
 from xformers_lab.cli.command import Command
 from xformers_lab.errors import UsageError, nearest
 
@@ -21,11 +33,12 @@ COMMANDS = [
     *runs.COMMANDS,
     *maps.COMMANDS,
     *untrained.COMMANDS,
+    *planning.COMMANDS,
     *author.COMMANDS,
 ]
 ITEM = 27  # columns in front of what an item of a list is
 GRAMMAR = """\
-Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench); @file.toml, @file.yaml,
+Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench, plan); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
 
 Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted

@@ -9,7 +9,7 @@ import statistics
 import tomllib
 from collections.abc import Collection, Mapping
 
-TERA = 10**12
+GIGA, TERA = 10**9, 10**12
 # FLOPs that a processor's core does in a cycle, float32: units for a fused multiply-add, two FLOPs, and lanes of each.
 AVX512_TWICE, AVX512, AVX2 = 2 * 2 * 16, 1 * 2 * 16, 2 * 2 * 8
 ZEN4, ZEN5 = 25, 26  # AMD's families: the first with AVX-512 has one unit for it, the next has two
@@ -23,23 +23,48 @@ class Peaks:
 
     flops: FLOPs a second by type: float32, tf32 (float32 inputs cut to 10 bits), bfloat16; what nobody tells is not
     there. published: whether its maker says so, where it is no estimate of ours. sources: by type who says so, or how
-    it was worked out.
+    it was worked out. memory: bytes; bandwidth, links: bytes a second between a device and its memory, and between it
+    and its neighbours.
     """
 
     flops: Mapping[str, float]
     published: bool
     sources: Mapping[str, str]
+    memory: int | None = None
+    bandwidth: float | None = None
+    links: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A generation of TPUs: what jax calls one of its devices, and how many it has for each chip."""
+
+    kind: str
+    per_chip: int
+
+
+@functools.cache
+def _devices() -> list[dict]:
+    return tomllib.loads((pathlib.Path(__file__).parent / "peaks.toml").read_text())["device"]
 
 
 @functools.cache
 def _table() -> dict[str, Peaks]:
-    text = (pathlib.Path(__file__).parent / "peaks.toml").read_text()
     peaks = {}
-    for device in tomllib.loads(text)["device"]:
+    for device in _devices():
         flops = {name: device[name] * TERA for name in ("float32", "tf32", "bfloat16") if name in device}
         sources = dict.fromkeys(flops, str(device["source"]))
-        peaks |= {kind: Peaks(flops, True, sources) for kind in device["kinds"]}
+        rates = {name: device[name] * GIGA for name in ("bandwidth", "links") if name in device}
+        memory = device["memory"] * 2**30 if "memory" in device else None
+        peaks |= {kind: Peaks(flops, True, sources, memory, **rates) for kind in device["kinds"]}
     return peaks
+
+
+@functools.cache
+def generations() -> dict[str, Generation]:
+    """TPUs by what libtpu calls them in the name of a topology: v5e of v5e:4x4."""
+    named = (device for device in _devices() if "topology" in device)
+    return {device["topology"]: Generation(device["kinds"][0], device.get("per_chip", 1)) for device in named}
 
 
 def published(kind: str) -> Peaks | None:

@@ -17,6 +17,7 @@ from xformers_lab.model import _memory
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.platform import platform
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import SPLITS, Setting, Task, without_test
@@ -113,7 +114,7 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     plan: how it runs, else the platform's; with the config's `remat`.
     """
     if config.train.remat != "none":
-        plan = dataclasses.replace(plan or Plan.of(jax.default_backend()), remat=config.train.remat)
+        plan = dataclasses.replace(plan or Plan.of(platform()), remat=config.train.remat)
     kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image, plan=plan)
     most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
     if size.layers > most:

@@ -30,7 +30,7 @@ class Plan:
 
     @classmethod
     def of(cls, platform: str) -> "Plan":
-        """The plan of a platform, as `jax.default_backend()` names it."""
+        """The plan of a platform, as `nn.platform` names it."""
         if platform != "cpu":
             return cls()
         # A loop over heads keeps every product two-dimensional and its scores in cache; below so many scores per head
@@ -60,7 +60,7 @@ class _Sized(Protocol):
 
 
 def plan_of(size: _Sized) -> Plan:
-    """The plan that a Size asks for, else that of the platform the program runs on."""
-    import jax  # here, since sizes and plans are read by commands that need no device
+    """The plan that a Size asks for, else that of the platform the program is traced for."""
+    from xformers_lab.nn.platform import platform  # here, since plans are read by commands that need no device
 
-    return Plan.of(jax.default_backend()) if size.plan is None else size.plan
+    return Plan.of(platform()) if size.plan is None else size.plan

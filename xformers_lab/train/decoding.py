@@ -36,11 +36,21 @@ class Decoder:
     state_bytes: int
 
 
-def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
-    """For variables as in `state`; raises Refused where the model cannot decode."""
-    length, size = config.seq_len, state_bytes(config, graph, state)
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The functions of a Decoder, not lowered yet, and the shapes of what they are given."""
+
+    prefill: jax.stages.Wrapped
+    token: jax.stages.Wrapped
+    variables: Any
+    cache: Any
+
+
+def steps(config: Config, graph: nnx.GraphDef, state: TrainState, place: jax.sharding.Sharding | None = None) -> Steps:
+    """For variables as in `state`, on the device that `place` names, else the first one here."""
+    length = config.seq_len
     # Shapes alone: the arrays may be spread over devices.
-    plain = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    plain = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     variables = jax.tree.map(plain, (state.params, state.extra, state.memory))
 
     def prefill(variables):
@@ -55,8 +65,14 @@ def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> D
         logits, cache = merge(graph, *variables).step(cache, jnp.zeros(1, jnp.int32))
         return logits, cache
 
-    behind = jax.eval_shape(prefill, variables)
-    reading, one = (jax.jit(prefill).lower(variables), jax.jit(token, donate_argnums=1).lower(variables, behind))
+    behind = jax.tree.map(plain, jax.eval_shape(prefill, variables))
+    return Steps(jax.jit(prefill), jax.jit(token, donate_argnums=1), variables, behind)
+
+
+def compile_decoder(config: Config, graph: nnx.GraphDef, state: TrainState) -> Decoder:
+    """For variables as in `state`; raises Refused where the model cannot decode."""
+    size, step = state_bytes(config, graph, state), steps(config, graph, state)
+    reading, one = step.prefill.lower(step.variables), step.token.lower(step.variables, step.cache)
     return Decoder(reading.compile(), one.compile(), size)
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import jax
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
@@ -29,8 +29,8 @@ from xformers_lab.train.step import make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where arrays live, for one config on the devices of this process, or on a mesh that is none of devices, for which
-    nothing is placed or compiled.
+    """Where arrays live, for one config on devices, or on a mesh that is none of devices, where nothing is placed or
+    compiled.
 
     shares: the paths of the parameters that are shared out, as keys of a pure dict, and how."""
 
@@ -76,8 +76,11 @@ class Layout:
 
     def in_use(self) -> contextlib.AbstractContextManager:
         """What a model is traced in: what has a partition of its own asks for the mesh."""
-        alone = self.pmap or self.mesh.size == 1
-        return contextlib.nullcontext() if alone else jax.set_mesh(self.mesh)
+        if self.pmap or self.mesh.size == 1:
+            return contextlib.nullcontext()
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self.mesh)
+        return jax.set_mesh(self.mesh)
 
     def place_state(self, state: TrainState) -> TrainState:
         """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the
@@ -126,7 +129,8 @@ def plan(config: Config, task: Task, devices: int) -> Layout:
 
 def _abstract(sizes: Mapping[str, int]) -> Mesh:
     # Whatever asks a mesh for shapes takes this as well, though the types of JAX do not say so.
-    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    kinds = (AxisType.Auto,) * len(sizes)
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds))
 
 
 def to_score(config: Config, task: Task) -> Layout:
@@ -159,6 +163,25 @@ class Compiled:
     flops: int | None
 
 
+def jitted_train_step(
+    config: Config,
+    task: Task,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    state: TrainState,
+    batch: Batch,
+) -> jax.stages.Wrapped:
+    """The step over a mesh, not lowered yet. state: shapes; batch: as `shape_batch` gives it, in shapes."""
+    places = layout.of_state(state)
+    return jax.jit(
+        make_train_step(config, task, graph, tx),
+        in_shardings=(places, layout.of_batch(batch)),
+        out_shardings=(places, layout.whole),
+        donate_argnums=0,
+    )
+
+
 def compile_train_step(
     config: Config,
     task: Task,
@@ -172,15 +195,9 @@ def compile_train_step(
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     state, batch = shapes(state), shapes(batch)
     shaped = jax.eval_shape(layout.shape_batch, batch)
-    places = layout.of_state(state)
     began = time.perf_counter()
     # Counted on the global view, which pmap would show one device's share of, and outside of the mesh in use.
-    counted = step = jax.jit(
-        make_train_step(config, task, graph, tx),
-        in_shardings=(places, layout.of_batch(shaped)),
-        out_shardings=(places, layout.whole),
-        donate_argnums=0,
-    )
+    counted = step = jitted_train_step(config, task, graph, tx, layout, state, shaped)
     if layout.pmap:
         local = make_train_step(config, task, graph, tx, DATA)
         step = jax.pmap(local, axis_name=DATA, in_axes=(None, 0), out_axes=None, donate_argnums=0)

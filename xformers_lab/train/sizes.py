@@ -68,9 +68,9 @@ def of(config: Config) -> dict:
     planned = lambda config, task: layout_of(config, task) if devices == here else plan(config, task, devices)
     job = prepare(config, configs.folder(config), planned)
     state, _ = selection.parted(job.target())
-    parameters, kept = _on_device(state.params), _on_device((state.extra, state.memory))
-    training: dict = {"parameters": parameters, "gradients": parameters, "optimizer": _on_device(state.opt)}
-    training |= {"average": _on_device(state.average), "other": kept, "activations": None, "total": None}
+    parameters, kept = on_device(state.params), on_device((state.extra, state.memory))
+    training: dict = {"parameters": parameters, "gradients": parameters, "optimizer": on_device(state.opt)}
+    training |= {"average": on_device(state.average), "other": kept, "activations": None, "total": None}
     if devices == here:
         training["activations"] = max(job.compiled(state).temp_bytes - parameters, 0)
         training["total"] = sum(size for size in training.values() if size is not None)
@@ -82,7 +82,7 @@ def of(config: Config) -> dict:
         "flops_per_token": _flops(job, state),
         "training_bytes": training,
         "kept_bytes": _kept(job, state),
-        "decoding_bytes": _decoding(job, state, _bytes(state.params)),
+        "decoding_bytes": _decoding(job, state, bytes_of(state.params)),
         "layout": _layout(job, devices, here),
     }
 
@@ -164,14 +164,15 @@ def _layout(job: Job, devices: int, here: int) -> dict:
     return {"devices": devices, "here": here, "axes": axes, "parameters": rows}
 
 
-def _on_device(tree: Any) -> int:
+def on_device(tree: Any) -> int:
     """Bytes on one device, of shapes with the places that they have."""
     piece = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
     leaves = (leaf for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
     return sum(piece(leaf) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
+    """Bytes of shapes in all."""
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
 
 

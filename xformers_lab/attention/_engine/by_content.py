@@ -15,6 +15,7 @@ from jax import lax
 from xformers_lab.attention._engine.block_sparse import batch
 from xformers_lab.attention._engine.block_sparse.chunks import ACCELERATOR_SCORES, CPU_SCORES
 from xformers_lab.attention._engine.blocks import in_blocks, joined
+from xformers_lab.nn.platform import platform
 
 # Queries whose choice is made at once.
 ROWS = 512
@@ -86,7 +87,7 @@ def batched(q, k, v, added, of_block):
         return batch.attend(q, k, v, added(of_block))
 
     n, scores = len(q), q.shape[1] * k.shape[1]
-    rounds = -(-n // max(1, (CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES) // scores))
+    rounds = -(-n // max(1, (CPU_SCORES if platform() == "cpu" else ACCELERATOR_SCORES) // scores))
     if rounds == 1:
         return some(q, k, v, of_block)
     parts = jax.tree.map(lambda x: in_blocks(x, -(-n // rounds)), (q, k, v, of_block))

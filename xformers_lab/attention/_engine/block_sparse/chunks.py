@@ -7,6 +7,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.block_sparse.layout import Group, layout
+from xformers_lab.nn.platform import platform
 
 # Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
 # fills an accelerator.
@@ -16,7 +17,7 @@ ACCELERATOR_SCORES = 1 << 24
 
 def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
     """How many rows of a group are computed at once, so that all chunks are alike."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         scores = ACCELERATOR_SCORES
     elif group.batched:
         scores = CPU_SCORES
