@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xformers_lab import optimizer
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
@@ -96,7 +97,8 @@ def make_train_step(
         updates, opt = update(grads, state.opt, state.params, rates=state.rates)
         params = optax.apply_updates(state.params, updates)
         rate, applied = None if state.rates is None else state.rates.ema, state.step + 1 - state.skipped
-        average = None if rate is None else averaged(state.average, params, rate, applied)
+        average = optimizer.scored(opt, params)
+        average = average if rate is None else averaged(state.average, params, rate, applied)
         after = params, extra, memory, opt, average
         ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
