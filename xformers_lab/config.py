@@ -91,8 +91,8 @@ class Train:
     lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
     schedule: typing.Literal["cosine", "constant", "linear", "rsqrt", "wsd"] = knob(
         "cosine",
-        "learning rate after the warm-up: towards 0 along a half cosine or a line, constant, by the inverse root of steps, "
-        "or constant and then along a line (wsd, with cooldown)",
+        "learning rate after the warm-up: towards 0 along a half cosine or a line, constant, by the inverse root of "
+        "the step, or constant and at last along a line (wsd, with cooldown)",
     )
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
     cooldown: float = knob(

@@ -45,7 +45,7 @@ class Given:
     """What the lab gives an optimizer. rate: the learning rate of step n = 0, 1, ..., as optax takes it; weight_decay:
     (); roles: those of the parameters; schedule: what the rate does after the warm-up, by its name."""
 
-    rate: Callable[[jax.Array], jax.Array]
+    rate: optax.Schedule
     weight_decay: jax.Array
     roles: Roles
     schedule: str = "constant"

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -63,7 +64,12 @@ def muon(
 
     turned = scale_by_muon(ns_steps=iterations, beta=momentum, nesterov=nesterov, weight_dimension_numbers=matrices)
     others = optax.adamw(
-        lambda count: ratio * given.rate(count), b1, b2, eps, weight_decay=given.decay, mask=given.roles.decays
+        lambda count: ratio * jnp.asarray(given.rate(count)),
+        b1,
+        b2,
+        eps,
+        weight_decay=given.decay,
+        mask=given.roles.decays,
     )
     which = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", given.roles.hidden)
     return optax.partition({"muon": given.rule(turned, optax.stateless(scaled)), "adamw": others}, which)

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
-from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+from optax.contrib import schedule_free_eval_params
 from optax.contrib import schedule_free as schedule_freed
 
 from xformers_lab.errors import Refused
@@ -12,9 +13,9 @@ from xformers_lab.optimizer._bounds import refuse_rates
 
 
 class Averaging(NamedTuple):
-    """optax's state, which has the parameters to score in it."""
+    """optax's `ScheduleFreeState`, which has the parameters to score in it."""
 
-    of: ScheduleFreeState
+    of: Any
 
     def scored(self, params: Any) -> Any:
         """The average x of z, of which params are the point y between both where gradients are taken."""
@@ -49,9 +50,9 @@ def schedule_free(
     # As Adam without a first moment, and without the memory of one.
     base = given.rule(optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True))
     # optax counts the steps that weights are of from 1 on.
-    inner = schedule_freed(base, lambda count: given.rate(count - 1), b1, power)
+    inner = schedule_freed(base, lambda count: given.rate(jnp.asarray(count) - 1), b1, power)
 
-    def update(updates: Any, state: Averaging, params: Any = None) -> tuple[Any, Averaging]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, kept = inner.update(updates, state.of, params)
         return updates, Averaging(kept)
 

@@ -109,7 +109,7 @@ def match(config: Config, task: Task) -> Match:
 
 
 def take(matched: Match, state: TrainState, tx: optax.GradientTransformation) -> TrainState:
-    """The first state of a run with the arrays of the other one in it, and its update rule's beginning from them; raises
+    """The first state of a run with the arrays of the other one in it, from which its update rule `tx` begins; raises
     IntegrityError where they cannot be read."""
     stored = checkpoint.arrays(named_run.found(matched.init))
     where = _counting(stored, validated=int(stored.get("best.step", 1)) > 0)

@@ -32,8 +32,8 @@ def asked(config: Config, words: Sequence[str]) -> Config:
         key = key.rpartition(".")[2]
         if not equals or key not in (*GROWING, *LABELS):
             raise UsageError(
-                f'"{word}": resume takes steps= (with warmup= and cooldown=) for a longer run, name= and tags=; what else '
-                "differs makes a run of its own, with xlab train"
+                f'"{word}": resume takes steps= (with warmup= and cooldown=) for a longer run, name= and tags=; what '
+                "else differs makes a run of its own, with xlab train"
             )
         changes[key] = configs.typed(key, configs.spec.bare(text), word)
     asked = edit(config, **changes)
@@ -119,12 +119,14 @@ def _refuse_other_rates(first: Config, config: Config, step: int) -> None:
         mend = f"say warmup={same_warm.train.warmup:g} too, for as many steps of warm-up as there were"
     elif config.train.schedule == "wsd" and step > stable:
         mend = (
-            f"its cooldown began after step {stable}, and its newest checkpoint is of step {step}: only a run that "
-            "stopped before can go on; train one with the larger number of steps, which may be stopped and resumed with "
-            "other steps= and cooldown="
+            f"its cooldown began after step {stable}, and its newest checkpoint is of step {step}: begin one with more "
+            "steps, which as long as it has not come to its cooldown goes on with other steps= and cooldown="
         )
     else:
-        mend = "only rates that do not go by the last step can go on, such as those of schedule=constant warmup=0, or of wsd and rsqrt with as many steps of warm-up"
+        mend = (
+            "only rates that do not go by the last step can go on, such as those of schedule=constant warmup=0, or of "
+            "wsd before its cooldown"
+        )
     raise UsageError(
         f"steps={steps}: step {at + 1} was taken at the learning rate {was[at]:.4g}, which would be {now[at]:.4g} in a "
         f"run of {steps} steps (schedule={config.train.schedule}, warmup={config.train.warmup:g}); {mend}"

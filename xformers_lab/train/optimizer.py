@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -43,16 +42,17 @@ def build(train: Train, given: optimizer.Roles) -> optax.GradientTransformationE
 def learning_rate(train: Train, rates: Rates | None = None) -> optax.Schedule:
     """The rate of step n = 0, 1, ...: linear from lr / w to lr over w = warmup * steps steps, and then by `schedule`.
 
-    constant: lr. cosine, linear: along a half cosine, or a line, towards 0 that would be reached at step `steps`. rsqrt:
-    lr sqrt(w / (n + 1)), so that n and w decide it and not `steps` (Vaswani et al., 2017, arXiv 1706.03762, section
-    5.3). wsd: lr, and over the last c = cooldown * steps steps along a line towards 0 (Hu et al., 2024, arXiv
-    2404.06395; Hägele et al., 2024, arXiv 2405.18392).
+    constant: lr. cosine, linear: along a half cosine, or a line, towards 0 that would be reached at step `steps`.
+    rsqrt: lr sqrt(w / (n + 1)), which does not go by `steps` (Vaswani et al., 2017, arXiv 1706.03762, section 5.3).
+    wsd: lr, and over the last cooldown * steps steps along a line towards 0 (Hu et al., 2024, arXiv 2404.06395; Hägele
+    et al., 2024, arXiv 2405.18392).
 
     Args:
         rates: those of `train`, as arrays.
     """
     rates = rates_of(train) if rates is None else rates
-    warm, steps, cool = rates.warm, rates.steps, rates.cool
+    warm, steps = rates.warm, rates.steps
+    cool = steps if rates.cool is None else rates.cool
     done = lambda count: jnp.clip((count - warm) / jnp.maximum(steps - warm, 1), 0, 1)
     falling = {
         "constant": lambda count: 1.0,

@@ -19,8 +19,8 @@ from xformers_lab.tasks import Task
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What only scales updates: the peak learning rate, the steps that warm it up, the steps of the whole run, the
-    weight decay, the largest norm of a gradient, the rate of the average of the parameters, None where none is kept, and
-    the last steps in which schedule=wsd falls, None of others; float32, and int32 for counts of steps."""
+    weight decay, the largest norm of a gradient, the rate of `ema`'s average of the parameters, None without, and the
+    last steps in which schedule=wsd falls, None without; float32, and int32 for counts of steps."""
 
     lr: jax.Array
     warm: jax.Array

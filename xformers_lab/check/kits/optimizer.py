@@ -2,7 +2,6 @@
 
 import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from xformers_lab.check.subject import Broken, compare
 from xformers_lab.optimizer import Given, Roles
 from xformers_lab.train import checkpoint
 
-documented = inside.documented
 LAYERS = 3
 # Relative to the largest number of an array: sums in another order.
 SAME = 1e-4
@@ -144,7 +142,7 @@ def jit_equals_eager(subject: Tuned) -> None:
 
 
 def saved(subject: Tuned) -> None:
-    """The state is arrays alone, of shapes and types that a step leaves, and comes back from a checkpoint to the bit."""
+    """The state is arrays alone, whose shapes and types a step leaves, and comes back from a checkpoint to the bit."""
     params, state = subject.after
     first = subject.rule().init(subject.params)
     if strange := [name for name, leaf in checkpoint.named_leaves(first).items() if not isinstance(leaf, jax.Array)]:
@@ -170,7 +168,7 @@ def _finite(params: Any, state: Any, when: str) -> None:
 
 
 def _stacked(subject: Tuned, name: str) -> int:
-    return checkpoint.named_leaves(subject.roles.stacked)[name]
+    return int(checkpoint.named_leaves(subject.roles.stacked)[name])
 
 
 def _unstacked(subject: Tuned, tree: Any) -> dict[str, jax.Array]:
@@ -183,8 +181,8 @@ def _unstacked(subject: Tuned, tree: Any) -> dict[str, jax.Array]:
     return parts
 
 
-PROPERTIES: list[Callable[[Tuned], None]] = [
-    documented,
+PROPERTIES = [
+    inside.documented,
     descends,
     decays_alone,
     rates_are_data,
