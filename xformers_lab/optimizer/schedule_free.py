@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from optax.contrib import schedule_free_eval_params
 from optax.contrib import schedule_free as schedule_freed
+from optax.contrib import schedule_free_eval_params
 
 from xformers_lab.errors import Refused
 from xformers_lab.optimizer import Given
