@@ -104,6 +104,12 @@ class Train:
         later=True,
     )
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
+    label_smoothing: float = knob(
+        0.0, "share of each target that all classes get alike, in the training loss", least=0, below=1, later=True
+    )
+    z_loss: float = knob(
+        0.0, "weight of the squared log of the softmax's sum, in the training loss", least=0, later=True
+    )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
     ema: float | None = knob(
         None,

@@ -152,6 +152,7 @@ def check_config(config: Config) -> Task:
     _memory.refuse_activations(config)
     with _own_errors(config):
         task = build_task(config)
+        _refuse_shaping(config, task)
         logits, remembered, parameters = _traced(config, task)
         _memory.refuse_activations(config, logits.size)
         _memory.refuse_parameters(config, parameters)
@@ -160,6 +161,16 @@ def check_config(config: Config) -> Task:
             if split != "test" or config.train.score == "test":
                 task.segment(split, 0)
     return task
+
+
+def _refuse_shaping(config: Config, task: Task) -> None:
+    """Raises UsageError where the training loss of a task that is no cross-entropy of its own is to be shaped."""
+    asked = {key: get(config, key) for key in ("label_smoothing", "z_loss") if get(config, key)}
+    if asked and type(task).loss is not Task.loss:
+        words = " ".join(f"{key}={value:g}" for key, value in asked.items())
+        raise UsageError(
+            f"{words}: task {spec.parse(config.task).name} has a loss that is no cross-entropy; leave it out"
+        )
 
 
 def check_built(config: Config, task: Task) -> None:
