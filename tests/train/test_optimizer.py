@@ -1,6 +1,7 @@
 """Optimizers and schedules: their papers' rules in NumPy, ids that stay, state that lies and comes back as it was."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,8 @@ def test_schedule_free_is_its_three_sequences():
     given = shelf.Given(lambda count: rates[jnp.clip(count, 0, 2)], jnp.float32(0.5), roles)
     rule = shelf.build("schedule_free:b1=0.8:b2=0.9:power=1", given)
     y = z = x = np.array([1.0, -2.0, 3.0])
-    params, v, total = {"p": jnp.asarray(y, jnp.float32)}, np.zeros(3), 0.0
+    params: Any = {"p": jnp.asarray(y, jnp.float32)}
+    v, total = np.zeros(3), 0.0
     state = rule.init(params)
     np.testing.assert_allclose(shelf.scored(state, params)["p"], x, rtol=1e-6)
     for step, rate in enumerate([0.1, 0.2, 0.2]):
@@ -321,7 +323,7 @@ def test_roles_of_models(changes, hidden):
     assert {matrix(name) for name in found} == hidden
     assert all(named["decays"][name] for name in found)
     leaves = checkpoint.named_leaves(shapes(config, build_task(config))[1])
-    assert {leaves[name].ndim - named["stacked"][name] for name in found} == {2}
+    assert {leaves[name].ndim - int(named["stacked"][name]) for name in found} == {2}
 
 
 def test_state_lies_as_its_parameters_do():
@@ -330,8 +332,8 @@ def test_state_lies_as_its_parameters_do():
         config = edit(Config(), **(SMALL | changes))
         task = build_task(config)
         state = abstract(config, task, optimizer.of(config, task))
-        places = plan(config, task, 8).of_state(state)
-        of = lambda tree: {
+        places: Any = plan(config, task, 8).of_state(state)
+        of: Any = lambda tree: {
             name: leaf
             for name, leaf in checkpoint.named_leaves(tree).items()
             if "stack.periods.0.ffn.up.kernel" in name
@@ -403,6 +405,18 @@ def test_a_file_of_ones_own_trains(task, tmp_path):
     stored = records.read_json(configs.folder(config) / "config.json") or {}
     assert stored["train"]["optimizer"].endswith("mine.py:b1=0.4")
     assert "optimizer source" in configs.decisive(config) and before == configs.folder(config).name
+
+
+@pytest.mark.parametrize("text, message", [
+    ("optax.stateless(lambda u, p: list(u.values()))", "its updates are not shaped like the parameters"),
+    ("optax.stateless(lambda u, p: 1 + 'a')", "TypeError"),
+    ("1", "AttributeError"),
+])  # fmt: skip
+def test_a_broken_file_is_named_before_anything_compiles(text, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f'import optax\n\ndef mine(given):\n    """Mine."""\n    return {text}\n')
+    with pytest.raises(UsageError, match=f"optimizer=.*mine.py.*{message}"):
+        check_config(edit(Config(), **SMALL, optimizer=str(path)))
 
 
 LAYOUTS = """

@@ -31,6 +31,7 @@ def test_it_is_cross_entropy_with_smoothed_targets():
     assert shaping.of(Config().train) is None
 
 
+@pytest.mark.full
 def test_reported_is_the_task_s_loss(tmp_path):
     """Of the first step, whose parameters are the same; what is minimised is more, and is followed."""
     path = tmp_path / "uneven.py"

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab import hardware, optimizer
+from xformers_lab import hardware, optimizer, spec
 from xformers_lab.config import Config
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import Refused, UsageError
 
 
 def refuse_activations(config: Config, outputs: int = 0) -> None:
@@ -29,7 +29,13 @@ def refuse_parameters(config: Config, variables: nnx.State) -> None:
     fit into no memory here, or where the optimizer refuses its options or stands beside what it excludes."""
     train, params = config.train, nnx.to_pure_dict(variables)
     given = optimizer.Given(lambda count: jnp.ones(()), jnp.ones(()), optimizer.roles(variables), train.schedule)
-    kept = jax.eval_shape(optimizer.build(train.optimizer, given).init, params)
+    rule = optimizer.build(train.optimizer, given)
+    kept = jax.eval_shape(rule.init, params)
+    if spec.digest("optimizer", train.optimizer) is not None:
+        updates, _ = jax.eval_shape(rule.update, params, kept, params)
+        shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+        if shapes(updates) != shapes(params):
+            raise Refused(f"optimizer={train.optimizer}: its updates are not shaped like the parameters")
     averages = jax.eval_shape(optimizer.scored, kept, params) is not None
     if averages and train.ema is not None:
         raise UsageError(f"ema={train.ema:g}: optimizer={train.optimizer} scores an average of its own; leave ema out")
