@@ -16,7 +16,7 @@ READY := $(VENV)/.ready-$(VERSION)
 
 PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -o cache_dir=.pytest_cache/$(PINS)
 
-.PHONY: demo setup test test-rest test-part test-all test-smoke test-peers test-deep check lint docs site bench clean
+.PHONY: demo setup test test-rest test-part test-all test-smoke test-peers test-engines test-deep check lint docs site bench clean
 
 setup: $(READY)  ## make the environment, which every other target does too
 
@@ -41,6 +41,10 @@ test-smoke: $(READY)  ## a part of `make test`, which .ci/run runs with the old 
 test-peers: $(READY)  ## golden tests against the other implementations themselves, run live (installs torch)
 	$(BIN)/python -m pip install -q -e '.[peers]' -c $(CONSTRAINTS)
 	GOLDEN=live $(PYTEST) -m golden
+
+test-engines: $(READY)  ## cells on a real Ray cluster and in submitit's jobs, with kills (installs ray and submitit)
+	$(BIN)/python -m pip install -q -e '.[ray,slurm]' -c $(CONSTRAINTS)
+	$(PYTEST) -n 0 tests/engines
 
 test-deep: $(READY)  ## campaigns of an hour: whole kits of all mechanisms, all choices at XLA's default flags, drawn shapes
 	$(PYTEST) -m slow

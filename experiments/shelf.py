@@ -13,6 +13,7 @@ CLAIM = Claim(
     "it holds; most modifications do not meaningfully improve a Transformer",
     doubt="Longer contexts, learning rates tuned for each, more steps: this is one recipe for all.",
     minutes=75,
+    data={"sst2": "SST-2's sentences, train.tsv, dev.tsv and test.tsv: sentence, tab, label, no header"},
 )
 # Windows and blocks that are short beside 64 tokens, where those by default are as long as they. What is not named
 # here is as by default.
@@ -26,13 +27,14 @@ skyformer:landmarks=16 sparse:pattern=band(16)|first(1) streaming:window=12 topk
 """
 SHELF = {name: name for name in spec.names("attention")} | {word.partition(":")[0]: word for word in SHORT.split()}
 MODEL = f"attention={','.join(SHELF.values())} seq_len=64 dim=32 heads=2 layers=2 lr=3e-3"
+SENTENCES = "mlm:path=({data}/sst2):text_column=0:label_column=1:header=false"
 # The encoders are those that cannot be causal, too; what reads one way alone is no encoder.
 STUDIES = {
     "recall": compare(f"task=mqar:pairs=4 position=conv ffn=none batch=32 steps=400 {MODEL}", skip_impossible=True),
     "copy": compare(f"task=copy position=conv batch=16 steps=300 {MODEL}", skip_impossible=True),
     "text": compare(f"task=lm position=conv batch=16 steps=200 {MODEL}", skip_impossible=True),
     "needle": compare(f"task=needle model=encoder batch=32 steps=200 {MODEL}", skip_impossible=True),
-    "masked": compare(f"task=mlm model=encoder batch=16 steps=200 {MODEL}", skip_impossible=True),
+    "masked": compare(f"task={SENTENCES} model=encoder batch=16 steps=200 {MODEL}", skip_impossible=True),
 }
 
 

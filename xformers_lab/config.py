@@ -196,6 +196,23 @@ class Derived:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which of several processes this is, that train one run together: no part of a config, for a run is the same
+    wherever it runs."""
+
+    coordinator: str | None = knob(
+        None, "HOST:PORT of process 0, where all processes meet; auto: as jax finds it in the cluster"
+    )
+    processes: int | None = knob(
+        None, "how many processes train the run (none: as many as SLURM or Open MPI says, or a TPU pod)", least=1
+    )
+    process: int | None = knob(None, "which of them this one is, from 0 on", least=0)
+    wait: float | None = knob(
+        None, "seconds that processes wait for one another (none: 300 to meet, 60 for a sign of life)", least=1
+    )
+
+
 def _fields(
     cls: type = Config, path: tuple[str, ...] = ()
 ) -> dict[str, tuple[tuple[str, ...], dataclasses.Field, object]]:
@@ -213,7 +230,8 @@ LEAVES = _fields()
 KEYS = tuple(LEAVES)
 STUDY = _fields(Study)
 DERIVED = _fields(Derived)
-_WORDS = LEAVES | STUDY | DERIVED  # whatever may stand in front of =
+PLACE = _fields(Place)
+_WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
 MOST_CELLS = 100_000
 # The value of a choice's key that stands for its whole shelf.
 EVERY = "all"
@@ -551,6 +569,24 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def placed(items: Iterable[Item]) -> tuple[Place, list[Item]]:
+    """The keys of a place among words, or among keys with their values, and all the rest; raises UsageError."""
+    found, rest = {}, []
+    for item in items:
+        if isinstance(item, str):
+            key, _, text = item.partition("=")
+            if key in PLACE and not text:
+                raise UsageError(f'"{item}" has no value')
+            if key in PLACE:
+                found[key] = typed(key, spec.bare(text), item)
+                continue
+        elif isinstance(item, Mapping):
+            found |= {key: typed(key, value) for key, value in item.items() if key in PLACE}
+            item = {key: value for key, value in item.items() if key not in PLACE}
+        rest.append(item)
+    return Place(**found), rest
+
+
 def single(words: Iterable[Item], *, trust: bool = False) -> Config:
     """The one config of words; a sweep is refused."""
     configs, differing = sweep(words, trust=trust)
@@ -732,10 +768,12 @@ def _leaf(key: str, where: str) -> str:
     name = key.rpartition(".")[2]
     if (name in LEAVES and key in (name, ".".join(LEAVES[name][0]))) or key in DERIVED:
         return name
+    if key in PLACE:
+        raise UsageError(f"{where}: only train and resume take {key}=, each process its own, for one run of several")
     known = ".".join(LEAVES[name][0]) if name in LEAVES else None
     raise UsageError(
         f'{where}: unknown key "{key}": '
-        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY, *DERIVED], "keys"))
+        + (f'did you mean "{known}"?' if known else nearest(name, [*KEYS, *STUDY, *DERIVED, *PLACE], "keys"))
     )
 
 

@@ -20,10 +20,11 @@ def simulated(environment: MutableMapping[str, str] = os.environ) -> int:
     return max([1, *(int(count) for count in asked if count.isdecimal())])
 
 
-def enough(devices: int, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let XLA have `PER_DEVICE` threads for each of several devices, unless the user has said how many.
+def enough(devices: int, environment: MutableMapping[str, str] = os.environ, *, processes: int = 1) -> None:
+    """Let XLA have `PER_DEVICE` threads for each of a process's devices where there are several, in this process or in
+    `processes` together, unless the user has said how many.
 
-    It counts only before JAX starts."""
-    if devices > 1:
+    It counts only before JAX makes its devices."""
+    if devices > 1 or processes > 1:
         threads = max(os.cpu_count() or 1, PER_DEVICE * devices)
         environment.setdefault("PJRT_NPROC", str(threads))

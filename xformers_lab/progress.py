@@ -7,7 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from xformers_lab.config import Config, get
 from xformers_lab.terminal import LINES, markup, message, visible
@@ -70,15 +78,18 @@ def steps(title: str, *, quiet: bool = False) -> Iterator[Steps]:
 
 
 class Cells:
-    """Progress of a grid: one bar for the cells, one for the steps of the cell that trains. what: what is counted, in
-    words, where it is not the cells themselves."""
+    """Progress of a grid: one bar for the cells, one for the steps of each cell that trains; by lines, with about how
+    long the rest takes. what: what is counted, in words, where it is not the cells themselves."""
 
     def __init__(self, total: int, bar: Progress | None, quiet: bool, varied: Sequence[str], what: str = "cells"):
         self.words = "" if what == "cells" else f"{what} "
-        self.total, self.bar, self.quiet, self.at, self.drawn = total, bar, quiet, "", 0.0
+        self.total, self.bar, self.quiet, self.drawn = total, bar, quiet, 0.0
         self.varied = [key for key in varied if key not in ("task", "attention", "seq_len")]
+        self.at: dict[int, str] = {}  # what is under way, by its number
+        self.bars: dict[int, TaskID] = {}
+        self.began, self.done = 0.0, 0  # when the first one did, and how many came to their end since
         if bar is not None:
-            self.grid, self.cell = bar.add_task(markup(what), total=total), bar.add_task("", visible=False)
+            self.grid = bar.add_task(markup(what), total=total)
 
     def grow(self, more: int) -> None:
         """There are more than it seemed."""
@@ -89,31 +100,39 @@ class Cells:
     def started(self, index: int, cell: Config, name: str = "") -> None:
         """A cell begins to train; name: what it is called where its keys do not say it."""
         words = [*filter(None, [name]), *(f"{key}={get(cell, key)}" for key in self.varied)]
-        self.at = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
-        if self.bar is not None:
-            words = markup(f"{self.at} · compiling")
-            self.bar.update(self.cell, description=words, completed=0, total=cell.train.steps, visible=True)
+        at = self.at[index] = " · ".join([cell.task, cell.model.attention, str(cell.seq_len), *words])
+        self.began = self.began or time.monotonic()
+        if self.bar is not None and index not in self.bars:
+            self.bars[index] = self.bar.add_task(markup(f"{at} · compiling"), total=cell.train.steps)
 
-    def stepped(self, step: int, total: int, loss: float | None) -> None:
+    def stepped(self, index: int, step: int, total: int, loss: float | None) -> None:
         """It has taken a step."""
-        if self.bar is not None and time.monotonic() - self.drawn > BAR_EVERY:
+        if self.bar is not None and index in self.bars and time.monotonic() - self.drawn > BAR_EVERY / len(self.bars):
             self.drawn = time.monotonic()
-            self.bar.update(
-                self.cell, completed=step, total=total, description=f"{markup(self.at)} · loss {_number(loss)}"
-            )
+            words = f"{markup(self.at[index])} · loss {_number(loss)}"
+            self.bar.update(self.bars[index], completed=step, total=total, description=words)
 
-    def finished(self, index: int, row: dict) -> None:
-        """A cell has its row."""
+    def finished(self, index: int, count: int, row: dict) -> None:
+        """A cell has its row; count others had theirs before."""
+        at = self.at.pop(index, "")
+        self.done += bool(at)
         if self.bar is not None:
-            self.bar.update(self.grid, completed=index + 1)
-        elif not self.quiet and self.at:
+            self.bar.update(self.grid, completed=count + 1)
+            if index in self.bars:
+                self.bar.remove_task(self.bars.pop(index))
+        elif not self.quiet and at:
             score = (
                 f"{row['metric_name']} {_number(row['metric'])}"
                 if row.get("metric") is not None
                 else row.get("reason", "")
             )
-            say(f"{self.words}{index + 1}/{self.total} {self.at}: {row['status']} {score}".rstrip())
-        self.at = ""
+            line = f"{self.words}{count + 1}/{self.total} {at}: {row['status']} {score}".rstrip()
+            say(f"{line}{self._left(self.total - count - 1)}")
+
+    def _left(self, cells: int) -> str:
+        """About how long so many more take, in words, where those so far tell."""
+        about = (time.monotonic() - self.began) / self.done * cells
+        return f"; {cells} left, about {spoken(about)}" if cells else ""
 
 
 @contextlib.contextmanager
@@ -179,6 +198,13 @@ def items(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[
             done += 1
 
         yield update
+
+
+def spoken(time: float) -> str:
+    """Seconds as people say them: "40 s", "12 min", "2.5 h"."""
+    if time < 100:
+        return f"{max(time, 1):.0f} s"
+    return f"{time / 60:.0f} min" if time < 100 * 60 else f"{time / 3600:.1f} h"
 
 
 def say(text: str) -> None:

@@ -335,6 +335,11 @@ class Record:
     data: Mapping = fact("what identifies the task's data")
     checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
     devices: int = fact("how many devices trained it")
+    host: str = fact("the host that trained it")
+    device: str = fact("what its devices are called")
+    untimed: str = fact("why it has no times: it trained beside other cells, which would disturb them")
+    processes: int = fact("of how many processes, on")
+    hosts: int = fact("so many machines")
     started: str | None = fact("when the run began, in UTC")
     ended: str = fact("when it came to its end, in UTC")
     git: Mapping | None = fact(

@@ -306,8 +306,11 @@ def test_a_bar_that_stands_still_says_why():
     cells = progress.Cells(2, bar, False, [])
     cells.started(0, config.edit(config.Config(), task="copy"))
     assert words()[-1].endswith("· compiling")
-    cells.stepped(1, 10, 2.0)
+    cells.stepped(0, 1, 10, 2.0)
     assert words()[-1].endswith("· loss 2.000")
+    cells.started(1, config.edit(config.Config(), task="copy"))
+    cells.finished(0, 0, {"status": "ok"})
+    assert words()[-1].endswith("· compiling") and len(words()) == 3  # the run, the grid, the second cell
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ import pytest
 from xformers_lab import config as configs
 from xformers_lab.check import cache
 from xformers_lab.cli import main
-from xformers_lab.compare import cell, run
+from xformers_lab.compare import cell, run, sweep
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.model import check_config
@@ -81,6 +81,19 @@ class {name}(Full):
     def attend(self, q, k, v, *, valid=None, causal, bias=None):
         return super().attend(q, k, v, valid=valid, causal=causal, bias=bias){end}
 """
+
+
+class Quiet:
+    """Progress that nobody looks at."""
+
+    def started(self, index, cell):
+        pass
+
+    def stepped(self, index, step, total, loss):
+        pass
+
+    def finished(self, index, count, record):
+        pass
 
 
 def tiny(folder, **changes) -> Config:
@@ -152,8 +165,9 @@ from xformers_lab.supervise.process import Worker
 cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
 with Worker() as worker:
     ended = run.check_cells(cells, worker)
-    ignore = lambda *_: None
-    records = run.train_cells(cells, worker, ended=ended, started=ignore, stepped=ignore, finished=ignore)
+    class Quiet:
+        started = stepped = finished = lambda *_: None
+    records = run.train_cells(cells, worker, ended=ended, progress=Quiet())
 rows = [run.row(cell, record, []) for cell, record in zip(cells, records, strict=True)]
 print(json.dumps([ended == {}, xla_bridge.backends_are_initialized(), rows]))
 """
@@ -205,8 +219,7 @@ def test_what_a_layout_cannot_is_found_before_any_cell_trains(tmp_path, changes)
 def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with Worker() as worker, pytest.raises(UsageError, match="choose another folder with runs="):
-        ignore = lambda *_: None
-        run.train_cells([tiny(tmp_path)], worker, ended={}, started=ignore, stepped=ignore, finished=ignore)
+        run.train_cells([tiny(tmp_path)], worker, ended={}, progress=Quiet())
     assert worker.process is None
 
 
@@ -214,28 +227,27 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_cell_trains(tmp_p
 def two_cells(tmp_path, monkeypatch):
     """A comparison of two cells of which another process holds the first: compare(release) calls release() once the
     other cell is done -> the rows, and which cells were asked for."""
-    monkeypatch.setattr(run, "PAUSE", 0.0)
+    monkeypatch.setattr(sweep, "PAUSE", 0.0)
     cells, held, asked, results = [tiny(tmp_path, seed=seed) for seed in (0, 1)], [0], [], {}
 
-    def train(cell, worker, stepped, announce, track):
-        asked.append(cell.seed)
-        return {"status": HELD, "reason": "process 1"} if cell.seed in held else {"status": "ok", "metric": cell.seed}
+    def ask(self, what, heard, *, stall, config, **given):
+        asked.append(config["seed"])
+        if config["seed"] in held:
+            return {"status": HELD, "reason": "process 1"}
+        return {"status": "ok", "metric": config["seed"]}
 
-    monkeypatch.setattr(run, "_train", train)
-    monkeypatch.setattr(run, "stored", results.get)
+    monkeypatch.setattr(Worker, "ask", ask)
+    monkeypatch.setattr(sweep, "stored", results.get)
 
     def compare(release):
-        def finished(count, row):
-            if count == 0:
-                release(cells[0], held, results)
+        class Releases(Quiet):
+            def finished(self, index, count, record):
+                if count == 0:
+                    release(cells[0], held, results)
 
         words = []
         with Worker() as worker:
-            ignore = lambda *_: None
-            records = run.train_cells(
-                cells, worker, ended={}, started=ignore, stepped=ignore, finished=finished,
-                announce=words.append,
-            )  # fmt: skip
+            records = run.train_cells(cells, worker, ended={}, progress=Releases(), announce=words.append)
         assert words == ["waiting for 1 cell that another process trains; Ctrl-C ends the waiting"]
         return records, asked
 
@@ -266,8 +278,8 @@ def test_a_cell_that_another_process_gave_up_is_trained_here(two_cells):
 def test_an_older_failure_is_tried_again(tmp_path):
     cell = tiny(tmp_path)
     result(cell, status="failed", reason="older")
-    assert run._failed_since(time.time() + 5, cell) is None
-    assert (run._failed_since(0.0, cell) or {})["reason"] == "older"
+    assert sweep.failed_since(time.time() + 5, cell) is None
+    assert (sweep.failed_since(0.0, cell) or {})["reason"] == "older"
 
 
 @pytest.mark.full

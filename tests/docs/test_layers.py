@@ -10,7 +10,7 @@ from conftest import ROOT
 # within a folder is a layer of its own where it is named here.
 LAYERS = [
     "terminal",
-    "errors files hardware record drawing",
+    "errors files hardware record drawing cpu_threads",
     "layouts",
     "nn",
     "spec",
@@ -24,6 +24,7 @@ LAYERS = [
     "config",
     "model progress",
     "generate supervise",
+    "engines",
     "measure",
     "train",
     "check doctor",

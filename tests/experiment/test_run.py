@@ -88,6 +88,14 @@ def test_from_the_file_to_the_pages(mine, runs, capsys):
     assert "changed since" in capsys.readouterr().out
 
 
+def test_data_that_cannot_be_read_is_said_before_anything_trains(mine, tmp_path, capsys):
+    late = 'STUDIES["late"] = compare("task=lm:path=absent.txt attention=full seq_len=16 dim=16 layers=1 steps=3")'
+    (mine / "mine.py").write_text(f"{FILE.replace('BOUND', '2.5')}\n{late}\n")
+    assert main(["experiment", "run", "mine.py", "--runs", str(tmp_path / "none")]) == 2
+    assert "mine.py: late: " in (said := capsys.readouterr().err) and "absent.txt" in said
+    assert not list((tmp_path / "none").rglob("config.json"))
+
+
 def test_a_pilot_has_other_seeds_and_keeps_no_result(mine, runs, capsys):
     assert main(["experiment", "run", "mine.py", "--pilot", "--json", "--runs", runs]) == 0
     printed = json.loads(capsys.readouterr().out)["mine"]

@@ -226,3 +226,40 @@ def test_what_scores_no_better_than_a_unigram_does_no_better_than_a_guess():
     cells = [row | {"data": {"unigram": 4.6}} for row in cells]
     text = printed(cells, KEYS)
     assert "chance 8.000 · unigram 4.600" in text and "No better than a guess: linear." in text
+
+
+def timed(machines: dict[str, str]) -> list[dict]:
+    """Two variants at two lengths, each measured by its machine; the second takes a quarter of the time."""
+    speeds = {"full": 1e5, "linear": 4e5}
+    better = {"full": 0.5, "linear": 0.6}
+
+    def row(name: str, seq_len: int) -> dict:
+        seconds = 64 * seq_len / speeds[name]
+        times = {"tokens_per_second": speeds[name], "seconds_median": seconds, "seconds_min": seconds}
+        return cell(name, seq_len=seq_len, metric=better[name], machine={"processor": machines[name]}) | times
+
+    return [row(name, seq_len) for name in speeds for seq_len in (64, 128)]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_speeds_of_different_machines_are_not_ranked(alike):
+    cells = timed({"full": "fast", "linear": "fast" if alike else "slow"})
+    (group,) = rows.groups(cells, ["attention", "seq_len"])
+    said = " ".join(findings.sentences(group))
+    for words in ("Fastest to train is linear", "times the time", "Efficiency length, from which on time"):
+        assert (words in said) is alike, words
+    assert ("Not ranked by speed: different machines measured it." in said) is not alike
+    assert bool(group.leading(128, group.speed)) is alike
+    assert any("Measured on different machines" in note for note in notes.of(cells)) is not alike
+
+
+def test_rows_without_times_say_why_and_several_hosts_are_named():
+    cells = [cell("full", host="one"), cell("linear", host="two", untimed="up to 4 cells trained at once (-j 4)")]
+    cells[1] |= dict.fromkeys(("tokens_per_second", "seconds_median", "seconds_min", "compile_seconds"))
+    said = notes.of(cells)
+    assert (
+        "No times of 1 cell, since cells beside one another disturb them: up to 4 cells trained at once (-j 4)." in said
+    )
+    assert "Trained on 2 hosts: one (1 cell) and two (1 cell)." in said
+    (group,) = rows.groups(cells, ["attention"])
+    assert "full runs at" in " ".join(findings.sentences(group))

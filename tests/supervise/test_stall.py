@@ -16,7 +16,7 @@ import pytest
 from xformers_lab import config as configs
 from xformers_lab.check import cache
 from xformers_lab.cli import main
-from xformers_lab.compare import run as grid
+from xformers_lab.compare import sweep
 from xformers_lab.config import Config, edit
 from xformers_lab.supervise import process, worker
 from xformers_lab.supervise.limits import APART, CHECK, FIRST, LEAST, MEDIANS, Clock
@@ -150,7 +150,7 @@ def test_a_cell_that_hangs_is_a_row_and_the_grid_goes_on(capsys, bad, tmp_path, 
     # Its reason stays in its folder, and the same command tries it again.
     kept = json.loads((folder / "result.json").read_text())
     assert (kept["status"], kept["step"]) == ("stalled", hung["step"])
-    assert grid.stored(configs.from_dict(hung["config"])) is None
+    assert sweep.stored(configs.from_dict(hung["config"])) is None
     with records.locked(folder):
         pass  # nothing of the process is left to hold it
 
@@ -338,10 +338,15 @@ def test_a_worker_that_hangs_ends_without_its_driver(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     reads, writes = os.pipe()
     os.close(writes)
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
     tell = worker.Tell(io.StringIO())
     worker._end_alone(reads, tell)
+    assert tell.alone and ended == [1] and not signals  # it has nothing to do, and ends by itself
+    tell.busy = True
+    worker._end_alone(reads, tell)
     os.close(reads)
-    assert tell.alone and ended == [1]
+    assert signals == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.full

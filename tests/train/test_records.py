@@ -14,6 +14,7 @@ from xformers_lab import config as configs
 from xformers_lab import sources
 from xformers_lab.cli import main
 from xformers_lab.compare import run as grid
+from xformers_lab.compare import sweep
 from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError
 from xformers_lab.record import broken, sealed
@@ -180,13 +181,13 @@ def test_a_result_cannot_stand_for_anothers(done, tmp_path):
     folder = configs.folder(other)
     folder.mkdir()
     shutil.copy(done / "result.json", folder)
-    assert grid.stored(config_of(done)) is not None and grid.stored(other) is None
+    assert sweep.stored(config_of(done)) is not None and sweep.stored(other) is None
     with pytest.raises(IntegrityError, match=f"it is of run {done.name}, not of {folder.name}") as caught:
         loop.run(other)
     assert caught.value.exit_code == 4
     record = json.loads((done / "result.json").read_text()) | {"id": folder.name}
     (folder / "result.json").write_text(json.dumps(record))
-    assert grid.stored(other) is None
+    assert sweep.stored(other) is None
     with pytest.raises(IntegrityError, match="seal does not match"):
         settled.record(folder, lambda: pytest.fail("it is refused before"))
 
@@ -196,7 +197,7 @@ def test_a_result_cannot_stand_for_anothers(done, tmp_path):
 def test_an_edited_result_is_refused(done, change):
     path = done / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert grid.stored(config_of(done)) is None
+    assert sweep.stored(config_of(done)) is None
     with pytest.raises(IntegrityError, match="its seal does not match"):
         loop.run(config_of(done))
     path.unlink()

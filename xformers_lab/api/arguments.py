@@ -27,7 +27,7 @@ def items(what: Sequence[What], keys: Mapping[str, Any]) -> list[configs.Item]:
     return [_plain(item, folder) for item in given]
 
 
-def documented(*, study: bool = False) -> Callable[[Function], Function]:
+def documented(*, study: bool = False, place: bool = False) -> Callable[[Function], Function]:
     """Write the keys that a function takes, with their defaults, below its docstring, as `--help` has them."""
 
     def write(function: Function) -> Function:
@@ -35,6 +35,8 @@ def documented(*, study: bool = False) -> Callable[[Function], Function]:
         if study:
             lines += ["", "Keys of the whole study:", *configs.help_lines(configs.STUDY)]
         lines += ["", "Keys:", *configs.help_lines(configs.LEAVES)]
+        if place:
+            lines += ["", "Keys of each of several processes of one run:", *configs.help_lines(configs.PLACE)]
         function.__doc__ = "\n".join(lines)
         return function
 

@@ -240,7 +240,8 @@ class Run(Shown):
             longer = run.resume(steps=2000)
 
         Args:
-            keys: steps (with warmup) of a longer run, which goes on from this one in a folder of its own; name, tags.
+            keys: steps (with warmup) of a longer run, which goes on from this one in a folder of its own; name, tags;
+                coordinator, processes, process and wait, as `xl.train` takes them.
             stall: Seconds without a step that end it, in place of its own stall.
             from_scratch: Begin at step 1 again where checkpoints or lines of metrics are lost.
             track: Where else every step is shown: "tensorboard", "wandb".
@@ -251,8 +252,7 @@ class Run(Shown):
         """
         with supervised.interruptible():
             how = {"stall": stall, "from_scratch": from_scratch, "track": track, "trust": self.trust, "quiet": quiet}
-            words = configs.spelled([keys]) if keys else []
-            folder, _ = supervised.resume(self.folder, words, where=f"stall={stall}", **how)
+            folder, _ = supervised.resume(self.folder, [keys] if keys else [], where=f"stall={stall}", **how)
         return Run(folder, trust=self.trust)
 
     def tag(self, add: str | None = None, *, remove: str | None = None) -> "Run":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from xformers_lab import config as configs
-from xformers_lab import spec
+from xformers_lab import engines, spec
 from xformers_lab.api import arguments, supervised
 from xformers_lab.api.table import COSTS, Table
 from xformers_lab.errors import UsageError, nearest
@@ -16,6 +16,7 @@ from xformers_lab.train import trackers
 
 if TYPE_CHECKING:
     from xformers_lab.compare.conduct import Options
+    from xformers_lab.compare.dry import Plan
     from xformers_lab.compare.study import Cell
 
 Passes = Literal["forward", "both", "decode"]
@@ -35,6 +36,9 @@ def compare(
     budget: str | float | None = None,
     skip_impossible: bool = False,
     check: bool = True,
+    engine: str = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     report: pathlib.Path | str | None = None,
     track: Sequence[str] = (),
     trust: bool = False,
@@ -48,10 +52,10 @@ def compare(
         table.to_pandas(), table.verdict(), table.report("report.html")
 
     A list is swept, and every combination is a cell. Cells are trained one at a time in a process of its own, so that
-    one that hangs or crashes is a row with its reason. Finished ones are read, not trained again. On Ctrl-C, or the
-    interrupt of a notebook, what trains saves itself and the table of what was reached comes back, with `interrupted`
-    set; the same call goes on from there. The rows and the page stand in the folder of runs too, as the command leaves
-    them.
+    one that hangs or crashes is a row with its reason; `jobs` and `engine` train several at once. Finished ones are
+    read, not trained again. On Ctrl-C, or the interrupt of a notebook, what trains saves itself and the table of what
+    was reached comes back, with `interrupted` set; the same call goes on from there. The rows and the page stand in the
+    folder of runs too, as the command leaves them.
 
     Args:
         what: Words as on the command line ("attention=full,linear", "seq_len=128..512:x2", "@study.toml"), mappings of
@@ -62,6 +66,9 @@ def compare(
         budget: "30s", "10m", "2h", or seconds: fewer steps for every run alike, where all takes longer.
         skip_impossible: Keep combinations that cannot be as refused rows.
         check: Run the conformance check on mechanisms of your own before they train.
+        engine: Where cells train: "local", "ray", "slurm:partition=gpu", or the path of an engine of your own.
+        address: "HOST:PORT" of a Ray cluster.
+        jobs: How many cells train side by side; with more than one they have no times. By default one on each host.
         report: Where the HTML goes (default: report.html in the folder of runs).
         track: Where else every step is shown: "tensorboard", "wandb".
         trust: Run code outside the package that an @file names.
@@ -90,6 +97,7 @@ def compare(
         skip_impossible=skip_impossible,
         check=check,
         track=track,
+        engine=engines.chosen(engine, address, jobs),
     )
     command = shlex.join(["xlab", "compare", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
     return _ended(conducted(study.cells(grid), varied, asked, options, command, quiet=quiet), grid[0].runs, page, quiet)
@@ -103,6 +111,9 @@ def ablate(
     budget: str | float | None = None,
     skip_impossible: bool = False,
     check: bool = True,
+    engine: str = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     report: pathlib.Path | str | None = None,
     track: Sequence[str] = (),
     trust: bool = False,
@@ -126,6 +137,9 @@ def ablate(
         budget: "30s", "10m", "2h", or seconds: fewer steps for every run alike, where all takes longer.
         skip_impossible: Keep combinations that cannot be as refused rows.
         check: Run the conformance check on mechanisms of your own before they train.
+        engine: Where cells train: "local", "ray", "slurm:partition=gpu", or the path of an engine of your own.
+        address: "HOST:PORT" of a Ray cluster.
+        jobs: How many cells train side by side; with more than one they have no times. By default one on each host.
         report: Where the HTML goes (default: report.html in the folder of runs).
         track: Where else every step is shown: "tensorboard", "wandb".
         trust: Run code outside the package that an @file names.
@@ -153,6 +167,7 @@ def ablate(
         skip_impossible=skip_impossible,
         check=check,
         track=track,
+        engine=engines.chosen(engine, address, jobs),
     )
     command = shlex.join(["xlab", "ablate", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
     table = conducted(plan.cells, plan.varied, plan.study, options, command, quiet=quiet, axes=plan.axes)
@@ -185,6 +200,18 @@ def conducted(
         rows = conductor.rows()
     about = {"study": dataclasses.asdict(asked), "interrupted": worker.stopped, "axes": axes or {}}
     return Table(rows, varied, command, conductor.notes, **about)
+
+
+def planned(cells: "list[Cell]", varied: list[str], asked: configs.Study, options: "Options") -> "Plan":
+    """What `conducted` would do; nothing is started."""
+    from xformers_lab import progress
+    from xformers_lab.compare import dry
+    from xformers_lab.compare.conduct import Conductor
+    from xformers_lab.supervise.process import Worker
+
+    nothing = lambda what, total: contextlib.nullcontext(progress.Cells(total, None, True, varied, what))
+    with Worker() as worker:  # which is not begun
+        return dry.plan(Conductor(cells, varied, asked, options, worker, bar=nothing))
 
 
 @arguments.documented()
@@ -266,6 +293,7 @@ def _options(
     skip_impossible: bool,
     check: bool,
     track: Sequence[str],
+    engine: engines.Chosen,
 ) -> "tuple[Options, list[str]]":
     """What a study does beside its cells, and the flags that say so."""
     from xformers_lab.compare import probe
@@ -279,10 +307,11 @@ def _options(
         skip_impossible=skip_impossible,
         kit=check,
         track=tuple(track),
+        engine=engine,
     )
     flags = {"--no-baselines": not baselines, "--range-control": range_control, "--no-check": not check}
     flags |= {"--skip-impossible": skip_impossible, f"--budget={limit}": limit is not None}
-    return options, [flag for flag in flags if flags[flag]]
+    return options, [*(flag for flag in flags if flags[flag]), *engine.flags]
 
 
 def _page(report: pathlib.Path | str | None) -> pathlib.Path | None:

@@ -1,6 +1,7 @@
 """One run trained in a worker, as data: what `xlab train` and `xlab resume` print, and `api` gives as a Run."""
 
 import contextlib
+import dataclasses
 import pathlib
 import signal
 from collections.abc import Iterator, Sequence
@@ -8,28 +9,32 @@ from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.errors import STOPPED, RunFailed, UsageError
-from xformers_lab.train import labels, longer, records, trackers
+from xformers_lab.train import hosts, labels, longer, records, trackers
 
 
 def train(
     items: Sequence[configs.Item], *, track: Sequence[str] = (), trust: bool = False, quiet: bool = False
-) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Train the one config that words or what stands for them say; -> its folder and its record. Raises UsageError,
-    and RunFailed, whose exit_code is that of a signal where one had the run stop."""
+) -> tuple[pathlib.Path, dict[str, Any] | None]:
+    """Train the one config that words or what stands for them say; -> its folder and its record, None in all processes
+    but the first where they say that there are several. Raises UsageError, and RunFailed, whose exit_code is that of a
+    signal where one had the run stop."""
+    place, items = configs.placed(items)
+    place = hosts.meant(place)
     words = configs.spelled(items)
     runs = [word.partition("=")[2] for word in words if word.startswith("runs=")]
-    records.refuse_if_typed(words, configs.spec.located((runs or ["runs"])[-1], "runs"))
+    if place.coordinator is None:
+        records.refuse_if_typed(words, configs.spec.located((runs or ["runs"])[-1], "runs"))
     trackers.require(track)
     config = configs.single(items, trust=trust)
     title = f"{config.task} · {config.model.attention} · {config.seq_len}"
     job = {"stall": config.stall, "config": configs.to_dict(config), "words": words, "track": list(track)}
     folder = configs.folder(config)
-    return folder, _ask(title, folder, "train.work.run", job, quiet)
+    return folder, _ask(title, folder, "train.work.run", job, place, quiet)
 
 
 def resume(
     folder: pathlib.Path,
-    words: Sequence[str] = (),
+    words: Sequence[configs.Item] = (),
     *,
     stall: Any = None,
     from_scratch: bool = False,
@@ -37,33 +42,48 @@ def resume(
     trust: bool = False,
     quiet: bool = False,
     where: str = "",
-) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Go on with the run in a folder; -> the folder of the run as it is then, and its record. words: those that
-    `longer.asked` takes; stall: in place of the run's own, `where` messages have it. Raises as `train` does."""
-    records.refuse_if_in_use(folder)
+) -> tuple[pathlib.Path, dict[str, Any] | None]:
+    """Go on with the run in a folder; -> the folder of the run as it is then, and its record, as `train`. words: those
+    that `longer.asked` takes, and a place; stall: in place of the run's own, `where` messages have it. Raises as
+    `train` does."""
+    place, items = configs.placed(words)
+    place, asked = hosts.meant(place), configs.spelled(items)
+    if place.coordinator is None:
+        records.refuse_if_in_use(folder)
     trackers.require(track)
     first = configs.stored(folder / "config.json", trust=trust)
-    config, title = longer.asked(first, words), f"resuming {folder}"
-    job: dict[str, Any] = {"run_dir": str(folder), "words": list(words), "trust": trust, "from_scratch": from_scratch}
+    config, title = longer.asked(first, asked), f"resuming {folder}"
+    job: dict[str, Any] = {"run_dir": str(folder), "words": asked, "trust": trust, "from_scratch": from_scratch}
     job |= {"stall": first.stall if stall is None else configs.typed("stall", stall, where), "track": list(track)}
     if configs.identity(config) == configs.identity(first):
-        labels.write(config, folder)
+        if not place.process:  # a launcher's processes all write the same
+            labels.write(config, folder)
     elif from_scratch:
         raise UsageError("--from-scratch: a longer run goes on from a checkpoint; xlab train begins at step 1")
     else:
         folder, title = longer.folder(folder, config), f"{title}, to step {config.train.steps}"
-    return folder, _ask(title, folder, "train.work.resume", job, quiet)
+    return folder, _ask(title, folder, "train.work.resume", job, place, quiet)
 
 
-def _ask(title: str, folder: pathlib.Path, what: str, job: dict, quiet: bool) -> dict[str, Any]:
-    """Have a worker train, and show how far it is."""
-    records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
+def _ask(
+    title: str, folder: pathlib.Path, what: str, job: dict, place: configs.Place, quiet: bool
+) -> dict[str, Any] | None:
+    """Have a worker train, and show how far it is, in the first of several processes alone."""
+    if place.coordinator is None:
+        records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
+    else:
+        job |= {"place": dataclasses.asdict(place)}
     from xformers_lab import progress
-    from xformers_lab.supervise.process import Ended, Worker
+    from xformers_lab.supervise.process import LOST, Ended, Worker
 
-    with Worker() as worker, progress.steps(title, quiet=quiet) as step:
+    number = 0  # which process this is, if not the first
+    with Worker() as worker, progress.steps(title, quiet=quiet or bool(place.process)) as step:
 
         def heard(message: dict) -> None:
+            nonlocal number
+            number = message.get("process", number)
+            if number:
+                return
             for line in (*message.get("reading", ()), *([message["said"]] if "said" in message else [])):
                 progress.say(line)
             if "loss" in message:
@@ -72,9 +92,16 @@ def _ask(title: str, folder: pathlib.Path, what: str, job: dict, quiet: bool) ->
                 step.doing(message["doing"])
 
         try:
-            return worker.ask(what, heard, **job)
-        except Ended as ended:
-            how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
+            record = worker.ask(what, heard, **job)
+            return None if number else record
+        except RunFailed as ended:
+            how = str(ended)
+            if isinstance(ended, Ended):
+                how = f"interrupted: {ended.reason}" if ended.status == "interrupted" else ended.reason
+                if ended.clock.doing == hosts.WAITING and ended.status == "failed":
+                    how = hosts.unmet(place)
+            elif not how.startswith(LOST):
+                raise
             saved = f"; go on with xlab resume {folder}" if any(folder.glob("checkpoints/*/MANIFEST.json")) else ""
             error = RunFailed(how if "xlab resume" in how else how + saved)
             error.exit_code = ended.exit_code

@@ -7,7 +7,7 @@ from xformers_lab.api import arguments, supervised
 from xformers_lab.api.run import Run
 
 
-@arguments.documented()
+@arguments.documented(place=True)
 def train(
     *what: arguments.What, track: Sequence[str] = (), trust: bool = False, quiet: bool = False, **keys: Any
 ) -> Run:

@@ -36,7 +36,7 @@ class Argument:
 @dataclasses.dataclass(frozen=True)
 class Command:
     """run: from the parsed arguments to the exit code; keys: whether its --help tells the grammar of words, and every
-    key of a config; study: and of a study."""
+    key of a config; study: and of a study; place: and of a place among several processes."""
 
     name: str
     run: Callable[[argparse.Namespace], int]
@@ -44,6 +44,7 @@ class Command:
     arguments: list[Argument]
     keys: bool = False
     study: bool = False
+    place: bool = False
 
 
 def argument(name: str, *, path: Literal["folder", "file"] | None = None, **options: Any) -> Argument:

@@ -1,12 +1,14 @@
 """Commands that measure many configs side by side: bench, compare, report."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
+from xformers_lab import engines
 from xformers_lab.api import studies
 from xformers_lab.api.table import Table
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument, spelled
@@ -17,6 +19,7 @@ from xformers_lab.terminal import message, visible
 from xformers_lab.train import trackers
 
 if TYPE_CHECKING:
+    from xformers_lab.compare.dry import Plan
     from xformers_lab.compare.study import Cell
 
 DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
@@ -71,7 +74,10 @@ def conducted(
         skip_impossible=chosen.skip_impossible,
         kit=not chosen.no_check,
         track=tuple(chosen.track or ()),
+        engine=engines.chosen(chosen.engine, chosen.address, chosen.jobs),
     )
+    if chosen.dry_run:
+        return _dry(chosen, studies.planned(cells, varied, asked, options))
     done = studies.conducted(cells, varied, asked, options, spelled(chosen), lines=not chosen.json, axes=axes)
     code = answer(chosen, done.rows, lambda: done.draw(Console()))
     saved = done.save(cells[0].origin.runs)
@@ -82,6 +88,16 @@ def conducted(
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + done.interrupted
     return code if done.ok else 5
+
+
+def _dry(chosen: argparse.Namespace, plan: "Plan") -> int:
+    from xformers_lab.report import listing
+
+    def draw() -> None:
+        listing.print_listing(plan.rows)
+        print(*map(visible, plan.lines), sep="\n")
+
+    return answer(chosen, dataclasses.asdict(plan), draw)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -137,6 +153,22 @@ COMPARE = [
         help="add the first variant with windows of several sizes: whether the task needs long range at all",
     ),
     argument("--budget", metavar="TIME", help="30s, 10m, 2h: fewer steps for every run alike, where all takes longer"),
+    argument(
+        "--engine",
+        default=engines.DEFAULT,
+        metavar="NAME",
+        help=f"where cells train: {', '.join(engines.names())}, or the path of a .py file of your own; options as in "
+        "slurm:partition=gpu (default: local)",
+    ),
+    argument("--address", metavar="HOST:PORT", help="of the Ray cluster that --engine ray takes"),
+    argument(
+        "-j",
+        type=int,
+        dest="jobs",
+        metavar="N",
+        help="train N cells side by side, without times (default: one on each host, timed)",
+    ),
+    argument("--dry-run", action="store_true", help="list the cells, which are there, and the time; start nothing"),
 ]
 REPORT = [
     argument("--out", path="file", metavar="FILE", help=WHERE),

@@ -7,6 +7,7 @@ from typing import NoReturn
 from xformers_lab import __version__, terminal
 from xformers_lab import config as configs
 from xformers_lab.cli import ablate, author, experiment, inspect, maps, measuring, running, runs, untrained, watch
+from xformers_lab.cli.command import Command
 from xformers_lab.errors import UsageError, nearest
 
 # In the order of --help. A new command is an entry of one of these lists, beside the function that runs it.
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xformers_lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        epilog = _keys(command.study) if command.keys else None
+        epilog = _keys(command) if command.keys else None
         added = commands.add_parser(
             command.name, help=command.help, description=command.help, epilog=epilog, formatter_class=_Help
         )
@@ -111,8 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keys(study: bool) -> str:
-    """The grammar of words, and every key with its default and help; study: those of a study first."""
+def _keys(command: Command) -> str:
+    """The grammar of words, and every key that a command takes with its default and help."""
     listed = lambda leaves: configs.help_lines(leaves, ITEM - 3)
-    of_study = ["keys of the whole study:", *listed(configs.STUDY), ""] if study else []
-    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES | configs.DERIVED)])
+    of_study = ["keys of the whole study:", *listed(configs.STUDY), ""] if command.study else []
+    of_place = ["", "keys of each of several processes of one run:", *listed(configs.PLACE)] if command.place else []
+    return "\n".join([GRAMMAR, "", *of_study, "keys:", *listed(configs.LEAVES | configs.DERIVED), *of_place])

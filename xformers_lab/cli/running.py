@@ -22,7 +22,9 @@ def _resume(chosen: argparse.Namespace) -> int:
     return _print(chosen, *supervised.resume(_run_dir(chosen), chosen.words, stall=chosen.stall, where=where, **how))
 
 
-def _print(chosen: argparse.Namespace, folder: pathlib.Path, record: dict) -> int:
+def _print(chosen: argparse.Namespace, folder: pathlib.Path, record: dict | None) -> int:
+    if record is None:  # the first process prints it
+        return 0
     from xformers_lab.report import pages, stored
 
     def page() -> None:
@@ -106,7 +108,7 @@ LONGER = argument(
     nargs="*",
     metavar="key=value",
     help="steps=, warmup= and cooldown= of a longer run, which goes on from this one in a folder of its own; name=, "
-    "tags=",
+    "tags=; of several processes coordinator=, processes=, process=, wait=, as train takes them",
 )
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(
@@ -139,7 +141,7 @@ HOW_TO_GENERATE = [
     ),
 ]
 COMMANDS = [
-    Command("train", _train, "train one config", [WORDS, TRACK, TRUST, JSON], keys=True),
+    Command("train", _train, "train one config", [WORDS, TRACK, TRUST, JSON], keys=True, place=True),
     Command(
         "resume",
         _resume,

@@ -46,14 +46,16 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     return {"status": "ok"}
 
 
-def train(tell: Tell, config: dict, track: Sequence[str] = ()) -> dict:
+def train(tell: Tell, config: dict, track: Sequence[str] = (), shared: str = "") -> dict:
     """The record of one cell, which trackers may show; a cell that cannot be trained gives a record that says why, one
-    that another process trains HELD. Raises Interrupted."""
+    that another process trains HELD. shared: why no time is taken of it, in words, where other cells train on this host
+    meanwhile. Raises Interrupted."""
     cell = configs.from_dict(config)
+    from xformers_lab.measure import speed
     from xformers_lab.train import failures, loop, work
 
     try:
-        with work.tracked(tell, cell, configs.folder(cell), track) as followers:
+        with work.tracked(tell, cell, configs.folder(cell), track) as followers, speed.sharing(shared):
             record = loop.run(cell, resume=True, **work.watched(tell, cell, followers))
             followers.tested(record)
         return record

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
-from xformers_lab.compare import baselines, match, probe, run, study, tune
+from xformers_lab import engines
+from xformers_lab.compare import baselines, estimate, match, probe, run, study, sweep, tune
 from xformers_lab.compare.kept import Kept, kept
 from xformers_lab.compare.study import Cell
 from xformers_lab.config import Config, Study, edit
@@ -23,13 +24,12 @@ Bar = Callable[[str, int], contextlib.AbstractContextManager[Cells]]
 """bar(what, total): progress of so many cells, called by what is done with them."""
 
 FEW = 8  # runs: a probe before no more than these would say little sooner than they do
-UNREACHED = {"status": "interrupted", "reason": "not reached before the interruption"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command says beside its words. budget: seconds for the whole study, None for no limit; track: where its
-    runs are shown."""
+    runs are shown; engine: where they train."""
 
     baselines: bool = True
     ranges: bool = False
@@ -37,6 +37,7 @@ class Options:
     skip_impossible: bool = False
     kit: bool = True
     track: tuple[str, ...] = ()
+    engine: engines.Chosen = dataclasses.field(default_factory=engines.chosen)
 
 
 class Conductor:
@@ -53,7 +54,7 @@ class Conductor:
         bar: Bar,
         announce: Callable[[str], None] = lambda text: None,
     ):
-        """Raises UsageError where the study's keys cannot be read."""
+        """Raises UsageError where the study's keys cannot be read, or want times that the engine does not take."""
         study.check_words(asked, varied)
         self.cells, self.varied, self.options = list(cells), list(varied), options
         self.match, self.tuning = match.Match.read(asked.match), tune.Tuning.read(asked.tune)
@@ -61,15 +62,21 @@ class Conductor:
             for cell in self.cells:
                 tune.spaced(knob, configs.get(cell.origin, knob), tune.LEAST_POINTS)
         self.worker, self.bar, self.announce = worker, bar, announce
+        self.engine: engines.Engine | None = None  # while `rows` has it open
         self.notes: list[str] = []
         self.ended: dict[Config, dict] = {}  # records of cells that will not train, by their origin
         self.began = time.monotonic()
+        self._refuse_untimed()
         more = [options.baselines, options.ranges, options.budget]
         self.kept: Kept = kept([cell.origin for cell in self.cells], asked, more)
 
     def rows(self) -> list[dict]:
         """The rows, in the order of the cells; worker.stopped says whether all were reached. Raises UsageError before
         anything trains where a cell cannot be."""
+        with contextlib.closing(self.options.engine.open(self.worker)) as self.engine:
+            return self._rows()
+
+    def _rows(self) -> list[dict]:
         if self.kept.values:
             self.announce(f"as planned in {self.kept.path}")
         try:
@@ -82,6 +89,17 @@ class Conductor:
             if ended.status != "interrupted":
                 raise
         return self._train()
+
+    def _refuse_untimed(self) -> None:
+        """Raises UsageError where something is decided by times that are taken here, of cells that train elsewhere."""
+        engine = self.options.engine
+        wants = "--budget" if self.options.budget is not None else ""
+        wants = "match=wallclock" if self.match is not None and self.match.budget == "wallclock" else wants
+        if wants and not engine.alone:
+            raise UsageError(
+                f"{wants} counts seconds of steps that are timed here, with one cell at a time, and "
+                f"{' '.join(engine.flags)} trains them otherwise: leave one of the two out"
+            )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -130,8 +148,8 @@ class Conductor:
                 for cell in cells:
                     tell.started(done, cell.origin, cell.name or "")
                     self._solve(cell, target)
+                    tell.finished(done, done, {"status": "solved", "metric": None})
                     done += 1
-                    tell.finished(done - 1, {"status": "solved", "metric": None})
 
     def _target(self, cells: Sequence[Cell]) -> float:
         """The figure of the reference among the variants of one task and length."""
@@ -187,17 +205,18 @@ class Conductor:
         """Probe what the study takes, give every variant equal time or fewer steps where asked, and say what comes."""
         equal = self.match is not None and self.match.budget == "wallclock"
         runs = self._runs()
-        left = [one for one in runs if run.stored(one) is None]
+        left = [one for one in runs if sweep.stored(one) is None]
         probes: dict[str, Any] = {}
-        cheap = len(left) > FEW and len(study.variants(self._open())) <= probe.SHARED
+        # What is compiled for the probe is only kept for cells that train in the same process.
+        cheap = self.options.engine.alone and len(left) > FEW and len(study.variants(self._open())) <= probe.SHARED
         if equal or self.options.budget is not None or cheap:
             probes = self._probe(probe.ROUNDS if equal else 1)
         if equal:
             self._equal_time(probes)
-            left = [one for one in self._runs() if run.stored(one) is None]
+            left = [one for one in self._runs() if sweep.stored(one) is None]
         if self.options.budget is not None:
             self._cut(probes, equal)
-            left = [one for one in self._runs() if run.stored(one) is None]
+            left = [one for one in self._runs() if sweep.stored(one) is None]
         self._say(left, probes)
 
     def _runs(self, *, widened: bool = False) -> list[Config]:
@@ -230,14 +249,15 @@ class Conductor:
             for cells in study.places(cells[0] for cells in variants.values()).values():
                 names = [self._program(cell) for cell in cells]
                 new = [cell for cell, name in zip(cells, names, strict=True) if self.kept.get("probes", name) is None]
+                first = done
                 if new:
-                    tell.started(done, new[0].origin)
+                    tell.started(first, new[0].origin)
                     dicts = [configs.to_dict(cell.config) for cell in new]
                     measured = self._measured(dicts, rounds, new[0].config.stall)
                     for cell, about in zip(new, measured, strict=True):
                         self.kept.put("probes", self._program(cell), about)
                 done += len(cells)
-                tell.finished(done - 1, {"status": "probed", "metric": None})
+                tell.finished(first, done - 1, {"status": "probed", "metric": None})
         return self.kept.values.get("probes", {})
 
     def _measured(self, dicts: list[dict], rounds: int, stall: float | None) -> list[dict]:
@@ -300,16 +320,51 @@ class Conductor:
         return by, program
 
     def _say(self, left: Sequence[Config], probes: Mapping[str, Mapping]) -> None:
-        """One line: how many cells, how many of them are done, and about how long the rest takes."""
-        trials = set(self._trials(self._open()))
-        tuning = sum(one in trials for one in left)
-        done = sum(cell.origin not in self.ended and run.stored(cell.config) is not None for cell in self.cells)
-        words = f"{len(self.cells)} cell{'s' * (len(self.cells) != 1)}, {done} already done"
-        words += f", and {tuning} tuning runs" if tuning else ""
-        if probes:
+        """One line: how many cells, how many of them are done, where they train, and about how long the rest takes."""
+        done = sum(cell.origin not in self.ended and sweep.stored(cell.config) is not None for cell in self.cells)
+        words = self.counted(done)
+        if left and probes:
             about = sum(probe.estimate(left, *self._keyed(probes)))
-            words += f", about {probe.spoken(about)} (probe of a step each)" if left else ""
+            words += f", about {probe.spoken(about)} (probe of a step each)"
+        elif left:
+            about, untold = estimate.of(left)
+            words += f", about {probe.spoken(about)} (by stored runs)" if not untold else ""
         self.announce(words)
+
+    def counted(self, done: int) -> str:
+        """How many cells there are, so many of them done, how many runs of tuning, and where they train, in words."""
+        trials = [one for one in dict.fromkeys(self._trials(self._open())) if sweep.stored(one) is None]
+        words = f"{len(self.cells)} cell{'s' * (len(self.cells) != 1)}, {done} already done"
+        words += f", and {len(trials)} tuning runs" if trials else ""
+        words += f", {self.engine.where}" if self.engine is not None and self.engine.where else ""
+        jobs = self.options.engine.jobs
+        return words if jobs in (None, 1) else f"{words}, up to {jobs} at once, so without times"
+
+    # ---- nothing at all ----
+
+    def foresee(self) -> set[Config]:
+        """Have the cells be those that `rows` would train, as far as earlier runs of the study decided it, whether or
+        not they can be; -> the variants of which it is still to be decided."""
+        self.cells += baselines.baselines(self.cells) if self.options.baselines else []
+        self.cells += baselines.ranges(self.cells) if self.options.ranges else []
+        undecided: set[Config] = set()
+        budget = self.match.budget if self.match is not None else None
+        for cells in study.places(cells[0] for cells in study.variants(self.cells).values()).values():
+            for cell in cells:
+                if budget not in (None, "wallclock"):
+                    assert self.match is not None
+                    target = self.kept.get("targets", self._program(self.match.reference(cells, self.varied)))
+                    if target is None or self.kept.get("solved", self._program(cell)) is None:
+                        undecided.add(cell.variant)
+                    else:
+                        self._solve(cell, target)
+                if self.tuning is not None and self.kept.get("tuned", self._program(cell)) is None:
+                    undecided.add(cell.variant)
+        if budget == "wallclock" or self.options.budget is not None:
+            undecided |= set(study.variants(self.cells))  # by times of a probe
+        elif self.tuning is not None:
+            self._replace(lambda cell: cell if cell.variant in undecided else self._tuned(cell))
+        return undecided
 
     # ---- tuning ----
 
@@ -410,7 +465,7 @@ class Conductor:
         wanted: dict[Config, dict | None] = {}
         # The seeds of a variant after one another: they share a compiled program.
         for cell in (cell for cells in study.variants(self.cells).values() for cell in cells):
-            record = self.ended.get(cell.origin) or (UNREACHED if undecided else None)
+            record = self.ended.get(cell.origin) or (sweep.UNREACHED if undecided else None)
             wanted.setdefault(cell.config, record)
             if cell.shared is not None:
                 wanted.setdefault(cell.shared, record)
@@ -433,13 +488,13 @@ class Conductor:
     ) -> list[dict]:
         """The record of every run; those that are not settled are trained. names: what runs are called."""
         with counted.from_here():
+            counted.names = names
             return run.train_cells(
                 every,
                 self.worker,
+                engine=self.engine,
                 ended=ended or {},
-                started=lambda index, config: counted.tell.started(index, config, names.get(config, "")),
-                stepped=counted.tell.stepped,
-                finished=counted.finished,
+                progress=counted,
                 announce=self.announce,
                 track=self.options.track,
             )
@@ -449,20 +504,29 @@ class Conductor:
 
 
 class _Count:
-    """Counts the runs of several calls as one."""
+    """Counts the runs of several calls as one. names: what they are called."""
 
     def __init__(self, tell: Cells):
         self.tell, self.before, self.latest = tell, 0, 0
+        self.names: Mapping[Config, str] = {}
 
     @contextlib.contextmanager
     def from_here(self) -> Iterator[None]:
         self.before = self.latest
         yield
 
-    def finished(self, count: int, row: dict) -> None:
-        """A run of this call has its record."""
+    def started(self, index: int, cell: Config) -> None:
+        """A run of this call begins."""
+        self.tell.started(index, cell, self.names.get(cell, ""))
+
+    def stepped(self, index: int, step: int, total: int, loss: float | None) -> None:
+        """It has taken a step."""
+        self.tell.stepped(index, step, total, loss)
+
+    def finished(self, index: int, count: int, record: dict) -> None:
+        """It has its record."""
         self.latest = self.before + count + 1
-        self.tell.finished(self.latest - 1, row)
+        self.tell.finished(index, self.latest - 1, record)
 
 
 def _range(values: Sequence[int]) -> str:

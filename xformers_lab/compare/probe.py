@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.config import Config
 from xformers_lab.errors import LabError, UsageError, in_words
+from xformers_lab.progress import spoken
 from xformers_lab.supervise.worker import Tell
 
 ROUNDS = 5  # of steps that equal time is taken from
@@ -25,13 +26,6 @@ def seconds(text: str) -> float:
     if found is None or not float(found[1]):
         raise UsageError(f"--budget {text}: a time is a number and its unit, such as 30s, 10m or 2h")
     return float(found[1]) * _UNITS[found[2]]
-
-
-def spoken(time: float) -> str:
-    """Seconds as people say them: "40 s", "12 min", "2.5 h"."""
-    if time < 100:
-        return f"{max(time, 1):.0f} s"
-    return f"{time / 60:.0f} min" if time < 100 * 60 else f"{time / 3600:.1f} h"
 
 
 def measure(tell: Tell, cells: list[dict], rounds: int) -> list[dict[str, Any]]:
@@ -83,7 +77,9 @@ def _step(config: Config):
     return call, {"compile_seconds": compiled.compile_seconds, "examples": examples}
 
 
-def estimate(runs: Sequence[Config], probes: Mapping[Config, Mapping], program) -> tuple[float, float]:
+def estimate(
+    runs: Sequence[Config], probes: Mapping[Any, Mapping], program: Callable[[Config], Any]
+) -> tuple[float, float]:
     """(seconds that the steps of all runs take, seconds of all else) from the probe of each program, where
     program(run) is its key; a program that did not run counts as nothing."""
     stepping, apart, compiling = 0.0, 0.0, 0.0

@@ -74,6 +74,7 @@ def run(
     lines: dict[str, str] = {}
     firsts: dict[str, str] = {}
     clock = _Clock(folder / "seconds.json")
+    _refuse_unreadable(experiment, scale, data or "")
     for at, (name, study) in enumerate(experiment.studies.items(), 1):
         asked = study.of(seeds=drawn, scale=scale, runs=firsts, data=data or "")
         lines[name] = _anywhere(asked.line, data)
@@ -109,6 +110,25 @@ def run(
         variants=variants.of_tables(tables),
     )
     return Outcome(final, tables)
+
+
+def _refuse_unreadable(experiment: Experiment, scale: int, data: str) -> None:
+    """Raises UsageError where the data of any comparison cannot be read: the last one would say so after hours."""
+    from xformers_lab.model import build_task
+
+    before = dict.fromkeys(experiment.studies, "none")
+    seen = set()
+    for name, study in experiment.studies.items():
+        if study.command != "compare":
+            continue
+        asked = study.of(seeds=[0], scale=scale, runs=before, data=data)
+        try:
+            for config in configs.study(asked.words)[0]:
+                if (read := (config.task, config.seq_len)) not in seen:
+                    seen.add(read)
+                    build_task(config)
+        except UsageError as error:
+            raise UsageError(f"{experiment.path}: {name}: {error}") from error
 
 
 def _machine() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """How long calls take: several of them in interleaved rounds, so that a disturbance of the machine hits all alike."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +19,24 @@ from xformers_lab import hardware
 ROUND_SECONDS = 0.02
 
 Case = TypeVar("Case", bound=Hashable)
+
+_SHARED: contextvars.ContextVar[str] = contextvars.ContextVar("shared", default="")
+
+
+@contextlib.contextmanager
+def sharing(why: str) -> Iterator[None]:
+    """Meanwhile this process shares its host with others like it, so that no time is taken of what it does; why: in
+    words, empty where it does not."""
+    token = _SHARED.set(why)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def shared() -> str:
+    """Why no time is to be taken here, in words; empty where it may."""
+    return _SHARED.get()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,10 @@ def crossovers(group: rows.Group, measure: str = "time") -> list[Crossover]:
         if is_full(points) or apart(points) not in full:
             continue
         reference, others = full[apart(points)]
-        ratios = [(at, _ratio(points[at], others[at], measure)) for at in sorted(points) if at in others]
+        pairs = [at for at in sorted(points) if at in others]
+        if measure == "time":
+            pairs = [at for at in pairs if group.one_machine(points[at], others[at])]
+        ratios = [(at, _ratio(points[at], others[at], measure)) for at in pairs]
         known = [(at, ratio) for at, ratio in ratios if ratio is not None]
         if len(known) > 1:
             found.append(_crossover(series, reference, measure, known))

@@ -51,6 +51,8 @@ def _speed(group: rows.Group, at: int | None) -> list[str]:
     ranked = group.programs(at)
     if not ranked:
         return []
+    if not group.one_machine(*ranked):
+        return ["Not ranked by speed: different machines measured it."]
     form = lambda value: human.alone(record.FIGURES[group.speed], value)
     means = [statistics.fmean(rows.numbers(pool.rows, group.speed)) for pool in ranked]
     what = "Fastest" if group.bench else "Fastest to train"

@@ -1,5 +1,6 @@
 """What must be known before the numbers are compared: written under the table and at the head of the page."""
 
+import collections
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -16,7 +17,14 @@ WHOLE = ("call", "decode", "decode_several")
 def of(cells: Sequence[dict]) -> list[str]:
     """One sentence for each thing in which cells beside each other differ, or that was left out."""
     timed = [row for row in cells if rows.ok(row)]
-    return [*_unchecked(timed), *_mixed_machines(timed), *_mixed_timing(timed), *_unseen(timed)]
+    return [
+        *_unchecked(timed),
+        *_untimed(timed),
+        *_hosts(timed),
+        *_mixed_machines(timed),
+        *_mixed_timing(timed),
+        *_unseen(timed),
+    ]
 
 
 def of_group(group: rows.Group) -> list[str]:
@@ -153,6 +161,25 @@ def _unchecked(timed: Sequence[dict]) -> list[str]:
     if not any(row.get("checked") is False for row in timed):
         return []
     return ["Timed without the conformance check: nothing here shows that these mechanisms compute what they should."]
+
+
+def _untimed(trained: Sequence[dict]) -> list[str]:
+    """Cells without times, and why."""
+    why = [human.plain(row["untimed"]) for row in trained if isinstance(row.get("untimed"), str)]
+    if not why:
+        return []
+    which = "" if len(why) == len(trained) else f" of {_cells(len(why))}"
+    reasons = human.listing(list(dict.fromkeys(why)))
+    return [f"No times{which}, since cells beside one another disturb them: {reasons}."]
+
+
+def _hosts(trained: Sequence[dict]) -> list[str]:
+    """Where cells trained, where that is several hosts."""
+    counted = collections.Counter(human.plain(row["host"]) for row in trained if isinstance(row.get("host"), str))
+    if len(counted) < 2:
+        return []
+    hosts = human.listing([f"{host} ({_cells(count)})" for host, count in counted.items()], 8)
+    return [f"Trained on {len(counted)} hosts: {hosts}."]
 
 
 def _mixed_machines(timed: Sequence[dict]) -> list[str]:

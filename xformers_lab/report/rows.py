@@ -352,6 +352,12 @@ class Group:
             pool.rows.extend(point.rows)
         return sorted(pools.values(), key=lambda pool: -self.better(self.speed) * _pooled(pool, self.speed))
 
+    def one_machine(self, *points: Point) -> bool:
+        """Whether the same machine, as far as that is known, measured the speeds of all these points."""
+        timed = [row for point in points for row in point.rows if measure(row, self.speed) is not None]
+        known = [dict(row["machine"]) for row in timed if isinstance(row.get("machine"), Mapping)]
+        return all(machine == known[0] for machine in known)
+
     def same_metric(self, first: Point, second: Point) -> bool | None:
         """Whether nothing tells two points' metrics apart: the test of their difference, paired by seed, with what
         scoring a sample leaves open, and corrected for its family. None where there is none."""
@@ -382,7 +388,7 @@ class Group:
         where that is all of them, or of the metric where a guess does as well."""
         ranked = self.at(seq_len, name)
         if name == self.speed:
-            programs = self.programs(seq_len)
+            programs = self.programs(seq_len) if self.one_machine(*ranked) else []
             fast = {pool.program for pool in programs if pool is programs[0] or self.same_speed(programs[0], pool)}
             lead = [point for point in ranked if point.program in fast]
         else:

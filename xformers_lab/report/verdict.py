@@ -159,7 +159,8 @@ def _cost(group: rows.Group, point: rows.Point, reference: rows.Point) -> str:
     """ "0.31 times the time and 0.5 times the memory": what differs; empty where nothing does."""
     parts = []
     mine, others = point.estimate(group.speed), reference.estimate(group.speed)
-    if mine and others and mine.mean > 0 and others.mean > 0 and not _same_speed(group, point, reference):
+    timed = mine and others and mine.mean > 0 and others.mean > 0 and group.one_machine(point, reference)
+    if mine and others and timed and not _same_speed(group, point, reference):
         ratio = mine.mean / others.mean
         parts.append(f"{human.times(ratio if group.better(group.speed) < 0 else 1 / ratio)} the time")
     for name, words in COSTS.items():

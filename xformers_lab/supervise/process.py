@@ -3,13 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 from xformers_lab.errors import IntegrityError, LabError, RunFailed, UsageError
@@ -25,6 +27,11 @@ LEAVING = 20.0  # seconds to end in, for a worker that has nothing more to do
 KINDS = {kind.exit_code: kind for kind in (UsageError, RunFailed, IntegrityError)}
 SAVES = "what is under way saves itself; once more ends it at once"
 ENDS = "what is under way ends"
+LOST = "another process of the run ended, or fell silent"
+# What native threads of jax write where several processes train one run: that they have met, and that one is gone,
+# before they end this one too.
+MET = re.compile(rb"^\[Gloo\] .*\n", re.M)
+GONE = re.compile(rb"^[EF]\d{4} \S+ +\d+ (coordination_service\w*\.cc|client\.h):", re.M)
 
 
 class Ended(RunFailed):
@@ -56,19 +63,33 @@ class Worker:
     """A worker process while the `with` lasts, in which the driver hears Ctrl-C and SIGTERM.
 
     stopped: the first signal, 0 for none. It is passed on to the process, which saves what it trains and ends; a
-    second one kills it, and so does the limit of what it is doing. From then on nothing is begun.
+    second one (insisted) kills it, and so does the limit of what it is doing. From then on nothing is begun.
     """
 
-    def __init__(self, *, shown: bool = True, notice: str = SAVES):
+    def __init__(
+        self,
+        *,
+        shown: bool = True,
+        notice: str = SAVES,
+        hears: bool = True,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        folder: str | None = None,
+        inherited: Sequence[int] = (),
+    ):
         """shown: whether what the process writes to stderr is the user's to read; notice: what the first signal does,
-        in words."""
-        self.shown, self.notice, self.stopped = shown, notice, 0
+        in words; hears: whether signals of this process are meant for it, where not `stop` is called; environment: what
+        the process has beside this one's; folder: where it works; inherited: open files that it keeps until it ends.
+        """
+        self.shown, self.notice, self.stopped, self.insisted = shown, notice, 0, False
+        self.environment, self.folder, self.inherited = environment, folder, inherited
+        self.begun_elsewhere = False  # whether other workers have something to save
         self.process: subprocess.Popen | None = None
         self.clock = Clock()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed on exit, with the process)
+        self.gone = False  # whether the process wrote that another one is
         self.begun = self.read = 0  # where in the log the latest question begins, and how far it was shown
         self.received, self.ready = b"", None
-        self.signals = handling(self._stop)
+        self.signals = handling(self._stop) if hears else contextlib.nullcontext()
 
     def __enter__(self) -> Self:
         self.signals.__enter__()
@@ -126,7 +147,7 @@ class Worker:
     def _start(self) -> None:
         if self.process is not None:
             self._close()
-        self.received = b""
+        self.received, self.gone = b"", False
         # Its own session: what a terminal sends reaches the driver alone, which passes it on once; and all that the
         # process starts can be ended with it.
         self.process = subprocess.Popen(
@@ -135,6 +156,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             start_new_session=True,
+            env={**os.environ, **self.environment},
+            cwd=self.folder,
+            pass_fds=self.inherited,
         )
         assert self.process.stdout is not None
         self.ready = selectors.DefaultSelector()
@@ -160,9 +184,26 @@ class Worker:
         line, _, self.received = self.received.partition(b"\n")
         return json.loads(line)
 
+    def rest(self) -> None:
+        """End the process, which has nothing to do for a while; the next question starts another one."""
+        if self.process is not None:
+            self._close()
+
+    def stop(self, number: int, *, insisted: bool = False) -> None:
+        """Have the process save itself and end, or end it at once if `insisted`, as a signal of that number does; from
+        any thread."""
+        self.stopped = self.stopped or number
+        process = self.process
+        if insisted:
+            self._kill()
+        elif process is not None:
+            process.terminate()
+
     def _stop(self, number: int) -> None:
         again, self.stopped = self.stopped, self.stopped or number
-        notice = self.notice if self.clock.begun else ENDS  # before, there is nothing to save
+        self.insisted = bool(again)
+        saves = self.clock.begun or self.begun_elsewhere
+        notice = self.notice if saves else ENDS  # before, there is nothing to save
         late = "; it compiles now, which comes first" if self.clock.doing == "compiling the evaluation" else ""
         with contextlib.suppress(OSError):  # not print: a handler may interrupt another one
             os.write(2, b"\n" if again else f"\nstopping: {notice}{late}\n".encode())
@@ -173,18 +214,25 @@ class Worker:
             self.clock.quiet = 0.0
             self.process.terminate()
 
-    def _show(self) -> None:
-        """Pass on what the process wrote to stderr since the last time."""
-        if self.shown and (text := os.pread(self.log.fileno(), 1 << 20, self.read)):
-            self.read += len(text)
-            sys.stderr.write(visible(text.decode(errors="replace"), LINES))
+    def _show(self, rest: bool = False) -> None:
+        """Pass on the lines that the process wrote to stderr since the last time; rest: and what is no whole line."""
+        text = os.pread(self.log.fileno(), 1 << 20, self.read)
+        if not rest and len(text) < 1 << 20:
+            text = text[: text.rfind(b"\n") + 1]
+        self.read += len(text)
+        own = b"" if self.gone else MET.sub(b"", text)
+        if gone := GONE.search(own):
+            own, self.gone = own[: gone.start()], True
+        if self.shown and own:
+            sys.stderr.write(visible(own.decode(errors="replace"), LINES))
             sys.stderr.flush()
 
     def _kill(self) -> None:
         """End the process and all that it started, whatever they are doing."""
-        if self.process is not None:
+        process = self.process
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _overdue(self) -> Ended:
         clock, quiet = self.clock, self.clock.quiet
@@ -204,6 +252,8 @@ class Worker:
         code = self._close()
         if self.stopped:
             return self._interrupted("stopped at once")
+        if self.gone:
+            return Ended("failed", f"{LOST}, while {clock.place}", clock)
         if code == -signal.SIGKILL:
             reason = f"the process was killed (signal 9) while {clock.place}, most likely for want of memory"
             return Ended("oom", reason, clock)
@@ -240,7 +290,7 @@ class Worker:
         if self.ready is not None:
             self.ready.close()
         process.stdout.close()
-        self._show()
+        self._show(rest=True)
         self.process = None
         return code
 

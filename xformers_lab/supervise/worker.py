@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -23,10 +24,10 @@ ALONE = 600.0
 
 
 class Tell:
-    """Messages to the driver; alone: the driver is gone, so what trains should save itself."""
+    """Messages to the driver; busy: it waits for an answer; alone: it is gone, so what trains should save itself."""
 
     def __init__(self, replies: TextIO):
-        self.replies, self.alone = replies, False
+        self.replies, self.busy, self.alone = replies, False, False
 
     def __call__(self, **message: Any) -> None:
         try:
@@ -57,7 +58,7 @@ def main() -> int:
     threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
     for line in questions:
         question = json.loads(line)
-        answer, error = None, None
+        answer, error, tell.busy = None, None, True
         try:
             answer = perform(question["do"], tell, **question["with"])
         except LabError as caught:
@@ -74,6 +75,7 @@ def main() -> int:
                 text = "this is a bug of the laboratory, not of your input; the lines above say where"
                 error = {"exit_code": 1, "text": text}
         sys.stderr.flush()
+        tell.busy = False
         tell(**({"answer": answer} if error is None else {"error": error}))
         if error and error["exit_code"] > 128:  # a signal: from here on nothing is begun
             return 1
@@ -81,11 +83,15 @@ def main() -> int:
 
 
 def _end_alone(questions: int, tell: Tell) -> None:
-    """End a worker that hangs when nobody is left to end it: the driver's end of the pipe closes with the driver."""
+    """End a busy worker when nobody is left who asked: the driver's end of the pipe closes with the driver. It ends as
+    the driver would have ended it, and leaves no run locked for long: at once or, while it trains, when it has saved
+    itself. One that hangs is not waited for."""
     watched = select.poll()
     watched.register(questions, 0)  # hanging up alone
     watched.poll()
     tell.alone = True
+    if tell.busy:
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ALONE)
     os._exit(1)
 

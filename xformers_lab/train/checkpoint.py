@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_of_memory
 from xformers_lab.files import sync
-from xformers_lab.train import records
+from xformers_lab.train import hosts, records
 
 SCHEMA = 1
 KEPT = 2
@@ -74,32 +74,44 @@ def save(run_dir: pathlib.Path, step: int, state: Any, about: dict) -> pathlib.P
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise RunFailed(f"non-finite values in {name} at step {step}: not saved")
     folder = run_dir / "checkpoints" / str(step)
-    fresh, old = (folder.with_name(f"{step}.{os.getpid()}.{end}") for end in ("new", "old"))
+    writer = hosts.of_first(os.getpid)
+    fresh, old = (folder.with_name(f"{step}.{writer}.{end}") for end in ("new", "old"))
     records.still_there(run_dir)
-    try:
+
+    def begin() -> None:
         folder.parent.mkdir(parents=not records.works_in(run_dir), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             sync(run_dir / "metrics.jsonl")  # no checkpoint of a step whose line the disk does not hold
         for path in folder.parent.iterdir():
             if LEFT.fullmatch(path.name):
                 _remove(path)
-        _write(fresh, step, leaves, about)
+        fresh.mkdir()
+
+    def finish() -> None:
         if os.path.lexists(folder):
             if not _written(folder):
                 raise RunFailed(f"{folder}: something else is in the way of the checkpoint; move it away")
             folder.rename(old)
         fresh.rename(folder)
         sync(folder.parent)
+
+    try:
+        hosts.of_first(begin)
+        _write(fresh, step, leaves, about)
+        hosts.of_first(finish)
     except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old.is_dir() and not os.path.lexists(folder):
-            old.rename(folder)
+        if hosts.first():
+            shutil.rmtree(fresh, ignore_errors=True)
+            if old.is_dir() and not os.path.lexists(folder):
+                old.rename(folder)
         records.still_there(run_dir)
         reason = _unwritten(error)
         if reason is None:
             raise
         raise RunFailed(f"{folder}: cannot save step {step} ({reason}); earlier checkpoints are intact") from error
     records.still_there(run_dir)
+    if not hosts.first():
+        return folder
     _remove(old)
     # Steps only grow: anything beyond this one is what a resume fell back from.
     newest = [other for other in steps(run_dir) if other <= step][-KEPT:]
@@ -122,12 +134,12 @@ def restore(run_dir: pathlib.Path, target: Any, about: dict) -> tuple[Any, int]:
     belong to what `about` and `target` say.
     """
     damage = []
-    for step in reversed(steps(run_dir)):
+    for step in reversed(hosts.of_first(lambda: steps(run_dir))):
         folder = run_dir / "checkpoints" / str(step)
         try:
-            manifest = verify(folder)
+            manifest = hosts.of_first(lambda folder=folder: verify(folder), Damaged)
             _same(folder, manifest, target, about)
-            state = _arrays(folder, target)
+            state = hosts.agreed(lambda folder=folder: _arrays(folder, target), Damaged)
         except Damaged as error:
             damage.append((step, str(error)))
             continue
@@ -250,6 +262,8 @@ def _unwritten(error: Exception) -> str | None:
     """Why something could not be written, in one line; None for what is no fault of the disk."""
     if isinstance(error, Damaged):
         return str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError):  # of a device, or of another process that is gone
+        return None
     text = str(error)
     if "No space left" in text or "os error 28" in text.lower():
         return "No space left on device"
@@ -299,14 +313,32 @@ def _quiet() -> Iterator[None]:
 
 
 def _write(folder: pathlib.Path, step: int, leaves: dict, about: dict) -> None:
-    folder.mkdir()
+    """Into an empty folder. Of several processes each writes, and looks again at, what its devices hold."""
     with _plain(folder) as plain, _quiet(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(plain / "state", _full(leaves))
         checkpointer.wait_until_finished()
+    hosts.agreed(lambda: _read_back(folder, leaves), Damaged)
+    hosts.of_first(lambda: _seal(folder, step, leaves, about), Damaged)
+
+
+def _read_back(folder: pathlib.Path, leaves: dict) -> None:
+    """Raises Damaged where arrays are otherwise than they were written."""
     again = named_leaves(_arrays(folder, {name: _on_host(leaf) for name, leaf in leaves.items()}))
     for name, leaf in leaves.items():
-        if not np.array_equal(_numbers(leaf), _numbers(again[name])):
+        if not all(np.array_equal(part, _numbers(again[name])[where]) for where, part in _parts(leaf)):
             raise Damaged(f"{folder / 'state'}: {name} reads back otherwise than it was written")
+
+
+def _parts(leaf: jax.Array) -> Iterator[tuple[Any, np.ndarray]]:
+    """(where, numbers) of what this process holds of an array."""
+    if leaf.is_fully_addressable:
+        yield ..., _numbers(leaf)
+    else:
+        yield from ((shard.index, _numbers(shard.data)) for shard in leaf.addressable_shards)
+
+
+def _seal(folder: pathlib.Path, step: int, leaves: dict, about: dict) -> None:
+    """Write the manifest, once the disk holds all files."""
     files = {}
     for name, path in sorted(_files(folder).items()):
         files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}

@@ -17,7 +17,9 @@ from flax import nnx
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused, ran_out_of_memory
 from xformers_lab.generate import AT_ONCE
+from xformers_lab.measure import speed
 from xformers_lab.model import Model
+from xformers_lab.train import hosts
 from xformers_lab.train.state import TrainState, merge
 
 BUDGET = 0.3  # seconds that the calls of one figure take together, or one call where that takes longer
@@ -79,11 +81,9 @@ def read(model: Model, cache: Any, length: int) -> Any:
     return model.step_several(cache, jnp.zeros((1, left), jnp.int32))[1] if left else cache
 
 
-def measure(decoder: Decoder, state: TrainState) -> dict[str, float | int | None]:
-    """The FIGURES, of the parameters in `state`."""
-    # One device's share of the work: a model that is spread over several is brought together.
-    whole = jax.device_get((state.params, state.extra, state.memory))
-    variables = jax.device_put(whole, jax.devices()[0])
+def measure(decoder: Decoder, variables: Any) -> dict[str, float | int | None]:
+    """The FIGURES, of variables of the host."""
+    variables = jax.device_put(variables, jax.local_devices()[0])
     prefill = _least(lambda: decoder.prefill(variables))
     cache = decoder.prefill(variables)
 
@@ -103,10 +103,15 @@ def figures(
     They come after all else of a run, so what goes wrong with them is said and costs the run nothing.
     """
     try:
+        # One device's share of the work: a model that is spread over several is brought together. That comes first, for
+        # all processes have to take part.
+        variables = hosts.whole((state.params, state.extra, state.memory))
         doing("compiling the decoding")
         ready = decoder()
+        if speed.shared():
+            return dict.fromkeys(FIGURES) | {"state_bytes": ready.state_bytes}
         doing("timing the decoding")
-        return measure(ready, state)
+        return measure(ready, variables)
     except Refused:
         pass
     except Exception as error:

@@ -11,7 +11,7 @@ from xformers_lab.measure import maps
 from xformers_lab.model import Model
 from xformers_lab.model._transformer import Transformer
 from xformers_lab.tasks import Batch, Task
-from xformers_lab.train import evaluation
+from xformers_lab.train import evaluation, hosts
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.state import TrainState, merge
 
@@ -34,7 +34,7 @@ def of_run(job: Job, state: TrainState, doing: Callable[[str], None]) -> dict | 
         return {"reason": "an encoder-decoder has maps of two sequences"}
     if not small(job.config.seq_len, size.layers, size.heads):
         return {"reason": TOO_LARGE}
-    params, extra = jax.tree.map(np.asarray, jax.device_get((state.params, state.extra)))  # as one device holds them
+    params, extra = jax.tree.map(np.asarray, hosts.whole((state.params, state.extra)))  # as one device holds them
     model = merge(job.graph, params, extra, state.memory)
     doing("drawing attention maps")
     sample = evaluation.sample(job.task, job.rebuilt, job.config.train.score, 1, None, job.segments)

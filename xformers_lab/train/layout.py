@@ -21,6 +21,7 @@ from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
 from xformers_lab.layouts import AXES, DATA, PMAP, ROWS, SEQUENCE
 from xformers_lab.tasks import Batch, Task
+from xformers_lab.train import hosts
 from xformers_lab.train.mesh import divided, mesh_of
 from xformers_lab.train.state import TrainState
 from xformers_lab.train.step import make_eval_step, make_train_step
@@ -82,7 +83,7 @@ class Layout:
     def place_state(self, state: TrainState) -> TrainState:
         """Copies, never aliases: the step donates its state, and the caller's arrays must outlive it. By way of the
         host, for between devices `may_alias=False` does not keep a replica from aliasing the original."""
-        return jax.device_put(jax.device_get(state), self.of_state(state), may_alias=False)
+        return hosts.put(hosts.whole(state), self.of_state(state), may_alias=False)
 
     def shape_batch(self, batch: Batch) -> Batch:
         """(B, ...) as the step takes it: the same, or (devices, B / devices, ...) for pmap."""
@@ -93,7 +94,7 @@ class Layout:
     def place_batch(self, batch: Batch) -> Batch:
         """One whole batch of the host, (B, ...), onto the devices."""
         shaped = self.shape_batch(batch)
-        return jax.device_put(shaped, self.of_batch(shaped))
+        return hosts.put(shaped, self.of_batch(shaped))
 
     def abstract_state(self, state: TrainState) -> TrainState:
         """Shapes, types and places, as a checkpoint is restored to."""
@@ -115,6 +116,8 @@ def _parts(keys: tuple) -> Iterator[tuple]:
 def layout_of(config: Config, task: Task) -> Layout:
     """The layout of a config over all devices; raises UsageError, see `mesh.divided`."""
     devices = jax.devices()
+    if config.train.layout == PMAP and hosts.several():
+        raise UsageError("layout=pmap is of the devices of one process; use layout=data")
     planned = plan(config, task, len(devices))
     return dataclasses.replace(planned, mesh=mesh_of(devices, planned.mesh.shape))
 
@@ -145,7 +148,7 @@ def to_score(config: Config, task: Task) -> Layout:
 
 def alone() -> Layout:
     """Everything on one device, whatever the config."""
-    return Layout(mesh_of(jax.devices()[:1], dict.fromkeys(AXES, 1)))
+    return Layout(mesh_of(jax.local_devices()[:1], dict.fromkeys(AXES, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 
+from xformers_lab.measure import speed
 from xformers_lab.train import records
 from xformers_lab.train.failures import MEND, Diverged
 
@@ -59,7 +60,7 @@ class Log:
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         self.read += 1
-        seconds = now - self.since if self.read > WARM else None
+        seconds = now - self.since if self.read > WARM and not speed.shared() else None
         self.since = now
         ok = bool(metrics.pop("ok"))
         return {"step": step, **{name: float(value) for name, value in metrics.items()}, "seconds": seconds} | (

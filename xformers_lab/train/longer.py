@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from xformers_lab import config as configs
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import IntegrityError, UsageError
-from xformers_lab.train import records
+from xformers_lab.train import hosts, records
 
 EXTENDED = "extended.json"  # of the folder of a longer run: what it went on from
 GROWING = ("steps", "warmup", "cooldown")
@@ -69,13 +69,13 @@ def begin(run_dir: pathlib.Path, first: Config, config: Config) -> pathlib.Path:
     from xformers_lab.train.state import rates_of
 
     target = folder(run_dir, config)
-    if checkpoint.steps(target):
+    if hosts.of_first(lambda: checkpoint.steps(target)):
         return target
     if (records.read_json(run_dir / "result.json") or {}).get("status") == "nan":
         raise UsageError(f"{run_dir}: it diverged, and so would a longer run of it")
     if not checkpoint.steps(run_dir):
         raise UsageError(f"{run_dir}: holds no checkpoint to go on from; train it with xlab resume {run_dir}")
-    with records.locked(run_dir):
+    with hosts.held_by_first(records.locked(run_dir)):
         job = prepare(first, run_dir)
         kept, step = checkpoint.restore(run_dir, job.target(), job.about)
         state, best = selection.parted(kept)
@@ -85,9 +85,9 @@ def begin(run_dir: pathlib.Path, first: Config, config: Config) -> pathlib.Path:
         if lost := records.missing(run_dir, step):
             raise IntegrityError(f"{run_dir / 'metrics.jsonl'}: the lines of steps {lost} are missing or damaged")
         lines = [_as_longer(line, config) for line in records.read(run_dir) if line["step"] <= step]
-        with records.locked(target):
+        with hosts.held_by_first(records.locked(target)):
             for name in _TAKEN:
-                if (run_dir / name).is_file():
+                if hosts.first() and (run_dir / name).is_file():
                     shutil.copy(run_dir / name, target / name)
             records.write_json(target / "config.json", configs.to_dict(config))
             about = {"run": str(run_dir), "id": configs.identity(first), "step": step, "steps": first.train.steps}

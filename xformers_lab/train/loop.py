@@ -7,6 +7,7 @@ import contextlib
 import logging
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -14,6 +15,7 @@ from xformers_lab import config as configs
 from xformers_lab import sources
 from xformers_lab.config import Config
 from xformers_lab.errors import IntegrityError, RunFailed, UsageError, ran_out_of_memory
+from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.supervise.interrupt import Interrupted, listening
 from xformers_lab.tasks import Split
@@ -22,6 +24,7 @@ from xformers_lab.train import (
     decoding,
     evaluation,
     example_maps,
+    hosts,
     initial,
     labels,
     prefetch,
@@ -98,14 +101,16 @@ def _run(
     progress, doing = progress or (lambda step, total, metrics: None), doing or (lambda what, step: None)
     doing("preparing", 0)
     settled.refuse_misnamed(config, run_dir)
-    if (record := settled.finished(config, run_dir, from_scratch)) is not None:
+    hosts.refuse_other_words(_steering(config) | {"--from-scratch": from_scratch})
+    if (record := hosts.of_first(lambda: settled.finished(config, run_dir, from_scratch))) is not None:
         labels.write(config, run_dir)
         return record
-    with records.locked(run_dir), contextlib.ExitStack() as stack:
-        if (record := settled.finished(config, run_dir, from_scratch)) is not None:
+    with hosts.held_by_first(records.locked(run_dir)), contextlib.ExitStack() as stack:
+        hosts.refuse_other_folder(run_dir)
+        if (record := hosts.of_first(lambda: settled.finished(config, run_dir, from_scratch))) is not None:
             return record
-        checkpoint.check_place(run_dir, config.train.steps, config.train.save_every)
-        saved = checkpoint.steps(run_dir)
+        hosts.of_first(lambda: checkpoint.check_place(run_dir, config.train.steps, config.train.save_every))
+        saved = hosts.of_first(lambda: checkpoint.steps(run_dir))
         if saved and not resume:
             raise UsageError(
                 f"{run_dir} holds this run, saved at step {saved[-1]} of {config.train.steps}: "
@@ -113,16 +118,17 @@ def _run(
             )
         config = labels.kept(config, run_dir)
         try:
-            job = prepare(config, run_dir)
+            job = hosts.agreed(lambda: prepare(config, run_dir))
             state, best, step = _start(job, strict, from_scratch)
             if outside := sources.of(configs.to_dict(config)):
                 records.write_json(run_dir / "sources.json", outside)
             records.write_json(run_dir / "config.json", configs.to_dict(config))
             records.write_json(run_dir / "env.json", records.environment() | provenance.beginning(run_dir, step))
-            log = Log(run_dir, records.cut(run_dir, step), config.train.steps, progress)
+            lines = hosts.of_first(lambda: records.cut(run_dir, step))
+            log = Log(run_dir, lines, config.train.steps, progress)
             training = _Training(job, state, best, step, log, doing)
             # Only now: while it compiles there is nothing to save, and a signal may end the process at once.
-            training.stop_signal = stack.enter_context(listening(stop))
+            training.stop_signal = hosts.Stopping(stack.enter_context(listening(stop)))
             return training.to_record()
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not ran_out_of_memory(error):
@@ -130,24 +136,30 @@ def _run(
             raise OutOfMemory(f"out of memory: {str(error).strip().splitlines()[0][:300]}") from error
 
 
+def _steering(config: Config) -> dict[str, Any]:
+    """Everything that decides which steps a run takes, and what it does between them."""
+    apart = ("runs", "name", "tags", "stall")
+    return {key: configs.get(config, key) for key in configs.KEYS if key not in apart}
+
+
 def _start(job: Job, strict: bool, from_scratch: bool) -> tuple[TrainState, selection.Best | None, int]:
     """The state to go on from, the best so far with select=best, and the step: those of the newest good checkpoint, or
     those before the first step."""
     run_dir = job.run_dir
     try:
-        if checkpoint.steps(run_dir):
+        if hosts.of_first(lambda: checkpoint.steps(run_dir)):
             kept, step = checkpoint.restore(run_dir, job.target(), job.about)
             state, best = selection.parted(kept)
             if int(state.step) != step:
                 raise IntegrityError(f"{run_dir}: the checkpoint of step {step} holds the state of step {state.step}")
-            if lost := records.missing(run_dir, step):
+            if lost := hosts.of_first(lambda: records.missing(run_dir, step)):
                 raise IntegrityError(
                     f"{run_dir / 'metrics.jsonl'}: the lines of steps {lost} are missing or damaged, though the "
                     f"checkpoint is of step {step}; give them back, or start again with xlab resume {run_dir} "
                     "--from-scratch"
                 )
             return state, best, step
-        if lines := records.read(run_dir):
+        if lines := hosts.of_first(lambda: records.read(run_dir)):
             lost = f"{run_dir}: trained to step {lines[-1]['step']} and holds no checkpoint (deleted, or not yet saved)"
             if strict:
                 raise IntegrityError(f"{lost}; start again with xlab resume {run_dir} --from-scratch")
@@ -157,6 +169,7 @@ def _start(job: Job, strict: bool, from_scratch: bool) -> tuple[TrainState, sele
             raise
         logging.getLogger(__name__).warning("%s: --from-scratch starts again at step 1", str(error).split("; ")[0])
     state = init(job.config, job.task, job.tx)
+    hosts.refuse_unequal(state)
     if job.config.init is not None:
         matched = initial.match(job.config, job.task)
         state = initial.take(matched, state, job.tx)
@@ -234,7 +247,8 @@ class _Training:
         state, wrong = selection.chosen(self.state, self.best), Wrong(job.task)
         score = self.score(state, self.train.score, wrong=wrong)
         outcome = {"step": int(state.step)} | scoring.reported(score)
-        outcome["eval_tokens_per_second"] = self.train.batch * config.seq_len / score.seconds
+        if not speed.shared():
+            outcome["eval_tokens_per_second"] = self.train.batch * config.seq_len / score.seconds
         if job.task.metric_name == "accuracy":
             outcome["wrong"] = wrong.rows
         if config.test_len is not None:
@@ -287,7 +301,7 @@ class _Training:
         """Save the parameters of a run that diverged, which are the last finite ones -> where they are, in words."""
         self.step = int(self.state.step)
         try:
-            if self.step not in checkpoint.steps(self.job.run_dir):
+            if self.step not in hosts.of_first(lambda: checkpoint.steps(self.job.run_dir)):
                 self.save()
         except RunFailed as error:
             return f"its last parameters could not be kept ({error})"

@@ -1,5 +1,5 @@
 """The folder of a run: config.json, env.json, metrics.jsonl, result.json. Plain files are the truth. Needs no jax, but
-for `environment`.
+for `environment`. Of several processes that train one run the first alone writes; the others go on without a word.
 
 JSON files are replaced in one go; metrics.jsonl is appended, one line per step, and cut back on resume to the step of
 the checkpoint, so that each step stands in it once.
@@ -21,6 +21,7 @@ import filelock
 
 from xformers_lab import __version__, files, hardware
 from xformers_lab.errors import InUse, RunFailed, UsageError
+from xformers_lab.train import hosts
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets")
 # Only these variables are recorded: an environment holds secrets.
@@ -45,6 +46,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
+    if not hosts.first():
+        return
     still_there(path.parent)
     try:
         files.replace_text(path, text, folder=False)
@@ -75,6 +78,8 @@ def finite(value: Any) -> Any:
 
 def append(run_dir: pathlib.Path, line: dict) -> None:
     """Add a line to metrics.jsonl; raises RunFailed where it cannot be written."""
+    if not hosts.first():
+        return
     still_there(run_dir)
     path = run_dir / "metrics.jsonl"
     try:
@@ -258,6 +263,8 @@ def environment() -> dict:
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
+        "processes": hosts.processes(),
+        "hosts": hosts.machines(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

@@ -1,6 +1,7 @@
 """result.json: the record of a run that came to its end."""
 
 import json
+import socket
 import statistics
 
 import jax
@@ -10,7 +11,7 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, initial, longer, provenance, records
+from xformers_lab.train import evaluation, hosts, initial, longer, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
@@ -20,7 +21,8 @@ from xformers_lab.train.state import TrainState
 def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int | None, **outcome) -> dict:
     """Write result.json -> the record."""
     config = job.config
-    seconds = [line["seconds"] for line in log.lines if line.get("seconds")]
+    shared = speed.shared()
+    seconds = [line["seconds"] for line in log.lines if line.get("seconds") and not shared]
     median = statistics.median(seconds) if seconds else None
     validated = [line for line in log.lines if "validation_loss" in line]
     of, wanted = job.task.examples("validation"), config.train.eval_batches
@@ -39,7 +41,8 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         seconds_min=min(seconds, default=None),
         seconds_median=median,
         **speed.disturbance(seconds),
-        compile_seconds=compiled.compile_seconds,
+        compile_seconds=None if shared else compiled.compile_seconds,
+        untimed=shared or ABSENT,
         flops=compiled.flops,
         flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -55,6 +58,10 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         extended=records.read_json(job.run_dir / longer.EXTENDED) or ABSENT,
         data=job.task.describe(),
         devices=job.layout.mesh.size,
+        host=socket.gethostname(),
+        device=jax.devices()[0].device_kind,
+        processes=hosts.processes(),
+        hosts=hosts.machines(),
         started=env.get("started"),
         ended=provenance.now(),
         git=env.get("git"),

@@ -2,29 +2,40 @@
 
 import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
 from xformers_lab.supervise.worker import Tell
-from xformers_lab.train import longer, records, trackers
+from xformers_lab.train import hosts, longer, records, trackers
 
 
-def run(tell: Tell, config: dict, words: Sequence[str] = (), track: Sequence[str] = ()) -> dict:
+def run(
+    tell: Tell,
+    config: dict,
+    words: Sequence[str] = (),
+    track: Sequence[str] = (),
+    place: Mapping[str, Any] | None = None,
+) -> dict:
     """Check a config, of which `words` were typed, then train it; -> the record. Raises as `loop.run` does.
 
-    track: names of trackers that show it.
+    track: names of trackers that show it; place: that of this process among several, as `hosts.meant` gives it.
     """
+    with joined(tell, place):
+        return _run(tell, config, words, track if hosts.first() else ())
+
+
+def _run(tell: Tell, config: dict, words: Sequence[str], track: Sequence[str]) -> dict:
     chosen = configs.from_dict(config)
     tell.doing("preparing the data and the config")
     from xformers_lab.model import check_config
 
-    task = check_config(chosen)
+    task = hosts.agreed(lambda: check_config(chosen))
     tell.doing("preparing the config", reading=task.reading())
     from xformers_lab.train import initial, loop, otherwise
 
-    otherwise.check(chosen, task)
-    initial.check(chosen, task)
+    hosts.agreed(lambda: otherwise.check(chosen, task))
+    hosts.agreed(lambda: initial.check(chosen, task))
     records.typed(words)
     with tracked(tell, chosen, configs.folder(chosen), track) as followers:
         record = loop.run(chosen, **watched(tell, chosen, followers))
@@ -39,9 +50,17 @@ def resume(
     from_scratch: bool = False,
     track: Sequence[str] = (),
     words: Sequence[str] = (),
+    place: Mapping[str, Any] | None = None,
 ) -> dict:
     """Go on with the run in a folder, or with the longer one that `words` make of it; -> the record. Raises as
-    `loop.resume` and `longer.begin` do."""
+    `loop.resume` and `longer.begin` do. place: as in `run`."""
+    with joined(tell, place):
+        return _resume(tell, run_dir, trust, from_scratch, track if hosts.first() else (), words)
+
+
+def _resume(
+    tell: Tell, run_dir: str, trust: bool, from_scratch: bool, track: Sequence[str], words: Sequence[str]
+) -> dict:
     first = chosen = configs.stored(pathlib.Path(run_dir) / "config.json", trust=trust)
     tell.doing("preparing the data")
     from xformers_lab.model import build_task
@@ -58,6 +77,18 @@ def resume(
         record = loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **told)
         followers.tested(record)
     return record
+
+
+@contextlib.contextmanager
+def joined(tell: Tell, place: Mapping[str, Any] | None) -> Iterator[None]:
+    """Together with the other processes of the run, if there are any; a worker's driver hears which this one is."""
+    if place is None:
+        yield
+        return
+    tell.doing(hosts.WAITING)
+    with hosts.joined(configs.Place(**place)):
+        tell(process=hosts.process())
+        yield
 
 
 def tracked(
