@@ -359,6 +359,7 @@ def test_resumed_it_ends_in_the_same_bits(choice, task, tmp_path):
     assert record["metric"] == expected["metric"] and arrays(extended) == arrays(whole)
 
 
+@pytest.mark.full
 def test_the_average_of_schedule_free_is_what_counts(task, tmp_path, caplog):
     """It is scored, saved as the best, loaded, and what another run begins with, z of which begins there."""
     config = tiny(

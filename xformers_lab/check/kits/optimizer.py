@@ -117,7 +117,7 @@ def rates_are_data(subject: Tuned) -> None:
     still, moved = run(0.0, DECAY), run(RATE, DECAY)
     for name, leaf in checkpoint.named_leaves(still).items():
         was = checkpoint.named_leaves(subject.params)[name]
-        compare(np.asarray(leaf), np.asarray(was), ROUNDING, f"{name} at rate 0", "Scale all that is added by the rate.")
+        compare(np.asarray(leaf), np.asarray(was), ROUNDING, f"{name} at rate 0", "Scale all of it by the rate.")
         if np.array_equal(checkpoint.named_leaves(moved)[name], was):
             raise Broken(f"{name} never moves, whatever the rate")
 
