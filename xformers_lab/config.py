@@ -38,6 +38,7 @@ def knob(
     layout: bool = False,
     compiled: bool = True,
     later: bool = False,
+    later_options: bool = False,
 ) -> Any:
     """A field: `shelf` makes it a choice, `cycle` lets `+` cycle choices over layers; `least` and `below` bound it.
 
@@ -46,12 +47,12 @@ def knob(
     of which the parameters count and not the folder; `label` words for people, that tell no config from another;
     `layout` axes of devices with + between. A field that is not `compiled` is no part of a compiled program, which runs
     that differ in nothing else share. One that came `later` than ids were given is no part of the id at its default, so
-    that runs from before keep theirs.
+    that runs from before keep theirs; with `later_options` that holds for each option of its choices.
     """
     rules = {"help": help, "shelf": shelf, "cycle": cycle, "least": least, "below": below, "lengths": lengths}
     same_result = same_result or label
     rules |= {"run": run, "same_result": same_result, "folder": folder, "compiled": compiled and not same_result}
-    rules |= {"label": label, "layout": layout, "later": later}
+    rules |= {"label": label, "layout": layout, "later": later, "later_options": later_options}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -86,11 +87,29 @@ class Train:
         "what layers compute again in the backward pass: nothing, all but their linear layers, or all (less memory)",
         later=True,
     )
-    optimizer: typing.Literal["adamw", "sgd"] = knob("adamw", "update rule")
+    optimizer: str = knob("adamw", "update rule", shelf="optimizer", later_options=True)
     lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
-    schedule: typing.Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
+    schedule: typing.Literal["cosine", "constant", "linear", "rsqrt", "wsd"] = knob(
+        "cosine",
+        "learning rate after the warm-up: towards 0 along a half cosine or a line, constant, by the inverse root of "
+        "the step, or constant and at last along a line (wsd, with cooldown)",
+    )
     warmup: float = knob(0.1, "share of the steps that warms the learning rate up", least=0, below=1, compiled=False)
+    cooldown: float = knob(
+        0.2,
+        "share of the steps, the last ones, in which schedule=wsd falls",
+        least=0,
+        below=1,
+        compiled=False,
+        later=True,
+    )
     weight_decay: float = knob(0.01, "decoupled weight decay on matrices", least=0, compiled=False)
+    label_smoothing: float = knob(
+        0.0, "share of each target that all classes get alike, in the training loss", least=0, below=1, later=True
+    )
+    z_loss: float = knob(
+        0.0, "weight of the squared log of the softmax's sum, in the training loss", least=0, later=True
+    )
     clip: float = knob(1.0, "largest global gradient norm (0: no clipping)", least=0, compiled=False)
     ema: float | None = knob(
         None,
@@ -241,6 +260,21 @@ def refuse_selection(config: Config) -> None:
         raise UsageError(f"select=best chooses among validations: say how often, such as eval_every={often}")
 
 
+def refuse_schedule(config: Config) -> None:
+    """Raises UsageError where the parts of a schedule overlap, or a part is asked for that it has not."""
+    train, default = config.train, LEAVES["cooldown"][1].default
+    if train.schedule != "wsd":
+        if train.cooldown != default:
+            raise UsageError(
+                f"cooldown={train.cooldown:g}: schedule={train.schedule} has none; say schedule=wsd, or leave it out"
+            )
+    elif train.warmup + train.cooldown > 1:
+        raise UsageError(
+            f"warmup={train.warmup:g} cooldown={train.cooldown:g}: together more than all steps; give them shares that "
+            "add up to at most 1"
+        )
+
+
 def edit(config: Config, **changes: Any) -> Config:
     """A copy with leaves changed, typed and checked; raises UsageError."""
     for key, value in changes.items():
@@ -344,6 +378,8 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     for key in keys:
         _, field, _ = LEAVES[key]
         leaves[key] = value = canonical(key, get(config, key))
+        if field.metadata["later_options"]:
+            leaves[key] = value = _brief(field.metadata["shelf"], value)
         if field.metadata["run"] and value is not None:
             leaves[key] = named_run.parts(value)[1]
         if field.metadata["layout"]:
@@ -358,6 +394,14 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
             if inner := [digest for name, digest in sources.of(value).items() if name not in outermost]:
                 leaves[f"{key} option source"] = inner
     return leaves
+
+
+def _brief(shelf: str, value: str) -> str:
+    """A canonical choice without the options that are at their defaults."""
+    choice = spec.parse(value)
+    defaults = {name: option.default for name, option in spec.options(spec.entry(shelf, choice.name)).items()}
+    options = spec.resolve(shelf, value).options
+    return str(spec.Choice(choice.name, {key: options[key] for key in options if options[key] != defaults[key]}))
 
 
 def folder(config: Config) -> pathlib.Path:

@@ -25,7 +25,7 @@ from xformers_lab.errors import BrokenChoice, UsageError, contained, nearest, sa
 from xformers_lab.nn.size import Size
 
 _PACKAGE = pathlib.Path(__file__).parent
-# Where each axis of a model keeps its choices; a new choice is a file there, never an edit here.
+# Where each axis of a model and its training keeps its choices; a new choice is a file there, never an edit here.
 SHELVES = {
     "attention": "attention",
     "position": "position",
@@ -36,6 +36,7 @@ SHELVES = {
     "memory": "memory",
     "model": "model",
     "task": "tasks",
+    "optimizer": "optimizer",
 }
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _DEEPER = {"(": 1, ")": -1}
@@ -250,7 +251,8 @@ def resolve(shelf: str, text: str, where: str = "") -> Choice:
 def build(shelf: str, text: str, size: Any = None, *, where: str = "", **kwargs: Any) -> Any:
     """Build one choice: `build("attention", "local:window=64", Size(length=512, dim=64, heads=1))`.
 
-    `size` is what the shelf's constructors take first: a Setting for tasks, else a Size, which may also be spelled out
+    `size` is what the shelf's constructors take first: a Setting for tasks, a Given for optimizers, else a Size, which
+    may also be spelled out
     as `length=512, dim=64, heads=1`. `kwargs` are further things the lab provides; each is passed only to a
     constructor that names it. `rngs` defaults to seed 0.
     """

@@ -108,7 +108,7 @@ def _kit(shelf: str, name: str) -> str:
         return ""
     rows = _properties(shelf)
     if shelf != "attention":
-        said = f"The kit of this shelf builds `{name}` into small models and holds it to this:"
+        said = f"The kit of this shelf holds `{name}` to this, built into something small:"
         table = [f"| `{each}` | {typeset.cell(words)} |" for each, words in rows]
         return "\n".join(["## Conformance", "", said, "", "| property | what must hold |", "|---|---|", *table])
     verdict = cache.known(name)

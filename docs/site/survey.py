@@ -12,7 +12,7 @@ from xformers_lab.attention import KINDS
 
 BRANCHES = tomllib.loads(pathlib.Path(__file__).with_name("taxonomy.toml").read_text())["branch"]
 # Shelves that are no part of a Transformer.
-APART = {"task"}
+APART = {"task", "optimizer"}
 
 HEAD = """\
 ---

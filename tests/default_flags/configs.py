@@ -20,6 +20,8 @@ def of_choice(shelf: str, choice: str, folder: pathlib.Path) -> Config:
         words |= {"layers": 4}
     elif shelf == "memory":
         words |= {"task": "lm", "position": "rope"}
+    elif shelf == "optimizer":
+        words |= {"schedule": "constant"}
     elif shelf == "model":
         words |= _of_model(choice, folder)
     if shelf in ("attention", "depth") and not _decodes(words):

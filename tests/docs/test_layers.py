@@ -19,7 +19,7 @@ LAYERS = [
     "attention._base",
     "attention position ffn tasks",
     "norm memory",
-    "depth",
+    "depth optimizer",
     # All above are shelves or what they stand on: they know nothing of configs, models and training.
     "config",
     "model progress",
@@ -36,7 +36,8 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-SHELVES = {"attention", "attention._base", "attention._engine", "position", "norm", "ffn", "depth", "memory", "tasks"}
+SHELVES = {"attention", "attention._base", "attention._engine", "position", "norm", "ffn", "depth", "memory"}
+SHELVES |= {"tasks", "optimizer"}
 ABOVE_SHELVES = {"config", "model", "train"}
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

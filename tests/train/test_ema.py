@@ -145,7 +145,8 @@ def test_a_run_that_begins_with_it_takes_the_average(task_file, tmp_path, select
     task, arrays = build_task(config), saved(first["run_dir"])
     matched = initial.match(config, task)
     assert matched.record()["averaged"] and "the average up to step 7" in matched.said()
-    taken = initial.take(matched, init(config, task, optimizer.of(config, task)))
+    tx = optimizer.of(config, task)
+    taken = initial.take(matched, init(config, task, tx), tx)
     where = "best.params" if select == "best" else "average"
     for name, leaf in checkpoint.named_leaves(taken.params).items():
         assert np.asarray(leaf).tobytes() == arrays[f"{where}.{name}"]

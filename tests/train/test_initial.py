@@ -163,8 +163,9 @@ def test_another_head_and_kind_take_the_rest(source, tmp_path):
     config = tiny("listops", tmp_path, init=str(source), model="encoder")
     matched = initial.match(config, build_task(config))
     assert matched.fresh == ["params.head.bias", "params.head.kernel"] and "params.embedding.embedding" in matched.cut
-    state = init(config, build_task(config), jobs.prepare(config, tmp_path).tx)
-    taken = initial.take(matched, state)
+    tx = jobs.prepare(config, tmp_path).tx
+    state = init(config, build_task(config), tx)
+    taken = initial.take(matched, state, tx)
     assert jax.tree.structure(taken) == jax.tree.structure(state)
     for field in dataclasses.fields(state):
         if field.name not in ("params", "extra"):

@@ -104,7 +104,8 @@ def test_a_run_that_begins_with_it_takes_the_best(task_file, whole, tmp_path):
     task, arrays = build_task(config), saved(whole["run_dir"])
     matched = initial.match(config, task)
     assert matched.fresh == [] and not matched.cut
-    taken = initial.take(matched, init(config, task, optimizer.of(config, task)))
+    tx = optimizer.of(config, task)
+    taken = initial.take(matched, init(config, task, tx), tx)
     leaves = checkpoint.named_leaves(taken.params)
     for name, leaf in leaves.items():
         assert np.asarray(leaf).tobytes() == arrays[f"best.params.{name}"]

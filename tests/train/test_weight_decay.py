@@ -142,8 +142,8 @@ def test_the_mask_is_what_parameters_say():
     for changes in ({"attention": "full+linear"}, {"model": "encoder_decoder"}, {"depth": "universal"}):
         config = edit(Config(), **(SMALL | changes))
         task = build_task(config)
-        mask, params = optimizer.decays(build_model(config, task)), shapes(config, task)[1]
-        assert mask == optimizer.decays(merge(*shapes(config, task))), "with shapes for values, as a run has it"
+        mask, params = optimizer.roles(build_model(config, task)).decays, shapes(config, task)[1]
+        assert mask == optimizer.roles(merge(*shapes(config, task))).decays, "with shapes for values, as a run has it"
         assert jax.tree.structure(mask) == jax.tree.structure(params)
         named = checkpoint.named_leaves(mask)
         assert any("bias" in name for name in named)

@@ -50,7 +50,8 @@ def catalogue(shelf: str | None = None) -> "pandas.DataFrame":
         xl.catalogue("attention")  # a row for each mechanism: options, cost, what it can do, what it is
 
     Args:
-        shelf: "attention", "position", "norm", "normaliser", "ffn", "depth", "memory", "model" or "task".
+        shelf: "attention", "position", "norm", "normaliser", "ffn", "depth", "memory", "model", "task" or
+            "optimizer".
 
     Raises:
         xformers_lab.errors.UsageError: There is no such shelf.

@@ -26,7 +26,7 @@ UNIT = 0.1
 QUIETER = "at the start: add to them what is ADDED as large, by `marked` of nn/embedding.py"
 
 
-def documented(subject: Inside) -> None:
+def documented(subject: Any) -> None:
     """The docstring begins with what it is, and has a line for every option."""
     choice = spec.entry(subject.shelf, spec.parse(subject.name).name)
     if not (choice.__doc__ or "").strip():

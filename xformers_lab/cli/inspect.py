@@ -128,7 +128,9 @@ DEEP = argument(
 TIMES = argument(
     "--times", type=int, metavar="N", help="with --deep: how often each trial disturbs a run (a few times)"
 )
-SHELF = argument("shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task")
+SHELF = argument(
+    "shelf", nargs="?", help="attention, position, norm, normaliser, ffn, depth, memory, model, task, optimizer"
+)
 CHOICE = argument("words", nargs="*", metavar="NAME or key=value")
 SVG = argument("--svg", path="file", metavar="FILE", help="write the drawing of a pattern of attention there")
 SPLIT = argument("--split", choices=("train", "validation", "test"), help="of a task: the split of the example (test)")

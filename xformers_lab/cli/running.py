@@ -107,8 +107,8 @@ LONGER = argument(
     "words",
     nargs="*",
     metavar="key=value",
-    help="steps= and warmup= of a longer run, which goes on from this one in a folder of its own; name=, tags=; of "
-    "several processes coordinator=, processes=, process=, wait=, as train takes them",
+    help="steps=, warmup= and cooldown= of a longer run, which goes on from this one in a folder of its own; name=, "
+    "tags=; of several processes coordinator=, processes=, process=, wait=, as train takes them",
 )
 STALL = argument("--stall", metavar="SECONDS", help="in place of the run's own stall=")
 SCRATCH = argument(

@@ -57,7 +57,7 @@ def flops_per_token(config: Config) -> float:
         task = _task(config)
         parts = shapes(config, task)
         graph, *_, memory = parts
-        tx = optimizer.build(config.train, optimizer.decays(merge(*parts)))
+        tx = optimizer.build(config.train, optimizer.roles(merge(*parts)))
         batch = prefetch.checked(task, "train", 0, bool(jax.tree.leaves(memory)))
         arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         return count_flops(make_train_step(config, task, graph, tx), abstract(config, task, tx), arrays)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
-from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, refuse_selection, seed_of
+from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, refuse_schedule, refuse_selection, seed_of
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory
@@ -148,18 +148,30 @@ def check_config(config: Config) -> Task:
     if config.train.batch % config.train.accumulate:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     refuse_selection(config)
+    refuse_schedule(config)
     size_of(config)
     _memory.refuse_activations(config)
     with _own_errors(config):
         task = build_task(config)
+        _refuse_shaping(config, task)
         logits, remembered, parameters = _traced(config, task)
         _memory.refuse_activations(config, logits.size)
-        _memory.refuse_parameters(config, sum(leaf.size for leaf in jax.tree.leaves(parameters)))
+        _memory.refuse_parameters(config, parameters)
         # A memory reads each split in rows of its own, for which one may be too short.
         for split in SPLITS if jax.tree.leaves(remembered) else ():
             if split != "test" or config.train.score == "test":
                 task.segment(split, 0)
     return task
+
+
+def _refuse_shaping(config: Config, task: Task) -> None:
+    """Raises UsageError where the training loss of a task that is no cross-entropy of its own is to be shaped."""
+    asked = {key: get(config, key) for key in ("label_smoothing", "z_loss") if get(config, key)}
+    if asked and type(task).loss is not Task.loss:
+        words = " ".join(f"{key}={value:g}" for key, value in asked.items())
+        raise UsageError(
+            f"{words}: task {spec.parse(config.task).name} has a loss that is no cross-entropy; leave it out"
+        )
 
 
 def check_built(config: Config, task: Task) -> None:
@@ -211,6 +223,6 @@ def _forward_once(config: Config, task: Task):
     inputs = jax.numpy.zeros((*shape, task.channels), "float32") if task.channels else jax.numpy.zeros(shape, "int32")
     model = build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
-    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    parameters = nnx.state(model, nnx.Param)
     packed = {"documents": jax.numpy.zeros(shape, "int32")} if task.packed else {}
     return model(inputs, valid=jax.numpy.ones(shape, bool), **packed)[0], remembered, parameters

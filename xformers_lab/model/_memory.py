@@ -1,14 +1,16 @@
 """What no memory here can hold is refused before it is built, by what a training step needs at the least."""
 
+import math
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from xformers_lab import hardware
+from xformers_lab import hardware, optimizer, spec
 from xformers_lab.config import Config
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import Refused, UsageError
 from xformers_lab.nn.platform import elsewhere
-
-# Copies of the parameters while a step runs, float32: they, their gradients, and what the optimizer keeps.
-COPIES = {"adamw": 4, "sgd": 2}
 
 
 def refuse_activations(config: Config, outputs: int = 0) -> None:
@@ -23,11 +25,29 @@ def refuse_activations(config: Config, outputs: int = 0) -> None:
     _refuse(f"{words}: the activations of a step", needed, len(jax.devices()), mend)
 
 
-def refuse_parameters(config: Config, count: int) -> None:
-    """Raises UsageError where so many parameters, with all that training keeps of them, fit into no memory here."""
+def refuse_parameters(config: Config, variables: nnx.State) -> None:
+    """Raises UsageError where parameters, given as shapes, with their gradients and all that training keeps of them
+    fit into no memory here, or where the optimizer refuses its options or stands beside what it excludes."""
+    train, params = config.train, nnx.to_pure_dict(variables)
+    given = optimizer.Given(lambda count: jnp.ones(()), jnp.ones(()), optimizer.roles(variables), train.schedule)
+    rule = optimizer.build(train.optimizer, given)
+    kept = jax.eval_shape(rule.init, params)
+    if spec.digest("optimizer", train.optimizer) is not None:
+        updates, _ = jax.eval_shape(rule.update, params, kept, params)
+        shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+        if shapes(updates) != shapes(params):
+            raise Refused(f"optimizer={train.optimizer}: its updates are not shaped like the parameters")
+    averages = jax.eval_shape(optimizer.scored, kept, params) is not None
+    if averages and train.ema is not None:
+        raise UsageError(f"ema={train.ema:g}: optimizer={train.optimizer} scores an average of its own; leave ema out")
+    count = _numbers(params)
     words = f"dim={config.model.dim} layers={config.model.layers}: {count:,} parameters in training"
-    copies = COPIES[config.train.optimizer] + (config.train.ema is not None)
-    _refuse(words, 4 * count * copies, 1, "use a smaller model")
+    copies = 2 + (averages or train.ema is not None)
+    _refuse(words, 4 * (copies * count + _numbers(kept)), 1, "use a smaller model")
+
+
+def _numbers(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _refuse(what: str, needed: int, devices: int, mend: str) -> None:

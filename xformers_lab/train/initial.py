@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from xformers_lab import named_run, spec
@@ -107,9 +108,9 @@ def match(config: Config, task: Task) -> Match:
     return Match(config.init, manifest["step"], taken, cut, fresh, _averages(stored))
 
 
-def take(matched: Match, state: TrainState) -> TrainState:
-    """The first state of a run with the arrays of the other one in it; raises IntegrityError where they cannot be
-    read."""
+def take(matched: Match, state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """The first state of a run with the arrays of the other one in it, from which its update rule `tx` begins; raises
+    IntegrityError where they cannot be read."""
     stored = checkpoint.arrays(named_run.found(matched.init))
     where = _counting(stored, validated=int(stored.get("best.step", 1)) > 0)
 
@@ -123,7 +124,7 @@ def take(matched: Match, state: TrainState) -> TrainState:
     taken = set(matched.taken)
     begun = jax.tree_util.tree_map_with_path(one, {part: getattr(state, part) for part in _PARTS})
     average = None if state.average is None else jax.tree.map(jnp.copy, begun["params"])
-    return dataclasses.replace(state, **begun, average=average)
+    return dataclasses.replace(state, **begun, opt=tx.init(begun["params"]), average=average)
 
 
 def _counting(stored: Iterable[str], *, validated: bool = True) -> dict[str, str]:

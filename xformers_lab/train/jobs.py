@@ -27,6 +27,7 @@ def prepare(config: Config, run_dir: pathlib.Path, place: Callable[[Config, Task
     """All that a run needs but its state, on the devices that `place` gives it; raises UsageError where its layout over
     them cannot be."""
     configs.refuse_selection(config)
+    configs.refuse_schedule(config)
     task = build_task(config)
     layout = place(config, task)
     parts = shapes(config, task)
@@ -47,7 +48,7 @@ def prepare(config: Config, run_dir: pathlib.Path, place: Callable[[Config, Task
         run_dir,
         task,
         graph,
-        optimizer.build(config.train, optimizer.decays(merge(*parts))),
+        optimizer.build(config.train, optimizer.roles(merge(*parts))),
         layout,
         about,
         segments,

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -63,13 +63,14 @@ class Layout:
 
     def of_state(self, state: TrainState) -> TrainState:
         """Where each array of a train state lives: memory with the batch, parameters as `shares` has them, and with
-        them the optimizer's moments of them, whose paths end in the parameter's; all else on every device."""
+        them the moments of them that an optimizer keeps: what has a parameter's path in its own, and its shape. All
+        else is on every device."""
         shares = dict(self.shares)
+        shapes = {keys_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
         def place(path, leaf):
-            keys = keys_of(path)
-            ends = (keys[start:] for start in range(len(keys)))
-            return self.on(*next((shares[end] for end in ends if end in shares), ()))
+            parts = _parts(keys_of(path))
+            return self.on(*next((shares[part] for part in parts if part in shares and shapes[part] == leaf.shape), ()))
 
         places = jax.tree_util.tree_map_with_path(place, state)
         return dataclasses.replace(places, memory=jax.tree.map(lambda leaf: self.of_memory, state.memory))
@@ -107,6 +108,12 @@ class Layout:
 def keys_of(path: Sequence[Any]) -> tuple:
     """The keys of the dicts on a pytree path; None for a part that is none."""
     return tuple(getattr(part, "key", None) for part in path)
+
+
+def _parts(keys: tuple) -> Iterator[tuple]:
+    """Every run of keys that follow one another, those that begin first and go on longest before others."""
+    for start in range(len(keys)):
+        yield from (keys[start:end] for end in range(len(keys), start, -1))
 
 
 def layout_of(config: Config, task: Task) -> Layout:

@@ -3,7 +3,8 @@
 The longer run is another run, with an id and a folder of its own beside the first, and is bit for bit the one that was
 begun with so many steps. It takes over the newest checkpoint and the lines of metrics up to it, and leaves the first as
 it was. That can be where each step so far was taken at the learning rate that the longer run has there, so not with a
-decay towards the last step, nor where the warm-up is a share of the steps.
+decay towards the last step, nor where the warm-up is a share of the steps. Of schedule=wsd the stable part can be made
+longer, by what stopped before its cooldown.
 """
 
 import dataclasses
@@ -17,22 +18,22 @@ from xformers_lab.errors import IntegrityError, UsageError
 from xformers_lab.train import hosts, records
 
 EXTENDED = "extended.json"  # of the folder of a longer run: what it went on from
-GROWING = ("steps", "warmup")
+GROWING = ("steps", "warmup", "cooldown")
 LABELS = ("name", "tags")
 _TAKEN = ("env.json", "sources.json", "initialised.json")
 
 
 def asked(config: Config, words: Sequence[str]) -> Config:
-    """The config of a run with what words of `resume` say: steps and warmup of a longer run, name and tags. A longer
-    run has the tags of the first one too, and no name but its own. Raises UsageError at any other word."""
+    """The config of a run with what words of `resume` say: steps, warmup and cooldown of a longer run, name and tags. A
+    longer run has the tags of the first one too, and no name but its own. Raises UsageError at any other word."""
     changes = {}
     for word in words:
         key, equals, text = word.partition("=")
         key = key.rpartition(".")[2]
         if not equals or key not in (*GROWING, *LABELS):
             raise UsageError(
-                f'"{word}": resume takes steps= (with warmup=) for a longer run, name= and tags=; what else differs '
-                "makes a run of its own, with xlab train"
+                f'"{word}": resume takes steps= (with warmup= and cooldown=) for a longer run, name= and tags=; what '
+                "else differs makes a run of its own, with xlab train"
             )
         changes[key] = configs.typed(key, configs.spec.bare(text), word)
     asked = edit(config, **changes)
@@ -113,10 +114,19 @@ def _refuse_other_rates(first: Config, config: Config, step: int) -> None:
     at, steps = int(other[0]), config.train.steps
     warm = round(first.train.warmup * first.train.steps) / steps
     same_warm = edit(config, warmup=float(f"{warm:.9g}"))
+    stable = first.train.steps - round(first.train.cooldown * first.train.steps)
     if np.array_equal(was, rates(same_warm)):
         mend = f"say warmup={same_warm.train.warmup:g} too, for as many steps of warm-up as there were"
+    elif config.train.schedule == "wsd" and step > stable:
+        mend = (
+            f"its cooldown began after step {stable}, and its newest checkpoint is of step {step}: begin one with more "
+            "steps, which as long as it has not come to its cooldown goes on with other steps= and cooldown="
+        )
     else:
-        mend = "only rates that do not go by the last step can go on, such as those of schedule=constant warmup=0"
+        mend = (
+            "only rates that do not go by the last step can go on, such as those of schedule=constant warmup=0, or of "
+            "wsd before its cooldown"
+        )
     raise UsageError(
         f"steps={steps}: step {at + 1} was taken at the learning rate {was[at]:.4g}, which would be {now[at]:.4g} in a "
         f"run of {steps} steps (schedule={config.train.schedule}, warmup={config.train.warmup:g}); {mend}"

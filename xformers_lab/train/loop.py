@@ -172,7 +172,7 @@ def _start(job: Job, strict: bool, from_scratch: bool) -> tuple[TrainState, sele
     hosts.refuse_unequal(state)
     if job.config.init is not None:
         matched = initial.match(job.config, job.task)
-        state = initial.take(matched, state)
+        state = initial.take(matched, state, job.tx)
         logging.getLogger(__name__).warning("%s", matched.said())
         records.write_json(run_dir / initial.INITIALISED, matched.record())
     state = job.layout.place_state(state)

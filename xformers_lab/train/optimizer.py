@@ -1,42 +1,37 @@
-"""The update rule: AdamW or SGD, its learning rate over the run, clipping, and what decays."""
+"""The update rule of a run: an optimizer of the shelf behind clipping, its learning rate over the run, what decays."""
 
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xformers_lab import optimizer
 from xformers_lab.config import Config, Train
 from xformers_lab.model import Model
-from xformers_lab.nn import parameters
 from xformers_lab.tasks import Task
 from xformers_lab.train.state import Rates, merge, rates_of, shapes
 
 
 def of(config: Config, task: Task) -> optax.GradientTransformation:
     """The update rule of a config's model; nothing of the model is computed."""
-    return build(config.train, decays(merge(*shapes(config, task))))
+    return build(config.train, roles(merge(*shapes(config, task))))
 
 
-def build(train: Train, decaying: Any) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) or plain SGD, behind clipping by the global norm.
+def build(train: Train, given: optimizer.Roles) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that a config names, behind clipping by the global norm (Pascanu et al., 2013, arXiv 1211.5063).
 
-    Weight decay is decoupled and scaled by the learning rate. `update(updates, state, params, rates=...)` takes what
-    scales an update as arrays, so that it is no part of the compiled program; without them it is the config's.
+    `update(updates, state, params, rates=...)` takes what scales an update as arrays, so that it is no part of the
+    compiled program; without them it is the config's.
 
     Args:
-        decaying: which parameters decay, as `decays` gives it.
+        given: the roles of the parameters, as `roles` has them.
     """
 
     def rule(rates: Rates) -> optax.GradientTransformation:
-        rate = learning_rate(train, rates)
-        if train.optimizer == "adamw":
-            rule = optax.adamw(rate, weight_decay=cast(float, rates.weight_decay), mask=decaying)
-        else:
-            decay = optax.add_decayed_weights(cast(float, rates.weight_decay), mask=decaying)
-            rule = optax.chain(decay, optax.sgd(rate))
-        return optax.chain(optax.clip_by_global_norm(cast(float, rates.clip)), rule)
+        rate, clip = learning_rate(train, rates), cast(float, rates.clip)
+        told = optimizer.Given(rate, rates.weight_decay, given, train.schedule)
+        return optax.chain(optax.clip_by_global_norm(clip), optimizer.build(train.optimizer, told))
 
     def update(updates: Any, state: Any, params: Any = None, *, rates: Rates | None = None, **_: Any) -> tuple:
         return rule(rates_of(train) if rates is None else rates).update(updates, state, params)
@@ -45,21 +40,35 @@ def build(train: Train, decaying: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def learning_rate(train: Train, rates: Rates | None = None) -> optax.Schedule:
-    """The rate of step n = 0, 1, ...: linear from lr / w to lr over w = warmup * steps steps, then constant, or along a
-    half cosine towards 0 that would be reached at step `steps`. rates: those of `train`, as arrays."""
+    """The rate of step n = 0, 1, ...: linear from lr / w to lr over w = warmup * steps steps, and then by `schedule`.
+
+    constant: lr. cosine, linear: along a half cosine, or a line, towards 0 that would be reached at step `steps`.
+    rsqrt: lr sqrt(w / (n + 1)), which does not go by `steps` (Vaswani et al., 2017, arXiv 1706.03762, section 5.3).
+    wsd: lr, and over the last cooldown * steps steps along a line towards 0 (Hu et al., 2024, arXiv 2404.06395; Hägele
+    et al., 2024, arXiv 2405.18392).
+
+    Args:
+        rates: those of `train`, as arrays.
+    """
     rates = rates_of(train) if rates is None else rates
     warm, steps = rates.warm, rates.steps
+    cool = steps if rates.cool is None else rates.cool
+    done = lambda count: jnp.clip((count - warm) / jnp.maximum(steps - warm, 1), 0, 1)
+    falling = {
+        "constant": lambda count: 1.0,
+        "cosine": lambda count: 0.5 * (1 + jnp.cos(jnp.pi * done(count))),
+        "linear": lambda count: 1 - done(count),
+        "rsqrt": lambda count: jnp.sqrt(jnp.maximum(warm, 1) / (count + 1)),
+        "wsd": lambda count: jnp.clip((steps - count) / jnp.maximum(cool, 1), 0, 1),
+    }[train.schedule]
 
     def rate(count):
         rising = (count + 1) / jnp.maximum(warm, 1)
-        done = jnp.clip((count - warm) / jnp.maximum(steps - warm, 1), 0, 1)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * done)) if train.schedule == "cosine" else 1.0
-        return rates.lr * jnp.where(count < warm, rising, falling)
+        return rates.lr * jnp.where(count < warm, rising, falling(count))
 
     return rate
 
 
-def decays(model: Model) -> Any:
-    """Which parameters of a model decay, a bool for each: what each says itself, see `nn.parameters.decays`."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(parameters.decays, nnx.state(model, nnx.Param), is_leaf=is_variable))
+def roles(model: Model) -> optimizer.Roles:
+    """The roles of a model's parameters: what each says itself, see `nn.parameters`, and where it stands."""
+    return optimizer.roles(nnx.state(model, nnx.Param))

@@ -15,7 +15,7 @@ from xformers_lab import spec
 from xformers_lab.config import LEAVES, Config
 from xformers_lab.errors import UsageError, nearest
 
-CHOICES = [key for key, (_, field, _) in LEAVES.items() if field.metadata["shelf"]]
+CHOICES = [key for key, (path, field, _) in LEAVES.items() if field.metadata["shelf"] and path[0] != "train"]
 KEYS = [key for key, (path, field, _) in LEAVES.items() if path[0] == "model" and not field.metadata["shelf"]]
 
 

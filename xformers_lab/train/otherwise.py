@@ -196,10 +196,9 @@ def _choice(config: Config, model: nnx.Module, name: str) -> str:
     """The choice that a parameter is of, as key=choice."""
     nodes = {_joined(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
     kinds = {}
-    for key, (_, field, _) in LEAVES.items():
-        if field.metadata["shelf"]:
-            for part in spec.split(str(get(config, key)), "+") if get(config, key) != "auto" else ():
-                kinds[spec.entry(field.metadata["shelf"], spec.parse(part).name)] = f"{key}={part}"
+    for key in options.CHOICES:
+        for part in spec.split(str(get(config, key)), "+") if get(config, key) != "auto" else ():
+            kinds[spec.entry(LEAVES[key][1].metadata["shelf"], spec.parse(part).name)] = f"{key}={part}"
     parts = name.split(".")
     for count in range(len(parts), -1, -1):
         node = nodes.get(".".join(parts[:count]))

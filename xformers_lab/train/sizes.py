@@ -28,7 +28,7 @@ from xformers_lab.norm import Norm
 from xformers_lab.position import Position
 from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import Task
-from xformers_lab.train import decoding, mesh, selection, sharding
+from xformers_lab.train import decoding, mesh, selection, shaping, sharding
 from xformers_lab.train.jobs import Job, prepare
 from xformers_lab.train.layout import layout_of, plan
 from xformers_lab.train.state import merge
@@ -133,7 +133,8 @@ def _flops(job: Job, state: Any) -> dict:
 
 def _kept(job: Job, state: Any) -> dict:
     """What attention and the others make for the backward pass."""
-    objective, count = make_objective(job.task, job.graph), job.config.train.accumulate
+    train = job.config.train
+    objective, count = make_objective(job.task, job.graph, shaping.of(train)), train.accumulate
     first = lambda x: x[: x.shape[0] // count]
     of_memory = lambda x: x[:, : x.shape[1] // count]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xformers_lab import optimizer
 from xformers_lab.config import Config, Train
 from xformers_lab.memory import Remembered
 from xformers_lab.model import Model, build_model
@@ -18,8 +19,8 @@ from xformers_lab.tasks import Task
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What only scales updates: the peak learning rate, the steps that warm it up, the steps of the whole run, the
-    weight decay, the largest norm of a gradient and the rate of the average of the parameters, None where none is kept;
-    float32, and int32 for counts of steps."""
+    weight decay, the largest norm of a gradient, the rate of `ema`'s average of the parameters, None without, and the
+    last steps in which schedule=wsd falls, None without; float32, and int32 for counts of steps."""
 
     lr: jax.Array
     warm: jax.Array
@@ -27,6 +28,7 @@ class Rates:
     weight_decay: jax.Array
     clip: jax.Array
     ema: jax.Array | None = None
+    cool: jax.Array | None = None
 
 
 def rates_of(train: Train) -> Rates:
@@ -38,7 +40,8 @@ def rates_of(train: Train) -> Rates:
     clip = train.clip or largest
     ema = None if train.ema is None else number(min(train.ema, 1 - 2**-24))
     lr, decay = number(train.lr), number(train.weight_decay)
-    return Rates(lr, jnp.int32(warm), jnp.int32(train.steps), decay, number(clip), ema)
+    cool = jnp.int32(round(train.cooldown * train.steps)) if train.schedule == "wsd" else None
+    return Rates(lr, jnp.int32(warm), jnp.int32(train.steps), decay, number(clip), ema, cool)
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +51,8 @@ class TrainState:
     features); memory: what is remembered of each sequence of the batch, (L, B, ...), empty without a memory; opt: the
     optimizer's state; step: optimizer steps taken; skipped: those among them that were non-finite and changed nothing;
     seed: the run's; rates: how far updates go. Both are arrays so that runs that differ in nothing else share one
-    compiled program; an update rule of another kind has no rates. average: the moving average of the parameters, None
-    without `ema`.
+    compiled program; an update rule of another kind has no rates. average: the average of the parameters that is
+    scored, of `ema` or of an optimizer that keeps one; None without.
     The data position is `step`, for a batch is a function of (seed, split, step)."""
 
     params: Any
@@ -104,8 +107,10 @@ def init(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainS
     memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.train.batch, 1), memory)
     count = lambda: jnp.zeros((), jnp.int32)  # each its own array, for the step donates them all
     seed, rates = jnp.uint32(config.seed % 2**32), rates_of(config.train)
-    average = None if config.train.ema is None else jax.tree.map(jnp.copy, params)
-    return TrainState(params, extra, memory, tx.init(params), count(), count(), seed, rates, average)
+    opt = tx.init(params)
+    averages = config.train.ema is not None or optimizer.scored(opt, params) is not None
+    average = jax.tree.map(jnp.copy, params) if averages else None
+    return TrainState(params, extra, memory, opt, count(), count(), seed, rates, average)
 
 
 def abstract(config: Config, task: Task, tx: optax.GradientTransformation) -> TrainState:

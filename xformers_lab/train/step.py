@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xformers_lab import optimizer
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 from xformers_lab.nn import backward
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.tasks import Batch, Task
+from xformers_lab.train import shaping
 from xformers_lab.train.state import TrainState, begun, merge, split
 
 # What a line of metrics.jsonl says of every step.
@@ -33,9 +35,11 @@ def run(model: Model, batch: Batch, key: jax.Array | None = None) -> tuple[jax.A
     return model(cast(jax.Array, batch.inputs), valid=cast("jax.Array | None", batch.valid), key=key, **packed)
 
 
-def make_objective(task: Task, graph: nnx.GraphDef) -> Callable[..., tuple[jax.Array, Any]]:
+def make_objective(
+    task: Task, graph: nnx.GraphDef, shape: shaping.Shaping | None = None
+) -> Callable[..., tuple[jax.Array, Any]]:
     """-> objective(params, statistics, extra, memory, batch, key) -> what a step differentiates by params and
-    statistics, (the new extra and memory, sums over the batch)."""
+    statistics, (the new extra and memory, sums over the batch). shape: what the loss has beyond the task's."""
 
     def objective(params, statistics, extra, memory, batch: Batch, key):
         model = merge(graph, params, extra, memory)
@@ -46,10 +50,11 @@ def make_objective(task: Task, graph: nnx.GraphDef) -> Callable[..., tuple[jax.A
         predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
         sums |= Aux(losses=predicted)
         total = loss + sum(sums.losses.values())
+        total = total if shape is None else total + shape(logits, batch)
         reported = sums.metrics()
         if taken := RESERVED & reported.keys():
             raise UsageError(f'the model reports "{min(taken)}", which metrics have of every step: choose another name')
-        totals = {"total": total} if sums.losses else {}
+        totals = {"total": total} if sums.losses or shape is not None else {}
         seeded = total + backward.surrogate_loss(statistics, backward.values(model))
         return seeded, (split(model)[2:], {"loss": loss, "weight": weight} | totals | reported)
 
@@ -70,7 +75,8 @@ def make_train_step(
     `skipped`; texts that begin with it have begun all the same.
     """
 
-    update, objective = optax.with_extra_args_support(tx).update, make_objective(task, graph)
+    update = optax.with_extra_args_support(tx).update
+    objective = make_objective(task, graph, shaping.of(config.train))
 
     def part(params, extra, memory, batch: Batch, key):
         statistics = backward.values(merge(graph, params, extra, memory))
@@ -96,7 +102,8 @@ def make_train_step(
         updates, opt = update(grads, state.opt, state.params, rates=state.rates)
         params = optax.apply_updates(state.params, updates)
         rate, applied = None if state.rates is None else state.rates.ema, state.step + 1 - state.skipped
-        average = None if rate is None else averaged(state.average, params, rate, applied)
+        average = optimizer.scored(opt, params)
+        average = average if rate is None else averaged(state.average, params, rate, applied)
         after = params, extra, memory, opt, average
         ok = jnp.isfinite(metrics.get("total", metrics["loss"])) & jnp.isfinite(norm) & all_finite(after)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))

@@ -128,6 +128,11 @@ def _counting(job: Job) -> tuple[TrainState, int]:
     if (rate := job.config.train.ema) is not None:
         words = f"ema={rate:g}: the parameters are their average up to step {int(counting.step)}"
         logging.getLogger(__name__).warning("%s: %s", job.run_dir, words)
+    elif state.average is not None:
+        words = (
+            f"optimizer={job.config.train.optimizer}: the parameters are its average up to step {int(counting.step)}"
+        )
+        logging.getLogger(__name__).warning("%s: %s", job.run_dir, words)
     if best is not None:
         of = f"the parameters are those of step {int(counting.step)}"
         why = "the best validation" if int(best.step) else "the last one saved, for nothing is validated yet"

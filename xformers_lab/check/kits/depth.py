@@ -97,7 +97,9 @@ def _first_input(model: Tiny, position: str) -> float:
 
 def matrices_decay(subject: Inside) -> None:
     """Weight decay takes kernels for matrices, and biases and scales, however many axes they have, for vectors."""
-    for name, decays in checkpoint.named_leaves(optimizer.decays(subject.model.built(subject.model.variables))).items():
+    for name, decays in checkpoint.named_leaves(
+        optimizer.roles(subject.model.built(subject.model.variables)).decays
+    ).items():
         last = name.rpartition(".")[2]
         if decays != (last == "kernel") and last in ("kernel", "bias", "scale"):
             raise Broken(

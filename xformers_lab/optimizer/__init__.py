@@ -1,0 +1,119 @@
+"""The shelf of optimizers. One file = one function or class, called with a `Given` and its options.
+
+    adamw(given, *, b1=0.9, b2=0.999, eps=1e-8) -> an `optax.GradientTransformation`
+
+It gives what is added to the parameters, the learning rate, the sign and the weight decay in it, from gradients that
+are clipped already. The rate and the decay are arrays of the compiled program, so that runs which differ in them share
+one; options are numbers in it. Decay is decoupled (Loshchilov and Hutter, 2019, arXiv 1711.05101), of the parameters of
+`given.decays` alone, and scaled by the rate of the step.
+
+Parameters of layers are stacked, (L, ...): what looks at a whole matrix or vector, a norm say, has to do so layer by
+layer, see `by_layer`. The state is arrays alone. What has a parameter's path in it and its shape lies on devices as the
+parameter does, and all else is whole on each. Where other parameters than those that gradients are taken at are to be
+scored, a part of the state has a method `scored(params)` that gives them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.ffn import Bank
+from xformers_lab.nn.parameters import decays, layer_axes
+
+# Modules whose matrices are no hidden layer's: what makes vectors of the inputs, and answers of the last states.
+OUTER = ("embedding", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """What an update rule may know of parameters, each a pytree like theirs. decays: bool, whether weight decay pulls
+    it; stacked: int, how many of its first axes count layers, or networks of a bank; hidden: bool, whether what these
+    count is the one matrix of a hidden layer, (in, out)."""
+
+    decays: Any
+    stacked: Any
+    hidden: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the lab gives an optimizer. rate: the learning rate of step n = 0, 1, ..., as optax takes it; weight_decay:
+    (); roles: those of the parameters; schedule: what the rate does after the warm-up, by its name."""
+
+    rate: optax.Schedule
+    weight_decay: jax.Array
+    roles: Roles
+    schedule: str = "constant"
+
+    @property
+    def decay(self) -> Any:
+        """The weight decay as optax takes it, which types it as a number."""
+        return self.weight_decay
+
+    def rule(self, *transformations: optax.GradientTransformation) -> optax.GradientTransformation:
+        """Transformations of the gradients, then decoupled weight decay, then the rate and the sign."""
+        decay = optax.add_decayed_weights(self.decay, mask=self.roles.decays)
+        return optax.chain(*transformations, decay, optax.scale_by_learning_rate(self.rate))
+
+
+def roles(variables: nnx.State) -> Roles:
+    """The roles of a model's parameters, `nnx.state(model, nnx.Param)`, in shapes or real ones.
+
+    A matrix of a hidden layer decays, has two axes in its own layer or network, and stands outside of OUTER: kernels of
+    linear layers, recurrent matrices, each network of a bank. Maps of single heads and taps, which have more axes, are
+    none.
+    """
+
+    def each(path: Any, variable: nnx.Variable) -> tuple[bool, int, bool]:
+        stacked = layer_axes(variable) + isinstance(variable, Bank)
+        outer = any(getattr(part, "key", None) in OUTER for part in path)
+        pulled = decays(variable)
+        return pulled, stacked, pulled and not outer and variable.ndim - stacked == 2
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    found = jax.tree_util.tree_map_with_path(each, variables, is_leaf=is_variable)
+    part = lambda number: jax.tree.map(lambda role: role[number], found, is_leaf=lambda node: isinstance(node, tuple))
+    return Roles(*(nnx.to_pure_dict(part(number)) for number in range(3)))
+
+
+def build(choice: str, given: Given) -> optax.GradientTransformation:
+    """The update rule of a choice; raises UsageError where it refuses its options or what it is given."""
+    return spec.build("optimizer", choice, given)
+
+
+def by_layer(inner: optax.GradientTransformation, stacked: Any) -> optax.GradientTransformation:
+    """`inner` on each layer of each parameter by itself, as if it were the only one.
+
+    Args:
+        stacked: how many of the first axes of each parameter count layers, see `Roles`.
+    """
+
+    def over(count: int, function: Callable) -> Callable:
+        for _ in range(count):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda count, param: over(count, inner.init)(param), stacked, params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        whole = jax.tree.structure(stacked)
+        counts = whole.flatten_up_to(stacked)
+        trees = [whole.flatten_up_to(tree) for tree in (updates, state, params)]
+        pairs = [over(count, inner.update)(*each) for count, *each in zip(counts, *trees, strict=True)]
+        return whole.unflatten([new for new, _ in pairs]), whole.unflatten([kept for _, kept in pairs])
+
+    return optax.GradientTransformation(init, update)
+
+
+def scored(state: Any, params: Any) -> Any:
+    """The parameters that an optimizer's state has scored in place of those that gradients are taken at; None where it
+    says nothing of it."""
+    says = lambda node: hasattr(node, "scored")
+    part = next(filter(says, jax.tree.leaves(state, is_leaf=says)), None)
+    return None if part is None else part.scored(params)

@@ -1,0 +1,20 @@
+"""AdamW that looks ahead."""
+
+import optax
+
+from xformers_lab.optimizer import Given
+from xformers_lab.optimizer._bounds import refuse_rates
+
+
+def nadamw(given: Given, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """NAdamW: AdamW with Nesterov's momentum (Dozat, 2016; Loshchilov and Hutter, 2019, arXiv 1711.05101).
+
+    update = -rate ((b1 m' + (1 - b1) g') / (sqrt(v') + eps) + decay p), with m', g' and v' corrected for their start
+
+    Options:
+        b1: rate of the average of gradients
+        b2: rate of the average of their squares
+        eps: what is added to the root of the latter
+    """
+    refuse_rates(b1=b1, b2=b2)
+    return optax.nadamw(given.rate, b1=b1, b2=b2, eps=eps, weight_decay=given.decay, mask=given.roles.decays)
