@@ -125,6 +125,8 @@ def _search(cell: Cell, worker: Worker, progress: Callable[[str], None]) -> None
                 worker.ask("plan.work.look", stall=cell.config.stall, **one.arguments())
         except UsageError as error:
             one.row.update(status="refused", reason=str(error))
+        except Ended as ended:
+            _end(one, ended)
         else:
             _measure(one, worker, progress)
         return one.row.get("fits") if one.row["status"] == "ok" else None
