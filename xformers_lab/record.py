@@ -289,8 +289,8 @@ class Record:
     compile_seconds: float | None = figure(
         "compile",
         "duration",
-        "Time to trace, lower and compile; a hit of JAX's cache counts as it is. Cells that differ in seeds and rates "
-        "alone share a program, and have the time of its one compilation.",
+        "Time to trace, lower and compile; a program that JAX's cache held counts as long as it took to compile. Cells "
+        "that differ in seeds and rates alone share a program, and have the time of its one compilation.",
         better=-1,
         narrow=6,
     )

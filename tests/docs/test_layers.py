@@ -11,6 +11,7 @@ from conftest import ROOT
 LAYERS = [
     "terminal",
     "errors files hardware record drawing cpu_threads",
+    "program_cache",
     "layouts",
     "nn",
     "spec",

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 
+from xformers_lab import program_cache
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device
 from xformers_lab.supervise.interrupt import ending
 from xformers_lab.terminal import LINES, log_in_lines, message, visible
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # what an encoding has no sign for is shown escaped too
             stream.reconfigure(errors="backslashreplace")
     log_in_lines()
+    program_cache.use()
     arguments = sys.argv[1:] if arguments is None else arguments
     with ending(message(" ".join(["xlab", *arguments[:1]]))):
         return _run(arguments)

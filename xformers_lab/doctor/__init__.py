@@ -14,7 +14,7 @@ def examine() -> list[dict]:
     """Findings as {what, found, ok}; a finding that is not ok says what to do. ok is None of what is no fault of the
     installation: other work on the machine, beside which nothing should be timed, or a device that a variable hides.
     Findings on rates have their numbers besides, as `measured`."""
-    from xformers_lab.doctor import backends, memory, peaks, quiet, rates
+    from xformers_lab.doctor import backends, kept_programs, memory, peaks, quiet, rates
 
     devices, failed = backends.start()
     ours = next(iter(devices.values()))
@@ -31,6 +31,7 @@ def examine() -> list[dict]:
         {"what": "packages", "found": ", ".join(f"{name} {each}" for name, each in versions.items()), "ok": True},
         *backends.examine(devices, failed),
         memory.examine(ours),
+        kept_programs.examine(),
         *machine,
         *rates.examine(device, peak, all(finding["ok"] for finding in machine)),
         _repeats(),

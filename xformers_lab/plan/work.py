@@ -14,6 +14,7 @@ from xformers_lab import hardware
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused, UsageError, contained, ran_out_of_memory
 from xformers_lab.layouts import PMAP
+from xformers_lab.measure.compiling import compile_clock
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import check_config
 from xformers_lab.nn.platform import planned_for
@@ -137,21 +138,22 @@ def _measured(target: Target, job: Job, subject: Subject) -> dict:
         flops = None
     row["flops_per_token"] = None if flops is None else flops / subject.tokens
     row["flops_per_device"] = None if flops is None else flops / subject.spread
-    began = time.perf_counter()
     if target.platform == "gpu":
+        began = time.perf_counter()
         subject.lowered(GPU)
         return row | {"lower_seconds": time.perf_counter() - began}
     given = sum(subject.given.values())
     if row["memory"] is not None and given > row["memory"]:
         return row | {"fits": False, "why": "what the program is given is more than that"}
-    try:
-        compiled = subject.lowered(None).compile()
-    except Exception as error:
-        if not ran_out_of_memory(error) or (needed := exceeded.needed(str(error), given)) is None:
-            raise
-        row["bytes"] |= {"activations": needed.activations, "total": needed.total}
-        return row | {"fits": False, "why": needed.why, "compile_seconds": time.perf_counter() - began}
-    row["compile_seconds"] = time.perf_counter() - began
+    with compile_clock() as seconds:
+        try:
+            compiled = subject.lowered(None).compile()
+        except Exception as error:
+            if not ran_out_of_memory(error) or (needed := exceeded.needed(str(error), given)) is None:
+                raise
+            row["bytes"] |= {"activations": needed.activations, "total": needed.total}
+            return row | {"fits": False, "why": needed.why, "compile_seconds": seconds()}
+        row["compile_seconds"] = seconds()
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend does not say how much memory a program takes"
     row["bytes"] |= _bytes(memory, given)

@@ -16,6 +16,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
+from xformers_lab import program_cache
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device, stopped_by
 from xformers_lab.terminal import log_in_lines
 
@@ -54,6 +55,7 @@ def main() -> int:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log_in_lines()
+    program_cache.use()
     tell = Tell(replies)
     threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
     for line in questions:

@@ -8,7 +8,6 @@ measured apart and the memory of the compiled program is known.
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
 from xformers_lab.layouts import AXES, DATA, PMAP, ROWS, SEQUENCE
+from xformers_lab.measure.compiling import compile_clock
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train import hosts
 from xformers_lab.train.mesh import divided, mesh_of
@@ -202,21 +202,20 @@ def compile_train_step(
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     state, batch = shapes(state), shapes(batch)
     shaped = jax.eval_shape(layout.shape_batch, batch)
-    began = time.perf_counter()
     # Counted on the global view, which pmap would show one device's share of, and outside of the mesh in use.
     counted = step = jitted_train_step(config, task, graph, tx, layout, state, shaped)
     if layout.pmap:
         local = make_train_step(config, task, graph, tx, DATA)
         step = jax.pmap(local, axis_name=DATA, in_axes=(None, 0), out_axes=None, donate_argnums=0)
-    with layout.in_use():
+    with layout.in_use(), compile_clock() as seconds:
         compiled = step.lower(state, shaped).compile()
-    seconds = time.perf_counter() - began
+        compile_seconds = seconds()
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend does not say how much memory a program takes"
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         compiled,
-        seconds,
+        compile_seconds,
         memory.temp_size_in_bytes,
         memory.temp_size_in_bytes + arguments,
         _flops(counted, state, batch),

@@ -36,7 +36,6 @@ sys.exit(main(sys.argv[2:]))
 """
 # Lines are shown no closer than so many seconds.
 SAY_EVERY = 2.0
-CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 class Lost(Exception):
@@ -93,12 +92,10 @@ class Trial:
 
     def start(self, words: Sequence[str], limit: int | None = None, **variables: str) -> subprocess.Popen:
         """`xlab` in a process group of its own. limit: bytes that a file may grow to."""
-        cache = dict(zip(CACHE, (str(self.folder / ".cache"), "0"), strict=True))
         program = ["-m", "xformers_lab"] if limit is None else ["-c", LIMITED, str(limit)]
-        environment = os.environ | cache | variables
         return subprocess.Popen(
             [sys.executable, *program, *words],
-            env=environment,
+            env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
