@@ -197,7 +197,7 @@ def test_errors_of_one_are_those_of_all(monkeypatch):
     assert hosts.of_first(lambda: pytest.fail("this is not the first")) == "from the first"
 
 
-# ---- two processes -----------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 # Joins once, and trains what it is told, each config in turn; what is refused is said.
@@ -237,7 +237,8 @@ def run_all(cases: list[dict], count: int, devices: int) -> list[list[dict]]:
 
 
 @pytest.mark.full
-def test_two_processes_are_one_with_all_their_devices(tmp_path, words):
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_processes_are_one_with_all_their_devices(count, devices, tmp_path, words):
     plain = {"seq_len": 16, "dim": 16, "layers": 1, "batch": 8, "steps": 5, "eval_batches": 1, "dropout": 0.1}
     (tmp_path / "text.txt").write_text(" ".join(str(number * 7919 % 1009) for number in range(4000)))
     text, remembers = {"task": f"lm:path={tmp_path}/text.txt"}, {"memory": "xl:length=8", "position": "rope"}
@@ -246,6 +247,7 @@ def test_two_processes_are_one_with_all_their_devices(tmp_path, words):
         plain | text | remembers | {"layout": "fsdp"},
         plain | {"task": words["task"], "layout": "tensor:2+data"},
     ]
+    cases = cases if count == 2 else cases[:1]  # four compile long on two cores
     placed = lambda name: [case | {"runs": str(tmp_path / name)} for case in cases]
     refused = [
         plain | {"task": "copy", "layout": "data:8", "runs": str(tmp_path / "refused")},
@@ -254,17 +256,18 @@ def test_two_processes_are_one_with_all_their_devices(tmp_path, words):
         plain | {"task": "copy", "only": {"1": {"runs": str(tmp_path / "apart")}}, "runs": str(tmp_path / "refused")},
     ]
     alone = run_all(placed("alone"), 1, 4)[0]
-    first, other = run_all(placed("both") + refused, 2, 2)
+    first, *others = run_all(placed("both") + refused, count, devices)
     for one, row in zip(alone, first, strict=False):
         assert (row["id"], row["status"], row["devices"]) == (one["id"], "ok", 4)
-        assert (one["processes"], one["hosts"], row["processes"], row["hosts"]) == (1, 1, 2, 1)
+        assert (one["processes"], one["hosts"], row["processes"], row["hosts"]) == (1, 1, count, 1)
         np.testing.assert_allclose(losses_of(row), losses_of(one), rtol=3e-6)
         assert row["loss"] == pytest.approx(one["loss"], rel=1e-5) and row["figures"] > 0
         if one["by_length"]:
             assert row["by_length"][0]["loss"] == pytest.approx(one["by_length"][0]["loss"], rel=1e-5)
-    for row, mirrored in zip(first[: len(alone)], other, strict=False):
-        assert (row["id"], row["loss"]) == (mirrored["id"], mirrored["loss"])
-    for rows in (first, other):
+    for other in others:
+        for row, mirrored in zip(first[: len(alone)], other, strict=False):
+            assert (row["id"], row["loss"]) == (mirrored["id"], mirrored["loss"])
+    for rows in (first, *others):
         said = [row["refused"] for row in rows[len(alone) :]]
         assert "8 devices, and there are 4" in said[0]
         assert "layout=pmap is of the devices of one process" in said[1]

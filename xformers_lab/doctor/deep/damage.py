@@ -11,7 +11,7 @@ from xformers_lab.doctor.deep._trial import SAVE_EVERY, Lost, Trial, ending, las
 from xformers_lab.train import checkpoint, jobs, settled
 
 WHAT = "damaged checkpoint found"
-TIMES = 20
+TIMES = 10
 # Bits are what a disk loses most.
 WAYS = ("flip", "flip", "flip", "truncate", "delete", "zero")
 
