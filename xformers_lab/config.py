@@ -73,6 +73,14 @@ class Model:
     layers: int = knob(2, "number of layers L", least=1, below=MOST_LAYERS + 1)
     heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
+    parametrisation: typing.Literal["standard", "mup"] = knob(
+        "standard",
+        "how first parameters and rates go with the width; mup: so that one lr serves all widths, see base_dim",
+        later=True,
+    )
+    base_dim: int | None = knob(
+        None, "with parametrisation=mup, the width that lr was chosen at", least=1, below=2**20, later=True
+    )
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
 
@@ -194,6 +202,7 @@ class Derived:
     tokens: int | None = knob(
         None, "tokens per step, in place of batch: batch = tokens / seq_len", least=1, below=2**40
     )
+    head: int | None = knob(None, "size of a head H, in place of heads: heads = dim / head", least=1, below=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +241,8 @@ STUDY = _fields(Study)
 DERIVED = _fields(Derived)
 PLACE = _fields(Place)
 _WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
+# The leaf that each derived word says.
+IN_PLACE_OF = {"tokens": "batch", "head": "heads"}
 MOST_CELLS = 100_000
 # The value of a choice's key that stands for its whole shelf.
 EVERY = "all"
@@ -509,8 +520,8 @@ def gathered(words: Iterable[Item], *, trust: bool = False) -> Words:
 
 
 def over(axes: Mapping[str, list], later: Mapping[str, list]) -> dict[str, list]:
-    """Axes with later ones over them; of tokens and batch, which say the same, the later one counts."""
-    unsaid = {"tokens": "batch", "batch": "tokens"}
+    """Axes with later ones over them; of two that say the same, as tokens and batch, the later one counts."""
+    unsaid = IN_PLACE_OF | {key: derived for derived, key in IN_PLACE_OF.items()}
     dropped = {unsaid[key] for key, values in later.items() if key in unsaid and values != [None]}
     return {key: values for key, values in axes.items() if key not in dropped} | dict(later)
 
@@ -527,10 +538,31 @@ def batch_of(tokens: int, seq_len: int) -> int:
     )
 
 
+def heads_of(head: int, dim: int) -> int:
+    """The heads that have so many numbers each; raises UsageError where a width is no whole number of them."""
+    if dim % head:
+        raise UsageError(f"head={head}: dim={dim} is no whole number of heads of that size")
+    return dim // head
+
+
+def derive(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of leaves, with those that derived words stand for in their place."""
+    found = {key: value for key, value in leaves.items() if key not in DERIVED}
+    says = lambda key: leaves.get(key, get(Config(), key))
+    if (tokens := leaves.get("tokens")) is not None:
+        found["batch"] = batch_of(tokens, says("seq_len"))
+    if (head := leaves.get("head")) is not None:
+        found["heads"] = heads_of(head, says("dim"))
+    return found
+
+
 def _refuse_both(keys: Iterable[str], where: str) -> None:
-    """Raises UsageError where one place says the size of a batch twice."""
-    if {"tokens", "batch"} <= set(keys):
-        raise UsageError(f"{where}: tokens= and batch= both say how large a step is: leave one out")
+    """Raises UsageError where one place says the same twice."""
+    keys = set(keys)
+    for derived, key in IN_PLACE_OF.items():
+        if {derived, key} <= keys:
+            what = "how large a step is" if derived == "tokens" else "how many heads there are"
+            raise UsageError(f"{where}: {derived}= and {key}= both say {what}: leave one out")
 
 
 def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
@@ -542,10 +574,7 @@ def grid(bases: list[dict[str, list]], axes: dict[str, list]) -> list[Config]:
     for base in bases:
         merged = over(base, axes)
         for values in itertools.product(*merged.values()):
-            leaves = dict(zip(merged, values, strict=True))
-            if (tokens := leaves.pop("tokens", None)) is not None:
-                leaves["batch"] = batch_of(tokens, leaves.get("seq_len", Config().seq_len))
-            configs[edit(Config(), **leaves)] = None
+            configs[edit(Config(), **derive(dict(zip(merged, values, strict=True))))] = None
     return list(configs)
 
 

@@ -49,9 +49,9 @@ def ablation(words: Iterable[configs.Item], *, trust: bool = False) -> Ablation:
         if "seed" in frame and (frame["seed"] != [0] or any(map(_says_seed, words))):
             raise UsageError(f"seeds={read.study.seeds} and seed= both say which seeds: leave one out")
         frame["seed"] = list(range(read.study.seeds))
-    tokens = base.pop("tokens", None)
-    if "tokens" in listed:
-        raise UsageError("tokens= has several values: an ablation has one size of a step")
+    derived = {key: base.pop(key) for key in configs.DERIVED if key in base}
+    if several := [key for key in configs.DERIVED if key in listed]:
+        raise UsageError(f"{several[0]}= has several values: in an ablation it has one")
     origin = edit(Config(), **base | {"name": None})
     axes = {key: _swaps(origin, key, values) for key, values in listed.items()}
     tuning = Tuning.read(read.study.tune)
@@ -71,8 +71,8 @@ def ablation(words: Iterable[configs.Item], *, trust: bool = False) -> Ablation:
     for name, variant in variants.items():
         for values in itertools.product(*frame.values()):
             config = edit(variant, **dict(zip(frame, values, strict=True)))
-            if tokens is not None:
-                config = edit(config, batch=configs.batch_of(tokens, config.seq_len))
+            said = derived | {"seq_len": config.seq_len, "dim": config.model.dim}
+            config = edit(config, **configs.derive(said))
             cells.append(Cell(config, config, name=name))
     varied = configs.varied([cell.origin for cell in cells])
     return Ablation(cells, varied, read.study, {key: list(swaps) for key, swaps in axes.items()})

@@ -13,7 +13,7 @@ from xformers_lab import spec
 from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, refuse_schedule, refuse_selection, seed_of
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
-from xformers_lab.model import _memory
+from xformers_lab.model import _memory, _widths
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.plan import Plan
@@ -123,7 +123,14 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
         reason = "it reads a row from end to end"
         raise UsageError(why_not(f"model={spec.parse(kind).name}", reason, "model=decoder"))
     rngs = nnx.Rngs(seed_of(config, "init_seed"))
-    return spec.build("model", kind, size, config=config, task=task, rngs=rngs, where=f"model={kind}")
+    model = spec.build("model", kind, size, config=config, task=task, rngs=rngs, where=f"model={kind}")
+    if config.model.parametrisation == "mup":
+        try:
+            base = nnx.eval_shape(lambda: build_model(_widths.base_of(config), task))
+        except UsageError as error:
+            raise UsageError(f"parametrisation=mup: the model of base_dim={config.model.base_dim}: {error}") from None
+        _widths.scale(model, base)
+    return model
 
 
 def kind_of(config: Config, task: Task) -> str:
@@ -149,6 +156,7 @@ def check_config(config: Config) -> Task:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     refuse_selection(config)
     refuse_schedule(config)
+    _widths.refuse(config)
     size_of(config)
     _memory.refuse_activations(config)
     with _own_errors(config):

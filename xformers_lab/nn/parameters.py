@@ -1,4 +1,5 @@
-"""What a parameter says of itself, in its metadata: whether it decays, and how many of its axes count layers."""
+"""What a parameter says of itself, in its metadata: whether it decays, how many of its axes count layers, how fast it
+learns."""
 
 from flax import nnx
 
@@ -17,3 +18,13 @@ def decays(parameter: nnx.Variable) -> bool:
 def layer_axes(variable: nnx.Variable) -> int:
     """How many leading axes of a variable count layers: 0 outside of a stack, 1 inside."""
     return variable.get_metadata().get("layer_axes", 0)
+
+
+def rate(parameter: nnx.Variable) -> float:
+    """What the learning rate is multiplied by for a parameter: 1 unless `set_rate` has said so."""
+    return parameter.get_metadata().get("rate", 1.0)
+
+
+def set_rate(parameter: nnx.Variable, times: float) -> None:
+    """Have a parameter learn at so many times the learning rate."""
+    parameter.set_metadata(rate=times)

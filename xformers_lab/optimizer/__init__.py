@@ -15,7 +15,7 @@ scored, a part of the state has a method `scored(params)` that gives them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -23,21 +23,24 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.ffn import Bank
-from xformers_lab.nn.parameters import decays, layer_axes
+from xformers_lab.nn.parameters import decays, layer_axes, rate
 
 # Modules whose matrices are no hidden layer's: what makes vectors of the inputs, and answers of the last states.
 OUTER = ("embedding", "head")
+Rule = TypeVar("Rule", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
     """What an update rule may know of parameters, each a pytree like theirs. decays: bool, whether weight decay pulls
     it; stacked: int, how many of its first axes count layers, or networks of a bank; hidden: bool, whether what these
-    count is the one matrix of a hidden layer, (in, out)."""
+    count is the one matrix of a hidden layer, (in, out); rates: float, what its learning rate is multiplied by, None
+    where all have the same."""
 
     decays: Any
     stacked: Any
     hidden: Any
+    rates: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,21 @@ class Given:
         return self.weight_decay
 
     def rule(self, *transformations: optax.GradientTransformation) -> optax.GradientTransformation:
-        """Transformations of the gradients, then decoupled weight decay, then the rate and the sign."""
+        """Transformations of the gradients, then decoupled weight decay, then the rate and the sign.
+
+        A parameter's own rate is not that of its decay, which pulls as far at every width (Yang et al., 2022)."""
+        rates = self.roles.rates
+        own = lambda updates, _: jax.tree.map(lambda update, times: times * update, updates, rates)
+        apart = () if rates is None else (optax.stateless(own),)
         decay = optax.add_decayed_weights(self.decay, mask=self.roles.decays)
-        return optax.chain(*transformations, decay, optax.scale_by_learning_rate(self.rate))
+        return optax.chain(*transformations, *apart, decay, optax.scale_by_learning_rate(self.rate))
+
+
+def unit_updates(rule: Rule) -> Rule:
+    """Say of an optimizer that its updates have a size of their own, which that of gradients does not change, and that
+    it is made by `Given.rule`: what parametrisation=mup asks for."""
+    vars(rule)["unit_updates"] = True
+    return rule
 
 
 def roles(variables: nnx.State) -> Roles:
@@ -69,16 +84,17 @@ def roles(variables: nnx.State) -> Roles:
     none.
     """
 
-    def each(path: Any, variable: nnx.Variable) -> tuple[bool, int, bool]:
+    def each(path: Any, variable: nnx.Variable) -> tuple[bool, int, bool, float]:
         stacked = layer_axes(variable) + isinstance(variable, Bank)
         outer = any(getattr(part, "key", None) in OUTER for part in path)
         pulled = decays(variable)
-        return pulled, stacked, pulled and not outer and variable.ndim - stacked == 2
+        return pulled, stacked, pulled and not outer and variable.ndim - stacked == 2, rate(variable)
 
     is_variable = lambda node: isinstance(node, nnx.Variable)
     found = jax.tree_util.tree_map_with_path(each, variables, is_leaf=is_variable)
     part = lambda number: jax.tree.map(lambda role: role[number], found, is_leaf=lambda node: isinstance(node, tuple))
-    return Roles(*(nnx.to_pure_dict(part(number)) for number in range(3)))
+    decay, layers, hidden, rates = (nnx.to_pure_dict(part(number)) for number in range(4))
+    return Roles(decay, layers, hidden, None if set(jax.tree.leaves(rates)) <= {1.0} else rates)
 
 
 def build(choice: str, given: Given) -> optax.GradientTransformation:

@@ -2,10 +2,11 @@
 
 import optax
 
-from xformers_lab.optimizer import Given
+from xformers_lab.optimizer import Given, unit_updates
 from xformers_lab.optimizer._bounds import refuse_rates
 
 
+@unit_updates
 def adan(
     given: Given, *, b1: float = 0.98, b2: float = 0.92, b3: float = 0.99, eps: float = 1e-8
 ) -> optax.GradientTransformation:

@@ -2,10 +2,11 @@
 
 import optax
 
-from xformers_lab.optimizer import Given
+from xformers_lab.optimizer import Given, unit_updates
 from xformers_lab.optimizer._bounds import refuse_rates
 
 
+@unit_updates
 def lion(given: Given, *, b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
     """Lion: the sign of an interpolated momentum (Chen et al., 2023, arXiv 2302.06675).
 
@@ -19,4 +20,4 @@ def lion(given: Given, *, b1: float = 0.9, b2: float = 0.99) -> optax.GradientTr
         b2: rate of the average of gradients that is kept
     """
     refuse_rates(b1=b1, b2=b2)
-    return optax.lion(given.rate, b1=b1, b2=b2, weight_decay=given.decay, mask=given.roles.decays)
+    return given.rule(optax.scale_by_lion(b1=b1, b2=b2))

@@ -2,10 +2,11 @@
 
 import optax
 
-from xformers_lab.optimizer import Given
+from xformers_lab.optimizer import Given, unit_updates
 from xformers_lab.optimizer._bounds import refuse_rates
 
 
+@unit_updates
 def nadamw(given: Given, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """NAdamW: AdamW with Nesterov's momentum (Dozat, 2016; Loshchilov and Hutter, 2019, arXiv 1711.05101).
 
@@ -17,4 +18,4 @@ def nadamw(given: Given, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-
         eps: what is added to the root of the latter
     """
     refuse_rates(b1=b1, b2=b2)
-    return optax.nadamw(given.rate, b1=b1, b2=b2, eps=eps, weight_decay=given.decay, mask=given.roles.decays)
+    return given.rule(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=True))

@@ -1,5 +1,6 @@
 """Optimizers, on a few parameters of every role: a table, stacked kernels and biases, a bank, a head."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xformers_lab import optimizer
+from xformers_lab import optimizer, spec
 from xformers_lab.check import inside
 from xformers_lab.check.subject import Broken, compare
 from xformers_lab.optimizer import Given, Roles
@@ -163,6 +164,29 @@ def saved(subject: Tuned) -> None:
             raise Broken(f"{name} comes back changed from a checkpoint")
 
 
+def rates_of_their_own(subject: Tuned) -> None:
+    """An optimizer that says `unit_updates` moves a parameter by its own multiple of the rate, and decays it by the
+    rate alone; and gradients of another size change nothing of its updates."""
+    if not getattr(spec.entry("optimizer", spec.parse(subject.name).name), "unit_updates", False):
+        return
+    own = dataclasses.replace(subject.roles, rates=jax.tree.map(lambda _: 0.25, subject.params))
+    moved = lambda scale=1.0, **how: subject.steps(
+        subject.rule(**how), subject.params, [jax.tree.map(lambda leaf: scale * leaf, subject.gradients[0])]
+    )[0]
+    all_of_it, less, decayed = jax.jit(lambda: (moved(decay=0.0), moved(decay=0.0, roles=own), moved(roles=own)))()
+    larger = jax.jit(lambda: moved(1024.0, decay=0.0))()
+    named = checkpoint.named_leaves
+    for name, leaf in named(subject.params).items():
+        was, step = np.asarray(leaf), np.asarray(named(all_of_it)[name] - leaf)
+        advice = "Make updates by `given.rule`, which knows `roles.rates`."
+        compare(np.asarray(named(less)[name]), was + 0.25 * step, SAME, f"{name} at a quarter of the rate", advice)
+        pulled = RATE * DECAY * was if named(subject.roles.decays)[name] else 0
+        what = f"{name} at a quarter of the rate, with decay"
+        compare(np.asarray(named(decayed)[name]), was + 0.25 * step - pulled, SAME, what, advice)
+        what = f"{name} with gradients 1024 times as large"
+        compare(np.asarray(named(larger)[name]), was + step, SAME, what, "Leave out `unit_updates`.")
+
+
 def _finite(params: Any, state: Any, when: str) -> None:
     for name, leaf in checkpoint.named_leaves({"params": params, "state": state}).items():
         if not np.isfinite(np.asarray(leaf, np.float64)).all():
@@ -191,4 +215,5 @@ PROPERTIES = [
     layers_apart,
     jit_equals_eager,
     saved,
+    rates_of_their_own,
 ]
