@@ -73,6 +73,18 @@ class Model:
     layers: int = knob(2, "number of layers L", least=1, below=MOST_LAYERS + 1)
     heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
+    conv: int | None = knob(
+        None,
+        "positions that a short convolution of queries, keys and values sees (none: there is no convolution)",
+        least=2,
+        below=65,
+        later=True,
+    )
+    qk_norm: typing.Literal["none", "rms", "l2"] = knob(
+        "none",
+        "norm of each head's queries and keys: root mean square with learned weights, or length with a learned scale",
+        later=True,
+    )
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
 

@@ -31,6 +31,7 @@ class Block(nnx.Module):
         self.memory = build("memory", config.model.memory)
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
+        self.attention.prepare(conv=config.model.conv, qk_norm=config.model.qk_norm, causal=causal)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
@@ -142,19 +143,22 @@ class Block(nnx.Module):
             return _segments.init_cache(self, B)
         if self.attention is None:
             return {}
-        return self._with_keys(self.attention.init_cache(B, length, self.dtype), B, length)
+        return self._with_rows(self.attention.init_cache(B, length, self.dtype), B, length)
 
     def begun(self, B: int, length: int, empty):
         """The cache of attention for `length` places of B sequences of which the first `empty` () hold nothing, and the
         position of the first token behind them."""
         own, first = self.attention.begin(self.attention.init_cache(B, length, self.dtype), empty)
-        return self._with_keys(own, B, length), first
+        return self._with_rows(own, B, length), first
 
-    def _with_keys(self, own, B: int, length: int):
-        """The cache of attention, and what the position keeps of the keys."""
-        if self.key_terms is None:
-            return own
-        return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.key_terms), jnp.float32)}
+    def _with_rows(self, own, B: int, length: int):
+        """The cache of attention, with what the position keeps of the keys and convolutions of their inputs."""
+        kept, tails = {}, self.attention.tails(B, self.dtype)
+        if self.key_terms is not None:
+            kept["of_keys"] = jnp.zeros((B, length, self.heads, self.key_terms), jnp.float32)
+        if tails is not None:
+            kept["tails"] = tails
+        return {"own": own} | kept if kept else own
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""

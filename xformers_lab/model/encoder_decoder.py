@@ -145,6 +145,8 @@ class CrossBlock(Block):
     ):
         super().__init__(size, attention, config=config, rngs=rngs, **options)
         self.cross = spec.build("attention", cross, dataclasses.replace(size, length=source), rngs=rngs)
+        # Short convolutions mix neighbours of one sequence: they are self-attention's.
+        self.cross.prepare(qk_norm=config.model.qk_norm)
         self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
         self.cross_norm.start(self.cross)
         self.source, self.projects = source, self.cross.projects
@@ -204,5 +206,4 @@ class CrossBlock(Block):
             return cross(asked, source, **options)[0][:, 0], cache
         project = lambda: (cross.heads_of(cross.key(source)), cross.heads_of(cross.value(source)))
         k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
-        out = cross.mix(cross.heads_of(cross.query(asked)), k, v, x=source, x_q=asked, **options)[0]
-        return cross.out(out.reshape(len(asked), -1)), cache | {"k": k, "v": v}
+        return cross.attend_projected(asked, k, v, source, **options)[0][:, 0], cache | {"k": k, "v": v}
