@@ -62,7 +62,9 @@ class Model:
     attention: str = knob(
         "full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True
     )
-    position: str = knob("learned", "where a token is", shelf="position")
+    position: str = knob(
+        "learned", "where a token is; a+b cycles positions over the layers", shelf="position", cycle=True
+    )
     norm: str = knob("pre", "residual placement and normaliser", shelf="norm")
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
     depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
@@ -392,6 +394,9 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["later_options"]:
             leaves[key] = value = _brief(field.metadata["shelf"], value)
+        elif field.metadata["shelf"] and value != "auto":
+            value = "+".join(_former(field.metadata["shelf"], part) for part in spec.split(str(value), "+"))
+            leaves[key] = value
         if field.metadata["run"] and value is not None:
             leaves[key] = named_run.parts(value)[1]
         if field.metadata["layout"]:
@@ -410,10 +415,22 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 def _brief(shelf: str, value: str) -> str:
     """A canonical choice without the options that are at their defaults."""
-    choice = spec.parse(value)
-    defaults = {name: option.default for name, option in spec.options(spec.entry(shelf, choice.name)).items()}
-    options = spec.resolve(shelf, value).options
-    return str(spec.Choice(choice.name, {key: options[key] for key in options if options[key] != defaults[key]}))
+    return _without_defaults(shelf, value, spec.options(spec.entry(shelf, spec.parse(value).name)))
+
+
+def _former(shelf: str, value: str) -> str:
+    """A canonical choice as runs from before have it: without options at their defaults that came later than ids were
+    given, which its class names in `later_options`."""
+    later = getattr(spec.entry(shelf, spec.parse(value).name), "later_options", ())
+    return _without_defaults(shelf, value, later) if later else value
+
+
+def _without_defaults(shelf: str, value: str, names: Iterable[str]) -> str:
+    """A choice without those of these options that are at their defaults."""
+    choice = spec.resolve(shelf, value)
+    declared = spec.options(spec.entry(shelf, choice.name))
+    dropped = {name for name in names if choice.options[name] == declared[name].default}
+    return str(spec.Choice(choice.name, {key: choice.options[key] for key in choice.options if key not in dropped}))
 
 
 def folder(config: Config) -> pathlib.Path:

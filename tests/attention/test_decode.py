@@ -23,6 +23,9 @@ def test_mechanism(name):
 @pytest.mark.parametrize("changes", kinds.every_third([
     {"position": "rope"}, {"position": "alibi"}, {"position": "t5"}, {"position": "sinusoidal"},
     {"position": "shaw"}, {"position": "xl"}, {"position": "deberta"}, {"position": "tupe"}, {"position": "conv"},
+    {"position": "rope+none", "layers": 4}, {"position": "deberta+rope+alibi", "attention": "full+local:window=3"},
+    {"position": "rope:scaling=yarn:scale=2:trained=8:turned=0.5"},
+    {"position": "rope+none", "depth": "mixture_of_depths"},
     {"position": "grid"}, {"position": "grid:width=4"},
     {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
     {"norm": "post"}, {"norm": "normformer"}, {"ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},

@@ -79,6 +79,7 @@ def few(names: list[str]) -> list[tuple]:
 @pytest.mark.parametrize("words", [
     *({"attention": name, "position": "none"} for name in QUICK),
     {"conv": 4, "qk_norm": "rms", "position": "none"},
+    pytest.param({"position": "rope+none"}, marks=pytest.mark.full),
     pytest.param({"conv": 3, "qk_norm": "l2", "attention": "topk:keys=4"}, marks=pytest.mark.full),
     *(
         pytest.param({"attention": name, "position": "rope"}, marks=[pytest.mark.full, *marks])

@@ -1,6 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
+from xformers_lab.config import Model as Axes
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
@@ -19,7 +21,7 @@ from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
-from xformers_lab.position import Position
+from xformers_lab.position import Position, _cycle
 from xformers_lab.tasks import Task
 
 Pool = Literal["mean", "first", "last"]
@@ -60,7 +62,7 @@ class Transformer(Model):
         # Each block builds a memory of its own; here it only says how far back positions reach.
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
-        self.position = spec.build("position", choice.position, reach, causal=self.causal, rngs=rngs)
+        self.position = _cycle.build(choice.position, reach, causal=self.causal, rngs=rngs)
         if before is not None:
             layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
             try:
@@ -69,11 +71,12 @@ class Transformer(Model):
                 raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
-            options = {"config": config, "causal": self.causal, "key_terms": self.position.key_terms}
+            terms = self.position.of_layer(index).key_terms
+            options = {"config": config, "causal": self.causal, "layer": index, "key_terms": terms}
             own = dataclasses.replace(size, length=size.length if length is None else length)
             return self.block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
-        options = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
+        options = {"make_block": make_block, "period": period(choice), "target": self.target, "rngs": rngs}
         self.stack = spec.build("depth", choice.depth, size, **options)
         remembers = bool(nnx.state(self.stack, memory.Remembered))
         self.endless = remembers and not self.position.embeds
@@ -173,6 +176,11 @@ class Transformer(Model):
             return x[:, 0 if first else -1]
         at = jnp.argmax(valid, 1) if first else x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1)
         return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+
+
+def period(choice: Axes) -> int:
+    """After how many layers mechanisms and positions come again together."""
+    return math.lcm(*(len(spec.split(cycle, "+")) for cycle in (choice.attention, choice.position)))
 
 
 def of_pass(position: Position, key: jax.Array | None) -> Position:

@@ -13,10 +13,11 @@ from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import EncoderInput
-from xformers_lab.model._transformer import Transformer, of_pass
+from xformers_lab.model._transformer import Transformer, of_pass, period
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
+from xformers_lab.position import _cycle
 from xformers_lab.tasks import Task
 
 APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"
@@ -57,14 +58,15 @@ class EncoderDecoder(EncoderInput, Transformer):
         target = dataclasses.replace(size, length=size.length - source, source_layers=size.layers)
         super().__init__(target, tied=tied, config=config, task=task, rngs=rngs)
         read = dataclasses.replace(size, length=source, target_layers=size.layers)
-        self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
+        self.source_position = _cycle.build(config.model.position, read, causal=False, rngs=rngs)
         mechanisms = spec.split(config.model.attention, "+")
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             own = dataclasses.replace(read, length=source if length is None else length)
-            return Block(own, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
+            options = {"config": config, "causal": False, "layer": index}
+            return Block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
-        stacked = {"make_block": make_block, "period": len(mechanisms), "target": "token", "rngs": rngs}
+        stacked = {"make_block": make_block, "period": period(config.model), "target": "token", "rngs": rngs}
         self.encoder = spec.build("depth", config.model.depth, read, **stacked)
         self.source_final = None if self.final is None else spec.build("norm", config.model.norm, read, rngs=rngs)
 
