@@ -87,6 +87,9 @@ class Model:
         "norm of each head's queries and keys: root mean square with learned weights, or length with a learned scale",
         later=True,
     )
+    embed_norm: typing.Literal["none", "layernorm", "rmsnorm"] = knob(
+        "none", "normaliser of what the first layer is given, embeddings with their positions", later=True
+    )
     dropout: float = knob(0.0, "dropout on the output of each sub-layer", least=0, below=1)
     dtype: typing.Literal["float32", "bfloat16"] = knob("float32", "compute type; parameters stay float32")
 

@@ -29,6 +29,8 @@ def test_mechanism(name):
     {"position": "grid"}, {"position": "grid:width=4"},
     {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
     {"norm": "post"}, {"norm": "normformer"}, {"ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},
+    {"norm": "residual_dual"}, {"norm": "hyper_connections:count=3", "embed_norm": "rmsnorm", "depth": "transparent"},
+    {"position": "fire:threshold=6", "norm": "layerscale"},
     {"norm": "sandwich:normaliser=rmsnorm"}, {"norm": "deepnorm"}, {"ffn": "glu"}, {"ffn": "none"},
     {"attention": "full+local:window=3+linear", "layers": 5}, {"layers": 12},
 ]), ids=str)  # fmt: skip

@@ -112,6 +112,24 @@ def test_a_share_of_the_channels_is_turned():
     np.testing.assert_allclose(out[..., :4], alone.rotate(x[..., :4], jnp.arange(5)), atol=1e-6)
 
 
+def test_fire_is_its_equations():
+    position = build("fire:width=5:threshold=6", dim=6, heads=3)
+    for at, leaf in enumerate(jax.tree.leaves(nnx.state(position), is_leaf=lambda x: isinstance(x, nnx.Variable))):
+        leaf[...] = leaf[...] + 0.1 * at
+    c, L = float(position.scale[...]), 6 * float(position.share_of_threshold[...])
+    for head in range(3):
+        one = jax.tree.map(lambda leaf, head=head: leaf[head], position.bias())
+        found = np.asarray(one(jnp.arange(16)[:, None], jnp.arange(16)[None]))
+        slopes, offsets, weights = (
+            np.asarray(x[...])[head] for x in (position.slopes, position.offsets, position.weights)
+        )
+        for t, s in itertools.product(range(16), range(16)):
+            progress = np.log(c * abs(t - s) + 1) / np.log(c * max(t, L) + 1)
+            hidden = np.maximum(slopes * progress + offsets, 0)
+            expected = hidden @ weights + float(position.offset[head])
+            np.testing.assert_allclose(found[t, s], expected, rtol=1e-4, atol=1e-5)
+
+
 def logits(**changes):
     small = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 2}
     config = edit(Config(), **(small | changes))
@@ -506,6 +524,7 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("t5:buckets=2:sides=both", "buckets must be even and at least 4"),
     ("t5:farthest=4", "must be above 16"),
     ("rope:scale=0", "scale must be above 0"),
+    ("fire:threshold=0", "threshold must be above 0"),
     ("rope:turned=1.5", "turned is a share of the channels"),
     ("rope:scaling=yarn:scale=2", "such as trained=128"),
     ("rope:scaling=ntk:trained=64", "trained=64 is an option of scaling=yarn"),

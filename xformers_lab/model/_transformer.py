@@ -59,6 +59,7 @@ class Transformer(Model):
         self.size, self.dropout, self.target = size, choice.dropout, task.target
         self.depth_choice, self.norm_choice = choice.depth, choice.norm
         self.embedding = self.input_layer(size, task, rngs)
+        self.embed_norm = None if choice.embed_norm == "none" else spec.build("normaliser", choice.embed_norm, size)
         # Each block builds a memory of its own; here it only says how far back positions reach.
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
@@ -84,7 +85,24 @@ class Transformer(Model):
             raise Refused(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
+        if self.final is not None and self.final.streams > 1:
+            self._check_streams(choice, self.final.streams)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def _check_streams(self, choice: Axes, count: int) -> None:
+        """Raises Refused where states that are several residual streams would meet what knows one alone."""
+        several = f"norm={choice.norm} has {count} residual streams"
+        if not type(self.stack).several_streams:
+            raise Refused(f"{several}, and depth={choice.depth} looks at states as if they were one: use depth=fixed")
+        if choice.memory != "none":
+            raise Refused(f"{several}, and memory={choice.memory} remembers one: use memory=none")
+
+    def entering(self, x, key=None):
+        """Embeddings with their positions, (..., D), as the first layer is given them: normalised where that is asked
+        for, with dropout, and as all its residual streams (..., streams D)."""
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        x = on_mesh.states(drop(x, self.dropout, key))
+        return x if self.final is None else self.final.widened(x)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
         """What makes vectors (B, S, D) of unit size, S the length of `size`, of the task's inputs."""
@@ -102,7 +120,7 @@ class Transformer(Model):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x, position = self.embedding(inputs), of_pass(self.position, embed_key)
         x = position.embed_rows(x, valid=valid, documents=documents)
-        x = on_mesh.states(drop(x, self.dropout, embed_key))
+        x = self.entering(x, embed_key)
         tokens = inputs if self.of_tokens else None
         context = Context(position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)
@@ -152,7 +170,7 @@ class Transformer(Model):
         x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         seen = {"source": source, "source_real": source_real, "tokens": tokens}
         context = Context(self.position, predict=self.predict, **seen)
-        x, layers = self.stack.step(x, cache["layers"], context, at=at)
+        x, layers = self.stack.step(self.entering(x), cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def step_several(self, cache, tokens):
@@ -161,7 +179,7 @@ class Transformer(Model):
         places = at + jnp.arange(-before, T)
         x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
         context = Context(self.position, predict=self.predict, tokens=tokens)
-        x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
+        x, layers = self.stack.step_several(self.entering(x), cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
 
     def pool(self, x, valid):

@@ -79,7 +79,7 @@ class EncoderDecoder(EncoderInput, Transformer):
         position = of_pass(self.source_position, keys[0])
         x = position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
         context = Context(position, valid, tokens=inputs)
-        x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
+        x, aux = self.encoder(self.entering(x, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
     # No packed data: it names no `documents`.
@@ -94,7 +94,7 @@ class EncoderDecoder(EncoderInput, Transformer):
         position = of_pass(self.position, keys[1])
         x = position.embed(x, jnp.arange(x.shape[1]), valid=real_rest)
         context = Context(position, real_rest, self.predict, states, real_source, inputs[:, rest])
-        x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
+        x, more = self.stack(self.entering(x, keys[1]), context, key=keys[2])
         logits = self.predict(x, valid=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
         return logits, _of_both(aux, more)
