@@ -62,7 +62,9 @@ class Model:
     attention: str = knob(
         "full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True
     )
-    position: str = knob("learned", "where a token is", shelf="position")
+    position: str = knob(
+        "learned", "where a token is; a+b cycles positions over the layers", shelf="position", cycle=True
+    )
     norm: str = knob("pre", "residual placement and normaliser", shelf="norm")
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
     depth: str = knob("fixed", "how many layers a token gets", shelf="depth")
@@ -73,6 +75,21 @@ class Model:
     layers: int = knob(2, "number of layers L", least=1, below=MOST_LAYERS + 1)
     heads: int = knob(2, "query heads N", least=1, below=2**16)
     kv_heads: int | None = knob(None, "key/value heads K (none: as many as heads)", least=1)
+    conv: int | None = knob(
+        None,
+        "positions that a short convolution of queries, keys and values sees (none: there is no convolution)",
+        least=2,
+        below=65,
+        later=True,
+    )
+    qk_norm: typing.Literal["none", "rms", "l2"] = knob(
+        "none",
+        "norm of each head's queries and keys: root mean square with learned weights, or length with a learned scale",
+        later=True,
+    )
+    embed_norm: typing.Literal["none", "layernorm", "rmsnorm"] = knob(
+        "none", "normaliser of what the first layer is given, embeddings with their positions", later=True
+    )
     parametrisation: typing.Literal["standard", "mup"] = knob(
         "standard",
         "how first parameters and rates go with the width; mup: so that one lr serves all widths, see base_dim",
@@ -391,6 +408,9 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
         leaves[key] = value = canonical(key, get(config, key))
         if field.metadata["later_options"]:
             leaves[key] = value = _brief(field.metadata["shelf"], value)
+        elif field.metadata["shelf"] and value != "auto":
+            value = "+".join(_former(field.metadata["shelf"], part) for part in spec.split(str(value), "+"))
+            leaves[key] = value
         if field.metadata["run"] and value is not None:
             leaves[key] = named_run.parts(value)[1]
         if field.metadata["layout"]:
@@ -409,10 +429,22 @@ def _spelled(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 def _brief(shelf: str, value: str) -> str:
     """A canonical choice without the options that are at their defaults."""
-    choice = spec.parse(value)
-    defaults = {name: option.default for name, option in spec.options(spec.entry(shelf, choice.name)).items()}
-    options = spec.resolve(shelf, value).options
-    return str(spec.Choice(choice.name, {key: options[key] for key in options if options[key] != defaults[key]}))
+    return _without_defaults(shelf, value, spec.options(spec.entry(shelf, spec.parse(value).name)))
+
+
+def _former(shelf: str, value: str) -> str:
+    """A canonical choice as runs from before have it: without options at their defaults that came later than ids were
+    given, which its class names in `later_options`."""
+    later = getattr(spec.entry(shelf, spec.parse(value).name), "later_options", ())
+    return _without_defaults(shelf, value, later) if later else value
+
+
+def _without_defaults(shelf: str, value: str, names: Iterable[str]) -> str:
+    """A choice without those of these options that are at their defaults."""
+    choice = spec.resolve(shelf, value)
+    declared = spec.options(spec.entry(shelf, choice.name))
+    dropped = {name for name in names if choice.options[name] == declared[name].default}
+    return str(spec.Choice(choice.name, {key: choice.options[key] for key in choice.options if key not in dropped}))
 
 
 def folder(config: Config) -> pathlib.Path:

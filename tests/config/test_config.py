@@ -91,6 +91,9 @@ def test_keys_that_came_later_leave_the_ids_of_runs_from_before():
     others = [edit(Config(), **change) for change in ({"remat": "full"}, {"remat": "dots"}, {"ema": 0.9}, {"ema": 0.5})]
     assert len({identity(config) for config in (Config(), *others)}) == 5
     assert identity(edit(others[0], remat="none")) == identity(Config())
+    rope = configs.decisive(edit(Config(), position="rope:turned=1+rope:turned=0.5"))["position"]
+    first, second = rope.split("+")
+    assert "turned" not in first and "base" in first and "turned=0.5" in second
 
 
 def test_identity_follows_the_source_of_an_outsider(tmp_path):

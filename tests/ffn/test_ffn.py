@@ -56,6 +56,49 @@ def test_moe_is_its_definition(top, padded):
 
 
 @pytest.mark.full
+def test_shared_experts_are_a_network_beside():
+    moe, x = build("moe:experts=4:top=2:ratio=1:shared=3"), draw(3, 11, 16)
+    assert moe.always.up.kernel.shape == (16, 48)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(moe(x)[0], by_definition(moe, x) + moe.always(x)[0], atol=2e-5)
+
+
+@pytest.mark.full
+def test_a_bias_chooses_and_does_not_weigh():
+    moe, x = build("moe:experts=4:bias=0.25"), draw(3, 11, 16)
+    plain = build("moe:experts=4")
+    np.testing.assert_array_equal(moe(x)[0], plain(x)[0])
+    np.testing.assert_array_equal(moe.bias[...], 0)  # evaluation moves nothing
+    moe.bias[...] = jnp.array([0.0, 9, 0, 0])
+    p = jax.nn.softmax(x @ moe.router.kernel[...])[..., 1:2]
+    one = jax.nn.gelu(x @ moe.up[...][1]) @ moe.down[...][1]
+    np.testing.assert_allclose(moe(x)[0], p * one, atol=2e-5)
+    for biases in ([0.25, 8.75, 0.25, 0.25], [0.5, 8.5, 0.5, 0.5]):
+        moe(x, key=jax.random.key(0))
+        np.testing.assert_allclose(moe.bias[...], biases)
+
+
+@pytest.mark.full
+def test_a_bias_balances_without_a_loss():
+    """Tokens of which most would go to one expert."""
+    moe, x = build("moe:experts=4:bias=0.003:balance=0"), draw(8, 32, 16) + 0.7 * draw(16)
+    busiest = lambda: float(moe(x)[1].scalars["busiest_expert"])
+    before, (graph, params, rest) = busiest(), nnx.split(moe, nnx.Param, ...)
+
+    @jax.jit
+    def after(params, rest):
+        moe = nnx.merge(graph, params, rest)
+        moe(x, key=jax.random.key(0))
+        return nnx.split(moe, nnx.Param, ...)[2]
+
+    for _ in range(300):
+        rest = after(params, rest)
+    moe = nnx.merge(graph, params, rest)
+    load = jax.nn.one_hot(jnp.argmax(jax.nn.softmax(x @ moe.router.kernel[...]) + moe.bias[...], -1), 4).mean((0, 1))
+    assert before > 1.6 and np.abs(load - 0.25).max() < 0.1, (before, load)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("choice", ["moe:top=2", "moe:capacity=0.5", "moe:choice=expert"])
 def test_order_of_tokens_changes_nothing(choice):
     moe, x = build(choice), draw(2, 24, 16)
@@ -223,6 +266,7 @@ def test_squared_relu():
     ("moe:top=9", "top=9 must be from 1 to experts=8"),
     ("moe:choice=expert:top=2", "capacity=2"),
     ("moe:capacity=0", "capacity must be above 0"),
+    ("moe:choice=expert:bias=0.1", "bias=0.1 balances what tokens choose"),
     ("moe:balance=-1", "at least 0"),
     ("product_key:top=65", "top=65"),
     ("product_key:key=7", "key must be even"),

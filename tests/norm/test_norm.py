@@ -147,6 +147,93 @@ def test_normformer_is_its_equations():
     np.testing.assert_allclose(placed.after(x, y, LayerContext()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_a_norm_of_embeddings_is_what_the_first_layer_is_given(kind):
+    config = edit(Config(), task="copy", seq_len=12, dim=16, layers=1, embed_norm=kind, position="learned")
+    model: Any = build_model(config, task := build_task(config))
+    model.embed_norm.scale[...] = jnp.arange(16.0)
+    marked = model.position.embed(model.embedding(tokens := jnp.asarray(task.batch("train", 0).inputs)), jnp.arange(12))
+    centred = marked - marked.mean(-1, keepdims=True) if kind == "layernorm" else marked
+    unit = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(model.entering(marked), unit * jnp.arange(16), atol=1e-4)
+    first = model.stack(model.entering(marked), Context(model.position))[0]
+    np.testing.assert_allclose(model(tokens)[0], model.predict(first), atol=1e-5)
+
+
+def test_layerscale_is_its_equation():
+    placed, x, y = build("norm", "layerscale:start=0.2"), draw(2, 5, 32), draw(2, 5, 32) * 0.5
+    placed.start(None)
+    placed.scale[...] = placed.scale[...] * jnp.arange(32)
+    np.testing.assert_allclose(placed.after(x, y, LayerContext()), x + 0.2 * jnp.arange(32) * y, atol=1e-5)
+    for layers, first in ((18, 0.1), (24, 1e-5), (25, 1e-6)):
+        placed = build("norm", "layerscale", layers=layers)
+        placed.start(None)
+        np.testing.assert_allclose(placed.scale[...], first)
+
+
+def test_residual_dual_is_its_equations():
+    placed, x, y = build("norm", "residual_dual:normaliser=rmsnorm"), draw(2, 5, 64), draw(2, 5, 32)
+    unit = lambda x: x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    a, b = x[..., :32], x[..., 32:]
+    np.testing.assert_array_equal(placed.before(x, LayerContext()), a)
+    after = jnp.concatenate([unit(a + y), b + y], -1)
+    np.testing.assert_allclose(placed.after(x, y, LayerContext()), after, atol=1e-5)
+    np.testing.assert_allclose(placed.final(x, LayerContext()), a + unit(b), atol=1e-5)
+
+
+def hyper(dynamic: bool):
+    """A placement of three streams with weights of all kinds, and one token's streams."""
+    placed = build("norm", f"hyper_connections:count=3:dynamic={dynamic}:normaliser=rmsnorm", dim=4, heads=1)
+    placed.start(None)
+    for at, (_, leaf) in enumerate(nnx.iter_graph(placed)):
+        if isinstance(leaf, nnx.Param):
+            leaf[...] = leaf[...] + jax.random.normal(jax.random.key(at), leaf.shape)
+    return placed, np.asarray(draw(3, 4), np.float64)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_hyper_connections_are_their_equations(dynamic):
+    placed, H = hyper(dynamic)
+    unit = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    own = lambda name: np.asarray((placed.norm.scale if name == "norm_scale" else getattr(placed, name))[...])
+    a, R, b, H_bar = own("read"), own("mix"), own("write"), unit(H)
+    if dynamic:
+        a = a + own("size_in") * np.tanh(H_bar @ own("read_of"))
+        R = R + own("size_in") * np.tanh(H_bar @ own("mix_of"))
+        b = b + own("size_out") * np.tanh(H_bar @ own("write_of"))
+    x, y = jnp.asarray(H.reshape(12), jnp.float32), np.arange(4.0)
+    scale = own("norm_scale")
+    np.testing.assert_allclose(placed.before(x, LayerContext()), unit(a @ H) * scale, rtol=1e-4, atol=1e-4)
+    after = (R.T @ H + np.outer(b, y)).reshape(12)
+    np.testing.assert_allclose(
+        placed.after(x, jnp.asarray(y, jnp.float32), LayerContext()), after, rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(placed.final(x, LayerContext()), unit(H.sum(0)) * scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_hyper_connections_begin_as_pre_norm(dynamic):
+    """All streams are those of pre-LN at the start, whichever is read."""
+    placed, plain = build("norm", f"hyper_connections:dynamic={dynamic}"), build("norm", "pre")
+    placed.start(None)
+    x, y = draw(2, 5, 32), draw(2, 5, 32) * 2
+    wide = placed.widened(x)
+    np.testing.assert_allclose(placed.before(wide, LayerContext()), plain.before(x, LayerContext()), atol=1e-5)
+    np.testing.assert_allclose(placed.after(wide, y, LayerContext()), placed.widened(x + y), atol=1e-5)
+    final = placed.final(wide, LayerContext())
+    np.testing.assert_allclose(final, plain.final(x, LayerContext()), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"norm": "residual_dual", "depth": "universal"}, "has 2 residual streams, and depth=universal looks at states"),
+    ({"norm": "hyper_connections", "depth": "reversible"}, "takes? back|adds|reversible"),
+    ({"norm": "hyper_connections:count=1"}, "one alone is norm=pre"),
+])  # fmt: skip
+def test_streams_are_refused_where_one_is_meant(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_config(edit(Config(), task="copy", **changes))
+
+
 @pytest.mark.parametrize("shelf, choice", [("ffn", "moe"), ("attention", "fnet")])
 def test_normformer_refuses_what_has_no_place_for_it(shelf, choice):
     with pytest.raises(ValueError, match=f"no place in {choice}"):

@@ -75,6 +75,94 @@ def test_rope_scores_depend_on_the_distance_alone(pairs):
     assert np.abs(score(9, 4) - score(9, 5)).max() > 1e-2
 
 
+def turned(choice: str, at: int, **size) -> np.ndarray:
+    """By how much a position turns each plane of a head, of x = (1, 0), in radians."""
+    rope = build(choice, **size)
+    half = rope.size.head // 2
+    x = jnp.concatenate([jnp.ones(half), jnp.zeros(half)])[None, None, None]
+    out = np.asarray(rope.rotate(x, jnp.array([at])))[0, 0, 0]
+    return np.arctan2(out[half:], out[:half])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 10.0])
+def test_longer_rope_is_its_equations(scale):
+    """ntk keeps the fastest plane and divides the slowest; yarn keeps what turns often and divides the others."""
+    size: dict[str, Any] = {"dim": 64, "heads": 2}
+    speeds = 1000.0 ** (-np.arange(16) / 16)
+    said = lambda words: turned(f"rope:base=1000:scale={scale}:{words}", 1, **size)
+    np.testing.assert_allclose(said("scaling=linear"), speeds / scale, rtol=1e-5)
+    ntk = said("scaling=ntk")
+    np.testing.assert_allclose(ntk, (1000 * scale ** (32 / 30)) ** (-np.arange(16) / 16), rtol=1e-4)
+    np.testing.assert_allclose(ntk[[0, -1]], [1, speeds[-1] / scale], rtol=1e-4)
+    yarn = said("scaling=yarn:trained=512")
+    for plane, speed in enumerate(speeds):
+        turns = 512 * speed / (2 * np.pi)
+        kept = 0 if turns < 1 else 1 if turns > 32 else (turns - 1) / 31
+        np.testing.assert_allclose(yarn[plane], (1 - kept) * speed / scale + kept * speed, rtol=1e-4)
+    assert {0, 1} < {round(float(share), 6) for share in np.clip((512 * speeds / (2 * np.pi) - 1) / 31, 0, 1)}
+    share = build(f"rope:scale={scale}:scaling=yarn:trained=512").share
+    np.testing.assert_allclose(share, (0.1 * np.log(scale) + 1) ** 2)
+
+
+def test_a_share_of_the_channels_is_turned():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 16)), jnp.float32)
+    some, alone = build("rope:turned=0.25", dim=32, heads=2), build("rope", dim=8, heads=2)
+    out = some.rotate(x, jnp.arange(5))
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(out[..., :4], alone.rotate(x[..., :4], jnp.arange(5)), atol=1e-6)
+
+
+def test_fire_is_its_equations():
+    position = build("fire:width=5:threshold=6", dim=6, heads=3)
+    for at, leaf in enumerate(jax.tree.leaves(nnx.state(position), is_leaf=lambda x: isinstance(x, nnx.Variable))):
+        leaf[...] = leaf[...] + 0.1 * at
+    c, L = float(position.scale[...]), 6 * float(position.share_of_threshold[...])
+    for head in range(3):
+        one = jax.tree.map(lambda leaf, head=head: leaf[head], position.bias())
+        found = np.asarray(one(jnp.arange(16)[:, None], jnp.arange(16)[None]))
+        slopes, offsets, weights = (
+            np.asarray(x[...])[head] for x in (position.slopes, position.offsets, position.weights)
+        )
+        for t, s in itertools.product(range(16), range(16)):
+            progress = np.log(c * abs(t - s) + 1) / np.log(c * max(t, L) + 1)
+            hidden = np.maximum(slopes * progress + offsets, 0)
+            expected = hidden @ weights + float(position.offset[head])
+            np.testing.assert_allclose(found[t, s], expected, rtol=1e-4, atol=1e-5)
+
+
+def logits(**changes):
+    small = {"task": "copy", "seq_len": 12, "dim": 16, "heads": 2, "layers": 4, "batch": 2}
+    config = edit(Config(), **(small | changes))
+    task = build_task(config)
+    return build_model(config, task)(jnp.asarray(task.batch("train", 0).inputs))[0]
+
+
+def test_layers_have_positions_in_turn():
+    # Layers of a cycle of two are drawn alike, whatever is in it.
+    for name in ("rope", "none"):
+        alike = logits(position=name, attention="full+full")
+        np.testing.assert_allclose(logits(position=f"{name}+{name}"), alike, atol=1e-5)
+    found = [logits(position=words) for words in ("rope+rope", "none+none", "rope+none", "none+rope")]
+    assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(found, 2))
+
+
+def test_a_cycle_draws_and_learns_what_its_parts_do():
+    config = edit(Config(), task="copy", position="t5+rope", layers=4)
+    model: Any = build_model(config, build_task(config))
+    assert model.position.of_layer(3) is model.position.parts[1] and not model.position.embeds
+    assert jax.tree.leaves(nnx.state(model.position, nnx.Param))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"position": "rope+learned"}, "position=rope.learned: learned marks the tokens before the first layer"),
+    ({"position": "rope+nowhere"}, 'no position "nowhere"'),
+    ({"position": "rope+none", "depth": "universal", "layers": 3}, "layers=3 is not divisible by the 2"),
+])  # fmt: skip
+def test_cycles_that_cannot_be(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_config(edit(Config(), **({"task": "copy"} | changes)))
+
+
 def test_t5_buckets():
     """Exact up to a quarter of the buckets a side, then wider, capped; the future apart from the past."""
     back = np.arange(-200, 201)
@@ -436,6 +524,10 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("t5:buckets=2:sides=both", "buckets must be even and at least 4"),
     ("t5:farthest=4", "must be above 16"),
     ("rope:scale=0", "scale must be above 0"),
+    ("fire:threshold=0", "threshold must be above 0"),
+    ("rope:turned=1.5", "turned is a share of the channels"),
+    ("rope:scaling=yarn:scale=2", "such as trained=128"),
+    ("rope:scaling=ntk:trained=64", "trained=64 is an option of scaling=yarn"),
     ("shaw:reach=0", "reach must be at least 1"),
     ("xl:base=1", "base must be above 1"),
     ("xl:channels=3", "channels come as sine and cosine"),

@@ -102,7 +102,7 @@ CASES = {
     ),
     "a memory, in parts": (MEMORY, [("fsdp+sequence:2", 2), ("tensor:2+data", 2)]),
     "documents in a row": (
-        {"task": "lm:path=FOLDER/rows.jsonl:packed=true", "attention": "local:window=4"},
+        {"task": "lm:path=FOLDER/rows.jsonl:packed=true", "attention": "local:window=4", "conv": 4, "qk_norm": "rms"},
         [("fsdp:2+sequence:2+tensor:2", 1)],
     ),
     # Eleven tokens, so that some devices get far more than an even share, and it takes them several rounds.

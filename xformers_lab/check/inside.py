@@ -156,7 +156,7 @@ def half_precision(subject: Inside) -> None:
         built: Any = build_model(config, model.task)
         valid = tokens > 0
         x = built.position.embed(built.embedding(tokens), jnp.arange(tokens.shape[1]), valid=valid)
-        y = built.stack(x, Context(built.position, valid, built.predict, tokens=tokens))[0]
+        y = built.stack(built.entering(x), Context(built.position, valid, built.predict, tokens=tokens))[0]
         return x, y, built(tokens, valid=valid)[0]
 
     shapes = jax.eval_shape(run, jax.ShapeDtypeStruct(model.tokens.shape, jnp.int32))

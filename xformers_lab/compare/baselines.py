@@ -17,7 +17,7 @@ BASELINES = {
     "RoPE Transformer": {"model": "auto", "attention": "full", "position": "rope"},
 }
 # The axes of a Transformer, which what is none of them has as they are by default.
-AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads")
+AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
 SHARES = (16, 8, 4, 2)  # of the length, in a window of the range control
 LEAST_WINDOW = 4
 

@@ -59,17 +59,21 @@ class Context:
 class Depth(nnx.Module):
     """own_layers: whether every layer has variables of its own, with a leading axis of layers, and runs once, on whole
     batches, as a memory needs. documents_apart: whether it mixes no positions but by its blocks, which are given the
-    context's documents, so that those of packed data stay apart; no subclass inherits it, each says so itself.
+    context's documents, so that those of packed data stay apart; no subclass inherits it, each says so itself, nor
+    several_streams: whether nothing but its blocks looks at the states' channels, so that states may be wider than D,
+    several residual streams side by side.
 
     The states that it is given are of unit size at the start, and so are, within a tenth, those that it gives its first
     layer (see nn/embedding.py)."""
 
     own_layers: ClassVar[bool] = False
     documents_apart: ClassVar[bool] = False
+    several_streams: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        cls.documents_apart = vars(cls).get("documents_apart", False)
+        for name in ("documents_apart", "several_streams"):
+            setattr(cls, name, vars(cls).get(name, False))
 
     @required
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):

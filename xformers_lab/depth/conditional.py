@@ -135,6 +135,9 @@ class GatedAttention(nnx.Module):
     def init_cache(self, *sizes: Any) -> Any:
         return self.layer.init_cache(*sizes)
 
+    def tails(self, *sizes: Any) -> Any:
+        return self.layer.tails(*sizes)
+
     def __call__(
         self,
         x: jax.Array,

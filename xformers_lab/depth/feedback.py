@@ -191,4 +191,6 @@ def refusal(block: Any) -> str | None:
         return reason
     if not block.attention.projects:
         return f"attention={name} makes its keys and values itself, but here they are the memory's, for all layers"
+    if block.attention.tails(1) is not None:
+        return "conv= convolves a layer's own keys and values, but here they are the memory's, for all layers"
     return None

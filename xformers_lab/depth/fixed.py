@@ -22,6 +22,7 @@ class Fixed(Depth):
 
     own_layers = True
     documents_apart = True
+    several_streams = True
     # Whether `step` is no more than the step of every layer in turn, so that several tokens may pass a layer together.
     plain_step: ClassVar[bool] = True
 

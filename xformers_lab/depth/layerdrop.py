@@ -20,6 +20,7 @@ class Layerdrop(Fixed):
     """
 
     documents_apart = True
+    several_streams = True
 
     def __init__(self, size: Size, *, rate: float = 0.2, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         if not 0 <= rate < 1:

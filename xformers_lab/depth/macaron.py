@@ -21,6 +21,7 @@ class Macaron(Fixed):
     """
 
     documents_apart = True
+    several_streams = True
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         def layer(index: int, rngs: nnx.Rngs):

@@ -144,7 +144,7 @@ class Routed(nnx.Module):
         at = jnp.minimum(places, T - 1)
         inside = jnp.take_along_axis(x, at[..., None], 1)
         tokens = None if context.tokens is None else jnp.take_along_axis(context.tokens, at, 1)
-        where = Context(_Taken(context.position, at), None if full else places < T, tokens=tokens)
+        where = Context(_Taken(self.block.position(context), at), None if full else places < T, tokens=tokens)
         y, _, aux = self.block(inside, carries, where, key=key)
         share = jnp.take_along_axis(self.share(score), at, 1)[..., None]
         update = (share * (y - inside).astype(jnp.float32)).astype(x.dtype)
@@ -189,7 +189,7 @@ class Routed(nnx.Module):
         def one(x, chosen, old, places, count, token):
             places = places.at[count].set(at)
             token = None if token is None else token[None]
-            where = Context(_Taken(context.position, places[None]), tokens=token)
+            where = Context(_Taken(self.block.position(context), places[None]), tokens=token)
             y, new, _ = nnx.merge(graph, variables).step(x[None], old, {}, where, count)
             keep = lambda new, old: jnp.where(chosen, new, old)
             return y[0], jax.tree.map(keep, new, old), places, count + chosen
@@ -214,7 +214,7 @@ class _Taken(Position):
                 "depth=mixture_of_depths takes tokens from other places of each; use position=rope, learned, "
                 "sinusoidal or none"
             )
-        self.position, self.at, self.turns = position, at, position.turns
+        self.position, self.at, self.turns, self.share = position, at, position.turns, position.share
 
     def rotate(self, x: jax.Array, at: jax.Array) -> jax.Array:
         one = lambda x, places: self.position.rotate(x[None], places)[0]

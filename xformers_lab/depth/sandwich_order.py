@@ -25,6 +25,7 @@ class SandwichOrder(Depth):
 
     own_layers = True
     documents_apart = True
+    several_streams = True
 
     def __init__(self, size: Size, *, k: int | None = None, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         k = size.layers * 3 // 8 if k is None else k

@@ -24,6 +24,7 @@ class Transparent(Fixed):
     """
 
     documents_apart = True
+    several_streams = True
     plain_step = False
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import lax
 from xformers_lab.errors import Refused
 from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
 from xformers_lab.ffn._experts import run_experts
+from xformers_lab.ffn.mlp import Mlp
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
@@ -26,6 +27,14 @@ class Moe(Ffn):
     E sum_e (share of tokens)(mean p) per sequence; and z, the mean squared log-sum-exp of the router (Zoph et al.,
     2022, arXiv 2202.08906).
 
+    Many narrow experts, `experts=32:top=4:ratio=1`, and `shared` ones that every token passes, together one network f
+    that is as wide as all of them, y + f(x), are DeepSeekMoE (Dai et al., 2024, arXiv 2401.06066). With `bias` tokens
+    choose by p_e + b_e and weigh by p_e alone; after each training pass b_e grows by `bias` where expert e got fewer
+    tokens of the batch than the mean, and falls by it where it got more, so that balance=0 may do (Wang et al., 2024,
+    arXiv 2408.15664).
+    Deviations from these papers: p is a softmax, where the last has sigmoids; shared experts have biases, as ffn=mlp
+        has, and chosen ones have none.
+
     Options:
         experts: how many networks
         top: networks per token; of choice=token
@@ -35,7 +44,11 @@ class Moe(Ffn):
         activation: between the layers
         balance: weight of the balance loss
         z: weight of the z loss
+        shared: experts that every token passes, beside those that it chooses
+        bias: by how much a training pass moves the bias of an expert's choice; of choice=token
     """
+
+    later_options: ClassVar = ("shared", "bias")
 
     def __init__(
         self,
@@ -49,6 +62,8 @@ class Moe(Ffn):
         activation: Activation = "gelu",
         balance: float = 0.01,
         z: float = 0.001,
+        shared: int = 0,
+        bias: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if not 1 <= top <= experts:
@@ -59,16 +74,25 @@ class Moe(Ffn):
             raise Refused(f"capacity must be above 0, got {capacity}")
         if balance < 0 or z < 0:
             raise Refused(f"balance and z are weights of losses, at least 0: got {balance} and {z}")
+        if shared < 0 or bias < 0:
+            raise Refused(f"shared and bias must be at least 0, got {shared} and {bias:g}")
+        if bias and choice == "expert":
+            raise Refused(f"bias={bias:g} balances what tokens choose: experts that choose are balanced; leave it out")
         hidden = hidden_size(size, ratio)
         self.router = Linear(size.dim, experts, use_bias=False, rngs=rngs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
         self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
         self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
         self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
-        self.activation, self.balance, self.z = activation, balance, z
+        self.activation, self.balance, self.z, self.rate = activation, balance, z, bias
+        self.always = Mlp(size, ratio=shared * ratio, activation=activation, rngs=rngs) if shared else None
+        if bias:
+            self.bias = nnx.Variable(jnp.zeros(experts))
 
     def scale_init(self, share: float) -> None:
         scale_init(share, self.up, self.down)
+        if self.always is not None:
+            self.always.scale_init(share)
 
     def not_causal(self) -> str | None:
         if self.choice == "expert":
@@ -87,6 +111,11 @@ class Moe(Ffn):
         assigned, sent, most = choose(p, valid)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
         y = run_experts(x, *assigned, up, down, ACTIVATIONS[self.activation], most)
+        if self.always is not None:
+            y = y + self.always(x)[0]
+        if self.rate and key is not None:
+            load = lax.stop_gradient(sent).sum(0)
+            self.bias[...] = self.bias[...] + self.rate * jnp.sign(load.mean() - load)
         count = jnp.maximum(valid.sum(1), 1)[:, None]
         mean = jnp.where(valid[..., None], p, 0).sum(1) / count
         squared = jnp.where(valid, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(valid.sum(), 1)
@@ -100,7 +129,8 @@ class Moe(Ffn):
 
     def _by_token(self, p, valid):
         (B, T, E), top = p.shape, self.top
-        weight, expert = lax.top_k(p, top)
+        expert = lax.top_k(p + self.bias[...] if self.rate else p, top)[1]
+        weight = jnp.take_along_axis(p, expert, -1)
         if top > 1:
             weight = weight / weight.sum(-1, keepdims=True)
         expert = jnp.where(valid[..., None], expert, E)

@@ -79,10 +79,9 @@ def looking(attention: Any, norm: Any, x: jax.Array) -> Look:
 
     def look(states, known):
         layer, before = frozen(attention), frozen(norm).before
-        heads = lambda y: y.reshape(*y.shape[:2], -1, layer.size.head)
         states = before(states, LayerContext(known))
-        q, k, v = layer.query(before(lax.stop_gradient(x), LayerContext())), layer.key(states), layer.value(states)
-        return jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=known[:, None, None])
+        q, k, v = layer.contents(before(lax.stop_gradient(x), LayerContext()), states, known)
+        return jax.nn.dot_product_attention(q, k, v, mask=known[:, None, None])
 
     return look
 

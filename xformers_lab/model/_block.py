@@ -19,18 +19,28 @@ from xformers_lab.nn.size import Size
 
 
 class Block(nnx.Module):
-    """The mechanisms and placements of one layer; one position, in the context, serves every layer.
+    """The mechanisms and placements of one layer; the context has the position of every layer.
 
-    key_terms: what that position keeps of a key when decoding, its `key_terms`.
+    layer: the layer's number, or that of another one which is at the same place of the cycles of mechanisms and
+    positions. key_terms: what its position keeps of a key when decoding, its `key_terms`.
     """
 
     def __init__(
-        self, size: Size, attention: str, *, config: Config, causal: bool, key_terms: int | None = None, rngs: nnx.Rngs
+        self,
+        size: Size,
+        attention: str,
+        *,
+        config: Config,
+        causal: bool,
+        layer: int = 0,
+        key_terms: int | None = None,
+        rngs: nnx.Rngs,
     ):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
         self.memory = build("memory", config.model.memory)
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
+        self.attention.prepare(conv=config.model.conv, qk_norm=config.model.qk_norm, causal=causal)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
@@ -43,9 +53,13 @@ class Block(nnx.Module):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads = size.dim, size.length, size.heads
-        self.key_terms, self.share = key_terms, 1.0
+        self.layer, self.key_terms, self.share = layer, key_terms, 1.0
         # As a refusal of packed data names them.
         self.norm_choice, self.ffn_choice, self.memory_choice = config.model.norm, config.model.ffn, config.model.memory
+
+    def position(self, context):
+        """The layer's own of the context's positions."""
+        return None if context.position is None else context.position.of_layer(self.layer)
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
@@ -89,7 +103,8 @@ class Block(nnx.Module):
         train = keys[0] is not None
         self._check_documents(context, self.attention_norm)
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
-        options = {"causal": self.causal, "position": context.position, "carry": carries.get(self.name), "key": keys[0]}
+        options = {"causal": self.causal, "carry": carries.get(self.name), "key": keys[0]}
+        options["position"] = self.position(context)
         if context.documents is not None:
             self.attention.check_documents(context.documents)
             options["documents"] = context.documents
@@ -142,19 +157,22 @@ class Block(nnx.Module):
             return _segments.init_cache(self, B)
         if self.attention is None:
             return {}
-        return self._with_keys(self.attention.init_cache(B, length, self.dtype), B, length)
+        return self._with_rows(self.attention.init_cache(B, length, self.dtype), B, length)
 
     def begun(self, B: int, length: int, empty):
         """The cache of attention for `length` places of B sequences of which the first `empty` () hold nothing, and the
         position of the first token behind them."""
         own, first = self.attention.begin(self.attention.init_cache(B, length, self.dtype), empty)
-        return self._with_keys(own, B, length), first
+        return self._with_rows(own, B, length), first
 
-    def _with_keys(self, own, B: int, length: int):
-        """The cache of attention, and what the position keeps of the keys."""
-        if self.key_terms is None:
-            return own
-        return {"own": own, "of_keys": jnp.zeros((B, length, self.heads, self.key_terms), jnp.float32)}
+    def _with_rows(self, own, B: int, length: int):
+        """The cache of attention, with what the position keeps of the keys and convolutions of their inputs."""
+        kept, tails = {}, self.attention.tails(B, self.dtype)
+        if self.key_terms is not None:
+            kept["of_keys"] = jnp.zeros((B, length, self.heads, self.key_terms), jnp.float32)
+        if tails is not None:
+            kept["tails"] = tails
+        return {"own": own} | kept if kept else own
 
     def step(self, x, cache, carries, context, at):
         """One token (B, D) at position `at` () -> (B, D), the new cache, the carries of this token."""
@@ -172,7 +190,7 @@ class Block(nnx.Module):
             return in_turn(self, x, cache, context, at)
         if self.attention is not None:
             y = self.attention_norm.before(x, LayerContext())
-            y, cache = self.attention.decode_several(y, cache, at=at, position=context.position)
+            y, cache = self.attention.decode_several(y, cache, at=at, position=self.position(context))
             x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
             # Each token on its own, as in a step, whatever else a feed-forward layer makes of its neighbours.
@@ -184,13 +202,13 @@ class Block(nnx.Module):
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y = self.attention_norm.before(x, LayerContext())
-        options = {"position": context.position, "carry": carries.get(self.name)}
+        options = {"position": self.position(context), "carry": carries.get(self.name)}
         if context.among is not None:
             rows, row, parts, cache = context.among(y, cache)
             y, carry, _ = self.attention.attend_projected(rows, **parts, causal=True, **options)
             y = jnp.take(y, row, 1)
         elif self.memory is not None:
-            return *_segments.step(self, x, y, cache, context.position, at), carries
+            return *_segments.step(self, x, y, cache, options["position"], at), carries
         else:
             y, cache, carry = self.attention.decode(y, cache, at=at, **options)
         return y, cache, carries | {self.name: carry} if self.name in carries else carries

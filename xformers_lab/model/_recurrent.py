@@ -19,7 +19,7 @@ from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
 
 # What only a transformer has: a baseline that was asked for one of these would ignore it.
-UNUSED = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads")
+UNUSED = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
 
 
 class Recurrent(Model):

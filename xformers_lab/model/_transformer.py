@@ -1,6 +1,7 @@
 """The base transformer: every axis is a choice on a shelf, this file only joins them."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
+from xformers_lab.config import Model as Axes
 from xformers_lab.depth import Context
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
@@ -19,7 +21,7 @@ from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
-from xformers_lab.position import Position
+from xformers_lab.position import Position, _cycle
 from xformers_lab.tasks import Task
 
 Pool = Literal["mean", "first", "last"]
@@ -57,10 +59,11 @@ class Transformer(Model):
         self.size, self.dropout, self.target = size, choice.dropout, task.target
         self.depth_choice, self.norm_choice = choice.depth, choice.norm
         self.embedding = self.input_layer(size, task, rngs)
+        self.embed_norm = None if choice.embed_norm == "none" else spec.build("normaliser", choice.embed_norm, size)
         # Each block builds a memory of its own; here it only says how far back positions reach.
         before = spec.build("memory", choice.memory, size, rngs=nnx.Rngs(0))
         reach = size if before is None else dataclasses.replace(size, length=size.length + before.length)
-        self.position = spec.build("position", choice.position, reach, causal=self.causal, rngs=rngs)
+        self.position = _cycle.build(choice.position, reach, causal=self.causal, rngs=rngs)
         if before is not None:
             layers = spec.entry("depth", spec.parse(choice.depth).name).own_layers
             try:
@@ -69,11 +72,12 @@ class Transformer(Model):
                 raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
-            options = {"config": config, "causal": self.causal, "key_terms": self.position.key_terms}
+            terms = self.position.of_layer(index).key_terms
+            options = {"config": config, "causal": self.causal, "layer": index, "key_terms": terms}
             own = dataclasses.replace(size, length=size.length if length is None else length)
             return self.block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
-        options = {"make_block": make_block, "period": len(mechanisms), "target": self.target, "rngs": rngs}
+        options = {"make_block": make_block, "period": period(choice), "target": self.target, "rngs": rngs}
         self.stack = spec.build("depth", choice.depth, size, **options)
         remembers = bool(nnx.state(self.stack, memory.Remembered))
         self.endless = remembers and not self.position.embeds
@@ -81,7 +85,24 @@ class Transformer(Model):
             raise Refused(f"depth={choice.depth} remembers texts from batch to batch: {memory.UNRELATED}")
         norm = spec.entry("norm", spec.parse(choice.norm).name)
         self.final = None if norm.final is None else spec.build("norm", choice.norm, size, rngs=rngs)
+        if self.final is not None and self.final.streams > 1:
+            self._check_streams(choice, self.final.streams)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+
+    def _check_streams(self, choice: Axes, count: int) -> None:
+        """Raises Refused where states that are several residual streams would meet what knows one alone."""
+        several = f"norm={choice.norm} has {count} residual streams"
+        if not type(self.stack).several_streams:
+            raise Refused(f"{several}, and depth={choice.depth} looks at states as if they were one: use depth=fixed")
+        if choice.memory != "none":
+            raise Refused(f"{several}, and memory={choice.memory} remembers one: use memory=none")
+
+    def entering(self, x, key=None):
+        """Embeddings with their positions, (..., D), as the first layer is given them: normalised where that is asked
+        for, with dropout, and as all its residual streams (..., streams D)."""
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        x = on_mesh.states(drop(x, self.dropout, key))
+        return x if self.final is None else self.final.widened(x)
 
     def input_layer(self, size: Size, task: Task, rngs: nnx.Rngs) -> Any:
         """What makes vectors (B, S, D) of unit size, S the length of `size`, of the task's inputs."""
@@ -99,7 +120,7 @@ class Transformer(Model):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x, position = self.embedding(inputs), of_pass(self.position, embed_key)
         x = position.embed_rows(x, valid=valid, documents=documents)
-        x = on_mesh.states(drop(x, self.dropout, embed_key))
+        x = self.entering(x, embed_key)
         tokens = inputs if self.of_tokens else None
         context = Context(position, valid, self.predict, tokens=tokens, documents=documents)
         x, aux = self.stack(x, context, key=stack_key)
@@ -149,7 +170,7 @@ class Transformer(Model):
         x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
         seen = {"source": source, "source_real": source_real, "tokens": tokens}
         context = Context(self.position, predict=self.predict, **seen)
-        x, layers = self.stack.step(x, cache["layers"], context, at=at)
+        x, layers = self.stack.step(self.entering(x), cache["layers"], context, at=at)
         return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
 
     def step_several(self, cache, tokens):
@@ -158,7 +179,7 @@ class Transformer(Model):
         places = at + jnp.arange(-before, T)
         x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, before:]
         context = Context(self.position, predict=self.predict, tokens=tokens)
-        x, layers = self.stack.step_several(x, cache["layers"], context, at=at)
+        x, layers = self.stack.step_several(self.entering(x), cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
 
     def pool(self, x, valid):
@@ -173,6 +194,11 @@ class Transformer(Model):
             return x[:, 0 if first else -1]
         at = jnp.argmax(valid, 1) if first else x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1)
         return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+
+
+def period(choice: Axes) -> int:
+    """After how many layers mechanisms and positions come again together."""
+    return math.lcm(*(len(spec.split(cycle, "+")) for cycle in (choice.attention, choice.position)))
 
 
 def of_pass(position: Position, key: jax.Array | None) -> Position:

@@ -13,10 +13,11 @@ from xformers_lab.errors import Refused
 from xformers_lab.model import Model
 from xformers_lab.model._block import Block, drop
 from xformers_lab.model._source import EncoderInput
-from xformers_lab.model._transformer import Transformer, of_pass
+from xformers_lab.model._transformer import Transformer, of_pass, period
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
+from xformers_lab.position import _cycle
 from xformers_lab.tasks import Task
 
 APART = "this depth takes layers or tokens apart, and has no place for cross-attention: use depth=fixed"
@@ -57,14 +58,15 @@ class EncoderDecoder(EncoderInput, Transformer):
         target = dataclasses.replace(size, length=size.length - source, source_layers=size.layers)
         super().__init__(target, tied=tied, config=config, task=task, rngs=rngs)
         read = dataclasses.replace(size, length=source, target_layers=size.layers)
-        self.source_position = spec.build("position", config.model.position, read, causal=False, rngs=rngs)
+        self.source_position = _cycle.build(config.model.position, read, causal=False, rngs=rngs)
         mechanisms = spec.split(config.model.attention, "+")
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             own = dataclasses.replace(read, length=source if length is None else length)
-            return Block(own, mechanisms[index % len(mechanisms)], config=config, causal=False, rngs=rngs)
+            options = {"config": config, "causal": False, "layer": index}
+            return Block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
-        stacked = {"make_block": make_block, "period": len(mechanisms), "target": "token", "rngs": rngs}
+        stacked = {"make_block": make_block, "period": period(config.model), "target": "token", "rngs": rngs}
         self.encoder = spec.build("depth", config.model.depth, read, **stacked)
         self.source_final = None if self.final is None else spec.build("norm", config.model.norm, read, rngs=rngs)
 
@@ -77,7 +79,7 @@ class EncoderDecoder(EncoderInput, Transformer):
         position = of_pass(self.source_position, keys[0])
         x = position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
         context = Context(position, valid, tokens=inputs)
-        x, aux = self.encoder(drop(x, self.dropout, keys[0]), context, key=keys[1])
+        x, aux = self.encoder(self.entering(x, keys[0]), context, key=keys[1])
         return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
 
     # No packed data: it names no `documents`.
@@ -92,7 +94,7 @@ class EncoderDecoder(EncoderInput, Transformer):
         position = of_pass(self.position, keys[1])
         x = position.embed(x, jnp.arange(x.shape[1]), valid=real_rest)
         context = Context(position, real_rest, self.predict, states, real_source, inputs[:, rest])
-        x, more = self.stack(drop(x, self.dropout, keys[1]), context, key=keys[2])
+        x, more = self.stack(self.entering(x, keys[1]), context, key=keys[2])
         logits = self.predict(x, valid=real_rest, train=key is not None)
         logits = jnp.concatenate([jnp.zeros((len(x), self.source, logits.shape[-1])), logits], 1)
         return logits, _of_both(aux, more)
@@ -145,6 +147,8 @@ class CrossBlock(Block):
     ):
         super().__init__(size, attention, config=config, rngs=rngs, **options)
         self.cross = spec.build("attention", cross, dataclasses.replace(size, length=source), rngs=rngs)
+        # Short convolutions mix neighbours of one sequence: they are self-attention's.
+        self.cross.prepare(qk_norm=config.model.qk_norm)
         self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
         self.cross_norm.start(self.cross)
         self.source, self.projects = source, self.cross.projects
@@ -204,5 +208,4 @@ class CrossBlock(Block):
             return cross(asked, source, **options)[0][:, 0], cache
         project = lambda: (cross.heads_of(cross.key(source)), cross.heads_of(cross.value(source)))
         k, v = lax.cond(at == 0, project, lambda: (cache["k"], cache["v"]))
-        out = cross.mix(cross.heads_of(cross.query(asked)), k, v, x=source, x_q=asked, **options)[0]
-        return cross.out(out.reshape(len(asked), -1)), cache | {"k": k, "v": v}
+        return cross.attend_projected(asked, k, v, source, **options)[0][:, 0], cache | {"k": k, "v": v}

@@ -13,6 +13,7 @@ more. A `size` knows the depth of the stack, and that of the other side of an en
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab import spec
@@ -22,8 +23,10 @@ from xformers_lab.nn.size import Size
 
 class Norm(nnx.Module):
     """A placement with one normaliser. adds: whether `after(x, y, context)` is x + branch(y, context), so that it can
-    be taken back; final: None, or a method final(x, context) for what leaves the
-    stack.
+    be taken back; final: None, or a method final(x, context) for what leaves the stack.
+
+    streams: how many residual streams of D channels stand side by side in x, (..., streams D), alike at the start; with
+    several of them `before` makes one of them for the sub-layer, and `final` for the head.
 
     Options:
         normaliser: a file of norm/normaliser
@@ -31,6 +34,7 @@ class Norm(nnx.Module):
 
     adds: ClassVar[bool] = True
     final: Any = None
+    streams: int = 1
 
     def __init__(self, size: Size, *, normaliser: str = "layernorm", rngs: nnx.Rngs):
         self.norm = spec.build("normaliser", normaliser, size, rngs=rngs)
@@ -40,6 +44,10 @@ class Norm(nnx.Module):
         """Whether a row's output depends on no other row, for packed documents: a normaliser that names `context` asks
         which rows there are, and looks at all of them."""
         return not any(takes_context(part) for part in vars(self).values() if isinstance(part, nnx.Module))
+
+    def widened(self, x: jax.Array) -> jax.Array:
+        """States (..., D) as the residual streams that the first layer is given."""
+        return x if self.streams == 1 else jnp.concatenate([x] * self.streams, -1)
 
     def start(self, layer: Any) -> None:
         """Change the sub-layer that it is placed around, or its first parameters, where the paper asks for it."""

@@ -12,6 +12,9 @@ from xformers_lab.norm import Norm
 class Sandwich(Norm):
     """Sandwich-LN: x + n2(f(n1(x))), and n1 once more at the end of the stack (Ding et al., 2021, arXiv 2105.13290).
 
+    Peri-LN (Kim et al., 2025, arXiv 2502.02732) is the same with normaliser=rmsnorm, and embed_norm=rmsnorm for its
+    norm of embeddings; Gemma 2 has it without the latter.
+
     Options:
         normaliser: a file of norm/normaliser
     """

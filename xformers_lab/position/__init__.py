@@ -8,7 +8,8 @@ A position defines what it needs; what it does not define is the identity (or no
     of_queries, of_keys, compare, and `key_terms` give scores to add that depend on what the tokens are
     drawn(key)                                  is what a pass of training has in its place, where it draws anything
 
-One position serves all layers. Its constructor may name `causal`, whether the model sees the past alone.
+One position serves all layers, or several do in turn (_cycle.py). Its constructor may name `causal`, whether the model
+sees the past alone.
 
 What it defines of the first two its class declares, `embeds = True` and `turns = True`, for others go by that: a memory
 is refused to a position that marks the embeddings, and attention without queries and keys one that turns them.
@@ -55,6 +56,10 @@ class Position(nnx.Module):
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.size = size
+
+    def of_layer(self, layer: int) -> "Position":
+        """What the layer of this number has, from 0 on: all have the same, but in a cycle of positions."""
+        return self
 
     def drawn(self, key: jax.Array) -> "Position":
         """What one pass of training has in its place: a copy that draws from `key` alone, and the same wherever it is

@@ -50,6 +50,7 @@ RULES = (
     Rule(r"(^|\.)ffn\.(.+\.)?up$", -1, WIDTH),  # of many networks
     Rule(r"(^|\.)ffn\.(.+\.)?down$", -2, WIDTH),
     Rule(r"(^|[._])(query|key|value|k|v)\.(kernel|bias)$", -1, HEADS),
+    Rule(r"(^|\.)convs\.(query|key|value)\.weights$", -1, HEADS),
     Rule(r"(^|\.)attention\.(up|gate|strength|forget|interval)\.(kernel|bias)$", -1, HEADS),
     Rule(r"(^|\.)attention\.second\.\d+\.kernel$", -1, HEADS),
     Rule(r"(^|[._])out(\.linear)?\.kernel$", -2, HEADS),

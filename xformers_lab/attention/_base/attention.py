@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._base.cache import one_by_one
+from xformers_lab.attention._base.prepared import HeadNorms
 from xformers_lab.attention._base.refusals import NO_MASK, why_not, why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
@@ -127,6 +128,28 @@ class Attention(nnx.Module):
         Raises:
             Refused: The mechanism cannot do what is asked.
         """
+
+    def prepare(self, *, conv: int | None = None, qk_norm: HeadNorms = "none", causal: bool = False) -> None:
+        """Has a layer that was just built treat queries, keys and values between its projections and its mechanism.
+
+        Args:
+            conv: Convolve each along `conv` positions, causally or on both sides.
+            qk_norm: Normalise the queries and keys of every head.
+
+        Raises:
+            Refused: It has nothing of the kind.
+        """
+        if conv is None and qk_norm == "none":
+            return
+        name, asked = type(self).__name__.lower(), f"qk_norm={qk_norm}" if conv is None else f"conv={conv}"
+        what = "queries, keys or values" if conv is not None else "queries or keys of heads"
+        reason = f"projects {what} in a way of its own" if self.turns() else f"makes no {what}"
+        raise Refused(f"attention={name} {reason}: leave out {asked}, or use another attention")
+
+    def tails(self, B: int, dtype=jnp.float32) -> Any:
+        """What decoding keeps of B sequences beside `init_cache`, for convolutions that `prepare` was asked for; None
+        without them."""
+        return None
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""

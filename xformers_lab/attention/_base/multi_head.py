@@ -10,6 +10,7 @@ from flax import nnx
 from xformers_lab.attention._base.attention import Attention
 from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
 from xformers_lab.attention._base.call import Call, Method, shown
+from xformers_lab.attention._base.prepared import HeadNorm, HeadNorms, ShortConvs
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.attention._base.samples import apart, step_apart
 from xformers_lab.errors import Refused
@@ -34,6 +35,9 @@ class MultiHead(Attention):
     own_values: ClassVar[bool] = False
     # What goes by places in the row of keys, of a mechanism that cannot leave any of them empty in decoding.
     on_places: ClassVar[str] = ""
+    # What stands between projections and mechanism, where `prepare` was asked for it.
+    convs: ShortConvs | None = None
+    head_norm: HeadNorm | None = None
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -101,7 +105,7 @@ class MultiHead(Attention):
         self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
     ):
         source = x if memory is None else memory
-        k, v = self.heads_of(self.key(source)), self.heads_of(self.value(source))
+        k, v = (self._of_rows(name, source, valid, documents) for name in ("key", "value"))
         options = {"valid": valid, "causal": causal, "position": position, "carry": carry, "key": key}
         options["documents"] = documents
         return self.attend_projected(x, k, v, source, **options)
@@ -121,22 +125,27 @@ class MultiHead(Attention):
         at: Any = None,
         documents=None,
     ):
-        """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D).
+        """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D),
+        keys before their norm. Where queries are convolved, x is the last T rows of source.
 
         at (): the position of x's first row, where the rows that a mechanism sees are a part of the text; none: S - T.
         Keys before position 0 are not valid.
         """
         self.check_documents(documents)
-        q, bias, run = self.heads_of(self.query(x)), None, self.attend_heads
-        T, S = q.shape[1], k.shape[1]
+        T, S, bias, run = x.shape[1], k.shape[1], None, self.attend_heads
+        # A convolution of queries sees what stands in front of the first, in what a memory holds.
+        before = 0 if self.convs is None else max(0, min(S - T, self.convs.before))
+        last = lambda rows: None if rows is None else rows[:, S - T - before :]
+        q = self._of_rows("query", last(source) if before else x, last(valid), last(documents))[:, before:]
+        q, k = self._normed(q, k)
         if position is not None:
             self.check_position(position)
-            before = 0 if at is None else at - (S - T)  # positions that came before the first key
-            q_at, k_at = jnp.arange(T) + S - T + before, jnp.arange(S) + before
+            passed = 0 if at is None else at - (S - T)  # positions that came before the first key
+            q_at, k_at = jnp.arange(T) + S - T + passed, jnp.arange(S) + passed
             if position.key_terms is None:
                 bias = position.bias()
                 if bias is not None and at is not None:
-                    bias = ShiftedBias(bias, jnp.full(self.size.heads, -before))
+                    bias = ShiftedBias(bias, jnp.full(self.size.heads, -passed))
             else:
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
@@ -148,6 +157,57 @@ class MultiHead(Attention):
     def heads_of(self, y) -> jax.Array:
         """(..., heads H) -> (..., heads, H)."""
         return y.reshape(*y.shape[:-1], -1, self.size.head)
+
+    def contents(self, x, states, known) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries of x (B, T, D), keys and values of states (B, S, D) that are known (B, S) bool, by heads and without
+        a position: what is compared by content alone."""
+        k, v = (self._of_rows(name, states, known, None) for name in ("key", "value"))
+        return *self._normed(self._of_rows("query", x, None, None), k), v
+
+    def _of_rows(self, name: str, rows, valid, documents) -> jax.Array:
+        """A projection of whole rows (B, S, D), convolved where that is asked for, by heads (B, S, heads, H)."""
+        y = getattr(self, name)(rows)
+        return self.heads_of(y if self.convs is None else self.convs(name, y, valid, documents))
+
+    def _of_next(self, x, tails) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        """Queries, keys and values of one more token (B, D), or of T (B, T, D), and the tails of convolutions."""
+        parts = []
+        for name in ("query", "key", "value"):
+            y = getattr(self, name)(x)
+            if self.convs is not None:
+                y, tails = self.convs.step(name, y, tails)
+            parts.append(self.heads_of(y))
+        q, k, v = parts
+        return *self._normed(q, k), v, tails
+
+    def _normed(self, q, k) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys (..., heads, H) as the layer's norm of heads has them."""
+        if self.head_norm is None:
+            return q, k
+        # What stands for a projection that is absent is no vector to normalise. A depth may have keys from elsewhere.
+        k = k if isinstance(getattr(self, "key", None), Absent) else self.head_norm.of_keys(k)
+        return q if isinstance(self.query, Absent) else self.head_norm.of_queries(q), k
+
+    def prepare(self, *, conv: int | None = None, qk_norm: HeadNorms = "none", causal: bool = False) -> None:
+        if not self.projects:
+            return super().prepare(conv=conv, qk_norm=qk_norm)
+        if conv is not None:
+            if not causal and conv % 2 == 0:
+                raise Refused(f"conv={conv}: where both sides are seen it is an odd number: use conv={conv + 1}")
+            projections = {name: getattr(self, name) for name in ("query", "key", "value")}
+            there = [name for name, layer in projections.items() if not isinstance(layer, Absent)]
+            if not there:
+                super().prepare(conv=conv)
+            size, K = self.size, self.size.key_heads
+            channels = {"query": size.heads * size.head, "key": K * size.head, "value": K * size.head}
+            self.convs = ShortConvs(conv, {name: channels[name] for name in there}, causal=causal)
+        if qk_norm != "none":
+            if not self.turns():
+                super().prepare(qk_norm=qk_norm)
+            self.head_norm = HeadNorm(self.size, qk_norm)
+
+    def tails(self, B: int, dtype=jnp.float32):
+        return None if self.convs is None else self.convs.tails(B, dtype)
 
     def _compared(self, position, of_queries, of_keys, first):
         """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""
@@ -189,41 +249,47 @@ class MultiHead(Attention):
         return cache, jnp.zeros((), jnp.int32)
 
     def decode(self, x, cache, *, at, position=None, carry=None):
-        """The cache is that of `init_cache`, or with a position that compares tokens {"own": that, "of_keys": (B,
-        length, N, key_terms), what the position says of keys}.
+        """The cache is that of `init_cache`, or {"own": that, and what else there is}: with a position that compares
+        tokens "of_keys" (B, length, N, key_terms), what the position says of keys; with convolutions their "tails".
         """
         self._check_decode()
-        q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))
-        own, of_keys, bias, run = cache, None, None, self.decode_heads
+        compares = position is not None and position.key_terms is not None
+        if compares and "of_keys" not in cache:
+            raise Refused(f"{type(position).__name__.lower()} needs `key_terms` of the model's blocks to decode")
+        kept = cache if compares or self.convs is not None else {"own": cache}
+        bias, run = None, self.decode_heads
+        q, k, v, tails = self._of_next(x, kept.get("tails"))
         if position is not None:
             self.check_position(position)
             if position.key_terms is None:
                 bias = position.bias()
             else:
-                if "of_keys" not in cache:
-                    name = type(position).__name__.lower()
-                    raise Refused(f"{name} needs `key_terms` of the model's blocks to decode")
                 new = position.of_keys(k[:, None], at[None])[:, 0]
-                own, of_keys = cache["own"], cache["of_keys"].at[:, at].set(new)
-                bias = self._compared(position, position.of_queries(q[:, None], at[None]), of_keys, at)
+                kept = kept | {"of_keys": kept["of_keys"].at[:, at].set(new)}
+                bias = self._compared(position, position.of_queries(q[:, None], at[None]), kept["of_keys"], at)
                 run = functools.partial(step_apart, self)
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
             q = position.share * q
-        out, own, carry = run(own, Call(q, k, v, x, bias=bias, carry=carry))
-        out = self.out(out.reshape(len(x), -1))
-        return out, own if of_keys is None else {"own": own, "of_keys": of_keys}, carry
+        out, own, carry = run(kept["own"], Call(q, k, v, x, bias=bias, carry=carry))
+        return self.out(out.reshape(len(x), -1)), self._kept(kept, own, tails), carry
 
     def decode_several(self, x, cache, *, at, position=None):
         if not self.projects or (position is not None and position.key_terms is not None):
             return super().decode_several(x, cache, at=at, position=position)
-        q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))
-        bias = None
+        kept, bias = {"own": cache} if self.convs is None else cache, None
+        q, k, v, tails = self._of_next(x, kept.get("tails"))
         if position is not None:
             self.check_position(position)
             bias, places = position.bias(), at + jnp.arange(x.shape[1])
             q, k = position.share * position.rotate(q, places), position.rotate(k, places)
-        out, cache = self.decode_heads_several(cache, Call(q, k, v, x, bias=bias))
-        return self.out(out.reshape(*x.shape[:2], -1)), cache
+        out, own = self.decode_heads_several(kept["own"], Call(q, k, v, x, bias=bias))
+        return self.out(out.reshape(*x.shape[:2], -1)), self._kept(kept, own, tails)
+
+    def _kept(self, before: dict, own, tails):
+        """The cache of `decode` with new parts: as the mechanism has it, where nothing else was kept."""
+        if before.keys() == {"own"}:
+            return own
+        return before | {"own": own} | ({} if tails is None else {"tails": tails})
 
     def decode_heads(self, cache, call: Call):
         """One more token of all heads of a batch: a `Call` without the axis of positions, whose carry is that of this

@@ -22,6 +22,7 @@ def declared(subject: Inside) -> None:
     placed = spec.build("norm", subject.asked["norm"], size)
     placed.start(spec.build("ffn", "mlp", size))
     x, other, y = jax.random.normal(jax.random.key(0), (3, 2, 4, 8))
+    x, other = placed.widened(x), placed.widened(other)
     added, elsewhere = (placed.after(stream, y, LayerContext()) - stream for stream in (x, other))
     if placed.adds and not np.allclose(added, elsewhere, atol=1e-5):
         raise Broken(
@@ -36,7 +37,8 @@ def silence(subject: Inside) -> None:
     placed.start(spec.build("ffn", "mlp", size))
 
     def around(x, y):
-        x = placed.after(placed.before(x, LayerContext()), y, LayerContext())
+        x = placed.widened(x)
+        x = placed.after(x, placed.before(x, LayerContext()) + y, LayerContext())
         return (x if placed.final is None else placed.final(x, LayerContext())).sum()
 
     zeros = jnp.zeros((2, 4, 8))

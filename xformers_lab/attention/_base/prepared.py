@@ -1,0 +1,87 @@
+"""What may stand between a layer's projections and its mechanism, for any that has them: a short convolution of
+queries, keys and values, and a norm of each head's queries and keys."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xformers_lab.nn.normalisation import RMSNorm
+from xformers_lab.nn.short_conv import ShortConv
+from xformers_lab.nn.size import Size
+
+HeadNorms = Literal["none", "rms", "l2"]
+# The least length of a vector that is divided by its own.
+SHORTEST = 1e-6
+
+
+class ShortConvs(nnx.Module):
+    """A short convolution behind each projection of a layer, under its name, `query`, `key` or `value`, as the heads of
+    Primer have them (So et al., 2021, arXiv 2109.08668), and Hyena's operators (Poli et al., 2023, arXiv 2302.10866).
+
+    In an encoder they see both sides, as Primer's have them there.
+
+    channels: those of each projection that there is.
+    """
+
+    def __init__(self, width: int, channels: Mapping[str, int], *, causal: bool):
+        self.names = tuple(channels)
+        for name, count in channels.items():
+            setattr(self, name, ShortConv(count, width, causal=causal))
+
+    @property
+    def before(self) -> int:
+        """How many positions in front of its own a convolution sees."""
+        return getattr(self, self.names[0]).before
+
+    def __call__(self, name: str, y: jax.Array, valid: jax.Array | None, documents: jax.Array | None) -> jax.Array:
+        """What a projection gave (B, S, C), convolved."""
+        return getattr(self, name)(y, valid=valid, documents=documents) if name in self.names else y
+
+    def tails(self, B: int, dtype: Any) -> dict[str, jax.Array]:
+        """What decoding keeps beside the mechanism's cache: the newest inputs of every convolution."""
+        return {name: getattr(self, name).init_tail(B, dtype) for name in self.names}
+
+    def step(self, name: str, y: jax.Array, tails: dict) -> tuple[jax.Array, dict]:
+        """What a projection gave of one token (B, C), or of T (B, T, C), convolved, and the tails behind it."""
+        if name not in self.names:
+            return y, tails
+        conv = getattr(self, name)
+        y, tail = (conv.step if y.ndim == 2 else conv.step_several)(tails[name], y)
+        return y, tails | {name: tail}
+
+
+class HeadNorm(nnx.Module):
+    """Queries and keys of every head, normalised, so that no score outgrows them.
+
+    rms: each over its root mean square, times learned weights of its channels, one row for queries and one for keys,
+    which the heads share (Dehghani et al., 2023, arXiv 2302.05442, there with layer norms; root mean squares as in
+    Qwen3). l2: each over its length, and scores times one learned number of the layer in the place of 1 / sqrt(H), at
+    the start log2(L^2 - L) of the length L that it is built for (QKNorm: Henry et al., 2020, arXiv 2010.04245, where L
+    is a percentile of the lengths of the data).
+    """
+
+    def __init__(self, size: Size, kind: HeadNorms):
+        self.kind, self.head = kind, size.head
+        if kind == "rms":
+            # No random numbers: it draws none.
+            self.query, self.key = (RMSNorm(size.head, dtype=size.dtype, rngs=nnx.Rngs(0)) for _ in range(2))
+        else:
+            length = max(size.length, 2)
+            self.scale = nnx.Param(jnp.asarray(math.log2(length * length - length), jnp.float32), decays=False)
+
+    def of_queries(self, q: jax.Array) -> jax.Array:
+        """(..., N, H) -> the same, which the mechanism divides by sqrt(H) once more."""
+        return self.query(q) if self.kind == "rms" else _unit(q, self.scale[...] * self.head**0.5)
+
+    def of_keys(self, k: jax.Array) -> jax.Array:
+        """(..., K, H) -> the same."""
+        return self.key(k) if self.kind == "rms" else _unit(k, 1.0)
+
+
+def _unit(x, times):
+    wide = x.astype(jnp.float32)
+    return (wide * (times * jax.lax.rsqrt((wide * wide).sum(-1, keepdims=True) + SHORTEST**2))).astype(x.dtype)
