@@ -1,0 +1,104 @@
+"""Recurrent mixers against their papers' equations: layers written down in numpy, position after position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_close
+from flax import nnx
+
+from xformers_lab import spec
+from xformers_lab.errors import UsageError
+
+pytestmark = pytest.mark.full
+
+B, T, N, H = 2, 11, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def stirred(choice: str, seed: int = 0):
+    """A layer with every parameter moved, so that none is a one or a zero, and its parameters as float64."""
+    layer = spec.build("attention", choice, length=T, dim=N * H, heads=N)
+    random = np.random.default_rng(seed)
+    moved = lambda x: x + 0.3 * random.standard_normal(x.shape).astype(np.float32)
+    nnx.update(layer, jax.tree.map(moved, nnx.state(layer, nnx.Param)))
+    return layer, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+
+
+def draw():
+    return np.random.default_rng(1).standard_normal((B, T, N * H)).astype(np.float32)
+
+
+def agrees(layer, x, expected):
+    """The whole pass, and one token after the other, give what is expected (B, T, D)."""
+    assert_close(jax.jit(lambda x: layer(x, causal=True)[0])(x), expected)
+
+    def one(cache, token):
+        out, cache, _ = layer.decode(token[0], cache, at=token[1])
+        return cache, out
+
+    steps = lambda x: jax.lax.scan(one, layer.init_cache(B, T), (x.swapaxes(0, 1), jnp.arange(T)))[1]
+    assert_close(jax.jit(steps)(x), np.swapaxes(expected, 0, 1))
+
+
+def linear(w, x):
+    return x @ w["kernel"] + w.get("bias", 0)
+
+
+def heads(y):
+    return y.reshape(*y.shape[:-1], N, -1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def unit(x):
+    return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-5)
+
+
+def at_unit_mean_square(x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_kda_is_the_layer_of_its_paper_without_the_convolutions(chunk):
+    """Equation 1 as matrices: S_t = (I - b k k^T) diag(a) S_(t-1) + b k v^T."""
+    layer, w = stirred(f"kda:chunk={chunk}")
+    x = draw()
+    q, k = (unit(silu(heads(linear(w[name], x)))) for name in ("query", "key"))
+    v, beta = silu(heads(linear(w["value"], x))), sigmoid(linear(w["strength"], x))
+    fade = heads(softplus(linear(w["up"], linear(w["down"], x))))
+    kept, gate = np.exp(-np.exp(w["rate"])[:, None] * fade), heads(linear(w["gate"], linear(w["gate_down"], x)))
+    S, rows = np.zeros((B, N, H, H)), []
+    for t in range(T):
+        b, key = beta[:, t, :, None, None], k[:, t, :, :, None]
+        S = (np.eye(H) - b * key * key.swapaxes(2, 3)) @ (kept[:, t, :, :, None] * S) + b * key * v[:, t, :, None]
+        y = at_unit_mean_square(np.einsum("bnf,bnfh->bnh", q[:, t], S)) * sigmoid(gate[:, t])
+        rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ("kda:chunk=0", "chunk and rank must be at least 1"),
+        ("kda:rank=0", "chunk and rank must be at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(choice, message):
+    with pytest.raises(UsageError, match=message):
+        spec.build("attention", choice, length=16, dim=16, heads=2)
