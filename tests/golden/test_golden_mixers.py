@@ -42,7 +42,7 @@ def agrees(layer, x, expected):
         out, cache, _ = layer.decode(token[0], cache, at=token[1])
         return cache, out
 
-    steps = lambda x: jax.lax.scan(one, layer.init_cache(B, T), (x.swapaxes(0, 1), jnp.arange(T)))[1]
+    steps = lambda x: jax.lax.scan(one, layer.init_cache(*x.shape[:2]), (x.swapaxes(0, 1), jnp.arange(x.shape[1])))[1]
     assert_close(jax.jit(steps)(x), np.swapaxes(expected, 0, 1))
 
 
@@ -92,11 +92,41 @@ def test_kda_is_the_layer_of_its_paper_without_the_convolutions(chunk):
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("shift", ["one", "none"])
+def test_rwkv7_is_the_layer_of_its_paper_but_for_what_is_shifted(shift):
+    """Transitions as matrices, diag(w) - (a c) c^T."""
+    layer, w = stirred(f"rwkv7:shift={shift}:chunk=4:rank=3")
+    x = draw()
+    q, k, v = (heads(linear(w[name], x)) for name in ("query", "key", "value"))
+    forget = heads(linear(w["forget"], np.tanh(linear(w["forget_down"], x))))
+    strength = heads(linear(w["strength"], linear(w["strength_down"], x)))
+    gate = heads(linear(w["gate"], sigmoid(linear(w["gate_down"], x))))
+    if shift == "one":
+        before = lambda y: np.pad(y, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+        arrays = {"k": k, "v": v, "forget": forget, "strength": strength}
+        mixed = [w[f"share_{name}"] * y + (1 - w[f"share_{name}"]) * before(y) for name, y in arrays.items()]
+        k, v, forget, strength = mixed
+    kept, a, c = np.exp(-np.exp(-0.5) * sigmoid(forget)), sigmoid(strength), unit(k * w["removal"])
+    k = k * (1 - w["replacement"] + w["replacement"] * a)
+    S, rows = np.zeros((B, N, H, H)), []
+    for t in range(T):
+        removed, at = c[:, t, :, :, None], lambda y, t=t: y[:, t]
+        transition = np.eye(H) * at(kept)[..., None] - at(a)[..., None] * removed * removed.swapaxes(2, 3)
+        S = transition @ S + at(k)[..., None] * at(v)[:, :, None]
+        y = np.einsum("bnf,bnfh->bnh", at(q), S)
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * w["scale"]
+        y = y + (at(q) * w["bonus"] * at(k)).sum(-1, keepdims=True) * at(v)
+        rows.append((y * at(gate)).reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
         ("kda:chunk=0", "chunk and rank must be at least 1"),
         ("kda:rank=0", "chunk and rank must be at least 1"),
+        ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
+        ("rwkv7:shift=two", "shift"),
     ],
 )
 def test_impossible_options_are_refused(choice, message):
