@@ -120,11 +120,40 @@ def test_rwkv7_is_the_layer_of_its_paper_but_for_what_is_shifted(shift):
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_xlstm_is_the_layer_of_its_paper(chunk):
+    """The memory as it is defined, without a stabiliser."""
+    layer, w = stirred(f"xlstm:chunk={chunk}")
+    x = draw()
+    q, k, v, gate = (heads(linear(w[name], x)) for name in ("query", "key", "value", "gate"))
+    k, write, kept = k / np.sqrt(H), np.exp(linear(w["write"], x)), sigmoid(linear(w["forget"], x))
+    C, n, rows = np.zeros((B, N, H, H)), np.zeros((B, N, H)), []
+    for t in range(T):
+        C = kept[:, t, :, None, None] * C + write[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None]
+        n = kept[:, t, :, None] * n + write[:, t, :, None] * k[:, t]
+        total = np.maximum(np.abs((q[:, t] * n).sum(-1, keepdims=True)), 1)
+        y = np.einsum("bnf,bnfh->bnh", q[:, t], C) / total
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * sigmoid(gate[:, t])
+        rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
+def test_xlstm_gates_of_any_size_do_not_overflow():
+    layer, _ = stirred("xlstm:chunk=3")
+    q, k, v = np.random.default_rng(2).standard_normal((3, T, H)).astype(np.float32)
+    log, decay = 200 * np.cos(np.arange(T, dtype=np.float32)), np.full(T, -1.0, np.float32)
+    run = lambda method: getattr(layer, method)(q, k, v, causal=True, log=log, decay=decay)
+    fast, slow = run("attend"), run("reference")
+    assert np.isfinite(fast).all()
+    assert_close(fast, slow)
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
         ("kda:chunk=0", "chunk and rank must be at least 1"),
         ("kda:rank=0", "chunk and rank must be at least 1"),
+        ("xlstm:chunk=0", "chunk must be at least 1"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
     ],
