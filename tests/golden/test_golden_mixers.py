@@ -120,6 +120,21 @@ def test_rwkv7_is_the_layer_of_its_paper_but_for_what_is_shifted(shift):
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("chunk", [3, 32])
+def test_mamba_is_the_mixer_of_transformers(golden, chunk):
+    peer = golden("mamba1_mixer")
+    w = {name[2:]: jnp.asarray(x) for name, x in peer.items() if name.startswith("w.")}
+    x, D = peer["x"], peer["x"].shape[2]
+    layer = spec.build("attention", f"mamba:state=4:rank=2:chunk={chunk}", length=x.shape[1], dim=D, heads=2)
+    inner, gate = jnp.split(w["in_proj.weight"].T, 2, -1)
+    layer.inner_value.kernel[...], layer.gate.kernel[...] = inner, gate
+    layer.conv.weights[...], layer.conv_bias[...] = w["conv1d.weight"][:, 0].T, w["conv1d.bias"]
+    layer.select.kernel[...], layer.inner_out.kernel[...] = w["x_proj.weight"].T, w["out_proj.weight"].T
+    layer.interval.kernel[...], layer.interval.bias[...] = w["dt_proj.weight"].T, w["dt_proj.bias"]
+    layer.rate[...], layer.skip[...] = w["A_log"], w["D"]
+    agrees(layer, x, peer["y"])
+
+
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_xlstm_is_the_layer_of_its_paper(chunk):
     """The memory as it is defined, without a stabiliser."""
@@ -153,6 +168,8 @@ def test_xlstm_gates_of_any_size_do_not_overflow():
     [
         ("kda:chunk=0", "chunk and rank must be at least 1"),
         ("kda:rank=0", "chunk and rank must be at least 1"),
+        ("mamba:expand=0", "must be at least 1"),
+        ("mamba:conv=1", "at least 2 positions"),
         ("xlstm:chunk=0", "chunk must be at least 1"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
