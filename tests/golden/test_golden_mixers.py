@@ -163,6 +163,29 @@ def test_xlstm_gates_of_any_size_do_not_overflow():
     assert_close(fast, slow)
 
 
+@pytest.mark.parametrize("options", ["", ":householders=1:strength=correcting", ":householders=3:forget=scalar"])
+def test_delta_product_is_the_layer_of_its_paper_without_the_convolutions(options):
+    """Transitions as products of Householder matrices, and what each adds."""
+    layer, w = stirred(f"delta_product:chunk=3{options}")
+    x, steps = draw(), layer.steps
+    several = lambda name: heads(linear(w[name], x)).reshape(B, T, N, steps - 1, H)
+    together = lambda one, more: np.concatenate([heads(linear(w[one], x))[..., None, :], more], -2)
+    none = np.zeros((B, T, N, 0, H))
+    q, k = unit(silu(heads(linear(w["query"], x)))), together("key", several("more_key") if steps > 1 else none)
+    k, v = unit(silu(k)), silu(together("value", several("more_value") if steps > 1 else none))
+    beta = (1 if "correcting" in options else 2) * sigmoid(heads(linear(w["strength"], x)))
+    kept = sigmoid(linear(w["forget"], x)) if "scalar" in options else np.ones((B, T, N))
+    gate, S, rows = silu(heads(linear(w["gate"], x))), np.zeros((B, N, H, H)), []
+    for t in range(T):
+        S = kept[:, t, :, None, None] * S
+        for j in range(steps):
+            b, key = beta[:, t, :, j, None, None], k[:, t, :, j, :, None]
+            S = (np.eye(H) - b * key * key.swapaxes(2, 3)) @ S + b * key * v[:, t, :, j, None]
+        y = at_unit_mean_square(np.einsum("bnf,bnfh->bnh", q[:, t], S)) * gate[:, t]
+        rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
@@ -171,6 +194,8 @@ def test_xlstm_gates_of_any_size_do_not_overflow():
         ("mamba:expand=0", "must be at least 1"),
         ("mamba:conv=1", "at least 2 positions"),
         ("xlstm:chunk=0", "chunk must be at least 1"),
+        ("delta_product:householders=0", "chunk and householders must be at least 1"),
+        ("delta_product:strength=double", "strength"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
     ],
