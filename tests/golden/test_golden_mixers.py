@@ -186,6 +186,20 @@ def test_delta_product_is_the_layer_of_its_paper_without_the_convolutions(option
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("options", ["chunk=3", "bound=0.0"])
+def test_hgrn2_is_the_layer_of_its_paper(options):
+    layer, w = stirred(f"hgrn2:{options}")
+    x = draw()
+    q, k, v = (heads(linear(w[name], x)) for name in ("query", "key", "value"))
+    bound = sigmoid(w["bound"]) if "bound" in w else 0
+    kept, S, rows = bound + (1 - bound) * sigmoid(k), np.zeros((B, N, H, H)), []
+    for t in range(T):
+        f = kept[:, t, :, :, None]
+        S = f * S + (1 - f) * v[:, t, :, None]
+        rows.append(at_unit_mean_square(np.einsum("bnf,bnfh->bnh", silu(q[:, t]), S)).reshape(B, -1))
+    agrees(layer, x, np.stack(rows, 1) @ w["out"]["kernel"])
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
@@ -196,6 +210,8 @@ def test_delta_product_is_the_layer_of_its_paper_without_the_convolutions(option
         ("xlstm:chunk=0", "chunk must be at least 1"),
         ("delta_product:householders=0", "chunk and householders must be at least 1"),
         ("delta_product:strength=double", "strength"),
+        ("hgrn2:bound=1.0", "bound must be at least 0 and below 1"),
+        ("hgrn2:chunk=0", "chunk must be at least 1"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
     ],
