@@ -135,6 +135,23 @@ def test_mamba_is_the_mixer_of_transformers(golden, chunk):
     agrees(layer, x, peer["y"])
 
 
+def test_wider_values_of_mamba2_are_those_of_its_paper():
+    """Values, gate and norm twice as wide as the block, keys and queries as they are."""
+    layer, w = stirred("mamba2:expand=2:chunk=4")
+    x = draw()
+    c, b = (silu(linear(w[name], x)) for name in ("query", "key"))  # one group
+    v = silu(np.concatenate([heads(linear(w["value"], x)), heads(linear(w["more_value"], x))], -1))
+    z, step = heads(silu(linear(w["gate"], x))), softplus(linear(w["interval"], x))
+    S, rows = np.zeros((B, N, H, 2 * H)), []
+    for t in range(T):
+        added = step[:, t, :, None, None] * b[:, t, None, :, None] * v[:, t, :, None]
+        S = np.exp(-np.exp(w["rate"]) * step[:, t])[..., None, None] * S + added
+        y = (np.einsum("bf,bnfh->bnh", c[:, t], S) + w["skip"][:, None] * v[:, t]) * z[:, t]
+        y = at_unit_mean_square(y.reshape(B, -1)) * w["scale"].reshape(-1)
+        rows.append(y @ w["inner_out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_xlstm_is_the_layer_of_its_paper(chunk):
     """The memory as it is defined, without a stabiliser."""
@@ -205,6 +222,7 @@ def test_hgrn2_is_the_layer_of_its_paper(options):
     [
         ("kda:chunk=0", "chunk and rank must be at least 1"),
         ("kda:rank=0", "chunk and rank must be at least 1"),
+        ("mamba2:expand=0", "expand must be at least 1"),
         ("mamba:expand=0", "must be at least 1"),
         ("mamba:conv=1", "at least 2 positions"),
         ("xlstm:chunk=0", "chunk must be at least 1"),
