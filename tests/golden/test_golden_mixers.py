@@ -217,6 +217,22 @@ def test_hgrn2_is_the_layer_of_its_paper(options):
     agrees(layer, x, np.stack(rows, 1) @ w["out"]["kernel"])
 
 
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_gsa_is_the_layer_of_its_paper(chunk):
+    layer, w = stirred(f"gsa:chunk={chunk}:slots=5")
+    x = draw()
+    q, k, v = (silu(heads(linear(w[name], x))) for name in ("query", "key", "value"))
+    kept = heads(sigmoid(linear(w["forget"], x))) ** (1 / 8)
+    K, V, rows = np.zeros((B, N, 5, H)), np.zeros((B, N, 5, H)), []
+    for t in range(T):
+        a = kept[:, t, :, :, None]
+        K, V = a * K + (1 - a) * k[:, t, :, None], a * V + (1 - a) * v[:, t, :, None]
+        weights = np.exp(np.einsum("bnmh,bnh->bnm", K, q[:, t]) / np.sqrt(H))
+        y = np.einsum("bnm,bnmh->bnh", weights / weights.sum(-1, keepdims=True), V)
+        rows.append(at_unit_mean_square(silu(y)).reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
@@ -230,6 +246,8 @@ def test_hgrn2_is_the_layer_of_its_paper(options):
         ("delta_product:strength=double", "strength"),
         ("hgrn2:bound=1.0", "bound must be at least 0 and below 1"),
         ("hgrn2:chunk=0", "chunk must be at least 1"),
+        ("gsa:slots=0", "chunk and slots must be at least 1"),
+        ("gsa:temperature=0.0", "temperature must be above 0"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
     ],

@@ -2,10 +2,10 @@
 
     S_t = a_t S_(t-1) + k_t u_t^T,   out_t = q_t S_t
 
-with a_t <= 1 a scalar or one number per key channel, and u_t = v_t, or under the delta rule the correction
-u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of matrices, between chunks
-only the state passes. Decays are given as logarithms, and only differences that are at most 0 are ever raised to a
-power, so nothing overflows however strong a decay is.
+with a_t <= 1 a scalar or one number per key channel (in `value_decay` per value channel), and u_t = v_t, or under the
+delta rule the correction u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of
+matrices, between chunks only the state passes. Decays are given as logarithms, and only differences that are at most 0
+are ever raised to a power, so nothing overflows however strong a decay is.
 
 Triangles within a chunk are built by halves: what the second half of 2s positions has to do with the first is a
 product, for s = 1, 2, 4, ... Two forms would be shorter and are wrong on CPU (jaxlib 0.10.2). Two batched triangular
@@ -77,6 +77,31 @@ def channel_weights(q, k, fall, reached=None):
         weights = _lower(weights, product("nif,njf->nij", left.astype(q.dtype), right.astype(k.dtype)))
         s *= 2
     return weights.reshape(M, C, C)
+
+
+def value_decay(q, k, v, decay, *, chunk: int):
+    """S_t = S_(t-1) diag(a_t) + k_t v_t^T with decay (T, H): log a_t of every channel of the values, at most 0.
+
+    The chunk is rounded up to a power of two.
+    """
+    T, C = len(q), power_of_two(min(chunk, len(q)))
+    q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
+    fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, H)
+    last = fall[:, -1:]
+    added = product("mcf,mch->mfh", k, (v * jnp.exp(last - fall)).astype(v.dtype))
+    states, end = _states(added, jnp.exp(last))
+    out = product("mcf,mfh->mch", q, states.astype(q.dtype)) * jnp.exp(fall)
+    out += (q * k).astype(jnp.float32).sum(-1, keepdims=True) * v
+    s = 1
+    while s < C:  # what a second half sees of the first, as in `channel_weights`
+        (_, later), (earlier, _), (values, _) = (_halves(x, s) for x in (q, k, v))
+        before, after = _halves(fall, s)
+        ends = before[:, -1:]
+        seen = product("nif,njf->nij", later, earlier).astype(v.dtype)
+        new = product("nij,njh->nih", seen, (values * jnp.exp(ends - before)).astype(v.dtype)) * jnp.exp(after - ends)
+        out += jnp.concatenate([jnp.zeros_like(new), new], 1).reshape(out.shape)
+        s *= 2
+    return joined(out, T), end
 
 
 def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
