@@ -233,6 +233,38 @@ def test_gsa_is_the_layer_of_its_paper(chunk):
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_ttt_is_the_layer_of_its_paper_without_the_convolution(batch):
+    """Gradients of each batch by hand, through the norm."""
+    layer, w = stirred(f"ttt:batch={batch}:rate=2.0")
+    x = draw()
+    q, k, v = (heads(linear(w[name], x)) for name in ("query", "key", "value"))
+    size, eps = 2.0 / H * sigmoid(linear(w["strength"], x)), 1e-5
+    gain, shift = w["gain"], w["shift"]
+
+    def inner(x, W, b):
+        z = np.einsum("bnh,bnhg->bng", x, W) + b
+        spread = np.sqrt(z.var(-1, keepdims=True) + eps)
+        return (z - z.mean(-1, keepdims=True)) / spread, spread
+
+    wide = lambda x: np.broadcast_to(x, (B, *x.shape)).copy()
+    W, b, rows = wide(w["weights"]), wide(w["bias"]), []
+    for t in range(T):
+        if t % batch == 0:
+            before, sums = (W, b), [np.zeros_like(W), np.zeros_like(b)]
+        unit, spread = inner(k[:, t], *before)
+        g = (unit * gain + shift - (v[:, t] - k[:, t])) * gain
+        g = (g - g.mean(-1, keepdims=True) - unit * (g * unit).mean(-1, keepdims=True)) / spread
+        g = g * size[:, t, :, None]
+        sums = [sums[0] + k[:, t, :, :, None] * g[:, :, None], sums[1] + g]
+        share = w["share"][:, t % batch]
+        W, b = before[0] - share[:, None, None] * sums[0], before[1] - share[:, None] * sums[1]
+        y = (q[:, t] + inner(q[:, t], W, b)[0] * gain + shift).reshape(B, -1)
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps)
+        rows.append(y @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
@@ -248,6 +280,8 @@ def test_gsa_is_the_layer_of_its_paper(chunk):
         ("hgrn2:chunk=0", "chunk must be at least 1"),
         ("gsa:slots=0", "chunk and slots must be at least 1"),
         ("gsa:temperature=0.0", "temperature must be above 0"),
+        ("ttt:batch=0", "batch must be at least 1"),
+        ("ttt:rate=0.0", "rate must be above 0"),
         ("rwkv7:chunk=0", "chunk and rank must be at least 1"),
         ("rwkv7:shift=two", "shift"),
     ],
