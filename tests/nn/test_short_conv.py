@@ -10,7 +10,7 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.short_conv import ShortConv
 
 B, T, C = 2, 9, 5
-X = np.random.default_rng(0).standard_normal((B, T, C)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, C)), jnp.float32)
 
 
 def drawn(width: int, causal: bool = True) -> ShortConv:
@@ -23,7 +23,7 @@ def test_it_is_the_convolution_of_every_channel(width, causal):
     weights, behind = np.asarray(conv.weights[...]), 0 if causal else width // 2
     for b in range(B):
         for c in range(C):
-            whole = np.convolve(X[b, :, c], weights[::-1, c])
+            whole = np.convolve(np.asarray(X)[b, :, c], weights[::-1, c])
             np.testing.assert_allclose(conv(X)[b, :, c], whole[behind : behind + T], atol=1e-5)
 
 
@@ -35,8 +35,7 @@ def test_a_causal_one_sees_nothing_after_a_position():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_counts_as_what_is_not_there(causal):
-    conv, valid = drawn(5, causal), np.ones((B, T), bool)
-    valid[:, 6:] = False
+    conv, valid = drawn(5, causal), jnp.tile(jnp.arange(T) < 6, (B, 1))
     np.testing.assert_allclose(conv(X, valid=valid)[:, :6], conv(X[:, :6]), atol=1e-6)
     np.testing.assert_allclose(conv(X, valid=valid[:, ::-1])[:, 3:], conv(X[:, 3:]), atol=1e-6)
 
@@ -44,9 +43,9 @@ def test_padding_counts_as_what_is_not_there(causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_are_apart(causal):
     conv, lengths = drawn(5, causal), (1, 2, 6)
-    documents = np.tile(np.repeat(np.arange(3), lengths), (B, 1))
-    alone = [conv(x) for x in np.split(X, np.cumsum(lengths)[:-1], 1)]
-    np.testing.assert_allclose(conv(X, documents=documents), np.concatenate(alone, 1), atol=1e-6)
+    documents = jnp.tile(jnp.repeat(jnp.arange(3), jnp.asarray(lengths)), (B, 1))
+    alone = [conv(x) for x in jnp.split(X, np.cumsum(lengths)[:-1], 1)]
+    np.testing.assert_allclose(conv(X, documents=documents), jnp.concatenate(alone, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [2, 4, 12])
@@ -66,7 +65,7 @@ def test_it_begins_as_primer_does():
 
 
 def test_half_numbers_are_summed_in_whole_ones():
-    half = jnp.asarray(X, jnp.bfloat16)
+    half = X.astype(jnp.bfloat16)
     y = drawn(4)(half)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, drawn(4)(half.astype(jnp.float32)).astype(jnp.bfloat16))
