@@ -62,7 +62,7 @@ class Rwkv(Recurrent):
             q, k, v = wide
 
             def run(q, k, v, there):
-                k, v = _shifted(k, v, share)
+                k, v = shifted((k, v), share)
                 return jax.nn.sigmoid(q) * self._means(k, v, there, decay, bonus)
 
             return aligned(run, q, {"k": k, "v": v, "there": jnp.ones(len(k))}, valid)
@@ -99,7 +99,7 @@ class Rwkv(Recurrent):
         T, S = len(q), len(k)
         valid = jnp.ones(S, bool) if valid is None else valid
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        k, v = _shifted(*(jnp.where(valid[:, None], x, 0) for x in (k, v)), share)
+        k, v = shifted(tuple(jnp.where(valid[:, None], x, 0) for x in (k, v)), share)
         at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
         number = jnp.cumsum(valid)
         apart = number[jnp.maximum(at - 1, 0)] - number  # valid keys behind s and before t
@@ -124,19 +124,22 @@ class Rwkv(Recurrent):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         last = {"last": (k, v)} if share is not None else {}
         if share is not None:
-            k, v = (_mixed(*each) for each in zip((k, v), state["last"], share, strict=True))
+            k, v = (mixed(*each) for each in zip((k, v), state["last"], share, strict=True))
         mean = _mean(_merged(state["sums"], _one(k + bonus, v, 1)))
         sums = _merged(_faded(state["sums"], decay), _one(k, v, 1))
         return (jax.nn.sigmoid(q) * mean).astype(dtype), {"sums": sums} | last
 
 
-def _shifted(k, v, share):
-    if share is None:
-        return k, v
-    return tuple(_mixed(x, jnp.pad(x, ((1, 0), (0, 0)))[:-1], own) for x, own in zip((k, v), share, strict=True))
+def shifted(arrays, shares):
+    """Arrays (S, H), each mixed with itself one position before, by a share (H,) of its own; as they are without."""
+    if shares is None:
+        return arrays
+    before = lambda x: jnp.pad(x, ((1, 0), (0, 0)))[:-1]
+    return tuple(mixed(x, before(x), own) for x, own in zip(arrays, shares, strict=True))
 
 
-def _mixed(x, before, own):
+def mixed(x, before, own):
+    """`own` of x and 1 - own of what was before."""
     return own * x + (1 - own) * before
 
 

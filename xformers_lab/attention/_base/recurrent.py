@@ -35,16 +35,19 @@ class Recurrent(Stepwise):
 
     def by_definition(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)
-        state = self.init_state(len(keys["k"]))
         wide = {name: x.astype(jnp.float32) for name, x in keys.items()}
-        return by_definition(self.update, state, q.astype(jnp.float32), wide, valid)
+        return by_definition(self.update, self.start(), q.astype(jnp.float32), wide, valid)
 
     def one_way(self, causal: bool) -> None:
         if not causal:
             raise Refused(why_not_one_way(type(self)))
 
-    def init_state(self, length: int, dtype=jnp.float32):
+    def start(self) -> Any:
+        """The state of `update` before the first position."""
         return jnp.zeros((self.size.head, self.size.head), jnp.float32)
+
+    def init_state(self, length: int, dtype=jnp.float32):
+        return self.start()
 
     @required
     def scanned(self, q, *args: Any, **keys: Any) -> Any:
@@ -55,14 +58,19 @@ class Recurrent(Stepwise):
         """The state and those of one position -> its output (H,) and the next state."""
 
 
-def gate_of(size: Size, rngs: nnx.Rngs) -> Linear:
-    """The projection of an output gate: one number per channel of every head."""
-    return Linear(size.dim, size.heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
+def gate_of(size: Size, rngs: nnx.Rngs, expand: int = 1) -> Linear:
+    """The projection of an output gate: one number per channel of every head, whose values are `expand` H wide."""
+    return Linear(size.dim, expand * size.heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
 
 
 def rms(out):
     """out at unit root mean square over the head's channels."""
     return out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + EPSILON)
+
+
+def centred(out):
+    """out at mean 0 and variance 1 over the head's channels."""
+    return rms(out - out.mean(-1, keepdims=True))
 
 
 def gated(out, gate):
@@ -80,3 +88,10 @@ def unit(x):
     """x over its length along the channels."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + EPSILON)
+
+
+def at_queries(q, x, valid):
+    """Keys' x (S, H) at the positions of queries q (T, H): zeros where they are padding or before the first key."""
+    T, S = len(q), len(x)
+    x = x if valid is None else jnp.where(valid[:, None], x, 0)
+    return x[S - T :] if T <= S else jnp.pad(x, ((T - S, 0), (0, 0)))

@@ -64,10 +64,10 @@ def scaled_recurrence(q, k, v, log, *, chunk: int):
         out, total = scaled_recurrence(q[T - S :], k, v, log, chunk=chunk)
         return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
     before, chunk = S - T, min(chunk, T)
-    state = _added(k[:before], v[:before], log[:before])
+    state = added(k[:before], v[:before], log[:before])
     q, k, v = (in_blocks(x, chunk) for x in (q, k[before:], v[before:]))
     log = in_blocks(log[before:], chunk, fill=MASKED)
-    (states, norms, tops), _ = before_each(_merged, state, jax.vmap(_added)(k, v, log))
+    (states, norms, tops), _ = before_each(merged, state, jax.vmap(added)(k, v, log))
     seen = np.tril(np.ones((chunk, chunk), bool))
     top = jnp.maximum(tops[:, None], jnp.where(seen, log[:, None, :], MASKED).max(-1))
     scale = jnp.where(seen, jnp.exp(jnp.minimum(log[:, None, :] - top[:, :, None], 0)), 0)
@@ -79,14 +79,14 @@ def scaled_recurrence(q, k, v, log, *, chunk: int):
     return joined(out, T), joined(total, T)
 
 
-def _added(k, v, log):
+def added(k, v, log):
     """What keys (C, F) add to the state: (H, F), (F,), both to be multiplied by exp of the third."""
     top = log.max(initial=MASKED)
     k = k * jnp.exp(log - top)[:, None]
     return jnp.dot(v.T, k, **EXACT), k.sum(0, dtype=jnp.float32), top
 
 
-def _merged(state, new):
+def merged(state, new):
     """Two states of keys as that of all of them."""
     top = jnp.maximum(state[2], new[2])
     kept, weight = jnp.exp(state[2] - top), jnp.exp(new[2] - top)
@@ -111,5 +111,5 @@ def empty_state(F: int, H: int):
 def one_more(state, q, k, v, log=None):
     """The state with one more key (F,), and the two sums for the query (F,)."""
     log = jnp.zeros(1) if log is None else log
-    state = _merged(state, _added(k[None], v[None], log))
+    state = merged(state, added(k[None], v[None], log))
     return state, state[0] @ q, state[1] @ q

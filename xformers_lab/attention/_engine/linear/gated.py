@@ -2,10 +2,10 @@
 
     S_t = a_t S_(t-1) + k_t u_t^T,   out_t = q_t S_t
 
-with a_t <= 1 a scalar or one number per key channel, and u_t = v_t, or under the delta rule the correction
-u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of matrices, between chunks
-only the state passes. Decays are given as logarithms, and only differences that are at most 0 are ever raised to a
-power, so nothing overflows however strong a decay is.
+with a_t <= 1 a scalar or one number per key channel (in `value_decay` per value channel), and u_t = v_t, or under the
+delta rule the correction u_t = b_t (v_t - a_t k_t S_(t-1)). Within a chunk of C positions everything is products of
+matrices, between chunks only the state passes. Decays are given as logarithms, and only differences that are at most 0
+are ever raised to a power, so nothing overflows however strong a decay is.
 
 Triangles within a chunk are built by halves: what the second half of 2s positions has to do with the first is a
 product, for s = 1, 2, 4, ... Two forms would be shorter and are wrong on CPU (jaxlib 0.10.2). Two batched triangular
@@ -53,20 +53,25 @@ def channel_decay(q, k, v, decay, *, chunk: int):
     added = product("mcf,mch->mfh", (k * jnp.exp(last - fall)).astype(k.dtype), v)
     states, end = _states(added, jnp.exp(last).swapaxes(1, 2))
     out = product("mcf,mfh->mch", (q * jnp.exp(fall)).astype(q.dtype), states.astype(q.dtype))
-    inside = _channel_weights(q, k, fall)
+    inside = channel_weights(q, k, fall)
     out += product("mcd,mdh->mch", inside.astype(v.dtype), v)
     return joined(out, T), end
 
 
-def _channel_weights(q, k, fall):
-    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i. The fall at the end of a first half lies between
-    those of its positions and of the second half's, so both factors of exp(fall_i - fall_j) are at most 1."""
+def channel_weights(q, k, fall, reached=None):
+    """(M, C, C): sum_f q_if k_jf exp(fall_if - fall_jf) for j <= i, with fall (M, C, F) the logarithm of all decays up
+    to a position. With `reached`, those up to the position before, it is exp(reached_if - fall_jf) for j < i.
+
+    The fall at the end of a first half lies between those of its positions and of the second half's, so both factors
+    of exp(fall_i - fall_j) are at most 1.
+    """
     M, C = q.shape[:2]
-    weights = (q * k).astype(jnp.float32).sum(-1).reshape(-1, 1, 1)
+    weights = jnp.zeros((M * C, 1, 1)) if reached is not None else (q * k).astype(jnp.float32).sum(-1).reshape(-1, 1, 1)
+    reached = fall if reached is None else reached
     s = 1
     while s < C:
         (_, later), (earlier, _) = _halves(q, s), _halves(k, s)
-        before, after = _halves(fall, s)
+        (before, _), (_, after) = _halves(fall, s), _halves(reached, s)
         end = before[:, -1:]
         left, right = later * jnp.exp(after - end), earlier * jnp.exp(end - before)
         weights = _lower(weights, product("nif,njf->nij", left.astype(q.dtype), right.astype(k.dtype)))
@@ -74,33 +79,64 @@ def _channel_weights(q, k, fall):
     return weights.reshape(M, C, C)
 
 
+def value_decay(q, k, v, decay, *, chunk: int):
+    """S_t = S_(t-1) diag(a_t) + k_t v_t^T with decay (T, H): log a_t of every channel of the values, at most 0.
+
+    The chunk is rounded up to a power of two.
+    """
+    T, C = len(q), power_of_two(min(chunk, len(q)))
+    q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
+    fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, H)
+    last = fall[:, -1:]
+    added = product("mcf,mch->mfh", k, (v * jnp.exp(last - fall)).astype(v.dtype))
+    states, end = _states(added, jnp.exp(last))
+    out = product("mcf,mfh->mch", q, states.astype(q.dtype)) * jnp.exp(fall)
+    out += (q * k).astype(jnp.float32).sum(-1, keepdims=True) * v
+    s = 1
+    while s < C:  # what a second half sees of the first, as in `channel_weights`
+        (_, later), (earlier, _), (values, _) = (_halves(x, s) for x in (q, k, v))
+        before, after = _halves(fall, s)
+        ends = before[:, -1:]
+        seen = product("nif,njf->nij", later, earlier).astype(v.dtype)
+        new = product("nij,njh->nih", seen, (values * jnp.exp(ends - before)).astype(v.dtype)) * jnp.exp(after - ends)
+        out += jnp.concatenate([jnp.zeros_like(new), new], 1).reshape(out.shape)
+        s *= 2
+    return joined(out, T), end
+
+
 def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
-    """beta (T,): how much of the error is corrected; decay (T,) or None: log a_t, at most 0.
+    """beta (T,): how much of the error is corrected; decay: log a_t, at most 0, (T,), or (T, F) of every key channel,
+    where the chunk is rounded up to a power of two; None: nothing fades.
 
     In a chunk the corrections U solve a unit triangular system, (I + b A) U = b (V - a K S), with A_ij = k_i . k_j
-    times the decay between (the WY form: Yang et al., 2024, arXiv 2406.06484, equations 7 to 10).
+    times the decay between (the WY form: Yang et al., 2024, arXiv 2406.06484, equations 7 to 10; with a decay of every
+    channel: Kimi Team, 2025, arXiv 2510.26692, section 3.1).
     """
     T, C = len(q), min(chunk, len(q))
     decay = jnp.zeros(T) if decay is None else decay
-    q, k, v = (in_blocks(x, C) for x in (q, k, v))
-    beta, decay = (in_blocks(x[:, None], C).astype(jnp.float32) for x in (beta, decay))
-    fall = jnp.cumsum(decay[..., 0], 1)
-    ratio = _falling(fall)
-    strict = jnp.tril(jnp.ones((C, C)), -1)
-    solution = inverse(beta * product("mcf,mdf->mcd", k, k) * ratio * strict)
-    passed = jnp.exp(fall)[..., None]
+    by_channel = decay.ndim == 2
+    C = power_of_two(C) if by_channel else C
+    q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay if by_channel else decay[:, None]))
+    beta = in_blocks(beta[:, None], C).astype(jnp.float32)
+    fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F or 1)
+    if by_channel:
+        of_keys, weights = channel_weights(k, k, fall), channel_weights(q, k, fall)
+    else:
+        ratio = _falling(fall[..., 0])
+        of_keys, weights = (product("mcf,mdf->mcd", x, k) * ratio for x in (k, q))
+    solution = inverse(beta * of_keys * jnp.tril(jnp.ones((C, C)), -1))
+    passed = jnp.exp(fall)
     right = jnp.concatenate([beta * v, beta * passed * k], -1).astype(jnp.float32)
     fresh, from_state = jnp.split(solution @ right, [v.shape[-1]], -1)
-    weights = product("mcf,mdf->mcd", q, k) * ratio
     last = fall[:, -1:]
-    written = k * jnp.exp(last - fall)[..., None]
+    written = k * jnp.exp(last - fall)
 
     def one(state, chunk):
         fresh, from_state, weights, q, written, whole = chunk
         u = fresh - from_state @ state
         return whole * state + written.T @ u, q @ state + weights @ u
 
-    chunks = fresh, from_state, weights, q * passed, written, jnp.exp(last)
+    chunks = fresh, from_state, weights, q * passed, written, jnp.exp(last).swapaxes(1, 2)
     end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), chunks)
     return joined(out, T), end
 
