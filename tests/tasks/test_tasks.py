@@ -120,6 +120,7 @@ def choice(documents, images, sentences, commands, measured, stories):
         "retrieval": documents,
         "mlm": documents,
         "pixels": images,
+        "masked_pixels": images,
         "translate": sentences,
         "scan": commands,
         "series": measured,
