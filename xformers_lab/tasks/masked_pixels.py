@@ -1,11 +1,12 @@
 """Masked pixels: fill in pixels that are hidden, to train an encoder on images before it classifies them."""
 
+import functools
 import math
 
 import jax
 import numpy as np
 
-from xformers_lab.tasks import SPLITS, Batch, Setting, Split, _showing, _splits
+from xformers_lab.tasks import Batch, Setting, Split, _showing, _splits
 from xformers_lab.tasks._passes import InPasses
 from xformers_lab.tasks._reading.splits import Overlap
 from xformers_lab.tasks.pixels import LEVELS, Pixels
@@ -34,8 +35,8 @@ class MaskedPixels(InPasses):
         overlap: what becomes of training images that are held out too: keep, drop, or refuse
         rate: the share of pixels that is hidden
 
-    Metric: bits per hidden pixel; lower is better. Chance: that of guessing by how often each level comes in the
-    training split, on all pixels of the test split.
+    Metric: bits per hidden pixel; lower is better. Chance: a uniform guess among all levels, 8.0. The data say what
+    `unigram` scores on all pixels of the test split, which guesses by how often each level comes in the training split.
     """
 
     target = "token"
@@ -43,6 +44,7 @@ class MaskedPixels(InPasses):
     vocab, outputs = LEVELS + 1, LEVELS
     metric_name = "bits_per_pixel"
     higher_is_better = False
+    chance = math.log2(LEVELS)
 
     def __init__(
         self,
@@ -59,9 +61,6 @@ class MaskedPixels(InPasses):
         self.images = Pixels(setting, path=path, shrink=shrink, overlap=overlap)
         self.image = self.images.image
         self.hidden, self.rate = max(round(rate * setting.seq_len), 1), rate
-        count = {split: self._counts(split) for split in SPLITS}
-        likely = (count["train"] + 1) / (count["train"] + 1).sum()
-        self.chance = float(-np.log2(likely) @ count["test"] / count["test"].sum())
 
     def batch(self, split: Split, step: int) -> Batch:
         pixels = np.asarray(self.images.batch(split, step).inputs)
@@ -94,11 +93,17 @@ class MaskedPixels(InPasses):
         return {"input": shown, "positions": positions, "answer": "\n".join(lines)}
 
     def describe(self) -> dict:
-        """What `pixels` says of the images, and the share that is hidden."""
-        return self.images.describe() | {"rate": self.rate}
+        """What `pixels` says of the images, the share that is hidden, what guessing by the counts of levels scores."""
+        return self.images.describe() | {"rate": self.rate, "unigram": self._unigram}
 
     def reading(self) -> list[str]:
         return self.images.reading()
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        """Bits of a pixel of the test split by the counts of the training split, one added to each."""
+        counts, asked = self._counts("train") + 1, self._counts("test")
+        return round(float(-np.log2(counts / counts.sum()) @ asked / asked.sum()), 4)
 
     def _counts(self, split: Split) -> np.ndarray:
         """How often each level comes in a split, (256,)."""
