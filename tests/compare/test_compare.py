@@ -173,7 +173,6 @@ def test_a_dead_worker_tells_its_own_reason_and_the_driver_touches_no_device(tmp
 import json, sys
 from jax._src import xla_bridge
 from xformers_lab import config as configs
-from xformers_lab import model
 from xformers_lab.compare import run
 from xformers_lab.supervise.process import Worker
 cells = [configs.from_dict(tree) for tree in json.loads(sys.argv[1])]
