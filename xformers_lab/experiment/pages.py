@@ -10,7 +10,7 @@ from typing import NamedTuple
 from xformers_lab import files
 from xformers_lab.api.table import Table
 from xformers_lab.errors import RunFailed
-from xformers_lab.experiment import library, pictures, result, variants, words
+from xformers_lab.experiment import library, result, variants, words
 from xformers_lab.experiment.library import Experiment
 from xformers_lab.experiment.result import Result
 from xformers_lab.report import offline
@@ -76,6 +76,8 @@ def page(listed: Sequence[Entry], folder: pathlib.Path) -> str:
 def report(ran: Sequence[tuple[Experiment, Result, Mapping[str, Table]]], path: pathlib.Path) -> pathlib.Path:
     """Write what has just run as one HTML file that needs no network, with every picture of its tables; -> its path.
     Raises RunFailed where it cannot be written."""
+    from xformers_lab.experiment import pictures  # which draws, and so takes long to import
+
     sections = []
     for experiment, known, tables in ran:
         every = enumerate(pictures.of_tables(tables, every=True))
