@@ -20,8 +20,8 @@ PYTEST := HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist
 
 setup: $(READY)  ## make the environment, which every other target does too
 
-demo: $(READY)  ## set up and run the main job: a real comparison with its report
-	$(BIN)/xlab demo --no-baselines --report report.html
+demo: $(READY)  ## set up and run two small claims of the literature, with their verdicts and report.html
+	$(BIN)/xlab demo
 
 test: $(READY)  ## set up and run what is quick and decisive: every choice, every property, in minutes
 	$(PYTEST) -m "not full and not slow"

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from xformers_lab import config, hardware, progress, spec
-from xformers_lab.cli import main, measuring
+from xformers_lab.cli import experiment, main
 from xformers_lab.doctor import quiet
 from xformers_lab.errors import nearest
+from xformers_lab.experiment import library
 from xformers_lab.measure import speed
 
 TINY = ["task=copy", "dim=16", "batch=4", "steps=3", "eval_batches=1", "heads=2"]
@@ -267,17 +268,23 @@ def test_an_unknown_flag_gets_the_nearest(capsys):
 
 
 @pytest.mark.full
-def test_the_demo_comes_with_the_package(capsys, tmp_path, monkeypatch):
-    """45 cells from wherever it is called; words after it change them, here into one tiny one."""
-    assert measuring.DEMO.is_relative_to(pathlib.Path(spec.__file__).parent)
-    cells, varied = config.sweep([f"@{measuring.DEMO}"])
-    assert len(cells) == 45 and {cell.seed for cell in cells} == {0, 1, 2} and "attention" in varied
-    monkeypatch.chdir(tmp_path)
-    (row,) = run(
-        capsys, "demo", *TINY, "--no-baselines", "attention=full", "seq_len=16", "lr=1e-3", "layers=1", "seed=1"
+def test_the_demo_runs_experiments_and_ends_with_their_report(capsys, tmp_path, monkeypatch):
+    """Here a tiny one in the place of its own, which need no data and are the laboratory's."""
+    assert set(experiment.DEMO) <= set(library.names())
+    assert not any(library.lacking(library.load(name), None) for name in experiment.DEMO)
+    (tmp_path / "tiny.py").write_text(
+        '"""Does it?"""\n\nfrom xformers_lab.experiment import Claim, at_most, compare\n\n'
+        'CLAIM = Claim(says="It does.", source="-", literature="-", doubt="-", minutes=1)\n'
+        f'STUDIES = {{"only": compare("attention=full seq_len=16 layers=1 lr=1e-3 {" ".join(TINY)}")}}\n\n\n'
+        'def judge(tables):\n    return [at_most("accuracy", tables["only"].metric(attention="full"), 1)]\n'
     )
-    assert row["status"] == "ok" and (tmp_path / "runs" / "report.html").is_file()
-    assert "xlab demo" in (tmp_path / "runs" / "compare.json").read_text()
+    monkeypatch.setattr(experiment, "DEMO", ("tiny.py",))
+    monkeypatch.chdir(tmp_path)
+    result = run(capsys, "demo", "--seeds", "2")["tiny"]
+    assert result["verdict"] == "reproduced" and result["seeds"] == [0, 1] and result["times"]["timed"] == 2
+    page = (tmp_path / "report.html").read_text()
+    assert "It does." in page and "reproduced" in page and "<svg" in page
+    assert (tmp_path / "runs" / "demo" / "results" / "tiny.json").is_file() and not (tmp_path / "experiments").exists()
 
 
 def test_a_suggestion_is_near():

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from xformers_lab import config as configs
+from xformers_lab import model
 from xformers_lab.check import cache
 from xformers_lab.cli import main
 from xformers_lab.compare import cell, run, sweep
@@ -102,6 +103,18 @@ def tiny(folder, **changes) -> Config:
 
 def checked(config: Config) -> dict:
     return cell.check(Tell(io.StringIO()), configs.to_dict(config), True)
+
+
+def test_the_seeds_of_a_variant_are_checked_by_one_trace(tmp_path, monkeypatch):
+    """And each variant by its own; what cannot be is refused at every seed."""
+    traced, trace = [], model._traced
+    monkeypatch.setattr(model, "_traced", lambda config, task: traced.append(config) or trace(config, task))
+    for seed in (0, 1, 2):
+        assert checked(tiny(tmp_path, seed=seed, data_seed=seed + 1))["status"] == "ok"
+    assert len(traced) == 1
+    assert checked(tiny(tmp_path, layers=2))["status"] == "ok" and len(traced) == 2
+    for seed in (0, 1):
+        assert checked(tiny(tmp_path, attention="linear", position="alibi", seed=seed))["status"] == "impossible"
 
 
 @pytest.mark.parametrize(

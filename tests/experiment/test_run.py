@@ -1,5 +1,6 @@
 """An experiment from its file to the pages: run, judged, kept, resumed, refused."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,7 +10,7 @@ import pytest
 from xformers_lab import spec
 from xformers_lab.cli import main
 from xformers_lab.errors import UsageError
-from xformers_lab.experiment import result
+from xformers_lab.experiment import result, words
 
 FILE = '''"""Is a model of width 16 any good after three steps?"""
 
@@ -53,9 +54,10 @@ def mine(tmp_path, monkeypatch):
 
 def test_from_the_file_to_the_pages(mine, runs, capsys):
     command = ["experiment", "run", "mine.py", "--runs", runs]
-    assert main(command) == 0
+    assert main([*command, "--report", "page.html"]) == 0
     said = capsys.readouterr()
-    assert "mine: reproduced" in said.out and "at most 0.9: holds" in said.out
+    assert "mine claims: It is <b>not</b>." in said.out
+    assert "mine: reproduced" in said.out and "at most 0.9: holds" in said.out and "of a quiet machine" in said.out
     kept = result.read(mine / "experiments" / "results", "mine")[1]
     assert kept.verdict == "reproduced" and list(kept.seeds) == [0, 1] and kept.minutes > 0 and kept.machine["cores"]
     assert [measured.n for measured in kept.measurements] == [2, 1, 2, 2]
@@ -71,6 +73,11 @@ def test_from_the_file_to_the_pages(mine, runs, capsys):
     assert "<summary>train: copy (chance 0.100): 2 rows</summary>" in html
     assert "&lt;b&gt;not&lt;/b&gt;" in html and "<b>not" not in html and "<svg" in html
     assert not re.search(r"(src|href)=\"(?!#)", html)  # it fetches nothing
+
+    # The page of this run: its experiments alone, with every chart of theirs.
+    report = (mine / "page.html").read_text()
+    assert "at most 0.9" in report and "of a quiet machine" in report and "extrapolation" not in report
+    assert not re.search(r"(src|href)=\"(?!#)", report) and report.count("<svg") > len(kept.figures)
 
     # Nothing trains twice: a finished study is read.
     before = {path: path.stat().st_mtime_ns for path in pathlib.Path(runs).rglob("result.json")}
@@ -136,6 +143,20 @@ def test_an_experiment_that_needs_data(mine, runs, capsys):
     assert main(["experiment", "show", "needy.py"]) == 0
     assert "a:b.txt: any <text>" in capsys.readouterr().out
     assert "Data: a:b.txt (any <text>)" in (mine / "experiments" / "RESULTS.md").read_text()
+
+
+def test_a_result_says_whether_the_machine_was_quiet(mine, runs):
+    """By the times of equal work; a result from before that was kept says nothing."""
+    row = {"status": "ok", "seconds_ratio": 1.1}
+    assert result.quiet([{"status": "ok"}, {"status": "failed", "seconds_ratio": 9.0}]) is None
+    assert result.quiet([row, row | {"seconds_ratio": 1.2}]) == {"timed": 2, "busy": 0, "spread": 1.2}
+    assert main(["experiment", "run", "mine.py", "--quiet", "--runs", runs]) == 0
+    kept = result.read(mine / "experiments" / "results", "mine")[1]
+    assert kept.times is not None and kept.times["timed"] == 4 + 2
+    said = lambda times: words.quiet(dataclasses.replace(kept, times=times))
+    assert said(None) == ""
+    assert said({"timed": 2, "busy": 0, "spread": 1.2}).startswith("Times are of a quiet machine")
+    assert "above 1.3 in 1 of 2 timed rows, up to 1.50" in said({"timed": 2, "busy": 1, "spread": 1.5})
 
 
 def test_what_models_report_of_themselves():

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 import xformers_lab
+from xformers_lab.cli.experiment import DEMO
 
 NEEDED = ("build", "twine", "hatchling")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -35,6 +36,19 @@ SDIST = (
     "CITATION.cff",
     "Makefile",
 )
+TINY = '''"""Does it?"""
+
+from xformers_lab.experiment import Claim, at_most, compare
+
+CLAIM = Claim(says="It does.", source="-", literature="-", doubt="-", minutes=1, seeds=1)
+STUDIES = {
+    "only": compare("task=copy seq_len=16 dim=16 layers=1 heads=2 batch=4 steps=3 lr=1e-3 eval_batches=1")
+}
+
+
+def judge(tables):
+    return [at_most("accuracy", tables["only"].metric(), 1)]
+'''
 
 
 def done(*command: object, folder: pathlib.Path, **variables: str) -> str:
@@ -97,7 +111,6 @@ def test_the_wheel_has_every_file_of_the_package_the_claims_and_no_other(wheel):
     assert files == package_files() | {str("xformers_lab" / file.relative_to(ROOT)) for file in claims}
     for pattern in DATA:
         assert any(pathlib.PurePath(file).match(pattern) for file in files), pattern
-    assert "xformers_lab/compare/demo.py" in files
 
 
 def test_the_sdist_has_what_its_tests_need(built):
@@ -129,9 +142,15 @@ def test_its_claims_are_there(installed, tmp_path):
     assert {claim["name"] for claim in listed} == {file.stem for file in (ROOT / "experiments").glob("*.py")}
 
 
-def test_its_demo_ends_with_a_report(installed, tmp_path):
-    tiny = "task=copy attention=full seq_len=16 dim=16 layers=1 heads=2 batch=4 steps=3 lr=1e-3 eval_batches=1 seed=1"
-    rows = json.loads(done(installed / "xlab", "demo", *tiny.split(), "--no-baselines", "--json", folder=tmp_path))
-    assert [row["status"] for row in rows] == ["ok"]
-    page = (tmp_path / "runs" / "report.html").read_text()
+def test_its_demo_is_there(installed, tmp_path):
+    assert "--report" in done(installed / "xlab", "demo", "--help", folder=tmp_path)
+    shown = done(installed / "xlab", "experiment", "show", *DEMO, folder=tmp_path)
+    assert all(f"{name}: " in shown for name in DEMO)
+
+
+def test_an_experiment_and_a_comparison_end_with_their_reports(installed, tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    done(installed / "xlab", "experiment", "run", "tiny.py", "--pilot", "--report", "tiny.html", folder=tmp_path)
+    assert "<style" in (tmp_path / "tiny.html").read_text()
+    page = (tmp_path / "runs" / "experiments" / "tiny" / "only" / "report.html").read_text()
     assert "<style" in page and "<script" in page

@@ -87,13 +87,14 @@ def choices(tmp_path_factory) -> dict[str, str]:
         "text": f"text:path={folder / 'rows.jsonl'}",
         "translate": f"translate:path={folder / 'pairs'}",
         "pixels": f"pixels:path={folder / 'images.npz'}",
+        "masked_pixels": f"masked_pixels:path={folder / 'images.npz'}",
         "own": str(folder / "own.py"),
         "finite": str(folder / "finite.py"),
         **{name: name for name in ("copy", "mqar:pairs=4", "needle", "listops")},
     }
 
 
-ENDING = ("lm", "overlapping", "mlm", "text", "translate", "pixels", "finite")
+ENDING = ("lm", "overlapping", "mlm", "text", "translate", "pixels", "masked_pixels", "finite")
 ENDLESS = ("own", "copy", "mqar:pairs=4", "needle", "listops")
 
 

@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from xformers_lab.cli.command import JSON, Command, answer, argument
+from xformers_lab.cli.command import JSON, Argument, Command, answer, argument
 from xformers_lab.errors import UsageError, nearest
 from xformers_lab.terminal import LINES, message, visible
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from xformers_lab.experiment.result import Result
 
 RUNS, OUT = "runs/experiments", "experiments/results"
+DEMO = ("reach", "nearby")  # the experiments of `xlab demo`
 
 
 def _experiment(chosen: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
     for experiment in experiments:
         if lack := library.lacking(experiment, chosen.data):
             raise UsageError(f"{experiment.name} {lack}")
-    out, results, written = pathlib.Path(chosen.out), {}, []
+    out, results, written, ran = pathlib.Path(chosen.out), {}, [], []
     say = (lambda text: None) if chosen.quiet else progress.say
     for at, experiment in enumerate(experiments, 1):
         minutes = experiment.claim.minutes
@@ -89,13 +90,17 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
             print("interrupted: the same command goes on where it stopped", file=sys.stderr)
             return 128 + outcome.interrupted
         results[experiment.name] = outcome.result
+        ran.append((experiment, outcome.result, outcome.tables))
         if not chosen.json:
+            print(visible(f"{experiment.name} claims: {outcome.result.says}"))
             _print(experiment.name, outcome.result, experiment)
         if not chosen.pilot:
             conduct.keep(outcome, experiment, out)
             written = pages.write(pages.entries(_known(names), out), out)
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=2))
+    if chosen.report:
+        print(visible(f"report: {pages.report(ran, pathlib.Path(chosen.report))}"), file=sys.stderr)
     if chosen.pilot:
         print(message("a pilot: nothing was written to the results"), file=sys.stderr)
         return 0
@@ -115,6 +120,12 @@ def _all(chosen: argparse.Namespace, names: list[str]) -> int:
     return _run(chosen, [name for name, lack in lacks.items() if not lack])
 
 
+def _demo(chosen: argparse.Namespace) -> int:
+    """`experiment run` of the experiments that it is made of."""
+    plain = {"scale": 1, "pilot": False, "data": None}
+    return _run(argparse.Namespace(**{**vars(chosen), **plain}), [*DEMO])
+
+
 def _known(names: list[str]) -> list[str]:
     """What the pages list: the laboratory's own experiments, and those that were named by their files."""
     from xformers_lab.experiment import library
@@ -131,13 +142,34 @@ def _print(title: str, result: "Result", experiment: "Experiment") -> None:
         {"measured": each.what, "value": words.number(each), "rule": words.rule(each)} for each in result.measurements
     ]
     listing.print_listing(measured)
-    print(visible(f"{words.setting(result)} {words.pinned(result, experiment.digest)}"))
+    print(visible(words.about(result, experiment.digest)))
     for line in [*(f"did not end: {reason}" for reason in words.missing(result)), *result.notes]:
         print(visible(f"note: {line}"))
 
 
 VERBS = {"list": _list, "show": _show, "run": _run, "all": _all}
+SEEDS = argument("--seeds", type=int, metavar="N", help="seeds of every study (default: the claim's)")
+QUIET = argument("--quiet", action="store_true", help="no progress")
+
+
+def _places(runs: str, out: str, report: str | None) -> list[Argument]:
+    """Where what a run leaves goes, unless the command says otherwise."""
+    page = "one offline HTML file of what runs here: verdicts, every chart and every variant"
+    page += f" (default: {report})" if report else ""
+    return [
+        argument("--runs", path="folder", default=runs, help=f"folder of the runs (default: {runs})"),
+        argument("--out", path="folder", default=out, help=f"folder of the results (default: {out})"),
+        argument("--report", path="file", metavar="FILE", default=report, help=page),
+    ]
+
+
 COMMANDS = [
+    Command(
+        "demo",
+        _demo,
+        f"run two small claims of the literature and judge them, in minutes: {' and '.join(DEMO)}",
+        [SEEDS, QUIET, *_places("runs/demo", "runs/demo/results", "report.html"), JSON],
+    ),
     Command(
         "experiment",
         _experiment,
@@ -149,14 +181,13 @@ COMMANDS = [
                 metavar="VERB [NAME ...]",
                 help="list; show NAME; run NAME..., a name or the path of a .py file of your own; all",
             ),
-            argument("--seeds", type=int, metavar="N", help="seeds of every study (default: the claim's)"),
+            SEEDS,
             argument("--scale", type=int, default=1, metavar="N", help="times the width and the steps (default: 1)"),
             argument("--pilot", action="store_true", help="with seeds of pilot runs; results are printed and not kept"),
             argument("--data", path="folder", metavar="FOLDER", help="what claims that need data read; show names it"),
-            argument("--quiet", action="store_true", help="no progress"),
-            argument("--runs", path="folder", default=RUNS, help=f"folder of the runs (default: {RUNS})"),
-            argument("--out", path="folder", default=OUT, help=f"folder of the results (default: {OUT})"),
+            QUIET,
+            *_places(RUNS, OUT, None),
             JSON,
         ],
-    )
+    ),
 ]

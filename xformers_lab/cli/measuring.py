@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from xformers_lab.compare.dry import Plan
     from xformers_lab.compare.study import Cell
 
-DEMO = pathlib.Path(__file__).parents[1] / "compare" / "demo.py"
-
 
 def _bench(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
@@ -98,12 +96,6 @@ def _dry(chosen: argparse.Namespace, plan: "Plan") -> int:
         print(*map(visible, plan.lines), sep="\n")
 
     return answer(chosen, dataclasses.asdict(plan), draw)
-
-
-def _demo(chosen: argparse.Namespace) -> int:
-    """`compare` of the recipe that comes with the package."""
-    chosen.words = [f"@{DEMO}", *chosen.words]
-    return _compare(chosen)
 
 
 def _report(chosen: argparse.Namespace) -> int:
@@ -197,14 +189,3 @@ COMMANDS = [
     ),
 ]
 OF_COMPARE = next(command.arguments for command in COMMANDS if command.name == "compare")
-COMMANDS.insert(
-    0,
-    Command(
-        "demo",
-        _demo,
-        "compare five attention mechanisms at three lengths, three seeds each, in minutes",
-        OF_COMPARE,
-        keys=True,
-        study=True,
-    ),
-)

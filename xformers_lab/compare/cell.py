@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from xformers_lab import config as configs
 from xformers_lab import spec
+from xformers_lab.config import Config
 from xformers_lab.errors import BrokenChoice, InUse, LabError, UsageError, in_words, ran_out_of_memory, stopped_by
 from xformers_lab.layouts import DATA
 from xformers_lab.record import HELD, IMPOSSIBLE
@@ -16,7 +17,8 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
     """{"status": "ok"}; or IMPOSSIBLE, "refused" (by its kit), "failed" (it is broken), with the reason."""
     cell = configs.from_dict(config)
     tell.doing("preparing the data")
-    from xformers_lab.model import build_task, check_config
+    from xformers_lab.compare.study import unseeded
+    from xformers_lab.model import build_task
     from xformers_lab.train import initial, jobs, layout, otherwise, settled
 
     reading: list[str] = []
@@ -24,7 +26,8 @@ def check(tell: Tell, config: dict, kit: bool) -> dict:
         reading = build_task(cell).reading()
     tell.doing("checking the config", reading=reading)
     try:
-        task = check_config(cell)
+        _possible(unseeded(cell))
+        task = build_task(cell)
         otherwise.check(cell, task)
         if settled.record(configs.folder(cell), lambda: task) is None:
             initial.check(cell, task)
@@ -73,6 +76,14 @@ def train(tell: Tell, config: dict, track: Sequence[str] = (), shared: str = "")
         if stopped_by(error) is not None:
             raise
         return {"status": "failed", "reason": in_words(error)[:500]}  # the exit of a choice of the user's own
+
+
+@functools.lru_cache(maxsize=1024)
+def _possible(variant: Config) -> None:
+    """Raises what `check_config` does; a variant is traced once, whatever seeds its cells have."""
+    from xformers_lab.model import check_config
+
+    check_config(variant)
 
 
 @functools.cache

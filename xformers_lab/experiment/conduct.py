@@ -108,6 +108,7 @@ def run(
         digest=experiment.digest,
         git=provenance.of_file(experiment.path),
         variants=variants.of_tables(tables),
+        times=result.quiet(rows),
     )
     return Outcome(final, tables)
 

@@ -1,5 +1,6 @@
 """All results as one page, twice: RESULTS.md for whoever reads the repository, and HTML with the figures in it."""
 
+import dataclasses
 import html
 import pathlib
 import re
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from xformers_lab import files
+from xformers_lab.api.table import Table
 from xformers_lab.errors import RunFailed
 from xformers_lab.experiment import library, result, variants, words
 from xformers_lab.experiment.library import Experiment
@@ -15,12 +17,16 @@ from xformers_lab.report import offline
 
 HERE = pathlib.Path(__file__).parent
 TITLE = "The literature's claims, run and judged"
+RULE = (
+    "It is *reproduced* where every part of the rule holds with its whole 95 % interval, *not reproduced at this "
+    "scale* where one part fails (5 % over all parts), else *inconclusive*. Intervals are Student's t over seeds, and "
+    "cover the sampling of the test split. `xlab experiment run NAME` does it again."
+)
 BEGINNING = (
     "Each claim is a file of `experiments/` with a rule for its verdict, which was committed before the final run and "
-    "not moved after it. It is *reproduced* where every part of the rule holds with its whole 95 % interval, *not "
-    "reproduced at this scale* where one part fails (5 % over all parts), else *inconclusive*. Intervals are Student's "
-    "t over seeds, and cover the sampling of the test split. `xlab experiment run NAME` does it again."
+    f"not moved after it. {RULE}"
 )
+REPORT = f"Each claim has a rule for its verdict, which `xlab experiment show NAME` prints as code. {RULE}"
 
 
 class Entry(NamedTuple):
@@ -63,15 +69,38 @@ def markdown(listed: Sequence[Entry], folder: str) -> str:
 
 def page(listed: Sequence[Entry], folder: pathlib.Path) -> str:
     """The page as one HTML file that needs no network."""
-    style = (HERE / "page.css").read_text()
+    drawn = lambda entry: {name: _drawing(folder / name) for known in entry.results.values() for name in known.figures}
+    return _rendered([(entry, drawn(entry)) for entry in listed], BEGINNING)
+
+
+def report(ran: Sequence[tuple[Experiment, Result, Mapping[str, Table]]], path: pathlib.Path) -> pathlib.Path:
+    """Write what has just run as one HTML file that needs no network, with every picture of its tables; -> its path.
+    Raises RunFailed where it cannot be written."""
+    from xformers_lab.experiment import pictures  # which draws, and so takes long to import
+
     sections = []
-    for entry in listed:
-        drawn = {name: _drawing(folder / name) for known in entry.results.values() for name in known.figures}
+    for experiment, known, tables in ran:
+        every = enumerate(pictures.of_tables(tables, every=True))
+        drawn = {f"{at} {name}": _element(text) for at, (name, text) in every}
+        shown = dataclasses.replace(known, figures=list(drawn))
+        sections.append((Entry(experiment, {known.scale: shown}), drawn))
+    try:
+        files.replace_text(path, _rendered(sections, REPORT))
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+def _rendered(sections: Sequence[tuple[Entry, Mapping[str, str]]], beginning: str) -> str:
+    """The HTML page of entries, each with its pictures as elements of the page."""
+    style = (HERE / "page.css").read_text()
+    shown = []
+    for entry, drawn in sections:
         listings = {scale: list(variants.listings(known.variants)) for scale, known in entry.results.items()}
-        sections.append({"entry": entry, "figures": drawn, "listings": listings})
-    beginning = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(BEGINNING)))
+        shown.append({"entry": entry, "figures": drawn, "listings": listings})
+    marked = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(beginning)))
     return offline.template(HERE).render(
-        title=TITLE, beginning=beginning, sections=sections, words=words, style=style, policy=offline.policy(style, [])
+        title=TITLE, beginning=marked, sections=shown, words=words, style=style, policy=offline.policy(style, [])
     )
 
 
@@ -92,7 +121,7 @@ def _section(entry: Entry, folder: str) -> list[str]:
             lines += map(_line, listing.lines)
         lines += ["", "```text", *known.commands.values(), "```", ""]
         lines += [f"![{experiment.name}: {name}]({folder}/{name})" for name in known.figures]
-        lines += ["", words.setting(known) + " " + words.pinned(known, experiment.digest), ""]
+        lines += ["", words.about(known, experiment.digest), ""]
         lines += [f"- did not end: {reason}" for reason in words.missing(known)]
         lines += [f"- {note}" for note in known.notes]
         lines.append("")
@@ -110,9 +139,12 @@ def _cell(text: str) -> str:
 
 
 def _drawing(path: pathlib.Path) -> str:
-    """A picture as an element of the page; empty where its file is lost."""
+    """A picture in a file as an element of the page; empty where it is lost."""
     try:
-        text = path.read_text()
+        return _element(path.read_text())
     except OSError:
         return ""
+
+
+def _element(text: str) -> str:
     return text[text.index("<svg") :] if "<svg" in text else ""

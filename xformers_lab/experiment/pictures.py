@@ -20,24 +20,31 @@ def write(tables: Mapping[str, Table], name: str, folder: pathlib.Path) -> list[
     for old in folder.glob(f"{name}_*.svg"):
         old.unlink()
     written = []
-    for study, table in tables.items():
-        if not any(row.get("kind") in ("compare", "bench") for row in table.rows):
-            continue
-        for words, text in _pictures(table):
-            path = folder / f"{slug([name, study, *words])}.svg"
-            try:
-                files.replace_text(path, text)
-            except OSError as error:
-                raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
-            written.append(path.name)
+    for words, text in of_tables(tables):
+        path = folder / f"{slug([name, words])}.svg"
+        try:
+            files.replace_text(path, text)
+        except OSError as error:
+            raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+        written.append(path.name)
     return written
 
 
-def _pictures(table: Table) -> Iterator[tuple[list[str], str]]:
+def of_tables(tables: Mapping[str, Table], *, every: bool = False) -> Iterator[tuple[str, str]]:
+    """(what it shows of which study, in the letters of a file's name; the picture as SVG), every one that the report of
+    a study has or those that results keep."""
+    for study, table in tables.items():
+        if any(row.get("kind") in ("compare", "bench") for row in table.rows):
+            for words, text in _pictures(table, every):
+                yield slug([study, *words]), text
+
+
+def _pictures(table: Table, every: bool) -> Iterator[tuple[list[str], str]]:
     looks = charts.looks(table.rows, table.varied)
     names = [look.name for look in looks]
     for group in rows.groups(table.rows, table.varied):
-        for chart in _chosen(charts.of_group(group, names, table.varied, figures()), group.bench):
+        drawn = charts.of_group(group, names, table.varied, figures())
+        for chart in drawn if every else _chosen(drawn, group.bench):
             pane = chart.panes[-1]
             for one in pane.plots:
                 title = " · ".join(filter(None, [chart.title, group.title, *chart.options(pane)]))

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import files
 from xformers_lab.errors import IntegrityError, RunFailed
 from xformers_lab.experiment.findings import Finding, Verdict, outcomes
 from xformers_lab.experiment.variants import Variant
+from xformers_lab.record import BUSY
+from xformers_lab.report import rows
 from xformers_lab.report.intervals import Estimate
 
 
@@ -36,7 +38,7 @@ class Result:
     """One scale of an experiment. says: the claim as it was; digest: of the experiment's file; commands: what ran, by
     the name of the study; minutes: of all studies, those of interrupted calls too;
     git: the commit that the file is of; figures: the names of its pictures beside the result; variants: every variant
-    with its metric and costs."""
+    with its metric and costs; times: how quiet the machine was, None where nothing was timed (see `quiet`)."""
 
     says: str
     verdict: Verdict
@@ -53,6 +55,16 @@ class Result:
     git: Mapping[str, Any] | None = None
     figures: Sequence[str] = ()
     variants: Sequence[Variant] = ()
+    times: Mapping[str, float] | None = None
+
+
+def quiet(cells: Iterable[dict]) -> dict[str, float] | None:
+    """How many rows were timed, how many of them beside something else that was busy, and the highest median over
+    least time of equal work; None where none was timed."""
+    ratios = [ratio for row in cells if rows.ok(row) and (ratio := rows.ratio(row)) is not None]
+    if not ratios:
+        return None
+    return {"timed": len(ratios), "busy": sum(ratio > BUSY for ratio in ratios), "spread": max(ratios)}
 
 
 def measurements(findings: Sequence[Finding]) -> list[Measurement]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from xformers_lab.experiment.result import Measurement, Result
+from xformers_lab.record import BUSY
 from xformers_lab.report import human
 
 HOLDS = {True: "holds", False: "fails", None: "left open"}
@@ -52,11 +53,30 @@ def pinned(result: Result, digest: str) -> str:
     return f"The rule is that of commit {commit}, unchanged since before the run."
 
 
+def about(result: Result, digest: str) -> str:
+    """What a reader has to know beside the numbers: seeds, machine, whether that was quiet, whose rule it is."""
+    return " ".join(filter(None, [setting(result), quiet(result), pinned(result, digest)]))
+
+
 def setting(result: Result) -> str:
     """Seeds, machine and versions in one line."""
     machine = ", ".join(f"{what} {value}" for what, value in result.machine.items())
     seeds = human.listing([str(seed) for seed in result.seeds])
     return f"Seeds {seeds}; {minutes(result)}; xformers_lab {result.version}; {machine}; {result.ended}."
+
+
+def quiet(result: Result) -> str:
+    """Whether the times are of a quiet machine; empty of a result that does not tell."""
+    if result.times is None:
+        return ""
+    timed, busy, spread = (result.times[key] for key in ("timed", "busy", "spread"))
+    if not busy:
+        return f"Times are of a quiet machine: median over least time of equal work at most {spread:.2f}."
+    many = f"{busy:g} of {timed:g} timed rows"
+    return (
+        f"Times are not of a quiet machine: median over least time of equal work above {BUSY} in {many}, up to "
+        f"{spread:.2f}."
+    )
 
 
 def _short(value: float) -> str:

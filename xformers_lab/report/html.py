@@ -369,7 +369,7 @@ def _measures(cells: Sequence[dict], measured: Sequence[Figure] = columns()) -> 
     if any(human.number(row.get("majority")) is not None for row in cells):
         how["majority"] = "The share of the most frequent class: what always saying it scores."
     if any(isinstance(data := row.get("data"), Mapping) and "unigram" in data for row in cells):
-        how["unigram"] = "What guessing by how often each token comes in the training texts scores."
+        how["unigram"] = "What guessing by how often each token comes in the training data scores."
     if any(map(rows.validation, cells)):
         how["validation"] = "The metric on the validation split at the last step at which it was taken, and its loss."
     decoded = ", in decode one of each sequence" if any(row.get("pass") == "decode" for row in cells) else ""

@@ -321,7 +321,7 @@ class Group:
     @property
     def guesses(self) -> dict[str, float]:
         """What is scored without looking at the input, by name: by chance, by always saying the most frequent class, by
-        how often each token comes in training texts; what is not known is left out."""
+        how often each token comes in training data; what is not known is left out."""
         data = self.first("data")
         unigram = human.number(data.get("unigram")) if isinstance(data, Mapping) else None
         known = {"chance": human.number(self.first("chance")), "majority": self.majority, "unigram": unigram}

@@ -15,7 +15,7 @@ LOGARITHMIC: tuple[Form, ...] = ("count", "duration", "size")
 GUESSES = {
     "chance": "chance",
     "majority": "always the most frequent class",
-    "unigram": "tokens by how often each comes in the training texts",
+    "unigram": "tokens by how often each comes in the training data",
 }
 DIRECTIONS = {1: "higher is better", 0: "", -1: "less is better"}
 
