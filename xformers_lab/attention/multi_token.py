@@ -135,12 +135,12 @@ def _attend(at_once: int, q, k, v, leaves, *, valid, documents, causal: bool):
     # Zeros stand where a block reaches beyond either end.
     wide = jnp.pad(q, ((0, 0), (before, min(T, at_once)), (0, 0)))
 
-    def row(places, at, keys):
-        rows = lax.dynamic_slice_in_dim(wide, at[0, 0], len(places) + before, 1)
+    def row(queries, at, keys):
+        rows = lax.dynamic_slice_in_dim(wide, at[0, 0], len(queries) + before, 1)
         options = {"valid": valid, "documents": documents, "causal": causal}
         return jnp.swapaxes(_block(rows, k[:, :keys], v[:, :keys], at=at, leaves=leaves, **options), 0, 1)
 
-    return jnp.swapaxes(by_blocks(row, jnp.arange(T), T, causal, at_once=at_once), 0, 1)
+    return jnp.swapaxes(by_blocks(row, jnp.swapaxes(q, 0, 1), T, causal, at_once=at_once), 0, 1)
 
 
 def _block(q, k, v, *, at, leaves, valid, documents, causal: bool):
