@@ -27,7 +27,8 @@ class Hyena(MultiHead):
 
     Nothing is attended to, so heads only share out channels. The filter is that of the length the model is built for.
     Deviations from the paper: the convolution goes by halves of 2, 4, 8, ... chunks in the place of one transform, so
-        that no rounding of what comes later reaches what comes before: O(T log^2 T).
+        that no rounding of what comes later reaches what comes before: O(T log^2 T); features have whole frequencies,
+        and the first layer's sines alone are multiplied, for three such factors would multiply rounding too.
 
     Options:
         short: positions that the short convolutions of q, k and v see
@@ -122,12 +123,13 @@ class Hyena(MultiHead):
     def _taps(self, at):
         """The filter (n, N, H) at distances `at` (n,)."""
         share = at[:, None] / max(self.size.length - 1, 1)
-        bands = np.linspace(1e-4, self.bands - 1, self.bands, dtype=np.float32)
-        angle = 2 * np.pi * at[:, None] / self.size.length * bands
+        turned = at[:, None] * np.arange(1, self.bands + 1) % self.size.length
+        angle = (2 * np.pi / self.size.length) * turned
         y = jnp.concatenate([share, jnp.cos(angle), -jnp.sin(angle)], 1).astype(jnp.float32)
-        *hidden, last = self.filter
+        first, *hidden, last = self.filter
+        y = jnp.sin(self.frequency[...] * first(y))
         for layer in hidden:
-            y = jnp.sin(self.frequency[...] * layer(y))
+            y = jnp.sin(layer(y))
         y = last(y)
         rates = -np.log(LEAST) / np.linspace(self.slowest, self.fastest, y.shape[1], dtype=np.float32)
         return (y * jnp.exp(-share * rates)).reshape(len(at), self.size.heads, -1)
