@@ -61,3 +61,15 @@ def test_calls_that_cudnn_would_get_wrong_stay_with_the_engine(as_if_on_gpu):
 def test_on_cpu_the_engine_runs():
     q, k, _ = arrays()
     assert not fused.fits(q, k, None, None, None)
+
+
+@pytest.mark.parametrize("per", ["channel", "head"])
+def test_a_gate_stands_behind_the_fused_kernel(as_if_on_gpu, per):
+    mechanism = spec.build("attention", f"gated:per={per}", length=24, dim=32, heads=4, kv_heads=2)
+    q, k, v = arrays()
+    x = jax.random.normal(jax.random.key(1), (2, 24, 32), jnp.bfloat16)
+    out = mechanism.mix(q, k, v, x=x, causal=True)[0]
+    assert len(as_if_on_gpu) == 1
+    wide = [each.astype(jnp.float32) for each in (q, k, v)]
+    expected = mechanism.mix(*wide, x=x, causal=True, method="reference")[0]
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)

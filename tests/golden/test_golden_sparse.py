@@ -18,6 +18,7 @@ from xformers_lab.attention.bp import _graph
 from xformers_lab.attention.fixed import Summary
 from xformers_lab.attention.image_local import Line, Plane
 from xformers_lab.errors import UsageError
+from xformers_lab.nn.buckets import Buckets
 
 pytestmark = pytest.mark.full
 
@@ -74,6 +75,23 @@ def test_block_local_is_the_local_attention_package(golden, name, choice):
     q, k, v = (np.swapaxes(peer[x], 1, 2) for x in "qkv")
     out = build(f"block_local:block=4:{choice}", 24, 64, 4).mix(q, k, v, causal=peer["meta"]["causal"])[0]
     assert_close(np.swapaxes(out, 1, 2), peer["y"])
+
+
+@pytest.mark.parametrize("method", ["attend", "reference"])
+def test_transient_global_is_longt5(golden, method):
+    """With positions behind the last whole block, and padding; T5 does not scale its scores, the lab by sqrt(H)."""
+    peer = golden("longt5_transient_global")
+    meta, x, valid = peer["meta"], jnp.asarray(peer["x"]), jnp.asarray(peer["valid"]) > 0
+    layer = build(f"transient_global:window={meta['window']}:block={meta['block']}", x.shape[1], 32, 4)
+    for linear, name in ((layer.query, "q"), (layer.key, "k"), (layer.value, "v"), (layer.out, "o")):
+        linear.kernel[...] = peer[f"w.{name}.weight"].T * (8**0.5 if name == "q" else 1)
+    layer.unit.scale[...] = peer["w.global_input_layer_norm.weight"]
+    layer.table[...] = peer["w.global_relative_attention_bias.weight"].T
+    bias = Buckets(jnp.asarray(peer["w.relative_attention_bias.weight"].T), 128, both=True)
+    q, k, v = (layer.heads_of(linear(x)) for linear in (layer.query, layer.key, layer.value))
+    out = layer.mix(q, k, v, x=x, valid=valid, bias=bias, method=method)[0]
+    out = layer.out(out.reshape(x.shape))
+    assert_close(out[valid], peer["y"][np.asarray(valid)])
 
 
 @pytest.mark.parametrize("method", ["attend", "reference"])

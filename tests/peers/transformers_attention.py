@@ -46,6 +46,23 @@ def longt5_local() -> dict:
     return weights(layer) | {"meta": {"local_radius": 3}, "x": x, "y": layer(x, mask=near)[0]}
 
 
+def longt5_transient_global() -> dict:
+    """Two samples, the second with an end of padding, and positions behind the last whole block in both."""
+    meta = {"window": 3, "block": 4}
+    config = LongT5Config(
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        local_radius=meta["window"],
+        global_block_size=meta["block"],
+        encoder_attention_type="transient-global",
+    )
+    layer = small(modeling_longt5.LongT5TransientGlobalAttention(config, has_relative_attention_bias=True))
+    x, valid = torch.randn(2, 27, 32), torch.ones(2, 27)
+    valid[1, 18:] = 0
+    return weights(layer) | {"meta": meta, "x": x, "valid": valid, "y": layer(x, mask=valid)[0]}
+
+
 def _reformer(causal: bool) -> dict:
     meta = {"chunk": 8, "before": 1, "after": 0}
     config = ReformerConfig(

@@ -17,10 +17,10 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.nn.buckets import bucket
 from xformers_lab.nn.plan import Plan
 from xformers_lab.position import deberta
 from xformers_lab.position.alibi import slopes
-from xformers_lab.position.t5 import bucket
 from xformers_lab.train.state import init, structure
 from xformers_lab.train.step import make_train_step
 

@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xformers_lab import hardware
 from xformers_lab.attention import Attention, Complexity, Cost, why_not
+from xformers_lab.attention._engine.fourier import of_lines
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.platform import platform
-
-# Numbers of float32 in the widest vector of a CPU.
-LANES = 16
 
 
 class Fnet(Attention):
@@ -67,24 +63,11 @@ def _transformed(x):
     """Re(F_T x F_D) of real x (B, T, D). Half of the channels' frequencies are enough: the other half of a real input
     is their conjugate, at the negative frequency of positions."""
     D = x.shape[2]
-    channels = _of_lines(jnp.fft.rfft, x)
-    half = _of_lines(jnp.fft.fft, channels.swapaxes(1, 2)).real
+    channels = of_lines(jnp.fft.rfft, x)
+    half = of_lines(jnp.fft.fft, channels.swapaxes(1, 2)).real
     mirrored = half[:, 1 : (D + 1) // 2][:, ::-1]
     mirrored = jnp.roll(mirrored[:, :, ::-1], 1, 2)
     return jnp.concatenate([half, mirrored], 1).swapaxes(1, 2)
-
-
-def _of_lines(transform, x):
-    """A transform of the last axis, the same to the bit at every run.
-
-    XLA:CPU shares lines among as many threads as it finds free, and lines that fill no vector of a thread's share are
-    rounded otherwise. Zeros fill them up.
-    """
-    lines = x.reshape(-1, x.shape[-1])
-    count = len(lines)
-    if platform() == "cpu" and count >= LANES:  # fewer are one thread's
-        lines = jnp.pad(lines, ((0, -count % (LANES * (hardware.cores() or 1))), (0, 0)))
-    return transform(lines)[:count].reshape(*x.shape[:-1], -1)
 
 
 # The transform is a symmetric linear map, C_T x C_D - S_T x S_D: its gradient is itself.

@@ -57,7 +57,8 @@ class Mamba2(Recurrent):
         super().__init__(size, rngs=rngs)
         N = size.heads
         self.query, self.key = (Shared(size, groups, heads // groups, rngs=rngs) for heads in (N, size.key_heads))
-        self.gate, self.groups, self.expand, self.chunk = gate_of(size, rngs, expand), groups, expand, chunk
+        self.gate, self.groups = gate_of(size, rngs, numbers=expand * size.head), groups
+        self.expand, self.chunk = expand, chunk
         self.interval = Linear(size.dim, N, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
         self.rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (N,), minval=1.0, maxval=16.0)), decays=False)
         self.skip = nnx.Param(jnp.ones(N), decays=False)

@@ -1,12 +1,10 @@
-import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from xformers_lab.errors import Refused
+from xformers_lab.nn.buckets import Buckets
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
 
@@ -45,32 +43,5 @@ class T5(Position):
         self.farthest, self.sides = farthest, sides
         self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.heads, buckets)), decays=False)
 
-    def bias(self) -> "Buckets":
+    def bias(self) -> Buckets:
         return Buckets(self.table[...].astype(jnp.float32), self.farthest, self.sides == "both")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """Scores to add: one of a table, chosen by the distance."""
-
-    table: jax.Array
-    farthest: int = dataclasses.field(metadata={"static": True})
-    both: bool = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, q_at: jax.Array, k_at: jax.Array) -> jax.Array:
-        return self.table[bucket(q_at - k_at, self.table.shape[-1], self.farthest, self.both)]
-
-
-def bucket(back: jax.Array | np.ndarray, buckets: int, farthest: int, both: bool) -> jax.Array:
-    """The bucket of a key that is `back` positions before the query (negative: after it)."""
-    start = 0
-    if both:
-        buckets //= 2
-        start = jnp.where(back < 0, buckets, 0)
-        back = jnp.abs(back)
-    back = jnp.maximum(back, 0)
-    near = buckets // 2
-    growth = jnp.log(jnp.maximum(back, near) / near) / jnp.log(farthest / near)
-    far = near + (growth * (buckets - near)).astype(jnp.int32)
-    return start + jnp.where(back < near, back, jnp.minimum(far, buckets - 1))

@@ -68,7 +68,7 @@ class OneHead(MultiHead):
             valid = jnp.ones((B, S), bool)
         keys = None if call.key is None or "key" not in takes else jax.random.split(call.key, N)
         fixed = {"causal": call.causal} if "causal" in takes else {}
-        function, v = getattr(self, call.method), self.summed(call.v) if call.values is None else call.v
+        function, v = getattr(self, call.method), self.summands(call)
 
         def one(q, k, v, of_pair, of_sample, of_head):
             carry, tokens = of_pair
@@ -82,8 +82,15 @@ class OneHead(MultiHead):
         narrow = call.method == "attend" and self.narrow(T, S, call.causal)
         plan = plan_of(self.size)
         out, above = over_heads(one, call.q, call.k, v, of_pair, of_sample, of_head, plan=plan, narrow=narrow)
-        out = self.finish(out, call) if call.values is None else out
-        return out, above if "carry" in takes else carry, Aux()
+        return self.behind(out, call), above if "carry" in takes else carry, Aux()
+
+    def summands(self, call: Call) -> jax.Array:
+        """What the means of this call add up, (B, S, K, H): `summed` of its values, unless the call has others."""
+        return self.summed(call.v) if call.values is None else call.v
+
+    def behind(self, mean, call: Call) -> jax.Array:
+        """What this call's heads give, (B, T, N, H), of their means: `finish`, unless the call ends before it."""
+        return self.finish(mean, call) if call.values is None else mean
 
     def finish(self, mean, call: Call) -> jax.Array:
         if type(self).finished is OneHead.finished:

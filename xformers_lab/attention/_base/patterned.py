@@ -81,17 +81,18 @@ class Patterned(OneHead):
         if call.method == "attend" and type(self).attend is Patterned.attend:
             kernel, rule = self.fused(call.causal), self.ringed(call.causal)
             if kernel and fused.fits(call.q, call.k, call.valid, call.documents, call.bias):
-                return kernel(call.q, call.k, call.v), call.carry, Aux()
+                return self.behind(kernel(call.q, call.k, self.summands(call)), call), call.carry, Aux()
             if rule and ring.fits(call.q, call.k):
                 how = {"valid": call.valid, "documents": call.documents, "bias": call.bias}
-                return ring.attend(call.q, call.k, call.v, rule=rule, **how), call.carry, Aux()
+                mean = ring.attend(call.q, call.k, self.summands(call), rule=rule, **how)
+                return self.behind(mean, call), call.carry, Aux()
         if isinstance(self.pattern, tuple):
-            return self._own_patterns(call), call.carry, Aux()
+            return self.behind(self._own_patterns(call), call), call.carry, Aux()
         return super().attend_heads(call)
 
     def _own_patterns(self, call: Call):
         """(B, T, N, H): heads of one pattern at a time."""
-        q, k, v, outputs = call.q, call.k, call.v, []
+        q, k, v, outputs = call.q, call.k, self.summands(call), []
         heads, times = range(q.shape[2]), q.shape[2] // k.shape[2]
         blocks = self.blocks(q.shape[1], k.shape[1], call.causal)
         for pattern, group in itertools.groupby(heads, lambda head: self.seen(call.causal, head)):
@@ -157,13 +158,17 @@ class Patterned(OneHead):
     def decode_heads(self, cache, call: Call):
         """The first `kept` positions have a slot each, then comes a ring: slot s of R holds the newest position that is
         s modulo R, so that a pattern that is tied to absolute positions (a grid, say) decodes alike."""
+        cache, at, positions, seen = self.remembered(cache, call)
+        out = self.attend_cached(call.q, cache["k"], cache["v"], at, positions, seen, call.bias)
+        return self.finish(out[:, None], call.as_row())[:, 0], cache, call.carry
+
+    def remembered(self, cache, call: Call):
+        """The cache with one token more, its position (), those of all slots (R,), and what it sees of them (N, R)."""
         at = cache["seen"]
         slot = self._slot(at, cache)
-        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", call.k), ("v", call.v)))
+        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", call.k), ("v", self.summed(call.v))))
         positions, filled = self._held(at, cache)
-        seen = self._seen_by(at, positions) & filled
-        out = self.attend_cached(call.q, keys, values, at, positions, seen, call.bias)
-        return out, cache | {"k": keys, "v": values, "seen": at + 1}, call.carry
+        return cache | {"k": keys, "v": values, "seen": at + 1}, at, positions, self._seen_by(at, positions) & filled
 
     def decode_heads_several(self, cache, call: Call):
         """New queries look at what the slots hold and at new keys, which then go where they belong."""
@@ -171,7 +176,7 @@ class Patterned(OneHead):
         new = at + jnp.arange(T)
         positions, filled = self._held(at - 1, cache)
         positions, filled = jnp.concatenate([positions, new]), jnp.concatenate([filled, jnp.ones(T, bool)])
-        pairs = (("k", call.k), ("v", call.v))
+        pairs = (("k", call.k), ("v", self.summed(call.v)))
         keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in pairs)
 
         def one(q, at):
@@ -183,7 +188,7 @@ class Patterned(OneHead):
         stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
         slot = jnp.where(stays, self._slot(new, cache), R)
         keys, values = (cache[name].at[:, slot].set(rows, mode="drop") for name, rows in pairs)
-        return out, cache | {"k": keys, "v": values, "seen": at + T}
+        return self.finish(out, call), cache | {"k": keys, "v": values, "seen": at + T}
 
     def _ring_of(self, slots: int) -> int:
         return max(slots - self.kept, 1)
@@ -205,20 +210,22 @@ class Patterned(OneHead):
         """(N, R): what each head's pattern lets a query at position `at` () see."""
         return jnp.stack([self.seen(True, head)(at, positions) for head in range(self.size.heads)])
 
-    def attend_cached(self, q, keys, values, at, positions, seen, bias):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias, added=None):
         """(B, N, H): one query of each head, standing `at`, on rows (B, R, K, H) of `positions` (R,) that are `seen`
-        (N, R)."""
+        (N, R). added (B, N, R): what is added to scores besides, where a mechanism says more of them."""
 
-        def head(q, k, v, bias, seen):
+        def head(q, k, v, added, bias, seen):
             s = q * q.shape[-1] ** -0.5 @ k.T
+            s = s if added is None else s + added
             s = s if bias is None else s + bias(at[None, None], positions[None])[0]
             return softmax_average(s, seen, v)
 
-        group = jax.vmap(head, in_axes=(0, None, None, 0, 0))
-        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0, 0))
+        group = jax.vmap(head, in_axes=(0, None, None, 0, 0, 0))
+        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0, 0, 0))
         by_group = lambda x: x.reshape(self.size.key_heads, -1, *x.shape[1:])
-        grouped, of_head = jax.vmap(by_group)(q), jax.tree.map(by_group, (bias, seen))
-        out = jax.vmap(of_sample, in_axes=(0, 0, 0, None, None))(grouped, keys, values, *of_head)
+        grouped, added = jax.tree.map(jax.vmap(by_group), (q, added))
+        of_head = jax.tree.map(by_group, (bias, seen))
+        out = jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None, None))(grouped, keys, values, added, *of_head)
         return out.reshape(q.shape)
 
 

@@ -58,9 +58,10 @@ class Recurrent(Stepwise):
         """The state and those of one position -> its output (H,) and the next state."""
 
 
-def gate_of(size: Size, rngs: nnx.Rngs, expand: int = 1) -> Linear:
-    """The projection of an output gate: one number per channel of every head, whose values are `expand` H wide."""
-    return Linear(size.dim, expand * size.heads * size.head, use_bias=False, dtype=size.dtype, rngs=rngs)
+def gate_of(size: Size, rngs: nnx.Rngs, *, numbers: int | None = None) -> Linear:
+    """The projection of an output gate: so many numbers for every head, by default one per channel."""
+    numbers = size.head if numbers is None else numbers
+    return Linear(size.dim, size.heads * numbers, use_bias=False, dtype=size.dtype, rngs=rngs)
 
 
 def rms(out):

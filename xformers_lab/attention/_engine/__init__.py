@@ -10,6 +10,7 @@ query_blocks.py    all keys, one block of queries at a time, for weights and map
 by_content.py      queries grouped by the block of keys that they chose
 windows.py slots.py landmarks.py    keys pooled, a few learned slots, low rank through landmarks
 linear/            sums over features of keys, and chunked recurrences
+fourier.py         transforms, and causal convolutions as long as the sequence
 heads.py           how heads and samples are mapped, in a batch or in a loop
 fused.py           fused kernels of accelerators
 """

@@ -14,7 +14,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.blocks import in_blocks, joined
 from xformers_lab.attention._engine.products import EXACT
-from xformers_lab.attention._engine.softmax import MASKED, same_document
+from xformers_lab.attention._engine.softmax import MASKED, on_data, same_document
 
 # Queries per block, at most. Of `by_blocks`: rows of some thousand scores then stay in the cache of a CPU. Of `rows`,
 # not causal and causal: enough for wide products, few enough that a block of scores stays in cache.
@@ -99,7 +99,7 @@ def _each_block(row, queries, first: int, at_once: int):
     if T == C:
         return jax.checkpoint(row)(queries, first + jnp.arange(T)[:, None])
     blocks = jax.tree.map(lambda x: in_blocks(x, C), queries), first + jnp.arange(T + -T % C).reshape(-1, C, 1)
-    run = jax.checkpoint(lambda block: row(*block), prevent_cse=False)
+    run = jax.checkpoint(lambda block: row(block[0], on_data(block[1], _data(block[0]))), prevent_cse=False)
     return jax.tree.map(lambda x: joined(x, T), lax.map(run, blocks))
 
 
@@ -159,6 +159,11 @@ def _looked_at(first, q, k, valid, documents, causal: bool):
     all_seen = valid is None and documents is None and not causal  # a constant, with which XLA masks nothing
     seen = jnp.ones((len(at), S), bool) if all_seen else seen_from(at, S, valid, causal, documents)
     return seen, (at, jnp.arange(S)[None])
+
+
+def _data(queries):
+    """An array of queries that is differentiated."""
+    return next(x for x in jax.tree.leaves(queries) if jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _length(queries) -> int:

@@ -7,6 +7,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.block_sparse.layout import Group, Part
 from xformers_lab.attention._engine.order import PAD
+from xformers_lab.attention._engine.softmax import on_data
 
 
 class View:
@@ -21,9 +22,8 @@ class View:
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = self.S - self.T, part.lead * self.block_k
         self.q = self.block_queries(q)
-        # Positions and padding hang on the data through this zero: else differentiation sees that masks do not, and
-        # stores every one of them for the backward, a T x S array in all.
-        self.zero = lax.optimization_barrier((jnp.zeros((), jnp.int32), q[:1, :1]))[0]
+        # Positions and padding hang on the data through this zero.
+        self.zero = on_data(jnp.zeros((), jnp.int32), q)
         self.k, self.v = self._keys_in_order(k), self._keys_in_order(v)
         # Which keys count where a block is wholly live, and where it is not, as at the padding of blocks; None: all.
         self.valid = None if valid is None else self._keys_in_order(valid) & (self.zero == 0)
