@@ -19,6 +19,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_second_command_compiles_nothing_and_ends_in_the_same_bits(home):
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     records, kept = [], []

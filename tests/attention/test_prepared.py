@@ -54,7 +54,7 @@ def learned(model):
 def test_what_refuses():
     """Mechanisms with projections of their own, or none."""
     own = {name for name in NAMES if not spec.entry("attention", name).projects}
-    assert set(NAMES) - set(CONVOLVED) == own | {"average"}
+    assert set(NAMES) - set(CONVOLVED) == own | {"average", "mamba"}
     assert own | {"average", "hard_coded"} <= set(NAMES) - set(NORMED)
 
 

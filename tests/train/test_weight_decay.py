@@ -26,9 +26,9 @@ SMALL = {"task": "copy", "seq_len": 64, "dim": 16, "heads": 2, "layers": 2}
 MATRICES = {
     "attention": {
         "all_attention.keys", "all_attention.values", "collaborative.mixing", "gaussian.hidden",
-        "gaussian.window_hidden", "linformer.project", "linear.maps", "mca.taps", "nsa.hidden", "nsa.squeezed",
-        "poolingformer.weigh", "sinkhorn.first", "sinkhorn.second", "synthesizer.far", "synthesizer.near",
-        "synthesizer.rows", "talking_heads.after", "talking_heads.before",
+        "gaussian.window_hidden", "linformer.project", "linear.maps", "mca.taps", "multi_token.mixing", "nsa.hidden",
+        "nsa.squeezed", "poolingformer.weigh", "sinkhorn.first", "sinkhorn.second", "synthesizer.far",
+        "synthesizer.near", "synthesizer.rows", "talking_heads.after", "talking_heads.before", "ttt.weights",
     },
     "depth": set(),
     "ffn": {
