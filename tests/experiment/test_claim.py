@@ -1,6 +1,7 @@
 """An experiment is ordinary commands: their words, seeds and scale."""
 
 import pytest
+from conftest import ROOT
 
 from xformers_lab.errors import UsageError
 from xformers_lab.experiment import bench, compare, library
@@ -94,8 +95,9 @@ def test_a_name_that_is_none():
 
 
 @pytest.mark.parametrize("name", library.names())
-def test_every_experiment_can_be_read(name):
+def test_every_experiment_can_be_read(name, monkeypatch):
     """What a file says is whole, its words are sweeps that can be, and it is as short as a reader wants it."""
+    monkeypatch.chdir(ROOT)  # words name files from where the command runs
     from xformers_lab import config as configs
 
     known = library.load(name)
