@@ -7,12 +7,21 @@ import platform
 
 def processor() -> str:
     """The processor's name."""
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """What the processor can do, in the system's words; what else tells it from others where that is not told."""
+    return _of_processor("flags", "Features") or platform.processor()
+
+
+def _of_processor(*keys: str) -> str:
+    """What the system says of the first processor under one of these keys; empty where it says nothing."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
 
 
 def cores() -> int | None:

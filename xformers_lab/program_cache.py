@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import MutableMapping
 
-from xformers_lab import files
+from xformers_lab import files, hardware
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # The programs of a small model are many, and most compile in milliseconds: all of them together are half of the time.
@@ -41,7 +41,7 @@ def use(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def folder() -> pathlib.Path:
     """Where the programs of this kind of processor lie."""
-    return files.cache("programs") / f"{platform.machine()}-{zlib.crc32(_instructions().encode()):08x}"
+    return files.cache("programs") / f"{platform.machine()}-{zlib.crc32(hardware.instructions().encode()):08x}"
 
 
 def keep_small(place: pathlib.Path, largest: int = LARGEST) -> None:
@@ -63,13 +63,3 @@ def keep_small(place: pathlib.Path, largest: int = LARGEST) -> None:
             break
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _instructions() -> str:
-    """What a processor can do, as the system tells it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told = (line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features")))
-    return next(told, platform.processor())
