@@ -258,6 +258,8 @@ STUDY = _fields(Study)
 DERIVED = _fields(Derived)
 PLACE = _fields(Place)
 _WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
+# What recurrent and convolutional models and a bag of tokens have none of.
+AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
 # The leaf that each derived word says.
 IN_PLACE_OF = {"tokens": "batch", "head": "heads"}
 MOST_CELLS = 100_000
@@ -573,7 +575,7 @@ def batch_of(tokens: int, seq_len: int) -> int:
 def heads_of(head: int, dim: int) -> int:
     """The heads that have so many numbers each; raises UsageError where a width is no whole number of them."""
     if dim % head:
-        raise UsageError(f"head={head}: dim={dim} is no whole number of heads of that size")
+        raise UsageError(f"head={head}: dim={dim} is no whole number of heads of that size; say one that divides it")
     return dim // head
 
 

@@ -4,8 +4,8 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._base.recurrent import Recurrent, interval_bias, rms
-from xformers_lab.attention._engine.linear.gated import delta_rule, power_of_two
-from xformers_lab.attention.delta_net import direction
+from xformers_lab.attention._engine.linear.gated import power_of_two
+from xformers_lab.attention.gated_delta_net import GatedDeltaNet
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -62,24 +62,13 @@ class Kda(Recurrent):
     def finished(self, mean, *, gate):
         return rms(mean) * jax.nn.sigmoid(gate.astype(jnp.float32))
 
-    def attend(self, q, k, v, *, valid=None, causal, beta, decay):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
-        return self.forward(direction(q), keys, valid, causal)
-
-    def reference(self, q, k, v, *, valid=None, causal, beta, decay):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
-        return self.by_definition(direction(q), keys, valid, causal)
-
-    def scanned(self, q, k, v, beta, decay):
-        return delta_rule(q, k, v, beta, decay, chunk=self.chunk)[0]
+    attend, reference = GatedDeltaNet.attend, GatedDeltaNet.reference
+    scanned, step = GatedDeltaNet.scanned, GatedDeltaNet.step
 
     def update(self, state, q, k, v, beta, decay):
         state = jnp.exp(decay)[:, None] * state
         state = state + beta * jnp.outer(k, v - k @ state)
         return q @ state, state
-
-    def step(self, state, q, k, v, *, beta, decay):
-        return self.update(state, direction(q), direction(k), v, beta, decay)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, power_of_two(min(self.chunk, S))

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 
 from xformers_lab import config as configs
 from xformers_lab.compare.study import Cell, places, variants
-from xformers_lab.config import Config, Model, edit
+from xformers_lab.config import AXES, Config, Model, edit
 
-# What a baseline changes; all else is as the first variant of its task and length has it.
+# What a baseline changes; all else is as the first variant of its task and length has it, but for a Transformer's axes,
+# which what is none has as they are by default.
 BASELINES = {
     "bag of tokens": {"model": "bag"},
     "LSTM": {"model": "lstm"},
     "RoPE Transformer": {"model": "auto", "attention": "full", "position": "rope"},
 }
-# The axes of a Transformer, which what is none of them has as they are by default.
-AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
 SHARES = (16, 8, 4, 2)  # of the length, in a window of the range control
 LEAST_WINDOW = 4
 

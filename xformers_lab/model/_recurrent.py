@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.config import Config
+from xformers_lab.config import AXES, Config
 from xformers_lab.config import Model as Axes
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
@@ -17,9 +17,6 @@ from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
-
-# What only a transformer has: a baseline that was asked for one of these would ignore it.
-UNUSED = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
 
 
 class Recurrent(Model):
@@ -79,7 +76,7 @@ def stacked(states: list):
 
 
 def refuse_unused(name: str, config: Config) -> None:
-    """Raises Refused where a config asks a baseline for what only a transformer has."""
-    for axis in UNUSED:
+    """Raises Refused where a config asks a baseline for what only a transformer has, and it would ignore."""
+    for axis in AXES:
         if (asked := getattr(config.model, axis)) != getattr(Axes(), axis):
             raise Refused(f"{name} has no {axis}: leave out {axis}={asked}")
