@@ -87,7 +87,10 @@ def test_no_part_of_the_id_where_it_is_not_asked_for():
         (["base_dim=32"], "parametrisation=standard has no base"),
         (["parametrisation=mup"], "say base_dim="),
         (["parametrisation=mup", "base_dim=16", "dim=64", "heads=2"], "heads keep their size"),
-        (["parametrisation=mup", "base_dim=32", "optimizer=sgd"], "updates that have a size of their own, as adamw's"),
+        (
+            ["parametrisation=mup", "base_dim=32", "optimizer=sgd"],
+            "no size of their own, for which its rates are made; use adamw",
+        ),
         (["parametrisation=mup", "base_dim=32", "optimizer=muon"], "optimizer=muon"),
         (["head=24"], "dim=64 is no whole number of heads of that size"),
         (["head=16", "heads=2"], "head= and heads= both say how many heads there are"),

@@ -30,7 +30,7 @@ def refuse(config: Config) -> None:
     optimizer = spec.parse(config.train.optimizer).name
     if not getattr(spec.entry("optimizer", optimizer), "unit_updates", False):
         raise UsageError(
-            f"{words} optimizer={optimizer}: its rates are those of updates that have a size of their own, as adamw's"
+            f"{words} optimizer={optimizer}: updates have no size of their own, for which its rates are made; use adamw"
         )
     for key in ("heads", "kv_heads"):
         heads = getattr(model, key)

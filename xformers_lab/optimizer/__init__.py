@@ -72,7 +72,8 @@ class Given:
 def unit_updates(rule: Rule) -> Rule:
     """Say of an optimizer that its updates have a size of their own, which that of gradients does not change, and that
     it is made by `Given.rule`: what parametrisation=mup asks for."""
-    vars(rule)["unit_updates"] = True
+    marked: Any = rule
+    marked.unit_updates = True
     return rule
 
 
