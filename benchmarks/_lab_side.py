@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab import config as configs
-from xformers_lab import spec
+from xformers_lab import cpu_speed, spec
 from xformers_lab.model import build_task, gru, lstm
 from xformers_lab.nn.size import Size
 from xformers_lab.train import optimizer
 from xformers_lab.train.layout import compile_train_step, layout_of
 from xformers_lab.train.state import init, structure
+
+cpu_speed.keep_memory()  # as every command does
 
 
 def case(name: str, **options):

@@ -15,7 +15,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from xformers_lab import cpu_threads
+from xformers_lab import cpu_speed, cpu_threads
 
 if TYPE_CHECKING:
     from xformers_lab.api import Run as Run
@@ -72,6 +72,7 @@ class _Package(types.ModuleType):
         return sorted(__all__)
 
 
-# XLA reads it when JAX starts, which may be long before anything of the package asks for its devices.
+# XLA reads both when JAX starts, which may be long before anything of the package asks for its devices.
 cpu_threads.enough(cpu_threads.simulated())
+cpu_speed.wide_vectors()
 sys.modules[__name__].__class__ = _Package

@@ -8,14 +8,15 @@ from flax import nnx
 from xformers_lab.attention import Call, Complexity, Cost
 from xformers_lab.attention._base.patterned import Patterned, near_block
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.block_sparse.chunks import largest_array
-from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
+from xformers_lab.attention._engine.block_sparse.chunks import heads_at_once, largest_array
+from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import scores
 from xformers_lab.attention._engine.pattern import Band, Global, Pattern
 from xformers_lab.attention._engine.softmax import softmax_average
 from xformers_lab.errors import Refused
 from xformers_lab.nn.buckets import Buckets
 from xformers_lab.nn.normalisation import RMSNorm
+from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 BUCKETS, FARTHEST = 32, 128
@@ -128,10 +129,9 @@ class TransientGlobal(Patterned):
         block = near_block(self.window, causal=False)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal=False)
 
-    def narrow(self, T: int, S: int, causal: bool) -> bool:
+    def heads_at_once(self, T: int, S: int, causal: bool) -> int:
         M = S // self.summed_up
-        parts = layout(self._seen(M), T, S + M, *self._in_blocks(T, S + M))
-        return all(group.batched for part in parts for group in part.groups)
+        return heads_at_once(plan_of(self.size), self._seen(M), T, S + M, self._in_blocks(T, S + M))
 
     def cost(self, T: int, S: int) -> Cost:
         D, H, M = self.size.dim, self.size.head, S // self.summed_up

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-from xformers_lab import program_cache
+from xformers_lab import cpu_speed, program_cache
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device
 from xformers_lab.supervise.interrupt import ending
 from xformers_lab.terminal import LINES, log_in_lines, message, visible
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     log_in_lines()
     program_cache.use()
+    cpu_speed.keep_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     with ending(message(" ".join(["xlab", *arguments[:1]]))):
         return _run(arguments)

@@ -16,7 +16,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from xformers_lab import program_cache
+from xformers_lab import cpu_speed, program_cache
 from xformers_lab.errors import LabError, UsageError, foreign, in_words, missing_device, stopped_by
 from xformers_lab.terminal import log_in_lines
 
@@ -56,6 +56,7 @@ def main() -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log_in_lines()
     program_cache.use()
+    cpu_speed.keep_memory()
     tell = Tell(replies)
     threading.Thread(target=_end_alone, args=(questions.fileno(), tell), daemon=True).start()
     for line in questions:

@@ -49,9 +49,9 @@ class OneHead(MultiHead):
         -> the same shape. It may take, by name, what `per_head` (N, ...) and `from_queries` (B, T, N, ...) name."""
         return mean
 
-    def narrow(self, T: int, S: int, causal: bool) -> bool:
-        """Whether `attend` runs the queries of a head as a batch of narrow rows, to which a CPU adds other heads."""
-        return False
+    def heads_at_once(self, T: int, S: int, causal: bool) -> int:
+        """How many heads `attend` should run together where the plan has a loop over them, at most."""
+        return 1
 
     def attend_heads(self, call: Call) -> tuple[jax.Array, Any, Aux]:
         takes, (B, T, N, _), S = self.takes(call.method), call.q.shape, call.k.shape[1]
@@ -79,9 +79,8 @@ class OneHead(MultiHead):
         of_sample = {"valid": valid, "documents": call.documents} | ({"x": call.x} if "x" in takes else {})
         of_head = {"bias": call.bias, "key": keys} | self.per_head()
         of_pair = carry if "carry" in takes else None, self.of_tokens(call)
-        narrow = call.method == "attend" and self.narrow(T, S, call.causal)
-        plan = plan_of(self.size)
-        out, above = over_heads(one, call.q, call.k, v, of_pair, of_sample, of_head, plan=plan, narrow=narrow)
+        at_once, plan = self.heads_at_once(T, S, call.causal) if call.method == "attend" else 1, plan_of(self.size)
+        out, above = over_heads(one, call.q, call.k, v, of_pair, of_sample, of_head, plan=plan, at_once=at_once)
         return self.behind(out, call), above if "carry" in takes else carry, Aux()
 
     def summands(self, call: Call) -> jax.Array:

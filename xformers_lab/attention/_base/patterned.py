@@ -16,8 +16,8 @@ from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.one_head import OneHead
 from xformers_lab.attention._engine import fused, ring
 from xformers_lab.attention._engine.block_sparse import block_sparse
-from xformers_lab.attention._engine.block_sparse.chunks import largest_array
-from xformers_lab.attention._engine.block_sparse.layout import layout, live_pairs
+from xformers_lab.attention._engine.block_sparse.chunks import heads_at_once, largest_array
+from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
@@ -73,7 +73,7 @@ class Patterned(OneHead):
         if causal and S >= LONG:
             eighth = _even(S, -(-S // 8))
             return _even(T, min(256, eighth)), eighth
-        most = 256 if causal else 512
+        most = 128 if causal else 512
         return _even(T, most), _even(S, most)
 
     def attend_heads(self, call: Call):
@@ -108,7 +108,9 @@ class Patterned(OneHead):
             keys, values = (x[:, :, chosen // times] for x in (k, v))
             of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], call.bias)
             of_sample, plan = (call.valid, call.documents), plan_of(self.size)
-            outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, of_sample, of_head, plan=plan)[0])
+            at_once = heads_at_once(plan, pattern, q.shape[1], k.shape[1], blocks) if call.method == "attend" else 1
+            how = {"plan": plan, "at_once": at_once}
+            outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, of_sample, of_head, **how)[0])
         return jnp.concatenate(outputs, 2)
 
     def fused(self, causal: bool) -> Callable | None:
@@ -119,9 +121,8 @@ class Patterned(OneHead):
         """The pattern by distance alone, for devices that share out positions; None for any other."""
         return None
 
-    def narrow(self, T: int, S: int, causal: bool) -> bool:
-        parts = layout(self.seen(causal), T, S, *self.blocks(T, S, causal))
-        return all(group.batched for part in parts for group in part.groups)
+    def heads_at_once(self, T: int, S: int, causal: bool) -> int:
+        return heads_at_once(plan_of(self.size), self.seen(causal), T, S, self.blocks(T, S, causal))
 
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         pattern, blocks = self.seen(causal), self.blocks(q.shape[0], k.shape[0], causal)

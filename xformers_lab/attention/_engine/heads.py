@@ -8,16 +8,17 @@ from xformers_lab.nn import on_mesh
 from xformers_lab.nn.plan import Plan
 
 
-def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, narrow: bool = False):
+def over_heads(one, q, k, v, carry, of_sample, of_head, *, plan: Plan, at_once: int = 1):
     """Run `one(q, k, v, carry, of_sample, of_head)` on every head of every sample.
 
     q (B, T, N, H); k, v (B, S, K, H), each shared by N / K query heads; carry has leading axes (B, N), of_sample (B),
-    of_head (N). narrow: `one` runs its queries as a batch of narrow rows. -> (B, T, N, H) and the carry.
+    of_head (N). at_once: how many heads run together where the plan has a loop over them, at most. -> (B, T, N, H) and
+    the carry.
 
     Never in a loop where devices share out samples or heads: each would run all of it.
     """
     if plan.loops(q.shape[1], k.shape[1]) and not on_mesh.any_shared():
-        return _loop(one, q, k, v, carry, of_sample, of_head, plan.heads_at_once(q.shape[1]) if narrow else 1)
+        return _loop(one, q, k, v, carry, of_sample, of_head, at_once)
     return _batch(one, q, k, v, carry, of_sample, of_head)
 
 
@@ -67,6 +68,7 @@ def _loop(one, q, k, v, carry, of_sample, of_head, most: int):
             return jax.tree.map(lambda x: x[None], head(squeeze((q, carry, heads))))
         return lax.map(head, (q, carry, heads))
 
-    out = lax.map(group, (q, k, v, carry, jnp.arange(B * K)), batch_size=at_once if at_once > 1 else None)
+    groups = q, k, v, carry, jnp.arange(B * K)
+    out = jax.vmap(group)(groups) if at_once == B * K else lax.map(group, groups, batch_size=at_once)
     out, carry = jax.tree.map(lambda x: x.reshape(B, N, *x.shape[2:]), out)
     return out.swapaxes(1, 2), carry

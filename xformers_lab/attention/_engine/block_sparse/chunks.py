@@ -7,6 +7,7 @@ from jax import lax
 
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.block_sparse.layout import Group, layout
+from xformers_lab.nn.plan import Plan
 from xformers_lab.nn.platform import platform
 
 # Scores computed at once, where rows are batched: on a CPU a loop over fewer costs more than the caches save; or what
@@ -26,6 +27,16 @@ def rows_at_once(group: Group, blocks: tuple[int, int]) -> int:
     rows = len(group.rows) // group.together
     most = int(np.clip(scores // (group.width * group.together * blocks[0] * blocks[1]), 1, rows))
     return -(-rows // -(-rows // most))
+
+
+def heads_at_once(plan: Plan, pattern: Pattern, T: int, S: int, blocks: tuple[int, int]) -> int:
+    """How many heads run together where a plan has a loop over them: those that fill it with rows of one kind."""
+    groups = [group for part in layout(pattern, T, S, *blocks) for group in part.groups]
+    if all(group.batched for group in groups):
+        return plan.heads_of_narrow_rows(T)
+    if any(group.batched for group in groups):
+        return 1
+    return plan.heads_of_wide_rows(max(group.together * group.width for group in groups) * blocks[0] * blocks[1])
 
 
 def largest_array(pattern: Pattern, T: int, S: int, H: int, blocks: tuple[int, int]) -> int:
