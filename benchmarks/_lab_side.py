@@ -19,8 +19,12 @@ def case(name: str, **options):
     return globals()[name](**options)
 
 
-def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, dtype="float32"):
-    """Forward of `mix`, or forward and backward against a fixed cotangent, on (B, N, T, H).
+def attention(**options):
+    return attention_program(**options)[1]
+
+
+def attention_program(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, dtype="float32"):
+    """Forward of `mix`, or forward and backward against a fixed cotangent, on (B, N, T, H): compiled, and its run.
 
     Both sides get the layout they like best: torch's kernels take (B, N, T, H), and so does the lab's loop over heads.
     """
@@ -29,8 +33,8 @@ def attention(choice="full", N=8, T=1024, H=64, B=1, causal=False, grad=False, d
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     forward = lambda q, k, v: swap(mechanism.mix(swap(q), swap(k), swap(v), causal=causal)[0])
     both = lambda q, k, v: jax.vjp(forward, q, k, v)[1](cotangent)
-    run = jax.jit(both if grad else forward)
-    return lambda: jax.block_until_ready(run(q, k, v))
+    program = jax.jit(both if grad else forward).lower(q, k, v).compile()
+    return program, lambda: jax.block_until_ready(program(q, k, v))
 
 
 def layer(choice="full", T=4096, D=512, N=8, B=1, grad=False):
@@ -53,8 +57,12 @@ def matmul(n=2048):
     return lambda: run(a).block_until_ready()
 
 
-def train_step(layers=4, dim=256, heads=4, T=512, B=8):
-    """One step of the product's own trainer (AdamW, clipped) on bytes, as `xlab train` runs it."""
+def train_step(**options):
+    return train_step_program(**options)[1]
+
+
+def train_step_program(layers=4, dim=256, heads=4, T=512, B=8):
+    """One step of the product's own trainer (AdamW, clipped) on bytes, as `xlab train` runs it: compiled, and a run."""
     config = configs.edit(
         configs.Config(), task="lm", layers=layers, dim=dim, heads=heads, seq_len=T, batch=B, attention="full"
     )
@@ -63,14 +71,14 @@ def train_step(layers=4, dim=256, heads=4, T=512, B=8):
     tx = optimizer.of(config, task)
     batch = task.batch("train", 0)
     state = layout.place_state(init(config, task, tx))
-    compiled = compile_train_step(config, task, structure(config, task), tx, layout, state, batch)
+    step = compile_train_step(config, task, structure(config, task), tx, layout, state, batch).step
 
     def run():
         nonlocal state
-        state, metrics = compiled.step(state, layout.place_batch(batch))
+        state, metrics = step(state, layout.place_batch(batch))
         return float(metrics["loss"])
 
-    return run
+    return step, run
 
 
 def recurrent(kind="lstm", layers=1, B=32, T=128, D=256, grad=False):

@@ -36,6 +36,14 @@ def sdpa(N=8, T=1024, H=64, B=1, causal=False, grad=False):
     return _run(attend, _qkv(B, N, T, H, grad), grad)
 
 
+def product(B, M, K, N, left_major, right_major):
+    """(B, M, K) times (B, K, N), either as it lies in memory; no batch axis where B is 1."""
+    side = lambda *shape: torch.ones(shape[-2:] if B == 1 else shape)
+    left = side(B, K, M).mT if left_major else side(B, M, K)
+    right = side(B, K, N) if right_major else side(B, N, K).mT
+    return lambda: torch.matmul(left, right)
+
+
 def local(N=8, T=4096, H=64, B=1, window=128, causal=True, grad=False):
     """The local-attention package, exact windows: causal sees the last `window` keys and itself."""
     from local_attention import LocalAttention
