@@ -37,6 +37,7 @@ class Clustered(OneHead):
     """
 
     kind = "memory compression"
+    heads_together = True
     exact = False
     accuracy = "; exact where all keys are recomputed (improved = T), or where equal queries alone share a cluster"
     complexity = Complexity(

@@ -33,6 +33,7 @@ class Csalr(OneHead):
     """
 
     kind = "low rank"
+    heads_together = True
     exact = False
     accuracy = "; with a landmark for every position it is full attention"
     complexity = Complexity(time="O(T m H + m^3)", memory="O(T m)")

@@ -77,6 +77,7 @@ class Linear(Stepwise):
     """
 
     kind = "linearised"
+    heads_together = True
     exact = True
     accuracy = "for its kernel, which is not the softmax"
     complexity = Complexity(

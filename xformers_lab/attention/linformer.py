@@ -28,6 +28,7 @@ class Linformer(OneHead):
     """
 
     kind = "memory compression"
+    heads_together = True
     exact = False
     accuracy = ": every query's weights over positions are mixtures of the `rank` rows of F"
     complexity = Complexity(time="O(T rank H)", memory="O(T rank)")

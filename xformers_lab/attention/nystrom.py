@@ -32,6 +32,7 @@ class Nystrom(OneHead):
     """
 
     kind = "low rank"
+    heads_together = True
     exact = False
     accuracy = "; with a landmark for every position F A^+ B is the whole softmax"
     complexity = Complexity(time="O(T m H + m^3)", memory="O(T m)")

@@ -70,6 +70,11 @@ class Recurrent(Model):
         return x, stacked(states)
 
 
+def sigmoid(x):
+    """The logistic function by way of tanh, which XLA:CPU runs twice as fast as the function itself."""
+    return 0.5 + 0.5 * jnp.tanh(0.5 * x)
+
+
 def stacked(states: list):
     """The states of all cells as one, their leaves (cells, B, ...)."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

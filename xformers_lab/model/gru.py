@@ -1,9 +1,8 @@
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.model._recurrent import Recurrent
+from xformers_lab.model._recurrent import Recurrent, sigmoid
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
@@ -58,6 +57,6 @@ class Cell(nnx.Module):
         """One position: gates (B, 3D) from the input and h (B, D) -> the new h."""
         turned = jnp.dot(h, self.recurrent[...].astype(h.dtype), preferred_element_type=jnp.float32)
         (r, z, n), (ur, uz, un) = (jnp.split(y, 3, -1) for y in (gates.astype(jnp.float32), turned))
-        r, z = jax.nn.sigmoid(r + ur), jax.nn.sigmoid(z + uz)
+        r, z = sigmoid(r + ur), sigmoid(z + uz)
         n = jnp.tanh(n + r * (un + self.bias[...]))
         return ((1 - z) * n + z * h).astype(h.dtype)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.model._recurrent import Recurrent
+from xformers_lab.model._recurrent import Recurrent, sigmoid
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
@@ -55,7 +55,7 @@ def _advance(gates, h, c, recurrent):
     """One position: gates (B, 4D) from the input, h and c (B, D) -> the new h and c, and the four activations."""
     total = gates.astype(jnp.float32) + jnp.dot(h, recurrent, preferred_element_type=jnp.float32)
     i, f, g, o = jnp.split(total, 4, -1)
-    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+    i, f, g, o = sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
     c = f * c + i * g
     return (o * jnp.tanh(c)).astype(h.dtype), c, (i, f, g, o)
 

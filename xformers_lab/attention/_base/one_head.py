@@ -23,6 +23,9 @@ class OneHead(MultiHead):
     """A subclass defines `attend` and `reference`; their signatures say what it can do and what it needs."""
 
     documents_apart: ClassVar[bool] = True
+    # Whether heads run together where the plan has a loop over them, as many as fill it: small products of several
+    # heads keep all cores busy. Whatever reads its keys in chunks is better off one head at a time.
+    heads_together: ClassVar[bool] = False
 
     @required
     def attend(self, q, k, v, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +54,7 @@ class OneHead(MultiHead):
 
     def heads_at_once(self, T: int, S: int, causal: bool) -> int:
         """How many heads `attend` should run together where the plan has a loop over them, at most."""
-        return 1
+        return plan_of(self.size).heads_of_wide_rows(self.cost(T, S).memory) if self.heads_together else 1
 
     def attend_heads(self, call: Call) -> tuple[jax.Array, Any, Aux]:
         takes, (B, T, N, _), S = self.takes(call.method), call.q.shape, call.k.shape[1]
