@@ -75,30 +75,31 @@ def machine() -> dict:
     }
 
 
-def place(name: str) -> pathlib.Path:
-    """Where the results of a benchmark on this machine are."""
-    label = "-".join("".join(c if c.isalnum() else " " for c in hardware.processor().lower()).split())
+def place(name: str, target: str = "") -> pathlib.Path:
+    """Where the results of a benchmark are: on this machine, or planned for a target, whichever machine plans."""
+    label = "-".join("".join(c if c.isalnum() else " " for c in (target or hardware.processor()).lower()).split())
     return HERE / "results" / f"{name}.{label}.json"
 
 
-def keep(name: str, rows: list[dict], rounds: int | None = None, about: dict[str, str] | None = None) -> pathlib.Path:
-    """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first.
+def keep(name: str, rows: list[dict], rounds: int | None = None, planned: dict[str, str] | None = None) -> pathlib.Path:
+    """Write rows with what they hold for to results/<name>.<cpu or target>.json, and as a table to .md; -> the first.
 
-    rounds: None where nothing was timed; about: what else decides the figures, such as versions."""
-    host, path = machine() | (about or {}), place(name)
+    planned: where nothing was timed, the "target", and the versions of what planned for it."""
+    if planned is None:
+        host, path = machine(), place(name)
+        about = {"machine": host, "rounds": rounds}
+        more = f"{host['cpu']}, {host['cores']} cores, {host['system']}, Python {host['python']}; {rounds} rounds."
+    else:
+        about, path = {"planned": planned}, place(name, planned["target"])
+        more = f"Planned for {', '.join(f'{key} {text}' for key, text in planned.items())}."
     path.parent.mkdir(exist_ok=True)
-    timed = {} if rounds is None else {"rounds": rounds}
-    path.write_text(json.dumps({"machine": host, **timed, "rows": rows}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(host, rows, rounds))
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(more, rows))
     return path
 
 
-def table(host: dict, rows: list[dict], rounds: int | None) -> str:
+def table(head: str, rows: list[dict]) -> str:
     """Rows as a Markdown page for people, a column for each key."""
-    more = [f"{name} {text}" for name, text in host.items() if name not in ("cpu", "cores", "system", "python")]
-    versions = ", ".join([f"Python {host['python']}", *more])
-    timed = "" if rounds is None else f"; {rounds} rounds"
-    head = f"{host['cpu']}, {host['cores']} cores, {host['system']}, {versions}{timed}."
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
     lines += [[_word(row.get(key)) for key in keys] for row in rows]

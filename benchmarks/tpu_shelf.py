@@ -36,7 +36,8 @@ def main() -> None:
     mechanisms = spec.names("attention") if chosen.attention == "all" else chosen.attention.split(",")
     lengths = [int(length) for length in chosen.lengths.split(",")]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    kept = [] if chosen.anew or not place(NAME).is_file() else json.loads(place(NAME).read_text())["rows"]
+    path = place(NAME, target.name)
+    kept = [] if chosen.anew or not path.is_file() else json.loads(path.read_text())["rows"]
     made = {(row["attention"], row["N"]): row for row in kept}
     with Worker(notice=ENDS, environment=devices.environment(1)) as worker:
         for length in lengths:
@@ -48,7 +49,7 @@ def main() -> None:
                     sys.exit(128 + worker.stopped)
                 made[mechanism, length] = row
                 print(row, file=sys.stderr, flush=True)
-                keep(NAME, [made[key] for key in sorted(made)], about={"planned for": target.name, **versions})
+                keep(NAME, [made[key] for key in sorted(made)], planned={"target": target.name, **versions})
 
 
 def planned(target, mechanism: str, length: int, worker: Worker) -> dict:
@@ -70,8 +71,8 @@ def _row(row: dict) -> dict:
     fits = {True: "yes", False: "no", None: None}[row.get("fits")]
     shown = {"attention": row["attention"], "N": row["seq_len"], "task": task, "compiles": compiled, "fits": fits}
     shown |= {f"{name}_MiB": size(name) for name in SHOWN}
-    flops, seconds = row.get("flops_per_token"), row.get("compile_seconds")
-    return shown | {"MFLOP_per_token": flops and round(flops / 1e6, 1), "compile_s": seconds and round(seconds, 1)}
+    flops = row.get("flops_per_token")
+    return shown | {"MFLOP_per_token": flops and round(flops / 1e6, 1)}
 
 
 if __name__ == "__main__":

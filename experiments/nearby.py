@@ -15,7 +15,7 @@ CLAIM = Claim(
 WINDOW = "local:window=16"
 STUDIES = {
     "text": compare(
-        f"task=lm attention=full,{WINDOW},linear position=rope seq_len=128 dim=64 layers=2 heads=2 batch=16 steps=250 "
+        f"task=lm attention=full,{WINDOW},linear position=rope seq_len=128 dim=64 layers=2 heads=2 batch=8 steps=240 "
         "lr=3e-3"
     )
 }

@@ -12,11 +12,11 @@ CLAIM = Claim(
     minutes=2,
 )
 LENGTHS, LAYERS = (32, 64, 128), 2
-REACHES = {f"local:window={window}": window * LAYERS for window in (8, 24)}
+REACHES = {f"local:window={window}": window * LAYERS for window in (8, 30)}
 STUDIES = {
     "copy": compare(
-        f"task=copy attention=full,{','.join(REACHES)} seq_len={','.join(map(str, LENGTHS))} tokens=2048 dim=64 "
-        f"layers={LAYERS} heads=2 steps=180 lr=5e-3"
+        f"task=copy attention=full,{','.join(REACHES)} seq_len={','.join(map(str, LENGTHS))} tokens=1024 dim=64 "
+        f"layers={LAYERS} heads=2 steps=200 lr=5e-3"
     )
 }
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -47,6 +48,8 @@ def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")
+            if not item.get_closest_marker("slow"):
+                item.add_marker("full")
     if part := os.environ.get("PART"):
         number, parts = map(int, part.split("/"))
         chosen = [item for item in items if not item.get_closest_marker("full") or part_of(item, parts) == number]
@@ -107,6 +110,27 @@ def run_peer(name: str) -> dict:
         return peers.live(name)
     except ImportError as missing:
         pytest.skip(f"GOLDEN=live: {missing}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_ends() -> Iterator[tuple]:
+    """A run in this process ends without attention maps and without what decoding costs: to compile and time both takes
+    longer than a tiny run itself. What is about them asks for `whole_ends`; processes that tests start have them."""
+    from xformers_lab.train import decoding, example_maps
+
+    whole = example_maps.LONGEST, decoding.figures
+    example_maps.LONGEST, decoding.figures = 0, lambda *_: dict.fromkeys(decoding.FIGURES)
+    yield whole
+    example_maps.LONGEST, decoding.figures = whole
+
+
+@pytest.fixture
+def whole_ends(short_ends, monkeypatch) -> None:
+    """Runs in this process end as users' do."""
+    from xformers_lab.train import decoding, example_maps
+
+    monkeypatch.setattr(example_maps, "LONGEST", short_ends[0])
+    monkeypatch.setattr(decoding, "figures", short_ends[1])
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def test_decoding_is_the_causal_pass(name):
     agree(learned(model), tokens)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [
     {"qk_norm": "l2"}, {"position": "rope", "qk_norm": "rms", "conv": 2},
     pytest.param({"position": "deberta", "qk_norm": "rms", "conv": 3}, marks=pytest.mark.full),
@@ -101,6 +102,7 @@ def test_padding_reaches_nothing(name):
     np.testing.assert_allclose(one[seen], other[seen], atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", chosen(CONVOLVED))
 def test_weights_learn(name):
     if name in DECODABLE:

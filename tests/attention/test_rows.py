@@ -59,7 +59,9 @@ def test_batch_is_softmax_attention_by_autodiff(added):
         assert_alike(both(batch.attend), both(plain))
 
 
-@pytest.mark.parametrize("wanted", [14, 15, 16])
+@pytest.mark.parametrize(
+    "wanted", [14, pytest.param(15, marks=pytest.mark.full), pytest.param(16, marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_filled_rows_change_nothing(wanted, padded):
     """Of 16 rows 14 are batched; their neighbours, which are run by themselves, join them and see nothing there."""

@@ -112,12 +112,12 @@ def test_numbers_beyond_any_length_count_as_the_length(large, same):
     np.testing.assert_allclose(of_large.mix(q, k, v)[0], of_same.mix(q, k, v)[0], atol=1e-6)
 
 
-def test_a_pattern_in_a_sweep_keeps_its_commas(capsys):
+def test_a_pattern_in_a_sweep_keeps_its_commas(capsys, inline):
     assert cli.main(["show", "attention=sparse:pattern=random(16,2)|band(4)", "--json"]) == 0
     assert '"sparse:pattern=random(16,2)|band(4)"' in capsys.readouterr().out
 
 
-def test_drawing_is_the_pattern(tmp_path, capsys):
+def test_drawing_is_the_pattern(tmp_path, capsys, inline):
     seen = drawing.sampled(Band(2) & Causal(), 12)
     np.testing.assert_array_equal(seen, (Q[:12] >= K[:, :12]) & (Q[:12] - K[:, :12] <= 2))
     inside = np.zeros((12, 12), bool)

@@ -25,11 +25,22 @@ from xformers_lab.report import pages
 
 @pytest.mark.parametrize("name", kinds.one_of_each_kind(None, pytest.mark.brief, None))
 def test_shelf_at_one_shape(name):
-    """Value, gradients, no leak of the future or of padding, decoding: what decides, in seconds."""
+    """Value, no leak of the future or of padding, decoding: what decides, in seconds."""
+    decisive = [values.equals_reference, masks.no_future, masks.no_padding, costs.decoding]
+    assert examine(at_one_shape(name, gradients=False), decisive).failed == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", kinds.one_of_each_kind(None, pytest.mark.slow, None))
+def test_gradients_of_the_shelf_at_one_shape(name):
+    """Gradients, and leaks as derivatives, of what has its whole kit in `make test-deep` alone."""
+    derived = [values.same_gradients, masks.no_future, masks.no_padding]
+    assert examine(at_one_shape(name, gradients=True), derived).failed == []
+
+
+def at_one_shape(name: str, gradients: bool) -> Subject:
     resolved = spec.resolve("attention", name)
-    subject = Subject(name, lambda size, small: run._fitted(name, resolved, size, small), brief=True)
-    decisive = [values.equals_reference, values.same_gradients, masks.no_future, masks.no_padding, costs.decoding]
-    assert examine(subject, decisive).failed == []
+    return Subject(name, lambda size, small: run._fitted(name, resolved, size, small), brief=True, gradients=gradients)
 
 
 @pytest.mark.full

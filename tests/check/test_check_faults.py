@@ -86,6 +86,18 @@ def test_planted_fault_is_caught_by_its_property(kind):
     assert len(message) > 40 and "Error: " not in message, message
 
 
+LEAKS = [kind for kind, expected in masks.FAULTS.items() if expected in ("no_future", "no_padding")]
+
+
+@pytest.mark.parametrize("kind", LEAKS, ids=lambda kind: kind.__name__)
+def test_values_alone_show_a_leak(kind):
+    """As the brief look at the shelf has it, which compiles no gradients."""
+    expected, one = FAULTS[kind], subject(kind, **OPTIONS.get(kind, {}))
+    one.gradients = False
+    assert [failure.property for failure in examine(one, [NAMED[expected]]).failed] == [expected]
+    assert not one._pulled
+
+
 def ignoring_padding(kind: type[Attention]) -> type[Attention]:
     """The mechanism, but neither form is told what is padding."""
 

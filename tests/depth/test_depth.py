@@ -81,7 +81,9 @@ def test_universal_is_its_layer_again_and_again(code, position):
     np.testing.assert_allclose(model.stack(x, context)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [-3.0, 0.0, 8.0])
+@pytest.mark.parametrize(
+    "bias", [pytest.param(-3.0, marks=pytest.mark.full), 0.0, pytest.param(8.0, marks=pytest.mark.full)]
+)
 def test_halting_weights_add_up_to_one(bias):
     """States that are all ones come out as ones, whatever was halted where; the steps taken fit the probabilities."""
     model, tokens = model_of("universal:act=true", layers=5)
@@ -458,6 +460,7 @@ def gates_of(model) -> list:
     return [sub.gate for sub in (block.attention, block.ffn)]
 
 
+@pytest.mark.full
 def test_open_gates_are_the_fixed_depth_and_closed_ones_nothing():
     model, tokens = model_of("conditional", position="none")
     x, context = model.embedding(tokens), Context(model.position)
@@ -474,6 +477,7 @@ def test_open_gates_are_the_fixed_depth_and_closed_ones_nothing():
         assert aux.scalars["computation"] == layers
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("unit", ["token", "sample"])
 def test_gates_scale_the_sub_layers_of_each_token(unit):
     """A layer whose tokens are skipped, gathered and put back, against one that multiplies by 0 and 1; padded."""

@@ -1,6 +1,14 @@
 """Trials of what a run survives: they hold here, and they notice where something is lost."""
 
+import os
+import pathlib
 import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +18,7 @@ from xformers_lab.doctor.deep import _trial, damage, kills
 from xformers_lab.doctor.deep._trial import End, Lost, Trial
 from xformers_lab.errors import RunFailed
 
+NEW = {"start_new_session": True}
 ALONE = End({"loss": 1.0}, [(1, 2.0)], {"params.kernel": "abc"})
 
 
@@ -45,6 +54,54 @@ def test_what_is_lost_is_a_finding(tmp_path):
     finding = Trial(tmp_path, 3, print).of("a trial", 1, disturb)
     assert finding["found"] == "1 of 3: the second time" and finding["ok"] is False
     assert finding["measured"]["held"] == 1 and finding["measured"]["times"] == 3
+
+
+def test_two_are_tried_at_once_and_told_in_order(monkeypatch):
+    """Both have to be under way for either to end, and the first one ends last."""
+    both, second = threading.Barrier(2, timeout=60), threading.Event()
+
+    def first(trial, rng, times):
+        both.wait()
+        assert second.wait(60)
+        yield "one"
+
+    def other(trial, rng, times):
+        both.wait()
+        yield "two"
+        trial.say("and more")
+        second.set()
+
+    said, modules = [], [SimpleNamespace(WHAT=f.__name__, TIMES=1, disturb=f) for f in (first, other)]
+    monkeypatch.setattr(deep, "AT_ONCE", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    findings = deep._side_by_side(Trial(pathlib.Path(), None, said.append), modules)  # pyright: ignore
+    assert [finding["found"] for finding in findings] == ["1 of 1: one", "1 of 1: two"]
+    assert said == ["first 1/1: one", "other 1/1: two", "and more"]
+
+
+def test_what_ends_the_trials_ends_their_processes(monkeypatch):
+    """As Ctrl-C does, which comes to the main thread while trials wait for processes."""
+    processes = []
+
+    def waits(trial, rng, times):
+        processes.append(trial.started.start([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **NEW))
+        processes[0].wait(60)
+        yield ""
+
+    def ends(trial, rng, times):
+        while not processes:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    trial = Trial(pathlib.Path(), None, print)
+    modules = [SimpleNamespace(WHAT=f.__name__, TIMES=1, disturb=f) for f in (ends, waits)]
+    with pytest.raises(KeyboardInterrupt):
+        deep._side_by_side(trial, modules)  # pyright: ignore
+    assert processes[0].returncode == -signal.SIGKILL
+    with pytest.raises(Lost, match="stopped"):
+        trial.start(["show"])
 
 
 @pytest.mark.parametrize("other, named", [

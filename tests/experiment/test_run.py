@@ -133,8 +133,14 @@ def test_an_experiment_that_needs_data(mine, runs, capsys):
         said = capsys.readouterr().err
         assert says in said and "needy needs a:b.txt (any <text>)" in said
     assert not pathlib.Path(runs, "needy").exists()
+
+
+@pytest.mark.full
+def test_where_data_are_is_not_kept(mine, runs, capsys):
+    """A result says {data}, on the page too."""
+    (mine / "needy.py").write_text(NEEDY)
+    command = ["experiment", "run", "needy.py", "--quiet", "--runs", f"{runs}/needy"]
     (mine / "a:b.txt").write_text("".join(f"{number} " for number in range(2000)))
-    command.remove("mine.py")
     assert main([*command, "--seeds", "1", "--data", "."]) == 0
     kept = result.read(mine / "experiments" / "results", "needy")[1]
     assert kept.measurements[0].mean == 1 and "task=lm:path=({data}/a:b.txt)" in kept.commands["train"]

@@ -104,7 +104,7 @@ def test_filters_keep_what_they_say():
     assert kept(top_k=4, top_p=0.6, min_p=0.4) == 2
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.6])
+@pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=pytest.mark.full), 0.6])
 def test_beam_search_with_many_beams_is_exhaustive(model, whole, penalty):
     """As many beams as there are prefixes: the best of all continuations of three tokens, with a stop token."""
     stop, prompt, V = 4, [3, 1, 2], 11

@@ -9,6 +9,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.model import build_model, build_task
 from xformers_lab.train import decoding, loop, programs
 
+pytestmark = pytest.mark.usefixtures("whole_ends")
 FIGURES = ("prefill_seconds", "token_seconds", "eval_tokens_per_second")
 
 

@@ -138,6 +138,7 @@ def test_what_counts_is_the_average_with_and_without_a_best(task_file):
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_a_run_that_begins_with_it_takes_the_average(task_file, tmp_path, select):
     first = loop.run(tiny(task_file, tmp_path / "first", **(RUN | {"select": select})))

@@ -6,6 +6,8 @@ from test_train import tiny
 
 from xformers_lab.train import example_maps, loop
 
+pytestmark = pytest.mark.usefixtures("whole_ends")
+
 
 def test_a_small_run_has_maps_of_its_first_example(tmp_path):
     record = loop.run(tiny("copy", tmp_path, steps=1, eval_batches=1, position="rope"))

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from xformers_lab.cli import main
 from xformers_lab.config import Config, Place
 from xformers_lab.cpu_threads import enough
 from xformers_lab.errors import RunFailed, UsageError
-from xformers_lab.train import checkpoint, hosts, loop, records
+from xformers_lab.train import checkpoint, hosts, loop, records, trained
 
 SECONDS = 900  # in which any of these processes ends, on a busy machine too
 
@@ -36,10 +38,16 @@ def flags(devices: int) -> str:
 
 
 def begun(
-    words: list[str], count: int = 2, devices: int = 2, strikes: tuple = (), launched: bool = False
+    words: list[str],
+    count: int = 2,
+    devices: int = 2,
+    strikes: tuple = (),
+    launched: bool = False,
+    only: Mapping[int, list[str]] = MappingProxyType({}),
 ) -> list[subprocess.Popen]:
     """`xlab WORDS` in so many processes that are one run, or in one by itself, each with so many devices; a strike is a
-    signal that the process of that number sends itself, see STRIKE. launched: they are told by what SLURM sets."""
+    signal that the process of that number sends itself, see STRIKE. launched: they are told by what SLURM sets; only:
+    more words of the process of that number."""
     port, processes = free_port(), []
     for process in range(count):
         place = [f"coordinator=127.0.0.1:{port}", f"processes={count}", f"process={process}"]
@@ -50,7 +58,7 @@ def begun(
         if launched:
             step = {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": f"{count}", "SLURM_PROCID": f"{process}"}
             environment |= SLURM | step | {"SLURM_LOCALID": f"{process}", "JAX_COORDINATOR_PORT": f"{port}"}
-        command = [sys.executable, "-m", "xformers_lab", *words, *place]
+        command = [sys.executable, "-m", "xformers_lab", *words, *place, *only.get(process, [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **pipes))
     return processes
@@ -100,7 +108,7 @@ def words(tmp_path_factory) -> dict:
         (["proceses=2"], 'did you mean "processes"'),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "resume"])
+@pytest.mark.parametrize("command", ["train", "resume", "eval"])
 def test_words_that_name_no_place_are_refused(command, place, said, tmp_path, capsys):
     config = tiny("copy", tmp_path, name="run")
     configs.folder(config).mkdir(parents=True)
@@ -108,18 +116,14 @@ def test_words_that_name_no_place_are_refused(command, place, said, tmp_path, ca
     what = spelled(config) if command == "train" else [str(configs.folder(config))]
     assert main([command, *what, *place]) == 2
     err = capsys.readouterr().err
-    if command == "train" or "proceses" not in place[0]:  # resume knows few words at all
+    if command == "train" or "proceses" not in place[0]:  # resume and eval know few words at all
         assert said in err
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["compare", "bench", "show", "eval RUN", "signals"])
-def test_other_commands_take_no_place(command, tmp_path, capsys):
-    config = tiny("copy", tmp_path)
-    folder = configs.folder(config)
-    folder.mkdir(parents=True)
-    records.write_json(folder / "config.json", configs.to_dict(config))
-    assert main([*command.replace("RUN", str(folder)).split(), "processes=2"]) == 2
+@pytest.mark.parametrize("command", ["compare", "bench", "show", "signals"])
+def test_other_commands_take_no_place(command, capsys):
+    assert main([command, "processes=2"]) == 2
     err = capsys.readouterr().err
     assert "processes" in err and len(err.splitlines()) == 1
 
@@ -273,6 +277,26 @@ def test_processes_are_one_with_all_their_devices(count, devices, tmp_path, word
         assert "layout=pmap is of the devices of one process" in said[1]
         assert "was given lr=0.5" in said[2] or "was given lr=0.003" in said[2]
         assert "not the folder that process 0 has" in said[3]
+
+
+@pytest.mark.full
+def test_processes_score_together(tmp_path):
+    """Two give what one gives, and the first alone prints it; what differs between them is refused in both."""
+    config = tiny("copy", tmp_path, layout="fsdp", position="rope", attention="local:window=4")
+    loop.run(config)
+    folder, words = configs.folder(config), ["seq_len=16,8", "attention.window=2", "--json"]
+    (code, out, _), (other, silent, _) = ended(begun(["eval", str(folder), *words]))
+    assert (code, other, silent) == (0, 0, "")
+    alone = trained.evaluate_at(folder, [16, 8], {"attention.window": [2]})
+    for one, row in zip(alone, json.loads(out), strict=True):
+        assert row["loss"] == pytest.approx(one["loss"], rel=1e-5) and row["metric"] == pytest.approx(one["metric"])
+        assert {key: row[key] for key in ("id", "seq_len", "changed")} == {
+            key: one[key] for key in ("id", "seq_len", "changed")
+        }
+    refused = ended(begun(["eval", str(folder)], only={1: ["--split", "validation"]}))
+    assert [code for code, _, _ in refused] == [2, 2]
+    for _, _, said in refused:
+        assert "--split=validation" in said and "processes of one run take the same words" in said
 
 
 @pytest.mark.full

@@ -50,6 +50,7 @@ def test_the_same_model_begins_where_the_other_ended(source, stored, tmp_path, c
     assert str(source) in said and "fresh: none" in said and "of step 6" in said
 
 
+@pytest.mark.full
 def test_tables_are_cut_and_other_shapes_are_fresh(source, stored, tmp_path):
     config = tiny("copy:symbols=5", tmp_path, init=str(source), seq_len=32)
     fresh = leaves_of(init(edit(config, init=None), build_task(config), jobs.prepare(config, tmp_path).tx))
@@ -159,6 +160,7 @@ def test_texts_of_another_tokenizer_are_refused(source, tmp_path, theirs):
     assert not initial._same_tokens(config, {"tokenizer": ""}, task)
 
 
+@pytest.mark.full
 def test_another_head_and_kind_take_the_rest(source, tmp_path):
     config = tiny("listops", tmp_path, init=str(source), model="encoder")
     matched = initial.match(config, build_task(config))

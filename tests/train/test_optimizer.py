@@ -393,6 +393,7 @@ def test_runs_that_differ_in_rates_share_a_program(task, tmp_path):
         assert len(programs._KEPT) == 1, number
 
 
+@pytest.mark.full
 def test_a_file_of_ones_own_trains(task, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

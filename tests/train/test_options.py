@@ -135,6 +135,7 @@ def test_what_goes_by_the_length_is_told_beside_what_is_asked_for():
     assert otherwise.at(config, build_task(config), 36).changed == {"attention.stride": [4, 6]}
 
 
+@pytest.mark.full
 def test_steps_of_a_recurrent_depth_are_layers(runs):
     config, folder = train(runs, depth="universal", layers=2)
     rows = trained.evaluate_at(folder, [], {"layers": "2,3"})
@@ -143,6 +144,7 @@ def test_steps_of_a_recurrent_depth_are_layers(runs):
     assert rows[1]["changed"] == {"layers": [2, 3]} and rows[1]["loss"] != rows[0]["loss"]
 
 
+@pytest.mark.full
 def test_the_stride_of_windows_is_an_option_of_the_task(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("".join(f"{number} bottles of beer on the wall.\n" for number in range(900)))
@@ -242,6 +244,7 @@ def test_the_model_that_is_found_has_its_options_too():
     assert changed.model.model == "encoder:pool=first" and change.name == "model.pool"
 
 
+@pytest.mark.full
 def test_sizes_are_one_value(runs):
     config, folder = train(runs, attention="axial:shape=4x4", position="none")
     row = trained.evaluate(folder, asked={"attention.shape": "2x8"})

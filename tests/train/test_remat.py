@@ -149,7 +149,7 @@ def test_where_it_is_done_already_it_is_refused(capsys):
     check_config(edit(Config(), task="copy", depth="reversible:backward=store", remat="full"))
 
 
-def test_a_run_has_its_maps_all_the_same(tmp_path):
+def test_a_run_has_its_maps_all_the_same(tmp_path, whole_ends):
     """Whoever looks at layers sees them."""
     path = tmp_path / "uneven.py"
     path.write_text(TASK)

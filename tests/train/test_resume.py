@@ -115,6 +115,7 @@ def test_interrupted_saves_and_says_how_to_go_on(words, whole, tmp_path, strike,
     same_end(config, record | {"run_dir": str(folder)}, whole)
 
 
+@pytest.mark.full
 def test_stop_asks_like_a_signal(words, whole, tmp_path):
     config, seen = tiny(**words, runs=tmp_path), []
     progress = lambda step, total, metrics: seen.append(step)
@@ -125,6 +126,7 @@ def test_stop_asks_like_a_signal(words, whole, tmp_path):
     assert seen == list(range(1, 13))  # nothing was computed twice
 
 
+@pytest.mark.full
 def test_killed_before_the_first_checkpoint_starts_again(words, whole, tmp_path):
     config = tiny(**words, runs=tmp_path)
     folder = configs.folder(config)

@@ -89,6 +89,7 @@ def test_interrupted_and_resumed_it_is_the_same(task_file, whole, tmp_path, afte
     assert saved(record["run_dir"]) == saved(whole["run_dir"])
 
 
+@pytest.mark.full
 def test_before_a_validation_the_last_saved_counts(task_file, tmp_path, caplog):
     config, seen = tiny(task_file, tmp_path, **(FAST | {"eval_every": 8})), []
     progress = lambda step, total, metrics: seen.append(step)
@@ -99,6 +100,7 @@ def test_before_a_validation_the_last_saved_counts(task_file, tmp_path, caplog):
     assert "the last one saved, for nothing is validated yet" in caplog.text
 
 
+@pytest.mark.full
 def test_a_run_that_begins_with_it_takes_the_best(task_file, whole, tmp_path):
     config = tiny(task_file, tmp_path, init=whole["run_dir"])
     task, arrays = build_task(config), saved(whole["run_dir"])

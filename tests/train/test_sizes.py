@@ -26,7 +26,7 @@ def counted(config):
     return sizes.of(config)
 
 
-def test_a_config_is_as_large_as_its_run(config, counted):
+def test_a_config_is_as_large_as_its_run(config, counted, whole_ends):
     record = loop.run(config)
     tokens, training = config.train.batch * config.seq_len, counted["training_bytes"]
     assert counted["parameters"]["total"] == record["parameters"]

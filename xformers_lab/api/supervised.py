@@ -1,10 +1,11 @@
-"""One run trained in a worker, as data: what `xlab train` and `xlab resume` print, and `api` gives as a Run."""
+"""One run trained in a worker, as data: what `xlab train` and `xlab resume` print, and `api` gives as a Run; and scored
+in one, where several processes score it together."""
 
 import contextlib
 import dataclasses
 import pathlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xformers_lab import config as configs
@@ -65,10 +66,28 @@ def resume(
     return folder, _ask(title, folder, "train.work.resume", job, place, quiet)
 
 
+def evaluate(
+    folder: pathlib.Path, place: configs.Place, at: Sequence[int], asked: Mapping[str, str], **how: Any
+) -> list[dict[str, Any]] | None:
+    """What `trained.evaluate_at` gives of the run in a folder, by all processes of a place together, as `hosts.meant`
+    gives it; None in all but the first. Raises as that does, and RunFailed where one of them is lost."""
+    if how.get("beams") is not None:
+        raise UsageError("--beams: one process generates texts; leave out coordinator=, processes= and process=")
+    job = {"run_dir": str(folder), "at": list(at), "asked": dict(asked), "how": how}
+    return _ask(f"scoring {folder}", folder, "train.work.evaluate", job, place, False, resumed=False)
+
+
 def _ask(
-    title: str, folder: pathlib.Path, what: str, job: dict, place: configs.Place, quiet: bool
-) -> dict[str, Any] | None:
-    """Have a worker train, and show how far it is, in the first of several processes alone."""
+    title: str,
+    folder: pathlib.Path,
+    what: str,
+    job: dict,
+    place: configs.Place,
+    quiet: bool,
+    resumed: bool = True,
+) -> Any:
+    """Have a worker do it, and show how far it is, in the first of several processes alone. resumed: whether the run in
+    the folder goes on where it ended before."""
     if place.coordinator is None:
         records.refuse_if_in_use(folder)  # before a worker starts, which takes seconds
     else:
@@ -102,7 +121,9 @@ def _ask(
                     how = hosts.unmet(place)
             elif not how.startswith(LOST):
                 raise
-            saved = f"; go on with xlab resume {folder}" if any(folder.glob("checkpoints/*/MANIFEST.json")) else ""
+            saved = ""
+            if resumed and any(folder.glob("checkpoints/*/MANIFEST.json")):
+                saved = f"; go on with xlab resume {folder}"
             error = RunFailed(how if "xlab resume" in how else how + saved)
             error.exit_code = ended.exit_code
             raise error from None

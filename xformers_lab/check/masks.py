@@ -34,25 +34,29 @@ def no_future(subject: Subject) -> None:
         inputs, before = subject.inputs(case), subject.result(case)
         for row in sorted({0, 1, T // 2, T - 2}):
             at = LENGTH - T + row
-            grads = subject.apply(case, inputs, cotangent=subject.cotangent(case, inputs, row)).grads["inputs"]
-            for name in [name for name in ("k", "v", "x", "q") if name in grads]:
-                after = row if name == "q" else at
-                seen = np.abs(grads[name][:, after + 1 :]).max((0, *range(2, grads[name].ndim)))
-                if seen.any():
-                    where = after + 1 + int(np.nonzero(seen)[0][0])
-                    late = (
-                        "the bias or the mask is not aligned at the end"
-                        if T < LENGTH and name != "q"
-                        else "an off-by-one?"
-                    )
-                    raise Broken(
-                        f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: "
-                        f"derivative {seen.max():.1e} instead of 0. Query t may see keys up to S - T + t ({late})"
-                    )
+            if subject.gradients:
+                _no_derivative_of_later(subject, case, inputs, row)
             changed = dict(inputs)
             for name in [name for name in ("k", "v", "x") if name in inputs]:
                 changed[name] = np.concatenate([inputs[name][:, : at + 1], -3 * inputs[name][:, at + 1 :]], 1)
             _unchanged(subject.apply(case, changed).out, before.out, np.arange(T) <= row, f"later keys change ({case})")
+
+
+def _no_derivative_of_later(subject: Subject, case: Case, inputs: dict, row: int) -> None:
+    """Raises Broken where the output of a query has a derivative by what comes later."""
+    at = LENGTH - case.T + row
+    grads = subject.apply(case, inputs, cotangent=subject.cotangent(case, inputs, row)).grads["inputs"]
+    for name in [name for name in ("k", "v", "x", "q") if name in grads]:
+        after = row if name == "q" else at
+        seen = np.abs(grads[name][:, after + 1 :]).max((0, *range(2, grads[name].ndim)))
+        if seen.any():
+            where = after + 1 + int(np.nonzero(seen)[0][0])
+            short = case.T < LENGTH and name != "q"
+            late = "the bias or the mask is not aligned at the end" if short else "an off-by-one?"
+            raise Broken(
+                f"query {row} (position {at}, {case}) depends on {name}[{where}], which comes later: "
+                f"derivative {seen.max():.1e} instead of 0. Query t may see keys up to S - T + t ({late})"
+            )
 
 
 def no_padding(subject: Subject) -> None:
@@ -60,20 +64,11 @@ def no_padding(subject: Subject) -> None:
     for causal in subject.modes:
         case = subject.square(causal)
         valid = np.asarray(subject.valid(case))
-        rows = np.ones(valid.shape, bool)
-        inputs, cotangent = subject.inputs(case), None
-        if subject.own_input:  # a padded position's own output may depend on itself
-            kept = valid.reshape(valid.shape + (1,) * (1 if subject.whole else 2))
-            rows, cotangent = valid, np.asarray(subject.cotangent(case, inputs)) * kept
-        grads = subject.apply(case, inputs, cotangent=cotangent).grads["inputs"]
-        for name in [name for name in ("k", "v", "x") if name in grads]:
-            leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~valid
-            if leak.any():
-                sample, at = (int(index[0]) for index in np.nonzero(leak))
-                raise Broken(
-                    f"the output depends on {name}[{at}] of sample {sample}, which is padding ({case}): derivative "
-                    f"{leak.max():.1e} instead of exactly 0. Mask scores by `valid` before the softmax"
-                )
+        # A padded position's own output may depend on itself.
+        rows = valid if subject.own_input else np.ones(valid.shape, bool)
+        inputs = subject.inputs(case)
+        if subject.gradients:
+            _no_derivative_of_padding(subject, case, inputs)
         noise = np.random.default_rng(2)
         filled = dict(inputs)
         for name in [name for name in ("k", "v", "x") if name in inputs]:
@@ -83,6 +78,23 @@ def no_padding(subject: Subject) -> None:
             filled[name] = np.where(padded, garbage, inputs[name])
         before, after = subject.result(case).out, subject.apply(case, filled).out
         _unchanged(after, before, rows, f"padding holds values near {GARBAGE:g} ({case})")
+
+
+def _no_derivative_of_padding(subject: Subject, case: Case, inputs: dict) -> None:
+    """Raises Broken where the output has a derivative by what is padding."""
+    valid, cotangent = np.asarray(subject.valid(case)), None
+    if subject.own_input:
+        kept = valid.reshape(valid.shape + (1,) * (1 if subject.whole else 2))
+        cotangent = np.asarray(subject.cotangent(case, inputs)) * kept
+    grads = subject.apply(case, inputs, cotangent=cotangent).grads["inputs"]
+    for name in [name for name in ("k", "v", "x") if name in grads]:
+        leak = np.abs(grads[name]).max(tuple(range(2, grads[name].ndim))) * ~valid
+        if leak.any():
+            sample, at = (int(index[0]) for index in np.nonzero(leak))
+            raise Broken(
+                f"the output depends on {name}[{at}] of sample {sample}, which is padding ({case}): derivative "
+                f"{leak.max():.1e} instead of exactly 0. Mask scores by `valid` before the softmax"
+            )
 
 
 def nothing_to_see(subject: Subject) -> None:

@@ -78,7 +78,8 @@ class Subject:
 
     Its parameters are moved a little, as training does, unless `initial`: heads whose parameters start equal, or that
     start as zeros, would hide that they are mistaken for one another or never used. jit: how its runs are compiled; the
-    kit compiles as users do. brief: fast and reference are compared at one shape alone.
+    kit compiles as users do. brief: fast and reference are compared at one shape alone. gradients: False where
+    values alone are looked at, so that half of each program is never compiled.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class Subject:
         initial: bool = False,
         jit: Callable = jax.jit,
         brief: bool = False,
+        gradients: bool = True,
     ):
         self.name, self.make, self.length, self.small, self.jit = name, make, length, small, jit
-        self.brief = brief
+        self.brief, self.gradients = brief, gradients
         self.mechanism = self.built(length)
         graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
         if not initial:
@@ -103,6 +105,7 @@ class Subject:
         self.sources = ("x",) if self.whole else ("k", "v")
         self.graph, self.own, self.rest = nnx.split(self.mechanism, nnx.Param, ...)
         self._runs: dict = {}
+        self._traces: dict = {}
         self._pulled: set = set()
         self._results: dict = {}
         self._refused: dict[Case, str | None] = {}
@@ -251,10 +254,10 @@ class Subject:
         return self._refused[case]
 
     def _refusal(self, case: Case) -> str | None:
-        forward = functools.partial(self.forward, causal=case.causal, method="attend")
         try:
             given = self.inputs(case), self.valid(case), jax.random.key(0), self.documents(case)
-            jax.eval_shape(forward, self.own, *given)
+            with jax.default_matmul_precision("highest"):
+                self.traced(case.causal, "attend").eval_shape(self.own, *given)
         except Refused as error:
             return str(error)
         except Exception:  # a mistake, not a refusal: the property that makes this call will show it
@@ -281,7 +284,7 @@ class Subject:
         call = (inputs, valid, jax.random.key(1) if training else None, self.documents(case))
         leaves, tree = jax.tree.flatten(call)
         shapes = (case.causal, method, loop, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if gradients:
+        if gradients and self.gradients:
             self._pulled.add(shapes)
         gradients = shapes in self._pulled
         run = self._run(case.causal, method, loop, gradients)
@@ -331,11 +334,18 @@ class Subject:
                 errors.append(float(np.abs(fast.out - slow.out).max() / max(np.abs(slow.out).max(), 0.1)))
         return max(errors, default=None)
 
+    def traced(self, causal: bool, method: str, loop: bool = False):
+        """The output alone, traced once for each kind of call, whoever asks: tracing is a third of what a brief kit
+        takes."""
+        if (causal, method, loop) not in self._traces:
+            self._traces[causal, method, loop] = jax.jit(
+                functools.partial(self.forward, causal=causal, method=method, loop=loop)
+            )
+        return self._traces[causal, method, loop]
+
     def _run(self, causal: bool, method: str, loop: bool, gradients: bool):
         if (causal, method, loop, gradients) not in self._runs:
-
-            def forward(own, inputs, valid, key, documents):
-                return self.forward(own, inputs, valid, key, documents, causal=causal, method=method, loop=loop)
+            forward = self.traced(causal, method, loop)
 
             def both(own, inputs, valid, key, documents, cotangent):
                 out, pull = jax.vjp(lambda own, inputs: forward(own, inputs, valid, key, documents), own, inputs)

@@ -144,8 +144,9 @@ def _has_reference(subject: Subject) -> None:
 
 def _program(subject: Subject, method: str) -> str:
     case = subject.square(subject.modes[0])
-    run = functools.partial(subject.forward, causal=case.causal, method=method)
-    return str(jax.make_jaxpr(run)(subject.own, subject.inputs(case), subject.valid(case), jax.random.key(0)))
+    given = subject.own, subject.inputs(case), subject.valid(case), jax.random.key(0), subject.documents(case)
+    with jax.default_matmul_precision("highest"):
+        return str(subject.traced(case.causal, method).trace(*given).jaxpr)
 
 
 def equals_reference(subject: Subject) -> None:

@@ -9,7 +9,7 @@ from xformers_lab.api import supervised
 from xformers_lab.cli.command import JSON, TRACK, TRUST, WORDS, Command, answer, argument
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import LINES, visible
-from xformers_lab.train import options
+from xformers_lab.train import hosts, options
 
 
 def _train(chosen: argparse.Namespace) -> int:
@@ -38,7 +38,9 @@ def _eval(chosen: argparse.Namespace) -> int:
     batches = chosen.batches
     if batches is not None:
         batches = configs.typed("eval_batches", batches, f"--batches {batches}")
-    lengths, asked = _asked(chosen.words)
+    place, words = configs.placed(chosen.words)
+    place = hosts.meant(place)
+    lengths, asked = _asked(configs.spelled(words))
     folder = _run_dir(chosen)
     from xformers_lab import progress
     from xformers_lab.report import pages
@@ -46,8 +48,13 @@ def _eval(chosen: argparse.Namespace) -> int:
 
     if chosen.beams is None and chosen.texts is not None:
         raise UsageError(f"--texts {chosen.texts}: it is of texts that are generated; give --beams, or leave it out")
-    how = {"split": chosen.split, "batches": batches, "trust": chosen.trust, "say": progress.say}
-    rows = trained.evaluate_at(folder, lengths, asked, **how, **_set(chosen, ("beams", "texts")))
+    how = {"split": chosen.split, "batches": batches, "trust": chosen.trust, **_set(chosen, ("beams", "texts"))}
+    if place.coordinator is None:
+        rows = trained.evaluate_at(folder, lengths, asked, **how, say=progress.say)
+    else:
+        rows = supervised.evaluate(folder, place, lengths, asked, **how)
+    if rows is None:  # the first process prints them
+        return 0
     if len(rows) > 1:
         return answer(chosen, rows, lambda: pages.print_scores(rows))
     return answer(chosen, rows[0], lambda: pages.print_record(rows[0]))
@@ -118,7 +125,8 @@ OTHERWISE = argument(
     "words",
     nargs="*",
     metavar="key=value",
-    help="seq_len=T or an option of the run's choices, depth.threshold=0.5,0.9; several values give a row each",
+    help="seq_len=T or an option of the run's choices, depth.threshold=0.5,0.9; several values give a row each; of "
+    "several processes coordinator=, processes=, process=, wait=, as train takes them",
 )
 SPLIT = argument("--split", choices=("train", "validation", "test"), help="in place of the run's own score=")
 BATCHES = argument("--batches", help="in place of the run's own eval_batches=: all, or so many times 32 examples")

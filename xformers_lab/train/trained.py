@@ -11,10 +11,21 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import Model, kind_of
 from xformers_lab.record import Record
 from xformers_lab.tasks import Split, Task
-from xformers_lab.train import checkpoint, evaluation, generated, options, records, result, scoring, selection, settled
+from xformers_lab.train import (
+    checkpoint,
+    evaluation,
+    generated,
+    hosts,
+    options,
+    records,
+    result,
+    scoring,
+    selection,
+    settled,
+)
 from xformers_lab.train.failures import Diverged
 from xformers_lab.train.jobs import Job, prepare
-from xformers_lab.train.layout import to_score
+from xformers_lab.train.layout import layout_of, to_score
 from xformers_lab.train.state import TrainState, merge
 
 
@@ -64,7 +75,9 @@ def evaluate_at(
     where the loss of one is no number, its `reason` says so. Raises before it scores any where the model of one cannot
     be, and where texts are to be generated of several."""
     run_dir = pathlib.Path(run_dir)
-    job = _trained(run_dir, trust)
+    job = hosts.agreed(lambda: _trained(run_dir, trust))
+    told = {"RUN": configs.identity(job.config), "seq_len": list(at), "options": asked or {}}
+    hosts.refuse_other_words(told | {"--split": split, "--batches": batches})
     grid = options.grid(job.config, kind_of(job.config, job.task), asked or {})
     cells = [(length, values) for values in grid for length in at or [None]]
     if beams is not None:
@@ -117,7 +130,8 @@ def _trained(run_dir: pathlib.Path, trust: bool) -> Job:
         again = f"xlab resume {run_dir} --from-scratch makes one" if ended else f"train it with xlab resume {run_dir}"
         raise UsageError(f"{run_dir}: holds no checkpoint{'' if ended else ' yet'}; {again}")
     settled.refuse_misnamed(config, run_dir)
-    return prepare(config, run_dir, to_score)
+    # Of several processes none scores alone what their devices do not divide.
+    return prepare(config, run_dir, layout_of if hosts.several() else to_score)
 
 
 def _counting(job: Job) -> tuple[TrainState, int]:

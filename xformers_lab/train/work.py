@@ -1,4 +1,4 @@
-"""What a worker does for train and resume, and how it says so."""
+"""What a worker does for train and resume, and for eval by several processes, and how it says so."""
 
 import contextlib
 import pathlib
@@ -77,6 +77,22 @@ def _resume(
         record = loop.resume(run_dir, trust=trust, from_scratch=from_scratch, **told)
         followers.tested(record)
     return record
+
+
+def evaluate(
+    tell: Tell,
+    run_dir: str,
+    at: Sequence[int],
+    asked: Mapping[str, str],
+    how: Mapping[str, Any],
+    place: Mapping[str, Any],
+) -> list[dict]:
+    """The rows of `trained.evaluate_at`, which all processes of a place score together; how: its other arguments."""
+    with joined(tell, place):
+        from xformers_lab.train import trained
+
+        tell.doing("scoring")
+        return trained.evaluate_at(run_dir, at, asked, **how, say=lambda line: tell(said=line))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -51,14 +53,40 @@ class End:
     arrays: dict[str, str]
 
 
+class Started:
+    """The processes of all trials, which trials in several threads start."""
+
+    def __init__(self):
+        self._processes: list[subprocess.Popen] = []
+        self._lock, self._stopped = threading.Lock(), False
+
+    def start(self, command: Sequence[str], **options) -> subprocess.Popen:
+        """Raises Lost once they are stopped."""
+        with self._lock:
+            if self._stopped:
+                raise Lost("the trials were stopped")
+            self._processes.append(process := subprocess.Popen(command, **options))
+            return process
+
+    def stop(self) -> None:
+        """End them, with all that they started, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                if process.poll() is None:
+                    strike(process, signal.SIGKILL)
+
+
 @dataclasses.dataclass
 class Trial:
-    """folder: where the runs lie; times: how often to disturb, None for the few of each; say: shows a line."""
+    """folder: where the runs lie; times: how often to disturb, None for the few of each; say: shows a line; started:
+    what is started, of all trials that are tried at once."""
 
     folder: pathlib.Path
     times: int | None
     say: Callable[[str], object]
     alone: End | None = None
+    started: Started = dataclasses.field(default_factory=Started)
 
     def leave_alone(self) -> None:
         """Train the run that nothing disturbs, which all others are compared with."""
@@ -86,14 +114,12 @@ class Trial:
 
     def runs(self, name: str) -> pathlib.Path:
         """A folder for runs that no other trial has."""
-        place = self.folder / f"{name}{len(list(self.folder.iterdir()))}"
-        place.mkdir()
-        return place
+        return pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
 
     def start(self, words: Sequence[str], limit: int | None = None, **variables: str) -> subprocess.Popen:
         """`xlab` in a process group of its own. limit: bytes that a file may grow to."""
         program = ["-m", "xformers_lab"] if limit is None else ["-c", LIMITED, str(limit)]
-        return subprocess.Popen(
+        return self.started.start(
             [sys.executable, *program, *words],
             env=os.environ | variables,
             stdout=subprocess.PIPE,
@@ -101,6 +127,10 @@ class Trial:
             text=True,
             start_new_session=True,
         )
+
+    def stop(self) -> None:
+        """End every process that a trial has started, whichever trial."""
+        self.started.stop()
 
     def go_on(self, runs: pathlib.Path, **options) -> subprocess.Popen:
         """The run in the folder is begun, or resumed where it has a checkpoint."""
