@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
-from xformers_lab.attention._engine.order import PAD, runs
+from xformers_lab.attention._engine.order import PAD, Order, runs
 from xformers_lab.nn.plan import FUSED
 
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
@@ -126,7 +126,7 @@ def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, siz
 def _part(pattern: Pattern, T: int, S: int, block: tuple[int, int], sizes: Sizes) -> Part:
     order, (block_q, block_k) = pattern.order, block
     queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
-    live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
+    live = live_blocks(pattern, order, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
     natural = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
     groups, lead, tail = _groups(live, (len(queries) // block_q, len(keys) // block_k), block, sizes)
     keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
@@ -137,8 +137,9 @@ def _part(pattern: Pattern, T: int, S: int, block: tuple[int, int], sizes: Sizes
 # ---- which blocks are live -----------------------------------------------------------------------------------------
 
 
-def _live(pattern: Pattern, q: np.ndarray, k: np.ndarray, S: int) -> Live:
-    order = pattern.order
+def live_blocks(pattern: Pattern, order: Order, q: np.ndarray, k: np.ndarray, S: int) -> Live:
+    """Of blocks of queries (blocks, block) and of keys, positions in one of the pattern's orders or in the natural one,
+    those with a live pair."""
     q_runs, k_runs = runs(order, q.reshape(-1), q.shape[1]), runs(order, k.reshape(-1), k.shape[1])
     rows = np.nonzero(q_runs.high != PAD)[0]
     spans = []
