@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine import fused
+from xformers_lab.attention._engine import fused, kernels
+from xformers_lab.attention._engine.pattern import All
+from xformers_lab.errors import Refused
 
 
 @pytest.fixture
@@ -22,6 +24,7 @@ def as_if_on_gpu(monkeypatch):
         return original(*arrays, **{**options, "implementation": "xla"})
 
     monkeypatch.setattr(fused, "_nvidia", lambda: True)
+    monkeypatch.setitem(kernels.OF_PLATFORM, "cpu", (fused,))
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     return calls
 
@@ -59,8 +62,11 @@ def test_calls_that_cudnn_would_get_wrong_stay_with_the_engine(as_if_on_gpu):
 
 
 def test_on_cpu_the_engine_runs():
-    q, k, _ = arrays()
-    assert not fused.fits(q, k, None, None, None)
+    asked = kernels.asked(*arrays(), [All()])
+    assert kernels.chosen(asked) is None
+    assert "no NVIDIA GPU" in (fused.why_not(asked) or "")
+    with pytest.raises(Refused, match="kernel=cudnn: it is NVIDIA's"):
+        kernels.chosen(asked, "cudnn")
 
 
 @pytest.mark.parametrize("per", ["channel", "head"])

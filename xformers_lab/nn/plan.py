@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 FUSED = 4096
 
 Remat = Literal["none", "dots", "full"]
+Kernel = Literal["auto", "blocks", "splash", "cudnn", "pallas"]
+AUTO, BLOCKS = "auto", "blocks"  # what the platform has, if it can; and the block engine, that every platform has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Plan:
             this many queries together.
         remat: what layers compute again in the backward pass: nothing, all but what linear layers gave, or all but
             what they were given.
+        kernel: what runs attention over a pattern of positions, see `attention/_engine/kernels.py`.
     """
 
     loop_from: int | None = None
     unrolled: int = 0
     fused: int = FUSED
     remat: Remat = "none"
+    kernel: Kernel = AUTO
 
     @classmethod
     def of(cls, platform: str) -> "Plan":
