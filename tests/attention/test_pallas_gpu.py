@@ -1,24 +1,34 @@
 """The block-sparse kernel for GPUs computes the definition and leaks nothing, in Pallas' interpreter, without a GPU."""
 
+import contextlib
+import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from xformers_lab.attention._engine import pallas_gpu
+from xformers_lab import spec
+from xformers_lab.attention._base.patterned import Patterned
+from xformers_lab.attention._engine import kernels
+from xformers_lab.attention._engine.asked import interpreted
 from xformers_lab.attention._engine.dense import dense
-from xformers_lab.attention._engine.pallas_gpu import Tuning, Tunings, blocks
+from xformers_lab.attention._engine.pallas_gpu import blocks
+from xformers_lab.attention._engine.pallas_gpu.flash import flash
+from xformers_lab.attention._engine.pallas_gpu.tuning import Tuning, Tunings
 from xformers_lab.attention._engine.pattern import Band, Causal, Global, Pattern, Residue
 from xformers_lab.attention._engine.random_blocks import RandomBlocks
+from xformers_lab.nn.plan import Plan
 
 S = 72  # no multiple of a block
 SMALL = Tunings(*[Tuning(16, 16)] * 3)
 
 
 def run(q, k, v, **how):
-    return pallas_gpu.attend(q, k, v, tunings=SMALL, interpret=True, **how)
+    return flash(q, k, v, tunings=SMALL, interpret=True, **how)
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +147,60 @@ def test_queries_that_see_nothing_give_zeros():
     out, pull = jax.vjp(jax.jit(attend), q, k, v)
     for each in (out, *pull(weights)):
         np.testing.assert_array_equal(each, jnp.zeros_like(each))
+
+
+def patterned():
+    """Mechanisms that are the average over a pattern, as it stands."""
+    kinds = {name: spec.entry("attention", name) for name in spec.names("attention")}
+    plain = lambda kind: kind.attend is Patterned.attend and kind.attend_heads is Patterned.attend_heads
+    return [name for name, kind in kinds.items() if issubclass(kind, Patterned) and plain(kind)]
+
+
+def first_brief(names):
+    """The first, and one whose parts have orders of their own, in brief; the others where there is time."""
+    brief = (names[0], "strided")
+    return [pytest.param(name, marks=[] if name in brief else [pytest.mark.full]) for name in names]
+
+
+@pytest.mark.parametrize("name", first_brief(patterned()))
+def test_every_pattern_is_lowered_for_cuda(name):
+    mechanism = spec.build("attention", name, length=512, dim=256, heads=4, kv_heads=2)
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    arrays = shape(2, 512, 4, 64), shape(2, 512, 2, 64), shape(2, 512, 2, 64)
+    masks = shape(2, 512, dtype=bool), shape(2, 512, dtype=jnp.int32)
+    for causal in (False, True):
+
+        def total(q, k, v, valid, documents, causal=causal):
+            how = {"patterns": mechanism.all_seen(causal), "valid": valid, "documents": documents}
+            return flash(q, k, v, **how).astype(jnp.float32).sum()
+
+        with on_hopper():
+            traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*arrays, *masks)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert all(f"attention_{kernel}" in text for kernel in ("forward", "backward_queries", "backward_keys"))
+
+
+def on_hopper():
+    """Newer versions of JAX want to know the GPU that Triton is to compile for."""
+    if "platform" not in inspect.signature(AbstractDevice).parameters:
+        return contextlib.nullcontext()
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", patterned())
+def test_every_patterned_mechanism_computes_its_definition(name, causal):
+    plan = dataclasses.replace(Plan.of("cpu"), kernel="pallas")
+    mechanism = spec.build("attention", name, length=S, dim=32, heads=4, kv_heads=2, plan=plan)
+    q, k, v, weights = arrays()
+
+    def whole(method):
+        form = lambda *qkv: mechanism.mix(*qkv, causal=causal, method=method, **marks())[0]
+        return jax.jit(lambda *qkv: (form(*qkv), jax.vjp(form, *qkv)[1](weights)))(q, k, v)
+
+    with interpreted(), kernels.noted() as ran:
+        mine = whole("attend")
+    assert ran == {"pallas"}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-6), mine, whole("reference"))

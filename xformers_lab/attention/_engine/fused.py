@@ -5,7 +5,7 @@ import jax
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.asked import Asked
 from xformers_lab.attention._engine.pattern import by_distance
-from xformers_lab.nn.platform import elsewhere
+from xformers_lab.nn.platform import nvidia
 
 IMPLEMENTATION = "cudnn"
 name: str = IMPLEMENTATION
@@ -19,7 +19,7 @@ def why_not(asked: Asked) -> str | None:
     have to be materialised as (T, S), and its bias gradients only work for one batch, so those calls go elsewhere.
     """
     reasons = (
-        ("it is NVIDIA's, and this process has no NVIDIA GPU", not _nvidia()),
+        ("it is NVIDIA's, and this process has no NVIDIA GPU", not nvidia()),
         ("it takes the full pattern, or a causal one with or without a window", not _known(asked.pattern)),
         ("it takes half precision, dtype=bfloat16", asked.dtype not in ("bfloat16", "float16")),
         ("it takes no padding here", asked.valid),
@@ -52,10 +52,3 @@ def _known(pattern: Pattern | None) -> bool:
 
 def _head(size: int) -> bool:
     return size % 8 == 0 and size <= LARGEST_HEAD
-
-
-def _nvidia() -> bool:
-    if elsewhere():  # whose library is not here to be asked whether it takes a call
-        return False
-    device = jax.devices()[0]
-    return device.platform == "gpu" and "nvidia" in device.device_kind.lower()

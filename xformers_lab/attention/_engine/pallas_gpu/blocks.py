@@ -10,11 +10,12 @@ import numpy as np
 from xformers_lab.attention._engine.algebra import MIXED, WHOLE, Pattern
 from xformers_lab.attention._engine.block_sparse.layout import Ordered, ordered
 from xformers_lab.attention._engine.order import PAD
+from xformers_lab.errors import Refused
 
 # A program computes at most so many blocks, or this many times as many as most do: one that saw all keys alone would
 # still run when all others are done.
 SHORT, LONGER = 32, 4
-# Bytes of the masks of blocks whose predicate has a table, at most.
+# Bytes, at most, of the different masks of blocks whose predicate has a table, and of all of them in bits.
 MASKS = 1 << 28
 
 
@@ -113,8 +114,8 @@ def _masks(part: Ordered, block_q: int, block_k: int) -> tuple[np.ndarray, np.nd
     """Of each live block the number of its mask, 0 where it has none, and the masks that differ."""
     q, k = part.queries.reshape(-1, block_q), part.keys.reshape(-1, block_k)
     mixed = np.nonzero(part.live.state == MIXED)[0]
-    if len(mixed) * block_q * block_k > 8 * MASKS:
-        raise MemoryError(f"{len(mixed)} blocks of {block_q} x {block_k} would need a mask each")
+    if len(mixed) * block_q * block_k // 8 > MASKS:
+        raise Refused(f"its pattern looks something up in {len(mixed):,} blocks that would need a mask each")
     packed = np.zeros((len(mixed), block_q * block_k // 8), np.uint8)
     for at in range(0, len(mixed), 256):
         some = mixed[at : at + 256]
@@ -122,6 +123,8 @@ def _masks(part: Ordered, block_q: int, block_k: int) -> tuple[np.ndarray, np.nd
         seen = np.broadcast_to(part.pattern(qi, kj) & (kj != PAD), (len(some), block_q, block_k))
         packed[at : at + len(some)] = np.packbits(seen.reshape(len(some), -1), axis=1)
     different, which = np.unique(packed, axis=0, return_inverse=True)
+    if len(different) * block_q * block_k > MASKS:
+        raise Refused(f"its pattern looks something up, which would need {len(different):,} different masks of blocks")
     numbers = np.zeros(len(part.live.rows), np.int32)
     numbers[mixed] = which.reshape(-1)
     masks = np.unpackbits(different, axis=1).reshape(-1, block_q, block_k).astype(np.int8)

@@ -1,7 +1,6 @@
 """The three kernels: outputs by blocks of queries, gradients of queries by the same, of keys and values by blocks of
 keys. Each program reads its row of a table and loops over its entries, first those that need no predicate."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,23 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from xformers_lab.attention._engine.pallas_gpu.blocks import Programs, Work
+from xformers_lab.attention._engine.pallas_gpu.blocks import Work
 from xformers_lab.attention._engine.pallas_gpu.tile import LOG2E, Marks, Rule, product, rows_of, scores, seen
+from xformers_lab.attention._engine.pallas_gpu.tuning import Tuning
 from xformers_lab.attention._engine.softmax import EMPTY
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How a kernel is cut and compiled: queries and keys per block, powers of two from 16 on; warps of a program, and
-    blocks that are on their way from memory at once."""
-
-    block_q: int = 64
-    block_k: int = 64
-    warps: int = 4
-    stages: int = 2
-
-
-TUNING = Tuning()
 
 
 def forward(q, k, v, marks: Marks, work: Work, rule: Rule, tuning: Tuning, interpret: bool):
@@ -34,7 +20,7 @@ def forward(q, k, v, marks: Marks, work: Work, rule: Rule, tuning: Tuning, inter
     block_q). q (B, T, N, H), k (B, S, K, H) and v (B, S, K, V), in whole blocks."""
     (B, _, N, _), rows = q.shape, work.programs.slots * rule.block_q
     outputs = (B, rows, N, v.shape[-1], _type(v, work)), (B, N, rows, jnp.float32)
-    return _run(_forward, "attention_forward", q, k, v, (), marks, work.programs, rule, tuning, interpret, outputs)
+    return _run(_forward, "attention_forward", (1, 1), q, k, v, (), marks, work, rule, tuning, interpret, outputs)
 
 
 def by_rows(q, k, v, of_rows, marks: Marks, work: Work, rule: Rule, tuning: Tuning, interpret: bool):
@@ -43,7 +29,7 @@ def by_rows(q, k, v, of_rows, marks: Marks, work: Work, rule: Rule, tuning: Tuni
     B, _, N, H = q.shape
     outputs = ((B, work.programs.slots * rule.block_q, N, H, _type(q, work)),)
     name = "attention_backward_queries"
-    return _run(_by_rows, name, q, k, v, of_rows, marks, work.programs, rule, tuning, interpret, outputs)[0]
+    return _run(_by_rows, name, (2, 1), q, k, v, of_rows, marks, work, rule, tuning, interpret, outputs)[0]
 
 
 def by_columns(q, k, v, of_rows, marks: Marks, work: Work, rule: Rule, tuning: Tuning, interpret: bool):
@@ -52,7 +38,7 @@ def by_columns(q, k, v, of_rows, marks: Marks, work: Work, rule: Rule, tuning: T
     (B, _, K, _), rows = k.shape, work.programs.slots * rule.block_k
     outputs = tuple((B, rows, K, x.shape[-1], _type(x, work)) for x in (k, v))
     name = "attention_backward_keys"
-    return _run(_by_columns, name, q, k, v, of_rows, marks, work.programs, rule, tuning, interpret, outputs, True)
+    return _run(_by_columns, name, (2, 2), q, k, v, of_rows, marks, work, rule, tuning, interpret, outputs, True)
 
 
 # ---- the kernels ---------------------------------------------------------------------------------------------------
@@ -137,22 +123,10 @@ def _weighed(rule: Rule, q, k, v, grad, lse, delta, mask):
 
 
 def _run(
-    kernel,
-    name,
-    q,
-    k,
-    v,
-    of_rows,
-    marks: Marks,
-    programs: Programs,
-    rule,
-    tuning: Tuning,
-    interpret,
-    outputs,
-    turned=False,
+    kernel, name, products, q, k, v, of_rows, marks: Marks, work: Work, rule, tuning, interpret, outputs, turned=False
 ):
     """A kernel for each program of each head of each sample: each query head or, where turned, each head of keys with
-    all that share it."""
+    all that share it. products: how many of a tile's are as long as a key, and as a value."""
     (B, _, N, _), K = q.shape, k.shape[2]
     shared = N // K
     of_queries = (lambda shape: _of_head(shape, shared)) if turned else _of_head
@@ -162,7 +136,14 @@ def _run(
         *(None if x is None else pl.BlockSpec((None, x.shape[1]), lambda i, head, b: (b, 0)) for x in marks[2:4]),
         *(None if x is None else _whole(x) for x in marks[4:]),
     )
-    table, columns = jnp.asarray(programs.table), jnp.asarray(programs.columns)
+    table, columns = jnp.asarray(work.programs.table), jnp.asarray(work.programs.columns)
+    scores = B * N * len(work.ordered.live.rows) * rule.block_q * rule.block_k
+    shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype) for *shape, dtype in outputs]
+    cost = pl.CostEstimate(
+        flops=2 * scores * (products[0] * k.shape[-1] + products[1] * v.shape[-1]),
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, *of_rows, *shapes)),
+    )
     of_outputs = of_keys if turned else of_queries
     return pl.pallas_call(
         functools.partial(kernel, rule=rule),
@@ -173,7 +154,8 @@ def _run(
             *(of_queries(x.shape) for x in of_rows),
         ],
         out_specs=[of_outputs(shape) for *shape, _ in outputs],
-        out_shape=[jax.ShapeDtypeStruct(tuple(shape), dtype) for *shape, dtype in outputs],
+        out_shape=shapes,
+        cost_estimate=cost,
         compiler_params=triton.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
         interpret=interpret,
         name=name,
