@@ -195,9 +195,10 @@ def test_every_patterned_mechanism_computes_its_definition(name, causal):
     plan = dataclasses.replace(Plan.of("cpu"), kernel="pallas")
     mechanism = spec.build("attention", name, length=S, dim=32, heads=4, kv_heads=2, plan=plan)
     q, k, v, weights = arrays()
+    x = jax.random.normal(jax.random.key(1), (2, S, 32))  # what gates look at
 
     def whole(method):
-        form = lambda *qkv: mechanism.mix(*qkv, causal=causal, method=method, **marks())[0]
+        form = lambda *qkv: mechanism.mix(*qkv, x=x, causal=causal, method=method, **marks())[0]
         return jax.jit(lambda *qkv: (form(*qkv), jax.vjp(form, *qkv)[1](weights)))(q, k, v)
 
     with interpreted(), kernels.noted() as ran:

@@ -12,6 +12,9 @@ LEAST = 16
 # Bytes of memory that the threads of a program share, by what the device can; newer ones have what HOPPER has.
 SHARED, AMPERE, HOPPER = 99 << 10, 163 << 10, 227 << 10
 OF_CAPABILITY = {8.0: AMPERE, 8.7: AMPERE, 8.6: SHARED, 8.9: SHARED, 12.0: SHARED, 12.1: SHARED}
+# Of larger heads four warps' registers are too few: compiled by Triton 3.6 for a Hopper, the gradients of keys of heads
+# of 128 spill 500 bytes a thread, with eight warps 16.
+WIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,8 @@ def fitted(tuning: Tuning, T: int, S: int, H: int, V: int, dtype: str) -> Tuning
 
     while needed() > _shared_memory() and max(block_q, block_k) > LEAST:
         block_q, block_k = min(block_q, max(block_q, block_k) // 2), min(block_k, max(block_q, block_k) // 2)
-    return Tuning(block_q, block_k, tuning.warps, tuning.stages)
+    warps = tuning.warps if max(H, V) <= WIDE else max(tuning.warps, 8)
+    return Tuning(block_q, block_k, warps, tuning.stages)
 
 
 def power_of_two(size: int) -> int:
