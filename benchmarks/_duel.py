@@ -32,6 +32,14 @@ class Side:
         )
 
     def ask(self, **request) -> dict:
+        """The answer to a request that must succeed."""
+        answer = self.tried(**request)
+        if "error" in answer:
+            raise SystemExit(f"{answer['error']} on {request}")
+        return answer
+
+    def tried(self, **request) -> dict:
+        """The answer to a request, {"error": ...} where it failed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -75,17 +83,24 @@ def machine() -> dict:
     }
 
 
-def place(name: str) -> pathlib.Path:
+def place(name: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     """Where the results of a benchmark on this machine are."""
+    folder = HERE / "results" if folder is None else folder
     label = "-".join("".join(c if c.isalnum() else " " for c in hardware.processor().lower()).split())
-    return HERE / "results" / f"{name}.{label}.json"
+    return folder / f"{name}.{label}.json"
 
 
-def keep(name: str, rows: list[dict], rounds: int | None = None, about: dict[str, str] | None = None) -> pathlib.Path:
+def keep(
+    name: str,
+    rows: list[dict],
+    rounds: int | None = None,
+    about: dict[str, str] | None = None,
+    folder: pathlib.Path | None = None,
+) -> pathlib.Path:
     """Write rows with the machine's description to results/<name>.<cpu>.json, and as a table to .md; -> the first.
 
     rounds: None where nothing was timed; about: what else decides the figures, such as versions."""
-    host, path = machine() | (about or {}), place(name)
+    host, path = machine() | (about or {}), place(name, folder)
     path.parent.mkdir(exist_ok=True)
     timed = {} if rounds is None else {"rounds": rounds}
     path.write_text(json.dumps({"machine": host, **timed, "rows": rows}, indent=1) + "\n")

@@ -25,8 +25,9 @@ def as_if_on_gpu(monkeypatch):
         calls.append(options)
         return original(*arrays, **{**options, "implementation": "xla"})
 
-    monkeypatch.setattr(fused, "_nvidia", lambda: True)
+    monkeypatch.setattr(fused, "nvidia", lambda: True)
     monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setitem(kernels.OF_PLATFORM, "gpu", (fused,))
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     return calls
 

@@ -19,6 +19,14 @@ def elsewhere() -> bool:
     return _PLANNED.value is not None
 
 
+def nvidia() -> bool:
+    """Whether programs are traced for an NVIDIA GPU that is here."""
+    if elsewhere():
+        return False
+    device = jax.devices()[0]
+    return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
+
+
 @contextlib.contextmanager
 def planned_for(name: str) -> Iterator[None]:
     """Meanwhile programs are traced for a platform that need not be here; nothing may run."""

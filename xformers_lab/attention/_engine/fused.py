@@ -5,7 +5,7 @@ import jax
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.asked import Asked
 from xformers_lab.attention._engine.pattern import by_distance
-from xformers_lab.nn.platform import elsewhere
+from xformers_lab.nn.platform import nvidia
 
 IMPLEMENTATION = "cudnn"
 name: str = IMPLEMENTATION
@@ -28,7 +28,7 @@ def why_not(asked: Asked) -> str | None:
         ("it caps no scores", asked.softcap is not None),
         (f"it takes heads of a multiple of 8, up to {LARGEST_HEAD}", not _head(asked.H) or asked.V != asked.H),
         ("it takes as many queries as keys", asked.T != asked.S),
-        ("this process has no NVIDIA GPU whose library could be asked", not _nvidia()),
+        ("this process has no NVIDIA GPU whose library could be asked", not nvidia()),
     )
     return next((reason for reason, holds in reasons if holds), None)
 
@@ -53,10 +53,3 @@ def _known(pattern: Pattern | None) -> bool:
 
 def _head(size: int) -> bool:
     return size % 8 == 0 and size <= LARGEST_HEAD
-
-
-def _nvidia() -> bool:
-    if elsewhere():  # whose library is not here to be asked whether it takes a call
-        return False
-    device = jax.devices()[0]
-    return device.platform == "gpu" and "nvidia" in device.device_kind.lower()

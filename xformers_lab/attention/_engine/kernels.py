@@ -11,7 +11,7 @@ from typing import Protocol
 
 import jax
 
-from xformers_lab.attention._engine import fused, splash
+from xformers_lab.attention._engine import fused, pallas_gpu, splash
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.asked import Asked, interpreting
 from xformers_lab.errors import Refused
@@ -35,7 +35,7 @@ class Kernel(Protocol):
 
 
 # Those of a platform, the one that runs a call if it can before those that are asked next.
-OF_PLATFORM: dict[str, tuple[Kernel, ...]] = {"tpu": (splash,), "gpu": (fused,)}
+OF_PLATFORM: dict[str, tuple[Kernel, ...]] = {"tpu": (splash,), "gpu": (fused, pallas_gpu)}
 
 # What ran since somebody listens, see `noted`.
 _NOTED: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("noted", default=None)

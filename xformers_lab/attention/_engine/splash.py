@@ -8,21 +8,20 @@ where fewer blocks are live then.
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
 from xformers_lab.attention._engine.asked import Asked
-from xformers_lab.attention._engine.block_sparse.layout import live_blocks
+from xformers_lab.attention._engine.block_sparse.layout import ordered
+from xformers_lab.attention._engine.by_device import by_device
 from xformers_lab.attention._engine.order import NATURAL, PAD, Order
 from xformers_lab.attention._engine.softmax import MASKED
-from xformers_lab.layouts import ROWS, SEQUENCE, TENSOR
+from xformers_lab.layouts import SEQUENCE
 from xformers_lab.nn import counted_blocks, on_mesh
 
 name: str = "splash"
@@ -57,19 +56,10 @@ def attend(q, k, v, *, asked: Asked, valid=None, documents=None):
     """softmax(q k^T / sqrt(H)) v of q (B, T, N, H), k (B, S, K, H) and v (B, S, K, V), see `kernels.Kernel`."""
     q = (q * asked.H**-0.5).astype(q.dtype)
     run = functools.partial(_of_batch, asked=asked)
-    if not on_mesh.any_shared():
-        return run(q, k, v, valid, documents)
-    # What the compiler cannot partition runs as a program of each device: on its share of sequences and heads.
-    sizes = jax.sharding.get_abstract_mesh().shape
-    rows = ROWS if asked.B % math.prod(sizes[axis] for axis in ROWS) == 0 else None
-    heads = TENSOR if asked.K % sizes[TENSOR] == 0 and asked.pattern is not None else None
-    of_heads, of_tokens = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    of_each = lambda leaf: None if leaf is None else of_tokens
-    specs = (of_heads, of_heads, of_heads, of_each(valid), of_each(documents))
-    return jax.shard_map(run, in_specs=specs, out_specs=of_heads, check_vma=False)(q, k, v, valid, documents)
+    return by_device(run, q, k, v, valid, documents, alike=asked.pattern is not None)
 
 
-def _of_batch(q, k, v, valid, documents, *, asked: Asked):
+def _of_batch(q, k, v, *, valid, documents, asked: Asked):
     """`attend` as one device does it, on scaled queries."""
     N, K = q.shape[2], k.shape[2]
     patterns = asked.patterns if len(asked.patterns) == N else asked.patterns[:1] * N
@@ -142,14 +132,14 @@ def _map(pattern: Pattern, T: int, S: int) -> _Map | None:
 
 
 def _in_blocks(pattern: Pattern, order: Order, T: int, S: int, size: int) -> _Map | None:
-    queries, keys = order.queries(S - T, S, size), order.keys(S, size)
-    rows, columns = len(queries) // size, len(keys) // size
-    if rows * columns > MOST:
+    if -(-T // size) * -(-S // size) > MOST:
         return None
-    live = live_blocks(pattern, order, queries.reshape(rows, size), keys.reshape(columns, size), S)
-    state = np.full((rows, columns), DEAD, np.int8)
-    state[live.rows, live.columns] = live.state
-    return _Map(size, queries, keys, state, live.state)
+    found = ordered(pattern, T, S, size, size, order)
+    state = np.full((len(found.queries) // size, len(found.keys) // size), DEAD, np.int8)
+    if state.size > MOST:
+        return None
+    state[found.live.rows, found.live.columns] = found.live.state
+    return _Map(size, found.queries, found.keys, state, found.live.state)
 
 
 def _why_no_map(pattern: Pattern, T: int, S: int) -> str | None:
