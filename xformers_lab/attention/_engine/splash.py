@@ -28,7 +28,8 @@ name: str = "splash"
 # Queries, and keys, of a block: multiples of a TPU's 128 lanes.
 SIZES = (128, 256, 512)
 LEAST = SIZES[0]
-# What one block costs beside its pairs, in pairs: a step of the grid takes as long as about so many of them.
+# What one block costs beside its pairs, in pairs, for a step of the grid has a cost of its own. An estimate: it was not
+# timed on a TPU.
 STEP = 256 * 256
 # Most blocks of one pattern, live or not, for what the kernel must know of each lies in a TPU's scalar memory.
 MOST = 1 << 16
