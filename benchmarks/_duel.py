@@ -16,6 +16,7 @@ import sys
 from xformers_lab import hardware
 
 HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
 SHORT = 0.04  # seconds: shorter cases are repeated within a round until they last this long
 
 
@@ -32,6 +33,14 @@ class Side:
         )
 
     def ask(self, **request) -> dict:
+        """The answer to a request that must succeed."""
+        answer = self.tried(**request)
+        if "error" in answer:
+            raise SystemExit(f"{answer['error']} on {request}")
+        return answer
+
+    def tried(self, **request) -> dict:
+        """The answer to a request, {"error": ...} where it failed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -75,25 +84,37 @@ def machine() -> dict:
     }
 
 
-def place(name: str, target: str = "") -> pathlib.Path:
+def place(name: str, target: str = "", folder: pathlib.Path = RESULTS) -> pathlib.Path:
     """Where the results of a benchmark are: on this machine, or planned for a target, whichever machine plans."""
     label = "-".join("".join(c if c.isalnum() else " " for c in (target or hardware.processor()).lower()).split())
-    return HERE / "results" / f"{name}.{label}.json"
+    return folder / f"{name}.{label}.json"
 
 
-def keep(name: str, rows: list[dict], rounds: int | None = None, planned: dict[str, str] | None = None) -> pathlib.Path:
-    """Write rows with what they hold for to results/<name>.<cpu or target>.json, and as a table to .md; -> the first.
+def keep(
+    name: str,
+    rows: list[dict],
+    rounds: int | None = None,
+    about: dict[str, str] | None = None,
+    *,
+    planned: dict[str, str] | None = None,
+    folder: pathlib.Path = RESULTS,
+) -> pathlib.Path:
+    """Write rows with what they hold for to <folder>/<name>.<cpu or target>.json, and as a table to .md; -> the first.
 
-    planned: where nothing was timed, the "target", and the versions of what planned for it."""
+    about: what decides the figures beside this machine. planned: where nothing was timed, the "target", and the
+    versions of what planned for it."""
     if planned is None:
-        host, path = machine(), place(name)
-        about = {"machine": host, "rounds": rounds}
-        more = f"{host['cpu']}, {host['cores']} cores, {host['system']}, Python {host['python']}; {rounds} rounds."
+        host, path = machine() | (about or {}), place(name, folder=folder)
+        found = {"machine": host, "rounds": rounds}
+        others = [f"{key} {text}" for key, text in host.items() if key not in machine()]
+        times = [] if rounds is None else [f"{rounds} rounds"]
+        python = ", ".join([f"Python {host['python']}", *others])
+        more = "; ".join([f"{host['cpu']}, {host['cores']} cores, {host['system']}, {python}", *times]) + "."
     else:
-        about, path = {"planned": planned}, place(name, planned["target"])
+        found, path = {"planned": planned}, place(name, planned["target"], folder)
         more = f"Planned for {', '.join(f'{key} {text}' for key, text in planned.items())}."
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(more, rows))
     return path
 

@@ -112,6 +112,12 @@ class Train:
         "what layers compute again in the backward pass: nothing, all but their linear layers, or all (less memory)",
         later=True,
     )
+    kernel: typing.Literal["auto", "blocks", "splash", "cudnn", "pallas"] = knob(
+        "auto",
+        "what runs attention over a pattern of positions: what the device has, or the block engine, or another kernel, "
+        "which is refused where it cannot",
+        later=True,
+    )
     optimizer: str = knob("adamw", "update rule", shelf="optimizer", later_options=True)
     lr: float = knob(3e-3, "peak learning rate", least=0, compiled=False)
     schedule: typing.Literal["cosine", "constant", "linear", "rsqrt", "wsd"] = knob(

@@ -3,13 +3,17 @@
 No GPU is needed: the call that cuDNN would get is run by XLA instead, which has the same signature.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xformers_lab import spec
-from xformers_lab.attention._engine import fused
+from xformers_lab.attention._engine import fused, kernels
+from xformers_lab.attention._engine.pattern import All
+from xformers_lab.errors import Refused
 
 
 @pytest.fixture
@@ -21,7 +25,9 @@ def as_if_on_gpu(monkeypatch):
         calls.append(options)
         return original(*arrays, **{**options, "implementation": "xla"})
 
-    monkeypatch.setattr(fused, "_nvidia", lambda: True)
+    monkeypatch.setattr(fused, "nvidia", lambda: True)
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setitem(kernels.OF_PLATFORM, "gpu", (fused,))
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     return calls
 
@@ -59,8 +65,13 @@ def test_calls_that_cudnn_would_get_wrong_stay_with_the_engine(as_if_on_gpu):
 
 
 def test_on_cpu_the_engine_runs():
-    q, k, _ = arrays()
-    assert not fused.fits(q, k, None, None, None)
+    q, k, v = arrays()
+    asked = kernels.asked(q, k, v, [All()])
+    assert kernels.chosen(asked) is None
+    assert "and this is a cpu" in (fused.why_not(asked) or "")
+    assert "no NVIDIA GPU" in (fused.why_not(dataclasses.replace(asked, platform="gpu")) or "")
+    with pytest.raises(Refused, match="kernel=cudnn: it is for NVIDIA GPUs"):
+        kernels.chosen(asked, "cudnn")
 
 
 @pytest.mark.parametrize("per", ["channel", "head"])

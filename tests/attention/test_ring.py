@@ -11,6 +11,7 @@ import pytest
 
 from xformers_lab import spec
 from xformers_lab.attention._base.patterned import Patterned
+from xformers_lab.attention._engine import ring
 
 EQUAL = """
 import json, sys
@@ -134,11 +135,11 @@ def test_the_rule_is_the_pattern():
     at, ruled = np.arange(300), []
     for name in spec.names("attention"):
         mechanism = spec.build("attention", name, length=300, dim=16, heads=2, kv_heads=None)
-        if not isinstance(mechanism, Patterned) or mechanism.ringed(True) is None:
+        if not isinstance(mechanism, Patterned) or ring.rule_of(mechanism.seen(True)) is None:
             continue
         ruled.append(name)
         for causal in (True, False):
-            rule = mechanism.ringed(causal)
+            rule = ring.rule_of(mechanism.seen(causal))
             assert rule is not None
             seen = mechanism.seen(causal)(jnp.asarray(at[:, None]), jnp.asarray(at[None]))
             assert (np.broadcast_to(seen, (300, 300)) == np.asarray(rule(at[:, None], at[None]))).all(), (name, causal)

@@ -1,12 +1,8 @@
-import functools
-
 from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._base.patterned import Patterned, near_block
-from xformers_lab.attention._engine import fused
 from xformers_lab.attention._engine.pattern import Band, Global
-from xformers_lab.attention._engine.ring import Rule
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -45,12 +41,6 @@ class Local(Patterned):
     def blocks(self, T: int, S: int, causal: bool) -> tuple[int, int]:
         block = near_block(self.window, causal)
         return (block, block) if min(T, S) > block else super().blocks(T, S, causal)
-
-    def fused(self, causal: bool):
-        return functools.partial(fused.attend, causal=True, window=self.window) if causal and not self.tokens else None
-
-    def ringed(self, causal: bool):
-        return None if self.tokens else Rule(causal, self.window)
 
     @staticmethod
     def limit(length: int):

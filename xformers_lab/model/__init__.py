@@ -16,7 +16,7 @@ from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory, _widths
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.documents import why_not
-from xformers_lab.nn.plan import Plan
+from xformers_lab.nn.plan import AUTO, Plan
 from xformers_lab.nn.platform import platform
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
@@ -92,11 +92,14 @@ class Model(nnx.Module):
         return logits[-1], cache
 
 
-def size_of(config: Config) -> Size:
-    """The sizes of a config; raises UsageError where they do not fit one another."""
-    model = config.model
+def size_of(config: Config, plan: Plan | None = None) -> Size:
+    """The sizes of a config, to be run by a plan, else the platform's, with the config's `remat` and `kernel`; raises
+    UsageError where sizes do not fit one another."""
+    model, asked = config.model, {"remat": config.train.remat, "kernel": config.train.kernel}
+    if asked != {"remat": "none", "kernel": AUTO}:
+        plan = dataclasses.replace(plan or Plan.of(platform()), **asked)
     try:
-        return Size(config.seq_len, model.dim, model.heads, model.kv_heads, model.layers, model.dtype)
+        return Size(config.seq_len, model.dim, model.heads, model.kv_heads, model.layers, model.dtype, plan=plan)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -111,11 +114,9 @@ def build_task(config: Config) -> Task:
 def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     """The model of a config for a task, its parameters drawn from `init_seed`; raises UsageError.
 
-    plan: how it runs, else the platform's; with the config's `remat`.
+    plan: how it runs, else the platform's; with the config's `remat` and `kernel`.
     """
-    if config.train.remat != "none":
-        plan = dataclasses.replace(plan or Plan.of(platform()), remat=config.train.remat)
-    kind, size = kind_of(config, task), dataclasses.replace(size_of(config), plane=task.image, plan=plan)
+    kind, size = kind_of(config, task), dataclasses.replace(size_of(config, plan), plane=task.image)
     most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
     if size.layers > most:
         raise UsageError(f"layers={size.layers}: model={kind} has its layers one by one, at most {most}")

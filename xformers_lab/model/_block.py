@@ -40,6 +40,7 @@ class Block(nnx.Module):
         self.memory = build("memory", config.model.memory)
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
+        self.attention.check_kernel()
         self.attention.prepare(conv=config.model.conv, qk_norm=config.model.qk_norm, causal=causal)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")

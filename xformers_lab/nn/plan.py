@@ -9,6 +9,8 @@ FUSED = 4096
 SCORES = 1 << 23
 
 Remat = Literal["none", "dots", "full"]
+Kernel = Literal["auto", "blocks", "splash", "cudnn", "pallas"]
+AUTO, BLOCKS = "auto", "blocks"  # what the platform has, if it can; and the block engine, that every platform has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Plan:
         scores: of those that have wide rows, so many that a row of each is about this many scores together.
         remat: what layers compute again in the backward pass: nothing, all but what linear layers gave, or all but
             what they were given.
+        kernel: what runs attention over a pattern of positions, see `attention/_engine/kernels.py`.
     """
 
     loop_from: int | None = None
@@ -31,6 +34,7 @@ class Plan:
     fused: int = FUSED
     scores: int = SCORES
     remat: Remat = "none"
+    kernel: Kernel = AUTO
 
     @classmethod
     def of(cls, platform: str) -> "Plan":

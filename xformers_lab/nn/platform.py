@@ -19,6 +19,19 @@ def elsewhere() -> bool:
     return _PLANNED.value is not None
 
 
+def nvidia() -> bool:
+    """Whether programs are traced for an NVIDIA GPU that is here."""
+    if elsewhere():
+        return False
+    device = jax.devices()[0]
+    return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
+
+
+def capability() -> float | None:
+    """The compute capability of the NVIDIA GPU that programs are traced for; None where none is here."""
+    return float(jax.devices()[0].compute_capability) if nvidia() else None
+
+
 @contextlib.contextmanager
 def planned_for(name: str) -> Iterator[None]:
     """Meanwhile programs are traced for a platform that need not be here; nothing may run."""

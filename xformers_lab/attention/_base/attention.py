@@ -12,6 +12,7 @@ from xformers_lab.attention._base.prepared import HeadNorms
 from xformers_lab.attention._base.refusals import NO_MASK, why_not, why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.plan import AUTO, BLOCKS, plan_of
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
 
@@ -216,6 +217,17 @@ class Attention(nnx.Module):
         """Multiplies by `share` the first weights that values pass, `value` and `out`, and none of scores. A placement
         may ask for it before the mechanism first runs; one whose values pass other weights overrides it."""
         scale_init(share, *(getattr(self, name) for name in ("value", "out") if hasattr(self, name)))
+
+    def why_no_kernel(self) -> str | None:
+        """Why no kernel of an accelerator runs it, as a clause; None where one may, see `_engine/kernels.py`."""
+        return "it is no softmax attention over a pattern of positions"
+
+    def check_kernel(self) -> None:
+        """Raises Refused where its plan wants a kernel that cannot run it, whatever it is called with."""
+        wanted, reason = plan_of(self.size).kernel, self.why_no_kernel()
+        if reason is not None and wanted not in (AUTO, BLOCKS):
+            name = type(self).__name__.lower()
+            raise Refused(f"kernel={wanted} cannot run attention={name}: {reason}; leave out kernel={wanted}")
 
     def drawn(self, causal: bool, head: int = 0) -> Callable | None:
         """What `xlab show` draws of a head: a function of broadcasting integer arrays of query and key positions that

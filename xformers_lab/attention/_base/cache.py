@@ -44,4 +44,6 @@ def pushed(cache: dict, call: Call) -> tuple[dict, Call]:
     valid = jnp.broadcast_to(jnp.arange(k.shape[1]) >= empty, k.shape[:2])
     # The newest row stands last, whatever its position.
     bias = None if call.bias is None else ShiftedBias(call.bias, jnp.full(heads, empty))
-    return cache, call.replace(k=k, v=v, x=cache.get("x"), x_q=call.x, valid=valid, causal=True, bias=bias)
+    return cache, call.replace(
+        k=k, v=v, x=cache.get("x"), x_q=call.x, valid=valid, causal=True, bias=bias, decoding=True
+    )

@@ -34,6 +34,7 @@ class Call:
         values: What heads shall add up in the place of what they make of v, by which attention maps read weights off;
             v is the same array then, where nothing else is made of it. Means are wanted as they are, without what
             stands behind them.
+        decoding: Whether its queries are new tokens behind what a cache holds.
     """
 
     q: Float[Array, "B T N H"]
@@ -49,6 +50,7 @@ class Call:
     method: Method = "attend"
     documents: Int[Array, "B S"] | None = None
     values: Float[Array, "B S M H"] | None = None
+    decoding: bool = False
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

@@ -54,7 +54,7 @@ class OneHead(MultiHead):
 
     def heads_at_once(self, T: int, S: int, causal: bool) -> int:
         """How many heads `attend` should run together where the plan has a loop over them, at most."""
-        return plan_of(self.size).heads_of_wide_rows(self.cost(T, S).memory) if self.heads_together else 1
+        return plan_of(self.size).heads_of_wide_rows(int(self.cost(T, S).memory)) if self.heads_together else 1
 
     def attend_heads(self, call: Call) -> tuple[jax.Array, Any, Aux]:
         takes, (B, T, N, _), S = self.takes(call.method), call.q.shape, call.k.shape[1]

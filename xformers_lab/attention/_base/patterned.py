@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from xformers_lab.attention._base.attention import Cost
+from xformers_lab.attention._base.by_kernel import by_kernel
 from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.one_head import OneHead
-from xformers_lab.attention._engine import fused, ring
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import heads_at_once, largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
@@ -58,6 +58,13 @@ class Patterned(OneHead):
             return pattern
         return Causal() if isinstance(pattern, All) else pattern & Causal()
 
+    def all_seen(self, causal: bool) -> list[Pattern]:
+        """One pattern for all heads, or that of each."""
+        return [self.seen(causal, head) for head in range(len(self.pattern) if isinstance(self.pattern, tuple) else 1)]
+
+    def why_no_kernel(self) -> str | None:
+        return None if type(self).attend is Patterned.attend else "its weights are not those of a pattern alone"
+
     def drawn(self, causal: bool, head: int = 0) -> Callable | None:
         """The pattern, unless its kind says that what a query sees is decided by something else besides."""
         return self.seen(causal, head) if type(self).kind in ("full", "sparse by position") else None
@@ -77,14 +84,9 @@ class Patterned(OneHead):
         return _even(T, most), _even(S, most)
 
     def attend_heads(self, call: Call):
-        # A subclass with a form of its own adds up by other weights than kernels of the plain average do.
-        if call.method == "attend" and type(self).attend is Patterned.attend:
-            kernel, rule = self.fused(call.causal), self.ringed(call.causal)
-            if kernel and fused.fits(call.q, call.k, call.valid, call.documents, call.bias):
-                return self.behind(kernel(call.q, call.k, self.summands(call)), call), call.carry, Aux()
-            if rule and ring.fits(call.q, call.k):
-                how = {"valid": call.valid, "documents": call.documents, "bias": call.bias}
-                mean = ring.attend(call.q, call.k, self.summands(call), rule=rule, **how)
+        if self.why_no_kernel() is None:
+            mean = by_kernel(self, call, self.all_seen(call.causal))
+            if mean is not None:
                 return self.behind(mean, call), call.carry, Aux()
         if isinstance(self.pattern, tuple):
             return self.behind(self._own_patterns(call), call), call.carry, Aux()
@@ -112,14 +114,6 @@ class Patterned(OneHead):
             how = {"plan": plan, "at_once": at_once}
             outputs.append(over_heads(one, q[:, :, chosen], keys, values, None, of_sample, of_head, **how)[0])
         return jnp.concatenate(outputs, 2)
-
-    def fused(self, causal: bool) -> Callable | None:
-        """A fused kernel on (B, T, N, H) that computes this pattern, where there is one."""
-        return None
-
-    def ringed(self, causal: bool) -> ring.Rule | None:
-        """The pattern by distance alone, for devices that share out positions; None for any other."""
-        return None
 
     def heads_at_once(self, T: int, S: int, causal: bool) -> int:
         return heads_at_once(plan_of(self.size), self.seen(causal), T, S, self.blocks(T, S, causal))

@@ -12,5 +12,7 @@ windows.py slots.py landmarks.py    keys pooled, a few learned slots, low rank t
 linear/            sums over features of keys, and chunked recurrences
 fourier.py         transforms, and causal convolutions as long as the sequence
 heads.py           how heads and samples are mapped, in a batch or in a loop
-fused.py           fused kernels of accelerators
+kernels.py         which kernel of an accelerator runs a call, if any; asked.py: what it is asked
+fused.py           cuDNN's, of NVIDIA
+ring.py            positions that devices share out
 """

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from xformers_lab.attention._engine.algebra import DEAD, FAR, WHOLE, Pattern, everything, settled
+from xformers_lab.attention._engine.algebra import DEAD, FAR, WHOLE, Both, Pattern, everything, settled
 from xformers_lab.attention._engine.order import NATURAL, Remainders
 
 # No two positions are so far apart.
@@ -151,6 +151,20 @@ def dilated_band(width: int, dilation: int) -> Pattern:
     """Keys a multiple of `dilation` away, at most `width` of them on each side."""
     reach = Band(width * dilation)
     return reach & Residue(dilation) if dilation > 1 else reach
+
+
+def by_distance(pattern: Pattern) -> tuple[bool, int | None] | None:
+    """Of a pattern that goes by distance alone, whether it is causal and how far it sees (None: however far): All,
+    Causal, a Band, or a causal one. None of any other."""
+    if isinstance(pattern, All | Causal):
+        return isinstance(pattern, Causal), None
+    if isinstance(pattern, Band):
+        return False, pattern.width
+    if isinstance(pattern, Both):
+        band = next((part for part in (pattern.a, pattern.b) if isinstance(part, Band)), None)
+        if band is not None and Causal() in (pattern.a, pattern.b):
+            return True, band.width
+    return None
 
 
 def apart(q, k, before: int, after: int):

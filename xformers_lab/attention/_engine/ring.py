@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from xformers_lab.attention._engine.algebra import Pattern
+from xformers_lab.attention._engine.pattern import by_distance
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 from xformers_lab.layouts import ROWS, SEQUENCE, TENSOR
 from xformers_lab.nn import on_mesh
@@ -44,6 +46,12 @@ class Rule:
             return alive
         nearest = jnp.maximum(k_first - (q_first + tile - 1), q_first - (k_first + tile - 1))
         return alive & (nearest <= self.window)
+
+
+def rule_of(pattern: Pattern) -> Rule | None:
+    """A pattern by distance alone as a rule; None of any other."""
+    known = by_distance(pattern)
+    return None if known is None else Rule(*known)
 
 
 def fits(q, k) -> bool:

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
-from xformers_lab.attention._engine.order import PAD, runs
+from xformers_lab.attention._engine.order import PAD, Order, runs
 from xformers_lab.nn.plan import FUSED
 
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
@@ -109,6 +109,32 @@ class Live:
         return self.where(np.isin(self.rows, rows))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ordered:
+    """Positions in the order of one pattern, in whole blocks with PAD where one is padded, and its live blocks.
+
+    natural_queries and natural_keys: they are S - T, ... and 0, 1, 2, ..., so nothing is gathered.
+    """
+
+    pattern: Pattern
+    queries: np.ndarray
+    keys: np.ndarray
+    natural_queries: bool
+    natural_keys: bool
+    live: Live
+
+
+def ordered(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, order: Order | None = None) -> Ordered:
+    """The live blocks of a pattern for T queries at the end of S positions, in its own order, which parts of any
+    pattern have, or in the natural one."""
+    order = pattern.order if order is None else order
+    queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
+    live = _live(pattern, order, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
+    natural_queries = np.array_equal(queries[:T], np.arange(S - T, S))
+    natural_keys = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
+    return Ordered(pattern, queries, keys, natural_queries, natural_keys, live)
+
+
 @functools.lru_cache(maxsize=256)
 def layout(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, sizes: Sizes = SIZES) -> tuple[Part, ...]:
     """The live blocks of `pattern` for T queries at the end of S positions, in blocks of block_q x block_k."""
@@ -124,21 +150,17 @@ def live_pairs(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, siz
 
 
 def _part(pattern: Pattern, T: int, S: int, block: tuple[int, int], sizes: Sizes) -> Part:
-    order, (block_q, block_k) = pattern.order, block
-    queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
-    live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
-    natural = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
-    groups, lead, tail = _groups(live, (len(queries) // block_q, len(keys) // block_k), block, sizes)
-    keys = np.pad(keys, (lead * block_k, tail * block_k), constant_values=PAD)
-    in_order = np.array_equal(queries[:T], np.arange(S - T, S))
-    return Part(pattern, queries, keys, in_order, natural, lead, groups)
+    found = ordered(pattern, T, S, *block)
+    counts = len(found.queries) // block[0], len(found.keys) // block[1]
+    groups, lead, tail = _groups(found.live, counts, block, sizes)
+    keys = np.pad(found.keys, (lead * block[1], tail * block[1]), constant_values=PAD)
+    return Part(pattern, found.queries, keys, found.natural_queries, found.natural_keys, lead, groups)
 
 
 # ---- which blocks are live -----------------------------------------------------------------------------------------
 
 
-def _live(pattern: Pattern, q: np.ndarray, k: np.ndarray, S: int) -> Live:
-    order = pattern.order
+def _live(pattern: Pattern, order: Order, q: np.ndarray, k: np.ndarray, S: int) -> Live:
     q_runs, k_runs = runs(order, q.reshape(-1), q.shape[1]), runs(order, k.reshape(-1), k.shape[1])
     rows = np.nonzero(q_runs.high != PAD)[0]
     spans = []

@@ -40,7 +40,7 @@ class View:
         """x by key positions; zeros (False) where a position is padding."""
         if self.part.natural_keys:
             return jnp.pad(x, [(self.lead, len(self.part.keys) - x.shape[0] - self.lead)] + [(0, 0)] * (x.ndim - 1))
-        return _taken(x, self.part.keys)
+        return taken(x, self.part.keys)
 
     def block_queries(self, x, fill: float = 0):
         """(T, ...) -> (query blocks, block, ...), with `fill` where a block is padded."""
@@ -48,17 +48,17 @@ class View:
             padding = [(0, len(self.part.queries) - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
             x = jnp.pad(x, padding, constant_values=fill)
         else:
-            x = _taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift), fill)
+            x = taken(x, np.where(self.part.queries == PAD, PAD, self.part.queries - self.shift), fill)
         return x.reshape(-1, self.block_q, *x.shape[1:])
 
     def unblock_queries(self, x):
         x = x.reshape(-1, *x.shape[2:])
-        return x[: self.T] if self.part.natural_queries else x[_places(self.part.queries, self.shift, self.T)]
+        return x[: self.T] if self.part.natural_queries else x[places(self.part.queries, self.shift, self.T)]
 
     def unblock_keys(self, x):
         if self.part.natural_keys:
             return x[self.lead : self.lead + self.S]
-        return _taken(x, _places(self.part.keys, 0, self.S))
+        return taken(x, places(self.part.keys, 0, self.S))
 
     def blocked(self, x):
         return x.reshape(-1, self.block_k, *x.shape[1:])
@@ -135,12 +135,12 @@ def _rows(group: Group, index):
     return jnp.asarray(group.rows.reshape(-1, group.together))[index]
 
 
-def _taken(x, index: np.ndarray, fill: float = 0):
+def taken(x, index: np.ndarray, fill: float = 0, axis: int = 0):
     """x[index], `fill` (zeros, False) where the index is negative."""
-    return jnp.take(x, np.where(index < 0, x.shape[0], index), axis=0, mode="fill", fill_value=fill)
+    return jnp.take(x, np.where(index < 0, x.shape[axis], index), axis=axis, mode="fill", fill_value=fill)
 
 
-def _places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
+def places(positions: np.ndarray, shift: int, length: int) -> np.ndarray:
     """Where in a list of positions those from `shift` on are; PAD where one is missing."""
     real = np.nonzero(positions != PAD)[0]
     back = np.full(length, PAD, np.int32)
