@@ -116,6 +116,11 @@ class Record:
     status: str = fact("how it ended: one of STATUSES", always=TRAINED, summary=True)
     reason: str = fact("why it did not end ok", summary=True)
     timed: str = fact("the method of the mechanism that a bench timed", always=BENCHED)
+    kernel: str | None = fact(
+        'what ran attention over a pattern of positions in a bench: "blocks", the block engine, or a kernel; None: '
+        "nothing of the kind ran",
+        always=BENCHED,
+    )
     causal: bool = fact("whether a bench ran it causally", always=BENCHED)
     # The metric has columns of its own, since its name, its direction and its level of chance are the task's.
     metric: float | None = fact("the task's metric on the test split", always=KINDS, summary=True)

@@ -1,5 +1,6 @@
 """What there is to choose from, read from the files themselves: docstrings, signatures, options, class attributes."""
 
+import contextlib
 import inspect
 import re
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from xformers_lab import config as configs
 from xformers_lab import spec
-from xformers_lab.errors import UsageError, contained
+from xformers_lab.errors import Refused, UsageError, contained
 from xformers_lab.tasks import SPLITS, Setting, Split
 
 
@@ -139,12 +140,42 @@ def _mechanism(name: str, text: str, config: configs.Config) -> dict:
         result["can"] |= {"causal": False, "decode": False}
     kind = config.model.model
     causal = kind == "auto" or spec.entry("model", spec.parse(kind).name).causal
+    try:
+        result["kernels"] = _kernels(name, size, causal=causal and result["can"]["causal"])
+    except Refused as reason:
+        raise UsageError(str(reason)) from None
     if (seen := sampled(built, causal=causal)) is not None:
         from xformers_lab import drawing
 
         which = f"head 1 of {len(seen)}" if len(seen) > 1 else "every head"
         result |= {"pattern": drawing.lines(seen[0]), "svg": drawing.svg(seen[0]), "drawn": which}
     return result
+
+
+def _kernels(name: str, size: Any, *, causal: bool) -> dict[str, str]:
+    """What runs the layer on which platform, and why no kernel does; of mechanisms that a kernel may run. Raises
+    Refused where the plan wants one that cannot."""
+    import jax
+    from flax import nnx
+
+    from xformers_lab.attention._engine import kernels
+    from xformers_lab.nn.plan import BLOCKS
+    from xformers_lab.nn.platform import planned_for, platform
+
+    def run(x):
+        layer = spec.build("attention", name, size)
+        layer.check_kernel()
+        return layer(x, **({"causal": True} if causal else {}))[0]
+
+    said, x = {}, jax.ShapeDtypeStruct((1, size.length, size.dim), size.dtype)
+    for where in (platform(), *(each for each in kernels.OF_PLATFORM if each != platform())):
+        wanted = contextlib.nullcontext() if where == platform() else planned_for(where)
+        with wanted, kernels.noted() as ran:
+            nnx.eval_shape(run, x)
+        if ran:
+            ran = {"the block engine" if each == BLOCKS else each: why for each, why in ran.items()}
+            said[where] = ", ".join(f"{each} ({why})" if why else each for each, why in ran.items())
+    return said
 
 
 def sampled(mechanism: Any, causal: bool) -> list[np.ndarray] | None:

@@ -3,6 +3,8 @@
 No GPU is needed: the call that cuDNN would get is run by XLA instead, which has the same signature.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,8 @@ def as_if_on_gpu(monkeypatch):
         return original(*arrays, **{**options, "implementation": "xla"})
 
     monkeypatch.setattr(fused, "nvidia", lambda: True)
-    monkeypatch.setitem(kernels.OF_PLATFORM, "cpu", (fused,))
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setitem(kernels.OF_PLATFORM, "gpu", (fused,))
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     return calls
 
@@ -62,10 +65,12 @@ def test_calls_that_cudnn_would_get_wrong_stay_with_the_engine(as_if_on_gpu):
 
 
 def test_on_cpu_the_engine_runs():
-    asked = kernels.asked(*arrays(), [All()])
+    q, k, v = arrays()
+    asked = kernels.asked(q, k, v, [All()])
     assert kernels.chosen(asked) is None
-    assert "no NVIDIA GPU" in (fused.why_not(asked) or "")
-    with pytest.raises(Refused, match="kernel=cudnn: it is NVIDIA's"):
+    assert "and this is a cpu" in (fused.why_not(asked) or "")
+    assert "no NVIDIA GPU" in (fused.why_not(dataclasses.replace(asked, platform="gpu")) or "")
+    with pytest.raises(Refused, match="kernel=cudnn: it is for NVIDIA GPUs"):
         kernels.chosen(asked, "cudnn")
 
 

@@ -203,5 +203,5 @@ def test_every_patterned_mechanism_computes_its_definition(name, causal):
 
     with interpreted(), kernels.noted() as ran:
         mine = whole("attend")
-    assert ran == {"pallas"}
+    assert set(ran) == {"pallas"}
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-6), mine, whole("reference"))

@@ -55,6 +55,9 @@ class Collaborative(Projected):
         v = self.value(source)
         return turn_q(q), turn_k(self.key(source)[:, :, None]), v.reshape(*v.shape[:2], -1, self.size.head)
 
+    def why_no_kernel(self):
+        return "its heads share one key, and have values of their own"
+
     def attend_heads(self, call: Call):
         function = getattr(self, call.method)
 

@@ -42,6 +42,9 @@ class GlobalTokens(Patterned):
         if self.pieces:
             self.among_global, self.to_global = nnx.Dict(pair()), nnx.Dict(pair())
 
+    def why_no_kernel(self):
+        return "its global queries have keys and values of their own" if self.own else None
+
     def refusals(self):
         reason = "global queries see values of another projection; projections=shared has a map"
         return {**super().refusals(), **({"map": reason} if self.own else {})}

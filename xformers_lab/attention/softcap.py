@@ -1,12 +1,16 @@
 import functools
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.attention import Complexity, Cost, OneHead
+from xformers_lab.attention import Call, Complexity, Cost, OneHead
+from xformers_lab.attention._base.by_kernel import by_kernel
+from xformers_lab.attention._engine.pattern import All, Causal
 from xformers_lab.attention._engine.query_blocks import largest, rows
 from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.errors import Refused
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 
 
@@ -23,6 +27,7 @@ class Softcap(OneHead):
     """
 
     kind = "full"
+    documents_apart: ClassVar = True
     exact = True
     complexity = Complexity(
         time="O(T S H)",
@@ -36,6 +41,13 @@ class Softcap(OneHead):
             raise Refused(f"cap must be above 0, got {cap:g}")
         super().__init__(size, rngs=rngs)
         self.cap = cap
+
+    def why_no_kernel(self):
+        return None
+
+    def attend_heads(self, call: Call):
+        mean = by_kernel(self, call, [Causal() if call.causal else All()], softcap=self.cap)
+        return super().attend_heads(call) if mean is None else (self.behind(mean, call), call.carry, Aux())
 
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         return rows(

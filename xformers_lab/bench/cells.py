@@ -20,15 +20,17 @@ from jax import lax
 
 from xformers_lab import spec
 from xformers_lab.attention import Call, MultiHead, why_not_decode
+from xformers_lab.attention._engine import kernels
 from xformers_lab.bench import rows
 from xformers_lab.bench.rows import PASSES, Cell
 from xformers_lab.config import Config
-from xformers_lab.errors import BrokenChoice, UsageError, contained
+from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained
 from xformers_lab.generate import AT_ONCE
 from xformers_lab.measure import speed
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.measure.memory import available_bytes, compiled_memory
 from xformers_lab.model import size_of
+from xformers_lab.nn.plan import AUTO
 from xformers_lab.nn.size import Size
 
 Doing = Callable[[str, Cell], None]
@@ -51,7 +53,8 @@ def bench(
     (decode: B) / seconds_median. flops and temp_bytes (on accelerators also peak_bytes) are of one call, parameters of
     the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
     the lengths of an otherwise equal config, None with fewer than three. seconds_rounds has the time of each round.
-    What has no figure is None. checked says whether the mechanism's conformance was to be checked, machine what
+    What has no figure is None. kernel: what ran attention over a pattern of positions, "blocks" for the block engine.
+    checked says whether the mechanism's conformance was to be checked, machine what
     measured.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
@@ -110,6 +113,7 @@ def subject(config: Config, direction: str) -> Subject:
     size, batch = size_of(config), config.train.batch
     model, choice = config.model.model, config.model.attention
     layer = spec.build("attention", choice, size, where=f"attention={choice} seq_len={config.seq_len}")
+    layer.check_kernel()
     whole = not layer.projects
     can = layer.accepts("causal") and "causal" not in layer.refusals()
     causal = can and (model == "auto" or spec.entry("model", spec.parse(model).name).causal)
@@ -198,11 +202,16 @@ def look(cells: Sequence[Cell]) -> None:
         with contained():
             for direction in {"forward", *(cell.direction for cell in cells)}:
                 jax.eval_shape(lambda direction=direction: subject(cells[0].config, direction).params)
+            if cells[0].config.train.kernel != AUTO:
+                one = subject(cells[0].config, "forward")
+                jax.eval_shape(one.run, one.params, *one.shapes)
     except BrokenChoice as error:  # its file exits
         for cell in cells:
             cell.fail(error)
     except UsageError:
         raise
+    except Refused as reason:  # the kernel that is asked for cannot
+        raise UsageError(f"attention={cells[0].config.model.attention}: {reason}") from None
     except Exception as error:  # a mechanism whose file is broken: its rows say so, the others go on
         for cell in cells:
             cell.fail(error)
@@ -268,7 +277,9 @@ def _compile(cell: Cell):
         cell.row["flops"] = count_flops(one.run, one.params, *one.shapes)
     too_much = _too_much(_least_bytes(one))
     if too_much is None:
-        compiled, seconds = speed.compile_timed(one.run, one.params, *one.shapes, donate=(1,) if one.keeps else ())
+        with kernels.noted() as ran:
+            compiled, seconds = speed.compile_timed(one.run, one.params, *one.shapes, donate=(1,) if one.keeps else ())
+        cell.row["kernel"] = kernels.joined(ran)
         memory = compiled_memory(compiled)
         figures = {name: memory[name] for name in ("temp_bytes", "peak_bytes") if name in memory}
         cell.row.update(figures, compile_seconds=seconds)

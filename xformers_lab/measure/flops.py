@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn
 
+from xformers_lab.nn import counted_blocks
+
 # Primitives that compute products without a jaxpr inside: counting them as nothing would be a lie.
 OPAQUE = ("dot_product_attention", "ffi_call", "ragged_dot")
 
@@ -20,19 +22,20 @@ def count_flops(fn: Callable, *args: Any) -> int:
     """Matmul FLOPs of one call of `fn`: 2 M N K for each product and convolution, times the lengths of its loops.
 
     args are arrays, ShapeDtypeStructs, or pytrees of them. A `cond` counts as its dearest branch. A shard_map counts
-    the work of all its devices. Only products count: a softmax or a triangular solve is 0. Raises ValueError at a
-    product inside a `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a
-    scan), and at a kernel whose inside it cannot see (cuDNN's attention, a foreign function).
+    the work of all its devices; a Pallas kernel what of its grid it says it computes (`nn/counted_blocks.py`),
+    else all of them. Only products count: a softmax or a triangular solve is 0. Raises ValueError at a product inside a
+    `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a scan), and at a kernel
+    whose inside it cannot see (cuDNN's attention, a foreign function).
     """
-    return _flops(jax.make_jaxpr(fn)(*args).jaxpr, None)
+    return _flops(jax.make_jaxpr(fn)(*args).jaxpr, None, None)
 
 
 def flops_by_scope(fn: Callable, *args: Any, scopes: Iterable[str]) -> dict[str, int]:
     """`count_flops` of what runs under each `jax.named_scope`, with what differentiation made of it, and of the rest,
     under "rest"."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    parts = {scope: _flops(jaxpr, scope) for scope in scopes}
-    return parts | {"rest": _flops(jaxpr, None) - sum(parts.values())}
+    parts = {scope: _flops(jaxpr, scope, None) for scope in scopes}
+    return parts | {"rest": _flops(jaxpr, None, None) - sum(parts.values())}
 
 
 def largest_intermediate(fn: Callable, *args: Any) -> int:
@@ -44,15 +47,17 @@ def largest_intermediate(fn: Callable, *args: Any) -> int:
     return _largest(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _flops(jaxpr: Jaxpr, scope: str | None) -> int:
-    return sum(_flops_of(eqn, scope) for eqn in jaxpr.eqns)
+def _flops(jaxpr: Jaxpr, scope: str | None, live: int | None) -> int:
+    """live: how many blocks kernels in here say that they compute."""
+    return sum(_flops_of(eqn, scope, live) for eqn in jaxpr.eqns)
 
 
-def _flops_of(eqn: JaxprEqn, scope: str | None) -> int:
-    name = eqn.primitive.name
+def _flops_of(eqn: JaxprEqn, scope: str | None, live: int | None) -> int:
+    name, scopes = eqn.primitive.name, str(eqn.source_info.name_stack)
     # A scope reads transpose(jvp(attention)) in a backward pass; jaxprs inside do not repeat that of their equation.
-    if scope is not None and scope in re.split("[/()]", str(eqn.source_info.name_stack)):
+    if scope is not None and scope in re.split("[/()]", scopes):
         scope = None
+    live = counted_blocks.said(scopes) or live
     if scope is not None and not any(_inside(eqn)):
         return 0
     if name == "dot_general":
@@ -66,13 +71,13 @@ def _flops_of(eqn: JaxprEqn, scope: str | None) -> int:
         return 2 * _elements(eqn.outvars[0]) * kernel[inputs] * math.prod(kernel[axis] for axis in window)
     if name.startswith(OPAQUE):
         raise ValueError(f"cannot count FLOPs: the kernel {name} is opaque")
-    inside = [_flops(jaxpr, scope) for jaxpr in _inside(eqn)]
+    inside = [_flops(jaxpr, scope, live) for jaxpr in _inside(eqn)]
     if name == "cond":
         return max(inside)
     if name == "while" and any(inside):
         body = eqn.params["body_jaxpr"].jaxpr.debug_info.func_src_info
         raise ValueError(f"cannot count FLOPs: while_loop over {body} has products and no known trip count (use scan)")
-    return _times(eqn) * sum(inside)
+    return _times(eqn, live) * sum(inside)
 
 
 def _largest(jaxpr: Jaxpr) -> int:
@@ -84,7 +89,7 @@ def _largest(jaxpr: Jaxpr) -> int:
     return largest
 
 
-def _times(eqn: JaxprEqn) -> int:
+def _times(eqn: JaxprEqn, live: int | None) -> int:
     """How often the jaxprs inside an equation run."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
@@ -93,7 +98,7 @@ def _times(eqn: JaxprEqn) -> int:
         axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         return math.prod(params["mesh"].shape[axis] for axis in axes)
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
+        return math.prod(params["grid_mapping"].grid) if live is None else live
     return 1
 
 

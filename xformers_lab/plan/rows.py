@@ -59,6 +59,7 @@ def plan(
       What is not known is not there.
     * fits: whether total is no more than memory and the compiler found room; None where nothing tells. why: why not.
     * flops_per_token and flops_per_device, shared out evenly; None where a kernel hides its inside.
+    * kernel: what runs attention over a pattern of positions there; see `bench.cells.bench`.
     * collectives: see `collectives.of`; estimate: see `roofline.estimate`, None where there is none.
     * compile_seconds, or lower_seconds on a GPU, which nothing is compiled for.
 

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from xformers_lab import config as configs
 from xformers_lab import hardware
+from xformers_lab.attention._engine import kernels
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused, UsageError, contained, ran_out_of_memory
 from xformers_lab.layouts import PMAP
@@ -61,7 +62,9 @@ def measure(tell: Tell, target: dict, config: dict, program: str) -> dict:
         with planned_for(where.platform), contained():
             job, state = _prepared(where, chosen)
             subject = _training(job, state) if program == TRAIN else _decoding(where, job, state, program)
-            return _measured(where, job, subject)
+            with kernels.noted() as ran:
+                row = _measured(where, job, subject)
+            return row | {"kernel": kernels.joined(ran)}
     except UsageError:
         raise
     except Exception as error:

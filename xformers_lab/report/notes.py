@@ -10,6 +10,9 @@ from xformers_lab.report import human, rows, study
 # Costs of two rows whose ratio is greater are not the same.
 UNEQUAL = 1.02
 
+# What runs attention over a pattern where no kernel of an accelerator does.
+BLOCKS = "blocks"
+
 # Passes of a bench that are timed with all that a layer does.
 WHOLE = ("call", "decode", "decode_several")
 
@@ -209,6 +212,9 @@ def _mixed_timing(timed: Sequence[dict]) -> list[str]:
         others = _named(timed, lambda row: row.get("timed") is not None and row["timed"] not in WHOLE)
         apart = ", which the others are without" if others else ""
         lines.append(f"Timed as a whole layer with its projections{apart}: {human.listing(whole)}.")
+    for kernel in dict.fromkeys(row["kernel"] for row in timed if row.get("kernel") not in (None, BLOCKS)):
+        run = _named(timed, lambda row, kernel=kernel: row.get("kernel") == kernel)
+        lines.append(f"Attention is run by the kernel {kernel} in {human.listing(run)}.")
     both = _named(timed, lambda row: row.get("causal") is False)
     if both and _named(timed, lambda row: row.get("causal") is True):
         lines.append(f"Not causal, while the others are: {human.listing(both)}.")

@@ -35,6 +35,8 @@ def print_page(page: dict, console: Console | None = None) -> None:
             f"one head, {page['length']} positions: {cost['flops']:,.0f} matmul FLOPs forward, "
             f"largest array {cost['memory']:,.0f} numbers, decoding keeps {cost['state']:,.0f} numbers"
         )
+        for platform, what in page.get("kernels", {}).items():
+            console.print(Text(f"on {platform}: {what}"), soft_wrap=not console.is_terminal)
         cannot = [word for word, yes in page["can"].items() if not yes]
         console.print(f"can: {', '.join(can) or '-'}; cannot: {', '.join(cannot) or '-'}")
     if "pattern" in page:

@@ -64,6 +64,7 @@ def _line(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
     line |= {"FLOPs/token": human.count(row["flops_per_token"]), "FLOPs on each": human.count(row["flops_per_device"])}
     found = row.get("collectives")
     line["exchanged"] = human.NONE if found is None else human.size(sum(each["bytes"] for each in found))
+    line["kernel"] = row.get("kernel") or human.NONE
     estimate = row.get("estimate") or {}
     line["step at least (estimate)"] = human.duration(estimate.get("seconds"))
     line["compiling"] = human.duration(row.get("compile_seconds", row.get("lower_seconds")))
@@ -104,6 +105,8 @@ def _about(row: Mapping[str, Any]) -> list[str]:
         lines.append("it fits" if row["fits"] else f"it does NOT fit{f': {why}' if (why := row.get('why')) else ''}")
     if "longest" in row:
         lines.append(_longest(row))
+    if row.get("kernel") is not None:
+        lines.append(f"attention over a pattern of positions is run by {row['kernel'].replace('+', ' and ')}")
     if row["flops_per_token"] is not None:
         each = human.count(row["flops_per_device"])
         lines.append(f"{human.count(row['flops_per_token'])} FLOPs of each token, {each} on each device in a step")

@@ -8,7 +8,7 @@ from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.one_head import OneHead
 from xformers_lab.attention._engine import kernels, ring
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.nn.plan import AUTO, BLOCKS, plan_of
+from xformers_lab.nn.plan import AUTO, plan_of
 
 
 def by_kernel(
@@ -32,5 +32,4 @@ def by_kernel(
         kernels.note("ring")
         return ring.attend(call.q, call.k, v, rule=rule, **masks, bias=call.bias)
     kernel = kernels.chosen(asked, wanted)
-    kernels.note(BLOCKS if kernel is None else kernel.name)
     return None if kernel is None else kernel.attend(call.q, call.k, v, asked=asked, **masks)

@@ -19,7 +19,7 @@ def why_not(asked: Asked) -> str | None:
     have to be materialised as (T, S), and its bias gradients only work for one batch, so those calls go elsewhere.
     """
     reasons = (
-        ("it is NVIDIA's, and this process has no NVIDIA GPU", not nvidia()),
+        (f"it is for NVIDIA GPUs, and this is a {asked.platform}", asked.platform != "gpu"),
         ("it takes the full pattern, or a causal one with or without a window", not _known(asked.pattern)),
         ("it takes half precision, dtype=bfloat16", asked.dtype not in ("bfloat16", "float16")),
         ("it takes no padding here", asked.valid),
@@ -28,6 +28,7 @@ def why_not(asked: Asked) -> str | None:
         ("it caps no scores", asked.softcap is not None),
         (f"it takes heads of a multiple of 8, up to {LARGEST_HEAD}", not _head(asked.H) or asked.V != asked.H),
         ("it takes as many queries as keys", asked.T != asked.S),
+        ("this process has no NVIDIA GPU whose library could be asked", not nvidia()),
     )
     return next((reason for reason, holds in reasons if holds), None)
 

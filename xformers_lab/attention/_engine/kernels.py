@@ -6,12 +6,12 @@ block engine runs (block_sparse/), on every platform.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import jax
 
-from xformers_lab.attention._engine import fused, pallas_gpu
+from xformers_lab.attention._engine import fused, pallas_gpu, splash
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.asked import Asked, interpreting
 from xformers_lab.errors import Refused
@@ -35,10 +35,10 @@ class Kernel(Protocol):
 
 
 # Those of a platform, the one that runs a call if it can before those that are asked next.
-OF_PLATFORM: dict[str, tuple[Kernel, ...]] = {"gpu": (fused, pallas_gpu)}
+OF_PLATFORM: dict[str, tuple[Kernel, ...]] = {"tpu": (splash,), "gpu": (fused, pallas_gpu)}
 
-# Names of what ran since somebody listens, see `noted`.
-_NOTED: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("noted", default=None)
+# What ran since somebody listens, see `noted`.
+_NOTED: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("noted", default=None)
 
 
 def asked(
@@ -54,21 +54,28 @@ def asked(
 
 
 def chosen(asked: Asked, wanted: str = AUTO) -> Kernel | None:
-    """The kernel that runs a call, None for the block engine.
+    """The kernel that runs a call, None for the block engine; whoever listens is told, see `noted`.
 
     wanted: the name of the one that is asked for, else `AUTO`: the first of the platform's that can.
 
     Raises:
         Refused: The one that is asked for cannot run the call.
     """
-    if wanted == BLOCKS:
-        return None
-    if wanted == AUTO:
-        return next((kernel for kernel in OF_PLATFORM.get(asked.platform, ()) if not kernel.why_not(asked)), None)
-    kernel = named()[wanted]
-    if reason := kernel.why_not(asked):
-        raise Refused(f"kernel={wanted}: {reason}; leave it out, or use kernel={BLOCKS}")
-    return kernel
+    if wanted not in (AUTO, BLOCKS):
+        kernel = named()[wanted]
+        if reason := kernel.why_not(asked):
+            raise Refused(f"kernel={wanted}: {reason}; leave it out, or use kernel={BLOCKS}")
+        note(kernel.name)
+        return kernel
+    passed = []
+    for kernel in OF_PLATFORM.get(asked.platform, ()) if wanted == AUTO else ():
+        reason = kernel.why_not(asked)
+        if reason is None:
+            note(kernel.name, "; ".join(passed))
+            return kernel
+        passed.append(f"{kernel.name}: {reason}")
+    note(BLOCKS, "; ".join(passed))
+    return None
 
 
 def named() -> dict[str, Kernel]:
@@ -76,19 +83,25 @@ def named() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernels in OF_PLATFORM.values() for kernel in kernels}
 
 
-def note(name: str) -> None:
-    """Tells whoever listens what runs a call that is being traced."""
-    names = _NOTED.get()
-    if names is not None:
-        names.add(name)
+def note(name: str, why: str = "") -> None:
+    """Tells whoever listens what runs a call that is being traced, and why others do not."""
+    ran = _NOTED.get()
+    if ran is not None:
+        ran[name] = why
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[set[str]]:
-    """The names, which grow meanwhile, of what runs the calls that are traced: kernels, the block engine, the ring."""
-    names: set[str] = set()
-    token = _NOTED.set(names)
+def noted() -> Iterator[dict[str, str]]:
+    """What runs the calls that are traced meanwhile: names of kernels, `BLOCKS` or "ring", each with the reasons of the
+    platform's kernels that were asked before it and cannot."""
+    ran: dict[str, str] = {}
+    token = _NOTED.set(ran)
     try:
-        yield names
+        yield ran
     finally:
         _NOTED.reset(token)
+
+
+def joined(ran: Iterable[str]) -> str | None:
+    """What ran in one word, splash or blocks+splash; None where no attention over a pattern ran."""
+    return "+".join(sorted(ran)) or None

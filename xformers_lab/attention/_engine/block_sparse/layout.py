@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
-from xformers_lab.attention._engine.order import PAD, runs
+from xformers_lab.attention._engine.order import PAD, Order, runs
 from xformers_lab.nn.plan import FUSED
 
 # Predicates of mixed blocks are evaluated to drop those that are dead after all, up to this many entries.
@@ -124,10 +124,12 @@ class Ordered:
     live: Live
 
 
-def ordered(pattern: Pattern, T: int, S: int, block_q: int, block_k: int) -> Ordered:
-    """The live blocks of a pattern of one order (a part of any) for T queries at the end of S positions."""
-    queries, keys = pattern.order.queries(S - T, S, block_q), pattern.order.keys(S, block_k)
-    live = _live(pattern, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
+def ordered(pattern: Pattern, T: int, S: int, block_q: int, block_k: int, order: Order | None = None) -> Ordered:
+    """The live blocks of a pattern for T queries at the end of S positions, in its own order, which parts of any
+    pattern have, or in the natural one."""
+    order = pattern.order if order is None else order
+    queries, keys = order.queries(S - T, S, block_q), order.keys(S, block_k)
+    live = _live(pattern, order, queries.reshape(-1, block_q), keys.reshape(-1, block_k), S)
     natural_queries = np.array_equal(queries[:T], np.arange(S - T, S))
     natural_keys = np.array_equal(keys[:S], np.arange(S)) and len(keys) - S < block_k
     return Ordered(pattern, queries, keys, natural_queries, natural_keys, live)
@@ -158,8 +160,7 @@ def _part(pattern: Pattern, T: int, S: int, block: tuple[int, int], sizes: Sizes
 # ---- which blocks are live -----------------------------------------------------------------------------------------
 
 
-def _live(pattern: Pattern, q: np.ndarray, k: np.ndarray, S: int) -> Live:
-    order = pattern.order
+def _live(pattern: Pattern, order: Order, q: np.ndarray, k: np.ndarray, S: int) -> Live:
     q_runs, k_runs = runs(order, q.reshape(-1), q.shape[1]), runs(order, k.reshape(-1), k.shape[1])
     rows = np.nonzero(q_runs.high != PAD)[0]
     spans = []
