@@ -69,6 +69,15 @@ def test_collectives_count_by_kind_with_their_bytes_and_loops():
     assert len(found) == 3
 
 
+def test_what_a_kernel_says_on_lines_of_its_own_ends_no_computation():
+    said = """%kernel = f32[10] custom-call(%y), frontend_attributes={kernel_metadata={
+"metadata":"{\\"block\\": 256}"
+}}, metadata={op_name="kernel"}
+  %sent = """
+    text = COUNTED.replace("%sent = ", said)
+    assert text != COUNTED and rows(text) == rows(COUNTED)
+
+
 def test_a_trip_count_that_xla_tells_counts():
     told = PROGRAM.replace("KNOWN", ', backend_config={"known_trip_count":{"n":"3"}}').replace("CONSTANT", "5")
     assert rows(told)["all-gather"]["count"] == 3

@@ -41,6 +41,17 @@ def test_every_kind_of_mechanism_compiles_for_a_tpu(attention):
     compiled(f"attention={attention}", topology="v5e:1x1")
 
 
+@pytest.mark.parametrize("layout", ["data", "data:2+tensor:2"])
+def test_splash_attention_runs_there(layout):
+    """Long enough for the kernel, on each device's share of sequences and heads, with gradients that are exchanged."""
+    words = "task=copy", "seq_len=256", "position=rope", "dim=128", f"layout={layout}", "topology=v5e:2x2"
+    kernel, blocks = xl.plan(*WORDS[2:3], *WORDS[4:], *words, kernel="auto,blocks", quiet=True)
+    assert (kernel["kernel"], blocks["kernel"]) == ("splash", "blocks")
+    assert kernel["flops_per_token"] >= blocks["flops_per_token"]
+    exchanged = [sum(each["bytes"] for each in row["collectives"]) for row in (kernel, blocks)]
+    assert exchanged[0] == pytest.approx(exchanged[1], rel=0.2)
+
+
 def test_decoding_compiles_for_a_tpu():
     prefill, token = xl.plan("task=copy", *WORDS[1:], topology="v6e:1x1", decode=True, quiet=True)
     assert prefill["status"] == token["status"] == "ok" and token["bytes"]["cache"] > 0

@@ -27,6 +27,11 @@ def nvidia() -> bool:
     return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
 
 
+def capability() -> float | None:
+    """The compute capability of the NVIDIA GPU that programs are traced for; None where none is here."""
+    return float(jax.devices()[0].compute_capability) if nvidia() else None
+
+
 @contextlib.contextmanager
 def planned_for(name: str) -> Iterator[None]:
     """Meanwhile programs are traced for a platform that need not be here; nothing may run."""

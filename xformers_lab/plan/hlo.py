@@ -70,7 +70,9 @@ def parsed(text: str) -> Program:
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
                 name, instructions = head[2], {}
                 entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith(
+            "}}"
+        ):  # which ends what a kernel's call says on lines of its own
             computations[name], name = Computation(name, instructions), None
         elif (one := _instruction(line)) is not None:
             instructions[one.name] = one

@@ -20,7 +20,7 @@ from xformers_lab.attention._engine.pallas_gpu.tuning import TUNINGS, fitted
 from xformers_lab.errors import Refused
 from xformers_lab.layouts import SEQUENCE
 from xformers_lab.nn import on_mesh
-from xformers_lab.nn.platform import nvidia
+from xformers_lab.nn.platform import capability
 
 name: str = "pallas"
 LARGEST_HEAD = 256
@@ -59,4 +59,4 @@ def _why_no_lists(asked: Asked) -> str | None:
 
 
 def _here() -> bool:
-    return nvidia() and float(jax.devices()[0].compute_capability) >= OLDEST
+    return (capability() or 0) >= OLDEST

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from xformers_lab.nn.platform import nvidia
+from xformers_lab.nn.platform import capability
 
 # Products of matrices have at least so many rows and columns.
 LEAST = 16
@@ -66,4 +65,4 @@ def power_of_two(size: int) -> int:
 
 def _shared_memory() -> int:
     """Without a GPU, where kernels are interpreted or only lowered, that of a Hopper."""
-    return OF_CAPABILITY.get(float(jax.devices()[0].compute_capability), HOPPER) if nvidia() else HOPPER
+    return OF_CAPABILITY.get(capability() or 0, HOPPER)
