@@ -1,4 +1,4 @@
-"""PyTorch's side on a GPU: scaled_dot_product_attention, and flex_attention compiled with a mechanism's own predicate."""
+"""PyTorch's side on a GPU: scaled_dot_product_attention, and flex_attention compiled with a mechanism's predicate."""
 
 import jax
 import torch

@@ -27,8 +27,8 @@ from _duel import Side, keep
 LENGTHS, TOKENS, HEADS, HEAD = (4096, 16384, 1024, 65536), 65536, 16, 64
 ROUNDS, INNER = 3, 10
 SHORT = 0.03  # seconds: what is shorter is repeated within a round
-# By which mechanism torch is asked: flex_attention takes long to compile.
-SDPA, FLEX = ("full",), ("local", "longformer", "strided")
+# By which mechanism torch is asked, and how long: flex_attention takes ten seconds to compile.
+SDPA, FLEX, FLEX_LENGTHS = ("full",), ("local", "longformer", "strided"), (4096, 16384)
 # Queries and keys per block, warps, stages.
 TUNINGS = [
     (64, 64, 4, 2),
@@ -40,7 +40,7 @@ TUNINGS = [
     (32, 32, 4, 3),
 ]
 TUNED, TUNED_LENGTH = ("full", "local", "bigbird"), 16384
-BUILDERS = 6
+BUILDERS, TORCH_BUILDERS = 6, 2
 
 
 class Bench:
@@ -53,7 +53,7 @@ class Bench:
         if small:
             os.environ.update(INTERPRETED="1", JAX_PLATFORMS="cpu")
         self.labs = [Side("_gpu_side") for _ in range(1 if small else BUILDERS)]
-        self.torch = Side("_torch_gpu_side", chosen.torch_python)
+        self.torch = [Side("_torch_gpu_side", chosen.torch_python) for _ in range(1 if small else TORCH_BUILDERS)]
         self.about = self.labs[0].ask(call="machine", options={})["value"]
         names = self.labs[0].ask(call="patterned", options={})["value"]
         self.names = ["full", "strided"] if small else names
@@ -70,10 +70,10 @@ class Bench:
 
     def each(self, work: list[tuple[dict, dict]]):
         """(side, row, answer) of requests as they come, shared out to this laboratory's processes and to torch's."""
-        sides, shares = [*self.labs, self.torch], [[] for _ in range(len(self.labs) + 1)]
-        ours = itertools.cycle(shares[:-1])
+        sides, shares = [*self.labs, *self.torch], [[] for _ in range(len(self.labs) + len(self.torch))]
+        ours, theirs = itertools.cycle(shares[: len(self.labs)]), itertools.cycle(shares[len(self.labs) :])
         for row, request in work:
-            (shares[-1] if row.get("kernel") in ("sdpa", "flex") else next(ours)).append((row, request))
+            next(theirs if row.get("kernel") in ("sdpa", "flex") else ours).append((row, request))
 
         answers: queue.Queue = queue.Queue()
 
@@ -133,7 +133,7 @@ class Bench:
         for grad in (True, False):
             work.append(self.case("attention", "linear", "auto", T, grad))
             work += [self.case("sdpa", choice, "sdpa", T, grad) for choice in SDPA]
-            work += [self.case("flex", choice, "flex", T, grad) for choice in FLEX]
+            work += [self.case("flex", choice, "flex", T, grad) for choice in FLEX if T in FLEX_LENGTHS]
         return work
 
     def case(self, name: str, choice: str, kernel: str, T: int, grad: bool, **more) -> tuple[dict, dict]:
@@ -155,7 +155,7 @@ class Bench:
         )
 
     def close(self) -> None:
-        for side in (*self.labs, self.torch):
+        for side in (*self.labs, *self.torch):
             with contextlib.suppress(OSError):  # one that has ended
                 side.close()
 

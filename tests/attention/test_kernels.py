@@ -21,7 +21,7 @@ from xformers_lab.measure.flops import count_flops
 from xformers_lab.nn.plan import BLOCKS, Kernel, Plan
 
 # Of those that the interpreter runs here.
-INTERPRETED = ("splash",)
+INTERPRETED = ("splash", "pallas")
 LENGTH, LAST = 200, 150  # no multiple of any block; the last query that is asked
 
 # choice, key heads, whether causal, padding, documents; queries.

@@ -22,10 +22,10 @@ def count_flops(fn: Callable, *args: Any) -> int:
     """Matmul FLOPs of one call of `fn`: 2 M N K for each product and convolution, times the lengths of its loops.
 
     args are arrays, ShapeDtypeStructs, or pytrees of them. A `cond` counts as its dearest branch. A shard_map counts
-    the work of all its devices; a Pallas kernel what of its grid it says it computes (`nn/counted_blocks.py`),
-    else all of them. Only products count: a softmax or a triangular solve is 0. Raises ValueError at a product inside a
-    `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a scan), and at a kernel
-    whose inside it cannot see (cuDNN's attention, a foreign function).
+    the work of all its devices; a Pallas kernel what of its grid it says it computes (`nn/counted_blocks.py`), or its
+    cost estimate, else all of its grid. Only products count: a softmax or a triangular solve is 0. Raises ValueError at
+    a product inside a `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a
+    scan), and at a kernel whose inside it cannot see (cuDNN's attention, a foreign function).
     """
     return _flops(jax.make_jaxpr(fn)(*args).jaxpr, None, None)
 
@@ -71,6 +71,8 @@ def _flops_of(eqn: JaxprEqn, scope: str | None, live: int | None) -> int:
         return 2 * _elements(eqn.outvars[0]) * kernel[inputs] * math.prod(kernel[axis] for axis in window)
     if name.startswith(OPAQUE):
         raise ValueError(f"cannot count FLOPs: the kernel {name} is opaque")
+    if name == "pallas_call" and live is None and (cost := eqn.params.get("cost_estimate")) is not None:
+        return cost.flops if scope is None else 0  # of one whose loops go by lists of its own
     inside = [_flops(jaxpr, scope, live) for jaxpr in _inside(eqn)]
     if name == "cond":
         return max(inside)
