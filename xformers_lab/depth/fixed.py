@@ -26,8 +26,8 @@ class Fixed(Depth):
     several_streams = True
     # Whether `step` is no more than the step of every layer in turn, so that several tokens may pass a layer together.
     plain_step: ClassVar[bool] = True
-    # Whether a step may end between two layers, and loops over their caches itself.
-    exits: ClassVar[bool] = False
+    # Whether a step of its own loops over the caches of all layers, which are then stacked.
+    stacked_caches: ClassVar[bool] = False
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         whole = size.layers // period * period
@@ -61,7 +61,7 @@ class Fixed(Depth):
         for blocks in map(list, (self.periods, self.rest)):
             count = depth_of(blocks[0]) if blocks else 0
             # In a loop over layers each step would copy their caches out and in.
-            written_out = not self.exits and count * len(blocks) <= self.plan.unrolled
+            written_out = not self.stacked_caches and count * len(blocks) <= self.plan.unrolled
             layers.append(init_caches(blocks, B, length, written_out=written_out))
         return {"layers": layers, "below": self.initial_carries(B, 1, length)}
 

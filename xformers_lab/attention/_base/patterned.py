@@ -179,7 +179,7 @@ class Patterned(OneHead):
         at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[2]
         new = at + jnp.arange(T)
         pairs = {name: jnp.swapaxes(rows, 1, 2) for name, rows in (("k", call.k), ("v", self.summed(call.v)))}
-        if whole := self.slots(R + 1) > R:
+        if self.slots(R + 1) > R:
             held = {name: _written(cache[name], rows, self._slot(at, cache)) for name, rows in pairs.items()}
             positions, filled = self._held(at + T - 1, cache)
             keys, values = held["k"], held["v"]
@@ -187,17 +187,16 @@ class Patterned(OneHead):
             positions, filled = self._held(at - 1, cache)
             positions, filled = jnp.concatenate([positions, new]), jnp.concatenate([filled, jnp.ones(T, bool)])
             keys, values = (jnp.concatenate([cache[name], rows], 2) for name, rows in pairs.items())
+            # Of several that share a slot the newest stays.
+            stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
+            slot = jnp.where(stays, self._slot(new, cache), R)
+            held = {name: cache[name].at[:, :, slot].set(rows, mode="drop") for name, rows in pairs.items()}
 
         def one(q, at):
             seen = self._seen_by(at, positions) & filled
             return self.attend_cached(q, keys, values, at, positions, seen, call.bias)
 
         out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(call.q, new)
-        if not whole:
-            # Of several that share a slot the newest stays.
-            stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
-            slot = jnp.where(stays, self._slot(new, cache), R)
-            held = {name: cache[name].at[:, :, slot].set(rows, mode="drop") for name, rows in pairs.items()}
         return self.finish(out, call), cache | held | {"seen": at + T}
 
     def _ring_of(self, slots: int) -> int:
