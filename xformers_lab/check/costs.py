@@ -96,7 +96,8 @@ def reading(subject: Subject) -> None:
         compare(other * known, out * known, STEP, where, AT_ONCE)
         for (path, expected), leaf in zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(left), strict=True):
             name = jax.tree_util.keystr(path)
-            compare(leaf, expected, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
+            pair = (np.asarray(x, np.float32) for x in (leaf, expected))
+            compare(*pair, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
 
 
 def _likely(subject: Subject, mechanism: MultiHead) -> str:
