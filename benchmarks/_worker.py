@@ -1,7 +1,8 @@
 """A persistent timing process: reads one JSON request per line, answers with one JSON line. Used for every side.
 
 Run as `python _worker.py MODULE`; MODULE defines `case(name, **options) -> callable` whose call blocks until done.
-Requests: {"open": id, "name": ..., "options": {...}} builds and warms a case; {"time": id, "repeat": n} times it.
+Requests: {"open": id, "name": ..., "options": {...}} builds and warms a case; {"time": id, "repeat": n} times it;
+{"give": id} asks for what it gives.
 """
 
 import importlib
@@ -22,6 +23,8 @@ def main(module: str) -> None:
             cases[request["open"]]()
             answer = {"first": time.perf_counter() - began}
             cases[request["open"]]()
+        elif "give" in request:
+            answer = {"given": cases[request["give"]]()}
         else:
             run, repeat = cases[request["time"]], request["repeat"]
             began = time.perf_counter()
