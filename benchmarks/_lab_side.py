@@ -1,12 +1,18 @@
 """This laboratory's side of the duels: mechanisms as a model runs them, heads and batch mapped by the lab."""
 
+from typing import Any
+
+import _gpt2
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab import cpu_speed, spec
-from xformers_lab.model import build_task, gru, lstm
+from xformers_lab.bench import cells
+from xformers_lab.generate import generate
+from xformers_lab.model import build_model, build_task, gru, lstm
 from xformers_lab.nn.size import Size
 from xformers_lab.train import optimizer
 from xformers_lab.train.layout import compile_train_step, layout_of
@@ -96,3 +102,58 @@ def recurrent(kind="lstm", layers=1, B=32, T=128, D=256, grad=False):
     both = lambda params, x: jax.vjp(forward, params, x)[1](cotangent)
     run = jax.jit(both if grad else forward)
     return lambda: jax.block_until_ready(run(params, x))
+
+
+def of_bench(direction, choice, T=4096, N=8, D=256, B=8):
+    """One pass of `xlab bench`; "read" is a sum over the state that its pass "decode" reads."""
+    words = [f"attention={choice}", f"seq_len={T}", "model=decoder", f"heads={N}", f"dim={D}", f"batch={B}"]
+    (config,), _ = configs.sweep(words)
+    one = cells.subject(config, "decode" if direction == "read" else direction)
+    if direction == "read":
+        state = jax.tree.map(lambda shape: jnp.ones(shape.shape, shape.dtype), one.shapes[0])
+        total = jax.jit(lambda state: sum(leaf.sum(dtype=jnp.float32) for leaf in jax.tree.leaves(state)))
+        return lambda: total(state).block_until_ready()
+    call = cells.caller(jax.jit(one.run, donate_argnums=(1,) if one.keeps else ()), one, {})
+    return lambda: jax.block_until_ready(call())
+
+
+def gpt2():
+    """Greedy generation by the GPT-2 of _gpt2.py."""
+    model, prompts = _gpt2_model(), _gpt2.prompts().tolist()
+    return lambda: generate(model, prompts, new=_gpt2.NEW, length=_gpt2.LENGTH)
+
+
+def gpt2_logits() -> list:
+    """Its logits of the prompts."""
+    return np.asarray(_gpt2_model()(jnp.asarray(_gpt2.prompts()))[0]).tolist()
+
+
+def _gpt2_model():
+    """It, as a decoder of choices on the shelves."""
+    w, D = {name.removeprefix("transformer."): array for name, array in _gpt2.weights().items()}, _gpt2.DIM
+    config = configs.edit(
+        configs.Config(), task="lm", model="decoder:tied=true", attention="full", position="learned",
+        norm="pre:normaliser=layernorm", ffn="mlp:activation=gelu", seq_len=_gpt2.LENGTH, layers=_gpt2.LAYERS, dim=D,
+        heads=_gpt2.HEADS,
+    )  # fmt: skip
+    model: Any = build_model(config, build_task(config))
+    layers = lambda name: np.stack([w[f"h.{layer}.{name}"] for layer in range(_gpt2.LAYERS)])
+
+    def put(module, **arrays):
+        for name, array in arrays.items():
+            assert getattr(module, name).shape == array.shape, f"{name}: {getattr(module, name).shape}, {array.shape}"
+            setattr(module, name, nnx.Param(jnp.asarray(array)))
+
+    # Its embeddings are added as they are, not brought to one size (see nn/embedding.py).
+    put(model.embedding, embedding=w["wte.weight"])
+    put(model.position, table=w["wpe.weight"])
+    model.embedding.share, model.embedding.scale, model.position.scale = 1.0, 1.5**0.5, 1.5**0.5
+    block = model.stack.periods[0]
+    for name, kernel in zip(("query", "key", "value"), np.split(layers("attn.c_attn.weight"), 3, -1), strict=True):
+        put(getattr(block.attention, name), kernel=kernel)
+    put(block.attention.out, kernel=layers("attn.c_proj.weight"))
+    put(block.ffn.up, kernel=layers("mlp.c_fc.weight"), bias=layers("mlp.c_fc.bias"))
+    put(block.ffn.down, kernel=layers("mlp.c_proj.weight"), bias=layers("mlp.c_proj.bias"))
+    for norm in (block.attention_norm.norm, block.ffn_norm.norm, model.final.norm):
+        norm.epsilon = 1e-5  # its scales are 1 and its shifts 0, as at the start
+    return model

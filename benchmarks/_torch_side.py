@@ -124,3 +124,38 @@ def train_step(layers=4, dim=256, heads=4, T=512, B=8, vocab=256, compiled=False
         return loss.item()
 
     return run
+
+
+def gpt2():
+    """Greedy generation by the GPT-2 of _gpt2.py in `transformers`, with its static cache."""
+    import _gpt2
+
+    model, ids = _gpt2_model(), torch.from_numpy(_gpt2.prompts())
+    how = {"max_new_tokens": _gpt2.NEW, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+
+    def run():
+        with torch.no_grad():
+            model.generate(ids, **how)
+
+    return run
+
+
+def gpt2_logits() -> list:
+    """Its logits of the prompts."""
+    import _gpt2
+
+    with torch.no_grad():
+        return _gpt2_model()(torch.from_numpy(_gpt2.prompts())).logits.tolist()
+
+
+def _gpt2_model():
+    import _gpt2
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=_gpt2.VOCAB, n_positions=_gpt2.LENGTH, n_embd=_gpt2.DIM, n_layer=_gpt2.LAYERS, n_head=_gpt2.HEADS,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in _gpt2.weights().items()}, strict=False)
+    return model

@@ -51,7 +51,7 @@ class Bench:
         self.rows.append(row)
         print(f"{time.monotonic() - self.began:5.0f} s", *(f"{key}={value}" for key, value in row.items()), flush=True)
         label = "-".join(self.about.get("gpu", "no device").lower().split())
-        keep(f"gpu_train-{label}", self.rows, None, self.about, self.chosen.out)
+        keep(f"gpu_train-{label}", self.rows, about=self.about, folder=self.chosen.out)
 
     # ---- runs ------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from xformers_lab.model import Model
 
 # Tokens of a prompt that are read in one call.
 AT_ONCE = 64
+# The most new tokens that one call draws. Where somebody waits for each, the first calls draw 1, 2, 4, ...
+IN_A_CALL = 32
 # No token: the one that is drawn comes next.
 NEW = -1
 # The lowest temperature above 0: logits divided by less may overflow.
@@ -68,16 +70,17 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     at_once: int = AT_ONCE,
+    in_a_call: int = IN_A_CALL,
 ) -> list[list[int]]:
     """Continue every prompt by up to `new` tokens -> the new tokens of each, a stop token included.
 
     sources: what an encoder reads for each prompt, the prompt being the target's beginning; a source may be shorter
     than those the model was trained with. Without them the first `model.source` tokens of a prompt are its source.
     length: positions the model was built for, which one with a memory may pass. on_token(prompt, token) is called as
-    tokens come, those that come while other prompts are still being read all at once. at_once: tokens of a prompt that
-    are read in one call, which changes no result. What is drawn depends on (seed,
-    position, place in the batch) alone. Raises UsageError where a prompt is empty or too long, and where the model
-    cannot decode.
+    tokens come: behind each call, of which the first draws one token of the longest prompt, and every other twice as
+    many as that before, up to in_a_call. at_once: tokens of a prompt that are read in one call. Neither changes a
+    result: what is drawn depends on (seed, position, place in the batch) alone, and what a call draws behind a stop is
+    thrown away. Raises UsageError where a prompt is empty or too long, and where the model cannot decode.
     """
     sampling = sampling or Sampling(temperature=0)
     if not 0 <= seed <= LARGEST_SEED:
@@ -99,9 +102,14 @@ def generate(
     tokens = prompt_tokens[at]
     texts: list[list[int]] = [[] for _ in prompts]
     done = np.zeros(len(prompts), bool)
+    several = 1 if on_token is not None else in_a_call
     while not done.all():
-        # In one call to the end of the longest prompt, then token by token, as `on_token` gets them.
-        count = min(max(longest - at, 1), at_once)
+        # To the end of the longest prompt, then several at a time, but none behind the last that is wanted.
+        last = max(len(prompt) + new - 1 for prompt, over in zip(prompts, done, strict=True) if not over)
+        if at < longest - 1:
+            count = min(longest - at, at_once)
+        else:
+            count, several = min(several, last - at, at_once), min(2 * several, in_a_call)
         following = prompt_tokens[min(at + 1, longest) :][:at_once]
         drawn, tokens, cache = steps(variables, cache, tokens, following, count, seed, model.source + at)
         for drawn_at, of_rows in enumerate(np.asarray(drawn)[:count], at + 1):

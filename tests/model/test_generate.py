@@ -69,16 +69,41 @@ def test_draws_follow_the_seed(model):
     assert first == draw(1, at_once=4)
 
 
-@pytest.mark.full
-def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
-    """Twenty tokens in parts of eight and the rest at once, then one call for every token but the first."""
-    calls, compiled = [], (generation._reader, generation._sampled_steps, generation._beam_step)
-    for make in compiled:
+@pytest.mark.parametrize("sampling", [None, Sampling(1.5)], ids=["greedy", "drawn"])
+def test_however_many_tokens_a_call_draws(model, monkeypatch, sampling):
+    """The same texts, streamed in the same order; a call draws twice as many as that before where they are streamed,
+    and none behind the last that is wanted."""
+    calls, seen, options = counted_calls(monkeypatch), [], {"new": 15, "length": 24, "sampling": sampling}
+    stream = lambda row, token: seen.append((row, token))
+    alone = generate(model, PROMPTS, **options, in_a_call=1, on_token=stream)
+    assert len(calls) == 15
+    calls.clear()
+    first, seen = seen, []
+    assert generate(model, PROMPTS, **options, on_token=stream) == alone and seen == first
+    assert len(calls) == 5  # to the end of the longest prompt, then 1, 2, 4 and 7
+    calls.clear()
+    assert generate(model, PROMPTS, **options) == alone and len(calls) == 2
+    stop = alone[0][4]
+    kept = [text[: text.index(stop) + 1] if stop in text else text for text in alone]
+    assert generate(model, PROMPTS, **options, stop=[stop], in_a_call=4) == kept
+
+
+def counted_calls(monkeypatch) -> list[str]:
+    """The names of the compiled functions that generation calls, as it calls them."""
+    calls: list[str] = []
+    for make in (generation._reader, generation._sampled_steps, generation._beam_step):
         counted = lambda *options, make=make: lambda *args: (calls.append(make.__name__), make(*options)(*args))[1]
         monkeypatch.setattr(generation, make.__name__, counted)
+    return calls
+
+
+@pytest.mark.full
+def test_a_prompt_is_read_in_few_calls(model, monkeypatch):
+    """Twenty tokens in parts of eight and the rest at once, then one call for all that are left; of beams one each."""
+    calls = counted_calls(monkeypatch)
     prompt = LONGER[2] + LONGER[1] + [7, 7]
     generated = generate(model, [prompt, LONGER[2] + LONGER[1]], new=3, length=24, at_once=8)
-    assert calls == ["_reader"] * 2 + ["_sampled_steps"] * 3
+    assert calls == ["_reader"] * 2 + ["_sampled_steps"] * 2
     calls.clear()
     assert beam_search(model, prompt, new=3, length=24, beams=1, at_once=8)[0] == generated[0]
     assert calls == ["_reader"] * 2 + ["_beam_step"] * 3

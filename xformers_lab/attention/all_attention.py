@@ -75,12 +75,10 @@ class AllAttention(Patterned):
         return jnp.where(sees[:, None], out, 0).astype(v.dtype)
 
     def attend_cached(self, q, keys, values, at, positions, seen, bias):
-        rows = lambda name, then: jnp.broadcast_to(
-            jnp.swapaxes(getattr(self, name)[...], 0, 1).astype(then.dtype)[None],
-            (len(then), self.vectors, *then.shape[2:]),
-        )
+        own = lambda name, then: jnp.broadcast_to(getattr(self, name)[...].astype(then.dtype), (len(then), *shape))
+        shape = self.keys.shape
         keys, values = (
-            jnp.concatenate([rows(name, then), then], 1) for name, then in (("keys", keys), ("values", values))
+            jnp.concatenate([own(name, then), then], 2) for name, then in (("keys", keys), ("values", values))
         )
         positions = jnp.concatenate([jnp.arange(self.vectors), positions + self.vectors])
         seen = jnp.concatenate([jnp.ones((len(seen), self.vectors), bool), seen], 1)

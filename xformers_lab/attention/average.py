@@ -92,6 +92,17 @@ class Average(MultiHead):
         out = self._gated(x, (cache["sum"] / cache["seen"]).astype(x.dtype))
         return out.astype(call.v.dtype).reshape(call.q.shape), cache, call.carry
 
+    def decode_heads_several(self, cache, call: Call):
+        if call.bias is not None:
+            raise Refused(why_not(self, "bias"))
+        x = call.x
+        assert x is not None
+        total = cache["sum"][:, None] + jnp.cumsum(x, 1, dtype=jnp.float32)
+        count = cache["seen"] + 1 + jnp.arange(x.shape[1])
+        out = self._gated(x, (total / count[:, None]).astype(x.dtype))
+        cache = {"sum": total[:, -1], "seen": count[-1]}
+        return out.astype(call.v.dtype).reshape(call.q.shape), cache
+
 
 class Same(nnx.Module):
     def __call__(self, x):

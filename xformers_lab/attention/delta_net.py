@@ -62,8 +62,8 @@ class DeltaNet(Recurrent):
         keys = {"k": direction(k), "v": v, "beta": beta}
         return self.by_definition(direction(q), keys, valid, causal)
 
-    def scanned(self, q, k, v, beta):
-        return delta_rule(q, k, v, beta, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, beta):
+        return delta_rule(q, k, v, beta, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, beta):
         state = state + beta * jnp.outer(k, v - k @ state)
@@ -71,6 +71,9 @@ class DeltaNet(Recurrent):
 
     def step(self, state, q, k, v, *, beta):
         return self.update(state, direction(q), direction(k), v, beta)
+
+    def steps(self, state, q, k, v, *, beta):
+        return self.scanned(state, direction(q), direction(k), v, beta)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

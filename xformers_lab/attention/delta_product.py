@@ -54,7 +54,7 @@ class DeltaProduct(Recurrent):
         if chunk < 1 or householders < 1:
             raise Refused(f"chunk and householders must be at least 1, got {chunk} and {householders}")
         super().__init__(size, rngs=rngs)
-        self.steps, self.chunk, self.most = householders, chunk, 2.0 if strength == "reflecting" else 1.0
+        self.householders, self.chunk, self.most = householders, chunk, 2.0 if strength == "reflecting" else 1.0
         self.gate, N = gate_of(size, rngs), size.heads
         linear = lambda width, **options: Linear(size.dim, width, dtype=size.dtype, rngs=rngs, **options)
         more = (householders - 1) * N * size.head
@@ -68,11 +68,11 @@ class DeltaProduct(Recurrent):
             scale_init(share, self.more_value)
 
     def from_keys(self, x):
-        strength = self.strength(x).reshape(*x.shape[:2], self.size.heads, self.steps)
+        strength = self.strength(x).reshape(*x.shape[:2], self.size.heads, self.householders)
         arrays: dict[str, Any] = {"beta": self.most * jax.nn.sigmoid(strength.astype(jnp.float32))}
         arrays["decay"] = None if self.forget is None else jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32))
         for name, project in {"more_k": self.more_key, "more_v": self.more_value}.items():
-            shape = (*x.shape[:2], self.size.heads, self.steps - 1, self.size.head)
+            shape = (*x.shape[:2], self.size.heads, self.householders - 1, self.size.head)
             arrays[name] = None if project is None else project(x).reshape(shape)
         return arrays
 
@@ -94,29 +94,33 @@ class DeltaProduct(Recurrent):
     def _keys(self, k, v, beta, decay, more_k, more_v):
         """Of all positions (S, ...), or of one: keys and values of all steps, (S, n, H)."""
         k, v = k[..., None, :], v[..., None, :]
-        if self.steps > 1:
+        if self.householders > 1:
             k = jnp.concatenate([k, more_k], -2)
             v = jnp.concatenate([v, self.summed(more_v).astype(v.dtype)], -2)
         decay = jnp.zeros(beta.shape[:-1]) if decay is None else decay
         return {"k": direction(k), "v": v, "beta": beta, "decay": decay}
 
-    def scanned(self, q, k, v, beta, decay):
+    def scanned(self, state, q, k, v, beta, decay):
         """Each step is a position of its own: the first fades, the last is asked."""
         T, n = beta.shape
         q, decay = jnp.pad(q[:, None], ((0, 0), (n - 1, 0), (0, 0))), jnp.pad(decay[:, None], ((0, 0), (0, n - 1)))
         rows = (x.reshape(T * n, *x.shape[2:]) for x in (q, k, v, beta, decay))
-        return delta_rule(*rows, chunk=self.chunk * n)[0].reshape(T, n, -1)[:, -1]
+        out, state = delta_rule(*rows, chunk=self.chunk * n, state=state)
+        return out.reshape(T, n, -1)[:, -1], state
 
     def update(self, state, q, k, v, beta, decay):
         state = jnp.exp(decay) * state
-        for step in range(self.steps):
+        for step in range(self.householders):
             state = state + beta[step] * jnp.outer(k[step], v[step] - k[step] @ state)
         return q @ state, state
 
     def step(self, state, q, k, v, *, beta, decay, more_k, more_v):
         return self.update(state, direction(q), **self._keys(k, v, beta, decay, more_k, more_v))
 
+    def steps(self, state, q, k, v, *, beta, decay, more_k, more_v):
+        return self.scanned(state, direction(q), **self._keys(k, v, beta, decay, more_k, more_v))
+
     def cost(self, T: int, S: int) -> Cost:
-        H, rows, C = self.size.head, S * self.steps, min(self.chunk, S) * self.steps
+        H, rows, C = self.size.head, S * self.householders, min(self.chunk, S) * self.householders
         inverse = 2 * C * C // 3  # of a chunk's triangle, by halves
         return Cost(flops=rows * (H * (10 * C + 6 * H) + inverse), memory=rows * max(C, 2 * H), state=H * H)

@@ -51,11 +51,14 @@ class GatedDeltaNet(DeltaNet):
         keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
         return self.by_definition(direction(q), keys, valid, causal)
 
-    def scanned(self, q, k, v, beta, decay):
-        return delta_rule(q, k, v, beta, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, beta, decay):
+        return delta_rule(q, k, v, beta, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, beta, decay):
         return super().update(jnp.exp(decay) * state, q, k, v, beta)
 
     def step(self, state, q, k, v, *, beta, decay):
         return self.update(state, direction(q), direction(k), v, beta, decay)
+
+    def steps(self, state, q, k, v, *, beta, decay):
+        return self.scanned(state, direction(q), direction(k), v, beta, decay)

@@ -56,8 +56,8 @@ class Gla(Recurrent):
         keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": decay}
         return self.by_definition(q, keys, valid, causal)
 
-    def scanned(self, q, k, v, decay):
-        return channel_decay(q, k, v, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, decay):
+        return channel_decay(q, k, v, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, decay):
         state = jnp.exp(decay)[:, None] * state + jnp.outer(k, v)
@@ -66,6 +66,9 @@ class Gla(Recurrent):
     def step(self, state, q, k, v, *, decay):
         out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
         return out, state
+
+    def steps(self, state, q, k, v, *, decay):
+        return self.scanned(state, q, k * q.shape[-1] ** -0.5, v, decay)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, power_of_two(min(self.chunk, S))

@@ -58,10 +58,11 @@ class Gsa(Recurrent):
     def reference(self, q, k, v, *, valid=None, causal, decay):
         return self.by_definition(_query(q), _keys(k, v, decay), valid, causal)
 
-    def scanned(self, q, k, v, decay):
+    def scanned(self, state, q, k, v, decay):
         new = -jnp.expm1(decay)
-        scores = value_decay(q, k, new, decay, chunk=self.chunk)[0]
-        return channel_decay(jax.nn.softmax(scores), new, v, decay, chunk=self.chunk)[0]
+        scores, keys = value_decay(q, k, new, decay, chunk=self.chunk, state=state[0].T)
+        out, values = channel_decay(jax.nn.softmax(scores), new, v, decay, chunk=self.chunk, state=state[1])
+        return out, (keys.T, values)
 
     def start(self):
         rows = jnp.zeros((self.slots, self.size.head), jnp.float32)
@@ -74,6 +75,9 @@ class Gsa(Recurrent):
 
     def step(self, state, q, k, v, *, decay):
         return self.update(state, _query(q), **_keys(k, v, decay))
+
+    def steps(self, state, q, k, v, *, decay):
+        return self.scanned(state, _query(q), **_keys(k, v, decay))
 
     def cost(self, T: int, S: int) -> Cost:
         H, m, C = self.size.head, self.slots, power_of_two(min(self.chunk, S))

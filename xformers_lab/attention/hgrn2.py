@@ -56,8 +56,8 @@ class Hgrn2(Recurrent):
     def reference(self, q, k, v, *, valid=None, causal, bound):
         return self.by_definition(_silu(q), _keys(k, v, bound), valid, causal)
 
-    def scanned(self, q, k, v, decay):
-        return channel_decay(q, k, v, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, decay):
+        return channel_decay(q, k, v, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, decay):
         state = jnp.exp(decay)[:, None] * state + jnp.outer(k, v)
@@ -65,6 +65,9 @@ class Hgrn2(Recurrent):
 
     def step(self, state, q, k, v, *, bound):
         return self.update(state, _silu(q), **_keys(k, v, bound))
+
+    def steps(self, state, q, k, v, *, bound):
+        return self.scanned(state, _silu(q), **_keys(k, v, bound))
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, power_of_two(min(self.chunk, S))

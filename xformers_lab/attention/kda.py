@@ -63,7 +63,7 @@ class Kda(Recurrent):
         return rms(mean) * jax.nn.sigmoid(gate.astype(jnp.float32))
 
     attend, reference = GatedDeltaNet.attend, GatedDeltaNet.reference
-    scanned, step = GatedDeltaNet.scanned, GatedDeltaNet.step
+    scanned, step, steps = GatedDeltaNet.scanned, GatedDeltaNet.step, GatedDeltaNet.steps
 
     def update(self, state, q, k, v, beta, decay):
         state = jnp.exp(decay)[:, None] * state

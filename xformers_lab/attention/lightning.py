@@ -51,8 +51,8 @@ class Lightning(Recurrent):
     def reference(self, q, k, v, *, valid=None, causal, decay):
         return self.by_definition(jax.nn.silu(q), _keys(k, v, decay), valid, causal)
 
-    def scanned(self, q, k, v, decay):
-        return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, decay):
+        return scalar_decay(q, k, v, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, decay):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
@@ -61,6 +61,9 @@ class Lightning(Recurrent):
     def step(self, state, q, k, v, *, decay):
         q, k = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k))
         return self.update(state, q, k, v, decay)
+
+    def steps(self, state, q, k, v, *, decay):
+        return self.scanned(state, jax.nn.silu(q), **_keys(k, v, decay))
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

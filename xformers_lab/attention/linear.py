@@ -13,6 +13,7 @@ from xformers_lab.attention._engine.linear.features import (
     empty_state,
     exponential,
     one_more,
+    several_more,
     sums,
 )
 from xformers_lab.errors import Refused
@@ -225,6 +226,16 @@ class Linear(Stepwise):
         if self.features == "softmax":
             return (sums[0] @ (q[0][0] / sums[1])).astype(v.dtype), state
         return _divided(out[None], total[None], k[1])[0].astype(v.dtype), state
+
+    def steps(self, state, q, k, v, *, maps=None):
+        at, length = state.get("at", 0) + jnp.arange(len(q)), state.get("length", 1)
+        (q, _), (k, log) = (self._map(x, at, length, maps, which) for which, x in enumerate((q, k)))
+        if self.features == "softmax":
+            q = q / (state["sums"][1] + jnp.cumsum(k, 0))
+        sums, out, total = several_more(state["sums"], q, k, v, log, chunk=self.chunk)
+        state = state | {"sums": sums} | ({"at": at[-1] + 1} if "at" in state else {})
+        out = out if self.features == "softmax" else _divided(out, total, log)
+        return out.astype(v.dtype), state
 
 
 def _divided(out, total, log):

@@ -153,7 +153,7 @@ class GlobalTokens(Patterned):
         cache = super().init_cache(B, length, dtype)
         if not self.own:
             return cache
-        rows = jnp.zeros((B, min(self.tokens, length), self.size.key_heads, self.size.head), dtype)
+        rows = jnp.zeros((B, self.size.key_heads, min(self.tokens, length), self.size.head), dtype)
         return cache | {"global_k": rows, "global_v": rows}
 
     decode_heads_several = MultiHead.decode_heads_several
@@ -165,7 +165,7 @@ class GlobalTokens(Patterned):
         x = call.x
         assert x is not None
         project = lambda linear: self.heads_of(linear(x))
-        rows = cache["global_k"].shape[1]
+        rows = cache["global_k"].shape[2]
         at, positions = cache["seen"], jnp.arange(rows)
         first, slot = at < rows, jnp.minimum(at, rows - 1)
         among = self.among_global if self.pieces else self.of_global
@@ -174,8 +174,8 @@ class GlobalTokens(Patterned):
             call = call.replace(
                 **{name: jnp.where(first, project(self.to_global[name]), new) for name, new in pairs.items()}
             )
-        keep = lambda name: jnp.where(first, project(among[name]), cache[f"global_{name}"][:, slot])
-        of_global = {name: cache[f"global_{name}"].at[:, slot].set(keep(name)) for name in "kv"}
+        keep = lambda name: jnp.where(first, project(among[name]), cache[f"global_{name}"][:, :, slot])
+        of_global = {name: cache[f"global_{name}"].at[:, :, slot].set(keep(name)) for name in "kv"}
         ring = {name: rows for name, rows in cache.items() if not name.startswith("global_")}
         out, ring, carry = super().decode_heads(ring, call)
         filled = (positions <= at) & (positions >= cache["empty"])

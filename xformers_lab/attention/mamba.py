@@ -98,7 +98,7 @@ class Mamba(MultiHead):
         interval, b, c = self._selected(u)
         interval = interval if valid is None else jnp.where(valid[..., None], interval, 0)
         arrays = (u.astype(jnp.float32), interval, b, c, -jnp.exp(self.rate[...]))
-        y = by_definition(*arrays) if call.method == "reference" else selective_scan(*arrays, chunk=self.chunk)
+        y = by_definition(*arrays) if call.method == "reference" else selective_scan(*arrays, chunk=self.chunk)[0]
         y += self.skip[...] * u
         T, S = call.q.shape[1], y.shape[1]
         y = jnp.pad(y[:, max(S - T, 0) :], ((0, 0), (max(T - S, 0), 0), (0, 0)))
@@ -116,6 +116,19 @@ class Mamba(MultiHead):
         cache["state"], y = one_more(cache["state"], *arrays, rate=-jnp.exp(self.rate[...]))
         out = self._finished(y + self.skip[...] * u, call.x).astype(call.v.dtype)
         return out.reshape(call.q.shape), cache, call.carry
+
+    def decode_heads_several(self, cache, call: Call):
+        if call.bias is not None:
+            raise Refused(why_not(self, "bias"))
+        assert call.x is not None
+        y, cache = self.inner_value(call.x), dict(cache)
+        if self.conv is not None:
+            y, cache["tail"] = self.conv.step_several(cache["tail"], y)
+        u = self._activated(y)
+        arrays = (u.astype(jnp.float32), *self._selected(u), -jnp.exp(self.rate[...]))
+        y, cache["state"] = selective_scan(*arrays, chunk=self.chunk, state=cache["state"])
+        out = self._finished(y + self.skip[...] * u, call.x).astype(call.v.dtype)
+        return out.reshape(call.q.shape), cache
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         tail = {} if self.conv is None else {"tail": self.conv.init_tail(B, dtype)}

@@ -116,12 +116,16 @@ class Mamba2(Recurrent):
         return v if more_v is None else jnp.concatenate([v, self.summed(more_v).astype(v.dtype)], -1)
 
     def _mean(self, run, q, k, v, valid, causal, rate, skip, interval):
-        q, k = jax.nn.silu(q), jax.nn.silu(k)
-        keys = {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
+        q, keys = self._asked(q, k, v, rate, interval)
         return run(q, keys, valid, causal) + skip * at_queries(q, v, valid)
 
-    def scanned(self, q, k, v, decay):
-        return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
+    def _asked(self, q, k, v, rate, interval):
+        """What the recurrence reads of queries and of keys."""
+        q, k = jax.nn.silu(q), jax.nn.silu(k)
+        return q, {"k": k * interval[:, None].astype(k.dtype), "v": v, "decay": rate * interval}
+
+    def scanned(self, state, q, k, v, decay):
+        return scalar_decay(q, k, v, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, decay):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
@@ -135,6 +139,11 @@ class Mamba2(Recurrent):
         q, k = (jax.nn.silu(x.astype(jnp.float32)) for x in (q, k))
         out, state = self.update(state, q, k * interval, v, rate * interval)
         return out + skip * v, state
+
+    def steps(self, state, q, k, v, *, rate, skip, interval, more_v):
+        q, keys = self._asked(q, k, self._wide(v, more_v), rate, interval)
+        out, state = self.scanned(state, q, **keys)
+        return out + skip * keys["v"], state
 
     def cost(self, T: int, S: int) -> Cost:
         H, C, E = self.size.head, min(self.chunk, S), self.expand

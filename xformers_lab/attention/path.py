@@ -148,7 +148,7 @@ class Path(Full):
     decode_heads_several = MultiHead.decode_heads_several
 
     def decode_heads(self, cache, call: Call):
-        w, b = (y[:, None] for y in self._transformations(call.x))
+        w, b = (y[:, :, None] for y in self._transformations(call.x))
         along = (cache["k"] * w).sum(-1, keepdims=True)
         cache, at, positions, seen = self.remembered(cache | {"k": cache["k"] - b[..., None] * along * w}, call)
         out = self.attend_cached(call.q, cache["k"], cache["v"], at, positions, seen, call.bias)

@@ -13,6 +13,7 @@ from xformers_lab.attention._engine.linear.features import (
     empty_state,
     exponential,
     one_more,
+    several_more,
     sums,
 )
 from xformers_lab.attention._engine.softmax import MASKED
@@ -188,3 +189,12 @@ class Performer(Stepwise):
             return divided(out[None], total[None])[0].astype(v.dtype), (sums,)
         even, *further = one_more(state[1], self.epsilon * q[0].sum(keepdims=True), jnp.ones(1), v)
         return divided((out + further[0])[None], (total + further[1])[None])[0].astype(v.dtype), (sums, even)
+
+    def steps(self, state, q, k, v, *, projection):
+        (q, _), (k, log) = self._map(q, projection, key=False), self._map(k, projection, key=True)
+        sums, out, total = several_more(state[0], q, k, v, log, chunk=self.chunk)
+        if not self.epsilon:
+            return divided(out, total).astype(v.dtype), (sums,)
+        even, one = self.epsilon * q.sum(-1, keepdims=True), jnp.ones((len(k), 1), q.dtype)
+        even, *further = several_more(state[1], even, one, v, chunk=self.chunk)
+        return divided(out + further[0], total + further[1]).astype(v.dtype), (sums, even)

@@ -54,8 +54,8 @@ class Retnet(Recurrent):
     def _keys(self, q, k, v, decay):
         return {"k": k * q.shape[-1] ** -0.5, "v": v, "decay": jnp.full(len(k), decay)}
 
-    def scanned(self, q, k, v, decay):
-        return scalar_decay(q, k, v, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, decay):
+        return scalar_decay(q, k, v, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, decay):
         state = jnp.exp(decay) * state + jnp.outer(k, v)
@@ -64,6 +64,9 @@ class Retnet(Recurrent):
     def step(self, state, q, k, v, *, decay):
         out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, decay)
         return out, state
+
+    def steps(self, state, q, k, v, *, decay):
+        return self.scanned(state, q, **self._keys(q, k, v, decay))
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

@@ -94,13 +94,13 @@ class Rfa(Stepwise):
         else:
             self._one_way(causal)
             keys = {"k": k, "v": jnp.pad(wide, ((0, 0), (0, 1)), constant_values=1), "decay": decay}
-            both = aligned(self._faded, q, keys, valid)
+            both = aligned(lambda q, **keys: self._faded(q, **keys)[0], q, keys, valid)
             out, total = both[:, :-1], both[:, -1]
             weight = -jnp.expm1(_seen(decay, len(q), valid, causal))
         return self._divided(out, total, weight).astype(v.dtype)
 
-    def _faded(self, q, k, v, decay):
-        return scalar_decay(q, k * -jnp.expm1(decay)[:, None], v, decay, chunk=self.chunk)[0]
+    def _faded(self, q, k, v, decay, state=None):
+        return scalar_decay(q, k * -jnp.expm1(decay)[:, None], v, decay, chunk=self.chunk, state=state)
 
     def _one_way(self, causal: bool) -> None:
         if not causal:
@@ -157,6 +157,20 @@ class Rfa(Stepwise):
         state = {"sums": kept * state["sums"] + added, "weight": kept * state["weight"] + new}
         both = q @ state["sums"]
         return self._divided(both[None, :-1], both[None, -1], state["weight"])[0].astype(v.dtype), state
+
+    def steps(self, state, q, k, v, *, projection, spread, decay=None):
+        W = projection * spread
+        q, k = self._map(q, W), self._map(k, W)
+        wide = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, 1)), constant_values=1)
+        if decay is None:
+            weight = state["weight"] + jnp.arange(1.0, len(k) + 1)
+            both, total = scalar_decay(q, k, wide, jnp.zeros(len(k)), chunk=self.chunk, state=state["sums"])
+        else:
+            # What is missing of a weight of 1 fades.
+            weight = 1 - (1 - state["weight"]) * jnp.exp(jnp.cumsum(decay))
+            both, total = self._faded(q, k, wide, decay, state["sums"])
+        out = self._divided(both[:, :-1], both[:, -1], weight).astype(v.dtype)
+        return out, {"sums": total, "weight": weight[-1]}
 
 
 def _seen(x, T: int, valid, causal: bool):

@@ -63,15 +63,21 @@ class Rwkv(Recurrent):
 
             def run(q, k, v, there):
                 k, v = shifted((k, v), share)
-                return jax.nn.sigmoid(q) * self._means(k, v, there, decay, bonus)
+                return jax.nn.sigmoid(q) * self._means(self._empty(), k, v, there, decay, bonus)[0]
 
             return aligned(run, q, {"k": k, "v": v, "there": jnp.ones(len(k))}, valid)
 
         wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
         return jax.checkpoint(forward)(wide, decay, bonus, share).astype(v.dtype)
 
-    def _means(self, k, v, there, decay, bonus):
-        """The weighted means (S, H) of what every position sees; there (S,): 1, or 0 where it is padding."""
+    def _empty(self):
+        """The sums of no key."""
+        none = jnp.zeros(self.size.head, jnp.float32)
+        return none, none, jnp.full_like(none, MASKED)
+
+    def _means(self, sums, k, v, there, decay, bonus):
+        """The weighted means (S, H) of what every position sees, behind the sums before the first, and the sums behind
+        the last; there (S,): 1, or 0 where it is padding."""
         S, C = len(k), min(self.chunk, len(k))
         k, v, there = (in_blocks(x, C) for x in (k, v, there[:, None]))
         passed = jnp.cumsum(there, 1)
@@ -88,11 +94,10 @@ class Rwkv(Recurrent):
             end, passed = new
             return _merged(_faded(state, decay * passed), end), state
 
-        none = none[0]
-        before = lax.scan(between, (none, none, jnp.full_like(none, MASKED)), (ends, passed[:, -1]))[1]
+        sums, before = lax.scan(between, sums, (ends, passed[:, -1]))
         before = _faded(tuple(x[:, None] for x in before), decay * (passed - there))
         seen = _merged(before, tuple(x.swapaxes(0, 1) for x in inside))
-        return _mean(_merged(seen, _one(k + bonus, v, there))).reshape(-1, k.shape[-1])[:S]
+        return _mean(_merged(seen, _one(k + bonus, v, there))).reshape(-1, k.shape[-1])[:S], sums
 
     def reference(self, q, k, v, *, valid=None, causal, decay, bonus, share):
         self.one_way(causal)
@@ -115,9 +120,8 @@ class Rwkv(Recurrent):
         return Cost(flops=0, memory=S * H, state=(5 if self.shift == "one" else 3) * H)
 
     def init_state(self, length: int, dtype=jnp.float32):
-        none = jnp.zeros(self.size.head, jnp.float32)
-        state = {"sums": (none, none, jnp.full_like(none, MASKED))}
-        return state | ({"last": (none, none)} if self.shift == "one" else {})
+        sums = self._empty()
+        return {"sums": sums} | ({"last": sums[:2]} if self.shift == "one" else {})
 
     def step(self, state, q, k, v, *, decay, bonus, share):
         dtype = v.dtype
@@ -129,13 +133,25 @@ class Rwkv(Recurrent):
         sums = _merged(_faded(state["sums"], decay), _one(k, v, 1))
         return (jax.nn.sigmoid(q) * mean).astype(dtype), {"sums": sums} | last
 
+    def steps(self, state, q, k, v, *, decay, bonus, share):
+        dtype = v.dtype
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        last = {"last": (k[-1], v[-1])} if share is not None else {}
+        k, v = shifted((k, v), share, state.get("last"))
+        mean, sums = self._means(state["sums"], k, v, jnp.ones(len(k)), decay, bonus)
+        return (jax.nn.sigmoid(q) * mean).astype(dtype), {"sums": sums} | last
 
-def shifted(arrays, shares):
-    """Arrays (S, H), each mixed with itself one position before, by a share (H,) of its own; as they are without."""
+
+def shifted(arrays, shares, last=None):
+    """Arrays (S, H), each mixed with itself one position before, by a share (H,) of its own; as they are without.
+
+    last: what stood in front of each, (H,), where that is not zeros.
+    """
     if shares is None:
         return arrays
-    before = lambda x: jnp.pad(x, ((1, 0), (0, 0)))[:-1]
-    return tuple(mixed(x, before(x), own) for x, own in zip(arrays, shares, strict=True))
+    last = [jnp.zeros_like(x[0]) for x in arrays] if last is None else last
+    before = (jnp.concatenate([first[None], x[:-1]]) for x, first in zip(arrays, last, strict=True))
+    return tuple(mixed(*each) for each in zip(arrays, before, shares, strict=True))
 
 
 def mixed(x, before, own):

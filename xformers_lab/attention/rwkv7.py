@@ -103,8 +103,8 @@ class Rwkv7(Recurrent):
         own_k, own_v = (at_queries(q, keys[name], valid) for name in ("k", "v"))
         return scale * centred(run(q, keys, valid, causal)) + _own(q, own_k, own_v, bonus)
 
-    def scanned(self, q, k, v, read, written, decay):
-        return low_rank(q, k, v, read, written, decay, chunk=self.chunk)[0]
+    def scanned(self, state, q, k, v, read, written, decay):
+        return low_rank(q, k, v, read, written, decay, chunk=self.chunk, state=state)
 
     def update(self, state, q, k, v, read, written, decay):
         state = jnp.exp(decay)[:, None] * state + jnp.outer(written, read @ state) + jnp.outer(k, v)
@@ -122,6 +122,13 @@ class Rwkv7(Recurrent):
             arrays = [mixed(*each) for each in zip(arrays, state["last"], share, strict=True)]
         keys = _keys(arrays, removal, replacement)
         out, memory = self.update(state["memory"], q, **keys)
+        return scale * centred(out) + _own(q, keys["k"], keys["v"], bonus), {"memory": memory} | last
+
+    def steps(self, state, q, k, v, *, forget, strength, removal, replacement, bonus, scale, share):
+        q, *arrays = (x.astype(jnp.float32) for x in (q, k, v, forget, strength))
+        last = {} if share is None else {"last": tuple(x[-1] for x in arrays)}
+        keys = _keys(shifted(arrays, share, state.get("last")), removal, replacement)
+        out, memory = self.scanned(state["memory"], q, **keys)
         return scale * centred(out) + _own(q, keys["k"], keys["v"], bonus), {"memory": memory} | last
 
     def cost(self, T: int, S: int) -> Cost:

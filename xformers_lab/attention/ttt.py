@@ -72,11 +72,11 @@ class Ttt(Recurrent):
 
         @jax.checkpoint
         def run(q, keys, own):
-            return aligned(functools.partial(self.scanned, own=own), q, keys, valid)
+            return aligned(functools.partial(self._batches, own=own), q, keys, valid)
 
         return run(*_wide(q, k, v, step_size), own)
 
-    def scanned(self, q, k, v, step_size, there, own):
+    def _batches(self, q, k, v, step_size, there, own):
         T, C = len(q), min(self.batch, len(q))
         share, triangle = own["share"][:C, None], jnp.tril(jnp.ones((C, C)))
 

@@ -70,8 +70,9 @@ class Xlstm(Recurrent):
         keys = {"k": k * q.shape[-1] ** -0.5, "v": v, "log": log, "decay": decay}
         return self.by_definition(q, keys, valid, causal)
 
-    def scanned(self, q, k, v, log, decay):
-        return _divided(*exponential_gates(q, k, v, log, decay, chunk=self.chunk))
+    def scanned(self, state, q, k, v, log, decay):
+        sums, state = exponential_gates(q, k, v, log, decay, state, chunk=self.chunk)
+        return _divided(*sums), state
 
     def start(self):
         H = self.size.head
@@ -87,6 +88,9 @@ class Xlstm(Recurrent):
     def step(self, state, q, k, v, *, log, decay):
         out, state = self.update(state, q, k * q.shape[-1] ** -0.5, v, log, decay)
         return out, state
+
+    def steps(self, state, q, k, v, *, log, decay):
+        return self.scanned(state, q, k * q.shape[-1] ** -0.5, v, log, decay)
 
     def cost(self, T: int, S: int) -> Cost:
         H, C = self.size.head, min(self.chunk, S)

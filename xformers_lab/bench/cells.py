@@ -252,7 +252,7 @@ def measure(
     if not compiled:
         return
     arrays: dict = {}
-    calls = {cell: _call(run, one, arrays) for cell, (run, one) in compiled.items()}
+    calls = {cell: caller(run, one, arrays) for cell, (run, one) in compiled.items()}
 
     def begun(at: int | None, cell: Cell) -> None:
         stage = "first calls" if at is None else f"round {at + 1} of {rounds}"
@@ -307,7 +307,7 @@ def _too_much(needed: int) -> str | None:
     return f"needs at least {needed / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
 
 
-def _call(run: Callable, one: Subject, arrays: dict) -> Callable[[], object]:
+def caller(run: Callable, one: Subject, arrays: dict) -> Callable[[], object]:
     """A call on random arrays, made at the first one. Cells of equal shapes share them; each has a cache of its own."""
     if not one.keeps:
         return lambda: run(one.params, *_drawn(one.shapes, arrays))

@@ -27,10 +27,14 @@ KEEPS_KEYS = (
     'that it cannot decode: refuses = {"decoding": "it depends on absolute positions"}.'
 )
 
+AT_ONCE = "The state before the first of them counts, and behind the last nothing is left out: look at both ends."
+# Where a text is cut that is read in parts: nowhere, and where no block of an engine ends.
+PARTS = ((), (5,))
+
 
 def decoding(subject: Subject) -> None:
     """`init_cache`, `decode_heads_several` of the first tokens at once, and `decode_heads` of the others, one by one,
-    give the rows of the causal pass."""
+    give the rows of the causal pass; and tokens read at once leave what they leave one by one."""
     mechanism = _decodes(subject)
     case, inputs, whole, known = _whole_pass(subject)
     tokens, first = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}, subject.length // 3
@@ -57,6 +61,44 @@ def decoding(subject: Subject) -> None:
     steps = f"{first} tokens at once, then step by step"
     where = f"{steps}, against the causal pass ({case}; first wrong token: {wrong})"
     compare(out, expected, STEP, where, lambda: _likely(subject, mechanism))
+    _read_alike(subject)
+
+
+def _read_alike(subject: Subject) -> None:
+    """Raises Broken unless `decode_heads_several` of all tokens at once, or of some and then the others, gives what
+    `decode_heads` of one after the other gives, and leaves the same cache behind."""
+    mechanism = _decodes(subject)
+    case, inputs, _, known = _whole_pass(subject)
+    tokens, bias = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}, inputs.get("bias")
+
+    def one_by_one(tokens, bias):
+        def one(cache, new):
+            out, cache, _ = mechanism.decode_heads(cache, Call(**new, bias=bias))
+            return cache, out
+
+        in_turn = {name: jnp.swapaxes(rows, 0, 1) for name, rows in tokens.items()}
+        cache, out = jax.lax.scan(one, mechanism.init_cache(case.batch, subject.length), in_turn)
+        return jnp.swapaxes(out, 0, 1), cache
+
+    def in_parts(ends, tokens, bias):
+        cache, outs = mechanism.init_cache(case.batch, subject.length), []
+        for start, end in zip((0, *ends), (*ends, None), strict=True):
+            part = {name: rows[:, start:end] for name, rows in tokens.items()}
+            out, cache = mechanism.decode_heads_several(cache, Call(**part, bias=bias))
+            outs.append(out)
+        return jnp.concatenate(outs, 1), cache
+
+    run = lambda tokens, bias: (one_by_one(tokens, bias), *(in_parts(ends, tokens, bias) for ends in PARTS))
+    with jax.default_matmul_precision("highest"):
+        (out, cache), *others = jax.tree.map(np.asarray, jax.jit(run)(tokens, bias))
+    for ends, (other, left) in zip(PARTS, others, strict=True):
+        parts = f"up to {ends[0]}, then the others" if ends else "all"
+        where = f"tokens read at once, {parts}, against one by one ({case})"
+        compare(other * known, out * known, STEP, where, AT_ONCE)
+        for (path, expected), leaf in zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(left), strict=True):
+            name = jax.tree_util.keystr(path)
+            pair = (np.asarray(x, np.float32) for x in (leaf, expected))
+            compare(*pair, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
 
 
 def _likely(subject: Subject, mechanism: MultiHead) -> str:

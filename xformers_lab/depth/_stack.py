@@ -45,14 +45,20 @@ def initial_carries(blocks: Sequence[Any], B: int, T: int, S: int) -> dict[str, 
     return carries
 
 
-def init_caches(blocks: Sequence[Any], B: int, length: int) -> list:
-    """What decoding remembers, one tree per place in the period, with a leading axis of layers."""
+def init_caches(blocks: Sequence[Any], B: int, length: int, *, written_out: bool = False) -> list:
+    """What decoding remembers, for each place in the period one tree with a leading axis of layers, or where the layers
+    of a step are written out a list of one tree for each layer, which a step then changes in place."""
     caches = []
     for block in blocks:
-        layers = jax.tree.leaves(nnx.state(block))[0].shape[0]
-        one = first(block).init_cache(B, length)
-        caches.append(jax.tree.map(lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape)), one))
+        layers, one = depth_of(block), first(block).init_cache(B, length)
+        wide = lambda leaf, layers=layers: jnp.broadcast_to(leaf, (layers, *leaf.shape))
+        caches.append([one] * layers if written_out else jax.tree.map(wide, one))
     return caches
+
+
+def depth_of(block: Any) -> int:
+    """How many layers a stacked module has."""
+    return jax.tree.leaves(nnx.state(block))[0].shape[0]
 
 
 def first(block: Any) -> Any:
@@ -78,8 +84,20 @@ def step_stack(
             changed.append(cache)
         return (x, carries), changed
 
-    (x, carries), caches = jax.lax.scan(period, (x, carries), ([variables for _, variables in split], caches))
+    (x, carries), caches = _layer_by_layer(period, (x, carries), [variables for _, variables in split], caches)
     return x, caches, carries
+
+
+def _layer_by_layer(period: Callable, state: Any, variables: list, caches: list) -> tuple[Any, list]:
+    """`period(state, (variables, caches)) -> state, caches` along the layers of `init_caches`."""
+    if not isinstance(caches[0], list):
+        return jax.lax.scan(period, state, (variables, caches))
+    after = []
+    for number, of_layer in enumerate(zip(*caches, strict=True)):
+        own = jax.tree.map(lambda leaf, number=number: leaf[number], variables)
+        state, changed = period(state, (own, of_layer))
+        after.append(changed)
+    return state, [list(layers) for layers in zip(*after, strict=True)]
 
 
 def several_stack(
@@ -104,7 +122,7 @@ def several_stack(
             changed.append(cache)
         return x, changed
 
-    return jax.lax.scan(period, x, ([variables for _, variables in split], caches))
+    return _layer_by_layer(period, x, [variables for _, variables in split], caches)
 
 
 def in_turn(block: Any, x: jax.Array, cache: Any, context: Context, at: jax.Array) -> tuple[jax.Array, Any]:

@@ -51,6 +51,7 @@ class EarlyExit(Fixed):
 
     own_layers = False  # layers run on the sequences that are still inside
     plain_step = False
+    stacked_caches = True
 
     def __init__(
         self,

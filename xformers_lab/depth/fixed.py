@@ -6,6 +6,7 @@ from flax import nnx
 from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._stack import (
     build_stack,
+    depth_of,
     init_caches,
     initial_carries,
     run_stack,
@@ -25,6 +26,8 @@ class Fixed(Depth):
     several_streams = True
     # Whether `step` is no more than the step of every layer in turn, so that several tokens may pass a layer together.
     plain_step: ClassVar[bool] = True
+    # Whether a step of its own loops over the caches of all layers, which are then stacked.
+    stacked_caches: ClassVar[bool] = False
 
     def __init__(self, size: Size, *, make_block: MakeBlock, period: int, rngs: nnx.Rngs):
         whole = size.layers // period * period
@@ -54,7 +57,12 @@ class Fixed(Depth):
 
     def init_cache(self, B: int, length: int) -> dict[str, Any]:
         """Caches of all layers, and what the mechanisms get below the first of them for one query."""
-        layers = [init_caches(list(blocks), B, length) for blocks in (self.periods, self.rest)]
+        layers = []
+        for blocks in map(list, (self.periods, self.rest)):
+            count = depth_of(blocks[0]) if blocks else 0
+            # In a loop over layers each step would copy their caches out and in.
+            written_out = not self.stacked_caches and count * len(blocks) <= self.plan.unrolled
+            layers.append(init_caches(blocks, B, length, written_out=written_out))
         return {"layers": layers, "below": self.initial_carries(B, 1, length)}
 
     def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:

@@ -159,7 +159,6 @@ class Stepwise(OneHead):
     absolute positions."""
 
     keeps_keys: ClassVar[bool] = False
-    decode_heads_several = OneHead.decode_heads_several
 
     @required
     def init_state(self, length: int, dtype=jnp.float32) -> Any:
@@ -170,6 +169,12 @@ class Stepwise(OneHead):
         """One more token of one head: q, k, v (H,) -> out (H,) and the new state; equal to the last row of `attend` on
         all tokens so far. It may take, by name, `bias`, `x` (D,), and what `per_head`, `from_keys` and `from_queries`
         name, each for this token."""
+
+    def steps(self, state, q, k, v, *args: Any, **kwargs: Any) -> Any:
+        """`step` of T more tokens of one head: q, k, v (T, H) -> out (T, H) and the new state. It may take, by name,
+        what `step` may, each for these tokens. A subclass defines it where many tokens cost less than so many steps;
+        else they are read one by one."""
+        raise NotImplementedError
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
         """Every head's `init_state`."""
@@ -195,3 +200,24 @@ class Stepwise(OneHead):
         samples = jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, 0, None))
         out, cache = samples(cache, call.q, k, v, taken(tokens), taken({"x": call.x}), taken(of_head))
         return self.finish(out[:, None], call.as_row())[:, 0], cache, call.carry
+
+    def decode_heads_several(self, cache, call: Call):
+        """`steps` of every head of every sample, where a subclass defines them."""
+        if type(self).steps is Stepwise.steps:
+            return super().decode_heads_several(cache, call)
+        self._check_decode()
+        takes = self.takes("steps")
+        if call.bias is not None and "bias" not in takes:
+            raise Refused(why_not(self, "bias"))
+
+        def one(q, k, v, of_pair, of_sample, of_head):
+            state, tokens = of_pair
+            offered = tokens | of_sample | of_head
+            return self.steps(state, q, k, v, **{name: value for name, value in offered.items() if name in takes})
+
+        of_sample, of_head = {"x": call.x} if "x" in takes else {}, {"bias": call.bias} | self.per_head()
+        of_pair = cache, self.of_tokens(call)
+        out, cache = over_heads(
+            one, call.q, call.k, self.summed(call.v), of_pair, of_sample, of_head, plan=plan_of(self.size)
+        )
+        return self.finish(out, call), cache

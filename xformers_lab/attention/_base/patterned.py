@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from xformers_lab.attention._base.attention import Cost
 from xformers_lab.attention._base.by_kernel import by_kernel
@@ -21,7 +22,8 @@ from xformers_lab.attention._engine.block_sparse.layout import live_pairs
 from xformers_lab.attention._engine.dense import dense
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.pattern import All, Causal, Pattern
-from xformers_lab.attention._engine.softmax import softmax_average
+from xformers_lab.attention._engine.products import EXACT
+from xformers_lab.attention._engine.softmax import masked_softmax
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
@@ -140,7 +142,8 @@ class Patterned(OneHead):
         return length
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32):
-        rows = jnp.zeros((B, self.slots(length), self.size.key_heads, self.size.head), dtype)
+        # Heads before positions: one query then reads its keys in one piece, and XLA:CPU copies nothing for a product.
+        rows = jnp.zeros((B, self.size.key_heads, self.slots(length), self.size.head), dtype)
         none = jnp.zeros((), jnp.int32)
         return {"k": rows, "v": rows, "seen": none, "empty": none}
 
@@ -160,42 +163,48 @@ class Patterned(OneHead):
     def remembered(self, cache, call: Call):
         """The cache with one token more, its position (), those of all slots (R,), and what it sees of them (N, R)."""
         at = cache["seen"]
-        slot = self._slot(at, cache)
-        keys, values = (cache[name].at[:, slot].set(new) for name, new in (("k", call.k), ("v", self.summed(call.v))))
+        pairs = (("k", call.k), ("v", self.summed(call.v)))
+        held = {name: _written(cache[name], new[:, :, None], self._slot(at, cache)) for name, new in pairs}
         positions, filled = self._held(at, cache)
-        return cache | {"k": keys, "v": values, "seen": at + 1}, at, positions, self._seen_by(at, positions) & filled
+        return cache | held | {"seen": at + 1}, at, positions, self._seen_by(at, positions) & filled
 
     def decode_heads_several(self, cache, call: Call):
-        """New queries look at what the slots hold and at new keys, which then go where they belong."""
-        at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[1]
+        """New queries look at what the slots hold and at new keys, which then go where they belong; where every
+        position has a slot, they go there first."""
+        at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[2]
         new = at + jnp.arange(T)
-        positions, filled = self._held(at - 1, cache)
-        positions, filled = jnp.concatenate([positions, new]), jnp.concatenate([filled, jnp.ones(T, bool)])
-        pairs = (("k", call.k), ("v", self.summed(call.v)))
-        keys, values = (jnp.concatenate([cache[name], rows], 1) for name, rows in pairs)
+        pairs = {name: jnp.swapaxes(rows, 1, 2) for name, rows in (("k", call.k), ("v", self.summed(call.v)))}
+        if self.slots(R + 1) > R:
+            held = {name: _written(cache[name], rows, self._slot(at, cache)) for name, rows in pairs.items()}
+            positions, filled = self._held(at + T - 1, cache)
+            keys, values = held["k"], held["v"]
+        else:
+            positions, filled = self._held(at - 1, cache)
+            positions, filled = jnp.concatenate([positions, new]), jnp.concatenate([filled, jnp.ones(T, bool)])
+            keys, values = (jnp.concatenate([cache[name], rows], 2) for name, rows in pairs.items())
+            # Of several that share a slot the newest stays.
+            stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
+            slot = jnp.where(stays, self._slot(new, cache), R)
+            held = {name: cache[name].at[:, :, slot].set(rows, mode="drop") for name, rows in pairs.items()}
 
         def one(q, at):
             seen = self._seen_by(at, positions) & filled
             return self.attend_cached(q, keys, values, at, positions, seen, call.bias)
 
         out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(call.q, new)
-        # Of several that share a slot the newest stays.
-        stays = (new < self.kept) | (new >= at + T - self._ring_of(R))
-        slot = jnp.where(stays, self._slot(new, cache), R)
-        keys, values = (cache[name].at[:, slot].set(rows, mode="drop") for name, rows in pairs)
-        return self.finish(out, call), cache | {"k": keys, "v": values, "seen": at + T}
+        return self.finish(out, call), cache | held | {"seen": at + T}
 
     def _ring_of(self, slots: int) -> int:
         return max(slots - self.kept, 1)
 
     def _slot(self, at, cache):
         """Where what stands at a position is kept."""
-        ring = self._ring_of(cache["k"].shape[1])
+        ring = self._ring_of(cache["k"].shape[2])
         return jnp.where(at < self.kept, at, self.kept + (at - self.kept) % ring)
 
     def _held(self, newest, cache):
         """The positions (R,) that the slots hold when the last one is `newest` (), and which of them hold one."""
-        slots = jnp.arange(cache["k"].shape[1])
+        slots = jnp.arange(cache["k"].shape[2])
         first = slots < self.kept
         positions = jnp.where(first, slots, newest - (newest - slots) % self._ring_of(len(slots)))
         filled = (positions <= newest) & (first | (positions >= self.kept))
@@ -206,22 +215,20 @@ class Patterned(OneHead):
         return jnp.stack([self.seen(True, head)(at, positions) for head in range(self.size.heads)])
 
     def attend_cached(self, q, keys, values, at, positions, seen, bias, added=None):
-        """(B, N, H): one query of each head, standing `at`, on rows (B, R, K, H) of `positions` (R,) that are `seen`
+        """(B, N, H): one query of each head, standing `at`, on rows (B, K, R, H) of `positions` (R,) that are `seen`
         (N, R). added (B, N, R): what is added to scores besides, where a mechanism says more of them."""
+        (B, N, H), K = q.shape, self.size.key_heads
+        by_group = lambda x: x.reshape(B, K, N // K, -1)
+        s = jnp.einsum("bkgh,bkrh->bkgr", by_group(q * H**-0.5), keys, **EXACT).reshape(B, N, -1)
+        s = s if added is None else s + added
+        s = s if bias is None else s + jax.vmap(lambda of_head: of_head(at[None, None], positions[None])[0])(bias)
+        p = by_group(masked_softmax(s, seen).astype(values.dtype))
+        return jnp.einsum("bkgr,bkrh->bkgh", p, values, **EXACT).astype(values.dtype).reshape(q.shape)
 
-        def head(q, k, v, added, bias, seen):
-            s = q * q.shape[-1] ** -0.5 @ k.T
-            s = s if added is None else s + added
-            s = s if bias is None else s + bias(at[None, None], positions[None])[0]
-            return softmax_average(s, seen, v)
 
-        group = jax.vmap(head, in_axes=(0, None, None, 0, 0, 0))
-        of_sample = jax.vmap(group, in_axes=(0, 1, 1, 0, 0, 0))
-        by_group = lambda x: x.reshape(self.size.key_heads, -1, *x.shape[1:])
-        grouped, added = jax.tree.map(jax.vmap(by_group), (q, added))
-        of_head = jax.tree.map(by_group, (bias, seen))
-        out = jax.vmap(of_sample, in_axes=(0, 0, 0, 0, None, None))(grouped, keys, values, added, *of_head)
-        return out.reshape(q.shape)
+def _written(rows, new, slot):
+    """Rows (B, K, R, H) with new ones (B, K, T, H) from a slot () on, in their place where a program may."""
+    return lax.dynamic_update_slice_in_dim(rows, new.astype(rows.dtype), slot, 2)
 
 
 def near_block(width: int, causal: bool) -> int:

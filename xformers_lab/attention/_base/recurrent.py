@@ -19,9 +19,10 @@ EPSILON = 1e-5
 
 
 class Recurrent(Stepwise):
-    """A subclass defines `scanned(q, **keys)` over all positions at once, and `update(state, q, **keys)` for one.
+    """A subclass defines `scanned(state, q, **keys)` of many positions at once, and `update(state, q, **keys)` of one.
 
-    keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads.
+    keys are arrays (S, ...) of which padding becomes zeros: k, v, and what else the recurrence reads. Where it defines
+    `steps` by `scanned`, as it does `step` by `update`, a prompt is read many tokens at a time.
     """
 
     refuses: ClassVar = {
@@ -31,7 +32,8 @@ class Recurrent(Stepwise):
 
     def forward(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)
-        return jax.checkpoint(lambda q, keys: aligned(self.scanned, q, keys, valid))(q, keys)
+        whole = lambda q, **keys: self.scanned(self.start(), q, **keys)[0]
+        return jax.checkpoint(lambda q, keys: aligned(whole, q, keys, valid))(q, keys)
 
     def by_definition(self, q, keys: dict, valid, causal: bool):
         self.one_way(causal)
@@ -43,15 +45,15 @@ class Recurrent(Stepwise):
             raise Refused(why_not_one_way(type(self)))
 
     def start(self) -> Any:
-        """The state of `update` before the first position."""
+        """The state of `scanned` and `update` before the first position."""
         return jnp.zeros((self.size.head, self.size.head), jnp.float32)
 
     def init_state(self, length: int, dtype=jnp.float32):
         return self.start()
 
     @required
-    def scanned(self, q, *args: Any, **keys: Any) -> Any:
-        """Queries (T, H) and keys (S, ...) of all positions -> (T, H)."""
+    def scanned(self, state, q, *args: Any, **keys: Any) -> Any:
+        """The state, queries (T, H) and keys (T, ...) of the next positions -> (T, H) and the state behind them."""
 
     @required
     def update(self, state, q, *args: Any, **keys: Any) -> Any:

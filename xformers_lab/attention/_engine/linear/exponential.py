@@ -18,9 +18,10 @@ from xformers_lab.attention._engine.linear.recurrence import before_each
 from xformers_lab.attention._engine.softmax import MASKED
 
 
-def exponential_gates(q, k, v, log, decay, *, chunk: int):
-    """q and k (T, F), v (T, H), log e and decay (T,) -> q_t S_t (T, H) and q_t . z_t (T,), both to be multiplied by exp
-    of the third (T,), in float32.
+def exponential_gates(q, k, v, log, decay, state, *, chunk: int):
+    """q and k (T, F), v (T, H), log e and decay (T,), and the state before them: S (F, H), z (F,) and the logarithm ()
+    of what both are to be multiplied by -> q_t S_t (T, H) and q_t . z_t (T,), both to be multiplied by exp of the third
+    (T,), in float32, and the last state.
 
     No derivative goes through the third: whoever uses all three must give something that does not depend on it.
     """
@@ -34,9 +35,9 @@ def exponential_gates(q, k, v, log, decay, *, chunk: int):
         new, last = new
         return merged((*state[:2], state[2] + last), new)
 
-    start = jnp.zeros((v.shape[2], k.shape[2])), jnp.zeros(k.shape[2]), jnp.asarray(MASKED)
+    start = state[0].T, *state[1:]
     of_chunks = jax.vmap(added)(k, v, log + last - fall)
-    (states, sums, tops), _ = before_each(faded, start, (of_chunks, last[:, 0]))
+    (states, sums, tops), end = before_each(faded, start, (of_chunks, last[:, 0]))
     seen = np.tril(np.ones((C, C), bool))
     logs = jnp.where(seen, fall[:, :, None] - fall[:, None] + log[:, None], MASKED)
     past = tops[:, None] + fall
@@ -46,4 +47,4 @@ def exponential_gates(q, k, v, log, decay, *, chunk: int):
     out = product("mcd,mdh->mch", weights.astype(v.dtype), v)
     out += product("mcf,mhf->mch", q, states.astype(q.dtype)) * past[..., None]
     total = weights.sum(-1) + product("mcf,mf->mc", q, sums.astype(q.dtype)) * past
-    return joined(out, T), joined(total, T), joined(top, T)
+    return (joined(out, T), joined(total, T), joined(top, T)), (end[0].T, *end[1:])

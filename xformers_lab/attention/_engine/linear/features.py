@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from xformers_lab.attention._engine.blocks import in_blocks, joined
-from xformers_lab.attention._engine.linear.recurrence import before_each, linear_recurrence
+from xformers_lab.attention._engine.linear.recurrence import before_each, continued, linear_recurrence
 from xformers_lab.attention._engine.products import EXACT
 from xformers_lab.attention._engine.softmax import MASKED
 
@@ -63,11 +63,17 @@ def scaled_recurrence(q, k, v, log, *, chunk: int):
     if T > S:  # queries that stand before the first key
         out, total = scaled_recurrence(q[T - S :], k, v, log, chunk=chunk)
         return jnp.pad(out, ((T - S, 0), (0, 0))), jnp.pad(total, (T - S, 0))
-    before, chunk = S - T, min(chunk, T)
+    before = S - T
     state = added(k[:before], v[:before], log[:before])
-    q, k, v = (in_blocks(x, chunk) for x in (q, k[before:], v[before:]))
-    log = in_blocks(log[before:], chunk, fill=MASKED)
-    (states, norms, tops), _ = before_each(merged, state, jax.vmap(added)(k, v, log))
+    return scaled_behind(q, k[before:], v[before:], log[before:], state, chunk=chunk)[:2]
+
+
+def scaled_behind(q, k, v, log, state, *, chunk: int):
+    """`scaled_recurrence` of as many queries as keys behind a state as `added` gives it -> (T, H), (T,), the state."""
+    T, chunk = len(q), min(chunk, len(q))
+    q, k, v = (in_blocks(x, chunk) for x in (q, k, v))
+    log = in_blocks(log, chunk, fill=MASKED)
+    (states, norms, tops), end = before_each(merged, state, jax.vmap(added)(k, v, log))
     seen = np.tril(np.ones((chunk, chunk), bool))
     top = jnp.maximum(tops[:, None], jnp.where(seen, log[:, None, :], MASKED).max(-1))
     scale = jnp.where(seen, jnp.exp(jnp.minimum(log[:, None, :] - top[:, :, None], 0)), 0)
@@ -76,7 +82,7 @@ def scaled_recurrence(q, k, v, log, *, chunk: int):
     out = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **EXACT)
     out += jnp.einsum("mcf,mhf->mch", q, states, **EXACT) * past[..., None]
     total = weights.sum(-1) + jnp.einsum("mcf,mf->mc", q, norms, **EXACT) * past
-    return joined(out, T), joined(total, T)
+    return joined(out, T), joined(total, T), end
 
 
 def added(k, v, log):
@@ -113,3 +119,14 @@ def one_more(state, q, k, v, log=None):
     log = jnp.zeros(1) if log is None else log
     state = merged(state, added(k[None], v[None], log))
     return state, state[0] @ q, state[1] @ q
+
+
+def several_more(state, q, k, v, log=None, *, chunk: int):
+    """`one_more` of T queries and keys (T, F) -> the state and the two sums (T, H) and (T,) of every query."""
+    if log is not None:
+        out, total, state = scaled_behind(q, k, v, log, state, chunk=chunk)
+        return state, out, total
+    # Without scales the logarithm is 0, or MASKED before the first key, where the sums are zeros.
+    out, total, end = continued(q, k, v, (state[0].T, state[1]), chunk=chunk)
+    assert end is not None, "there was a state"
+    return (end[0].T, end[1], jnp.zeros_like(state[2])), out, total

@@ -14,7 +14,8 @@ in an array of seven or more axes, which is what a loop over pairs of positions 
 batched, is miscompiled for processors with AVX2 but no AVX-512: wrong sums, or a crash. Products of matrices have
 neither fault.
 
-All take q and k (T, F), v (T, H) and give (T, H) in float32 and the last state (F, H). A position that must count for
+All take q and k (T, F), v (T, H), and the state (F, H) before them, if it is not zeros, and give (T, H) in float32 and
+the last state (F, H). A position that must count for
 nothing has k = 0 and decay 0 (in logarithms). Callers wrap their whole head in `jax.checkpoint`.
 """
 
@@ -30,7 +31,7 @@ from xformers_lab.attention._engine.products import inverts
 from xformers_lab.attention._engine.softmax import MASKED
 
 
-def scalar_decay(q, k, v, decay, *, chunk: int):
+def scalar_decay(q, k, v, decay, *, chunk: int, state=None):
     """decay (T,): log a_t, at most 0."""
     T, C = len(q), min(chunk, len(q))
     q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
@@ -39,19 +40,19 @@ def scalar_decay(q, k, v, decay, *, chunk: int):
     out = product("mcd,mdh->mch", inside.astype(v.dtype), v)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", k * jnp.exp(last - fall)[..., None].astype(k.dtype), v)
-    states, end = _states(added, jnp.exp(last[..., None]))
+    states, end = _states(added, jnp.exp(last[..., None]), state)
     out += product("mcf,mfh->mch", (q * jnp.exp(fall)[..., None]).astype(q.dtype), states.astype(q.dtype))
     return joined(out, T), end
 
 
-def channel_decay(q, k, v, decay, *, chunk: int):
+def channel_decay(q, k, v, decay, *, chunk: int, state=None):
     """decay (T, F): log a_t of every key channel, at most 0. The chunk is rounded up to a power of two."""
     T, C = len(q), power_of_two(min(chunk, len(q)))
     q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, F)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", (k * jnp.exp(last - fall)).astype(k.dtype), v)
-    states, end = _states(added, jnp.exp(last).swapaxes(1, 2))
+    states, end = _states(added, jnp.exp(last).swapaxes(1, 2), state)
     out = product("mcf,mfh->mch", (q * jnp.exp(fall)).astype(q.dtype), states.astype(q.dtype))
     inside = channel_weights(q, k, fall)
     out += product("mcd,mdh->mch", inside.astype(v.dtype), v)
@@ -79,7 +80,7 @@ def channel_weights(q, k, fall, reached=None):
     return weights.reshape(M, C, C)
 
 
-def value_decay(q, k, v, decay, *, chunk: int):
+def value_decay(q, k, v, decay, *, chunk: int, state=None):
     """S_t = S_(t-1) diag(a_t) + k_t v_t^T with decay (T, H): log a_t of every channel of the values, at most 0.
 
     The chunk is rounded up to a power of two.
@@ -89,7 +90,7 @@ def value_decay(q, k, v, decay, *, chunk: int):
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C, H)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", k, (v * jnp.exp(last - fall)).astype(v.dtype))
-    states, end = _states(added, jnp.exp(last))
+    states, end = _states(added, jnp.exp(last), state)
     out = product("mcf,mfh->mch", q, states.astype(q.dtype)) * jnp.exp(fall)
     out += (q * k).astype(jnp.float32).sum(-1, keepdims=True) * v
     s = 1
@@ -104,7 +105,7 @@ def value_decay(q, k, v, decay, *, chunk: int):
     return joined(out, T), end
 
 
-def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
+def delta_rule(q, k, v, beta, decay=None, *, chunk: int, state=None):
     """beta (T,): how much of the error is corrected; decay: log a_t, at most 0, (T,), or (T, F) of every key channel,
     where the chunk is rounded up to a power of two; None: nothing fades.
 
@@ -137,7 +138,8 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int):
         return whole * state + written.T @ u, q @ state + weights @ u
 
     chunks = fresh, from_state, weights, q * passed, written, jnp.exp(last).swapaxes(1, 2)
-    end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), chunks)
+    start = jnp.zeros((q.shape[-1], v.shape[-1])) if state is None else state
+    end, out = lax.scan(one, start, chunks)
     return joined(out, T), end
 
 
@@ -192,10 +194,11 @@ def _falling(fall):
     return jnp.exp(jnp.where(seen, fall[:, :, None] - fall[:, None], MASKED))
 
 
-def _states(added, kept):
+def _states(added, kept, start):
     """States before each chunk (M, F, H), and after the last: state = kept (M, F or 1, 1) state + added (M, F, H)."""
     merge = lambda state, new: new[1] * state + new[0]
-    return before_each(merge, jnp.zeros(added.shape[1:], jnp.float32), (added, kept))
+    start = jnp.zeros(added.shape[1:], jnp.float32) if start is None else start
+    return before_each(merge, start, (added, kept))
 
 
 def product(equation: str, a, b):

@@ -13,9 +13,9 @@ from xformers_lab.attention._engine.blocks import in_blocks, joined
 from xformers_lab.attention._engine.linear.gated import channel_weights, inverse, power_of_two, product
 
 
-def low_rank(q, k, v, read, written, decay, *, chunk: int):
-    """q, k, read r and written w (T, F), v (T, H), decay (T, F): log a_t, at most 0 -> (T, H) in float32 and the last
-    state (F, H). The chunk is rounded up to a power of two.
+def low_rank(q, k, v, read, written, decay, *, chunk: int, state=None):
+    """q, k, read r and written w (T, F), v (T, H), decay (T, F): log a_t, at most 0, and the state (F, H)
+    before them, if it is not zeros -> (T, H) in float32 and the last state. The chunk is rounded up to a power of two.
 
     What a chunk's positions read, U with rows r_t S_(t-1), solves a unit triangular system: what is in the state before
     the chunk, what earlier positions of it add, and what these write of their own U.
@@ -39,5 +39,6 @@ def low_rank(q, k, v, read, written, decay, *, chunk: int):
     whole = jnp.exp(last).swapaxes(1, 2)
     of_queries = channel_weights(q, written, fall), q * jnp.exp(fall)
     chunks = fresh, from_state, inside, *of_queries, added, written * left, whole
-    end, out = lax.scan(one, jnp.zeros((q.shape[-1], v.shape[-1])), chunks)
+    start = jnp.zeros((q.shape[-1], v.shape[-1])) if state is None else state
+    end, out = lax.scan(one, start, chunks)
     return joined(out, T), end

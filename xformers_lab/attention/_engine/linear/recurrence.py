@@ -32,9 +32,16 @@ def linear_recurrence(q, k, v, *, chunk: int):
         # Wide before the product: some batches of a product of halves that is wide XLA:CPU compiles, but cannot run.
         earlier, values = k[:before].astype(jnp.float32), v[:before].astype(jnp.float32)
         state = earlier.T @ values, earlier.sum(0)
-    q, k, v = (in_blocks(x, min(chunk, T)) for x in (q, k[before:], v[before:]))
-    out, total = _chunked(q, k, v, state)
-    return joined(out, T), joined(total, T)
+    return continued(q, k[before:], v[before:], state, chunk=chunk)[:2]
+
+
+def continued(q, k, v, state, *, chunk: int):
+    """`linear_recurrence` of as many queries as keys behind a state, the sums (F, H) of k v^T and (F,) of k, or None
+    for zeros -> (T, H), (T,) and the last state, which is not computed where there was none and one chunk is all."""
+    T = len(q)
+    q, k, v = (in_blocks(x, min(chunk, T)) for x in (q, k, v))
+    out, total, end = _chunked(q, k, v, state)
+    return joined(out, T), joined(total, T), end
 
 
 def before_each(merge, start, new):
@@ -44,15 +51,16 @@ def before_each(merge, start, new):
 
 
 def _chunked(q, k, v, state):
-    """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) before the first chunk, or None -> (M, C, H), (M, C)."""
+    """q, k (M, C, F), v (M, C, H), state (F, H) and (F,) before the first chunk, or None -> (M, C, H), (M, C) and
+    the state behind the last."""
     weights = jnp.einsum("mcf,mdf->mcd", q, k, **EXACT) * jnp.tril(jnp.ones((q.shape[1],) * 2))
     out, total = jnp.einsum("mcd,mdh->mch", weights.astype(v.dtype), v, **EXACT), weights.sum(-1)
     if len(q) == 1 and state is None:
-        return out, total
+        return out, total, None
     if state is None:
         state = jnp.zeros((k.shape[2], v.shape[2]), jnp.float32), jnp.zeros(k.shape[2], jnp.float32)
     added = jnp.einsum("mcf,mch->mfh", k, v, **EXACT), k.astype(jnp.float32).sum(1)
-    (states, sums), _ = before_each(functools.partial(jax.tree.map, jnp.add), state, added)
+    (states, sums), end = before_each(functools.partial(jax.tree.map, jnp.add), state, added)
     out += jnp.einsum("mcf,mfh->mch", q, states.astype(q.dtype), **EXACT)
     total += jnp.einsum("mcf,mf->mc", q, sums.astype(q.dtype), **EXACT)
-    return out, total
+    return out, total, end

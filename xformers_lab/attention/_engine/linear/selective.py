@@ -17,8 +17,9 @@ from jax import lax
 from xformers_lab.attention._engine.blocks import in_blocks, joined
 
 
-def selective_scan(x, interval, b, c, rate, *, chunk: int):
-    """x and interval (B, T, I), b and c (B, T, n), rate A (I, n), all in float32 -> (B, T, I).
+def selective_scan(x, interval, b, c, rate, *, chunk: int, state=None):
+    """x and interval (B, T, I), b and c (B, T, n), rate A (I, n), all in float32, and the state (B, I, n) before them,
+    if it is not zeros -> (B, T, I) and the last state.
 
     A position whose interval is 0 writes nothing and forgets nothing.
     """
@@ -32,9 +33,10 @@ def selective_scan(x, interval, b, c, rate, *, chunk: int):
         states += kept * state[:, None]
         return states[:, -1], _read(states, c)
 
-    state = jnp.zeros((x.shape[0], *rate.shape))
+    state = jnp.zeros((x.shape[0], *rate.shape)) if state is None else state
     chunks = tuple(in_blocks(array, min(chunk, T), axis=1) for array in (x, interval, b, c))
-    return joined(lax.scan(one, state, chunks)[1], T, axis=1)
+    state, y = lax.scan(one, state, chunks)
+    return joined(y, T, axis=1), state
 
 
 def by_definition(x, interval, b, c, rate):
