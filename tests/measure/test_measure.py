@@ -540,7 +540,7 @@ def test_a_token_is_written_into_the_cache_and_the_cache_is_not_copied(name):
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.shapes[0]))
     memory = compiled.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == kept and memory.temp_size_in_bytes < 2 * kept
-    call = benches._call(compiled, case, {})
+    call = benches.caller(compiled, case, {})
     first, second = jax.device_get(call()), jax.device_get(call())
     assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 

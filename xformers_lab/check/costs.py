@@ -97,8 +97,8 @@ def _read_alike(subject: Subject) -> None:
         compare(other * known, out * known, STEP, where, AT_ONCE)
         for (path, expected), leaf in zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(left), strict=True):
             name = jax.tree_util.keystr(path)
-            pair = (np.asarray(x, np.float32) for x in (leaf, expected))
-            compare(*pair, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
+            leaf, expected = np.asarray(leaf, np.float32), np.asarray(expected, np.float32)
+            compare(leaf, expected, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
 
 
 def _likely(subject: Subject, mechanism: MultiHead) -> str:
