@@ -27,7 +27,7 @@ def as_if_on_gpu(monkeypatch):
 
     monkeypatch.setattr(fused, "nvidia", lambda: True)
     monkeypatch.setattr(kernels, "platform", lambda: "gpu")
-    monkeypatch.setitem(kernels.OF_PLATFORM, "gpu", (fused,))
+    monkeypatch.setitem(kernels.OF_PLATFORM, "gpu", ("cudnn",))
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     return calls
 

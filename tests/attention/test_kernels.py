@@ -162,7 +162,9 @@ def test_one_list_of_kernels():
     """What a config may say is what a plan may hold, and what there is."""
     known = typing.get_args(typing.get_type_hints(config.Train)["kernel"])
     assert known == typing.get_args(Kernel)
-    assert set(kernels.named()) <= set(known)
+    assert [kernels.named(name).name for name in kernels.MODULES] == list(kernels.MODULES)
+    assert set(kernels.MODULES) <= set(known)
+    assert {name for names in kernels.OF_PLATFORM.values() for name in names} == set(kernels.MODULES)
 
 
 def test_flops_are_of_the_blocks_that_are_computed():

@@ -1,17 +1,17 @@
 """Which kernel runs softmax attention over a pattern of positions: decided here, by the platform and by the call.
 
-A kernel is a module, or an object, with a name, `why_not` and `attend`. What none of a platform's kernels can run, the
-block engine runs (block_sparse/), on every platform.
+A kernel is a module with a name, `why_not` and `attend`, imported where it is asked: Pallas takes a tenth of a second.
+What none of a platform's kernels can run, the block engine runs (block_sparse/), on every platform.
 """
 
 import contextlib
 import contextvars
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 
-from xformers_lab.attention._engine import fused, pallas_gpu, splash
 from xformers_lab.attention._engine.algebra import Pattern
 from xformers_lab.attention._engine.asked import Asked, interpreting
 from xformers_lab.errors import Refused
@@ -34,8 +34,9 @@ class Kernel(Protocol):
         ...
 
 
-# Those of a platform, the one that runs a call if it can before those that are asked next.
-OF_PLATFORM: dict[str, tuple[Kernel, ...]] = {"tpu": (splash,), "gpu": (fused, pallas_gpu)}
+# Names of a platform's, the one that runs a call if it can before those that are asked next; and their modules.
+OF_PLATFORM: dict[str, tuple[str, ...]] = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}
+MODULES = {"splash": "splash", "cudnn": "fused", "pallas": "pallas_gpu"}
 
 # What ran since somebody listens, see `noted`.
 _NOTED: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("noted", default=None)
@@ -62,13 +63,14 @@ def chosen(asked: Asked, wanted: str = AUTO) -> Kernel | None:
         Refused: The one that is asked for cannot run the call.
     """
     if wanted not in (AUTO, BLOCKS):
-        kernel = named()[wanted]
+        kernel = named(wanted)
         if reason := kernel.why_not(asked):
             raise Refused(f"kernel={wanted}: {reason}; leave it out, or use kernel={BLOCKS}")
         note(kernel.name)
         return kernel
     passed = []
-    for kernel in OF_PLATFORM.get(asked.platform, ()) if wanted == AUTO else ():
+    for name in OF_PLATFORM.get(asked.platform, ()) if wanted == AUTO else ():
+        kernel = named(name)
         reason = kernel.why_not(asked)
         if reason is None:
             note(kernel.name, "; ".join(passed))
@@ -78,9 +80,9 @@ def chosen(asked: Asked, wanted: str = AUTO) -> Kernel | None:
     return None
 
 
-def named() -> dict[str, Kernel]:
-    """Every kernel by its name."""
-    return {kernel.name: kernel for kernels in OF_PLATFORM.values() for kernel in kernels}
+def named(name: str) -> Kernel:
+    """The kernel of a name."""
+    return cast(Kernel, importlib.import_module(f"{__package__}.{MODULES[name]}"))
 
 
 def note(name: str, why: str = "") -> None:
