@@ -184,7 +184,7 @@ def test_xlstm_gates_of_any_size_do_not_overflow():
 def test_delta_product_is_the_layer_of_its_paper_without_the_convolutions(options):
     """Transitions as products of Householder matrices, and what each adds."""
     layer, w = stirred(f"delta_product:chunk=3{options}")
-    x, steps = draw(), layer.steps
+    x, steps = draw(), layer.householders
     several = lambda name: heads(linear(w[name], x)).reshape(B, T, N, steps - 1, H)
     together = lambda one, more: np.concatenate([heads(linear(w[one], x))[..., None, :], more], -2)
     none = np.zeros((B, T, N, 0, H))

@@ -293,7 +293,7 @@ def test_etc_has_keys_of_its_own_for_what_long_queries_see_of_the_memory():
     ],
 )
 def test_near_patterns_decode_from_a_state_that_does_not_grow(choice, rows):
-    sizes = [build(choice, length).init_cache(1, length)["k"].shape[1] for length in (64, 1024)]
+    sizes = [build(choice, length).init_cache(1, length)["k"].shape[2] for length in (64, 1024)]
     assert sizes == [rows, rows]
 
 
