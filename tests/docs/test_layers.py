@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = [
     "terminal",
     "errors files hardware record drawing cpu_threads",
-    "program_cache",
+    "program_cache cpu_speed",
     "layouts",
     "nn",
     "spec",

@@ -203,8 +203,8 @@ class Stepwise(OneHead):
 
     def decode_heads_several(self, cache, call: Call):
         """`steps` of every head of every sample, where a subclass defines them."""
-        if type(self).steps is Stepwise.steps:
-            return super().decode_heads_several(cache, call)
+        if type(self).steps is Stepwise.steps:  # token by token: a class behind this one has a cache of another kind
+            return MultiHead.decode_heads_several(self, cache, call)
         self._check_decode()
         takes = self.takes("steps")
         if call.bias is not None and "bias" not in takes:
