@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from xformers_lab.attention._engine.algebra import DEAD, MIXED, WHOLE, Pattern
 from xformers_lab.attention._engine.asked import Asked
 from xformers_lab.attention._engine.block_sparse.layout import ordered
+from xformers_lab.attention._engine.block_sparse.view import places
 from xformers_lab.attention._engine.by_device import by_device
 from xformers_lab.attention._engine.order import NATURAL, PAD, Order
 from xformers_lab.attention._engine.softmax import MASKED
@@ -103,7 +104,7 @@ def _of_pattern(q, k, v, valid, documents, pattern: Pattern, asked: Asked):
     run = jax.vmap(kernel, (0, 0, 0, None if segments is None else 0, None))
     with counted_blocks.saying(len(q) * N * len(blocks.live)):
         out = run(heads_first(q, queries), heads_first(k, blocks.keys), heads_first(v, blocks.keys), segments, nothing)
-    return _ordered(jnp.swapaxes(jnp.asarray(out), 1, 2), _places(queries, T)).astype(v.dtype)
+    return _ordered(jnp.swapaxes(jnp.asarray(out), 1, 2), places(queries, 0, T)).astype(v.dtype)
 
 
 # ---- which blocks are live --------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def _ordered(x, at: np.ndarray):
     n, real = x.shape[1], np.flatnonzero(at != PAD)
     if np.array_equal(at[real], np.arange(len(real))) and np.array_equal(real, np.arange(len(real))):
         return jnp.pad(x[:, : len(real)], [(0, 0), (0, len(at) - len(real))] + [(0, 0)] * (x.ndim - 2))
-    return _gathered(x, jnp.asarray(at), jnp.asarray(_places(at, n)))
+    return _gathered(x, jnp.asarray(at), jnp.asarray(places(at, 0, n)))
 
 
 @jax.custom_vjp
@@ -229,12 +230,5 @@ def _gathered(x, at, back):
 
 _gathered.defvjp(
     lambda x, at, back: (_gathered(x, at, back), (at, back)),
-    lambda places, grad: (_gathered(grad, *reversed(places)), None, None),
+    lambda saved, grad: (_gathered(grad, *reversed(saved)), None, None),
 )
-
-
-def _places(at: np.ndarray, n: int) -> np.ndarray:
-    """Where each of n positions stands among positions (m,), PAD where nowhere."""
-    places, real = np.full(n, PAD, np.int32), np.flatnonzero(at != PAD)
-    places[at[real]] = real
-    return places
