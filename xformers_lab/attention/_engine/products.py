@@ -53,7 +53,7 @@ def inverts(inverse, kept=lambda grad: grad):
     return inverse
 
 
-def transposed(x):
+def laid_transposed(x):
     """x (T, H) as (H, T) in memory: else XLA:CPU reads it through the product, at half the speed and less."""
     return lax.optimization_barrier(x.T)
 

@@ -13,7 +13,7 @@ from jax import lax
 from xformers_lab.attention._engine.block_sparse.chunks import rows_at_once, scan_chunks
 from xformers_lab.attention._engine.block_sparse.layout import Group
 from xformers_lab.attention._engine.block_sparse.view import View
-from xformers_lab.attention._engine.products import transposed
+from xformers_lab.attention._engine.products import laid_transposed
 from xformers_lab.attention._engine.softmax import MASKED, exponentials
 
 
@@ -45,7 +45,7 @@ def backward(view: View, group: Group, incoming, carry):
         ds = p * (_product(g, values.T) - delta[:, None])
         dbias = view.pull_bias(positions, ds)
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
-        return _product(ds, keys), (_product(transposed(q), ds), _product(transposed(g), p)), dbias
+        return _product(ds, keys), (_product(laid_transposed(q), ds), _product(laid_transposed(g), p)), dbias
 
     at_once = rows_at_once(group, view.blocks)
     of_rows = row if at_once == 1 else jax.vmap(row)
@@ -72,7 +72,7 @@ def start(view: View):
 
 def joined(totals):
     """(S, H) each."""
-    return tuple(transposed(x) for x in totals)
+    return tuple(laid_transposed(x) for x in totals)
 
 
 def _scores(view: View, group: Group, index):
