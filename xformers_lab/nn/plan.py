@@ -18,8 +18,8 @@ class Plan:
     """How heads, samples and layers are run.
 
     Args:
-        loop_from: from so many scores (T S) on, heads run in a loop, and so do samples where mechanisms know
-            one at a time; below it they run as a batch. None: always as a batch.
+        loop_from: from so many scores (T S) on, heads run in a loop, and so do samples where mechanisms know one at a
+            time; below it they run as a batch. None: always as a batch.
         unrolled: a stack of at most so many layers is written out in the program; a deeper one is a loop.
         fused: of heads that run in a loop and have narrow rows, so many come at once that they have about this many
             queries together.
@@ -42,12 +42,11 @@ class Plan:
         if platform != "cpu":
             return cls()
         # A loop over heads keeps scores in cache; below so many of them per head its own cost is larger than what it
-        # saves. Layers of a shallow stack that are written out run faster than a
-        # loop over them (see benchmarks/).
+        # saves. Layers of a shallow stack that are written out run faster than a loop over them (see benchmarks/).
         return cls(loop_from=256 * 256, unrolled=8)
 
     def loops(self, T: int, S: int) -> bool:
-        """Whether heads or samples with T queries and S keys run one after the other."""
+        """Whether heads or samples with T queries and S keys run in a loop."""
         return self.loop_from is not None and self.loop_from <= T * S
 
     def heads_of_narrow_rows(self, T: int) -> int:
