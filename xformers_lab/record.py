@@ -117,9 +117,9 @@ class Record:
     reason: str = fact("why it did not end ok", summary=True)
     timed: str = fact("the method of the mechanism that a bench timed", always=BENCHED)
     kernel: str | None = fact(
-        'what ran attention over a pattern of positions in a bench: "blocks", the block engine, or a kernel; None: '
+        'what ran attention over a pattern of positions: "blocks", the block engine, or a kernel, by its name; None: '
         "nothing of the kind ran",
-        always=BENCHED,
+        always=KINDS,
     )
     causal: bool = fact("whether a bench ran it causally", always=BENCHED)
     # The metric has columns of its own, since its name, its direction and its level of chance are the task's.

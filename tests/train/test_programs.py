@@ -79,6 +79,7 @@ def test_seeds_and_rates_share_one_compilation(folder, tmp_path, compilations, b
         record = loop.run(cell)
         assert backend == [], f"{cell}: something was compiled again"
         assert record["compile_seconds"] == first["compile_seconds"] and record["flops"] == first["flops"]
+        assert record["kernel"] == first["kernel"] == "blocks"
         alone.append(record)
     assert len(compilations) == 1
     for cell, shared in zip(cells, alone, strict=True):

@@ -173,6 +173,7 @@ def test_a_run_leaves_its_record(task_file, tmp_path, monkeypatch):
     assert record["tokens_per_second"] == pytest.approx(8 * 16 / record["seconds_median"])
     assert record["seconds_min"] <= record["seconds_median"]
     assert record["flops"] > 0 and record["temp_bytes"] > 0 and record["compile_seconds"] > 0
+    assert record["kernel"] == "blocks"
     assert record["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(_model(config), nnx.Param)))
     assert [step for step, _, _ in record["curve"]] == [1, 2, 4, 5, 6]  # the spoilt third has no loss
     assert [step for step, _, _ in record["validation"]] == [2, 4, 6]

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xformers_lab.attention._engine import kernels
 from xformers_lab.config import Config
 from xformers_lab.errors import UsageError
 from xformers_lab.layouts import AXES, DATA, PMAP, ROWS, SEQUENCE
@@ -157,7 +158,8 @@ def alone() -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A training step for one shape of state and batch. compile_seconds: tracing, lowering and compiling.
+    """A training step for one shape of state and batch. compile_seconds: tracing, lowering and compiling. kernel: what
+    runs attention over a pattern of positions, None where nothing of the kind runs.
     temp_bytes and peak_bytes: what the compiled program needs beside its arguments and results, and with them, on one
     device. flops: matrix products of the whole batch on one device, exact; None where a kernel hides its inside. More
     devices do a little more where an ffn has experts: each fills up its own blocks, and with layout=experts its rounds.
@@ -165,6 +167,7 @@ class Compiled:
 
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     compile_seconds: float
+    kernel: str | None
     temp_bytes: int
     peak_bytes: int
     flops: int | None
@@ -207,7 +210,7 @@ def compile_train_step(
     if layout.pmap:
         local = make_train_step(config, task, graph, tx, DATA)
         step = jax.pmap(local, axis_name=DATA, in_axes=(None, 0), out_axes=None, donate_argnums=0)
-    with layout.in_use(), compile_clock() as seconds:
+    with layout.in_use(), compile_clock() as seconds, kernels.noted() as ran:
         compiled = step.lower(state, shaped).compile()
         compile_seconds = seconds()
     memory = compiled.memory_analysis()
@@ -216,6 +219,7 @@ def compile_train_step(
     return Compiled(
         compiled,
         compile_seconds,
+        kernels.joined(ran),
         memory.temp_size_in_bytes,
         memory.temp_size_in_bytes + arguments,
         _flops(counted, state, batch),

@@ -42,6 +42,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         seconds_median=median,
         **speed.disturbance(seconds),
         compile_seconds=None if shared else compiled.compile_seconds,
+        kernel=compiled.kernel,
         untimed=shared or ABSENT,
         flops=compiled.flops,
         flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
