@@ -240,7 +240,7 @@ def computed_blocks(part):
     """(row, column, whole) of the blocks that a part counts."""
     for group in part.groups:
         for at, place in np.argwhere(np.ones(group.columns.shape, bool) if group.live is None else group.live):
-            yield group.rows[at], group.columns[at, place], group.whole
+            yield group.rows[at], group.columns[at, place], group.whole or place < group.unmasked
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from xformers_lab import spec
 from xformers_lab.attention._engine.block_sparse import batch, block_sparse
 from xformers_lab.attention._engine.block_sparse.layout import Sizes, layout, live_pairs
 from xformers_lab.attention._engine.dense import dense
-from xformers_lab.attention._engine.pattern import Band, Global
+from xformers_lab.attention._engine.pattern import Band, Causal, Global
 from xformers_lab.attention._engine.softmax import EMPTY, MASKED
 from xformers_lab.attention.sparse import Random
 from xformers_lab.check.subject import Wave
@@ -97,6 +97,27 @@ def test_rows_that_see_the_same_keys_are_run_as_one(queries, together):
 
     def both(function):
         found, pull = jax.vjp(lambda q, k, v: function(q, k, v, pattern=pattern, valid=jnp.arange(T) != 5), q, k, v)
+        return found, pull(grad)
+
+    with jax.default_matmul_precision("highest"):
+        assert_alike(both(functools.partial(block_sparse, blocks=blocks, sizes=sizes)), both(dense))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", [Causal(), Causal() & ~Band(3)], ids=["causal", "a hole"])
+def test_keys_that_all_see_are_apart(pattern, padded):
+    """The predicate is evaluated at the other keys alone; padding and a bias are what they are everywhere."""
+    T, S, blocks, sizes = 64, 80, (8, 8), Sizes(unmasked=24, narrow=64, groups=4)
+    (part,) = layout(pattern, T, S, *blocks, sizes)
+    apart = [group.unmasked for group in part.groups]
+    assert max(apart) * 8 >= 40 and all(count == 0 or count >= 3 for count in apart)
+    q, grad, k, v = drawn(4, *[(T, 4)] * 2, *[(S, 4)] * 2)
+    valid = jnp.arange(S) % 7 > 0 if padded else None
+    bias = Wave(jnp.float32(0.7), jnp.float32(-1.3))
+
+    def both(function):
+        attend = functools.partial(function, pattern=pattern, valid=valid)
+        found, pull = jax.vjp(lambda q, k, v, bias: attend(q, k, v, bias=bias), q, k, v, bias)
         return found, pull(grad)
 
     with jax.default_matmul_precision("highest"):

@@ -1,5 +1,7 @@
 """The masked softmax, and the number that stands for a score that is not there."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -31,10 +33,17 @@ def exponentials(s):
 
     The derivative of m is not followed, for it cancels where exponentials are divided by their sum.
     """
-    m = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), EMPTY))
-    p = jnp.exp(s - m)
+    (p,), m, total = exponentials_apart([s])
+    return p, m, total
+
+
+def exponentials_apart(scores):
+    """As `exponentials` of rows whose scores are in pieces (..., S1), (..., S2), ..., with a list of exponentials."""
+    most = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
+    m = lax.stop_gradient(jnp.maximum(most, EMPTY))
+    p = [jnp.exp(s - m) for s in scores]
     # A row that sees a key has a sum of at least 1.
-    return p, m, jnp.maximum(p.sum(-1, keepdims=True), 0.5)
+    return p, m, jnp.maximum(sum(p.sum(-1, keepdims=True) for p in p), 0.5)
 
 
 def softmax_average(s, seen, v):

@@ -62,7 +62,7 @@ def _looked_at(view: View, group: Group, rows):
     # Kept as they are, so that no index is computed again for every score.
     positions = lax.optimization_barrier(view.positions(group, rows, columns))
     added = None if view.bias is None else view.bias(*positions)
-    masks = view.masks(group, rows, columns, positions)
+    masks = view.masks(group, rows, columns, positions, group.whole)
     if masks:
         hidden = hiding(functools.reduce(jnp.logical_and, masks))
         added = hidden if added is None else hidden + added

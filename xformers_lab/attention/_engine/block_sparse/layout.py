@@ -30,6 +30,7 @@ class Sizes:
         wider: rows this much wider than the median are run by themselves
         few, pieces: rows that are worth running together, and pieces that rows may come in
         together: queries that see the same keys and are run as one row
+        unmasked: keys that all rows of a group see whole are apart from the others, if they are so many
         fused, filled: rows are filled up to so many queries, all together, where they are at most this share more
     """
 
@@ -40,6 +41,7 @@ class Sizes:
     few: int = 4
     pieces: int = 4
     together: int = 256
+    unmasked: int = 1024
     fused: int = FUSED
     filled: float = 0.05
 
@@ -52,7 +54,8 @@ class Group:
     """Query blocks that are run alike, each against equally many key blocks.
 
     rows (R,): the query blocks. columns (R, M): key blocks of each row. run: they are M neighbours starting at
-    columns[:, 0]. whole: no predicate is needed. live (R, M): which blocks count; None: all do, or the predicate tells.
+    columns[:, 0]. whole: no predicate is needed; unmasked: nor is it at so many of a run's first blocks, which are then
+    products of their own. live (R, M): which blocks count; None: all do, or the predicate tells.
 
     Batched groups are computed many rows at once, the others row by row. offsets: the rows are neighbours, and row r's
     first blocks are r + offset for each of these; the last `shared` ones are the same in every row. together: so many
@@ -68,6 +71,7 @@ class Group:
     offsets: tuple[int, ...] = ()
     shared: int = 0
     together: int = 1
+    unmasked: int = 0
 
     @property
     def width(self) -> int:
@@ -350,10 +354,18 @@ def _looped(live: Live, columns: int, block: tuple[int, int], sizes: Sizes) -> l
                         whole=flag,
                         live=state[same] != DEAD if dead else None,
                         batched=batched,
+                        unmasked=_unmasked(state[same], block[1], sizes) if run and not flag and not batched else 0,
                         together=1 if batched or dead else _together(held[same], sizes.together // block[0]),
                     )
                 )
     return groups
+
+
+def _unmasked(state: np.ndarray, block: int, sizes: Sizes) -> int:
+    """How many blocks (R, M) are wholly live in all rows, from the first on; 0 where two products in the place of one
+    would cost more than a predicate does."""
+    count = int(np.argmin((state == WHOLE).all(0)))
+    return count if count * block >= sizes.unmasked and 2 * count >= state.shape[1] else 0
 
 
 def _together(columns: np.ndarray, most: int) -> int:

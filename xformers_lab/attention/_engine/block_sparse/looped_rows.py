@@ -2,7 +2,9 @@
 
 Blocks of queries that see the same keys may be one row together.
 
-dK and dV are accumulated transposed, (H, S), because p.T @ do runs three times slower there than do.T @ p.
+dK and dV are accumulated transposed, (H, S), because p.T @ do runs three times slower there than do.T @ p. Many keys
+that all rows of a group see whole are a stretch of their own, for which no predicate is evaluated: of full causal
+attention that is most of what is computed.
 """
 
 import jax
@@ -14,16 +16,17 @@ from xformers_lab.attention._engine.block_sparse.chunks import rows_at_once, sca
 from xformers_lab.attention._engine.block_sparse.layout import Group
 from xformers_lab.attention._engine.block_sparse.view import View
 from xformers_lab.attention._engine.products import laid_transposed
-from xformers_lab.attention._engine.softmax import MASKED, exponentials
+from xformers_lab.attention._engine.softmax import MASKED, exponentials_apart
 
 
 def forward(view: View, group: Group):
     """The rows of a group: outputs (R, block, H) and log-sum-exps (R, block)."""
 
     def row(index):
-        s, columns, _ = _scores(view, group, index)
-        p, m, total = exponentials(s)
-        out = _product(p.astype(view.v.dtype), view.of_keys(view.v, columns))
+        stretches = view.stretches(group, index)
+        p, m, total = exponentials_apart([_scores(view, group, index, stretch)[0] for stretch in stretches])
+        values = [view.of_keys(view.v, columns) for columns, _ in stretches]
+        out = sum(_product(p.astype(view.v.dtype), v) for p, v in zip(p, values, strict=True))
         return out / total, (m + jnp.log(total))[:, 0]
 
     at_once = rows_at_once(group, view.blocks)
@@ -37,15 +40,20 @@ def backward(view: View, group: Group, incoming, carry):
     incoming: of all queries' outputs the gradients, the products of these with the outputs, and the log-sum-exps.
     """
 
-    def row(index):
-        s, columns, positions = _scores(view, group, index)
+    def stretch(index, stretch):
+        """Of the keys of a stretch: their share of dq, what their dk and dv grow by, and the gradient of the bias."""
+        s, positions = _scores(view, group, index, stretch)
         q, g, delta, lse = view.of_queries((view.q, *incoming), group, index)
-        keys, values = view.of_keys(view.k, columns), view.of_keys(view.v, columns)
+        keys, values = view.of_keys(view.k, stretch[0]), view.of_keys(view.v, stretch[0])
         p = jnp.exp(s - lse[:, None])
         ds = p * (_product(g, values.T) - delta[:, None])
         dbias = view.pull_bias(positions, ds)
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
         return _product(ds, keys), (_product(laid_transposed(q), ds), _product(laid_transposed(g), p)), dbias
+
+    def row(index):
+        dq, added, dbias = zip(*(stretch(index, each) for each in view.stretches(group, index)), strict=True)
+        return sum(dq), added, jax.tree.map(lambda *x: sum(x), *dbias)
 
     at_once = rows_at_once(group, view.blocks)
     of_rows = row if at_once == 1 else jax.vmap(row)
@@ -53,8 +61,8 @@ def backward(view: View, group: Group, incoming, carry):
     def step(carry, index):
         totals, db = carry
         dq, added, dbias = of_rows(index)
-        columns = view.columns(group, index)
-        totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, added, strict=True))
+        for (columns, _), of_stretch in zip(view.stretches(group, index), added, strict=True):
+            totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, of_stretch, strict=True))
         dbias = jax.tree.map(lambda x: x.sum(tuple(range(index.ndim))), dbias)
         return (totals, jax.tree.map(jnp.add, db, dbias)), dq
 
@@ -75,16 +83,16 @@ def joined(totals):
     return tuple(laid_transposed(x) for x in totals)
 
 
-def _scores(view: View, group: Group, index):
-    """Masked scores (n, m) of a row, where its keys are, and positions."""
-    columns = view.columns(group, index)
+def _scores(view: View, group: Group, index, stretch):
+    """Masked scores (n, m) of a row and of the keys of a stretch, and positions."""
+    columns, whole = stretch
     positions = view.positions(group, index, columns)
     s = _product(view.of_queries(view.q, group, index), view.of_keys(view.k, columns).T)
     if view.bias is not None:
         s = s + view.bias(*positions)
-    for seen in view.masks(group, index, columns, positions):
+    for seen in view.masks(group, index, columns, positions, whole):
         s = jnp.where(seen, s, MASKED)
-    return s, columns, positions
+    return s, positions
 
 
 def _numbers(group: Group):

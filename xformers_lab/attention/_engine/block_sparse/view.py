@@ -82,6 +82,16 @@ class View:
         start = int(first[0, 0]) if same else jnp.asarray(first[:, 0])[index]
         return start * self.block_k, group.width * self.block_k
 
+    def stretches(self, group: Group, index) -> list:
+        """The keys of rows, as `columns` has them, in one piece or in two, each with whether it needs no predicate."""
+        columns, cut = self.columns(group, index), group.unmasked
+        if not cut:
+            return [(columns, group.whole)]
+        if not isinstance(columns, tuple):
+            return [(columns[..., :cut], True), (columns[..., cut:], False)]
+        (start, size), cut = columns, cut * self.block_k
+        return [((start, cut), True), ((start + cut, size - cut), False)]
+
     def of_keys(self, x, columns):
         """(keys, ...) -> (*index, m, ...)."""
         if isinstance(columns, tuple):
@@ -104,10 +114,11 @@ class View:
             k = columns[..., None] * self.block_k + jnp.arange(self.block_k) - self.lead
         return q.reshape(*index.shape, -1, 1) + self.zero, k.reshape(*index.shape, 1, -1)
 
-    def masks(self, group: Group, index, columns, positions) -> list:
-        """Which scores count, those that all of these booleans say, which broadcast to (*index, n, m)."""
-        masks = [] if group.whole else [self.part.pattern(*positions)]
-        known = self.valid if group.whole else self.known
+    def masks(self, group: Group, index, columns, positions, whole: bool) -> list:
+        """Which scores count, those that all of these booleans say, which broadcast to (*index, n, m). whole: the
+        pattern has all of them."""
+        masks = [] if whole else [self.part.pattern(*positions)]
+        known = self.valid if whole else self.known
         if known is not None:
             masks.append(self.of_keys(known, columns)[..., None, :])
         if self.documents is not None:
