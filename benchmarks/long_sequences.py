@@ -54,9 +54,7 @@ def _flops(mechanism: str, length: int) -> float:
 
 def timed(mechanism: str, lengths: list[int]) -> list[dict]:
     """Rows of a mechanism: seconds of forward and backward, and what the program takes beside its arguments."""
-    table = xl.bench(
-        attention=mechanism, seq_len=lengths, dim=256, heads=4, batch=1, rounds=1, check=False, quiet=True
-    )
+    table = xl.bench(attention=mechanism, seq_len=lengths, dim=256, heads=4, batch=1, rounds=1, check=False, quiet=True)
     rows = [row for row in table.rows if row["pass"] == "forward+backward"]
     size = lambda row: None if row.get("temp_bytes") is None else row["temp_bytes"] / GIB
     return [

@@ -338,7 +338,7 @@ class Record:
     )
     extended: Mapping = fact("the shorter run that it went on from: run, id, step, steps (what that one was to take)")
     data: Mapping = fact("what identifies the task's data")
-    checked: bool = fact("whether a bench checks the mechanism's conformance first", always=BENCHED)
+    checked: bool = fact("whether a bench checks the conformance of mechanisms of one's own", always=BENCHED)
     devices: int = fact("how many devices trained it")
     host: str = fact("the host that trained it")
     device: str = fact("what its devices are called")

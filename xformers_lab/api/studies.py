@@ -234,7 +234,7 @@ def bench(
         passes: "forward"; "both", forward and forward+backward; or "decode": reading a context of seq_len into a
             cache, and one token behind it.
         rounds: Interleaved rounds.
-        check: Run the conformance check before a mechanism is timed.
+        check: Run the conformance check on mechanisms of your own before they are timed.
         report: Where the figures go as one HTML file; by default nowhere.
         trust: Run code outside the package that an @file names.
         quiet: No progress on stderr.

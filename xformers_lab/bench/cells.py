@@ -54,8 +54,7 @@ def bench(
     the whole layer with its projections. exponent (of seconds_min), exponent_flops and exponent_bytes are fitted over
     the lengths of an otherwise equal config, None with fewer than three. seconds_rounds has the time of each round.
     What has no figure is None. kernel: what ran attention over a pattern of positions, "blocks" for the block engine.
-    checked says whether the mechanism's conformance was to be checked, machine what
-    measured.
+    checked says whether the conformance of mechanisms of one's own was to be checked, machine what measured.
 
     A mechanism that fails its conformance check is not timed: status "refused", with the failed properties. A cell that
     cannot fit into memory ("oom") or fails is a row with a reason, and the others go on. After an interrupt (Ctrl-C)
@@ -218,12 +217,13 @@ def look(cells: Sequence[Cell]) -> None:
 
 
 def _refused(cell: Cell, reports: dict[str, str | None], doing: Doing) -> str | None:
-    """Why a mechanism's conformance check refuses it, None where it passes; each mechanism is checked once."""
+    """Why a mechanism's conformance check refuses it, None where it passes; each is looked at once."""
     from xformers_lab.check import cache
 
     choice = cell.config.model.attention
     if choice not in reports:
-        doing(f"checking {choice}", cell)
+        if cache.unproven(choice):
+            doing(f"checking {choice}", cell)
         reports[choice] = cache.refusal(choice)
     return reports[choice]
 

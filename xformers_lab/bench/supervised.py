@@ -56,11 +56,11 @@ def _look(cells: Sequence[Cell], passes: Sequence[str], worker: Worker) -> None:
 
 def _check(cells: Sequence[Cell], worker: Worker, progress: Callable[[str], None]) -> None:
     """Refuse the cells whose mechanism does not pass its conformance check; each mechanism is checked once."""
+    heard = lambda message: progress(message["doing"])
     for choice in dict.fromkeys(cell.config.model.attention for cell in cells):
         mine = [cell for cell in cells if cell.config.model.attention == choice]
-        progress(f"checking {choice}")
         try:
-            reason = worker.ask("bench.work.check", stall=mine[0].config.stall, choice=choice)
+            reason = worker.ask("bench.work.check", heard, stall=mine[0].config.stall, choice=choice)
         except Ended as ended:
             reason = ended.refusal(choice)
         for cell in mine if reason else ():

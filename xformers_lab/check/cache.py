@@ -20,15 +20,21 @@ def verdict(choice: str) -> dict:
     return known(choice) or keep(choice, run.check(choice).to_dict())
 
 
-def refusal(choice: str, *, anew: bool = True) -> str | None:
-    """Why the kit refuses a mechanism, None where it passes; not `anew`: None too where it has not been checked."""
+def refusal(choice: str) -> str | None:
+    """Why the kit refuses a mechanism, None where it passes. The package's own, which its tests check, are looked up
+    alone, and pass where they have not been checked here."""
     try:
-        report = verdict(choice) if anew else known(choice)
+        report = verdict(choice) if unproven(choice) else known(choice)
     except Exception as error:
         return f"its check ended with {type(error).__name__}: {error}".splitlines()[0][:500]
     failed = [failure["property"] for failure in report["failed"]] if report else []
     names = ", ".join(failed[:3]) + (f" and {len(failed) - 3} more" if len(failed) > 3 else "")
     return f"fails its check: {names}; see xlab check {choice}" if failed else None
+
+
+def unproven(choice: str) -> bool:
+    """Whether a mechanism comes from outside the package and has not been checked yet."""
+    return spec.digest("attention", choice) is not None and known(choice) is None
 
 
 def known(choice: str) -> dict | None:

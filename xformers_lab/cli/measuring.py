@@ -126,7 +126,7 @@ BENCH = [
         default="both",
         help="which passes to time; decode: reading a context of seq_len into a cache, and one token behind it",
     ),
-    argument("--no-check", action="store_true", help="time mechanisms without their conformance check, and say so"),
+    argument("--no-check", action="store_true", help="time mechanisms of your own without their check, and say so"),
     argument("--report", path="file", metavar="FILE", help="write the figures as one offline HTML file"),
 ]
 WHERE = "where the HTML goes (default: RUNS/report.html)"

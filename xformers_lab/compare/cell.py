@@ -88,10 +88,9 @@ def _possible(variant: Config) -> None:
 
 @functools.cache
 def _refusal(choice: str, tell: Tell) -> str | None:
-    """Why the kit refuses a mechanism. The package's own are checked by its tests, and here only looked up."""
+    """Why the kit refuses a mechanism."""
     from xformers_lab.check import cache
 
-    outside = spec.digest("attention", choice) is not None
-    if outside and cache.known(choice) is None:
+    if cache.unproven(choice):
         tell.doing(f"checking {choice}", kit=choice)
-    return cache.refusal(choice, anew=outside)
+    return cache.refusal(choice)

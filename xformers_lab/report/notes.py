@@ -163,7 +163,7 @@ def _busy(group: rows.Group) -> list[str]:
 def _unchecked(timed: Sequence[dict]) -> list[str]:
     if not any(row.get("checked") is False for row in timed):
         return []
-    return ["Timed without the conformance check: nothing here shows that these mechanisms compute what they should."]
+    return ["Timed without the conformance check: nothing shows that mechanisms of your own compute what they should."]
 
 
 def _untimed(trained: Sequence[dict]) -> list[str]:
