@@ -9,7 +9,7 @@ from xformers_lab.doctor.deep._trial import wait_for_steps as stepping
 from xformers_lab.train import checkpoint
 
 WHAT = "killed and resumed"
-TIMES = 3
+TIMES = 2
 
 
 def disturb(trial: Trial, rng: random.Random, times: int) -> Iterator[str]:
