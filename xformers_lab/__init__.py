@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xformers_lab.api import load as load
     from xformers_lab.api import plan as plan
     from xformers_lab.api import runs as runs
+    from xformers_lab.api import scale as scale
     from xformers_lab.api import signals as signals
     from xformers_lab.api import train as train
 
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "plan",
     "runs",
+    "scale",
     "signals",
     "train",
 ]

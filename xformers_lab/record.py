@@ -291,6 +291,7 @@ class Record:
         better=-1,
     )
     parameters: int | None = figure("parameters", "count", "Of the whole {whole}.", better=-1, narrow=5, exact=True)
+    embedding_parameters: int = fact("how many of them are those of embeddings, positions and the head")
     compile_seconds: float | None = figure(
         "compile",
         "duration",

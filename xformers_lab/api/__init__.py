@@ -8,6 +8,7 @@ from xformers_lab.api.checking import check
 from xformers_lab.api.looking import build, catalogue
 from xformers_lab.api.planning import plan
 from xformers_lab.api.run import Run
+from xformers_lab.api.scaling import scale
 from xformers_lab.api.stored import load, runs
 from xformers_lab.api.studies import ablate, bench, compare
 from xformers_lab.api.table import Table
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "plan",
     "runs",
+    "scale",
     "signals",
     "train",
 ]

@@ -86,11 +86,11 @@ def compare(
     if not what and not keys:
         raise UsageError('compare what? For example: xl.compare(task="copy", attention=["full", "linear"])')
     items = arguments.items(what, keys)
-    page = _page(report)
+    page = page_of(report)
     grid, varied, asked = configs.study(items, trust=trust)
     from xformers_lab.compare import study
 
-    options, flags = _options(
+    options, flags = options_of(
         baselines=baselines,
         range_control=range_control,
         budget=budget,
@@ -100,7 +100,7 @@ def compare(
         engine=engines.chosen(engine, address, jobs),
     )
     command = shlex.join(["xlab", "compare", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
-    return _ended(conducted(study.cells(grid), varied, asked, options, command, quiet=quiet), grid[0].runs, page, quiet)
+    return ended(conducted(study.cells(grid), varied, asked, options, command, quiet=quiet), grid[0].runs, page, quiet)
 
 
 @arguments.documented(study=True)
@@ -156,11 +156,11 @@ def ablate(
     if not what and not keys:
         raise UsageError('ablate what? For example: xl.ablate("base.toml", norm=["pre", "post"], seeds=3)')
     items = arguments.items(what, keys)
-    page = _page(report)
+    page = page_of(report)
     from xformers_lab.compare import ablate
 
     plan = ablate.ablation(items, trust=trust)
-    options, flags = _options(
+    options, flags = options_of(
         baselines=baselines,
         range_control=range_control,
         budget=budget,
@@ -171,7 +171,7 @@ def ablate(
     )
     command = shlex.join(["xlab", "ablate", *configs.spelled(items), *flags, *(["--trust"] if trust else [])])
     table = conducted(plan.cells, plan.varied, plan.study, options, command, quiet=quiet, axes=plan.axes)
-    return _ended(table, plan.cells[0].origin.runs, page, quiet)
+    return ended(table, plan.cells[0].origin.runs, page, quiet)
 
 
 def conducted(
@@ -250,7 +250,7 @@ def bench(
         raise UsageError(f'passes="{passes}": {nearest(str(passes), PASSES, "passes")}')
     if rounds < 1:
         raise UsageError(f"rounds={rounds}: at least 1")
-    page, items = _page(report), arguments.items(what, keys)
+    page, items = page_of(report), arguments.items(what, keys)
     flags = ["--rounds", str(rounds), "--pass", passes, *([] if check else ["--no-check"])]
     command = shlex.join(["xlab", "bench", *configs.spelled(items), *flags])
     how = {"rounds": rounds, "passes": passes, "check": check, "trust": trust, "quiet": quiet}
@@ -285,7 +285,7 @@ def timed(
     return Table(rows, [*varied, "pass"], command, interrupted=worker.stopped, title=COSTS)
 
 
-def _options(
+def options_of(
     *,
     baselines: bool,
     range_control: bool,
@@ -314,12 +314,12 @@ def _options(
     return options, [*(flag for flag in flags if flags[flag]), *engine.flags]
 
 
-def _page(report: pathlib.Path | str | None) -> pathlib.Path | None:
+def page_of(report: pathlib.Path | str | None) -> pathlib.Path | None:
     """Where a page is asked for; what cannot be written is refused before anything runs."""
     return None if report is None else spec.writable(spec.located(report, f"report={report}"), f"report={report}")
 
 
-def _ended(table: Table, runs: str, page: pathlib.Path | None, quiet: bool) -> Table:
+def ended(table: Table, runs: str, page: pathlib.Path | None, quiet: bool) -> Table:
     """Keep the rows and the page of a study as its command does."""
     saved = table.save(runs)
     table.report(page or saved.parent / "report.html")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
+    from xformers_lab.report.scaling import Scaling
+
 VARIANTS, COSTS = "Which variant, and what it costs", "What the mechanisms cost"
 
 
@@ -89,7 +91,8 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
 
         path = pathlib.Path(path).expanduser()
         with exports.writing(path, "report"):
-            html.write_report(self.rows, self.varied, path, title=self.title, command=self.command, said=self.notes)
+            about = {"title": self.title, "command": self.command, "said": self.notes, "scalings": self.fits()}
+            html.write_report(self.rows, self.varied, path, **about)
         return path
 
     def csv(self, path: pathlib.Path | str) -> pathlib.Path:
@@ -115,7 +118,15 @@ class Table(Shown, Sequence[Mapping[str, Any]]):
     def _export(self, kind: str, path: pathlib.Path | str) -> list[pathlib.Path]:
         from xformers_lab.report import exports
 
-        return exports.EXPORTS[kind](self.rows, self.varied, pathlib.Path(path).expanduser(), self.command)
+        return exports.EXPORTS[kind](self.rows, self.varied, pathlib.Path(path).expanduser(), self.command, self.fits())
+
+    def fits(self) -> "Sequence[Scaling]":
+        """The fits over sizes, which only a scaling study has."""
+        return ()
+
+    def plain(self) -> Any:
+        """What `--json` prints."""
+        return self.rows
 
     def save(self, runs: pathlib.Path | str) -> pathlib.Path:
         """Keep the rows in a folder of runs, where `xlab report` finds them; -> the path. Raises RunFailed."""

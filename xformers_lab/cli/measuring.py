@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xformers_lab import config as configs
@@ -56,9 +56,10 @@ def conducted(
     varied: list[str],
     asked: configs.Study,
     axes: Mapping[str, Sequence[str]] | None = None,
+    become: Callable[[Table], Table] = lambda table: table,
 ) -> int:
     """Train the cells of a study, print its table and write its page -> the exit code. axes: of an ablation, see
-    `api.Table`."""
+    `api.Table`; become: what its table is made of, of a scaling study."""
     trackers.require(chosen.track)
     from rich.console import Console
 
@@ -76,12 +77,13 @@ def conducted(
     )
     if chosen.dry_run:
         return _dry(chosen, studies.planned(cells, varied, asked, options))
-    done = studies.conducted(cells, varied, asked, options, spelled(chosen), lines=not chosen.json, axes=axes)
-    code = answer(chosen, done.rows, lambda: done.draw(Console()))
+    how = {"lines": not chosen.json, "axes": axes}
+    done = become(studies.conducted(cells, varied, asked, options, spelled(chosen), **how))
+    code = answer(chosen, done.plain(), lambda: done.draw(Console()))
     saved = done.save(cells[0].origin.runs)
     report = done.report(chosen.report or saved.parent / "report.html")
     print(visible(f"report: {report}"), file=sys.stderr)
-    export(chosen, done.rows, varied, done.command)
+    export(chosen, done.rows, varied, done.command, done.fits())
     if done.interrupted:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         return 128 + done.interrupted

@@ -16,6 +16,7 @@ from xformers_lab.cli import (
     planning,
     running,
     runs,
+    scale,
     untrained,
     watch,
 )
@@ -29,6 +30,7 @@ COMMANDS = [
     *watch.COMMANDS,
     *measuring.COMMANDS,
     *ablate.COMMANDS,
+    *scale.COMMANDS,
     *experiment.COMMANDS,
     *runs.COMMANDS,
     *maps.COMMANDS,

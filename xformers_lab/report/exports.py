@@ -3,11 +3,15 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from xformers_lab.errors import UsageError
 
+if TYPE_CHECKING:
+    from xformers_lab.report.scaling import Scaling
 
-def _csv(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str) -> list[pathlib.Path]:
+
+def _csv(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str, fits) -> list[pathlib.Path]:
     from xformers_lab.report import sheet
 
     with writing(path, "CSV"):
@@ -15,7 +19,7 @@ def _csv(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, comman
     return [path]
 
 
-def _parquet(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str) -> list[pathlib.Path]:
+def _parquet(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str, fits) -> list[pathlib.Path]:
     from xformers_lab.report import sheet
 
     with writing(path, "Parquet"):
@@ -23,7 +27,7 @@ def _parquet(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, co
     return [path]
 
 
-def _latex(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str) -> list[pathlib.Path]:
+def _latex(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str, fits) -> list[pathlib.Path]:
     from xformers_lab.report import latex
 
     with writing(path, "LaTeX"):
@@ -31,16 +35,17 @@ def _latex(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, comm
     return [path]
 
 
-def _figures(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str) -> list[pathlib.Path]:
+def _figures(rows: Sequence[dict], varied: Sequence[str], path: pathlib.Path, command: str, fits) -> list[pathlib.Path]:
     from xformers_lab.report import figures
 
     with writing(path, "figures"):
-        return figures.write_figures(rows, varied, path)
+        return figures.write_figures(rows, varied, path, scalings=fits)
 
 
-# Each writes rows, which `command` made, into a file, or `figures` into a folder; -> the paths written. Raises
-# UsageError where one cannot be written.
-EXPORTS: dict[str, Callable[[Sequence[dict], Sequence[str], pathlib.Path, str], list[pathlib.Path]]] = {
+Export = Callable[[Sequence[dict], Sequence[str], pathlib.Path, str, Sequence["Scaling"]], list[pathlib.Path]]
+# Each writes rows, which `command` made, into a file, or `figures` into a folder, with the fits of a scaling study; ->
+# the paths written. Raises UsageError where one cannot be written.
+EXPORTS: dict[str, Export] = {
     "csv": _csv,
     "parquet": _parquet,
     "latex": _latex,

@@ -9,21 +9,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from xformers_lab import files
 from xformers_lab.errors import UsageError
 from xformers_lab.record import Record, figures
-from xformers_lab.report import charts, maps, patterns, plot, rows
+from xformers_lab.report import charts, maps, patterns, plot, rows, scaling
 
 # Letters of a file's name without its ending.
 MOST = 100
 
 
 def write_figures(
-    cells: Sequence[dict], varied_keys: Sequence[str], folder: pathlib.Path | str, schema: type[Record] = Record
+    cells: Sequence[dict],
+    varied_keys: Sequence[str],
+    folder: pathlib.Path | str,
+    schema: type[Record] = Record,
+    scalings: Sequence[scaling.Scaling] = (),
 ) -> list[pathlib.Path]:
     """Write each picture as SVG and as PDF, named by what it shows, the task and what was chosen; -> the paths, in
-    order.
+    order. scalings: the fits of a scaling study.
 
     Raises UsageError where vl-convert, which makes the PDFs, is missing, and OSError where a file cannot be written.
     """
-    return write_pictures(_pictures(cells, varied_keys, schema), folder)
+    return write_pictures(_pictures(cells, varied_keys, schema, scalings), folder)
 
 
 def write_pictures(pictures: Iterable[tuple[Sequence[str], str]], folder: pathlib.Path | str) -> list[pathlib.Path]:
@@ -44,12 +48,13 @@ def write_pictures(pictures: Iterable[tuple[Sequence[str], str]], folder: pathli
 
 
 def _pictures(
-    cells: Sequence[dict], varied_keys: Sequence[str], schema: type[Record]
+    cells: Sequence[dict], varied_keys: Sequence[str], schema: type[Record], scalings: Sequence[scaling.Scaling]
 ) -> Iterator[tuple[Sequence[str], str]]:
-    looks = charts.looks(cells, varied_keys)
+    looks = charts.looks(cells, varied_keys, scaling.names(scalings))
     names = [look.name for look in looks]
     for group in rows.groups(cells, varied_keys):
-        for chart in charts.of_group(group, names, varied_keys, figures(schema)):
+        fits = [each for each in scalings if each.task == group.task]
+        for chart in charts.of_group(group, names, varied_keys, figures(schema), fits):
             for pane in chart.panes:
                 for drawn in pane.plots:
                     at = chart.options(pane)

@@ -14,7 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xformers_lab import files
 from xformers_lab.record import Figure, Record, columns, figures
-from xformers_lab.report import aggregate, charts, findings, human, maps, notes, offline, patterns, plot, rows, summary
+from xformers_lab.report import (
+    aggregate,
+    charts,
+    findings,
+    human,
+    maps,
+    notes,
+    offline,
+    patterns,
+    plot,
+    rows,
+    scaling,
+    scaling_words,
+    summary,
+)
 
 HERE = pathlib.Path(__file__).parent
 # Wrong examples of a series, and letters of each of their texts.
@@ -40,18 +54,19 @@ def write_report(
     command: str,
     said: Sequence[str] = (),
     schema: type[Record] = Record,
+    scalings: Sequence[scaling.Scaling] = (),
 ) -> None:
     """Write the rows as one HTML file, replaced as a whole. said: what else is to be known of the whole comparison, a
-    sentence each.
+    sentence each; scalings: the fits over sizes, where the rows are of a scaling study, which has no other verdict.
 
     Raises UsageError where jinja2 is missing, and OSError where the file cannot be written.
     """
     page_template = offline.template(HERE)
-    looks = charts.looks(cells, varied_keys)
+    looks = charts.looks(cells, varied_keys, scaling.names(scalings))
     left = maps.BUDGET
     groups, grouped = [], rows.groups(cells, varied_keys)
     for group in grouped:
-        section = _section(group, looks, varied_keys, schema, left, len(groups))
+        section = _section(group, looks, varied_keys, schema, left, len(groups), scalings)
         left -= section["map_letters"]
         groups.append(section)
     style, script = _text("page.css"), _text("page.js")
@@ -59,7 +74,7 @@ def write_report(
     page = page_template.render(
         title=human.plain(title),
         tally=_tally(cells),
-        overall=aggregate.sentences(grouped),
+        overall=[] if scalings else aggregate.sentences(grouped),
         notes=[human.plain(note) for note in (*said, *notes.of(cells))],
         groups=groups,
         drawn_map=maps.svg,
@@ -82,21 +97,28 @@ def write_report(
 
 
 def _section(
-    group: rows.Group, looks: Sequence[plot.Look], varied: Sequence[str], schema: type[Record], left: int, number: int
+    group: rows.Group,
+    looks: Sequence[plot.Look],
+    varied: Sequence[str],
+    schema: type[Record],
+    left: int,
+    number: int,
+    scalings: Sequence[scaling.Scaling],
 ) -> dict:
     """What the page shows of a group. left: how many letters its maps may have; number: its place on the page."""
     names = [look.name for look in looks]
-    shown = [
-        _chart(chart, looks, f"c{number}-{at}")
-        for at, chart in enumerate(charts.of_group(group, names, varied, figures(schema)))
-    ]
+    fits = [each for each in scalings if each.task == group.task]
+    found = charts.of_group(group, names, varied, figures(schema), fits)
+    shown = [_chart(chart, looks, f"c{number}-{at}") for at, chart in enumerate(found)]
+    sentences = scaling_words.of_several(fits) if fits else findings.sentences(group)
+    said = [*(note for each in fits for note in each.notes), *notes.of_group(group, sizes=bool(fits))]
     missing = [f"{rows.label(row, varied)} ({human.outcome(row)})" for row in group.rows if not rows.ok(row)]
     weights = maps.of_group(group, names, varied, left)
     tables = summary.of_group(group, looks, columns(schema))
     return {
         "title": group.title,
-        "findings": findings.sentences(group),
-        "notes": [human.plain(note) for note in notes.of_group(group)],
+        "findings": [human.plain(sentence) for sentence in sentences],
+        "notes": [human.plain(note) for note in dict.fromkeys(said)],
         "charts": shown,
         "tables": tables,
         "table_pick": charts.Pick("at", [table.length for table in tables], len(tables) - 1),

@@ -30,10 +30,10 @@ def of(cells: Sequence[dict]) -> list[str]:
     ]
 
 
-def of_group(group: rows.Group) -> list[str]:
+def of_group(group: rows.Group, *, sizes: bool = False) -> list[str]:
     """One sentence for each thing in which the rows of one table differ beside what was varied, or that makes their
-    times uncertain."""
-    return [*_matched(group), *_other_examples(group), *_unequal(group), *_busy(group)]
+    times uncertain. sizes: whether their sizes were varied, so that these are no such thing."""
+    return [*_matched(group), *_other_examples(group), *([] if sizes else _unequal(group)), *_busy(group)]
 
 
 def machines(cells: Sequence[dict]) -> list[tuple[dict, int]]:

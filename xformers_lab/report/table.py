@@ -75,9 +75,15 @@ class Column:
 
 
 def print_rows(
-    cells: Sequence[dict], varied_keys: Sequence[str], console: Console | None = None, schema: type[Record] = Record
+    cells: Sequence[dict],
+    varied_keys: Sequence[str],
+    console: Console | None = None,
+    schema: type[Record] = Record,
+    *,
+    judged: bool = True,
 ) -> None:
-    """Print the rows as one table for each task (for a bench: each pass), in rising length.
+    """Print the rows as one table for each task (for a bench: each pass), in rising length. judged: with marks and the
+    verdict of who won, which is nothing for rows that differ in size.
 
     What is the same on all lines of a table is printed once, above it. A terminal that is too narrow loses the least
     important columns, and says which. A file or a pipe gets plain text with every column, and no line is cut.
@@ -89,14 +95,17 @@ def print_rows(
     for number, group in enumerate(groups):
         if number:
             _say(console, "")
-        _print_group(group, varied_keys, console, columns(schema))
-    _print_overall(groups, console)
+        _print_group(group, varied_keys, console, columns(schema), judged)
+    if judged:
+        _print_overall(groups, console)
     for note in notes.of(cells):
         _say(console, f"note: {human.plain(note)}", "dim")
 
 
-def _print_group(group: rows.Group, varied: Sequence[str], console: Console, measured: Sequence[Figure]) -> None:
-    lines = _lines(group)
+def _print_group(
+    group: rows.Group, varied: Sequence[str], console: Console, measured: Sequence[Figure], judged: bool
+) -> None:
+    lines = _lines(group) if judged else [Line(line.cells) for line in _lines(group)]
     every = _columns(group, lines, varied, measured)
     shown = [column for column in every if not column.constant]
     guesses = findings.guesses(group)
@@ -117,9 +126,9 @@ def _print_group(group: rows.Group, varied: Sequence[str], console: Console, mea
         _say(console, f"{EDGE.strip()}: the best value is at the end of its grid", "dim")
     if left_out:
         _say(console, f"too narrow for: {', '.join(column.title for column in left_out)}", "dim")
-    for sentence in findings.sentences(group):
+    for sentence in findings.sentences(group) if judged else ():
         _say(console, human.plain(sentence))
-    for note in notes.of_group(group):
+    for note in notes.of_group(group, sizes=not judged):
         _say(console, f"note: {human.plain(note)}", "dim")
     for line in lines:
         if not line.ok:

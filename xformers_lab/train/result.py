@@ -11,11 +11,11 @@ from xformers_lab.measure import speed
 from xformers_lab.measure.memory import device_peak_bytes
 from xformers_lab.record import ABSENT, Record, sealed
 from xformers_lab.tasks import Task
-from xformers_lab.train import evaluation, hosts, initial, longer, provenance, records
+from xformers_lab.train import evaluation, hosts, initial, longer, parts, provenance, records
 from xformers_lab.train.jobs import Job
 from xformers_lab.train.layout import Compiled
 from xformers_lab.train.log import Log, curve
-from xformers_lab.train.state import TrainState
+from xformers_lab.train.state import TrainState, merge
 
 
 def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int | None, **outcome) -> dict:
@@ -47,6 +47,7 @@ def write(job: Job, state: TrainState, compiled: Compiled, log: Log, peak: int |
         flops=compiled.flops,
         flops_per_token=compiled.flops / (config.train.batch * config.seq_len) if compiled.flops else None,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        embedding_parameters=parts.of_words(merge(job.graph, state.params, state.extra, state.memory)),
         temp_bytes=compiled.temp_bytes,
         **_peak(compiled, peak),
         steps=int(state.step),

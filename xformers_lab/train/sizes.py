@@ -5,7 +5,6 @@ has of parameters and FLOPs is that of its layers with their projections, cross-
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,36 +13,20 @@ from flax import nnx
 
 from xformers_lab import config as configs
 from xformers_lab import layouts
-from xformers_lab.attention import Attention
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
-from xformers_lab.ffn import Ffn
 from xformers_lab.measure.flops import flops_by_scope
 from xformers_lab.measure.kept import kept_by_scope
-from xformers_lab.memory import Memory
 from xformers_lab.model import build_model, check_config
 from xformers_lab.nn import backward
-from xformers_lab.nn.embedding import Embedding
-from xformers_lab.norm import Norm
-from xformers_lab.position import Position
 from xformers_lab.supervise.worker import Tell
 from xformers_lab.tasks import Task
-from xformers_lab.train import decoding, mesh, selection, shaping, sharding
+from xformers_lab.train import decoding, mesh, parts, selection, shaping, sharding
 from xformers_lab.train.jobs import Job, prepare
 from xformers_lab.train.layout import layout_of, plan
 from xformers_lab.train.state import merge
 from xformers_lab.train.step import make_eval_step, make_objective, make_train_step
 
-# What a part of a model is called, by the outermost of its modules that is one of these; any other module by the name
-# that the model has for it: head, say.
-PARTS: Mapping[type, str] = {
-    Embedding: "embedding",
-    Position: "position",
-    Attention: "attention",
-    Ffn: "ffn",
-    Norm: "norm",
-    Memory: "memory",
-}
 LAYERS = ("attention", "ffn")  # parts that every layer has, which the model runs under these scopes
 
 
@@ -94,20 +77,8 @@ def measure(tell: Tell, config: dict) -> dict:
 
 
 def _parameters(config: Config, task: Task) -> dict:
-    model = nnx.eval_shape(lambda: build_model(config, task))
-    parts: dict[str, int] = {}
-    for part, leaf in _by_part(model):
-        parts[part] = parts.get(part, 0) + leaf.size
-    return {"total": sum(parts.values()), "parts": parts}
-
-
-def _by_part(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """(part, array) of every parameter."""
-    modules = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        above = (modules.get(path[:depth]) for depth in range(1, len(path)))
-        named = (name for node in above for kind, name in PARTS.items() if isinstance(node, kind))
-        yield next(named, str(path[0])), leaf.get_value()
+    counted = parts.parameters(nnx.eval_shape(lambda: build_model(config, task)))
+    return {"total": sum(counted.values()), "parts": counted}
 
 
 def _flops(job: Job, state: Any) -> dict:
