@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from xformers_lab.nn import counted_blocks
+from xformers_lab.nn import counted_blocks, counted_trips
 
 # Primitives that compute products without a jaxpr inside: counting them as nothing would be a lie.
 OPAQUE = ("dot_product_attention", "ffi_call", "ragged_dot")
@@ -23,9 +23,10 @@ def count_flops(fn: Callable, *args: Any) -> int:
 
     args are arrays, ShapeDtypeStructs, or pytrees of them. A `cond` counts as its dearest branch. A shard_map counts
     the work of all its devices; a Pallas kernel what of its grid it says it computes (`nn/counted_blocks.py`), or its
-    cost estimate, else all of its grid. Only products count: a softmax or a triangular solve is 0. Raises ValueError at
-    a product inside a `while_loop`, whose trip count the jaxpr does not hold (a `fori_loop` with static bounds is a
-    scan), and at a kernel whose inside it cannot see (cuDNN's attention, a foreign function).
+    cost estimate, else all of its grid. Only products count: a softmax or a triangular solve is 0. A `while_loop`,
+    whose trip count the jaxpr does not hold, counts as often as is said that it runs on average
+    (`nn/counted_trips.py`); a `fori_loop` with static bounds is a scan. Raises ValueError at a product inside one of
+    which nothing is said, and at a kernel whose inside it cannot see (cuDNN's attention, a foreign function).
     """
     return _flops(jax.make_jaxpr(fn)(*args).jaxpr, None, None)
 
@@ -77,6 +78,8 @@ def _flops_of(eqn: JaxprEqn, scope: str | None, live: int | None) -> int:
     if name == "cond":
         return max(inside)
     if name == "while" and any(inside):
+        if (trips := counted_trips.said(scopes)) is not None:
+            return trips * sum(inside)
         body = eqn.params["body_jaxpr"].jaxpr.debug_info.func_src_info
         raise ValueError(f"cannot count FLOPs: while_loop over {body} has products and no known trip count (use scan)")
     return _times(eqn, live) * sum(inside)
