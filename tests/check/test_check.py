@@ -63,6 +63,7 @@ def test_catalogue_knows_who_takes_a_bias(name):
 # Options under which a mechanism is another algorithm: what the bare name proves says nothing of them.
 OTHER_FORMS = [
     "linear:features=cosformer:chunk=5",
+    "longformer:window=3:tokens=3:where=marked",
     "streaming:logit=learned:sinks=0:window=5",
 ]
 MORE_FORMS = [
@@ -80,7 +81,9 @@ MORE_FORMS = [
     "linear:features=taylor:chunk=5",
     "linformer:share=keyvalue:rank=5",
     "linformer:share=none:rank=5",
+    "etc:radius=3:tokens=4:where=marked",
     "longformer:dilation=2:window=3:tokens=2",
+    "longformer:dilation=2:window=3:tokens=3:where=marked:projections=shared",
     "mca:pool=mean",
     "performer:kernel=relu:features=5:chunk=5",
     "performer:rows=independent:features=5:chunk=5",
@@ -97,6 +100,7 @@ PROOFS = [
     masks.no_future,
     masks.no_padding,
     masks.nothing_to_see,
+    masks.marks_in_time,
     costs.decoding,
 ]
 

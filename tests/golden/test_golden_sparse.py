@@ -271,6 +271,31 @@ def test_global_queries_use_their_own_projections(name):
     np.testing.assert_array_equal(changed, np.arange(24) < 2)
 
 
+@pytest.mark.parametrize("projections", ["own", "shared"])
+@pytest.mark.parametrize("name", ["longformer", "etc"])
+def test_marked_positions_in_front_are_the_first_tokens(name, projections):
+    near = {"longformer": "window", "etc": "radius"}[name]
+    words = f"{name}:{near}=3:tokens=2:projections={projections}"
+    first, marked = build(words, 24, 16, 2), build(f"{words}:where=marked", 24, 16, 2)
+    (x,), marks = drawn((2, 24, 16)), jnp.broadcast_to(jnp.arange(24) < 2, (2, 24))
+    for causal in (False, True):
+        assert_close(marked(x, causal=causal, marked=marks)[0], first(x, causal=causal)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_marked_positions_see_all_and_are_seen_by_all(causal):
+    """Any positions, other ones in each row, fewer than there is room for: against a mask, written out."""
+    layer = build("longformer:window=2:tokens=3:projections=shared:where=marked", 40)
+    q, k, v = drawn(*[(2, 40, 1, 8)] * 3)
+    at, marks = np.arange(40), np.zeros((2, 40), bool)
+    marks[0, [7, 20, 31]] = marks[1, 39] = True
+    near = np.abs(at[:, None] - at) <= 2
+    seen = near | marks[:, None] | marks[:, :, None]
+    seen = seen & (at <= at[:, None]) if causal else seen
+    out = mixed(layer, q, k, v, marked=jnp.asarray(marks), causal=causal)
+    assert_close(out, softmax_over(seen[:, None], q, k, v))
+
+
 def test_etc_has_keys_of_its_own_for_what_long_queries_see_of_the_memory():
     layer, (x,) = build("etc:radius=3:tokens=2", 24, 16, 2), drawn((2, 24, 16))
     before = layer(x)[0]
@@ -478,6 +503,7 @@ def test_compressed_keys_of_nsa_know_the_order_in_a_block():
         ("fixed:stride=4:summary=5", "summary must be from 1 to stride=4, got 5"),
         ("longformer:window=0", "window must be at least 1, got 0"),
         ("longformer:tokens=0:projections=own", "tokens=0 leaves none"),
+        ("longformer:tokens=0:where=marked", "tokens=0 leaves no room for a marked position"),
         ("etc:radius=0", "radius must be at least 1, got 0"),
         ("bp:nodes=0", "nodes must be at least 1, got 0"),
         ("nsa:chosen=0", "chosen must be at least 1, got 0"),

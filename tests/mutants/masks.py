@@ -143,6 +143,33 @@ class CapAfterTheMask(Softcap):
         return self.reference(q, k, v, valid=valid, causal=causal, bias=bias)
 
 
+class TellsOfLaterMarks(Plain):
+    """Marked positions count more, and the first query knows how many there are (2026)."""
+
+    marks = 3
+
+    def reference(self, q, k, v, *, valid, marked=None, causal, bias=None):
+        s = self.scores(q, k, valid, causal, bias) + 0.5 * marked
+        q_at, _ = positions(q, k)
+        last = jnp.where(marked, jnp.arange(len(marked)), -1).max()
+        return softmax(s, v) * jnp.where(q_at == 0, 1 + last / len(marked), 1)
+
+    def attend(self, q, k, v, *, valid, marked=None, causal, bias=None):
+        return self.reference(q, k, v, valid=valid, marked=marked, causal=causal, bias=bias)
+
+
+class LooksAtNoMarks(Plain):
+    """It says that it looks at marks (2026)."""
+
+    marks = 3
+
+    def reference(self, q, k, v, *, valid, marked=None, causal, bias=None):
+        return super().reference(q, k, v, valid=valid, causal=causal, bias=bias)
+
+    def attend(self, q, k, v, *, valid, marked=None, causal, bias=None):
+        return super().reference(q, k, v, valid=valid, causal=causal, bias=bias)
+
+
 FAULTS = {
     SeesOneAhead: "no_future",
     LeaksThroughAMean: "no_future",
@@ -159,5 +186,7 @@ FAULTS = {
     DocumentsAreSoft: "documents_apart",
     TellsDocumentsOfOneAnother: "documents_apart",
     CapAfterTheMask: "no_future",
+    TellsOfLaterMarks: "marks_in_time",
+    LooksAtNoMarks: "marks_in_time",
 }
 OPTIONS = {CapAfterTheMask: {"cap": 9.0}}

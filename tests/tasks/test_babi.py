@@ -57,6 +57,8 @@ def test_a_sequence_is_the_story_so_far_and_the_question(folder):
     ]
     batch = task.take("train", np.arange(3))
     assert (batch.valid == (batch.inputs != BLANK)).all()
+    marked = [task.decode(row[of_row].tolist()) for row, of_row in zip(batch.inputs, batch.marked, strict=True)]
+    assert marked == ["where is mary ?", "where is mary ?", "what did john do ?"] and task.marks == 5
     text = "Mary went to the kitchen. John took the milk. Where is Mary?"
     assert task.encode(text) == batch.inputs[0][batch.valid[0]].tolist() and task.encode(text)[-1] == QUESTION
     with pytest.raises(ValueError, match='"flew" is no word'):

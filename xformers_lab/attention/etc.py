@@ -1,10 +1,10 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flax import nnx
 
 from xformers_lab.attention import Complexity
 from xformers_lab.attention._engine.pattern import Band
-from xformers_lab.attention.longformer import GlobalTokens
+from xformers_lab.attention.longformer import GlobalTokens, Where
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 
@@ -25,9 +25,13 @@ class Etc(GlobalTokens):
 
     Options:
         radius: long keys seen on each side of a long query, besides itself
-        tokens: first positions that are the global memory; the whole sequence where it is shorter
+        tokens: first positions that are the global memory; the whole sequence where it is shorter; with where=marked at
+            most
         projections: own: those of the pieces differ, as in the paper; shared: one for all
+        where: first: the first positions are the memory; marked: those that the task marks, which does not decode
     """
+
+    later_options: ClassVar = ("where",)
 
     kind = "sparse by position"
     exact = True
@@ -46,12 +50,14 @@ class Etc(GlobalTokens):
         radius: int = 84,
         tokens: int = 64,
         projections: Literal["own", "shared"] = "own",
+        where: Where = "first",
         rngs: nnx.Rngs,
     ):
         if radius < 1:
             raise Refused(f"radius must be at least 1, got {radius}")
         own = projections == "own"
-        super().__init__(size, Band(radius), tokens=tokens, reach=radius, own=own, pieces=own, rngs=rngs)
+        options = {"tokens": tokens, "reach": radius, "own": own, "pieces": own, "where": where}
+        super().__init__(size, Band(radius), **options, rngs=rngs)
         self.radius = radius
 
     @staticmethod

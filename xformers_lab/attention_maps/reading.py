@@ -44,7 +44,8 @@ def of_example(model: Model, task: Task, batch: Batch, *, name: str = "") -> lis
     """The maps of the first row of a batch of the host, of every part. Raises UsageError where there is none."""
     first = lambda array: None if array is None else np.asarray(array)[:1]
     inputs = np.asarray(batch.inputs)[:1]
-    return of_inputs(model, task, inputs, first(batch.valid), first(batch.documents), name=name)
+    told = map(first, (batch.valid, batch.documents, batch.marked))
+    return of_inputs(model, task, inputs, *told, name=name)
 
 
 def of_inputs(
@@ -53,12 +54,13 @@ def of_inputs(
     inputs: np.ndarray,
     valid: np.ndarray | None = None,
     documents: np.ndarray | None = None,
+    marked: np.ndarray | None = None,
     *,
     name: str = "",
     notes: Sequence[str] = (),
 ) -> list[AttentionMaps]:
-    """The maps of inputs (1, T), valid (1, T) bool, documents (1, T) of packed data; of every part. Raises UsageError
-    where there is none."""
+    """The maps of inputs (1, T), valid (1, T) bool, documents (1, T) of packed data, marked (1, T) bool of a task that
+    marks positions; of every part. Raises UsageError where there is none."""
     try:
         if jax.tree.leaves(nnx.state(model, Remembered)):
             raise Refused("a model that remembers looks at earlier segments too, which are no tokens of a text: no map")
@@ -66,7 +68,7 @@ def of_inputs(
         if size is not None and (count := size.layers * size.heads * inputs.shape[1] ** 2) > MOST:
             raise Refused(f"{count:,} weights are too many, at most {MOST:,}: give a shorter text")
         with contained():
-            found = maps.of_model(model, inputs, valid, documents)
+            found = maps.of_model(model, inputs, valid, documents, marked)
         if not all(np.isfinite(each.weights).all() for each in found):
             raise Refused("weights are no finite numbers: no map")
         return _parts(model, task, found, inputs, valid, documents, name, notes)

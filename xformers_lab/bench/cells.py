@@ -125,6 +125,11 @@ def subject(config: Config, direction: str) -> Subject:
     if not whole:
         inputs |= dict.fromkeys("kv", shape(size.key_heads, size.head))
 
+    # Marks, where it looks at any: as many as it has room for, evenly over a row.
+    places = np.linspace(0, size.length - 1, layer.marks, dtype=int)
+    row = jnp.isin(jnp.arange(size.length), places)
+    marked = {"marked": jnp.broadcast_to(row, (batch, size.length))} if layer.marks else {}
+
     def build(params):
         # Copies, so that a mechanism may write to its variables under whatever traces the call.
         return nnx.merge(graph, fixed | params, jax.tree.map(lambda leaf: leaf, rest))
@@ -133,7 +138,7 @@ def subject(config: Config, direction: str) -> Subject:
         layer = build(params)
         if whole:
             return layer(inputs["x"], **({"causal": True} if causal else {}))[0]
-        return layer.mix(**inputs, causal=causal, key=jax.random.key(0))[0]
+        return layer.mix(**inputs, **marked, causal=causal, key=jax.random.key(0))[0]
 
     def forward_backward(params, inputs, grad):
         out, pull = jax.vjp(forward, params, inputs)
@@ -190,7 +195,7 @@ def _prefill(layer: MultiHead, inputs: dict, whole: bool):
 
 def _cache(layer: MultiHead, choice: str, batch: int, size: Size):
     """Shapes of the cache of a whole context; raises UsageError where the mechanism cannot decode."""
-    if reason := why_not_decode(type(layer)):
+    if reason := why_not_decode(layer):
         raise UsageError(f"attention={choice}: {reason}")
     return jax.eval_shape(lambda: layer.init_cache(batch, size.length, size.dtype))
 

@@ -161,7 +161,7 @@ def memory(subject: Subject) -> None:
 def _decodes(subject: Subject) -> MultiHead:
     if subject.whole:
         raise NotApplicable("it has a layer of its own and decodes, if at all, through the model")
-    if reason := why_not_decode(type(subject.mechanism)):
+    if reason := why_not_decode(subject.mechanism):
         raise NotApplicable(reason)
     subject.causal_only()
     return subject.multi_head
@@ -211,7 +211,9 @@ def _head(subject: Subject, layer: Attention, T: int) -> tuple[Callable, tuple]:
 
     def forward(variables, q, k, v, *x):
         inputs = {"x": x[0]} if x else {}
-        return merged(variables).mix(q, k, v, causal=causal, **inputs)[0]
+        layer = merged(variables)
+        inputs |= {"marked": jnp.asarray(subject.marked(layer.marks, 1, T))} if layer.marks else {}
+        return layer.mix(q, k, v, causal=causal, **inputs)[0]
 
     return forward, (variables, *heads, *x)
 

@@ -162,6 +162,25 @@ def documents_apart(subject: Subject) -> None:
             compare_trees(before.grads["inputs"], slow.grads["inputs"], GRADIENT, str(case), advice, of_inputs)
 
 
+def marks_in_time(subject: Subject) -> None:
+    """What looks at the positions that a task marks gives something else where others are marked, and causally nothing
+    else in front of the first place where marks differ."""
+    marks = subject.mechanism.marks
+    if not marks:
+        raise NotApplicable("it looks at no marks")
+    other = Subject(subject.name, subject.make, length=subject.length, marks_seed=1, gradients=False)
+    for causal in subject.modes:
+        case = dataclasses.replace(subject.square(causal), padded=False)
+        inputs = subject.inputs(case)
+        before, after = (one.apply(case, inputs, gradients=False).out for one in (subject, other))
+        marked = [subject.marked(marks, case.batch, case.S, seed) for seed in (0, 1)]
+        if not np.abs(before - after).max() > UNCHANGED:
+            raise Broken(f"it gives the same whatever is marked ({case}): look at `marked`, or say marks = 0")
+        if causal:
+            same = ~np.logical_or.accumulate(marked[0] != marked[1], 1)
+            _unchanged(after, before, same, f"later positions are marked, not others ({case})")
+
+
 def _unchanged(after, before, rows, when: str) -> None:
     """Raises Broken where the output of `rows` (positions, or (sample, position)) differs."""
     gap = np.abs(after - before).max(tuple(range(2, before.ndim)))
@@ -176,4 +195,4 @@ def _unchanged(after, before, rows, when: str) -> None:
         )
 
 
-PROPERTIES = [no_future, no_padding, nothing_to_see, documents_apart]
+PROPERTIES = [no_future, no_padding, nothing_to_see, documents_apart, marks_in_time]

@@ -79,7 +79,8 @@ class Subject:
     Its parameters are moved a little, as training does, unless `initial`: heads whose parameters start equal, or that
     start as zeros, would hide that they are mistaken for one another or never used. jit: how its runs are compiled; the
     kit compiles as users do. brief: fast and reference are compared at one shape alone. gradients: False where
-    values alone are looked at, so that half of each program is never compiled.
+    values alone are looked at, so that half of each program is never compiled. marks_seed: of the places that are
+    marked for a mechanism that looks at marks.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Subject:
         jit: Callable = jax.jit,
         brief: bool = False,
         gradients: bool = True,
+        marks_seed: int = 0,
     ):
         self.name, self.make, self.length, self.small, self.jit = name, make, length, small, jit
-        self.brief, self.gradients = brief, gradients
+        self.brief, self.gradients, self.marks_seed = brief, gradients, marks_seed
         self.mechanism = self.built(length)
         graph, own, rest = nnx.split(self.mechanism, nnx.Param, ...)
         if not initial:
@@ -216,6 +218,14 @@ class Subject:
         ends = [np.array([case.S // 5, case.S // 2 + sample, case.S - 3]) for sample in range(case.batch)]
         return np.stack([np.searchsorted(of_row, np.arange(case.S), "right") for of_row in ends]).astype(np.int32)
 
+    @staticmethod
+    def marked(marks: int, B: int, S: int, seed: int = 0) -> np.ndarray:
+        """(B, S) bool: places that a task may mark, in a sample as many as the mechanism has room for, in the next one
+        fewer, and so on; a row that is padding has some too."""
+        random = np.random.default_rng([5, seed, S])
+        at = [random.permutation(S)[: max(marks - sample, 0)] for sample in range(B)]
+        return np.stack([np.isin(np.arange(S), of_row) for of_row in at])
+
     # ---- running -------------------------------------------------------------------------------------------------
 
     def forward(self, own, inputs: dict, valid, key, documents=None, *, causal: bool, method: str, loop: bool = False):
@@ -236,6 +246,9 @@ class Subject:
         if documents is not None:
             layer.check_documents(documents)
             rest["documents"] = documents
+        if layer.marks:
+            B, S, *_ = inputs["x" if self.whole else "k"].shape
+            rest["marked"] = jnp.asarray(self.marked(layer.marks, B, S, self.marks_seed))
         if self.whole:
             with_method = {"method": method} if method != "attend" else {}
             sources = (inputs["q"], inputs["x"]) if "q" in inputs else (inputs["x"],)

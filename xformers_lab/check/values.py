@@ -170,8 +170,9 @@ def attention_map(subject: Subject) -> None:
         case = dataclasses.replace(subject.square(subject.modes[0]), batch=2)
     inputs, valid = subject.inputs(case), subject.valid(case)
     padded: Any = {name: x if name == "bias" else jnp.asarray(x[1:]) for name, x in inputs.items()}
-    call = Call(**padded, valid=None if valid is None else valid[1:], causal=case.causal)
     mechanism = subject.multi_head
+    marked = jnp.asarray(subject.marked(mechanism.marks, 2, case.S)[:1]) if mechanism.marks else None
+    call = Call(**padded, valid=None if valid is None else valid[1:], causal=case.causal, marked=marked)
     try:
         with jax.default_matmul_precision("highest"):
             fast = maps.of_call(mechanism, call)

@@ -44,7 +44,8 @@ class Context:
     than their own layer's input x, `among(y)` of it normalised, (B, T, D), what they look at: the arguments of
     attention's `attend_projected` by name, but for x; in a step `among(y, cache)` of y (B, D), which gives x (B, T, D),
     which row of it is the token's, the same arguments, and the new cache. documents (B, T): of packed data the
-    document of each token; None where nothing is packed."""
+    document of each token; None where nothing is packed. marked (B, T): which tokens the task marks; None where nothing
+    is marked, and in a depth that does not say `documents_apart`, for its layers may see other rows."""
 
     position: Position
     valid: jax.Array | None = None
@@ -54,6 +55,7 @@ class Context:
     tokens: jax.Array | None = None
     among: Callable[..., Any] | None = None
     documents: jax.Array | None = None
+    marked: jax.Array | None = None
 
 
 class Depth(nnx.Module):

@@ -17,6 +17,9 @@ from xformers_lab.nn.size import Size
 
 Streams = tuple[jax.Array, jax.Array]
 
+# What a context says of rows, which the backward pass looks at again.
+OF_ROWS = ("valid", "tokens", "documents", "marked")
+
 
 class Reversible(Fixed):
     """Reversible layers: training keeps no activations, it computes them again from the layer's output (RevNet: Gomez
@@ -155,7 +158,7 @@ def recomputed(
 
     def built(of_position, fixed):
         position = nnx.merge(position_graph, of_position, fixed["position"])
-        return Context(position, fixed["valid"], tokens=fixed["tokens"], documents=fixed["documents"])
+        return Context(position, **{name: fixed[name] for name in OF_ROWS})
 
     @jax.custom_vjp
     def run(params, of_position, fixed, streams):
@@ -214,7 +217,7 @@ def recomputed(
 
     run.defvjp(forward, backward)
     fixed = {"rest": rest, "position": position_rest, "keys": keys}
-    fixed |= {"valid": context.valid, "tokens": context.tokens, "documents": context.documents}
+    fixed |= {name: getattr(context, name) for name in OF_ROWS}
     streams, aux, changed = run(params, of_position, fixed, streams)
     for block, variables in zip(blocks, changed, strict=True):
         nnx.update(block, variables)

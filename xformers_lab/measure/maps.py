@@ -49,17 +49,21 @@ class Map:
 
 
 def of_model(
-    model: Model, inputs: np.ndarray, valid: np.ndarray | None = None, documents: np.ndarray | None = None
+    model: Model,
+    inputs: np.ndarray,
+    valid: np.ndarray | None = None,
+    documents: np.ndarray | None = None,
+    marked: np.ndarray | None = None,
 ) -> list[Map]:
-    """A map for each layer in the order in which they run, of one example (1, T), valid (1, T) bool or None, and of
-    packed data documents (1, T) int32.
+    """A map for each layer in the order in which they run, of one example (1, T), valid (1, T) bool or None, of packed
+    data documents (1, T) int32, and marked (1, T) bool of a task that marks positions.
 
     Raises Refused where a layer gives no weighted mean of its values, or has no values.
     """
     graph, variables = nnx.split(model)
     try:
-        packed = {} if documents is None else {"documents": documents}
-        told = jax.tree.map(jnp.asarray, {"inputs": inputs, "valid": valid} | packed)
+        besides = model.given({"documents": documents, "marked": marked})
+        told = jax.tree.map(jnp.asarray, {"inputs": inputs, "valid": valid} | besides)
         found = _of_model(graph, variables, told)
     except jax.errors.UnexpectedTracerError:
         raise Refused("the layers of this model run within a loop of its depth, so there is no map") from None
@@ -74,7 +78,7 @@ def of_model(
 def of_call(layer: Any, call: Call) -> Map:
     """The map of one layer on a call of one sample; raises Refused."""
     graph, variables = nnx.split(layer)
-    names = ("q", "k", "v", "x", "x_q", "valid", "bias", "carry", "documents")
+    names = ("q", "k", "v", "x", "x_q", "valid", "bias", "carry", "documents", "marked")
     arrays = {name: value for name in names if (value := getattr(call, name)) is not None}
     found = jax.jit(lambda variables, arrays: _read_off(nnx.merge(graph, variables), call.replace(**arrays)))
     return _checked(*jax.device_get(found(variables, arrays)))

@@ -60,14 +60,22 @@ class Model(nnx.Module):
             key: It turns on dropout and whatever else is random in training.
 
         A model that keeps the documents of packed data apart names `documents` in its signature, too, (B, T) int32 or
-        None; others are refused for a task that packs.
+        None; others are refused for a task that packs. One whose layers may look at the positions that a task marks
+        names `marked`, (B, T) bool or None; others are told of no marks.
         """
         ...
 
     @classmethod
-    def takes_documents(cls) -> bool:
-        """Whether `__call__` names `documents`."""
-        return "documents" in inspect.signature(cls.__call__).parameters
+    def takes(cls, name: str) -> bool:
+        """Whether `__call__` names `documents` or `marked`."""
+        return name in inspect.signature(cls.__call__).parameters
+
+    @classmethod
+    def given(cls, told: dict[str, Any]) -> dict[str, Any]:
+        """What `__call__` is given of what a batch says beside its inputs: documents wherever there are any, marks
+        where it has a place for them."""
+        wanted = lambda name: name != "marked" or cls.takes(name)
+        return {name: value for name, value in told.items() if value is not None and wanted(name)}
 
     def init_cache(self, B: int, length: int) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
@@ -117,10 +125,12 @@ def build_model(config: Config, task: Task, plan: Plan | None = None) -> Model:
     plan: how it runs, else the platform's; with the config's `remat` and `kernel`.
     """
     kind, size = kind_of(config, task), dataclasses.replace(size_of(config, plan), plane=task.image)
-    most = getattr(spec.entry("model", spec.parse(kind).name), "most_layers", MOST_LAYERS)
+    entry = spec.entry("model", spec.parse(kind).name)
+    size = dataclasses.replace(size, marks=task.marks if entry.takes("marked") else 0)
+    most = getattr(entry, "most_layers", MOST_LAYERS)
     if size.layers > most:
         raise UsageError(f"layers={size.layers}: model={kind} has its layers one by one, at most {most}")
-    if task.packed and not spec.entry("model", spec.parse(kind).name).takes_documents():
+    if task.packed and not entry.takes("documents"):
         reason = "it reads a row from end to end"
         raise UsageError(why_not(f"model={spec.parse(kind).name}", reason, "model=decoder"))
     rngs = nnx.Rngs(seed_of(config, "init_seed"))
@@ -233,5 +243,6 @@ def _forward_once(config: Config, task: Task):
     model = build_model(config, task)
     remembered = nnx.to_pure_dict(nnx.state(model, Remembered))
     parameters = nnx.state(model, nnx.Param)
-    packed = {"documents": jax.numpy.zeros(shape, "int32")} if task.packed else {}
-    return model(inputs, valid=jax.numpy.ones(shape, bool), **packed)[0], remembered, parameters
+    told = {"documents": jax.numpy.zeros(shape, "int32")} if task.packed else {}
+    told |= {"marked": jax.numpy.zeros(shape, bool)} if task.marks else {}
+    return model(inputs, valid=jax.numpy.ones(shape, bool), **model.given(told))[0], remembered, parameters

@@ -109,6 +109,8 @@ class Block(nnx.Module):
         if context.documents is not None:
             self.attention.check_documents(context.documents)
             options["documents"] = context.documents
+        if self.attention.marks:
+            options["marked"] = self._marked(context)
         if context.among is not None:
             y = before(x)
             y, carry, aux = self.attention.attend_projected(y, **context.among(y), **options)
@@ -133,6 +135,15 @@ class Block(nnx.Module):
         x = self.ffn_norm.before(x, LayerContext(context.valid, keys[0] is not None))
         y, aux = self.ffn(x, valid=context.valid, key=keys[0], **self._tokens(context))
         return drop(y, self.dropout, keys[1]), aux
+
+    def _marked(self, context):
+        """Which rows the task marks; raises Refused where nobody knows."""
+        where = f"attention={self.name} looks at positions that the task marks, and "
+        if self.memory is not None:
+            raise Refused(f"{where}memory={self.memory_choice} has rows in front of them: use memory=none")
+        if context.marked is None:
+            raise Refused(f"{where}here nobody says which: give the model `marked`, and use depth=fixed")
+        return context.marked
 
     def _check_documents(self, context, norm) -> None:
         """Raises Refused where packed documents would be mixed by the layer's placement, or by its memory."""

@@ -112,9 +112,9 @@ class Transformer(Model):
         """One layer of the stack."""
         return Block(size, attention, **options)
 
-    def __call__(self, inputs, *, valid=None, key=None, documents=None):
+    def __call__(self, inputs, *, valid=None, key=None, documents=None, marked=None):
         # A task's own arrays are numpy's.
-        inputs, valid, documents = jax.tree.map(jnp.asarray, (inputs, valid, documents))
+        inputs, valid, documents, marked = jax.tree.map(jnp.asarray, (inputs, valid, documents, marked))
         if documents is not None:
             self._check_documents()
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
@@ -122,7 +122,9 @@ class Transformer(Model):
         x = position.embed_rows(x, valid=valid, documents=documents)
         x = self.entering(x, embed_key)
         tokens = inputs if self.of_tokens else None
-        context = Context(position, valid, self.predict, tokens=tokens, documents=documents)
+        # Of other depths nobody knows that a layer's rows are those of the batch.
+        marked = marked if type(self.stack).documents_apart else None
+        context = Context(position, valid, self.predict, tokens=tokens, documents=documents, marked=marked)
         x, aux = self.stack(x, context, key=stack_key)
         return self.predict(x, valid=valid, train=key is not None), aux
 

@@ -20,6 +20,8 @@ class Size:
     `plane` says that the positions are an image, its rows and columns, row by row, behind `ahead` others (a class
     token). A part of a model that is built for another length has the same plane, and is none.
 
+    `marks`: how many positions of a row the task marks, at most; None where nobody says, for no task is known.
+
     `plan`: how it is run; None leaves that to the platform (see plan.py).
     """
 
@@ -33,6 +35,7 @@ class Size:
     target_layers: int = 0
     plane: tuple[int, int] | None = None
     ahead: int = 0
+    marks: int | None = None
     plan: Plan | None = None
 
     def __post_init__(self):

@@ -25,6 +25,8 @@ A task is built as `Task(setting, *, option=default)` and gives
   text begins. It is a pure function like `batch`. If it has `examples` too, each goes on where the one before ended.
 * `packed`: whether a row holds several documents, one after the other, that know nothing of one another; its batches
   then have `documents`.
+* `marks`: how many positions of a row it marks, at most, for mechanisms that treat some unlike the others, as global
+  tokens are (a question, a separator); its batches then have `marked`.
 * `metric_name`, `higher_is_better`, `chance`: what is reported, and what guessing scores on it.
 * `figures(loss)`: what is reported beside the metric, by name.
 * `generated(split, numbers, produce)`: what the texts that a model generates score, where a task asks for texts.
@@ -70,6 +72,7 @@ class Batch:
     targets have a last axis of `outputs` float32; valid (B, T) bool, False at padding, or None where a task never
     pads; fresh (B,) bool, True where a sequence does not go on from the step before (None: memory is left as it is).
     documents (B, T) int32, which document of its row each position is of, of a task that is packed, else None.
+    marked (B, T) bool, which positions are marked, of a task that has `marks`, else None.
     counted (B,) bool is the lab's: False for the rows that fill up the last batch of an evaluation (None: all count).
     """
 
@@ -79,6 +82,7 @@ class Batch:
     valid: np.ndarray | jax.Array | None = None
     fresh: np.ndarray | jax.Array | None = None
     documents: np.ndarray | jax.Array | None = None
+    marked: np.ndarray | jax.Array | None = None
     counted: np.ndarray | jax.Array | None = None
 
 
@@ -96,6 +100,7 @@ class Task:
     chance: float
     segments: bool = False
     packed: bool = False
+    marks: int = 0
     source_length: int = 0
     blank: ClassVar[int | None] = None
     begin: ClassVar[tuple[int, ...]] = ()

@@ -38,8 +38,9 @@ class Babi(InPasses):
     lower case, a sign stands behind each sentence and another one behind the question, other signs are dropped. Words
     and answers are those of the training split: another word is one token of its own, and another answer counts as
     wrong. An answer of several words, `milk,football`, is a class like any other. A story that does not fit loses its
-    first sentences, which is counted and said. Test data are the published ones, validation too where there are such
-    files (valid); else it is a tenth of the training stories, each with all of its questions, by a hash of the story.
+    first sentences, which is counted and said. The question's words are marked. Test data are the published ones,
+    validation too where there are such files (valid); else it is a tenth of the training stories, each with all of its
+    questions, by a hash of the story.
 
     Tasks 1, 2 and 3 ask for one, two and three supporting facts. With the question a story has at most 72, 557 and
     1,400 tokens or so there, and half of those of 2 and 3 have fewer than 93 and 262.
@@ -69,6 +70,7 @@ class Babi(InPasses):
         most = max(len(each.question) + 1 for of_split in corpus.splits.values() for each in of_split)
         if most > setting.seq_len:
             raise ValueError(f"seq_len={setting.seq_len} does not hold the question alone: use {most} or more")
+        self.marks = most
         fitted = splits.each(corpus.splits, lambda asked: [_fitted(each, setting.seq_len) for each in asked])
         rows = splits.each(fitted, lambda asked: [self._tokens(each) for each in asked])
         copies = splits.shared(splits.each(rows, lambda of: [row.tobytes() for row in of]))
@@ -112,7 +114,10 @@ class Babi(InPasses):
         for row, number in zip(inputs, numbers, strict=True):
             tokens = self.rows[split][number]
             row[: len(tokens)] = tokens
-        return Batch(inputs, self.targets[split][numbers], np.ones(len(numbers), np.float32), inputs != BLANK)
+        weights, real = np.ones(len(numbers), np.float32), inputs != BLANK
+        # The question is what stands behind the last sentence.
+        told = np.maximum.accumulate((inputs == SENTENCE)[:, ::-1], 1)[:, ::-1]
+        return Batch(inputs, self.targets[split][numbers], weights, real, marked=real & ~told)
 
     def encode(self, text: str) -> list[int]:
         """A story and a question as they are written: "Mary went to the kitchen. Where is Mary?" """

@@ -14,7 +14,7 @@ class Needle(Task):
     Noise tokens, one needle among them, and a question as the last token; the answer is which needle it was. Its
     distance from the question is uniform over all that fit, so the accuracy of a mechanism that sees w tokens back is
     about w / seq_len. Token 0 is the question, 1..symbols are the needles, the noise comes after. Splits share no
-    sequence.
+    sequence. The question is marked.
 
     Options:
         symbols: how many different needles there are
@@ -25,6 +25,7 @@ class Needle(Task):
     """
 
     kinds = ("decoder", "encoder")
+    marks = 1
 
     def __init__(self, setting: Setting, *, symbols: int = 16, noise: int = 64, distance: int = 1):
         super().__init__(setting)
@@ -57,7 +58,8 @@ class Needle(Task):
         inputs, needles = select(split, count, draw)
         targets, weights = np.zeros((count, length), np.int32), np.zeros((count, length), np.float32)
         targets[:, -1], weights[:, -1] = needles, 1
-        return Batch(inputs, targets, weights)
+        marked = np.broadcast_to(np.arange(length) == length - 1, inputs.shape)
+        return Batch(inputs, targets, weights, marked=marked)
 
     def describe(self) -> dict:
         return {

@@ -32,7 +32,8 @@ class Retrieval(InPasses):
     or else labelled documents, as task=text reads them: then two different documents of one class belong together, and
     two of different classes do not, each half of the time. Training pairs are then drawn anew in every step; held-out
     ones are fixed, one for each document. No document is in two splits: pairs of no named split are split 80 / 10 / 10
-    by a hash of their first document, and a training pair with a document that is held out is dropped.
+    by a hash of their first document, and a training pair with a document that is held out is dropped. The separator is
+    marked.
 
     Options:
         path: a csv, json or parquet file, or a folder
@@ -52,6 +53,7 @@ class Retrieval(InPasses):
 
     target = "sequence"
     kinds = ("encoder", "decoder")
+    marks = 1
     vocab = SEPARATOR + 1
     tokenizer = "bytes from 1 on"
     outputs = 2
@@ -219,7 +221,8 @@ class Retrieval(InPasses):
             row[: len(one)] = one + np.int32(1)
             row[len(one)] = SEPARATOR
             row[len(one) + 1 : len(one) + 1 + len(other)] = other + np.int32(1)
-        return Batch(inputs, pairs[:, 2].astype(np.int32), np.ones(len(pairs), np.float32), inputs > 0)
+        answers, weights = pairs[:, 2].astype(np.int32), np.ones(len(pairs), np.float32)
+        return Batch(inputs, answers, weights, inputs > 0, marked=inputs == SEPARATOR)
 
 
 class Pairs(NamedTuple):

@@ -38,7 +38,7 @@ class Text(InPasses):
     too, as the model sees it (cut off, without blanks around), is dropped from the training data. A split whose labels
     are hidden (no such column, or all -1, as in GLUE) counts as missing; a label that only held-out data have is
     refused. Fields of tables are text as it stands, and only an empty one is missing. A byte-pair encoding is trained
-    on the training documents that are not held out too, so it is the same at every length.
+    on the training documents that are not held out too, so it is the same at every length. The first token is marked.
 
     Options:
         path: a csv, json or parquet file, or a folder (none: the hub)
@@ -58,6 +58,7 @@ class Text(InPasses):
 
     target = "sequence"
     kinds = ("encoder", "decoder")
+    marks = 1
 
     def __init__(
         self,
@@ -128,7 +129,9 @@ class Text(InPasses):
         for row, document in enumerate(numbers):
             content = self.ids[split][document]
             inputs[row, : len(content)] = content + np.int32(1)
-        return Batch(inputs, self.corpus.splits[split][1][numbers], np.ones(len(numbers), np.float32), inputs > 0)
+        marked = np.broadcast_to(np.arange(inputs.shape[1]) == 0, inputs.shape)
+        answers, weights = self.corpus.splits[split][1][numbers], np.ones(len(numbers), np.float32)
+        return Batch(inputs, answers, weights, inputs > 0, marked=marked)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a document, plus one."""

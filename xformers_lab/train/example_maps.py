@@ -50,10 +50,10 @@ def of_example(model: Model, task: Task, batch: Batch) -> dict:
     """The maps of the first example of a batch of the host, with the text of its tokens; {"reason": why} where the
     layers give no weights of the positions of the sequence, or too many."""
     first = lambda array: None if array is None else np.asarray(array)[:1]
-    inputs, valid, documents = np.asarray(batch.inputs)[:1], first(batch.valid), first(batch.documents)
+    inputs = np.asarray(batch.inputs)[:1]
     T = inputs.shape[1]
     try:
-        found = maps.of_model(model, inputs, valid, documents)
+        found = maps.of_model(model, inputs, *map(first, (batch.valid, batch.documents, batch.marked)))
     except (LabError, Refused) as reason:
         log.info("no attention maps: %s", reason)
         return {"reason": str(reason)}

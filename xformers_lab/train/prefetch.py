@@ -39,7 +39,7 @@ def check(task: Task, batch: Batch, where: str) -> None:
     per_token = (setting.batch, setting.seq_len)
     answers = per_token if task.target == "token" else per_sequence
     shapes = {"inputs": per_token, "targets": answers, "weights": answers, "valid": per_token, "fresh": per_sequence}
-    shapes["documents"] = per_token
+    shapes |= dict.fromkeys(("documents", "marked"), per_token)
     if task.channels:
         shapes |= {"inputs": (*per_token, task.channels), "targets": (*answers, task.outputs)}
     for field, shape in shapes.items():
@@ -48,6 +48,10 @@ def check(task: Task, batch: Batch, where: str) -> None:
             raise UsageError(f"task {name}: {field} of {where} is {np.shape(value)}, not {shape}")
     if task.packed != (batch.documents is not None):
         raise UsageError(f"task {name}: packed={task.packed}, but {where} has documents={batch.documents is not None}")
+    if bool(task.marks) != (batch.marked is not None):
+        raise UsageError(f"task {name}: marks={task.marks}, but {where} has marked={batch.marked is not None}")
+    if batch.marked is not None and (most := int(np.sum(batch.marked, 1).max())) > task.marks:
+        raise UsageError(f"task {name}: marks={task.marks}, but a row of {where} has {most} marked positions")
     if task.channels:
         for field in ("inputs", "targets"):
             if not np.isfinite(getattr(batch, field)).all():

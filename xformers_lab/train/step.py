@@ -31,8 +31,8 @@ def stream(seed: jax.Array | int, step: jax.Array | int, name: str) -> jax.Array
 
 def run(model: Model, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
     """The model on a batch, whose arrays are jax's here: a step traces them."""
-    packed: Any = {} if batch.documents is None else {"documents": batch.documents}
-    return model(cast(jax.Array, batch.inputs), valid=cast("jax.Array | None", batch.valid), key=key, **packed)
+    told: Any = model.given({"documents": batch.documents, "marked": batch.marked})
+    return model(cast(jax.Array, batch.inputs), valid=cast("jax.Array | None", batch.valid), key=key, **told)
 
 
 def make_objective(

@@ -98,6 +98,10 @@ class Attention(nnx.Module):
     # `attend_heads` says of these, and no class inherits that replaces them. Of OneHead the signature says the rest.
     documents_apart: ClassVar[bool] = False
 
+    # How many positions of a row, at most, it treats unlike the others where a task marks them; 0: it looks at none.
+    # One that looks at some is given `marked`, and refuses to run without it. Options may decide.
+    marks: int = 0
+
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error: ClassVar[float] = 0.0
 
@@ -125,6 +129,8 @@ class Attention(nnx.Module):
             key: A random key, in training alone.
             documents: (B, S) int32, of packed data the document that each position is of; None where nothing is
                 packed. Only a layer whose documents are apart is given it.
+
+        A layer with `marks` takes `marked` besides, (B, S) bool: which positions the task marks.
 
         Raises:
             Refused: The mechanism cannot do what is asked.
@@ -154,12 +160,12 @@ class Attention(nnx.Module):
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32) -> Any:
         """What decoding remembers of up to `length` tokens of B sequences; raises Refused where it cannot decode."""
-        raise Refused(why_not_decode(type(self)) or "")
+        raise Refused(why_not_decode(self) or "")
 
     def decode(self, x, cache, *, at, position=None, carry=None) -> Any:
         """One more token, x (B, D) at position `at` () -> (B, D), the new cache, the carry; raises Refused where it
         cannot decode."""
-        raise Refused(why_not_decode(type(self)) or "")
+        raise Refused(why_not_decode(self) or "")
 
     def decode_several(self, x, cache, *, at, position=None) -> Any:
         """`decode` of T tokens, x (B, T, D) at positions from `at` () on -> (B, T, D) and the new cache; of mechanisms

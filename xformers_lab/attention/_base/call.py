@@ -35,6 +35,8 @@ class Call:
             v is the same array then, where nothing else is made of it. Means are wanted as they are, without what
             stands behind them.
         decoding: Whether its queries are new tokens behind what a cache holds.
+        marked: Which positions the task marks for mechanisms that treat some unlike the others, as global tokens are;
+            None where nothing is marked, or nobody looks at it.
     """
 
     q: Float[Array, "B T N H"]
@@ -51,6 +53,7 @@ class Call:
     documents: Int[Array, "B S"] | None = None
     values: Float[Array, "B S M H"] | None = None
     decoding: bool = False
+    marked: Bool[Array, "B S"] | None = None
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

@@ -96,18 +96,30 @@ class MultiHead(Attention):
         key=None,
         method: Method = "attend",
         documents=None,
+        marked=None,
     ) -> tuple[jax.Array, Any, Aux]:
         """`attend_heads` of a `Call` with these fields."""
         self.check_documents(documents)
-        return self.attend_heads(Call(q, k, v, x, x_q, valid, causal, bias, carry, key, method, documents))
+        call = Call(q, k, v, x, x_q, valid, causal, bias, carry, key, method, documents, marked=marked)
+        return self.attend_heads(call)
 
     def __call__(
-        self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
+        self,
+        x,
+        memory=None,
+        *,
+        valid=None,
+        causal=False,
+        position=None,
+        carry=None,
+        key=None,
+        documents=None,
+        marked=None,
     ):
         source = x if memory is None else memory
         k, v = (self._of_rows(name, source, valid, documents) for name in ("key", "value"))
         options = {"valid": valid, "causal": causal, "position": position, "carry": carry, "key": key}
-        options["documents"] = documents
+        options |= {"documents": documents, "marked": marked}
         return self.attend_projected(x, k, v, source, **options)
 
     def attend_projected(
@@ -124,6 +136,7 @@ class MultiHead(Attention):
         key=None,
         at: Any = None,
         documents=None,
+        marked=None,
     ):
         """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D),
         keys before their norm. Where queries are convolved, x is the last T rows of source.
@@ -150,7 +163,7 @@ class MultiHead(Attention):
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        call = Call(q, k, v, source, x, valid, causal, bias, carry, key, documents=documents)
+        call = Call(q, k, v, source, x, valid, causal, bias, carry, key, documents=documents, marked=marked)
         out, carry, aux = run(shown(self, call))
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
@@ -307,12 +320,12 @@ class MultiHead(Attention):
     def decode_heads_several(self, cache, call: Call):
         """T more tokens of all heads of a batch -> out (B, T, N, H) and the new cache: `decode_heads` of each in turn,
         or all of them at once where that comes to the same."""
-        if self.keeps_keys and not why_not_decode(type(self)) and cache["k"].shape[1] >= call.q.shape[1]:
+        if self.keeps_keys and not why_not_decode(self) and cache["k"].shape[1] >= call.q.shape[1]:
             cache, call = pushed(cache, call)
             return self.attend_heads(call)[0], cache
         one = lambda cache, token, _: self.decode_heads(cache, call.replace(**token))[:2]
         return one_by_one(one, {"q": call.q, "k": call.k, "v": call.v, "x": call.x}, cache, 0)
 
     def _check_decode(self) -> None:
-        if reason := why_not_decode(type(self)):
+        if reason := why_not_decode(self):
             raise Refused(reason)

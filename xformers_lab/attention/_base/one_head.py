@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xformers_lab.attention._base.call import Call
 from xformers_lab.attention._base.multi_head import MultiHead
-from xformers_lab.attention._base.refusals import why_not
+from xformers_lab.attention._base.refusals import UNMARKED, why_not
 from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
@@ -16,7 +16,7 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.required import required
 
 # What the laboratory can hand to `attend`; every other parameter is named by `per_head`, `from_keys` or `from_queries`.
-OFFERED = ("valid", "documents", "causal", "bias", "carry", "x", "key")
+OFFERED = ("valid", "documents", "marked", "causal", "bias", "carry", "x", "key")
 
 
 class OneHead(MultiHead):
@@ -64,6 +64,8 @@ class OneHead(MultiHead):
             raise Refused(why_not(self, "bias"))
         if "documents" not in takes:
             self.check_documents(call.documents)
+        if self.marks and call.marked is None:
+            raise Refused(UNMARKED.format(type(self).__name__.lower()))
         carry, valid = call.carry, call.valid
         if "carry" in takes and carry is None:
             carry = self.initial_carry(B, T, S)
@@ -79,7 +81,8 @@ class OneHead(MultiHead):
             out = function(q, k, v, **fixed, **{name: value for name, value in offered.items() if name in takes})
             return out if "carry" in takes else (out, None)
 
-        of_sample = {"valid": valid, "documents": call.documents} | ({"x": call.x} if "x" in takes else {})
+        of_sample = {"valid": valid, "documents": call.documents, "marked": call.marked}
+        of_sample |= {"x": call.x} if "x" in takes else {}
         of_head = {"bias": call.bias, "key": keys} | self.per_head()
         of_pair = carry if "carry" in takes else None, self.of_tokens(call)
         at_once, plan = self.heads_at_once(T, S, call.causal) if call.method == "attend" else 1, plan_of(self.size)

@@ -6,6 +6,8 @@ from xformers_lab.nn import documents
 
 # Of documents, where a mechanism gives no reason of its own.
 NO_MASK = "it mixes positions, and has no mask between documents"
+# Of marked positions, to be told the mechanism's name.
+UNMARKED = "{} looks at the positions that a task marks, and nobody says which these are: give `marked`, (B, S) bool"
 
 
 def why_not(mechanism: Any, what: str) -> str:
@@ -36,12 +38,14 @@ def why_not_one_way(mechanism: type) -> str:
 
 
 def why_not_decode(mechanism: Any) -> str | None:
-    """Why a class of mechanisms cannot decode token by token; None where it can."""
-    name = mechanism.__name__.lower()
-    if reason := mechanism.refuses.get("decoding"):
+    """Why a mechanism, or a class of them, cannot decode token by token; None where it can. Of a mechanism its options
+    count, too."""
+    kind = mechanism if isinstance(mechanism, type) else type(mechanism)
+    refuses, name = mechanism.refuses if mechanism is kind else mechanism.refusals(), kind.__name__.lower()
+    if reason := refuses.get("decoding"):
         return f"{name} cannot decode: {reason}"
-    if not mechanism.decodes:
+    if not kind.decodes:
         return f"{name} cannot decode: it has a layer of its own, and no decode(x, cache) for it"
-    if mechanism.keeps_keys and (reason := mechanism.refuses.get("cross")):
+    if kind.keeps_keys and (reason := kind.refuses.get("cross")):
         return f"{name} cannot decode: one query against many keys is refused, for {reason}"
-    return None if mechanism.accepts("causal") else why_not(mechanism, "causal")
+    return None if kind.accepts("causal") else why_not(kind, "causal")

@@ -55,7 +55,7 @@ def step_apart(mechanism, cache, call: Call):
 
 def _of_samples(call: Call) -> dict:
     """The arrays of a call that have an axis of samples."""
-    return {name: getattr(call, name) for name in ("q", "k", "v", "x", "x_q", "valid", "documents")}
+    return {name: getattr(call, name) for name in ("q", "k", "v", "x", "x_q", "valid", "documents", "marked")}
 
 
 def _carries(mechanism, T: int, S: int) -> "_Samples":
