@@ -14,6 +14,7 @@ from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
 from xformers_lab.ffn import ACTIVATIONS
 from xformers_lab.ffn.hash import mixed
+from xformers_lab.ffn.noisy_top import LEAST, chance
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import build_model, build_task, check_config
 
@@ -118,6 +119,9 @@ def test_moe_computes_only_what_was_sent():
     assert one <= count("moe:experts=4") < 1.4 * one
     assert count("moe:experts=4:top=2") < 2.4 * one
     assert count("moe:experts=16") < 2.1 * one
+    assert count("prototypes:experts=16") < 3.1 * one
+    assert count("gshard:experts=4") < 2.4 * one
+    assert count("noisy_top:experts=4:top=1") < 1.4 * one
     assert one <= count("moe:choice=expert") < 1.6 * one
     assert one <= count("moe:experts=16:choice=expert") < 2.1 * one
     assert count("moe:experts=4:choice=expert:capacity=2") < 2.4 * one
@@ -155,6 +159,95 @@ def test_padding_changes_nothing(choice):
     np.testing.assert_allclose(padded[:, :6], alone, atol=1e-6)
     assert not padded[:, 6:].any()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), aux, expected)
+
+
+def weighted(layer, x, weight):
+    """Every expert on every token, by weights (B, T, E)."""
+    hidden = ACTIVATIONS[layer.activation](jnp.einsum("btd,edf->btef", x, layer.up[...]))
+    return jnp.einsum("btef,efd,bte->btd", hidden, layer.down[...], weight)
+
+
+def noisy_top():
+    layer = build("noisy_top:experts=5:top=2:importance=2:load=3")
+    layer.router.kernel[...], layer.noise.kernel[...] = draw(16, 5, seed=5) / 4, draw(16, 5, seed=6) / 4
+    return layer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("trained", [False, True])
+def test_noisy_top_is_its_definition(trained):
+    """Gates, both losses, and noise that is drawn in training alone; the last tokens are padding."""
+    layer, x, key = noisy_top(), draw(2, 9, 16), jax.random.key(4) if trained else None
+    valid = np.arange(9) < np.array([[9], [6]])
+    y, aux = layer(x, valid=jnp.asarray(valid), key=key)
+    clean = np.asarray(x @ layer.router.kernel[...], np.float64)
+    spread = np.log1p(np.exp(np.asarray(x @ layer.noise.kernel[...], np.float64))) + 0.01
+    drawn = np.asarray(jax.random.normal(key, clean.shape)) if key is not None else 0
+    noisy = clean + spread * drawn
+    gates, likely = np.zeros(clean.shape), np.zeros(5)
+    for b, t in zip(*np.nonzero(valid), strict=True):
+        best = np.argsort(-noisy[b, t])[:2]
+        gates[b, t, best] = np.exp(noisy[b, t, best]) / np.exp(noisy[b, t, best]).sum()
+        for e in range(5):
+            second = np.sort(np.delete(noisy[b, t], e))[-2]
+            likely[e] += (1 + math.erf((clean[b, t, e] - second) / spread[b, t, e] / 2**0.5)) / 2
+    np.testing.assert_allclose(y, weighted(layer, x, gates), atol=2e-5)
+    variation = lambda figures: figures.var() / figures.mean() ** 2
+    np.testing.assert_allclose(aux.losses["importance"], 2 * variation(gates.sum((0, 1))), rtol=1e-4)
+    assert ("load" in aux.losses) == trained
+    if trained:
+        np.testing.assert_allclose(aux.losses["load"], 3 * variation(likely), rtol=1e-4)
+
+
+@pytest.mark.full
+def test_the_load_loss_foresees_the_share_of_tokens():
+    """Over draws of the noise an expert is chosen as often as `chance` says, in the mean of the same draws."""
+    layer, x = noisy_top(), draw(1, 1, 16)
+    clean, spread = x @ layer.router.kernel[...], jax.nn.softplus(x @ layer.noise.kernel[...]) + LEAST
+    noisy = clean + spread * jax.random.normal(jax.random.key(0), (40_000, 1, 5))
+    often = jax.nn.one_hot(jax.lax.top_k(noisy, 2)[1], 5).sum(-2).mean(0)
+    said = chance(clean, noisy, jnp.broadcast_to(spread, noisy.shape), 2).mean(0)
+    np.testing.assert_allclose(said, often, atol=0.01)
+    np.testing.assert_allclose(said.sum(), 2, atol=0.02)
+
+
+@pytest.mark.full
+def test_gshard_is_its_definition():
+    layer, x, valid = build("gshard:experts=4:balance=1"), draw(2, 30, 16), np.arange(30) < np.array([[30], [19]])
+    p = np.asarray(jax.nn.softmax(x @ layer.router.kernel[...]))
+    order = np.argsort(-p, -1)
+    first, second = (np.take_along_axis(p, order[..., i : i + 1], -1) for i in (0, 1))
+    one = lambda index: np.eye(4)[order[..., index]] * valid[..., None]
+    both = one(0) * first / (first + second), one(1) * second / (first + second)
+    y, aux = layer(x, valid=jnp.asarray(valid))
+    np.testing.assert_allclose(y, weighted(layer, x, sum(both)), atol=2e-5)
+    assert aux.scalars["second_experts"] == 1
+    share, mean = (what.sum(1) / valid.sum(1)[:, None] for what in (one(0), p * valid[..., None]))
+    np.testing.assert_allclose(aux.losses["balance"], 4 * (share * mean).sum(-1).mean(), rtol=1e-5)
+    key = jax.random.key(1)
+    y, aux = layer(x, valid=jnp.asarray(valid), key=key)
+    runs = 2 * both[1].sum(-1) > np.asarray(jax.random.uniform(key, (2, 30)))
+    np.testing.assert_allclose(y, weighted(layer, x, both[0] + runs[..., None] * both[1]), atol=2e-5)
+    np.testing.assert_allclose(aux.scalars["second_experts"], (runs & valid).sum() / valid.sum(), rtol=1e-5)
+    assert 0.2 < aux.scalars["second_experts"] < 0.9
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_prototypes_are_routers_side_by_side(groups):
+    layer, x = build(f"prototypes:experts=6:groups={groups}"), draw(2, 9, 16)
+    valid = np.arange(9) < np.array([[9], [5]])
+    expected, size, balance = np.zeros((2, 9, 16), np.float32), 6 // groups, 0.0
+    for group in range(groups):
+        own = slice(group * size, (group + 1) * size)
+        alone = build(f"moe:experts={size}:balance=0.01")
+        alone.router.kernel[...] = layer.router.kernel[:, own]
+        alone.up[...], alone.down[...] = layer.up[own], layer.down[own]
+        y, aux = alone(x, valid=jnp.asarray(valid))
+        expected, balance = expected + y, balance + float(aux.losses["balance"]) / groups
+    y, aux = layer(x, valid=jnp.asarray(valid))
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    np.testing.assert_allclose(aux.losses["balance"], balance, rtol=1e-5)
 
 
 @pytest.mark.full
@@ -270,6 +363,11 @@ def test_squared_relu():
     ("moe:balance=-1", "at least 0"),
     ("product_key:top=65", "top=65"),
     ("product_key:key=7", "key must be even"),
+    ("noisy_top:experts=2", "top=2 must be from 1 to 1"),
+    ("noisy_top:load=-1", "importance and load are weights"),
+    ("gshard:experts=1", "experts must be at least 2"),
+    ("gshard:balance=-1", "balance is the weight"),
+    ("prototypes:groups=3", "groups=3 must divide experts=8"),
     ("hash:experts=0", "experts must be at least 1"),
     ("all_attention:vectors=0", "vectors must be at least 1"),
 ])  # fmt: skip

@@ -102,7 +102,7 @@ def test_deepnorm_knows_an_encoder_from_its_decoder():
 DAMPED = {
     "ffn": {
         "mlp": "up down", "glu": "gate up down", "moe": "up down", "hash": "up down", "product_key": "values",
-        "all_attention": "values down",
+        "all_attention": "values down", "noisy_top": "up down", "gshard": "up down", "prototypes": "up down",
     },
     "attention": {
         "full": "value out", "all_attention": "value out values", "mla": "up out", "fnet": "", "set": "point_value out",

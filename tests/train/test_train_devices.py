@@ -108,6 +108,9 @@ CASES = {
     # Eleven tokens, so that some devices get far more than an even share, and it takes them several rounds.
     "hash": ({"ffn": "hash:experts=8"}, [("experts", 2)]),
     # Two groups of four devices.
+    # Noise and losses are of the whole batch, however it is shared out.
+    "noisy experts": ({"ffn": "noisy_top:experts=8"}, [("experts", 1), ("data", 1)]),
+    "second experts by chance": ({"ffn": "gshard:experts=8"}, [("experts", 2)]),
     "experts that choose": ({"ffn": "moe:experts=4:choice=expert", "model": "encoder"}, [("experts", 1)]),
 }
 

@@ -32,8 +32,9 @@ MATRICES = {
     },
     "depth": set(),
     "ffn": {
-        "all_attention.keys", "all_attention.values", "hash.down", "hash.up", "moe.down", "moe.up", "product_key.keys",
-        "product_key.values",
+        "all_attention.keys", "all_attention.values", "gshard.down", "gshard.up", "hash.down", "hash.up", "moe.down",
+        "moe.up", "noisy_top.down", "noisy_top.up", "product_key.keys", "product_key.values", "prototypes.down",
+        "prototypes.up",
     },
     "memory": set(),
     "model": {"bytenet.taps", "gru.recurrent", "lstm.recurrent", "seq2seq.recurrent"},

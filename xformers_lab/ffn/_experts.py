@@ -14,10 +14,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from xformers_lab.errors import Refused
+from xformers_lab.ffn import ACTIVATIONS, Bank, Ffn, hidden_size
 from xformers_lab.layouts import EXPERTS
+from xformers_lab.nn.initial_scale import scale_init
+from xformers_lab.nn.size import Size
 
 BLOCK = 64
 ROOM = 1.25
@@ -152,3 +157,48 @@ def _backward(saved, grad):
 
 
 grouped.defvjp(_forward, _backward)
+
+
+def evenness(p: jax.Array, sent: jax.Array, top: int, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How far a router's choice is from even: sum_e (share of tokens)(mean p), the mean over the sequences, which is
+    1/E where all is even (Fedus et al., 2021, arXiv 2101.03961); and the largest share over an even one.
+
+    Args:
+        p: (B, T, E) by which experts are chosen.
+        sent: (B, E) how many of a sequence's tokens went to each.
+        top: how many experts each of them went to.
+        valid: (B, T) bool.
+    """
+    count = jnp.maximum(valid.sum(1), 1)[:, None]
+    mean = jnp.where(valid[..., None], p, 0).sum(1) / count
+    share = sent / count / top
+    return (share * mean).sum(-1).mean(), p.shape[-1] * share.max(-1).mean()
+
+
+class Experts(Ffn):
+    """Networks of two layers without biases, of which each token is sent through a few. A subclass says which."""
+
+    def __init__(self, size: Size, *, experts: int, ratio: float, activation: str, rngs: nnx.Rngs):
+        if experts < 1:
+            raise Refused(f"experts must be at least 1, got {experts}")
+        hidden = hidden_size(size, ratio)
+        draw = nnx.initializers.lecun_normal(batch_axis=0)
+        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
+        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
+        self.experts, self.activation = experts, activation
+
+    def scale_init(self, share: float) -> None:
+        scale_init(share, self.up, self.down)
+
+    def run(
+        self, x: jax.Array, place: jax.Array, expert: jax.Array, weight: jax.Array, most: int | None = None
+    ) -> jax.Array:
+        """`run_experts` of these networks."""
+        up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
+        return run_experts(x, place, expert, weight, up, down, ACTIVATIONS[self.activation], most)
+
+    def run_chosen(self, x: jax.Array, expert: jax.Array, weight: jax.Array) -> jax.Array:
+        """The same where each token chose for itself: x (B, T, D), expert and weight (B, T, k)."""
+        B, T, k = expert.shape
+        place = jnp.broadcast_to(jnp.repeat(jnp.arange(T), k), (B, T * k))
+        return self.run(x, place, expert.reshape(B, -1), weight.reshape(B, -1))

@@ -2,9 +2,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.errors import Refused
-from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
-from xformers_lab.ffn._experts import run_experts
+from xformers_lab.ffn import Activation
+from xformers_lab.ffn._experts import Experts
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.size import Size
 
@@ -13,7 +12,7 @@ class Salt(nnx.Variable):
     """What makes the hash of one layer another than that of the next."""
 
 
-class Hash(Ffn):
+class Hash(Experts):
     """Hash layer: the token itself, not a learned router, says which of many networks runs (Roller et al., 2021, arXiv
     2106.04426).
 
@@ -40,14 +39,8 @@ class Hash(Ffn):
         activation: Activation = "gelu",
         rngs: nnx.Rngs,
     ):
-        if experts < 1:
-            raise Refused(f"experts must be at least 1, got {experts}")
-        hidden = hidden_size(size, ratio)
-        draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
-        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
+        super().__init__(size, experts=experts, ratio=ratio, activation=activation, rngs=rngs)
         self.salt = Salt(jax.random.bits(rngs.params(), (), jnp.uint32))
-        self.experts, self.activation = experts, activation
 
     def __call__(
         self,
@@ -60,10 +53,7 @@ class Hash(Ffn):
         assert tokens is not None, "a hash layer is called with the tokens"
         expert = self.expert(tokens)
         expert = expert if valid is None else jnp.where(valid, expert, self.experts)
-        place = jnp.broadcast_to(jnp.arange(expert.shape[1]), expert.shape)
-        up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        ones = jnp.ones(expert.shape, jnp.float32)
-        y = run_experts(x, place, expert, ones, up, down, ACTIVATIONS[self.activation])
+        y = self.run_chosen(x, expert[..., None], jnp.ones((*expert.shape, 1), jnp.float32))
         sent = jnp.zeros(self.experts).at[expert].add(1, mode="drop")
         busiest = self.experts * sent.max() / jnp.maximum(sent.sum(), 1)
         return y, Aux(scalars={"busiest_expert": busiest})

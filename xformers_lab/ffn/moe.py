@@ -7,25 +7,25 @@ from flax import nnx
 from jax import lax
 
 from xformers_lab.errors import Refused
-from xformers_lab.ffn import ACTIVATIONS, Activation, Bank, Ffn, hidden_size
-from xformers_lab.ffn._experts import run_experts
+from xformers_lab.ffn import Activation
+from xformers_lab.ffn._experts import Experts, evenness
 from xformers_lab.ffn.mlp import Mlp
 from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 
 
-class Moe(Ffn):
+class Moe(Experts):
     """Mixture of experts: a router sends each token to its best `top` of many networks (Shazeer et al., 2017, arXiv
     1701.06538; top=1: Switch, Fedus et al., 2021, arXiv 2101.03961; choice=expert: Zhou et al., 2022, 2202.09368).
 
     y = sum over the chosen e of p_e f_e(x), p = softmax(W x); with top above 1 the chosen p are scaled to a sum of 1.
     Nothing is dropped unless a capacity says so: then each expert keeps the tokens with the largest p in their
     sequence, whatever their order; an equal share is one of the valid tokens, so that padding changes nothing. What is
-    computed grows with the tokens that experts keep, not with the experts. Auxiliary losses: balance,
-    E sum_e (share of tokens)(mean p) per sequence; and z, the mean squared log-sum-exp of the router (Zoph et al.,
-    2022, arXiv 2202.08906).
+    computed grows with the tokens that experts keep, in blocks of them, and not with the experts or the most that one
+    of them got: without a capacity it is dropless in the sense of MegaBlocks (Gale et al., 2022, arXiv 2211.15841).
+    Auxiliary losses: balance, E sum_e (share of tokens)(mean p) per sequence; and z, the mean squared log-sum-exp of
+    the router (Zoph et al., 2022, arXiv 2202.08906).
 
     Many narrow experts, `experts=32:top=4:ratio=1`, and `shared` ones that every token passes, together one network f
     that is as wide as all of them, y + f(x), are DeepSeekMoE (Dai et al., 2024, arXiv 2401.06066). With `bias` tokens
@@ -78,19 +78,16 @@ class Moe(Ffn):
             raise Refused(f"shared and bias must be at least 0, got {shared} and {bias:g}")
         if bias and choice == "expert":
             raise Refused(f"bias={bias:g} balances what tokens choose: experts that choose are balanced; leave it out")
-        hidden = hidden_size(size, ratio)
         self.router = Linear(size.dim, experts, use_bias=False, rngs=rngs)
-        draw = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = Bank(draw(rngs.params(), (experts, size.dim, hidden)), decays=True)
-        self.down = Bank(draw(rngs.params(), (experts, hidden, size.dim)), decays=True)
-        self.experts, self.top, self.choice, self.capacity = experts, top, choice, capacity
-        self.activation, self.balance, self.z, self.rate = activation, balance, z, bias
+        super().__init__(size, experts=experts, ratio=ratio, activation=activation, rngs=rngs)
+        self.top, self.choice, self.capacity = top, choice, capacity
+        self.balance, self.z, self.rate = balance, z, bias
         self.always = Mlp(size, ratio=shared * ratio, activation=activation, rngs=rngs) if shared else None
         if bias:
             self.bias = nnx.Variable(jnp.zeros(experts))
 
     def scale_init(self, share: float) -> None:
-        scale_init(share, self.up, self.down)
+        super().scale_init(share)
         if self.always is not None:
             self.always.scale_init(share)
 
@@ -109,20 +106,16 @@ class Moe(Ffn):
         p = jax.nn.softmax(logits)
         choose = self._by_expert if self.choice == "expert" else self._by_token
         assigned, sent, most = choose(p, valid)
-        up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        y = run_experts(x, *assigned, up, down, ACTIVATIONS[self.activation], most)
+        y = self.run(x, *assigned, most)
         if self.always is not None:
             y = y + self.always(x)[0]
         if self.rate and key is not None:
             load = lax.stop_gradient(sent).sum(0)
             self.bias[...] = self.bias[...] + self.rate * jnp.sign(load.mean() - load)
-        count = jnp.maximum(valid.sum(1), 1)[:, None]
-        mean = jnp.where(valid[..., None], p, 0).sum(1) / count
         squared = jnp.where(valid, jax.nn.logsumexp(logits, -1) ** 2, 0).sum() / jnp.maximum(valid.sum(), 1)
-        share = sent / count / self.top
-        balance = self.balance * self.experts * (share * mean).sum(-1).mean()
-        losses = {"balance": balance, "router_z": self.z * squared}
-        return y, Aux(losses=losses, scalars={"busiest_expert": self.experts * share.max(-1).mean()})
+        balance, busiest = evenness(p, sent, self.top, valid)
+        losses = {"balance": self.balance * self.experts * balance, "router_z": self.z * squared}
+        return y, Aux(losses=losses, scalars={"busiest_expert": busiest})
 
     # Both ways to choose give place, expert and weight (B, m) as run_experts takes them, how many tokens chose, or were
     # chosen by, each expert (B, E), and how many of the m an expert may have taken.
