@@ -41,7 +41,8 @@ class Block(nnx.Module):
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
         self.attention.check_kernel()
-        self.attention.prepare(conv=config.model.conv, qk_norm=config.model.qk_norm, causal=causal)
+        choice = config.model
+        self.attention.prepare(conv=choice.conv, qk_norm=choice.qk_norm, log_n=choice.log_n, causal=causal)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
