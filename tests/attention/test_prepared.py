@@ -166,8 +166,9 @@ def test_scores_are_scaled_by_the_logarithm_of_the_keys_a_query_sees(attention, 
         q, k, v = (plain.heads_of(getattr(plain, name)(x)) for name in ("query", "key", "value"))
         times = (np.log(np.maximum(count, 1))[..., None, None] * share[:, None]).astype(np.float32)
         given = {"valid": kept, "documents": numbers}
-        options = {name: None if x is None else jnp.asarray(x) for name, x in given.items()} | {"causal": causal}
-        run = jax.jit(lambda q, plain=plain, options=options, k=k, v=v: plain.mix(q, k, v, x=x, **options)[0])
+        options = {name: None if rows is None else jnp.asarray(rows) for name, rows in given.items()}
+        options["causal"] = causal
+        run = jax.jit(lambda q, plain=plain, options=options, k=k, v=v: plain.mix(q, k, v, **options)[0])
         expected = plain.out(run(q * times).reshape(2, S, -1))
         actual = jax.jit(lambda x, scaled=scaled, options=options: scaled(x, **options)[0])(x)
         np.testing.assert_allclose(actual, expected, atol=2e-5)
