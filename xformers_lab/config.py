@@ -87,6 +87,12 @@ class Model:
         "norm of each head's queries and keys: root mean square with learned weights, or length with a learned scale",
         later=True,
     )
+    log_n: int | typing.Literal["learned"] | None = knob(
+        None,
+        "scores times log n / log LOG_N for a query that sees n keys, or learned: times s log n, with s of every head",
+        least=2,
+        later=True,
+    )
     embed_norm: typing.Literal["none", "layernorm", "rmsnorm"] = knob(
         "none", "normaliser of what the first layer is given, embeddings with their positions", later=True
     )
@@ -265,7 +271,7 @@ DERIVED = _fields(Derived)
 PLACE = _fields(Place)
 _WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
 # What recurrent and convolutional models and a bag of tokens have none of.
-AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "embed_norm")
+AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "log_n", "embed_norm")
 # The leaf that each derived word says.
 IN_PLACE_OF = {"tokens": "batch", "head": "heads"}
 MOST_CELLS = 100_000

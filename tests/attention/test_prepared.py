@@ -137,6 +137,58 @@ def test_norms_of_heads_are_their_equations(kind):
     np.testing.assert_allclose(of_k, expected[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("attention", ["full", "local:window=3", "topk:keys=30", "streaming:window=3:sinks=2"])
+def test_scores_are_scaled_by_the_logarithm_of_the_keys_a_query_sees(attention, causal):
+    """Queries of the same layer, scaled by hand: by what padding, documents and a pattern leave of the keys."""
+    if attention.startswith("streaming") and not causal:
+        pytest.skip("streaming is causal")
+    S, at = 20, np.arange(20)
+    random = np.random.default_rng(0)
+    valid, documents = random.random((2, S)) < 0.7, np.cumsum(random.random((2, S)) < 0.2, 1)
+    x = jnp.asarray(random.standard_normal((2, S, 32)), jnp.float32)
+    near = {"local:window=3": np.abs(at[:, None] - at) <= 3}
+    near["streaming:window=3:sinks=2"] = (at[:, None] - at <= 3) | (at < 2)
+    seen = near.get(attention, np.ones((S, S), bool)) & ((at <= at[:, None]) | (not causal))
+    packed = None if attention.startswith("streaming") else documents
+    for log_n, kept, numbers in ((8, None, None), ("learned", valid, packed)):
+        there = np.ones((2, S), bool) if kept is None else kept
+        apart = np.ones((2, S, S), bool) if numbers is None else numbers[:, :, None] == numbers[:, None]
+        count = (seen & there[:, None] & apart).sum(-1)
+        plain, scaled = (spec.build("attention", attention, length=S, dim=32, heads=4) for _ in range(2))
+        scaled.prepare(log_n=log_n)
+        share = np.full(4, 1 / np.log(8))
+        if log_n == "learned":
+            first = 1 / np.log(np.arange(1, S + 1)).mean()
+            np.testing.assert_allclose(scaled.log_scale.share[...], np.full(4, first), rtol=1e-5)
+            share = np.array([0.1, 0.3, 0.5, 0.7])
+            scaled.log_scale.share[...] = jnp.asarray(share, jnp.float32)
+        q, k, v = (plain.heads_of(getattr(plain, name)(x)) for name in ("query", "key", "value"))
+        times = (np.log(np.maximum(count, 1))[..., None, None] * share[:, None]).astype(np.float32)
+        given = {"valid": kept, "documents": numbers}
+        options = {name: None if rows is None else jnp.asarray(rows) for name, rows in given.items()}
+        options["causal"] = causal
+        run = jax.jit(lambda q, plain=plain, options=options, k=k, v=v: plain.mix(q, k, v, **options)[0])
+        expected = plain.out(run(q * times).reshape(2, S, -1))
+        actual = jax.jit(lambda x, scaled=scaled, options=options: scaled(x, **options)[0])(x)
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention, changes", [
+    ("full", {"log_n": 8}),
+    ("local:window=3", {"log_n": "learned", "conv": 3}),
+    pytest.param("full", {"log_n": "learned", "position": "deberta", "qk_norm": "l2"}, marks=pytest.mark.full),
+    pytest.param("topk:keys=4", {"log_n": 16, "position": "alibi"}, marks=pytest.mark.full),
+    pytest.param("differential", {"log_n": 16, "position": "rope"}, marks=pytest.mark.full),
+    pytest.param("strided:stride=3", {"log_n": 16}, marks=pytest.mark.full),
+    pytest.param("full", {"log_n": 8, "depth": "mixture_of_depths"}, marks=pytest.mark.full),
+    pytest.param("full", {"log_n": 8, "depth": "universal"}, marks=pytest.mark.full),
+], ids=str)  # fmt: skip
+def test_scores_scaled_by_lengths_decode_alike(attention, changes):
+    model, tokens = model_of(attention, **changes)
+    agree(model, tokens)
+
+
 def test_scores_do_not_grow_with_projections():
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
 
@@ -167,6 +219,11 @@ def test_nothing_else_is_drawn_otherwise():
     ({"task": "listops", "conv": 4}, "conv=4: where both sides are seen it is an odd number: use conv=5"),
     ({"depth": "feedback", "conv": 4}, "conv= convolves a layer's own keys and values"),
     ({"model": "lstm", "conv": 4}, "lstm has no conv: leave out conv=4"),
+    ({"model": "lstm", "log_n": 8}, "lstm has no log_n: leave out log_n=8"),
+    ({"attention": "linear", "log_n": 8}, "log_n=8 has no scores to scale: attention=linear, it has no score for"),
+    ({"attention": "fnet", "task": "listops", "log_n": "learned"}, "log_n=learned has no scores to scale"),
+    ({"attention": "mla", "log_n": 8}, "attention=mla projects queries or keys of heads in a way of its own"),
+    ({"attention": "synthesizer:kind=random", "log_n": 8}, "attention=synthesizer makes no queries or keys of heads"),
     ({"model": "gru", "qk_norm": "rms"}, "gru has no qk_norm: leave out qk_norm=rms"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_reason(changes, message):
@@ -176,6 +233,7 @@ def test_what_cannot_be_is_refused_with_its_reason(changes, message):
 
 @pytest.mark.parametrize("words, message", [
     (["conv=1"], "conv must be at least 2"), (["conv=1000"], "conv must be below 65"),
+    (["log_n=1"], "log_n must be at least 2"), (["log_n=lots"], 'log_n=lots wants a whole number'),
     (["conv=wide"], 'conv=wide wants a whole number, got "wide"'), (["qk_norm=layer"], 'unknown value "layer"'),
 ])  # fmt: skip
 def test_bad_words(words, message, capsys):

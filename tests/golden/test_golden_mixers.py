@@ -8,6 +8,8 @@ from agreement import assert_close
 from flax import nnx
 
 from xformers_lab import spec
+from xformers_lab.attention._engine.linear.levels import by_definition as levels_by_definition
+from xformers_lab.attention._engine.linear.levels import by_levels, one_more
 from xformers_lab.errors import UsageError
 
 pytestmark = pytest.mark.full
@@ -265,12 +267,178 @@ def test_ttt_is_the_layer_of_its_paper_without_the_convolution(batch):
     agrees(layer, x, np.stack(rows, 1))
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_ttt_mlp_is_the_layer_of_its_paper_without_the_convolution(batch):
+    """Weights of both layers moved by gradients by hand, in the order of the paper: those of a batch at the weights
+    before it, each query by what its position has learned."""
+    layer, w = stirred(f"ttt:inner=mlp:batch={batch}:rate=2.0")
+    x = draw()
+    q, k, v = (heads(linear(w[name], x)) for name in ("query", "key", "value"))
+    size, eps, c = 2.0 / H * sigmoid(linear(w["strength"], x)), 1e-5, np.sqrt(2 / np.pi)
+    gelu = lambda z: 0.5 * z * (1 + np.tanh(c * (z + 0.044715 * z**3)))
+
+    def slope(z):
+        tanh = np.tanh(c * (z + 0.044715 * z**3))
+        return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * c * (1 + 3 * 0.044715 * z**2)
+
+    def at_norm(z):
+        spread = np.sqrt(z.var(-1, keepdims=True) + eps)
+        return (z - z.mean(-1, keepdims=True)) / spread, spread
+
+    names = ("weights", "bias", "second", "second_bias")
+    now, rows = [np.broadcast_to(w[name], (B, *w[name].shape)).copy() for name in names], []
+    times = lambda x, W: np.einsum("bnh,bnhg->bng", x, W)
+    for t in range(T):
+        if t % batch == 0:
+            before, sums = now, [np.zeros_like(p) for p in now]
+        W1, b1, W2, b2 = before
+        z1 = times(k[:, t], W1) + b1
+        z2 = times(gelu(z1), W2) + b2
+        unit, spread = at_norm(z2)
+        g2 = (unit * w["gain"] + w["shift"] - (v[:, t] - k[:, t])) * w["gain"]
+        g2 = (g2 - g2.mean(-1, keepdims=True) - unit * (g2 * unit).mean(-1, keepdims=True)) / spread
+        g2 = g2 * size[:, t, :, None]
+        g1 = np.einsum("bng,bnhg->bnh", g2, W2) * slope(z1)
+        new = (k[:, t, :, :, None] * g1[:, :, None], g1, gelu(z1)[..., None] * g2[:, :, None], g2)
+        sums = [p + more for p, more in zip(sums, new, strict=True)]
+        share = w["share"][:, t % batch]
+        now = [p - share.reshape(N, *[1] * (p.ndim - 2)) * more for p, more in zip(before, sums, strict=True)]
+        z2 = times(gelu(times(q[:, t], now[0]) + now[1]), now[2]) + now[3]
+        y = (q[:, t] + at_norm(z2)[0] * w["gain"] + w["shift"]).reshape(B, -1)
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps)
+        rows.append(y @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
+def levels_of(t):
+    """The positions that t sees, by level: itself, then by the ones in its binary digits, from the last digit on."""
+    found, end = {0: [t]}, t
+    for bit in range(t.bit_length()):
+        if t >> bit & 1:
+            found[bit + 1] = list(range(end - 2**bit, end))
+            end -= 2**bit
+    assert end == 0
+    return found
+
+
+@pytest.mark.parametrize("chunk, levels", [(1, 15), (2, 15), (4, 15), (64, 15), (2, 3), (4, 1)])
+@pytest.mark.parametrize("rule", ["mamba2", "gated_delta"])
+def test_log_linear_is_the_layer_of_its_paper_without_the_convolution(rule, chunk, levels):
+    """Every level's state anew for every position, from the keys of its run; what no scale is left for has the last."""
+    layer, w = stirred(f"log_linear:rule={rule}:chunk={chunk}:levels={levels}")
+    x, of_rule = draw(), w["rule"]
+    v = silu(heads(linear(w["value"], x)))
+    scales = softplus(linear(w["scales"], x).reshape(B, T, N, levels) * w["spread"])
+    if rule == "mamba2":
+        q, k = (np.repeat(silu(linear(w[name], x))[:, :, None], N, 2) for name in ("query", "key"))
+        step = softplus(linear(of_rule["interval"], x))
+        kept, strength, wrong = np.exp(-np.exp(of_rule["rate"]) * step), step, 0.0
+    else:
+        q, k = (unit(silu(heads(linear(w[name], x)))) for name in ("query", "key"))
+        kept = np.exp(-np.exp(of_rule["rate"]) * softplus(linear(of_rule["forget"], x)))
+        strength, wrong = sigmoid(linear(of_rule["strength"], x)), 1.0
+    rows = []
+    for t in range(T):
+        y = np.zeros((B, N, H))
+        for level, run in levels_of(t).items():
+            state = np.zeros((B, N, H, H))
+            for s in range(run[0], t + 1):
+                held = np.einsum("bnf,bnfh->bnh", k[:, s], state) * wrong
+                state = state - strength[:, s, :, None, None] * k[:, s, :, :, None] * held[:, :, None]
+                state = kept[:, s, :, None, None] * state
+                if s in run:
+                    state = state + strength[:, s, :, None, None] * k[:, s, :, :, None] * v[:, s, :, None]
+            y += scales[:, t, :, min(level, levels - 1), None] * np.einsum("bnf,bnfh->bnh", q[:, t], state)
+        gate = silu(heads(linear(of_rule["gate"], x)))[:, t]
+        if rule == "mamba2":
+            y = (y + of_rule["skip"][:, None] * v[:, t]) * gate
+            y = at_unit_mean_square(y.reshape(B, -1)).reshape(B, N, H) * of_rule["scale"]
+        else:
+            y = at_unit_mean_square(y) * gate
+        rows.append(y.reshape(B, -1) @ w["out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("T, chunk", [(1, 4), (37, 4), (50, 16), (130, 8)])
+def test_levels_in_chunks_are_the_definition(T, chunk, corrects):
+    """In value and gradient, with values wider than keys; and one position after the other."""
+    random = np.random.default_rng(T)
+    q, k, v, fade, beta, scales = (
+        jnp.asarray(random.standard_normal(shape), jnp.float32)
+        for shape in ((T, 3), (T, 3), (T, 5), (T,), (T,), (T, 9))
+    )
+    rest = {"k": k / jnp.linalg.norm(k, axis=1, keepdims=True), "v": v, "decay": -jnp.exp(fade)}
+    rest |= {"beta": jax.nn.sigmoid(beta)} if corrects else {}
+    fast = lambda q, scales, rest: by_levels(q, scales, **rest, chunk=chunk)
+    slow = lambda q, scales, rest: levels_by_definition(q, scales, **rest)
+
+    def steps(q, scales, rest):
+        def one(states, now):
+            at, q, scales, rest = now
+            return one_more(states, q, scales, **rest, at=at)[::-1]
+
+        return jax.lax.scan(one, jnp.zeros((9, 3, 5)), (jnp.arange(T), q, scales, rest))[1]
+
+    expected = jax.jit(slow)(q, scales, rest)
+    weight = jnp.asarray(random.standard_normal(expected.shape), jnp.float32)
+    grad = lambda run: jax.jit(jax.grad(lambda *args: (run(*args) * weight).sum(), (0, 1, 2)))(q, scales, rest)
+    for run in (fast, steps):
+        assert_close(jax.jit(run)(q, scales, rest), expected)
+        for actual, wanted in zip(jax.tree.leaves(grad(run)), jax.tree.leaves(grad(slow)), strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_log_linear_with_one_scale_of_one_is_its_rule():
+    """softplus is one where its argument is log(e - 1)."""
+    for rule, plain in (("mamba2", "mamba2:chunk=4"), ("gated_delta", "gated_delta_net:chunk=4")):
+        layer, w = stirred(f"log_linear:rule={rule}:levels=1:chunk=4")
+        layer.scales.kernel[...], layer.scales.kernel[0] = jnp.zeros((N * H, N)), jnp.full(N, np.log(np.e - 1))
+        layer.spread[...] = jnp.ones((N, 1))
+        x = jnp.asarray(draw()).at[..., 0].set(1.0)
+        alone = spec.build("attention", plain, length=T, dim=N * H, heads=N)
+        state = {name: w[name] for name in ("query", "key", "value", "out")} | w["rule"]
+        nnx.update(alone, nnx.State(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), state)))
+        actual, expected = (jax.jit(lambda x, one=one: one(x, causal=True)[0])(x) for one in (layer, alone))
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "choice, groups", [("gated_delta_net:expand=2:gain=true:chunk=4", 2), ("retnet:expand=3:gain=true:chunk=4", 3)]
+)
+def test_wider_values_and_gains_are_those_of_their_papers(choice, groups):
+    layer, w = stirred(choice)
+    x, expand = draw(), groups
+    q, k, v = (heads(linear(w[name], x)) for name in ("query", "key", "value"))
+    v = np.concatenate([v, heads(linear(w["more_value"], x))], -1)
+    if choice.startswith("retnet"):
+        k, strength, wrong = k / np.sqrt(H), np.ones((B, T, N)), 0.0
+        kept = np.broadcast_to(1 - 1 / np.exp(np.linspace(np.log(32), np.log(512), N)), (B, T, N))
+    else:
+        q, k, v = unit(silu(q)), unit(silu(k)), silu(v)
+        kept = np.exp(-np.exp(w["rate"]) * softplus(linear(w["forget"], x)))
+        strength, wrong = sigmoid(linear(w["strength"], x)), 1.0
+    gate, state, rows = silu(heads(linear(w["gate"], x))), np.zeros((B, N, H, expand * H)), []
+    for t in range(T):
+        state = kept[:, t, :, None, None] * state
+        new = strength[:, t, :, None] * (v[:, t] - wrong * np.einsum("bnf,bnfh->bnh", k[:, t], state))
+        state = state + k[:, t, :, :, None] * new[:, :, None]
+        y = at_unit_mean_square(np.einsum("bnf,bnfh->bnh", q[:, t], state)) * w["gain"] * gate[:, t]
+        rows.append(y.reshape(B, -1) @ w["inner_out"]["kernel"])
+    agrees(layer, x, np.stack(rows, 1))
+
+
 @pytest.mark.parametrize(
     "choice, message",
     [
         ("kda:chunk=0", "chunk and rank must be at least 1"),
         ("kda:rank=0", "chunk and rank must be at least 1"),
         ("mamba2:expand=0", "expand must be at least 1"),
+        ("gated_delta_net:expand=0", "expand must be at least 1"),
+        ("retnet:expand=0", "expand must be at least 1"),
+        ("log_linear:levels=0", "levels must be at least 1"),
+        ("log_linear:chunk=0", "chunk must be at least 1"),
+        ("log_linear:rule=gated_delta:groups=2", "groups=2 share q and k under rule=mamba2 alone"),
         ("mamba:expand=0", "must be at least 1"),
         ("mamba:conv=1", "at least 2 positions"),
         ("xlstm:chunk=0", "chunk must be at least 1"),

@@ -89,7 +89,7 @@ def test_padding_of_the_source_changes_nothing():
         {"attention": "local:window=3+linear", "position": "rope", "kv_heads": 1},
         {"model": "encoder_decoder:cross=linear", "norm": "post", "position": "alibi"},
         {"model": "encoder_decoder:cross=mla", "depth": "macaron"},
-        {"conv": 3, "qk_norm": "rms", "kv_heads": 1, "position": "rope+none"},
+        {"conv": 3, "qk_norm": "rms", "log_n": 8, "kv_heads": 1, "position": "rope+none"},
         {"norm": "residual_dual", "embed_norm": "layernorm"},
         {"ffn": "hash", "layers": 1},  # writes to a variable
     ],

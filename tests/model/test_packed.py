@@ -80,6 +80,7 @@ def few(names: list[str]) -> list[tuple]:
     *({"attention": name, "position": "none"} for name in QUICK),
     {"conv": 4, "qk_norm": "rms", "position": "none"},
     pytest.param({"position": "rope+none"}, marks=pytest.mark.full),
+    pytest.param({"attention": "full+local:window=5", "log_n": 8}, marks=pytest.mark.full),
     pytest.param({"conv": 3, "qk_norm": "l2", "attention": "topk:keys=4"}, marks=pytest.mark.full),
     *(
         pytest.param({"attention": name, "position": "rope"}, marks=[pytest.mark.full, *marks])
@@ -118,6 +119,7 @@ def test_no_document_is_told_of_the_others(words):
 @pytest.mark.parametrize("words", [
     {"position": "learned"},
     {"position": "rope", "conv": 4, "qk_norm": "rms"},
+    pytest.param({"attention": "full+local:window=5", "position": "none", "log_n": "learned"}, marks=pytest.mark.full),
     *(
         pytest.param({"position": name}, marks=[pytest.mark.full, *marks])
         for (name,), marks in few(["none", "sinusoidal", "rope", "alibi", "t5", "xl", "shaw", "deberta", "randomized"])

@@ -6,7 +6,7 @@ from flax import nnx
 
 from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.errors import Refused
-from xformers_lab.nn.absent import Absent
+from xformers_lab.nn.absent import Absent, Same
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
@@ -102,11 +102,6 @@ class Average(MultiHead):
         out = self._gated(x, (total / count[:, None]).astype(x.dtype))
         cache = {"sum": total[:, -1], "seen": count[-1]}
         return out.astype(call.v.dtype).reshape(call.q.shape), cache
-
-
-class Same(nnx.Module):
-    def __call__(self, x):
-        return x
 
 
 def _sums(x, counted, T: int, causal: bool):

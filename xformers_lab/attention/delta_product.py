@@ -22,8 +22,9 @@ class DeltaProduct(Recurrent):
     then a product of n generalised Householder matrices H_j = I - b_j k_j k_j^T: with strengths up to 2 each may
     reflect, and two reflections rotate, so that the state can follow permutations.
 
-    Deviations from the paper: no short convolution before the silu of q, k and v; heads are normalised without learned
-        weights. With kv_heads, the keys and values of a token's first step are shared by heads, the others are not.
+    Deviations from the paper: the short convolution before the silu of q, k and v is the model's conv=4; heads are
+        normalised without learned weights. With kv_heads, the keys and values of a token's first step are shared
+        by heads, the others are not.
 
     Options:
         householders: steps of each token

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -6,6 +8,7 @@ from xformers_lab.attention import Complexity, Cost, KeepsKeys
 from xformers_lab.attention._engine.softmax import masked_softmax, same_document
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
+from xformers_lab.nn.layer_number import first_layer
 from xformers_lab.nn.size import Size
 
 EPSILON = 1e-5
@@ -18,12 +21,13 @@ class Differential(KeepsKeys, Full):
     head's query and key, lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init with learned a and b, one for all heads.
 
     A bias is added to the scores of both halves.
-    Deviations from the paper: lambda_init is the same in every layer, where the paper has 0.8 - 0.6 exp(-0.3 (l - 1))
-    in layer l: 0.2 in the first, 0.56 in the fourth, 0.8 at last. A head's halves are its first and third, and its
-    second and fourth quarter of channels, because rotary positions turn channels that are half a head apart.
+    Deviations from the paper: lambda_init is the same in every layer unless it is depth. A head's halves are its first
+    and third, and its second and fourth quarter of channels, because rotary positions turn channels that are half a
+    head apart.
 
     Options:
-        lambda_init: what is taken of the second softmax before training
+        lambda_init: what is taken of the second softmax before training; depth: as in the paper, 0.8 - 0.6 exp(-0.3
+            (l - 1)) in layer l: 0.2 in the first, 0.56 in the fourth, 0.8 at last
     """
 
     kind = "multi-head"
@@ -36,25 +40,30 @@ class Differential(KeepsKeys, Full):
         memory_note="per row of blocks",
     )
 
-    def __init__(self, size: Size, *, lambda_init: float = 0.5, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, lambda_init: float | Literal["depth"] = 0.5, rngs: nnx.Rngs):
         if size.head % 4:
             raise Refused(f"a head is split into quarters, and one of {size.head} (dim / heads) has none")
-        if not 0 <= lambda_init < 1:
+        if isinstance(lambda_init, float) and not 0 <= lambda_init < 1:
             raise Refused(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
         super().__init__(size, rngs=rngs)
         self.lambda_init = lambda_init
+        self.layer = first_layer() if lambda_init == "depth" else None
         self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)), decays=False)
         self.gain = nnx.Param(jnp.ones(size.head), decays=False)
+
+    def first_share(self):
+        """lambda_init of this layer."""
+        return self.lambda_init if self.layer is None else 0.8 - 0.6 * jnp.exp(-0.3 * self.layer[...])
 
     def per_head(self):
         N = self.size.heads
         first, second = jnp.exp(self.vectors[...].prod(0).sum(-1))
-        balance = first - second + self.lambda_init
+        balance = first - second + self.first_share()
         return {"balance": jnp.broadcast_to(balance, N), "gain": jnp.broadcast_to(self.gain[...], (N, self.size.head))}
 
     def finished(self, mean, *, gain):
         size = jax.lax.rsqrt((mean**2).mean(-1, keepdims=True) + EPSILON)
-        return (1 - self.lambda_init) * gain * mean * size
+        return (1 - self.first_share()) * gain * mean * size
 
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, balance):
         # Values in float32: the difference of two rounded outputs would keep few of their bits.

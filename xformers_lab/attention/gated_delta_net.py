@@ -16,10 +16,13 @@ class GatedDeltaNet(DeltaNet):
     S_t = a_t S_(t-1) + b_t k_t (v_t - a_t k_t S_(t-1))^T, out_t = silu(W x_t) * rms(q_t S_t): DeltaNet that also
     forgets, a_t = exp(-A softplus(w' x_t + c)) with a learned rate A > 0 for every head.
 
-    Deviations from the paper: no short convolution before the silu of q, k and v; values are as wide as keys, where
-        the paper's are twice as wide; heads are normalised without learned weights.
+    Deviations from the paper: the short convolution before the silu of q, k and v is the model's conv=4; values are as
+        wide as keys unless expand says so, where the paper's are twice as wide; heads are normalised without learned
+        weights unless gain says so.
 
     Options:
+        gain: whether normalised heads are multiplied by learned weights of their channels, the same in all heads
+        expand: channels of the values, and of what the gate multiplies, for each of the block's; 2 in the paper
         chunk: positions whose corrections are solved for together
     """
 
@@ -28,11 +31,11 @@ class GatedDeltaNet(DeltaNet):
     complexity = Complexity(
         time="O(T H (H + chunk) + T chunk^2)",
         memory="O(T (H + chunk))",
-        decoding="one H x H matrix",
+        decoding="one H x expand H matrix",
     )
 
-    def __init__(self, size: Size, *, chunk: int = 64, rngs: nnx.Rngs):
-        super().__init__(size, gate="silu", chunk=chunk, rngs=rngs)
+    def __init__(self, size: Size, *, gain: bool = False, expand: int = 1, chunk: int = 64, rngs: nnx.Rngs):
+        super().__init__(size, gate="silu", gain=gain, expand=expand, chunk=chunk, rngs=rngs)
         self.forget = Linear(size.dim, size.heads, bias_init=interval_bias, dtype=size.dtype, rngs=rngs)
         # Even up to 16, but never 0, whose logarithm no gradient would move.
         self.rate = nnx.Param(
@@ -43,13 +46,15 @@ class GatedDeltaNet(DeltaNet):
         fade = jax.nn.softplus(self.forget(x).astype(jnp.float32))
         return super().from_keys(x) | {"decay": -jnp.exp(self.rate[...]) * fade}
 
-    def attend(self, q, k, v, *, valid=None, causal, beta, decay):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
-        return self.forward(direction(q), keys, valid, causal)
+    def attend(self, q, k, v, *, valid=None, causal, beta, decay, more_v):
+        return self.forward(*self.asked(q, k, v, beta, decay, more_v), valid, causal)
 
-    def reference(self, q, k, v, *, valid=None, causal, beta, decay):
-        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
-        return self.by_definition(direction(q), keys, valid, causal)
+    def reference(self, q, k, v, *, valid=None, causal, beta, decay, more_v):
+        return self.by_definition(*self.asked(q, k, v, beta, decay, more_v), valid, causal)
+
+    def asked(self, q, k, v, beta, decay, more_v):
+        """What the recurrence reads of queries and of keys, of all positions or of one."""
+        return direction(q), {"k": direction(k), "v": self.wide(v, more_v), "beta": beta, "decay": decay}
 
     def scanned(self, state, q, k, v, beta, decay):
         return delta_rule(q, k, v, beta, decay, chunk=self.chunk, state=state)
@@ -57,8 +62,10 @@ class GatedDeltaNet(DeltaNet):
     def update(self, state, q, k, v, beta, decay):
         return super().update(jnp.exp(decay) * state, q, k, v, beta)
 
-    def step(self, state, q, k, v, *, beta, decay):
-        return self.update(state, direction(q), direction(k), v, beta, decay)
+    def step(self, state, q, k, v, *, beta, decay, more_v):
+        q, keys = self.asked(q, k, v, beta, decay, more_v)
+        return self.update(state, q, **keys)
 
-    def steps(self, state, q, k, v, *, beta, decay):
-        return self.scanned(state, direction(q), direction(k), v, beta, decay)
+    def steps(self, state, q, k, v, *, beta, decay, more_v):
+        q, keys = self.asked(q, k, v, beta, decay, more_v)
+        return self.scanned(state, q, **keys)

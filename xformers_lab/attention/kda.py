@@ -4,8 +4,8 @@ from flax import nnx
 
 from xformers_lab.attention import Complexity, Cost
 from xformers_lab.attention._base.recurrent import Recurrent, interval_bias, rms
-from xformers_lab.attention._engine.linear.gated import power_of_two
-from xformers_lab.attention.gated_delta_net import GatedDeltaNet
+from xformers_lab.attention._engine.linear.gated import delta_rule, power_of_two
+from xformers_lab.attention.delta_net import direction
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
@@ -18,8 +18,8 @@ class Kda(Recurrent):
     DeltaNet with a forget gate for every key channel, a_t = exp(-A softplus(W2 W1 x_t + c)), whose rate A > 0 is
     learned for every head.
 
-    Deviations from the paper: no short convolution before the silu of q, k and v; heads are normalised without learned
-        weights.
+    Deviations from the paper: the short convolution before the silu of q, k and v is the model's conv=4; heads are
+        normalised without learned weights.
 
     Options:
         chunk: positions whose corrections are solved for together, rounded up to a power of two
@@ -62,8 +62,22 @@ class Kda(Recurrent):
     def finished(self, mean, *, gate):
         return rms(mean) * jax.nn.sigmoid(gate.astype(jnp.float32))
 
-    attend, reference = GatedDeltaNet.attend, GatedDeltaNet.reference
-    scanned, step, steps = GatedDeltaNet.scanned, GatedDeltaNet.step, GatedDeltaNet.steps
+    def attend(self, q, k, v, *, valid=None, causal, beta, decay):
+        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        return self.forward(direction(q), keys, valid, causal)
+
+    def reference(self, q, k, v, *, valid=None, causal, beta, decay):
+        keys = {"k": direction(k), "v": v, "beta": beta, "decay": decay}
+        return self.by_definition(direction(q), keys, valid, causal)
+
+    def scanned(self, state, q, k, v, beta, decay):
+        return delta_rule(q, k, v, beta, decay, chunk=self.chunk, state=state)
+
+    def step(self, state, q, k, v, *, beta, decay):
+        return self.update(state, direction(q), direction(k), v, beta, decay)
+
+    def steps(self, state, q, k, v, *, beta, decay):
+        return self.scanned(state, direction(q), direction(k), v, beta, decay)
 
     def update(self, state, q, k, v, beta, decay):
         state = jnp.exp(decay)[:, None] * state

@@ -8,9 +8,8 @@ from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not
 from xformers_lab.attention._base.recurrent import Recurrent, interval_bias
 from xformers_lab.attention._base.refusals import why_not_one_way
 from xformers_lab.attention._engine.linear.selective import by_definition, one_more, selective_scan
-from xformers_lab.attention.average import Same
 from xformers_lab.errors import Refused
-from xformers_lab.nn.absent import Absent
+from xformers_lab.nn.absent import Absent, Same
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear

@@ -1,5 +1,7 @@
 import functools
-from typing import ClassVar
+import math
+from itertools import pairwise
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +18,23 @@ from xformers_lab.nn.size import Size
 
 
 class Ttt(Recurrent):
-    """TTT-Linear, whose state is a linear model that learns at test time (Sun et al., 2024, arXiv 2407.04620, sections
-    2.1 to 2.7).
+    """TTT-Linear and TTT-MLP, whose state is a model that learns at test time (Sun et al., 2024, arXiv 2407.04620,
+    sections 2.1 to 2.7).
 
-    f(x) = x + norm(x W + b); W_t = W' - r_i sum_(s in its batch, s <= t) h_s dl(W'; k_s), l = |f(k_s) - v_s|^2 / 2;
-    out_t = norm(f(q_t; W_t)). The gradients of a batch of positions are taken at the same W', that before it, so that
-    they are products of matrices. W at the start, the norm inside f and r_i, 1 / i at first for the i-th place of a
-    batch, are learned, and so are steps h_s = rate sigmoid(u x_s + c) / H.
+    f(x) = x + norm(x W + b), or with inner=mlp f(x) = x + norm(gelu(x W1 + b1) W2 + b2), 4 H hidden units wide;
+    W_t = W' - r_i sum_(s in its batch, s <= t) h_s dl(W'; k_s), l = |f(k_s) - v_s|^2 / 2; out_t = norm(f(q_t; W_t)).
+    The gradients of a batch of positions are taken at the same W', that before it, so that they are products of
+    matrices. W at the start, the norm inside f and r_i, 1 / i at first for the i-th place of a batch, are learned, and
+    so are steps h_s = rate sigmoid(u x_s + c) / H.
 
     Batches are counted from the first position on, padding included, which learns nothing.
-    Deviations from the paper: no convolution in front of q and k, and positions are the model's; the norm of the output
-        has no learned weights.
+    Deviations from the paper: the convolution in front of q and k is the model's conv=4, which has one of v, too, and
+        positions are the model's; the norm of the output has no learned weights.
 
     Options:
+        inner: linear: the inner model is a linear layer; mlp: two, with a gelu between them
         batch: positions whose gradients are taken at the same weights
-        rate: the largest step of the inner model, times H
+        rate: the largest step of the inner model, times H; with inner=mlp 0.1 in the paper
     """
 
     refuses: ClassVar = {**Recurrent.refuses, "map": "the norm of the inner model stands between values and output"}
@@ -41,24 +45,43 @@ class Ttt(Recurrent):
         time="O(T H (H + batch))",
         memory="O(T (H + batch) + T H^2 / batch)",
         decoding="two H x H matrices, 2 H numbers and a count",
-        time_note=", a loop of T / batch turns",
+        time_note=", a loop of T / batch turns; with inner=mlp nine times as many products",
+        memory_note="; decoding keeps eight times as much with inner=mlp",
     )
+    later_options: ClassVar = ("inner",)
 
-    def __init__(self, size: Size, *, batch: int = 16, rate: float = 1.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        *,
+        inner: Literal["linear", "mlp"] = "linear",
+        batch: int = 16,
+        rate: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         if batch < 1:
             raise Refused(f"batch must be at least 1, got {batch}")
         if rate <= 0:
             raise Refused(f"rate must be above 0, got {rate:g}")
         super().__init__(size, rngs=rngs)
         N, H, self.batch, self.rate = size.heads, size.head, batch, rate
-        self.weights = nnx.Param(0.02 * jax.random.normal(rngs.params(), (N, H, H)), decays=True)
-        self.bias, self.shift = (nnx.Param(jnp.zeros((N, H)), decays=False) for _ in range(2))
+        self.widths = (H, 4 * H, H) if inner == "mlp" else (H, H)
+        first = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), (N, *shape)), decays=True)
+        zeros = lambda width: nnx.Param(jnp.zeros((N, width)), decays=False)
+        self.weights = first(*self.widths[:2])
+        self.bias, self.shift = zeros(self.widths[1]), zeros(H)
         self.gain = nnx.Param(jnp.ones((N, H)), decays=False)
         self.share = nnx.Param(jnp.broadcast_to(1 / jnp.arange(1.0, batch + 1), (N, batch)), decays=False)
         self.strength = Linear(size.dim, N, dtype=size.dtype, rngs=rngs)
+        if inner == "mlp":
+            self.second, self.second_bias = first(4 * H, H), zeros(H)
 
     def per_head(self):
-        return {"own": {name: getattr(self, name)[...] for name in ("weights", "bias", "gain", "shift", "share")}}
+        layers = [(self.weights[...], self.bias[...])]
+        if len(self.widths) == 3:
+            layers.append((self.second[...], self.second_bias[...]))
+        own = {name: getattr(self, name)[...] for name in ("gain", "shift", "share")}
+        return {"own": own | {"layers": tuple(layers)}}
 
     def from_keys(self, x):
         return {"step_size": self.rate / self.size.head * jax.nn.sigmoid(self.strength(x).astype(jnp.float32))}
@@ -80,15 +103,18 @@ class Ttt(Recurrent):
         T, C = len(q), min(self.batch, len(q))
         share, triangle = own["share"][:C, None], jnp.tril(jnp.ones((C, C)))
 
-        def one(state, rows):
+        def one(layers, rows):
             q, k, v, step_size = rows
-            W, b = state
-            wrong = _wrong(k @ W + b, v - k, own) * step_size[:, None]
-            inner = q @ W + b - share * ((q @ k.T + 1) * triangle @ wrong)
-            return (W - share[-1] * k.T @ wrong, b - share[-1] * wrong.sum(0)), q + _normed(inner, own)
+            inputs, wrong = _gradients(layers, k, v - k, step_size, own)
+            inner = q
+            for number, ((W, b), x, error) in enumerate(zip(layers, inputs, wrong, strict=True)):
+                inner = jax.nn.gelu(inner) if number else inner
+                inner = inner @ W + b - share * ((inner @ x.T + 1) * triangle @ error)
+            moved = [(x.T @ error, error.sum(0)) for x, error in zip(inputs, wrong, strict=True)]
+            return jax.tree.map(lambda p, grad: p - share[-1] * grad, layers, tuple(moved)), q + _normed(inner, own)
 
         rows = tuple(in_blocks(x, C) for x in (q, k, v, step_size))
-        out = joined(lax.scan(one, (own["weights"], own["bias"]), rows)[1], T)
+        out = joined(lax.scan(one, own["layers"], rows)[1], T)
         return out * (jnp.cumsum(there) > 0)[:, None]
 
     def reference(self, q, k, v, *, valid=None, causal, step_size, own):
@@ -97,17 +123,21 @@ class Ttt(Recurrent):
         return by_definition(functools.partial(self.update, own=own), self.start(), q, keys, valid)
 
     def start(self):
-        """How far weights and bias have moved, the sums of this batch's gradients, how many places of the batch were
+        """How far weights and biases have moved, the sums of this batch's gradients, how many places of the batch were
         passed, and whether a key was seen."""
-        none = jnp.zeros((self.size.head, self.size.head), jnp.float32), jnp.zeros(self.size.head, jnp.float32)
+        none = tuple((jnp.zeros(shape, jnp.float32), jnp.zeros(shape[1])) for shape in pairwise(self.widths))
         return {"moved": none, "gradients": none, "passed": jnp.zeros((), jnp.int32), "seen": jnp.zeros((), bool)}
 
     def update(self, state, q, k, v, step_size, there, own):
-        moved, gradients, passed = state["moved"], state["gradients"], state["passed"]
-        wrong = _wrong(k @ (own["weights"] + moved[0]) + own["bias"] + moved[1], v - k, own) * step_size
-        gradients = gradients[0] + jnp.outer(k, wrong), gradients[1] + wrong
-        here = tuple(before - own["share"][passed] * sum for before, sum in zip(moved, gradients, strict=True))
-        out = q + _normed(q @ (own["weights"] + here[0]) + own["bias"] + here[1], own)
+        moved, passed, added = state["moved"], state["passed"], functools.partial(jax.tree.map, jnp.add)
+        inputs, wrong = _gradients(added(own["layers"], moved), k, v - k, step_size, own)
+        new = tuple((jnp.outer(x, error), error) for x, error in zip(inputs, wrong, strict=True))
+        gradients = added(state["gradients"], new)
+        here = jax.tree.map(lambda before, sum: before - own["share"][passed] * sum, moved, gradients)
+        inner = q
+        for number, (W, b) in enumerate(added(own["layers"], here)):
+            inner = (jax.nn.gelu(inner) if number else inner) @ W + b
+        out = q + _normed(inner, own)
         ends, seen = passed == self.batch - 1, state["seen"] | (there > 0)
         next_batch = {"moved": here, "gradients": jax.tree.map(jnp.zeros_like, here), "passed": jnp.zeros_like(passed)}
         same_batch = {"moved": moved, "gradients": gradients, "passed": passed + 1}
@@ -119,8 +149,11 @@ class Ttt(Recurrent):
         return self.update(state, q, **keys, own=own)
 
     def cost(self, T: int, S: int) -> Cost:
-        H, C = self.size.head, min(self.batch, S)
-        return Cost(flops=S * H * (6 * H + 4 * C), memory=S * max(H, C, H * H / C), state=2 * (H * H + H) + 2)
+        C, layers = min(self.batch, S), list(pairwise(self.widths))
+        flops = sum(6 * wide * high + 2 * C * (wide + high) for wide, high in layers)
+        flops += 2 * math.prod(layers[1]) if len(layers) > 1 else 0  # gradients, back through the second layer
+        most = max(*self.widths, C, math.prod(layers[0]) / C)
+        return Cost(flops=S * flops, memory=S * most, state=2 * sum((wide + 1) * high for wide, high in layers) + 2)
 
 
 def _wide(q, k, v, step_size):
@@ -132,6 +165,18 @@ def _wide(q, k, v, step_size):
 def _normed(inner, own):
     """What the inner model adds to what it is asked."""
     return centred(inner) * own["gain"] + own["shift"]
+
+
+def _gradients(layers, k, target, step_size, own):
+    """What every layer is given of keys (..., H), and the gradients to what it makes of that, times the steps (...)."""
+    inputs, made = [k], []
+    for W, b in layers:
+        made.append(inputs[-1] @ W + b)
+        inputs.append(jax.nn.gelu(made[-1]))
+    wrong = [_wrong(made[-1], target, own) * step_size[..., None]]
+    for (W, _), below in zip(layers[:0:-1], made[-2::-1], strict=True):
+        wrong.insert(0, jax.vjp(jax.nn.gelu, below)[1](wrong[0] @ W.T)[0])
+    return inputs[:-1], wrong
 
 
 def _wrong(inner, target, own):

@@ -12,7 +12,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
-from xformers_lab.nn import layer_watch, on_mesh
+from xformers_lab.nn import layer_number, layer_watch, on_mesh
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
 from xformers_lab.nn.plan import Plan
@@ -34,6 +34,7 @@ def build_stack(make_block: MakeBlock, indices: list[int], rngs: nnx.Rngs) -> An
     for _, variable in nnx.iter_graph(stacked):
         if isinstance(variable, nnx.Variable):
             variable.set_metadata(layer_axes=layer_axes(variable) + 1)
+    layer_number.moved(stacked, [index - indices[0] for index in indices])
     return stacked
 
 

@@ -12,6 +12,7 @@ from xformers_lab.config import Config
 from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
 from xformers_lab.model import _segments
+from xformers_lab.nn import layer_number
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.layer_context import LayerContext
@@ -41,7 +42,8 @@ class Block(nnx.Module):
         keys = size if self.memory is None else dataclasses.replace(size, length=size.length + self.memory.length)
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
         self.attention.check_kernel()
-        self.attention.prepare(conv=config.model.conv, qk_norm=config.model.qk_norm, causal=causal)
+        choice = config.model
+        self.attention.prepare(conv=choice.conv, qk_norm=choice.qk_norm, log_n=choice.log_n, causal=causal)
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
@@ -55,6 +57,7 @@ class Block(nnx.Module):
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads = size.dim, size.length, size.heads
         self.layer, self.key_terms, self.share = layer, key_terms, 1.0
+        layer_number.moved(self, layer)
         # As a refusal of packed data names them.
         self.norm_choice, self.ffn_choice, self.memory_choice = config.model.norm, config.model.ffn, config.model.memory
 

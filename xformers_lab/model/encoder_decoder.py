@@ -148,7 +148,7 @@ class CrossBlock(Block):
         super().__init__(size, attention, config=config, rngs=rngs, **options)
         self.cross = spec.build("attention", cross, dataclasses.replace(size, length=source), rngs=rngs)
         # Short convolutions mix neighbours of one sequence: they are self-attention's.
-        self.cross.prepare(qk_norm=config.model.qk_norm)
+        self.cross.prepare(qk_norm=config.model.qk_norm, log_n=config.model.log_n)
         self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
         self.cross_norm.start(self.cross)
         self.source, self.projects = source, self.cross.projects

@@ -12,3 +12,10 @@ class Absent(nnx.Module):
 
     def __call__(self, x):
         return jnp.zeros((*x.shape[:-1], self.features), self.dtype)
+
+
+class Same(nnx.Module):
+    """What it is given, as it is."""
+
+    def __call__(self, x):
+        return x

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._base.cache import one_by_one
-from xformers_lab.attention._base.prepared import HeadNorms
+from xformers_lab.attention._base.prepared import HeadNorms, LogLength
 from xformers_lab.attention._base.refusals import NO_MASK, why_not, why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
@@ -136,26 +136,39 @@ class Attention(nnx.Module):
             Refused: The mechanism cannot do what is asked.
         """
 
-    def prepare(self, *, conv: int | None = None, qk_norm: HeadNorms = "none", causal: bool = False) -> None:
+    def prepare(
+        self,
+        *,
+        conv: int | None = None,
+        qk_norm: HeadNorms = "none",
+        log_n: LogLength = None,
+        causal: bool = False,
+    ) -> None:
         """Has a layer that was just built treat queries, keys and values between its projections and its mechanism.
 
         Args:
             conv: Convolve each along `conv` positions, causally or on both sides.
             qk_norm: Normalise the queries and keys of every head.
+            log_n: Multiply scores by the logarithm of the number of keys, over that of this number, or as learned.
 
         Raises:
             Refused: It has nothing of the kind.
         """
-        if conv is None and qk_norm == "none":
+        name = type(self).__name__.lower()
+        if log_n is not None and not self.accepts("bias"):
+            reason = self.refuses.get("bias", "it has no score for each pair of a query and a key")
+            raise Refused(f"log_n={log_n} has no scores to scale: attention={name}, {reason}; leave out log_n")
+        asked = {"conv": conv, "qk_norm": None if qk_norm == "none" else qk_norm, "log_n": log_n}
+        wanted = next((f"{key}={value}" for key, value in asked.items() if value is not None), None)
+        if wanted is None:
             return
-        name, asked = type(self).__name__.lower(), f"qk_norm={qk_norm}" if conv is None else f"conv={conv}"
         what = "queries, keys or values" if conv is not None else "queries or keys of heads"
         reason = f"projects {what} in a way of its own" if self.turns() else f"makes no {what}"
-        raise Refused(f"attention={name} {reason}: leave out {asked}, or use another attention")
+        raise Refused(f"attention={name} {reason}: leave out {wanted}, or use another attention")
 
     def tails(self, B: int, dtype=jnp.float32) -> Any:
-        """What decoding keeps of B sequences beside `init_cache`, for convolutions that `prepare` was asked for; None
-        without them."""
+        """What decoding keeps of B sequences beside `init_cache`, for what `prepare` was asked for; None without
+        that."""
         return None
 
     def init_cache(self, B: int, length: int, dtype=jnp.float32) -> Any:

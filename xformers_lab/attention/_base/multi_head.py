@@ -10,7 +10,7 @@ from flax import nnx
 from xformers_lab.attention._base.attention import Attention
 from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
 from xformers_lab.attention._base.call import Call, Method, shown
-from xformers_lab.attention._base.prepared import HeadNorm, HeadNorms, ShortConvs
+from xformers_lab.attention._base.prepared import HeadNorm, HeadNorms, LogLength, LogScale, ShortConvs, counted
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.attention._base.samples import apart, step_apart
 from xformers_lab.errors import Refused
@@ -38,6 +38,7 @@ class MultiHead(Attention):
     # What stands between projections and mechanism, where `prepare` was asked for it.
     convs: ShortConvs | None = None
     head_norm: HeadNorm | None = None
+    log_scale: LogScale | None = None
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -151,6 +152,8 @@ class MultiHead(Attention):
         last = lambda rows: None if rows is None else rows[:, S - T - before :]
         q = self._of_rows("query", last(source) if before else x, last(valid), last(documents))[:, before:]
         q, k = self._normed(q, k)
+        if self.log_scale is not None:
+            q = self.log_scale(q, self.key_counts(T, S, valid, documents, causal))
         if position is not None:
             self.check_position(position)
             passed = 0 if at is None else at - (S - T)  # positions that came before the first key
@@ -175,15 +178,19 @@ class MultiHead(Attention):
         """Queries of x (B, T, D), keys and values of states (B, S, D) that are known (B, S) bool, by heads and without
         a position: what is compared by content alone."""
         k, v = (self._of_rows(name, states, known, None) for name in ("key", "value"))
-        return *self._normed(self._of_rows("query", x, None, None), k), v
+        q, k = self._normed(self._of_rows("query", x, None, None), k)
+        if self.log_scale is not None:
+            q = self.log_scale(q, counted(x.shape[1], states.shape[1], known, None, False)[..., None])
+        return q, k, v
 
     def _of_rows(self, name: str, rows, valid, documents) -> jax.Array:
         """A projection of whole rows (B, S, D), convolved where that is asked for, by heads (B, S, heads, H)."""
         y = getattr(self, name)(rows)
         return self.heads_of(y if self.convs is None else self.convs(name, y, valid, documents))
 
-    def _of_next(self, x, tails) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-        """Queries, keys and values of one more token (B, D), or of T (B, T, D), and the tails of convolutions."""
+    def _of_next(self, x, tails, at) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        """Queries, keys and values of one more token (B, D) at position `at` (), or of T from there on (B, T, D), and
+        the tails of convolutions."""
         parts = []
         for name in ("query", "key", "value"):
             y = getattr(self, name)(x)
@@ -191,7 +198,22 @@ class MultiHead(Attention):
                 y, tails = self.convs.step(name, y, tails)
             parts.append(self.heads_of(y))
         q, k, v = parts
-        return *self._normed(q, k), v, tails
+        q, k = self._normed(q, k)
+        if self.log_scale is not None:
+            rows = jnp.arange(x[0].size // x.shape[-1])
+            count = self.next_counts(at + rows, tails["read"][:, None] + 1 + rows)
+            q = self.log_scale(q, count if x.ndim == 3 else count[:, 0])
+            tails = tails | {"read": tails["read"] + len(rows)}
+        return q, k, v, tails
+
+    def key_counts(self, T: int, S: int, valid, documents, causal: bool) -> jax.Array:
+        """How many keys each of T queries at the end of S positions may see, (B or 1, T, N or 1)."""
+        return counted(T, S, valid, documents, causal)[..., None]
+
+    def next_counts(self, at, count) -> jax.Array:
+        """The same of tokens at positions `at` (T,) of which each is the count-th (B, T) that is no padding, all before
+        it being known, (B, T, N or 1)."""
+        return count[..., None]
 
     def _normed(self, q, k) -> tuple[jax.Array, jax.Array]:
         """Queries and keys (..., heads, H) as the layer's norm of heads has them."""
@@ -201,9 +223,16 @@ class MultiHead(Attention):
         k = k if isinstance(getattr(self, "key", None), Absent) else self.head_norm.of_keys(k)
         return q if isinstance(self.query, Absent) else self.head_norm.of_queries(q), k
 
-    def prepare(self, *, conv: int | None = None, qk_norm: HeadNorms = "none", causal: bool = False) -> None:
+    def prepare(
+        self,
+        *,
+        conv: int | None = None,
+        qk_norm: HeadNorms = "none",
+        log_n: LogLength = None,
+        causal: bool = False,
+    ) -> None:
         if not self.projects:
-            return super().prepare(conv=conv, qk_norm=qk_norm)
+            return super().prepare(conv=conv, qk_norm=qk_norm, log_n=log_n)
         if conv is not None:
             if not causal and conv % 2 == 0:
                 raise Refused(f"conv={conv}: where both sides are seen it is an odd number: use conv={conv + 1}")
@@ -218,9 +247,19 @@ class MultiHead(Attention):
             if not self.turns():
                 super().prepare(qk_norm=qk_norm)
             self.head_norm = HeadNorm(self.size, qk_norm)
+        if log_n is not None:
+            if isinstance(self.query, Absent) or not self.accepts("bias"):
+                super().prepare(log_n=log_n)
+            self.log_scale = LogScale(self.size, log_n)
 
     def tails(self, B: int, dtype=jnp.float32):
-        return None if self.convs is None else self.convs.tails(B, dtype)
+        of_convs = None if self.convs is None else self.convs.tails(B, dtype)
+        if self.log_scale is None:
+            return of_convs
+        return (of_convs or {}) | {"read": jnp.zeros(B, jnp.int32)}
+
+    def _keeps_tails(self) -> bool:
+        return self.convs is not None or self.log_scale is not None
 
     def _compared(self, position, of_queries, of_keys, first):
         """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""
@@ -263,15 +302,16 @@ class MultiHead(Attention):
 
     def decode(self, x, cache, *, at, position=None, carry=None):
         """The cache is that of `init_cache`, or {"own": that, and what else there is}: with a position that compares
-        tokens "of_keys" (B, length, N, key_terms), what the position says of keys; with convolutions their "tails".
+        tokens "of_keys" (B, length, N, key_terms), what the position says of keys; "tails", what convolutions and the
+        scale of scores keep.
         """
         self._check_decode()
         compares = position is not None and position.key_terms is not None
         if compares and "of_keys" not in cache:
             raise Refused(f"{type(position).__name__.lower()} needs `key_terms` of the model's blocks to decode")
-        kept = cache if compares or self.convs is not None else {"own": cache}
+        kept = cache if compares or self._keeps_tails() else {"own": cache}
         bias, run = None, self.decode_heads
-        q, k, v, tails = self._of_next(x, kept.get("tails"))
+        q, k, v, tails = self._of_next(x, kept.get("tails"), at)
         if position is not None:
             self.check_position(position)
             if position.key_terms is None:
@@ -289,8 +329,8 @@ class MultiHead(Attention):
     def decode_several(self, x, cache, *, at, position=None):
         if not self.projects or (position is not None and position.key_terms is not None):
             return super().decode_several(x, cache, at=at, position=position)
-        kept, bias = {"own": cache} if self.convs is None else cache, None
-        q, k, v, tails = self._of_next(x, kept.get("tails"))
+        kept, bias = cache if self._keeps_tails() else {"own": cache}, None
+        q, k, v, tails = self._of_next(x, kept.get("tails"), at)
         if position is not None:
             self.check_position(position)
             bias, places = position.bias(), at + jnp.arange(x.shape[1])

@@ -120,6 +120,34 @@ class Patterned(OneHead):
     def heads_at_once(self, T: int, S: int, causal: bool) -> int:
         return heads_at_once(plan_of(self.size), self.seen(causal), T, S, self.blocks(T, S, causal))
 
+    def key_counts(self, T: int, S: int, valid, documents, causal: bool):
+        """Of the pattern, a query at a time: what it sees is not stored for all of them."""
+        if isinstance(self.pattern, All):
+            return super().key_counts(T, S, valid, documents, causal)
+        keys, patterns = jnp.arange(S), self.all_seen(causal)
+        there = jnp.ones((1, S), bool) if valid is None else valid
+
+        def of(at):
+            known = there
+            if documents is not None:
+                known = there & (documents == jnp.take(documents, jnp.clip(at, 0), 1)[:, None])
+            seen = jnp.stack([pattern(at + self.front, keys + self.front) for pattern in patterns])
+            return (seen & known[:, None]).sum(-1)
+
+        return jnp.moveaxis(lax.map(of, jnp.arange(T) + S - T, batch_size=64), 0, 1)
+
+    def next_counts(self, at, count):
+        if isinstance(self.pattern, All):
+            return super().next_counts(at, count)
+        keys, patterns = jnp.arange(self.size.length), self.all_seen(True)
+
+        def of(at, count):
+            known = (keys <= at) & (keys > at - count[:, None])
+            seen = jnp.stack([pattern(at + self.front, keys + self.front) for pattern in patterns])
+            return (seen & known[:, None]).sum(-1)
+
+        return jax.vmap(of, in_axes=(0, 1), out_axes=1)(at, count)
+
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
         pattern, blocks = self.seen(causal), self.blocks(q.shape[0], k.shape[0], causal)
         return block_sparse(q, k, v, pattern=pattern, valid=valid, documents=documents, bias=bias, blocks=blocks)

@@ -1,5 +1,5 @@
 """What may stand between a layer's projections and its mechanism, for any that has them: a short convolution of
-queries, keys and values, and a norm of each head's queries and keys."""
+queries, keys and values, a norm of each head's queries and keys, and queries that grow with the keys they see."""
 
 import math
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from xformers_lab.nn.short_conv import ShortConv
 from xformers_lab.nn.size import Size
 
 HeadNorms = Literal["none", "rms", "l2"]
+LogLength = int | Literal["learned"] | None
 # The least length of a vector that is divided by its own.
 SHORTEST = 1e-6
 
@@ -80,6 +81,50 @@ class HeadNorm(nnx.Module):
     def of_keys(self, k: jax.Array) -> jax.Array:
         """(..., K, H) -> the same."""
         return self.key(k) if self.kind == "rms" else _unit(k, 1.0)
+
+
+class LogScale(nnx.Module):
+    """Queries times a logarithm of the number n of keys that each may see, so that the softmax of many keys can be as
+    sharp as that of few (Chiang and Cholak, 2022, arXiv 2202.12172, section 5.2).
+
+    reference: a number n0: times log n / log n0 (Su, 2021, kexue.fm/archives/8823); learned: times s log n, with a
+    learned s of every head (Scalable-Softmax: Nakanishi, 2025, arXiv 2501.19399, equation 2), at the start the inverse
+    of the mean of log n over the positions it is built for.
+    """
+
+    def __init__(self, size: Size, reference: int | Literal["learned"]):
+        self.reference = reference
+        if reference == "learned":
+            mean = sum(map(math.log, range(1, size.length + 1))) / size.length
+            self.share = nnx.Param(jnp.full(size.heads, 1 / max(mean, math.log(2) / 2), jnp.float32), decays=False)
+
+    def __call__(self, q: jax.Array, count: jax.Array) -> jax.Array:
+        """Queries (..., N, H) and what each sees, (..., 1) or (..., N) whole numbers -> the same queries, scaled."""
+        share = 1 / math.log(self.reference) if isinstance(self.reference, int) else self.share[...]
+        times = share * jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
+        return (q * times[..., None]).astype(q.dtype)
+
+
+def counted(T: int, S: int, valid: jax.Array | None, documents: jax.Array | None, causal: bool) -> jax.Array:
+    """How many keys each of T queries at the end of S positions may see: those of its document that are no padding,
+    and where it is causal stand no later, (B or 1, T)."""
+    there = (jnp.ones((1, S), bool) if valid is None else valid).astype(jnp.int32)
+    if not causal and documents is None:
+        return jnp.broadcast_to(there.sum(1, keepdims=True), (len(there), T))
+    seen = _so_far(there, documents)
+    if not causal:
+        others = _so_far(there[:, ::-1], documents if documents is None else documents[:, ::-1])[:, ::-1]
+        seen = seen + others - there
+    return seen[:, S - T :] if T <= S else jnp.pad(seen, ((0, 0), (T - S, 0)))
+
+
+def _so_far(there, documents):
+    """(B, S): the sum of `there` over the positions of a document up to each."""
+    total = jnp.cumsum(there, 1)
+    if documents is None:
+        return total
+    begins = documents[:, 1:] != documents[:, :-1]
+    return total - jax.lax.cummax(jnp.pad(jnp.where(begins, total[:, :-1], 0), ((0, 0), (1, 0))), axis=1)
 
 
 def _unit(x, times):

@@ -1,5 +1,6 @@
 """Base of mechanisms that are a recurrence with a state per head: read from left to right, decoded at constant cost."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -10,6 +11,8 @@ from xformers_lab.attention._base.one_head import Stepwise
 from xformers_lab.attention._base.refusals import why_not_one_way
 from xformers_lab.attention._engine.linear.gated import aligned, by_definition
 from xformers_lab.errors import Refused
+from xformers_lab.nn.absent import Same
+from xformers_lab.nn.initial_scale import scale_init
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
@@ -58,6 +61,60 @@ class Recurrent(Stepwise):
     @required
     def update(self, state, q, *args: Any, **keys: Any) -> Any:
         """The state and those of one position -> its output (H,) and the next state."""
+
+
+class Widened(Recurrent):
+    """A recurrence whose values may have `expand` channels for each of the block's.
+
+    A subclass calls `widen` at the end of its constructor, hands what `more_values` gives of the block's input to
+    `wide`, beside each head's own values, and ends `finished` by `narrowed`.
+    """
+
+    expand: int = 1
+    more_value: Linear | None = None
+    inner_out: Linear | None = None
+
+    def widen(self, expand: int, rngs: nnx.Rngs) -> None:
+        self.expand = expand
+        if expand == 1:
+            return
+        size, linear = self.size, functools.partial(Linear, use_bias=False, dtype=self.size.dtype, rngs=rngs)
+        self.more_value = linear(size.dim, size.key_heads * (expand - 1) * size.head)
+        self.inner_out, self.out = linear(size.heads * expand * size.head, size.dim), Same()
+
+    def refusals(self):
+        wider = {"map": "its values are wider than the block"} if self.expand > 1 else {}
+        return {**super().refusals(), **wider}
+
+    def scale_init(self, share: float) -> None:
+        super().scale_init(share)
+        if self.more_value is not None and self.inner_out is not None:
+            scale_init(share, self.more_value, self.inner_out)
+
+    def more_values(self, x) -> Any:
+        """(B, S, D) -> (B, S, N, (expand - 1) H), None where values are as wide as the block."""
+        if self.more_value is None:
+            return None
+        of_keys = self.more_value(x).reshape(*x.shape[:2], self.size.key_heads, -1)
+        return jnp.repeat(of_keys, self.size.heads // self.size.key_heads, 2)
+
+    def wide(self, v, more_v):
+        """All channels of a head's values, (S, expand H) or of one position."""
+        return v if more_v is None else jnp.concatenate([v, self.summed(more_v).astype(v.dtype)], -1)
+
+    def narrowed(self, out):
+        """(B, T, N, expand H) -> (B, T, N, H), by the projection of wider values, which is the layer's last."""
+        if self.inner_out is None:
+            return out
+        return self.inner_out(out.reshape(*out.shape[:2], -1)).reshape(*out.shape[:3], -1)
+
+    def start(self):
+        return jnp.zeros((self.size.head, self.expand * self.size.head), jnp.float32)
+
+    def flops_of_width(self, S: int) -> int:
+        """Of the projections of wider values, that of one head's."""
+        wide = 2 * self.expand - 1 if self.expand > 1 else 0
+        return 2 * S * self.size.head**2 * self.size.heads * wide
 
 
 def gate_of(size: Size, rngs: nnx.Rngs, *, numbers: int | None = None) -> Linear:

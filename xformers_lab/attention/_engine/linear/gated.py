@@ -36,7 +36,7 @@ def scalar_decay(q, k, v, decay, *, chunk: int, state=None):
     T, C = len(q), min(chunk, len(q))
     q, k, v, decay = (in_blocks(x, C) for x in (q, k, v, decay))
     fall = jnp.cumsum(decay.astype(jnp.float32), 1)  # (M, C), from before the chunk
-    inside = product("mcf,mdf->mcd", q, k) * _falling(fall)
+    inside = product("mcf,mdf->mcd", q, k) * falling(fall)
     out = product("mcd,mdh->mch", inside.astype(v.dtype), v)
     last = fall[:, -1:]
     added = product("mcf,mch->mfh", k * jnp.exp(last - fall)[..., None].astype(k.dtype), v)
@@ -123,7 +123,7 @@ def delta_rule(q, k, v, beta, decay=None, *, chunk: int, state=None):
     if by_channel:
         of_keys, weights = channel_weights(k, k, fall), channel_weights(q, k, fall)
     else:
-        ratio = _falling(fall[..., 0])
+        ratio = falling(fall[..., 0])
         of_keys, weights = (product("mcf,mdf->mcd", x, k) * ratio for x in (k, q))
     solution = inverse(beta * of_keys * jnp.tril(jnp.ones((C, C)), -1))
     passed = jnp.exp(fall)
@@ -188,7 +188,7 @@ def _lower(diagonal, corner):
     return jnp.concatenate([top, jnp.concatenate([corner.astype(second.dtype), second], 2)], 1)
 
 
-def _falling(fall):
+def falling(fall):
     """(M, C, C): exp(fall_i - fall_j) for j <= i, else 0."""
     seen = jnp.tril(jnp.ones((fall.shape[1],) * 2, bool))
     return jnp.exp(jnp.where(seen, fall[:, :, None] - fall[:, None], MASKED))
