@@ -101,21 +101,30 @@ class Ttt(Recurrent):
 
     def _batches(self, q, k, v, step_size, there, own):
         T, C = len(q), min(self.batch, len(q))
-        share, triangle = own["share"][:C, None], jnp.tril(jnp.ones((C, C)))
 
         def one(layers, rows):
-            q, k, v, step_size = rows
-            inputs, wrong = _gradients(layers, k, v - k, step_size, own)
-            inner = q
-            for number, ((W, b), x, error) in enumerate(zip(layers, inputs, wrong, strict=True)):
-                inner = jax.nn.gelu(inner) if number else inner
-                inner = inner @ W + b - share * ((inner @ x.T + 1) * triangle @ error)
-            moved = [(x.T @ error, error.sum(0)) for x, error in zip(inputs, wrong, strict=True)]
-            return jax.tree.map(lambda p, grad: p - share[-1] * grad, layers, tuple(moved)), q + _normed(inner, own)
+            grown, out = self._batch(layers, None, *rows, own)
+            return jax.tree.map(lambda p, grad: p - own["share"][C - 1] * grad, layers, grown), out
 
         rows = tuple(in_blocks(x, C) for x in (q, k, v, step_size))
         out = joined(lax.scan(one, own["layers"], rows)[1], T)
         return out * (jnp.cumsum(there) > 0)[:, None]
+
+    def _batch(self, layers, before, q, k, v, step_size, own):
+        """Sums of the gradients of a batch (C, ...) at the layers in front of it, with those `before`, of places of it
+        that were passed already, and its outputs."""
+        C, triangle = len(q), jnp.tril(jnp.ones((len(q), len(q))))
+        inputs, wrong = _gradients(layers, k, v - k, step_size, own)
+        inner, grown = q, []
+        for number, ((W, b), x, error) in enumerate(zip(layers, inputs, wrong, strict=True)):
+            inner = jax.nn.gelu(inner) if number else inner
+            learned = (inner @ x.T + 1) * triangle @ error
+            grown.append((x.T @ error, error.sum(0)))
+            if before is not None:
+                learned = learned + inner @ before[number][0] + before[number][1]
+                grown[-1] = jax.tree.map(jnp.add, before[number], grown[-1])
+            inner = inner @ W + b - own["share"][:C, None] * learned
+        return tuple(grown), q + _normed(inner, own)
 
     def reference(self, q, k, v, *, valid=None, causal, step_size, own):
         self.one_way(causal)
@@ -147,6 +156,29 @@ class Ttt(Recurrent):
     def step(self, state, q, k, v, *, step_size, own):
         q, keys = _wide(q, k, v, step_size)
         return self.update(state, q, **keys, own=own)
+
+    def steps(self, state, q, k, v, *, step_size, own):
+        """Batches as they are counted from the first position on: the first may be begun, the last unfinished."""
+        T, C, passed = len(q), self.batch, state["passed"]
+        q, keys = _wide(q, k, v, step_size)
+        count = -(-(T + C - 1) // C)
+        placed = lambda x: lax.dynamic_update_slice_in_dim(jnp.zeros((count * C, *x.shape[1:])), x, passed, 0)
+        added = functools.partial(jax.tree.map, jnp.add)
+
+        def one(state, rows):
+            number, *rows = rows
+            moved, before = state
+            grown, out = self._batch(added(own["layers"], moved), before, *rows, own)
+            ended = (number + 1) * C <= passed + T
+            move = lambda p, grad: p - jnp.where(ended, own["share"][C - 1], 0) * grad
+            return (jax.tree.map(move, moved, grown), jax.tree.map(lambda x: jnp.where(ended, 0, x), grown)), out
+
+        rows = [in_blocks(placed(x), C) for x in (q, keys["k"], keys["v"], keys["step_size"])]
+        start = (state["moved"], state["gradients"])
+        (moved, gradients), out = lax.scan(one, start, (jnp.arange(count), *rows))
+        out = lax.dynamic_slice_in_dim(joined(out, count * C), passed, T)
+        ended = {"passed": (passed + T) % C, "seen": jnp.ones_like(state["seen"])}
+        return out, {"moved": moved, "gradients": gradients} | ended
 
     def cost(self, T: int, S: int) -> Cost:
         C, layers = min(self.batch, S), list(pairwise(self.widths))
