@@ -120,10 +120,11 @@ def test_a_whole_scaling_study(capsys, tmp_path, monkeypatch):
     assert table.verdict() == " ".join(table.plain()["fits"][0]["verdict"]) and table[:2].varied == table.varied
     assert main(table.command.split()[1:]) == 0
     assert capsys.readouterr().out.rstrip() == repr(table)
-    for stored in (["runs"], ["runs/compare.json"], ["runs", "task=copy"], ["runs", "attention=full,linear"]):
-        assert main(["scale", *stored, "--json", "--report", "again.html"]) == 0
+    for stored in (["runs"], ["runs/compare.json", "--report", "again.html"], ["runs", "task=copy"]):
+        assert main(["scale", *stored, "--json"]) == 0
         again = json.loads(capsys.readouterr().out)["fits"][0]
-        assert again["curves"] == fitted["curves"] and "Loss by size" in (tmp_path / "again.html").read_text()
+        assert again["curves"] == fitted["curves"]
+    assert "Loss by size" in (tmp_path / "again.html").read_text()
     assert main(["scale", "runs", "attention=full"]) == 0 and "exponents a" in capsys.readouterr().out
     refused = {
         ("runs", "dim=8,16"): "No variant has results at enough sizes",

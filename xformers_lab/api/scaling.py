@@ -180,11 +180,11 @@ def stored(folder: pathlib.Path | str, filters: Sequence[str], scale: Scale, com
     from xformers_lab.report import stored as runs
 
     folder = pathlib.Path(folder)
-    file = folder if folder.is_file() else folder / "compare.json"
-    if file.is_file() and not filters:
+    file = folder / "compare.json" if folder.is_dir() else folder
+    if not filters and (file.is_file() or not folder.is_dir()):
         kept = saved.read(file)
         return ScaleTable(kept.rows, kept.varied, kept.command, kept.notes, scale=scale)
-    if folder.is_file():
+    if not folder.is_dir():
         raise UsageError(f"{' '.join(filters)}: {folder} is fitted whole; filters choose among the runs of a folder")
     picked, odd = runs.chosen(filters, folder)
     if not picked:

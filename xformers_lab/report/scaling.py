@@ -405,7 +405,8 @@ def _notes(
     if len(every("lr")) == 1 and not tuned and every("parametrisation") != ["mup"]:
         yield (
             f"lr={every('lr')[0]} is the same at every size, though larger models want smaller rates, and variants "
-            "different ones: tune=lr chooses one for each, parametrisation=mup base_dim=N carries one over widths."
+            "different ones: tune=lr chooses one for each, parametrisation=mup base_dim=N head=H carries one over "
+            "widths."
         )
     if len(every("steps")) == len(every("batch")) == 1 and scale.x != "seconds":
         yield (
