@@ -80,6 +80,8 @@ def test_sizes_of_equal_parameters_are_refused_before_anything_trains(monkeypatc
     assert "heads: sizes by these have 1 different numbers of parameters" in capsys.readouterr().err
     with pytest.raises(UsageError, match="at least 3 sizes"):
         xl.scale("task=copy", dim=[16, 32])
+    with pytest.raises(UsageError, match="x=flop: did you mean"):
+        xl.scale("task=copy", "x=flop", dim=[16, 32, 48])
     with pytest.raises(UsageError, match="scale what"):
         xl.scale()
 
