@@ -1,5 +1,7 @@
 """Power laws: known curves are found, at their true minimum, and intervals hold the truth as often as they say."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import optimize, special
@@ -57,7 +59,7 @@ def test_the_error_of_one_seed_is_that_of_linear_regression():
     sizes = [1e4, 2e4, 5e4, 1e5]
     y = losses(sizes, 0.0, 3.0, 0.12, seeds=1, noise=0.02)
     found = fit(sizes, y, floor=False)
-    line = stats.linregress(np.log(sizes), np.log(y[:, 0]))
+    line: Any = stats.linregress(np.log(sizes), np.log(y[:, 0]))
     assert found.exponent[0] == pytest.approx(-line.slope)
     assert found.residual_error() == pytest.approx(line.stderr, rel=0.05)  # to first order
     through = fit(sizes[:3], losses(sizes[:3], 1.5, 2.0, 0.3, seeds=1), floor=True)
