@@ -495,7 +495,7 @@ def sweep(words: Iterable[Item], *, trust: bool = False) -> tuple[list[Config], 
     """
     configs, asked = _gridded(words, trust=trust)
     if named := [key for key in STUDY if getattr(asked, key) != getattr(Study(), key)]:
-        raise UsageError(f"{named[0]}= is a word of a study: only compare and ablate take it")
+        raise UsageError(f"{named[0]}= is a word of a study: only compare, ablate and scale take it")
     return configs, varied(configs)
 
 

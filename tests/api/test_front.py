@@ -24,6 +24,7 @@ NAMES = [
     "load",
     "plan",
     "runs",
+    "scale",
     "signals",
     "train",
 ]
@@ -70,7 +71,7 @@ def test_help_is_enough_to_work_from(name):
         assert parameter.annotation is not inspect.Parameter.empty, parameter
         assert f"    {parameter.name}: " in text, f"{parameter.name} is not told"
     if any(parameter.name == "keys" for parameter in parameters):
-        study = name in ("ablate", "compare")
+        study = name in ("ablate", "compare", "scale")
         assert all(f"  {key}=" in text for key in (*config.KEYS, *(config.STUDY if study else ())))
 
 

@@ -11,7 +11,7 @@ from xformers_lab import config as configs
 from xformers_lab import engines
 from xformers_lab.api import arguments, studies
 from xformers_lab.api.table import Table
-from xformers_lab.compare.scaling import Scale
+from xformers_lab.compare.scaling import Scale, parted
 from xformers_lab.compare.scaling import check as refuse
 from xformers_lab.errors import UsageError
 from xformers_lab.terminal import visible
@@ -114,7 +114,7 @@ def scale(
     variants, unless `by` says which do. Baselines are not added, which have one size.
 
     Args:
-        what: As `xl.compare` takes it.
+        what: As `xl.compare` takes it; words may say x=, y= and by= as well, and win.
         x: What losses are set against: "params", without embeddings, positions and the head; "flops" of the whole
             training; "seconds" of it.
         y: "loss", on the test split, or "metric", as 1 - metric where more is better.
@@ -140,8 +140,9 @@ def scale(
     """
     if not what and not keys:
         raise UsageError('scale what? For example: xl.scale(task="lm", attention=["full", "linear"], dim=[32, 64, 96])')
-    fitted = Scale.read(x, y, by)
-    items = arguments.items(what, keys)
+    words, said = parted(what)
+    fitted = Scale.read(**{"x": x, "y": y, "by": by} | said)
+    items = arguments.items(words, keys)
     page = studies.page_of(report)
     cells, varied, asked = study(items, fitted, trust=trust)
     options, flags = studies.options_of(
@@ -180,11 +181,11 @@ def stored(folder: pathlib.Path | str, filters: Sequence[str], scale: Scale, com
     from xformers_lab.report import stored as runs
 
     folder = pathlib.Path(folder)
-    file = folder if folder.is_file() else folder / "compare.json"
-    if file.is_file() and not filters:
+    file = folder / "compare.json" if folder.is_dir() else folder
+    if not filters and (file.is_file() or not folder.is_dir()):
         kept = saved.read(file)
         return ScaleTable(kept.rows, kept.varied, kept.command, kept.notes, scale=scale)
-    if folder.is_file():
+    if not folder.is_dir():
         raise UsageError(f"{' '.join(filters)}: {folder} is fitted whole; filters choose among the runs of a folder")
     picked, odd = runs.chosen(filters, folder)
     if not picked:

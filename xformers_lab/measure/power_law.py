@@ -100,7 +100,9 @@ def spread(values: np.ndarray, drawn: Draws, seeds: int) -> np.ndarray:
     return np.sqrt(variance * seeds / (seeds - 1))  # n draws of n values vary less than the values by (n - 1) / n
 
 
-def fit(sizes: Sequence[float], losses: np.ndarray, drawn: Draws | None = None, *, floor: bool | None = None) -> Fit:
+def fit(
+    sizes: "Sequence[float] | np.ndarray", losses: np.ndarray, drawn: Draws | None = None, *, floor: bool | None = None
+) -> Fit:
     """The curve through losses (sizes, seeds), each seed at every size, and those of the draws of the seeds.
 
     floor: whether there is an E; by default with LEAST_WITH_FLOOR different sizes, unless these do not tell it from the

@@ -398,21 +398,20 @@ def _notes(
     cells: Sequence[dict], curves: Sequence[Curve], scale: Scale, of_size: Sequence[str], seeds: int
 ) -> Iterable[str]:
     ok = [row for row in cells if rows.ok(row)]
-    every = lambda key: {rows.value(row, key) for row in ok}
+    every = lambda key: list(dict.fromkeys(rows.shown(row, key) for row in ok))
     if seeds == 1:
         yield "One seed: intervals of exponents are by what the curves miss, and no crossing is tested."
     tuned = any(isinstance(row.get("tuning"), Mapping) for row in ok)
-    if ok and not tuned and len(every("lr")) == 1 and every("parametrisation") != {"mup"}:
-        rate = human.significant(next(iter(every("lr"))))
+    if len(every("lr")) == 1 and not tuned and every("parametrisation") != ["mup"]:
         yield (
-            f"lr={rate} is the same at every size, though larger models want smaller rates, and variants different "
-            "ones: tune=lr chooses one for each, parametrisation=mup base_dim=N carries one over widths."
+            f"lr={every('lr')[0]} is the same at every size, though larger models want smaller rates, and variants "
+            "different ones: tune=lr chooses one for each, parametrisation=mup base_dim=N head=H carries one over "
+            "widths."
         )
     if len(every("steps")) == len(every("batch")) == 1 and scale.x != "seconds":
-        steps, batch = (human.plain(next(iter(every(key)))) for key in ("steps", "batch"))
         yield (
-            f"Every size took {steps} steps of {batch} sequences: the curves are of size at that much data, not of the "
-            "best use of compute (Hoffmann et al., 2022)."
+            f"Every size took {every('steps')[0]} steps of {every('batch')[0]} sequences: the curves are of size at "
+            "that much data, not of the best use of compute (Hoffmann et al., 2022)."
         )
     if scale.x == "seconds":
         yield "Seconds are of this machine, and of no other."

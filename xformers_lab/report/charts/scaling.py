@@ -76,5 +76,5 @@ def _laws(scalings: Sequence[Scaling]) -> str:
     said: dict[str, list[str]] = {}
     every: list[Curve] = [curve for scaling in scalings for curve in scaling.curves]
     for curve in every:
-        said.setdefault(law(curve), []).append(f"a = {exponent(curve)}, {curve.name}")
-    return "; ".join(f"{kind} ({human.listing(list(dict.fromkeys(curves)))})" for kind, curves in said.items())
+        said.setdefault(law(curve), []).append(f"{exponent(curve)} of {curve.name}")
+    return "; ".join(f"{kind}, a {human.listing(list(dict.fromkeys(curves)))}" for kind, curves in said.items())
