@@ -60,10 +60,16 @@ def knob(
 class Model:
     model: str = knob("auto", "encoder, decoder, another kind, or auto: what the task is made for", shelf="model")
     attention: str = knob(
-        "full", "how positions mix; a+b cycles mechanisms over the layers", shelf="attention", cycle=True
+        "full",
+        "how positions mix; a+b cycles mechanisms over the layers, 5*a+b has five layers of a, then one of b",
+        shelf="attention",
+        cycle=True,
     )
     position: str = knob(
-        "learned", "where a token is; a+b cycles positions over the layers", shelf="position", cycle=True
+        "learned",
+        "where a token is; a+b cycles positions over the layers, as of attention",
+        shelf="position",
+        cycle=True,
     )
     norm: str = knob("pre", "residual placement and normaliser", shelf="norm")
     ffn: str = knob("mlp", "what one position computes", shelf="ffn")
@@ -337,6 +343,8 @@ def typed(key: str, value: Any, where: str = "") -> Any:
     value = spec.coerce(value, kind, where)
     if field.metadata["run"]:
         return None if value is None else named_run.named(value, where)
+    if field.metadata["cycle"]:
+        value = "+".join(spec.cycle(str(value), where, most=MOST_OF_CYCLE))
     least, below = field.metadata["least"], field.metadata["below"]
     number = value if isinstance(value, (int, float)) else None
     if number is not None and least is not None and number < least:
@@ -359,9 +367,7 @@ def canonical(key: str, value: Any, where: str = "") -> Any:
     _, field, _ = LEAVES[key]
     if not field.metadata["shelf"] or (key == "model" and value == "auto"):
         return value
-    parts = spec.split(value, "+") if field.metadata["cycle"] else [value]
-    if len(parts) > MOST_OF_CYCLE:
-        raise UsageError(f"{where}: a cycle of {len(parts):,} choices; at most {MOST_OF_CYCLE}")
+    parts = spec.cycle(value, where, most=MOST_OF_CYCLE) if field.metadata["cycle"] else [value]
     resolved = {part: str(spec.resolve(field.metadata["shelf"], part, where)) for part in dict.fromkeys(parts)}
     return "+".join(map(resolved.__getitem__, parts))
 

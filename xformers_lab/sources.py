@@ -46,7 +46,7 @@ def _named(value: Any) -> Iterator[str]:
     elif isinstance(value, str):
         # A comma sweeps in some files, and is a part of a path in others.
         for text in dict.fromkeys([value, *spec.split(value, ",")]):
-            for part in spec.split(text, "+"):
+            for part in spec.members(text):
                 yield from _chosen(part)
 
 

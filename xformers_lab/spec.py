@@ -90,6 +90,40 @@ def split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
+def cycle(text: str, where: str = "", *, most: int) -> list[str]:
+    """The choices of a cycle in turn: a+b, with how often each comes, 5*a+b, or several together, 2*(a+b)+c; raises
+    UsageError at a count that is none, and at more than `most` choices."""
+    where, choices, total = where or text, [], 0
+    for part in split(text, "+"):
+        count, inside = _counted(part)
+        plain = all(choice and _counted(choice)[0] is None for choice in inside)
+        if count is not None and not (plain and re.fullmatch("0*[1-9][0-9]{0,8}", count)):
+            raise UsageError(
+                f'{where}: "{part}": a choice comes a whole number of times in a cycle, at least once; write '
+                "5*local+full for five local layers and a full one"
+            )
+        times = 1 if count is None else int(count)
+        total += times * len(inside)
+        choices += inside * times if total <= most else []
+    if total > most:
+        raise UsageError(f"{where}: a cycle of {total:,} choices; at most {most}")
+    return choices
+
+
+def members(text: str) -> list[str]:
+    """What stands in a cycle, however often."""
+    return [choice for part in split(text, "+") for choice in _counted(part)[1]]
+
+
+def _counted(part: str) -> tuple[str | None, list[str]]:
+    """A part of a cycle as how often it comes, in its own words, None where nothing is said, and the choices in it."""
+    counted = re.match(r"([^*:=()/]*)\*(.*)", part, re.DOTALL)
+    if counted is None:
+        return None, [part]
+    inside = counted[2].strip()
+    return counted[1].strip(), split(bare(inside), "+") if bare(inside) != inside else [inside]
+
+
 def bare(text: str) -> str:
     """The text without the one pair of brackets that encloses all of it, if there is one: (a) but not (a)|(b)."""
     if not (text.startswith("(") and text.endswith(")")):

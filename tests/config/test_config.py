@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xformers_lab import config as configs
-from xformers_lab import spec
-from xformers_lab.config import Config, edit, identity, sweep
+from xformers_lab import sources, spec
+from xformers_lab.config import Config, edit, get, identity, sweep
 from xformers_lab.errors import UsageError
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Setting
@@ -94,6 +94,39 @@ def test_keys_that_came_later_leave_the_ids_of_runs_from_before():
     rope = configs.decisive(edit(Config(), position="rope:turned=1+rope:turned=0.5"))["position"]
     first, second = rope.split("+")
     assert "turned" not in first and "base" in first and "turned=0.5" in second
+
+
+@pytest.mark.parametrize("counted, written", [
+    ({"attention": "3*local:window=8+full"}, {"attention": "+".join([*["local:window=8"] * 3, "full"])}),
+    ({"attention": "2*(full+linear)+local"}, {"attention": "full+linear+full+linear+local"}),
+    ({"position": "1*rope + 2*none"}, {"position": "rope+none+none"}),
+    ({"attention": "2*bigbird:block=4"}, {"attention": "bigbird:block=4+bigbird:block=4"}),
+])  # fmt: skip
+def test_a_count_in_a_cycle_is_the_cycle_written_out(counted, written):
+    one, other = edit(Config(), **counted), edit(Config(), **written)
+    assert identity(one) == identity(other) and configs.from_dict(configs.to_dict(one)) == one
+    (key,) = counted
+    assert configs.canonical(key, get(one, key)) == configs.canonical(key, get(other, key))
+    assert configs.from_dict(counted) == one
+
+
+@pytest.mark.parametrize("text, message", [
+    ("0*full+local", "at least once"), ("-1*full", "at least once"), ("2.5*full", "a whole number of times"),
+    ("many*full", "a whole number of times"), ("*full", "a whole number of times"), ("3*", "a whole number of times"),
+    ("65*full", "a cycle of 65 choices; at most 64"), ("999999999*(full+local)", "at most 64"),
+    ("9" * 5000 + "*full", "a whole number of times"), ("2*3*full", "a whole number of times"), ("3*ful", "full"),
+])  # fmt: skip
+def test_a_bad_count_is_one_message(text, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        edit(Config(), attention=text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_counted_file_is_a_source(tmp_path):
+    """Code that a count stands before is looked at before it runs, as any other."""
+    mine, other = tmp_path / "mine.py", tmp_path / "other.py"
+    mine.touch(), other.touch()
+    assert list(sources.of({"attention": f"3*{mine}+2*(full+{other})"})) == [str(mine), str(other)]
 
 
 def test_identity_follows_the_source_of_an_outsider(tmp_path):

@@ -43,9 +43,9 @@ GRAMMAR = """\
 Words are key=value; key=a,b,c and key=512..4096:x2 or key=0..4 sweep (compare, bench, plan); @file.toml, @file.yaml,
 @file.json or a Python recipe @file.py with configs = [...] bring many at once, later words win.
 
-Choices read name:option=value:option=value, a+b cycles mechanisms over layers; a name is a file on the shelf, a dotted
-module path, or the path of a .py file of your own. What has , : or + in it stands in brackets, which a shell wants
-quoted: "task=lm:path=(notes,old.txt)"."""
+Choices read name:option=value:option=value, a+b cycles mechanisms over layers, 5*a+b has five of a; a name is a file on
+the shelf, a dotted module path, or the path of a .py file of your own. What has , : or + in it stands in brackets,
+which a shell wants quoted: "task=lm:path=(notes,old.txt)"."""
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:

@@ -300,7 +300,7 @@ def _filter(word: str) -> Callable[[Run], bool]:
 
 def _same_choice(wanted: str, value: Any, where: str) -> bool:
     """Whether a choice has the wanted name, and the very options where the wanted one has any; of a cycle, each."""
-    asked = [spec.parse(part, where) for part in spec.split(wanted, "+")]
+    asked = [spec.parse(part, where) for part in spec.cycle(wanted, where, most=configs.MOST_OF_CYCLE)]
     try:
         parts = [spec.parse(part) for part in spec.split(str(value), "+")]
     except LabError:  # of another version, or edited
