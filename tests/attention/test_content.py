@@ -109,6 +109,42 @@ def test_routing_attends_to_the_best_keys_of_the_nearest_centroid():
     assert_each(mixed(layer, q, k, v), expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_routing_beside_local_heads_of_normalised_queries_and_keys(causal):
+    """The first half of the heads see neighbours, the others a cluster; scores are of vectors of mean 0, variance 1."""
+    q, k, v = arrays(4)
+    layer = build("routing:clusters=3:window=6:local=0.5:normalised=true")
+    centroids = unit(np.asarray(layer.centroids[...]))
+    standard = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    queries, keys = standard(q), standard(k)
+
+    def expected(t, n):
+        if n < N // 2:
+            seen = range(max(0, t - 5), t + 1) if causal else range(max(0, t - 3), min(T, t + 4))
+        elif causal:
+            own = [
+                s
+                for s in range(t + 1)
+                if np.argmax(centroids[n] @ keys[0, s, n]) == np.argmax(centroids[n] @ queries[0, t, n])
+            ]
+            seen = own[-6:]
+        else:
+            seen = np.argsort(-unit(keys[0, :, n]) @ centroids[n, np.argmax(centroids[n] @ queries[0, t, n])])[:6]
+        seen = list(seen)
+        return attend(queries[0, t, n], keys[0, seen, n], v[0, seen, n]) if seen else np.zeros(H)
+
+    assert_each(mixed(layer, q, k, v, causal=causal), expected)
+
+
+def test_local_heads_leave_their_centroids_where_they_are():
+    q, k, v = arrays(5)
+    layer = build("routing:clusters=3:window=6:local=0.5:decay=0.5")
+    before = np.asarray(layer.centroids[...])
+    layer.mix(q, k, v, key=jax.random.key(0))
+    moved = np.abs(np.asarray(layer.centroids[...]) - before).max((1, 2)) > 1e-3
+    np.testing.assert_array_equal(moved, np.arange(N) >= N // 2)
+
+
 def test_training_moves_routing_centroids_to_an_average_of_their_members():
     q, k, v = arrays(5)
     layer = build("routing:clusters=3:window=6:decay=0.75")

@@ -89,6 +89,7 @@ MORE_FORMS = [
     "performer:rows=independent:features=5:chunk=5",
     "poolingformer:pool=max:window=3:reach=12",
     "rfa:gate=learned:features=5:chunk=5",
+    "routing:local=0.5:normalised=true:clusters=4:window=9",
     "rfa:kernel=arccos:features=5:chunk=5",
     "synthesizer:kind=factorised_dense",
     "synthesizer:kind=factorised_random",

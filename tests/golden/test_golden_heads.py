@@ -1,5 +1,7 @@
 """Mechanisms that improve multi-head attention: other implementations' numbers, and what the kit does not ask."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,6 +304,50 @@ def test_agreement_is_one_for_equal_heads_and_falls_for_others(on):
         assert 1 / HEADS / 2 < apart.scalars["agreement"] < 0.75
 
 
+# ---- guided ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_guidance_is_the_distance_from_patterns(causal):
+    """The authors' mean square over pairs, one for each kind of head, of those queries that can see their pattern."""
+    T, (q, k, v) = 16, [draw(2, 16, HEADS, HEAD, seed=seed) for seed in range(3)]
+    layer = build("guided:next=1:previous=1:first=2:weight=0.5")
+    aux = jax.jit(lambda q, k, v: layer.mix(q, k, v, causal=causal)[2])(q, k, v)
+    s = np.einsum("btnh,bsnh->bnts", q, k) / HEAD**0.5
+    s = np.where(np.tri(T, dtype=bool) | (not causal), s, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    eye, total = np.eye(T), 0.0
+    for heads, pattern, queries in (
+        ([0], eye[np.minimum(np.arange(T) + 1, T - 1)], [] if causal else range(T - 1)),
+        ([1], eye[np.maximum(np.arange(T) - 1, 0)], range(1, T)),
+        ([2, 3], np.broadcast_to(eye[0], (T, T)), range(T)),
+    ):
+        queries = list(queries)
+        total += np.square(p[:, heads] - pattern)[:, :, queries].mean() if queries else 0
+    assert_close(aux.scalars["guided"], total)
+    assert_close(aux.losses["guidance"], 0.5 * total)
+
+
+def test_guided_heads_come_to_their_patterns():
+    """Weights that are the patterns have no loss, and heads that are led nowhere have no part in it."""
+    layer, apart = build("guided:next=0:previous=1:first=1"), [draw(1, 16, HEADS, HEAD, seed=seed) for seed in range(3)]
+    still = jnp.zeros_like(apart[0])
+    there = layer.mix(still, still, apart[2], bias=_Pattern(jnp.arange(HEADS, dtype=jnp.float32)))[2].scalars["guided"]
+    assert float(there) < 1e-6 < float(layer.mix(*apart)[2].scalars["guided"])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Pattern:
+    """A bias with which head 0 sees the position before, all others the first."""
+
+    head: jax.Array
+
+    def __call__(self, q_at, k_at):
+        return 1e3 * jnp.where(self.head == 0, k_at == q_at - 1, k_at == 0 * q_at).astype(jnp.float32)
+
+
 def test_wrong_options_are_refused_with_the_reason():
     for choice, words in {
         "softcap:cap=0": "cap must be above 0, got 0",
@@ -314,6 +360,8 @@ def test_wrong_options_are_refused_with_the_reason():
         "differential:lambda_init=1": "lambda_init must be at least 0 and below 1, got 1",
         "disagreement:on=heads": "outputs",
         "disagreement:weight=-1": "weight must be at least 0, got -1",
+        "guided:weight=-1": "weight must be at least 0, got -1",
+        "guided:next=2:first=2:previous=1": "next, previous and first lead 5 heads, and there are 4",
     }.items():
         with pytest.raises(UsageError, match=words.replace(":", ".")):
             build(choice)

@@ -73,6 +73,36 @@ def test_cross_attention_is_its_formula():
     np.testing.assert_allclose(model(tokens)[0][:, 7:], model.predict(x), atol=1e-5)
 
 
+def test_every_layer_of_the_decoder_looks_at_a_mix_of_its_own():
+    """Layer j looks at the sum over i of softmax(w_j)_i h_i, of all layers of the encoder, one by one."""
+    model, tokens = model_of(depth="transparent:mixes=each", layers=3, norm="pre")
+    weights = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    model.encoder.mix[...] = jnp.asarray(weights)
+    layers = lambda stack: [jax.tree.map(lambda leaf, i=i: leaf[i], stack.periods[0]).block for i in range(3)]
+    source, target = tokens[:, :7], tokens[:, 7:]
+    first = lambda position, tokens: model.entering(
+        position.embed(model.embedding(tokens), jnp.arange(tokens.shape[1]))
+    )
+    states = [first(model.source_position, source)]
+    for block in layers(model.encoder):
+        states.append(block(states[-1], {}, Context(model.source_position))[0])
+    shares = np.exp(weights) / np.exp(weights).sum(0)
+    x = first(model.position, target)
+    for j, block in enumerate(layers(model.stack)):
+        mix = sum(share * h for share, h in zip(shares[:, j], states, strict=True))
+        x = block(x, {}, Context(model.position, source=model.source_final.final(mix, LayerContext())))[0]
+    np.testing.assert_allclose(compiled(model)(tokens)[:, 7:], model.predict(x), atol=2e-5)
+    grads = jax.grad(lambda mix: (_with_mix(model, mix)(tokens)[0] ** 2).sum())(model.encoder.mix[...])
+    assert (np.abs(grads) > 0).all()
+
+
+def _with_mix(model, mix):
+    graph, variables = nnx.split(model)
+    again = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+    again.encoder.mix[...] = mix
+    return again
+
+
 def test_padding_of_the_source_changes_nothing():
     model, tokens = model_of()
     valid = jnp.ones(tokens.shape, bool).at[:, 4:7].set(False)
@@ -91,6 +121,7 @@ def test_padding_of_the_source_changes_nothing():
         {"model": "encoder_decoder:cross=mla", "depth": "macaron"},
         {"conv": 3, "qk_norm": "rms", "log_n": 8, "kv_heads": 1, "position": "rope+none"},
         {"norm": "residual_dual", "embed_norm": "layernorm"},
+        {"depth": "transparent:mixes=each"},
         {"ffn": "hash", "layers": 1},  # writes to a variable
     ],
     ids=str,
@@ -216,6 +247,7 @@ def test_a_tied_head_is_the_table_of_embeddings(kind, tmp_path):
         ({"attention": "retnet"}, "serves no encoder"),
         ({"depth": "mixture_of_depths", "position": "rope"}, "no place for cross-attention"),
         ({"depth": "reversible"}, "no place for cross-attention"),
+        ({"model": "decoder", "depth": "transparent:mixes=each"}, "whose decoder looks at an encoder; use mixes=one"),
     ],
     ids=str,
 )

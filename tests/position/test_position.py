@@ -27,6 +27,7 @@ from xformers_lab.train.step import make_train_step
 pytestmark = pytest.mark.full
 
 SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
+SCORED += ["tener"]
 
 
 def build(choice: str, **size):
@@ -257,6 +258,12 @@ def by_definition(layer, position, x, valid, window: int | None, causal: bool):
         R = jnp.einsum("tsc,cnh->tsnh", R, position.projection[...])
         s += jnp.einsum("nh,bsnh->bns", position.u[...], k)[:, :, None]
         s += jnp.einsum("btnh,tsnh->bnts", q + position.v[...][None, None], R)
+    elif name == "Tener":
+        angle = apart[..., None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
+        R = jnp.asarray(np.concatenate([np.sin(angle), np.cos(angle)], -1), jnp.float32)
+        s += jnp.einsum("nh,bsnh->bns", position.u[...], k)[:, :, None]
+        s += jnp.einsum("btnh,tsh->bnts", q + position.v[...][None, None], R)
+        terms = 1 / H  # not scaled
     elif name == "Deberta":
         R, near = position.side, (lambda y: y) if position.buckets is None else _log_bucket(position)
         places = lambda y: np.clip(near(y) + R, 0, 2 * R - 1)
@@ -329,7 +336,7 @@ def test_scores_are_those_of_every_pair(choice, attention, looped):
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("choice", ["shaw", "xl", "deberta:reach=4", "tupe"])
+@pytest.mark.parametrize("choice", ["shaw", "xl", "tener", "deberta:reach=4", "tupe"])
 def test_nothing_of_every_pair_is_built(choice):
     """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
     costs = []
@@ -362,7 +369,7 @@ def test_moved_along_it_is_the_same(choice):
 @pytest.mark.full
 @pytest.mark.parametrize("attention, choice", kinds.every_third([*itertools.product(
     ["local:window=4", "softcap", "poolingformer:window=3:reach=8"],
-    ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv"],
+    ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv", "tener"],
 )]))  # fmt: skip
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
@@ -531,6 +538,7 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("shaw:reach=0", "reach must be at least 1"),
     ("xl:base=1", "base must be above 1"),
     ("xl:channels=3", "channels come as sine and cosine"),
+    ("tener:base=0", "base must be above 1"),
     ("deberta:reach=0", "reach must be at least 1"),
     ("deberta:buckets=7", "buckets must be even"),
     ("deberta:reach=4:buckets=6", "half of them below reach - 1 = 3"),

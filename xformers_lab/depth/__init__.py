@@ -63,7 +63,8 @@ class Depth(nnx.Module):
     batches, as a memory needs. documents_apart: whether it mixes no positions but by its blocks, which are given the
     context's documents, so that those of packed data stay apart; no subclass inherits it, each says so itself, nor
     several_streams: whether nothing but its blocks looks at the states' channels, so that states may be wider than D,
-    several residual streams side by side.
+    several residual streams side by side. views: of an encoder, how many mixes of its layers it gives, (views, B, T, D)
+    in the place of (B, T, D), one for each layer of the decoder that looks at it; 0 where all look at the same.
 
     The states that it is given are of unit size at the start, and so are, within a tenth, those that it gives its first
     layer (see nn/embedding.py)."""
@@ -71,6 +72,7 @@ class Depth(nnx.Module):
     own_layers: ClassVar[bool] = False
     documents_apart: ClassVar[bool] = False
     several_streams: ClassVar[bool] = False
+    views: int = 0
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

@@ -74,13 +74,18 @@ class EncoderDecoder(EncoderInput, Transformer):
         return CrossBlock(size, attention, cross=self.cross, source=self.source, **options)
 
     def encode(self, inputs, *, valid=None, key=None):
-        """Source tokens (B, S) -> their states (B, S, D), aux."""
+        """Source tokens (B, S) -> their states (B, S, D), or (views, B, S, D) where each layer of the decoder looks at
+        its own; aux."""
         keys = (None, None) if key is None else jax.random.split(key)
         position = of_pass(self.source_position, keys[0])
         x = position.embed(self.embedding(inputs), jnp.arange(inputs.shape[1]), valid=valid)
         context = Context(position, valid, tokens=inputs)
         x, aux = self.encoder(self.entering(x, keys[0]), context, key=keys[1])
-        return x if self.source_final is None else self.source_final.final(x, LayerContext(valid, key is not None)), aux
+        if self.source_final is None:
+            return x, aux
+        views, flat = max(1, self.encoder.views), x.reshape(-1, *x.shape[-2:])
+        valid = None if valid is None else jnp.tile(valid, (views, 1))
+        return self.source_final.final(flat, LayerContext(valid, key is not None)).reshape(x.shape), aux
 
     # No packed data: it names no `documents`.
     def __call__(self, inputs, *, valid=None, key=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,7 +107,7 @@ class EncoderDecoder(EncoderInput, Transformer):
     def init_cache(self, B: int, length: int):
         if length <= self.source:
             raise Refused(f"the source takes {self.source} tokens, so there is nothing to decode of {length}")
-        states = jnp.zeros((1, B, self.source, self.size.dim), self.size.dtype)
+        states = jnp.zeros((max(1, self.encoder.views), B, self.source, self.size.dim), self.size.dtype)
         return {**self.unread(B), "states": states, "target": super().init_cache(B, length - self.source)}
 
     # The first token after the source has it encoded.
@@ -121,10 +126,12 @@ class EncoderDecoder(EncoderInput, Transformer):
             def encode():
                 # Of copies, for layers may write to their variables, which is not kept here.
                 own = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
-                return own.encode(cache["read"][0], valid=valid)[0][None].astype(self.size.dtype)
+                encoded = own.encode(cache["read"][0], valid=valid)[0]
+                return encoded.reshape(-1, *encoded.shape[-3:]).astype(self.size.dtype)
 
             states = lax.cond(at == self.source, encode, lambda: cache["states"])
-            logits, target = self.step_beside(cache["target"], tokens, source=states[0], source_real=valid)
+            source = states if self.encoder.views else states[0]
+            logits, target = self.step_beside(cache["target"], tokens, source=source, source_real=valid)
             return logits, cache | {"states": states, "target": target}
 
         logits, cache = lax.cond(at < self.source, reads, writes, cache)
