@@ -183,7 +183,9 @@ def test_others_pay_nothing_and_it_trains(tmp_path):
 
 def test_answers_that_are_no_classes_are_not_drawn(tmp_path):
     (tmp_path / "series.csv").write_text("a,b\n" + "\n".join(f"{i % 7},{i % 5}" for i in range(400)))
-    config = edit(Config(), task=f"series:path={tmp_path}/series.csv:horizon=4", optimizer="sophia", seq_len=16, dim=8, batch=4)
+    config = edit(
+        Config(), task=f"series:path={tmp_path}/series.csv:horizon=4", optimizer="sophia", seq_len=16, dim=8, batch=4
+    )
     with pytest.raises(UsageError, match=r"estimate=gauss_newton draws answers .* use estimate=hutchinson"):
         check_config(config)
     check_config(edit(config, optimizer="sophia:estimate=hutchinson"))
