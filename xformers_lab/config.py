@@ -102,6 +102,20 @@ class Model:
     embed_norm: typing.Literal["none", "layernorm", "rmsnorm"] = knob(
         "none", "normaliser of what the first layer is given, embeddings with their positions", later=True
     )
+    predict: int = knob(
+        1,
+        "how many tokens each position of a decoder predicts in training: the next, and those behind it by heads of "
+        "their own, which share the trunk",
+        least=1,
+        below=65,
+        later=True,
+    )
+    predict_by: typing.Literal["parallel", "sequential"] = knob(
+        "parallel",
+        "what the further heads of predict are on: all on the trunk, or each on the one before it and its token",
+        later=True,
+    )
+    predict_weight: float = knob(1.0, "weight of the loss of each further head of predict", least=0, later=True)
     parametrisation: typing.Literal["standard", "mup"] = knob(
         "standard",
         "how first parameters and rates go with the width; mup: so that one lr serves all widths, see base_dim",
@@ -277,7 +291,10 @@ DERIVED = _fields(Derived)
 PLACE = _fields(Place)
 _WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
 # What recurrent and convolutional models and a bag of tokens have none of.
-AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "log_n", "embed_norm")
+AXES = (
+    *("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "log_n", "embed_norm"),
+    "predict",
+)
 # The leaf that each derived word says.
 IN_PLACE_OF = {"tokens": "batch", "head": "heads"}
 MOST_CELLS = 100_000
@@ -321,6 +338,16 @@ def refuse_schedule(config: Config) -> None:
             f"warmup={train.warmup:g} cooldown={train.cooldown:g}: together more than all steps; give them shares that "
             "add up to at most 1"
         )
+
+
+def refuse_heads(config: Config) -> None:
+    """Raises UsageError where something is said of further heads, and there are none."""
+    if config.model.predict > 1:
+        return
+    for key in ("predict_by", "predict_weight"):
+        if (value := get(config, key)) != LEAVES[key][1].default:
+            words = f"{key}={spec.show(value)}"
+            raise UsageError(f"{words}: with predict=1 there is no further head; say predict=4, or leave it out")
 
 
 def edit(config: Config, **changes: Any) -> Config:

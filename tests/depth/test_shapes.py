@@ -1,5 +1,7 @@
 """Shapes of the stack: each against a slow statement of its paper's formula with the same parameters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from stacks import SMALL, gradients, halves, layer, model_of
 
 from xformers_lab.config import Config, edit
 from xformers_lab.depth import Context
+from xformers_lab.depth.distilling import Halving
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import check_config
+from xformers_lab.nn.size import Size
 
 pytestmark = pytest.mark.full
 
@@ -57,6 +61,9 @@ def assert_equal(actual, expected, error=1e-5):
     ({"depth": "funnel:blocks=1", **ENCODER}, "2 blocks or more"),
     ({"depth": "funnel:decoder=2", **ENCODER}, "each with a layer"),
     ({"depth": "funnel", "attention": "fnet", **ENCODER}, "cannot look from pooled queries"),
+    ({"depth": "distilling"}, "use depth=funnel"),
+    ({"depth": "distilling", "task": "listops", "model": "decoder"}, "use depth=hourglass, or model=encoder"),
+    ({"depth": "distilling", "task": "listops", "model": "encoder", "layers": 5, "seq_len": 16}, "must be above 16"),
     ({"depth": "funnel", "memory": "xl", "task": "lm", "position": "rope"}, "on a part"),
     ({"depth": "feedback", "model": "encoder", "task": "listops"}, "an encoder sees both sides"),
     ({"depth": "feedback", "model": "encoder_decoder"}, "an encoder sees both sides"),
@@ -354,3 +361,53 @@ def test_funnel_costs_less_than_its_layers():
         call = lambda variables, x, graph=graph, context=context: nnx.merge(graph, variables)(x, context)[0]
         flops.append(count_flops(call, variables, jnp.zeros((1, 64, 16))))
     assert 0.5 < flops[0] / flops[1] < 0.72
+
+
+# ---- distilling ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [12, 13])
+def test_halving_is_its_equation(length):
+    """Convolution and pool written out, beside those of XLA; padding in the middle and at the end counts nowhere."""
+    halving, random = Halving(Size(length, 6, 1), rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    x, valid = random.normal(size=(2, length, 6)), random.random((2, length)) < 0.7
+    valid[1, -5:] = False
+    kernel, bias = np.asarray(halving.conv.kernel[...]), random.normal(size=6)
+    halving.conv.bias[...] = jnp.asarray(bias, jnp.float32)
+    found, there = halving(jnp.asarray(np.where(valid[..., None], x, 1e3), jnp.float32), jnp.asarray(valid))
+    padded = np.pad(x * valid[..., None], ((0, 0), (1, 1), (0, 0)))
+    conv = np.concatenate([padded[:, at : at + length] for at in range(3)], -1) @ kernel + bias
+    elu = np.where(conv > 0, conv, np.expm1(np.minimum(conv, 0)))
+    for b, i in np.ndindex(2, -(-length // 2)):
+        window = [t for t in (2 * i - 1, 2 * i, 2 * i + 1) if 0 <= t < length and valid[b, t]]
+        expected = elu[b, window].max(0) if window else np.zeros(6)
+        np.testing.assert_allclose(found[b, i], expected, atol=1e-5)
+        assert there[b, i] == valid[b, 2 * i : 2 * i + 2].any()
+    whole, none = halving(jnp.asarray(x, jnp.float32), None)
+    taps = kernel.reshape(3, 6, 6)
+    conv = jax.lax.conv_general_dilated(
+        jnp.asarray(x, jnp.float32), taps, (1,), "SAME", dimension_numbers=("NTC", "TIO", "NTC")
+    )
+    pooled = nnx.max_pool(jax.nn.elu(conv + bias), (3,), (2,), ((1, 1),))
+    np.testing.assert_allclose(whole, pooled[:, : whole.shape[1]], atol=1e-5)
+    assert none is None
+
+
+@pytest.mark.full
+def test_distilling_halves_what_each_layer_reads():
+    words = {"model": "encoder", "task": "listops", "seq_len": 24, "layers": 4, "position": "none"}
+    model, tokens = model_of("distilling", **words)
+    x, read = model.entering(model.embedding(tokens)), []
+    context = Context(model.position, jnp.ones(tokens.shape, bool), model.predict, tokens=tokens)
+    state, here = x, context
+    for number, part in enumerate(model.stack.layers):
+        read.append(state.shape[1])
+        state, _ = part(state, here)
+        if number < 3:
+            state, valid = model.stack.between[number](state, here.valid)
+            here = dataclasses.replace(here, valid=valid, tokens=None)
+    assert read == [24, 12, 6, 3]
+    out, aux = model.stack(x, context)
+    np.testing.assert_allclose(out, jnp.repeat(state, 8, 1), atol=1e-5)
+    np.testing.assert_allclose(aux.scalars["computation"], 1 + 1 / 2 + 1 / 4 + 1 / 8)

@@ -422,15 +422,52 @@ def test_powernorm_does_not_see_padding():
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.full
+def test_batchnorm_is_its_equations():
+    """Five training passes in numpy, with padding, and the gradient that flows through the batch's statistics; flax's
+    layer gives the same of what is not padded. A batch of padding alone moves nothing."""
+    norm, random = drawn_norm("batchnorm:decay=0.7"), np.random.default_rng(0)
+    g, b = (np.asarray(param[...], np.float64) for param in (norm.scale, norm.bias))
+    mean, variance = np.zeros(6), np.ones(6)
+    for number in range(5):
+        x, dy = random.normal(2, 3, (2, 4, 7, 6))
+        valid = random.random((4, 7)) < 0.7 if number else np.ones((4, 7), bool)
+        dy[~valid] = 0
+        y, dx, of_params = training_pass(norm, single(np.where(valid[..., None], x, 1e4)), single(dy), valid)
+        rows = x[valid]
+        m, v = rows.mean(0), rows.var(0)
+        z, dz = (rows - m) / np.sqrt(v + 1e-5), dy[valid] * g
+        np.testing.assert_allclose(y[valid], g * z + b, atol=1e-4)
+        expected = (dz - dz.mean(0) - z * (dz * z).mean(0)) / np.sqrt(v + 1e-5)
+        np.testing.assert_allclose(dx[valid], expected, atol=1e-4)
+        assert not dx[~valid].any()
+        np.testing.assert_allclose(of_params["scale"], (dy[valid] * z).sum(0), rtol=1e-3, atol=1e-4)
+        rate = max(0.3, 1 / (number + 1))
+        mean, variance = mean + rate * (m - mean), variance + rate * (v - variance)
+        np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+        np.testing.assert_allclose(norm.variance[...], variance, rtol=1e-5)
+        if valid.all():
+            peer = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+            peer.scale[...], peer.bias[...] = norm.scale[...], norm.bias[...]
+            np.testing.assert_allclose(y, peer(single(x), use_running_average=False), atol=1e-4)
+    y = norm(single(x), LayerContext(None, train=False))
+    np.testing.assert_allclose(y, g * (x - mean) / np.sqrt(variance + 1e-5) + b, atol=1e-4)
+    before = state_of(norm)
+    training_pass(norm, single(x), single(0 * x), np.zeros((4, 7), bool))
+    jax.tree.map(np.testing.assert_array_equal, state_of(norm), before)
+
+
 PLACED = ["pre", "post", "sandwich", "normformer", "deepnorm"]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("placed", PLACED)
-def test_powernorm_in_every_placement(placed):
+@pytest.mark.parametrize(
+    "placed, normaliser", [*((placed, "powernorm") for placed in PLACED), ("sandwich", "batchnorm")]
+)
+def test_running_statistics_in_every_placement(placed, normaliser):
     """Every normaliser moves in training, by valid rows alone, and else none; decoding is the whole pass."""
     words = {"task": "copy", "seq_len": 9, "dim": 8, "heads": 2, "layers": 1, "batch": 3, "warmup": 0}
-    config = edit(Config(), norm=f"{placed}:normaliser=powernorm", position="none", **words)
+    config = edit(Config(), norm=f"{placed}:normaliser={normaliser}", position="none", **words)
     task = check_config(config)
     tx, graph = optimizer.of(config, task), structure(config, task)
     step, ends = jax.jit(make_train_step(config, task, graph, tx)), []

@@ -147,6 +147,8 @@ def test_the_stable_part_goes_on_and_the_cooldown_does_not():
     ({"optimizer": "schedule_free"}, "takes the place of a rate that falls, as schedule=cosine .* schedule=constant"),
     ({"optimizer": "schedule_free:b1=0", "schedule": "constant"}, "b1 must be above 0"),
     ({"optimizer": "schedule_free", "schedule": "constant", "ema": 0.9}, "ema=0.9: .* scores an average of its own"),
+    ({"optimizer": "sophia:every=0"}, "every must be above 0"),
+    ({"optimizer": "sophia:gamma=-1"}, "gamma must be above 0"),
     ({"schedule": "wsd", "warmup": 0.9}, "warmup=0.9 cooldown=0.2: together more than all steps"),
     ({"cooldown": 0.3}, "cooldown=0.3: schedule=cosine has none; say schedule=wsd"),
 ])  # fmt: skip
@@ -282,7 +284,7 @@ def test_it_is_optax_s_own(choice, rule):
 # ---- the kit ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lion", "lamb"])
+@pytest.mark.parametrize("name", ["lion", "lamb", "sophia"])
 def test_a_choice_passes_its_kit_in_brief(name):
     report = kit.examine(properties.subject(name), [properties.decays_alone, properties.layers_apart])
     assert report.passed, report.failed
@@ -327,7 +329,7 @@ def test_roles_of_models(changes, hidden):
 
 
 def test_state_lies_as_its_parameters_do():
-    for choice, kept in (("muon", 1), ("lion", 1), ("adafactor", 1), ("schedule_free", 2)):
+    for choice, kept in (("muon", 1), ("lion", 1), ("adafactor", 1), ("schedule_free", 2), ("sophia", 2)):
         changes = {"layout": "fsdp:4+tensor:2", "optimizer": choice, "schedule": "constant"}
         config = edit(Config(), **(SMALL | changes))
         task = build_task(config)
@@ -349,7 +351,7 @@ RUN = {"schedule": "constant", "warmup": 0, "dropout": 0.1, "eval_batches": 1}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("choice", ["muon", "schedule_free"])
+@pytest.mark.parametrize("choice", ["muon", "schedule_free", "sophia:every=2"])
 def test_resumed_it_ends_in_the_same_bits(choice, task, tmp_path):
     config = tiny(task, tmp_path / "short", **RUN, optimizer=choice, steps=2)
     loop.run(config)
@@ -461,10 +463,11 @@ print(json.dumps(results))
 @pytest.mark.full
 def test_layouts_compute_what_one_device_does(tmp_path, monkeypatch):
     """Matrices that are shared out are orthogonalised whole; what lies shared out of the state."""
-    choices = ["muon", "adafactor:factored=8", "lion:b1=0.5"]
+    choices = ["muon", "adafactor:factored=8", "lion:b1=0.5", "sophia:every=1"]
     results = on_eight(LAYOUTS, [choices, ["fsdp", "data:2+fsdp:2+tensor:2"]], tmp_path, monkeypatch)
-    # Lion takes signs: a number whose gradient is rounding moves by the whole rate one way or the other.
+    # Lion takes signs, and so does Sophia where there is no curvature: a number whose gradient is rounding moves by the
+    # whole rate one way or the other.
     for name, (far, share) in results.items():
-        assert far < (2.5e-2 if name.startswith("lion") else 1e-4), (name, json.dumps(results))
+        assert far < (2.5e-2 if name.startswith(("lion", "sophia")) else 1e-4), (name, json.dumps(results))
         if not name.startswith("adafactor"):
             assert share < (0.2 if name.endswith(" fsdp") else 0.35), (name, results)

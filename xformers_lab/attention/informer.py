@@ -24,7 +24,9 @@ class Informer(OneHead):
     Deviations from the paper: one sample of keys serves all queries of a head, as in algorithm 1 (the authors' code
     draws one for each query, and divides the sum of its scores by the number of all keys); it takes one key of every
     equal share of those that are no padding. It is drawn anew in every training step, and is fixed by seed in
-    evaluation. Padded queries are chosen last.
+    evaluation. Padded queries are chosen last. The masked form of the authors' code, whose other queries get the sum of
+    the values up to themselves, is refused: a query is measured by keys behind it, and whether it is among the u chosen
+    hangs on all later queries, so that its answer would say something of them.
 
     Options:
         factor: c, sampled keys and chosen queries per logarithm of the length

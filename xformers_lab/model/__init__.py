@@ -10,7 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from xformers_lab import spec
-from xformers_lab.config import LEAVES, MOST_LAYERS, Config, get, refuse_schedule, refuse_selection, seed_of
+from xformers_lab.config import (
+    LEAVES,
+    MOST_LAYERS,
+    Config,
+    get,
+    refuse_heads,
+    refuse_schedule,
+    refuse_selection,
+    seed_of,
+)
 from xformers_lab.errors import BrokenChoice, Refused, UsageError, contained, in_words, outside
 from xformers_lab.memory import Remembered
 from xformers_lab.model import _memory, _widths
@@ -167,6 +176,7 @@ def check_config(config: Config) -> Task:
         raise UsageError(f"batch={config.train.batch} is not divisible by accumulate={config.train.accumulate}")
     refuse_selection(config)
     refuse_schedule(config)
+    refuse_heads(config)
     _widths.refuse(config)
     size_of(config)
     _memory.refuse_activations(config)
@@ -175,7 +185,7 @@ def check_config(config: Config) -> Task:
         _refuse_shaping(config, task)
         logits, remembered, parameters = _traced(config, task)
         _memory.refuse_activations(config, logits.size)
-        _memory.refuse_parameters(config, parameters)
+        _memory.refuse_parameters(config, task, parameters)
         # A memory reads each split in rows of its own, for which one may be too short.
         for split in SPLITS if jax.tree.leaves(remembered) else ():
             if split != "test" or config.train.score == "test":

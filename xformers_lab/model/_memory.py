@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from xformers_lab import hardware, optimizer, spec
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused, UsageError
 from xformers_lab.nn.platform import elsewhere
+from xformers_lab.tasks import Task
 
 
 def refuse_activations(config: Config, outputs: int = 0) -> None:
@@ -25,15 +27,18 @@ def refuse_activations(config: Config, outputs: int = 0) -> None:
     _refuse(f"{words}: the activations of a step", needed, len(jax.devices()), mend)
 
 
-def refuse_parameters(config: Config, variables: nnx.State) -> None:
+def refuse_parameters(config: Config, task: Task, variables: nnx.State) -> None:
     """Raises UsageError where parameters, given as shapes, with their gradients and all that training keeps of them
     fit into no memory here, or where the optimizer refuses its options or stands beside what it excludes."""
     train, params = config.train, nnx.to_pure_dict(variables)
-    given = optimizer.Given(lambda count: jnp.ones(()), jnp.ones(()), optimizer.roles(variables), train.schedule)
+    told = {"schedule": train.schedule, "cross_entropy": type(task).loss is Task.loss}
+    given = optimizer.Given(lambda count: jnp.ones(()), jnp.ones(()), optimizer.roles(variables), **told)
     rule = optimizer.build(train.optimizer, given)
     kept = jax.eval_shape(rule.init, params)
     if spec.digest("optimizer", train.optimizer) is not None:
-        updates, _ = jax.eval_shape(rule.update, params, kept, params)
+        update = optax.with_extra_args_support(rule).update
+        step = lambda params, kept: update(params, kept, params, curvature=lambda estimate: params)
+        updates, _ = jax.eval_shape(step, params, kept)
         shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
         if shapes(updates) != shapes(params):
             raise Refused(f"optimizer={train.optimizer}: its updates are not shaped like the parameters")

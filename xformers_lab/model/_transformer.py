@@ -11,11 +11,12 @@ from flax import nnx
 from xformers_lab import memory, spec
 from xformers_lab.config import Config
 from xformers_lab.config import Model as Axes
-from xformers_lab.depth import Context
+from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.errors import Refused
-from xformers_lab.model import Model
+from xformers_lab.model import Model, _ahead
 from xformers_lab.model._block import Block, check_norm, drop
 from xformers_lab.nn import on_mesh
+from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
@@ -88,6 +89,8 @@ class Transformer(Model):
         if self.final is not None and self.final.streams > 1:
             self._check_streams(choice, self.final.streams)
         self.head = None if tied else Linear(size.dim, task.outputs, dtype=size.dtype, rngs=rngs)
+        self.further = self._further(choice, task, make_block, rngs) if choice.predict > 1 else None
+        self.further_weight = choice.predict_weight
 
     def _check_streams(self, choice: Axes, count: int) -> None:
         """Raises Refused where states that are several residual streams would meet what knows one alone."""
@@ -96,6 +99,11 @@ class Transformer(Model):
             raise Refused(f"{several}, and depth={choice.depth} looks at states as if they were one: use depth=fixed")
         if choice.memory != "none":
             raise Refused(f"{several}, and memory={choice.memory} remembers one: use memory=none")
+
+    def _further(self, choice: Axes, task: Task, make_block: MakeBlock, rngs: nnx.Rngs) -> _ahead.Further:
+        """Heads for the tokens behind the next one."""
+        _ahead.refuse(choice, task, causal=self.causal, streams=1 if self.final is None else self.final.streams)
+        return _ahead.Further(self.size, choice.predict - 1, choice.predict_by, make_block=make_block, rngs=rngs)
 
     def entering(self, x, key=None):
         """Embeddings with their positions, (..., D), as the first layer is given them: normalised where that is asked
@@ -126,6 +134,9 @@ class Transformer(Model):
         marked = marked if type(self.stack).documents_apart else None
         context = Context(position, valid, self.predict, tokens=tokens, documents=documents, marked=marked)
         x, aux = self.stack(x, context, key=stack_key)
+        if self.further is not None and key is not None:
+            states, more = self.further(x, self.embedding(inputs), context, key=jax.random.fold_in(key, 2))
+            aux = aux + Aux(losses=more.losses, ahead={"ahead": (self.further_weight, states)})
         return self.predict(x, valid=valid, train=key is not None), aux
 
     def _check_documents(self) -> None:

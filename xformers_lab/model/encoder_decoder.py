@@ -47,6 +47,8 @@ class EncoderDecoder(EncoderInput, Transformer):
             raise Refused("this task has no source and target apart: use model=decoder, or a task like mqar")
         if config.model.memory != "none":
             raise Refused(f"memory={config.model.memory} is for one text that goes on: use model=decoder")
+        if config.model.predict > 1:
+            raise Refused(f"predict={config.model.predict} is for one text of source and target: use model=decoder")
         mechanism = spec.entry("attention", spec.parse(cross).name, f"cross={cross}")
         if reason := mechanism.refuses.get("cross") or mechanism.refuses.get("bidirectional"):
             raise Refused(f"cross={cross} cannot look at a source: {reason}; use cross=full")

@@ -20,6 +20,9 @@ class Aux:
         losses: scalars that training adds to its loss, each already weighted; metrics call them "loss/<name>".
         predictions: (weight, logits), further predictions of the task's targets, whose loss training adds with
             that weight; metrics call these losses "loss/<name>", too.
+        ahead: (weight, states (heads, B, T, D)), states of which the model predicts the targets of later positions:
+            those of the first head the target 1 place behind, and so on; training adds their losses with that weight,
+            and metrics call them "loss/<name>2", "loss/<name>3", by the token they are of.
         tokens: figures of each token, (B, T) float32, NaN where one is padding. Evaluation gives their means by
             position; training leaves them out.
         scalars: scalars to look at, which train nothing. "computation" is what a token cost, see depth/.
@@ -27,6 +30,7 @@ class Aux:
 
     losses: Named = dataclasses.field(default_factory=dict)
     predictions: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    ahead: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     tokens: Named = dataclasses.field(default_factory=dict)
     scalars: Named = dataclasses.field(default_factory=dict)
 
@@ -38,12 +42,13 @@ class Aux:
         """
         if not isinstance(other, Aux):
             return NotImplemented
-        if twice := self.predictions.keys() & other.predictions.keys():
+        if twice := (self.predictions.keys() & other.predictions.keys()) | (self.ahead.keys() & other.ahead.keys()):
             raise ValueError(f"two parts of a model have predictions of one name: {', '.join(sorted(twice))}")
         of_token = lambda part, name: part.tokens.get(name, part.scalars.get(name, 0.0))
         return Aux(
             _summed(self.losses, other.losses),
             self.predictions | other.predictions,
+            self.ahead | other.ahead,
             {name: of_token(self, name) + of_token(other, name) for name in self.tokens | other.tokens},
             _summed(self.scalars, other.scalars),
         )
@@ -54,7 +59,7 @@ class Aux:
         return self._with(other, lambda a, b: a | b)
 
     def __bool__(self) -> bool:
-        return any((self.losses, self.predictions, self.tokens, self.scalars))
+        return any((self.losses, self.predictions, self.ahead, self.tokens, self.scalars))
 
     def among(self, other: "Aux") -> "Aux":
         """The values whose names `other` has."""

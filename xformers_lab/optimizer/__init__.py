@@ -9,13 +9,20 @@ one; options are numbers in it. Decay is decoupled (Loshchilov and Hutter, 2019,
 
 Parameters of layers are stacked, (L, ...): what looks at a whole matrix or vector, a norm say, has to do so layer by
 layer, see `by_layer`. The state is arrays alone. What has a parameter's path in it and its shape lies on devices as the
-parameter does, and all else is whole on each. Where other parameters than those that gradients are taken at are to be
+parameter does, and all else is whole on each.
+
+An `update` that names `curvature` in its signature, as one of `optax.GradientTransformationExtraArgs` may, is given a
+function that estimates the diagonal of the Hessian of the mean training loss on the step's whole batch, shaped like the
+parameters: `curvature("hutchinson")` or `curvature("gauss_newton")`. It costs nothing until it is called, and where it
+is called in a `jax.lax.cond`, nothing in other steps.
+
+Where other parameters than those that gradients are taken at are to be
 scored, a part of the state has a method `scored(params)` that gives them.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import optax
@@ -28,6 +35,9 @@ from xformers_lab.nn.parameters import decays, layer_axes, rate
 # Modules whose matrices are no hidden layer's: what makes vectors of the inputs, and answers of the last states.
 OUTER = ("embedding", "head")
 Rule = TypeVar("Rule", bound=Callable)
+Estimate = Literal["gauss_newton", "hutchinson"]
+Curvature = Callable[[Estimate], Any]
+"""curvature(estimate) -> the diagonal of the Hessian of the mean loss, estimated, a pytree like the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +56,14 @@ class Roles:
 @dataclasses.dataclass(frozen=True)
 class Given:
     """What the lab gives an optimizer. rate: the learning rate of step n = 0, 1, ..., as optax takes it; weight_decay:
-    (); roles: those of the parameters; schedule: what the rate does after the warm-up, by its name."""
+    (); roles: those of the parameters; schedule: what the rate does after the warm-up, by its name; cross_entropy:
+    whether the loss is one, of answers that may be drawn from probabilities."""
 
     rate: optax.Schedule
     weight_decay: jax.Array
     roles: Roles
     schedule: str = "constant"
+    cross_entropy: bool = True
 
     @property
     def decay(self) -> Any:

@@ -22,7 +22,7 @@ def build(train: Train, given: optimizer.Roles) -> optax.GradientTransformationE
     """The optimizer that a config names, behind clipping by the global norm (Pascanu et al., 2013, arXiv 1211.5063).
 
     `update(updates, state, params, rates=...)` takes what scales an update as arrays, so that it is no part of the
-    compiled program; without them it is the config's.
+    compiled program; without them it is the config's. What else it is given by name goes to the optimizer.
 
     Args:
         given: the roles of the parameters, as `roles` has them.
@@ -33,8 +33,9 @@ def build(train: Train, given: optimizer.Roles) -> optax.GradientTransformationE
         told = optimizer.Given(rate, rates.weight_decay, given, train.schedule)
         return optax.chain(optax.clip_by_global_norm(clip), optimizer.build(train.optimizer, told))
 
-    def update(updates: Any, state: Any, params: Any = None, *, rates: Rates | None = None, **_: Any) -> tuple:
-        return rule(rates_of(train) if rates is None else rates).update(updates, state, params)
+    def update(updates: Any, state: Any, params: Any = None, *, rates: Rates | None = None, **more: Any) -> tuple:
+        own = optax.with_extra_args_support(rule(rates_of(train) if rates is None else rates))
+        return own.update(updates, state, params, **more)
 
     return optax.GradientTransformationExtraArgs(lambda params: rule(rates_of(train)).init(params), update)
 

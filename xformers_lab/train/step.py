@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation: pure functions of arrays that `jax.jit` over a mesh and `jax.pmap` run."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from xformers_lab.errors import UsageError
 from xformers_lab.model import Model
 from xformers_lab.nn import backward
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.later import later
 from xformers_lab.tasks import Batch, Task
 from xformers_lab.train import shaping
+from xformers_lab.train.curvature import Estimator, OfPart
 from xformers_lab.train.state import TrainState, begun, merge, split
 
 # What a line of metrics.jsonl says of every step.
@@ -48,6 +51,9 @@ def make_objective(
         loss, weight = task.loss(logits, batch)
         sums = jax.tree.map(lambda value: value * weight, Aux(losses=aux.losses, scalars=aux.scalars))
         predicted = {name: share * task.loss(more, batch)[0] for name, (share, more) in aux.predictions.items()}
+        for name, (share, states) in aux.ahead.items():
+            losses = loss_ahead(task, model, states, batch)
+            predicted |= {f"{name}{place}": share * each for place, each in enumerate(losses, 2)}
         sums |= Aux(losses=predicted)
         total = loss + sum(sums.losses.values())
         total = total if shape is None else total + shape(logits, batch)
@@ -59,6 +65,31 @@ def make_objective(
         return seeded, (split(model)[2:], {"loss": loss, "weight": weight} | totals | reported)
 
     return objective
+
+
+def loss_ahead(task: Task, model: Model, states: jax.Array, batch: Batch) -> jax.Array:
+    """(heads,) the sums over the batch of the losses of heads, of whose states (heads, B, T, D) the model predicts the
+    target 1, 2, ... places behind each position. Where none is there, or it is another document's, none is asked for.
+
+    One head after the other, and each anew in the backward pass, so that the logits of one alone are in memory
+    (Gloeckle et al., 2024, arXiv 2404.19737, section 2).
+    """
+    targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
+    asked = [(later(targets, places), later(weights, places)) for places in range(1, len(states) + 1)]
+    if batch.documents is not None:
+        # From 1 on: what stands behind the end is of none.
+        documents = jnp.asarray(batch.documents) + 1
+        own = [later(documents, places) == documents for places in range(1, len(states) + 1)]
+        asked = [(targets, weights * same) for (targets, weights), same in zip(asked, own, strict=True)]
+
+    predict = cast(Any, model).predict
+
+    def one(_, head):
+        states, (targets, weights) = head
+        return None, task.loss(predict(states), dataclasses.replace(batch, targets=targets, weights=weights))[0]
+
+    stacked = jax.tree.map(lambda *heads: jnp.stack(heads), *asked)
+    return jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, (states, stacked))[1]
 
 
 def make_train_step(
@@ -86,6 +117,23 @@ def make_train_step(
         nnx.update(model, statistics)
         return *split(model)[2:], (grads, sums)
 
+    def training_loss(params, extra, memory, batch: Batch, key):
+        return objective(params, backward.values(merge(graph, params, extra, memory)), extra, memory, batch, key)[0]
+
+    def answer(params, extra, memory, batch: Batch, key):
+        return run(merge(graph, params, extra, memory), batch, key)[0]
+
+    def curvature_of(state: TrainState, before: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> Estimator:
+        """What an update rule may ask for; a pass of its own, of which no other trace is left."""
+
+        def over_batch(of_part: OfPart) -> Any:
+            part = lambda extra, *of_batch: (extra, of_batch[0], of_part(extra, *of_batch))
+            sums = in_parts(part, state.extra, before, batch, key, config.train.accumulate)[2]
+            return sums if axis is None else jax.lax.psum(sums, axis)
+
+        drawn = stream(state.seed, state.step, "curvature")
+        return Estimator(task, training_loss, answer, over_batch, state.params, weight, drawn)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = stream(state.seed, state.step, "dropout")
         if axis is not None:
@@ -99,7 +147,8 @@ def make_train_step(
         weight = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
         grads, metrics = jax.tree.map(lambda total: total / weight, (grads, sums))
         norm = optax.tree.norm(grads)
-        updates, opt = update(grads, state.opt, state.params, rates=state.rates)
+        curved = curvature_of(state, before, batch, key, weight)
+        updates, opt = update(grads, state.opt, state.params, rates=state.rates, curvature=curved)
         params = optax.apply_updates(state.params, updates)
         rate, applied = None if state.rates is None else state.rates.ema, state.step + 1 - state.skipped
         average = optimizer.scored(opt, params)

@@ -14,7 +14,7 @@ import optax
 from xformers_lab import optimizer, spec
 from xformers_lab.check import inside
 from xformers_lab.check.subject import Broken, compare
-from xformers_lab.optimizer import Given, Roles
+from xformers_lab.optimizer import Curvature, Given, Roles
 from xformers_lab.train import checkpoint
 
 LAYERS = 3
@@ -59,7 +59,9 @@ class Tuned:
         """Parameters and state after steps with such gradients."""
         state = rule.init(params)
         for gradient in gradients:
-            updates, state = rule.update(gradient, state, params)
+            # Any diagonal of a Hessian, number by number, so that layers apart have the same.
+            diagonal = lambda estimate, gradient=gradient: jax.tree.map(lambda leaf: 1 + jnp.sin(leaf), gradient)
+            updates, state = updated(rule, gradient, state, params, diagonal)
             params = optax.apply_updates(params, updates)
         return params, state
 
@@ -71,6 +73,13 @@ class Tuned:
         )
 
 
+def updated(
+    rule: optax.GradientTransformation, gradient: Any, state: Any, params: Any, curvature: Curvature
+) -> tuple[Any, Any]:
+    """What a rule adds to the parameters, and its new state."""
+    return optax.with_extra_args_support(rule).update(gradient, state, params, curvature=curvature)
+
+
 def subject(choice: str) -> Tuned:
     return Tuned(choice)
 
@@ -79,11 +88,12 @@ def descends(subject: Tuned) -> None:
     """Twenty steps at a small rate lower a quadratic, in what is scored as in the parameters themselves."""
     aim = jax.tree.map(lambda leaf: leaf + 1, subject.params)
     value = lambda params: optax.tree.norm(optax.tree.sub(params, aim), squared=True)
+    twos = lambda estimate: jax.tree.map(lambda leaf: jnp.full_like(leaf, 2), aim)
     rule = subject.rule(decay=0.0)
 
     def step(carry: tuple, _: Any) -> tuple:
         params, state = carry
-        updates, state = rule.update(jax.grad(value)(params), state, params)
+        updates, state = updated(rule, jax.grad(value)(params), state, params, twos)
         return (optax.apply_updates(params, updates), state), None
 
     run = jax.jit(lambda params: jax.lax.scan(step, (params, rule.init(params)), length=20)[0])
