@@ -99,6 +99,11 @@ class Model:
         least=2,
         later=True,
     )
+    value_residual: typing.Literal["none", "half", "learned", "only"] = knob(
+        "none",
+        "values of the first layer in those above: half of each, learned shares of both, or only those of the first",
+        later=True,
+    )
     embed_norm: typing.Literal["none", "layernorm", "rmsnorm"] = knob(
         "none", "normaliser of what the first layer is given, embeddings with their positions", later=True
     )
@@ -291,10 +296,8 @@ DERIVED = _fields(Derived)
 PLACE = _fields(Place)
 _WORDS = LEAVES | STUDY | DERIVED | PLACE  # whatever may stand in front of =
 # What recurrent and convolutional models and a bag of tokens have none of.
-AXES = (
-    *("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads", "conv", "qk_norm", "log_n", "embed_norm"),
-    "predict",
-)
+AXES = ("attention", "position", "norm", "ffn", "depth", "memory", "kv_heads")
+AXES += ("conv", "qk_norm", "log_n", "value_residual", "embed_norm", "predict")
 # The leaf that each derived word says.
 IN_PLACE_OF = {"tokens": "batch", "head": "heads"}
 MOST_CELLS = 100_000

@@ -10,6 +10,7 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.attention import why_not_decode
+from xformers_lab.attention._base.call import watched
 from xformers_lab.attention._base.prepared import HeadNorm
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
@@ -45,7 +46,7 @@ def chosen(names):
 def learned(model):
     """The model with weights of its convolutions and norms as if training had moved them, each by its own number."""
     for at, (path, variable) in enumerate(nnx.iter_graph(model)):
-        if isinstance(variable, nnx.Param) and ("convs" in path or "head_norm" in path):
+        if isinstance(variable, nnx.Param) and {"convs", "head_norm", "first_values"} & set(path):
             drawn = jax.random.normal(jax.random.key(at), variable.shape)
             variable[...] = variable[...] + 0.3 * drawn
     return model
@@ -189,6 +190,47 @@ def test_scores_scaled_by_lengths_decode_alike(attention, changes):
     agree(model, tokens)
 
 
+def values_of_layers(attention: str, **changes):
+    """What each layer's heads add up, and what it projects of its own input, in the order of the layers."""
+    model, tokens = model_of(attention, layers=4, **changes)
+    learned(model)
+    found = []
+    with watched(lambda layer, call: found.append((call.v, layer.heads_of(layer.value(call.x))))):
+        model(tokens)
+    return model, found
+
+
+@pytest.mark.parametrize("attention", ["full", "full+linear", "realformer"])
+@pytest.mark.parametrize("kind", ["half", "learned", "only"])
+def test_values_are_mixed_with_those_of_the_first_layer(attention, kind):
+    """Also across mechanisms of a cycle, and beside what a mechanism carries itself."""
+    model, found = values_of_layers(attention, value_residual=kind)
+    shares = {"half": np.full((4, 2), 0.5), "only": np.tile([1.0, 0.0], (4, 1))}.get(kind)
+    if kind == "learned":
+        by_place = [np.asarray(x[...]) for path, x in nnx.iter_graph(model) if path[-1:] == ("shares",)]
+        shares = np.stack(by_place, 1).reshape(-1, 2)  # layer by layer, places of the cycle in turn
+    first = found[0][1]
+    np.testing.assert_array_equal(found[0][0], first)
+    for (mixed, own), (of_first, of_own) in zip(found[1:], shares[1:], strict=True):
+        np.testing.assert_allclose(mixed, of_first * first + of_own * own, atol=1e-5)
+        assert np.abs(own - first).max() > 1e-2
+
+
+@pytest.mark.parametrize("attention, changes", [
+    ("full", {"value_residual": "learned"}),
+    pytest.param("full+linear", {"value_residual": "half", "conv": 3, "layers": 5}, marks=pytest.mark.full),
+    pytest.param("realformer", {"value_residual": "only"}, marks=pytest.mark.full),
+    pytest.param("mamba2", {"value_residual": "learned", "position": "none"}, marks=pytest.mark.full),
+    pytest.param("full", {"value_residual": "half", "position": "deberta"}, marks=pytest.mark.full),
+    pytest.param("full", {"value_residual": "half", "depth": "conditional"}, marks=pytest.mark.full),
+    pytest.param("full", {"value_residual": "half", "depth": "universal"}, marks=pytest.mark.full),
+    pytest.param("full", {"value_residual": "half", "depth": "hourglass", "layers": 4}, marks=pytest.mark.full),
+], ids=str)  # fmt: skip
+def test_values_of_the_first_layer_decode_alike(attention, changes):
+    model, tokens = model_of(attention, **({"layers": 3} | changes))
+    agree(learned(model), tokens)
+
+
 def test_scores_do_not_grow_with_projections():
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
 
@@ -219,6 +261,11 @@ def test_nothing_else_is_drawn_otherwise():
     ({"task": "listops", "conv": 4}, "conv=4: where both sides are seen it is an odd number: use conv=5"),
     ({"depth": "feedback", "conv": 4}, "conv= convolves a layer's own keys and values"),
     ({"model": "lstm", "conv": 4}, "lstm has no conv: leave out conv=4"),
+    ({"model": "lstm", "value_residual": "half"}, "lstm has no value_residual"),
+    ({"attention": "mla", "value_residual": "half"}, "attention=mla projects values in a way of its own"),
+    ({"attention": "average", "value_residual": "half"}, "attention=average makes no values"),
+    ({"depth": "feedback", "value_residual": "half"}, "value_residual mixes values of the same positions"),
+    ({"depth": "mixture_of_depths", "value_residual": "half"}, "hands something to the layer above"),
     ({"model": "lstm", "log_n": 8}, "lstm has no log_n: leave out log_n=8"),
     ({"attention": "linear", "log_n": 8}, "log_n=8 has no scores to scale: attention=linear, it has no score for"),
     ({"attention": "fnet", "task": "listops", "log_n": "learned"}, "log_n=learned has no scores to scale"),

@@ -13,7 +13,7 @@ from flax import nnx
 
 from xformers_lab import spec
 from xformers_lab.check.subject import Case, Subject
-from xformers_lab.errors import UsageError
+from xformers_lab.errors import Refused, UsageError
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
 pytestmark = pytest.mark.full
@@ -404,3 +404,52 @@ def test_half_precision_runs_backward(choice):
 
     out, grads = jax.jit(both)(q, k, v)
     assert out.dtype == jnp.bfloat16 and all(jnp.isfinite(leaf).all() for leaf in (out, *grads))
+
+
+# ---- contextual positions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["attend", "reference"])
+@pytest.mark.parametrize("positions", [3, 64])
+def test_cope_counts_gates_back_from_the_query(method, positions):
+    """Pair after pair, as the paper has it: with packed documents and padding, whose keys count nothing."""
+    B, T, N, H = 2, 13, 2, 4
+    layer = build(f"cope:positions={positions}", T, N * H, N)
+    table = np.random.default_rng(5).standard_normal((positions, H))
+    layer.table[...] = jnp.asarray(table, jnp.float32)
+    q, k, v = qkv(B, T, N, H)
+    documents = np.array([[0] * 5 + [1] * 8, [0] * 13])
+    valid = np.random.default_rng(6).random((B, T)) < 0.8
+    out = np.zeros((B, T, N, H))
+    for b, t, n in itertools.product(range(B), range(T), range(N)):
+        asked, count, logits, values = np.asarray(q[b, t, n], np.float64) / math.sqrt(H), 0.0, [], []
+        for s in range(t, -1, -1):
+            if not valid[b, s] or documents[b, s] != documents[b, t]:
+                continue
+            score = asked @ np.asarray(k[b, s, n], np.float64)
+            count += 1 / (1 + math.exp(-score))
+            place = min(count, positions - 1)
+            below, above = math.floor(place), math.ceil(place)
+            vector = (above - place) * table[below] + (place - below) * table[above] if above > below else table[below]
+            logits.append(score + asked @ vector)
+            values.append(np.asarray(v[b, s, n], np.float64))
+        if logits:
+            weights = np.exp(np.array(logits) - max(logits))
+            out[b, t, n] = weights @ np.array(values) / weights.sum()
+    options = {"valid": jnp.asarray(valid), "documents": jnp.asarray(documents), "causal": True, "method": method}
+    assert_close(jax.jit(lambda q, k, v: layer.mix(q, k, v, **options)[0])(q, k, v), out)
+
+
+def test_cope_without_a_table_is_full_attention():
+    q, k, v = qkv(1, 9, 2, 4)
+    cope, full = build("cope", 9, 8, 2), build("full", 9, 8, 2)
+    assert_close(cope.mix(q, k, v, causal=True)[0], full.mix(q, k, v, causal=True)[0])
+
+
+@pytest.mark.parametrize(
+    "choice, options, message",
+    [("cope:positions=1", {}, "positions must be at least 2"), ("cope", {"causal": False}, "left to right")],
+)
+def test_cope_refuses_what_it_cannot_do(choice, options, message):
+    with pytest.raises((UsageError, Refused), match=message):
+        build(choice, 8, 8, 2).mix(*qkv(1, 8, 2, 4), **options)

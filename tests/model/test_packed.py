@@ -81,6 +81,7 @@ def few(names: list[str]) -> list[tuple]:
     {"conv": 4, "qk_norm": "rms", "position": "none"},
     pytest.param({"position": "rope+none"}, marks=pytest.mark.full),
     pytest.param({"attention": "full+local:window=5", "log_n": 8}, marks=pytest.mark.full),
+    pytest.param({"value_residual": "learned", "layers": 3}, marks=pytest.mark.full),
     pytest.param({"conv": 3, "qk_norm": "l2", "attention": "topk:keys=4"}, marks=pytest.mark.full),
     *(
         pytest.param({"attention": name, "position": "rope"}, marks=[pytest.mark.full, *marks])

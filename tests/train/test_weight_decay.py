@@ -47,7 +47,8 @@ VECTORS = {
     "mamba2.scale", "rwkv.decay", "rwkv.bonus", "rwkv.share_k", "rwkv.share_v", "rfa.spread", "xl.u", "xl.v",
     "gaussian.centre", "gaussian.window", "nsa.place", "learned.table", "grid.rows", "grid.columns", "conv.weights",
     "t5.table", "shaw.table", "deberta.table", "tupe.table", "recurrent_memory.table", "memformer.table", "set.points",
-    "perceiver.latents", "luna.points", "nystrom.taps", "lite.taps", "differential.vectors",
+    "perceiver.latents", "luna.points", "nystrom.taps", "lite.taps", "differential.vectors", "cope.table",
+    "log_linear.spread",
 }  # fmt: skip
 OPTIONS = {
     "attention": [

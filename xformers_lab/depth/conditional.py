@@ -132,6 +132,13 @@ class GatedAttention(nnx.Module):
     def initial_carry(self, B: int, T: int, S: int) -> Any:
         return self.layer.initial_carry(B, T, S)
 
+    @property
+    def first_values(self) -> Any:
+        return self.layer.first_values
+
+    def no_values(self, B: int, T: int) -> Any:
+        return self.layer.no_values(B, T)
+
     def init_cache(self, *sizes: Any) -> Any:
         return self.layer.init_cache(*sizes)
 
@@ -158,7 +165,7 @@ class GatedAttention(nnx.Module):
         chosen = gate if valid is None else gate & valid
         graph, variables = nnx.split(self.layer)
         call = lambda: nnx.merge(graph, variables)(x, memory, valid=valid, carry=carry, **options)
-        always = jnp.array(self.carries())
+        always = jnp.array(self.carries() or self.first_values is not None)
         y, carry, aux = lax.cond(always | chosen.any(), call, lambda: _nothing(call))
         return _scaled(y, chosen), carry, aux | self.gate.spent(chosen, valid)
 

@@ -18,6 +18,9 @@ from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
+# What carries the first layer's values, beside the carries of mechanisms.
+VALUES = "values of the first layer"
+
 
 class Block(nnx.Module):
     """The mechanisms and placements of one layer; the context has the position of every layer.
@@ -43,7 +46,10 @@ class Block(nnx.Module):
         self.attention = spec.build("attention", attention, keys, rngs=rngs)
         self.attention.check_kernel()
         choice = config.model
-        self.attention.prepare(conv=choice.conv, qk_norm=choice.qk_norm, log_n=choice.log_n, causal=causal)
+        prepared = {"conv": choice.conv, "qk_norm": choice.qk_norm, "log_n": choice.log_n}
+        self.attention.prepare(**prepared, value_residual=choice.value_residual, causal=causal)
+        if self.memory is not None and self.attention.first_values is not None:
+            raise Refused("value_residual mixes values of one segment, to which a memory adds others: leave it out")
         if self.memory is not None and (reason := memory.why_not(self.attention, self.memory.learns)):
             raise Refused(f"memory={config.model.memory} cannot be read: {reason}")
         self.attention_norm = build("norm", config.model.norm)
@@ -67,9 +73,29 @@ class Block(nnx.Module):
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""
-        if self.attention is None or not self.attention.carries():
+        if self.attention is None:
             return {}
-        return {self.name: self.attention.initial_carry(B, T, S)}
+        own = {self.name: self.attention.initial_carry(B, T, S)} if self.attention.carries() else {}
+        return own if self.attention.first_values is None else own | {VALUES: self.attention.no_values(B, T)}
+
+    def _carry(self, carries, context):
+        """What attention is given of carries: that of its mechanism, and the first layer's values where it has them."""
+        own = carries.get(self.name)
+        if self.attention.first_values is None:
+            return own
+        if context.among is not None or VALUES not in carries:
+            raise Refused(
+                "value_residual mixes values of the same positions, and this depth has layers look at others: use "
+                "depth=fixed, or leave value_residual out"
+            )
+        return own, carries[VALUES]
+
+    def _carried(self, carries, carry):
+        """Carries for the layer above, with what attention gave."""
+        if self.attention.first_values is not None:
+            carry, values = carry
+            carries = carries | {VALUES: values}
+        return carries | {self.name: carry} if self.name in carries else carries
 
     def __call__(self, x, carries, context, *, key=None):
         """(B, T, D) and {mechanism: carry} -> the same, and auxiliary results."""
@@ -107,7 +133,7 @@ class Block(nnx.Module):
         train = keys[0] is not None
         self._check_documents(context, self.attention_norm)
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
-        options = {"causal": self.causal, "carry": carries.get(self.name), "key": keys[0]}
+        options = {"causal": self.causal, "carry": self._carry(carries, context), "key": keys[0]}
         options["position"] = self.position(context)
         if context.documents is not None:
             self.attention.check_documents(context.documents)
@@ -124,8 +150,7 @@ class Block(nnx.Module):
             source, valid, memory_aux = self._source(x, context.valid, train)
             y, carry, aux = self.attention(source[:, -x.shape[1] :], source, valid=valid, **options)
             aux = aux + memory_aux
-        if self.name in carries:
-            carries = carries | {self.name: carry}
+        carries = self._carried(carries, carry)
         return drop(y, self.dropout, keys[1]), carries, aux
 
     @jax.named_scope("ffn")
@@ -217,7 +242,7 @@ class Block(nnx.Module):
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y = self.attention_norm.before(x, LayerContext())
-        options = {"position": self.position(context), "carry": carries.get(self.name)}
+        options = {"position": self.position(context), "carry": self._carry(carries, context)}
         if context.among is not None:
             rows, row, parts, cache = context.among(y, cache)
             y, carry, _ = self.attention.attend_projected(rows, **parts, causal=True, **options)
@@ -226,7 +251,7 @@ class Block(nnx.Module):
             return *_segments.step(self, x, y, cache, options["position"], at), carries
         else:
             y, cache, carry = self.attention.decode(y, cache, at=at, **options)
-        return y, cache, carries | {self.name: carry} if self.name in carries else carries
+        return y, cache, self._carried(carries, carry)
 
     def step_ffn(self, x, context):
         """`apply_ffn` for one token (B, D)."""

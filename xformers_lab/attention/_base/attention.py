@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.attention._base.cache import one_by_one
-from xformers_lab.attention._base.prepared import HeadNorms, LogLength
+from xformers_lab.attention._base.prepared import FirstValues, HeadNorms, LogLength, ValueMix
 from xformers_lab.attention._base.refusals import NO_MASK, why_not, why_not_decode
 from xformers_lab.errors import Refused
 from xformers_lab.nn.initial_scale import scale_init
@@ -102,6 +102,9 @@ class Attention(nnx.Module):
     # One that looks at some is given `marked`, and refuses to run without it. Options may decide.
     marks: int = 0
 
+    # The first layer's values, mixed into its own, where `prepare` was asked for it.
+    first_values: FirstValues | None = None
+
     # How far from full attention `limit` may be, relative to the largest output: 0 where only rounding is left.
     limit_error: ClassVar[float] = 0.0
 
@@ -142,6 +145,7 @@ class Attention(nnx.Module):
         conv: int | None = None,
         qk_norm: HeadNorms = "none",
         log_n: LogLength = None,
+        value_residual: ValueMix = "none",
         causal: bool = False,
     ) -> None:
         """Has a layer that was just built treat queries, keys and values between its projections and its mechanism.
@@ -150,6 +154,7 @@ class Attention(nnx.Module):
             conv: Convolve each along `conv` positions, causally or on both sides.
             qk_norm: Normalise the queries and keys of every head.
             log_n: Multiply scores by the logarithm of the number of keys, over that of this number, or as learned.
+            value_residual: Mix the first layer's values into this one's, which its carry has then beside its own.
 
         Raises:
             Refused: It has nothing of the kind.
@@ -158,11 +163,13 @@ class Attention(nnx.Module):
         if log_n is not None and not self.accepts("bias"):
             reason = self.refuses.get("bias", "it has no score for each pair of a query and a key")
             raise Refused(f"log_n={log_n} has no scores to scale: attention={name}, {reason}; leave out log_n")
-        asked = {"conv": conv, "qk_norm": None if qk_norm == "none" else qk_norm, "log_n": log_n}
+        asked = {"conv": conv, "qk_norm": qk_norm, "log_n": log_n, "value_residual": value_residual}
+        asked = {key: None if value == "none" else value for key, value in asked.items()}
         wanted = next((f"{key}={value}" for key, value in asked.items() if value is not None), None)
         if wanted is None:
             return
-        what = "queries, keys or values" if conv is not None else "queries or keys of heads"
+        what = "values" if wanted.startswith("value") else "queries or keys of heads"
+        what = "queries, keys or values" if conv is not None else what
         reason = f"projects {what} in a way of its own" if self.turns() else f"makes no {what}"
         raise Refused(f"attention={name} {reason}: leave out {wanted}, or use another attention")
 

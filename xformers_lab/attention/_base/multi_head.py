@@ -10,7 +10,16 @@ from flax import nnx
 from xformers_lab.attention._base.attention import Attention
 from xformers_lab.attention._base.cache import ShiftedBias, one_by_one, pushed
 from xformers_lab.attention._base.call import Call, Method, shown
-from xformers_lab.attention._base.prepared import HeadNorm, HeadNorms, LogLength, LogScale, ShortConvs, counted
+from xformers_lab.attention._base.prepared import (
+    FirstValues,
+    HeadNorm,
+    HeadNorms,
+    LogLength,
+    LogScale,
+    ShortConvs,
+    ValueMix,
+    counted,
+)
 from xformers_lab.attention._base.refusals import why_not_decode
 from xformers_lab.attention._base.samples import apart, step_apart
 from xformers_lab.errors import Refused
@@ -119,9 +128,24 @@ class MultiHead(Attention):
     ):
         source = x if memory is None else memory
         k, v = (self._of_rows(name, source, valid, documents) for name in ("key", "value"))
+        v, carry, first = self._with_first(v, carry)
         options = {"valid": valid, "causal": causal, "position": position, "carry": carry, "key": key}
         options |= {"documents": documents, "marked": marked}
-        return self.attend_projected(x, k, v, source, **options)
+        out, carry, aux = self.attend_projected(x, k, v, source, **options)
+        return out, carry if self.first_values is None else (carry, first), aux
+
+    def _with_first(self, v, carry) -> tuple[jax.Array, Any, Any]:
+        """Values with those of the first layer, the mechanism's own carry, and the first layer's for that above."""
+        if self.first_values is None:
+            return v, carry, None
+        own, first = carry
+        v, first = self.first_values(v, first)
+        return v, own, first
+
+    def no_values(self, B: int, T: int) -> Any:
+        """What stands for the first layer's values below it."""
+        shape = (B, T, self.size.key_heads, self.size.head)
+        return jnp.zeros(shape, self.size.dtype), jnp.zeros((), jnp.int32)
 
     def attend_projected(
         self,
@@ -229,10 +253,11 @@ class MultiHead(Attention):
         conv: int | None = None,
         qk_norm: HeadNorms = "none",
         log_n: LogLength = None,
+        value_residual: ValueMix = "none",
         causal: bool = False,
     ) -> None:
         if not self.projects:
-            return super().prepare(conv=conv, qk_norm=qk_norm, log_n=log_n)
+            return super().prepare(conv=conv, qk_norm=qk_norm, log_n=log_n, value_residual=value_residual)
         if conv is not None:
             if not causal and conv % 2 == 0:
                 raise Refused(f"conv={conv}: where both sides are seen it is an odd number: use conv={conv + 1}")
@@ -251,6 +276,10 @@ class MultiHead(Attention):
             if isinstance(self.query, Absent) or not self.accepts("bias"):
                 super().prepare(log_n=log_n)
             self.log_scale = LogScale(self.size, log_n)
+        if value_residual != "none":
+            if isinstance(self.value, Absent):
+                super().prepare(value_residual=value_residual)
+            self.first_values = FirstValues(value_residual)
 
     def tails(self, B: int, dtype=jnp.float32):
         of_convs = None if self.convs is None else self.convs.tails(B, dtype)
@@ -312,6 +341,8 @@ class MultiHead(Attention):
         kept = cache if compares or self._keeps_tails() else {"own": cache}
         bias, run = None, self.decode_heads
         q, k, v, tails = self._of_next(x, kept.get("tails"), at)
+        v, carry, first = self._with_first(v[:, None], carry)
+        v = v[:, 0]
         if position is not None:
             self.check_position(position)
             if position.key_terms is None:
@@ -324,6 +355,7 @@ class MultiHead(Attention):
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
             q = position.share * q
         out, own, carry = run(kept["own"], Call(q, k, v, x, bias=bias, carry=carry))
+        carry = carry if self.first_values is None else (carry, first)
         return self.out(out.reshape(len(x), -1)), self._kept(kept, own, tails), carry
 
     def decode_several(self, x, cache, *, at, position=None):

@@ -1,5 +1,6 @@
 """What may stand between a layer's projections and its mechanism, for any that has them: a short convolution of
-queries, keys and values, a norm of each head's queries and keys, and queries that grow with the keys they see."""
+queries, keys and values, a norm of each head's queries and keys, queries that grow with the number of keys they
+see, and values of the first layer."""
 
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from xformers_lab.nn.short_conv import ShortConv
 from xformers_lab.nn.size import Size
 
 HeadNorms = Literal["none", "rms", "l2"]
+ValueMix = Literal["none", "half", "learned", "only"]
 LogLength = int | Literal["learned"] | None
 # The least length of a vector that is divided by its own.
 SHORTEST = 1e-6
@@ -103,6 +105,30 @@ class LogScale(nnx.Module):
         share = 1 / math.log(self.reference) if isinstance(self.reference, int) else self.share[...]
         times = share * jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
         return (q * times[..., None]).astype(q.dtype)
+
+
+class FirstValues(nnx.Module):
+    """Values of the first layer, mixed into those of the layers above (ResFormer: Zhou et al., 2024, arXiv 2410.17897).
+
+    v' = a v_1 + b v, of layer 1 v_1 itself. half: a = b = 1/2; learned: two numbers of every layer, 1/2 at the start;
+    only: a = 1 and b = 0, so that all layers share the values of the first (SVFormer, there without projections of
+    values in the others, which here are idle).
+    """
+
+    def __init__(self, kind: ValueMix):
+        self.kind = kind
+        self.shares = nnx.Param(jnp.full(2, 0.5), decays=False) if kind == "learned" else None
+
+    def __call__(self, v: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+        """Values (..., K, H), and of the first layer those and how many layers are below () -> values, that for the
+        layer above."""
+        first, below = carry
+        if self.shares is None:
+            first_share, own_share = {"half": (0.5, 0.5), "only": (1.0, 0.0)}[self.kind]
+        else:
+            first_share, own_share = self.shares[...]
+        mixed = (first_share * first + own_share * v).astype(v.dtype)
+        return jnp.where(below == 0, v, mixed), (jnp.where(below == 0, v, first), below + 1)
 
 
 def counted(T: int, S: int, valid: jax.Array | None, documents: jax.Array | None, causal: bool) -> jax.Array:
