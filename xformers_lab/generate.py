@@ -1,4 +1,5 @@
-"""Autoregressive decoding: greedy, sampling and beam search over a model's cache, one token at a time.
+"""Autoregressive decoding: greedy, sampling and beam search over a model's cache, one token at a time, or where the
+first layers draft some, as many at a time as the others verify.
 
 Prompts of different lengths share a batch: all start at position 0, and a sequence whose prompt has ended goes on with
 its own tokens while the others still read theirs. So nothing is padded, and every mechanism decodes exactly what it
@@ -31,6 +32,8 @@ COOLEST = 1e-6
 # Beyond these ((5 + n) / 6)^length_penalty may overflow.
 STEEPEST = 100.0
 LARGEST_SEED = 2**31 - 1
+# Tokens that are drafted before they are verified.
+MOST_AHEAD = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,31 @@ class Sampling:
             raise UsageError(f"top_p={self.top_p}: above 0 and at most 1")
         if not 0 <= self.min_p < 1:
             raise UsageError(f"min_p={self.min_p}: at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """How tokens are drafted: the first `layers` layers propose `ahead` tokens, and the others verify them in one call
+    (self-speculative decoding: Elhoushi et al., 2024, arXiv 2404.16710, section 4.3)."""
+
+    layers: int
+    ahead: int = 4
+
+    def __post_init__(self):
+        if self.layers < 1:
+            raise UsageError(f"draft={self.layers}: at least one layer")
+        if not 1 <= self.ahead <= MOST_AHEAD:
+            raise UsageError(f"ahead={self.ahead}: from 1 to {MOST_AHEAD} tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """rounds: how often drafted tokens were verified; drafted, accepted: how many those were, and how many of them the
+    other layers would have said, too. Each round says one token more."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def generate(
@@ -122,6 +150,64 @@ def generate(
                     done[row] = token in stop or len(texts[row]) == new
         at += count
     return texts
+
+
+def speculate(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    draft: Draft,
+    new: int,
+    length: int,
+    stop: Sequence[int] = (),
+    on_token: Callable[[int], None] | None = None,
+    at_once: int = AT_ONCE,
+    in_a_call: int = IN_A_CALL,
+) -> tuple[list[int], Drafted]:
+    """Continue one prompt as `generate` does at temperature 0, with tokens that the first layers draft -> the new
+    tokens, and how many of them were drafted.
+
+    A round drafts from the newest token on, has the other layers read what was drafted, and keeps it up to the first
+    token that these would not have said, which they say in its place; a cache goes back to there. So the tokens are the
+    greedy ones, but where the two likeliest are as likely as rounding can tell. Raises UsageError as `generate` does,
+    and where the model cannot draft or a layer cannot go back.
+    """
+    _check([prompt], new, None if model.endless else length - model.source)
+    graph, variables = nnx.split(model)
+    cache = _cache(model, 1, len(prompt) + new, ())
+    rounds = _drafted_rounds(graph, draft)
+    try:
+        model.check_draft(draft.layers)
+        jax.eval_shape(rounds, variables, cache, np.zeros(1, np.int32), 1, 1)
+    except ValueError as refusal:
+        raise UsageError(f"draft={draft.layers}: {refusal}") from None
+    steps, at = _sampled_steps(graph, Sampling(temperature=0)), (len(prompt) - 1) // at_once * at_once
+    for start in range(0, at, at_once):
+        cache = _reader(graph)(variables, cache, np.array([prompt[start : start + at_once]], np.int32))
+    none = np.full((at_once, 1), NEW, np.int32)
+    token, following, left = np.array(prompt[at : at + 1], np.int32), none.copy(), len(prompt) - 1 - at
+    following[:left, 0] = prompt[at + 1 :]
+    if left:
+        _, token, cache = steps(variables, cache, token, following, left, 0, at)
+    text: list[int] = []
+    figures, several, last = Drafted(), 1 if on_token is not None else in_a_call, len(prompt) + new - 1
+    while not (len(text) == new or (text and text[-1] in stop)):
+        if (at := len(prompt) - 1 + len(text)) + draft.ahead <= last:
+            said, count, ran, token, cache = rounds(variables, cache, token, several, last)
+            said, ran, several = np.asarray(said)[: int(count)], int(ran), min(2 * several, in_a_call)
+            more = ran, ran * draft.ahead, len(said) - ran
+            figures = Drafted(*map(sum, zip(dataclasses.astuple(figures), more, strict=True)))
+        else:  # the last ones, of which there are fewer than a round drafts
+            count = min(new - len(text), at_once)
+            said, token, cache = steps(variables, cache, token, none, count, 0, at)
+            said = np.asarray(said)[:count, 0]
+        for token_said in map(int, said):
+            text.append(token_said)
+            if on_token is not None:
+                on_token(token_said)
+            if token_said in stop or len(text) == new:
+                break
+    return text, figures
 
 
 def beam_search(
@@ -243,6 +329,41 @@ def _sampled_steps(graph, sampling: Sampling):
         return jax.lax.fori_loop(0, count, one, (jnp.zeros_like(following), tokens, cache))
 
     return steps
+
+
+@functools.lru_cache(maxsize=8)
+def _drafted_rounds(graph, draft: Draft):
+    """rounds(variables, cache, token (1,), most, last) -> tokens that were said, (some,), how many of them, in how many
+    rounds, the last of them (1,), and the cache behind the one before it: up to `most` rounds, and no more than
+    IN_A_CALL, of which none reads a token at a position behind `last`."""
+    one_round = draft.ahead + 1
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def rounds(variables, cache, token, most, last):
+        model = lambda: nnx.merge(graph, variables)
+
+        def drafted(state, _):
+            token, cache = state
+            above, logits, cache = model().draft(cache, token, draft.layers)
+            return (logits.argmax(-1).astype(jnp.int32), cache), (above, token)
+
+        def one(state):
+            said, count, ran, token, cache = state
+            (_, after), (states, read) = jax.lax.scan(drafted, (token, cache), length=one_round)
+            states, read = jnp.swapaxes(states, 0, 1), read.T
+            logits, after = model().verify(after, states, read, draft.layers)
+            answers = logits[0].argmax(-1).astype(jnp.int32)
+            accepted = jnp.cumprod(read[0, 1:] == answers[:-1]).sum()
+            said = jax.lax.dynamic_update_slice_in_dim(said, answers, count, 0)
+            cache = model().rewound(cache, after, read, accepted + 1)
+            return said, count + accepted + 1, ran + 1, answers[accepted][None], cache
+
+        going = lambda state: (state[2] < jnp.minimum(most, IN_A_CALL)) & (state[4]["at"] + draft.ahead <= last)
+        room = jnp.zeros(IN_A_CALL * one_round, jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
+        return jax.lax.while_loop(going, one, (room, zero, zero, token, cache))
+
+    return rounds
 
 
 @functools.lru_cache(maxsize=8)

@@ -170,6 +170,8 @@ class Run(Shown):
         beams: int | None = None,
         length_penalty: float | None = None,
         stop: Sequence[str] | None = None,
+        draft: int | None = None,
+        ahead: int | None = None,
     ) -> Prompt:
         """What it writes behind a prompt, as `xlab generate` does.
 
@@ -187,6 +189,8 @@ class Run(Shown):
             beams: Beam search with so many hypotheses; nothing is drawn.
             length_penalty: Of beam search (default: 0.6).
             stop: Tokens at which to stop in place of the task's, spelled as prompts are.
+            draft: With temperature=0: so many first layers propose tokens, which the others verify together.
+            ahead: With draft: how many tokens they propose (default: 4).
 
         Returns:
             The text that follows the prompt, without it.
@@ -197,7 +201,7 @@ class Run(Shown):
         from xformers_lab.api import generating
 
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-        how |= {"length_penalty": length_penalty}
+        how |= {"length_penalty": length_penalty, "draft": draft, "ahead": ahead}
         asked = {name: value for name, value in how.items() if value is not None}
         prompts = prompt if isinstance(prompt, list) else [prompt]
         rows = generating.texts(

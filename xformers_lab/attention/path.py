@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not_one_way
+from xformers_lab.attention import Attention, Call, Complexity, Cost, MultiHead, why_not_one_way
 from xformers_lab.attention._base.recurrent import unit
 from xformers_lab.attention._engine.blocks import in_blocks
 from xformers_lab.attention._engine.linear.gated import inverse, product
@@ -153,6 +153,10 @@ class Path(Full):
         cache, at, positions, seen = self.remembered(cache | {"k": cache["k"] - b[..., None] * along * w}, call)
         out = self.attend_cached(call.q, cache["k"], cache["v"], at, positions, seen, call.bias)
         return out, cache, call.carry
+
+    def rewound(self, before, after, taken, *, read: int):
+        """Refused: every later token transforms the keys before it."""
+        return Attention.rewound(self, before, after, taken, read=read)
 
 
 def _of_valid(w, b, valid, causal: bool):

@@ -12,6 +12,7 @@ from flax import nnx
 from xformers_lab.attention import Attention, Call, MultiHead, why_not_decode
 from xformers_lab.check import masks
 from xformers_lab.check.subject import EVEN, Broken, Case, NotApplicable, Subject, compare, heads_of
+from xformers_lab.errors import Refused
 from xformers_lab.measure.exponent import fit
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 
@@ -34,7 +35,8 @@ PARTS = ((), (5,))
 
 def decoding(subject: Subject) -> None:
     """`init_cache`, `decode_heads_several` of the first tokens at once, and `decode_heads` of the others, one by one,
-    give the rows of the causal pass; and tokens read at once leave what they leave one by one."""
+    give the rows of the causal pass; tokens read at once leave what they leave one by one; and a cache that goes back
+    behind some of them is that of the others."""
     mechanism = _decodes(subject)
     case, inputs, whole, known = _whole_pass(subject)
     tokens, first = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}, subject.length // 3
@@ -62,6 +64,7 @@ def decoding(subject: Subject) -> None:
     where = f"{steps}, against the causal pass ({case}; first wrong token: {wrong})"
     compare(out, expected, STEP, where, lambda: _likely(subject, mechanism))
     _read_alike(subject)
+    _goes_back(subject)
 
 
 def _read_alike(subject: Subject) -> None:
@@ -99,6 +102,33 @@ def _read_alike(subject: Subject) -> None:
             name = jax.tree_util.keystr(path)
             leaf, expected = np.asarray(leaf, np.float32), np.asarray(expected, np.float32)
             compare(leaf, expected, STEP, f"{name or 'the state'} of the cache behind {where}", AT_ONCE)
+
+
+def _goes_back(subject: Subject) -> None:
+    """Raises Broken where `rewound`, which may refuse, gives another cache than one that read no more tokens."""
+    mechanism = _decodes(subject)
+    case, inputs, _, _ = _whole_pass(subject)
+    tokens = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}
+    first, read, taken = subject.length // 3, 4, 2
+
+    def run(tokens, bias):
+        def behind(cache, start: int, count: int):
+            part = {name: rows[:, start : start + count] for name, rows in tokens.items()}
+            return mechanism.decode_heads_several(cache, Call(**part, bias=bias))[1]
+
+        before = behind(mechanism.init_cache(case.batch, subject.length), 0, first)
+        after = behind(before, first, read)
+        return behind(before, first, taken), mechanism.rewound(before, after, jnp.int32(taken), read=read)
+
+    try:
+        with jax.default_matmul_precision("highest"):
+            expected, back = jax.jit(run)(tokens, inputs.get("bias"))
+    except Refused:
+        return
+    for (path, one), other in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(back), strict=True):
+        where = f"{jax.tree_util.keystr(path)} of the cache that went back to {taken} of {read} tokens ({case})"
+        advice = "Say in `rewound` how what you keep goes back, or refuse it there."
+        compare(np.asarray(other, np.float32), np.asarray(one, np.float32), STEP, where, advice)
 
 
 def _likely(subject: Subject, mechanism: MultiHead) -> str:

@@ -83,7 +83,7 @@ def _generate(chosen: argparse.Namespace) -> int:
     from xformers_lab.train import trained
 
     called = lambda name: f"--{name.replace('_', '-')}"
-    asked = _set(chosen, (*generating.DRAWING, *generating.SEARCHING))
+    asked = _set(chosen, (*generating.DRAWING, *generating.SEARCHING, *generating.DRAFTING))
     generating.refuse(chosen.beams, asked, called)  # before the model is loaded, which takes seconds
     config, task, model = trained.load(folder, trust=chosen.trust)
     apart = "\n" if task.source_length else ""  # a source stands in a line of its own
@@ -92,6 +92,8 @@ def _generate(chosen: argparse.Namespace) -> int:
     show = progress.growing(chosen.prompt[0] + apart, task.decode) if live else None
     how = {"new": chosen.new, "beams": chosen.beams, "stop": chosen.stop, "called": called, "on_token": show}
     rows = generating.texts(config.seq_len, task, model, chosen.prompt, **how, **asked)
+    if not chosen.json and (said := generating.drafted(rows)):
+        progress.say(said)
     if live:
         print("" if rows[0]["tokens"] else visible(chosen.prompt[0] + apart, LINES))
         return 0
@@ -141,6 +143,8 @@ HOW_TO_GENERATE = [
     argument("--min-p", type=float, help="draw among those with p times the best's probability"),
     argument("--seed", type=int, help="of what is drawn (default: 0)"),
     argument("--beams", type=int, help="beam search with so many hypotheses, nothing is drawn"),
+    argument("--draft", type=int, metavar="LAYERS", help="with --temperature 0: so many first layers propose tokens"),
+    argument("--ahead", type=int, help="with --draft: tokens that the other layers then verify at once (default: 4)"),
     argument("--length-penalty", type=float, help="of beam search (default: 0.6)"),
     argument(
         "--stop",

@@ -107,3 +107,31 @@ class Depth(nnx.Module):
             return self.step(x, cache, dataclasses.replace(context, tokens=tokens), at=at)
 
         return one_by_one(one, (x, context.tokens), cache, at)
+
+    # ---- drafting: the first layers propose tokens, which the others then verify together ---------------------------
+
+    def check_draft(self, layers: int) -> None:
+        """Raises Refused where the first `layers` layers cannot propose tokens; else it defines the three methods
+        below, which together say what `step` of each token says."""
+        raise Refused(
+            f"depth={type(self).__name__.lower()} drafts nothing: it does not answer above any layer with what `step` "
+            "makes of the others; use depth=layerskip, or fixed"
+        )
+
+    def step_below(
+        self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array, layers: int
+    ) -> tuple[jax.Array, Any]:
+        """One token (B, D) at position `at` () through the first `layers` layers alone -> (B, D), the new cache."""
+        raise NotImplementedError
+
+    def step_above(
+        self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array, layers: int
+    ) -> tuple[jax.Array, Any]:
+        """T tokens (B, T, D), of which `step_below` gave the states, through the other layers; the first is at position
+        `at` () -> (B, T, D), the new cache."""
+        raise NotImplementedError
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        """The cache behind the first `taken` () of the `read` tokens that made `after` of `before`; raises Refused
+        where a layer cannot go back."""
+        raise NotImplementedError

@@ -12,6 +12,7 @@ from flax import nnx
 from xformers_lab.attention import one_by_one
 from xformers_lab.attention._base.call import watching
 from xformers_lab.depth import Context, MakeBlock
+from xformers_lab.errors import Refused
 from xformers_lab.nn import layer_number, layer_watch, on_mesh
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.parameters import layer_axes
@@ -124,6 +125,45 @@ def several_stack(
         return x, changed
 
     return _layer_by_layer(period, x, [variables for _, variables in split], caches)
+
+
+def rounds(blocks: Sequence[Any], first: int, last: int | None = None) -> list[Any]:
+    """Stacked modules of the rounds from `first` to `last` alone."""
+    parts = []
+    for block in blocks:
+        graph, variables = nnx.split(block)
+        parts.append(nnx.merge(graph, jax.tree.map(lambda leaf: leaf[first:last], variables)))
+    return parts
+
+
+def caches_of(caches: list, first: int, last: int | None = None) -> list:
+    """Those of `init_caches` for the rounds from `first` to `last` alone."""
+    of_rounds = lambda cache: jax.tree.map(lambda leaf: leaf[first:last], cache)
+    return [cache[first:last] if isinstance(cache, list) else of_rounds(cache) for cache in caches]
+
+
+def caches_with(caches: list, part: list, first: int) -> list:
+    """The caches with those of the rounds from `first` on in their place."""
+    into = lambda whole, some: jax.lax.dynamic_update_slice_in_dim(whole, some, first, 0)
+    return [
+        [*whole[:first], *some, *whole[first + len(some) :]]
+        if isinstance(whole, list)
+        else jax.tree.map(into, whole, some)
+        for whole, some in zip(caches, part, strict=True)
+    ]
+
+
+def rewound(blocks: Sequence[Any], before: list, after: list, taken: jax.Array, *, read: int) -> list:
+    """The caches behind the first `taken` () of the `read` tokens that made `after` of `before`; raises Refused where a
+    block cannot go back."""
+    caches = []
+    for block, old, new in zip(blocks, before, after, strict=True):
+        one = first(block)
+        if not hasattr(one, "rewound"):
+            raise Refused(f"{type(one).__name__.lower()} layers cannot go back behind tokens that were not accepted")
+        back = lambda old, new, one=one: one.rewound(old, new, taken, read=read)
+        caches.append([*map(back, old, new)] if isinstance(old, list) else jax.vmap(back)(old, new))
+    return caches
 
 
 def in_turn(block: Any, x: jax.Array, cache: Any, context: Context, at: jax.Array) -> tuple[jax.Array, Any]:

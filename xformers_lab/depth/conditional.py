@@ -145,6 +145,9 @@ class GatedAttention(nnx.Module):
     def tails(self, *sizes: Any) -> Any:
         return self.layer.tails(*sizes)
 
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        return self.layer.rewound(before, after, taken, read=read)
+
     def __call__(
         self,
         x: jax.Array,

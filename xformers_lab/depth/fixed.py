@@ -6,13 +6,19 @@ from flax import nnx
 from xformers_lab.depth import Context, Depth, MakeBlock
 from xformers_lab.depth._stack import (
     build_stack,
+    caches_of,
+    caches_with,
     depth_of,
+    first,
     init_caches,
     initial_carries,
+    rewound,
+    rounds,
     run_stack,
     several_stack,
     step_stack,
 )
+from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
@@ -33,7 +39,7 @@ class Fixed(Depth):
         whole = size.layers // period * period
         places = lambda first, last: [list(range(first + place, last, period)) for place in range(period)]
         self.periods = nnx.List(build_stack(make_block, at, rngs) for at in places(0, whole) if at)
-        self.plan = plan_of(size)
+        self.plan, self.period, self.whole, self.layers = plan_of(size), period, whole, size.layers
         # What is left of a last, shorter period.
         self.rest = nnx.List(build_stack(make_block, at, rngs) for at in places(whole, size.layers) if at)
 
@@ -46,9 +52,9 @@ class Fixed(Depth):
         self, x: Any, carries: dict[str, Any], context: Any, *, key: jax.Array | None = None
     ) -> tuple[Any, dict[str, Any], Aux]:
         """All layers on x, whatever their blocks take as it and as context -> x, the last layer's carries, aux."""
-        first, second = (None, None) if key is None else jax.random.split(key)
-        x, carries, aux = run_stack(list(self.periods), x, carries, context, key=first, plan=self.plan)
-        x, carries, more = run_stack(list(self.rest), x, carries, context, key=second, plan=self.plan)
+        one, other = (None, None) if key is None else jax.random.split(key)
+        x, carries, aux = run_stack(list(self.periods), x, carries, context, key=one, plan=self.plan)
+        x, carries, more = run_stack(list(self.rest), x, carries, context, key=other, plan=self.plan)
         return x, carries, aux + more
 
     def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
@@ -78,11 +84,55 @@ class Fixed(Depth):
             layers.append(caches)
         return x, cache | {"layers": layers}
 
+    # ---- drafting ----------------------------------------------------------------------------------------------------
+
+    def check_draft(self, layers: int) -> None:
+        if not self.plain_step:
+            super().check_draft(layers)
+        self.check_exit(layers)
+        if carrying := [block for block in (*self.periods, *self.rest) if first(block).initial_carries(1, 1, 1)]:
+            raise Refused(
+                f"attention={first(carrying[0]).name} hands something to the layer above, which tokens that are "
+                "verified later would miss; use another attention"
+            )
+
+    def check_exit(self, layers: int) -> None:
+        """Raises Refused where no token can be answered above so many layers."""
+        if not 1 <= layers < self.layers or layers % self.period or layers > self.whole:
+            several = (
+                "" if self.period == 1 else f", a multiple of {self.period}, for so many are a round of mechanisms"
+            )
+            raise Refused(f"{layers} of {self.layers} layers: the first ones are 1 to {self.layers - 1}{several}")
+
+    def step_below(
+        self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array, layers: int
+    ) -> tuple[jax.Array, Any]:
+        (caches, rest), count = cache["layers"], layers // self.period
+        some = caches_of(caches, 0, count)
+        x, some, _ = step_stack(rounds(self.periods, 0, count), x, some, cache["below"], context, at)
+        return x, cache | {"layers": [caches_with(caches, some, 0), rest]}
+
+    def step_above(
+        self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array, layers: int
+    ) -> tuple[jax.Array, Any]:
+        (caches, rest), count = cache["layers"], layers // self.period
+        if layers < self.whole:
+            some = caches_of(caches, count)
+            x, some = several_stack(rounds(self.periods, count), x, some, context, at)
+            caches = caches_with(caches, some, count)
+        x, rest = several_stack(list(self.rest), x, rest, context, at)
+        return x, cache | {"layers": [caches, rest]}
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        parts = zip((self.periods, self.rest), before["layers"], after["layers"], strict=True)
+        layers = [rewound(list(blocks), old, new, taken, read=read) for blocks, old, new in parts]
+        return after | {"layers": layers}
+
     def run_step(
         self, x: Any, layers: list, carries: dict[str, Any], context: Any, *, at: jax.Array
     ) -> tuple[Any, list, dict[str, Any]]:
         """`run` for one token, with the caches of all layers."""
-        first, second = layers
-        x, first, carries = step_stack(list(self.periods), x, first, carries, context, at)
-        x, second, carries = step_stack(list(self.rest), x, second, carries, context, at)
-        return x, [first, second], carries
+        whole, rest = layers
+        x, whole, carries = step_stack(list(self.periods), x, whole, carries, context, at)
+        x, rest, carries = step_stack(list(self.rest), x, rest, carries, context, at)
+        return x, [whole, rest], carries

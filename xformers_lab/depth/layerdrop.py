@@ -56,3 +56,9 @@ class Droppable(nnx.Module):
         self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
         return self.block.step(x, cache, carries, context, at)
+
+    def step_several(self, x: jax.Array, cache: Any, context: Context, at: jax.Array) -> tuple[jax.Array, Any]:
+        return self.block.step_several(x, cache, context, at)
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        return self.block.rewound(before, after, taken, read=read)

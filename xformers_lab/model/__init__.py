@@ -108,6 +108,27 @@ class Model(nnx.Module):
         cache, logits = jax.lax.scan(one, cache, tokens.T)
         return logits[-1], cache
 
+    def check_draft(self, layers: int) -> None:
+        """Raises Refused where the first `layers` layers cannot propose tokens for the others to verify; else it has
+        the three methods below. A cache is drafted on for some tokens, verified once, and rewound."""
+        raise Refused(f"model={type(self).__name__.lower()} drafts nothing: leave it out, or use model=decoder")
+
+    def draft(self, cache: Any, tokens: Int[Array, " B"], layers: int) -> tuple[Float[Array, "B D"], Any, Any]:
+        """One more token of every sequence, read by the first `layers` layers alone -> their state, the head's logits
+        of it (B, outputs), and the new cache."""
+        raise NotImplementedError
+
+    def verify(
+        self, cache: Any, states: Float[Array, "B T D"], tokens: Int[Array, "B T"], layers: int
+    ) -> tuple[Float[Array, "B T outputs"], Any]:
+        """The T tokens that were drafted last, read by the other layers -> logits of what follows each, the cache."""
+        raise NotImplementedError
+
+    def rewound(self, before: Any, after: Any, tokens: Int[Array, "B T"], taken: Int[Array, ""]) -> Any:
+        """The cache behind the first `taken` of the tokens that made `after` of `before`; raises Refused where a layer
+        cannot go back."""
+        raise NotImplementedError
+
 
 def size_of(config: Config, plan: Plan | None = None) -> Size:
     """The sizes of a config, to be run by a plan, else the platform's, with the config's `remat` and `kernel`; raises

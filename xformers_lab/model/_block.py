@@ -239,6 +239,18 @@ class Block(nnx.Module):
             x = self.ffn_norm.after(x, y, LayerContext())
         return x, cache
 
+    def rewound(self, before, after, taken, *, read: int):
+        """The cache behind the first `taken` () of the `read` tokens that made `after` of `before`; raises Refused
+        where it cannot go back."""
+        if self.memory is not None:
+            raise Refused(f"memory={self.memory_choice} cannot go back behind tokens that were not accepted")
+        if self.attention is None:
+            return after
+        if "own" not in before:
+            return self.attention.rewound(before, after, taken, read=read)
+        # What a position keeps of keys that are not there yet is not looked at.
+        return after | {"own": self.attention.rewound(before["own"], after["own"], taken, read=read)}
+
     def step_attend(self, x, cache, carries, context, at):
         """`attend` for one token (B, D), with the cache."""
         y = self.attention_norm.before(x, LayerContext())

@@ -177,14 +177,19 @@ class Transformer(Model):
 
     def step_beside(self, cache, tokens, *, source=None, source_real=None):
         """`step` beside an encoded source (B, S, D), of which source_real (B, S) is no padding, where there is one."""
+        x, context, cache = self._next(cache, tokens, source=source, source_real=source_real)
+        x, layers = self.stack.step(x, cache["layers"], context, at=cache["at"] - 1)
+        return self.predict(x), cache | {"layers": layers}
+
+    def _next(self, cache, tokens, **source):
+        """What the first layer is given of one more token (B,), what all are told, and the cache with it but for what
+        layers keep."""
         at, new = cache["at"], self.embedding(tokens)[:, None]
         newest = jnp.concatenate([cache["before"][0], new], 1)
         places = at - jnp.arange(self.position.before, -1, -1)
         x = self.position.embed(newest, places, valid=jnp.broadcast_to(places >= 0, newest.shape[:2]))[:, -1]
-        seen = {"source": source, "source_real": source_real, "tokens": tokens}
-        context = Context(self.position, predict=self.predict, **seen)
-        x, layers = self.stack.step(self.entering(x), cache["layers"], context, at=at)
-        return self.predict(x), {"at": at + 1, "before": newest[None, :, 1:], "layers": layers}
+        context = Context(self.position, predict=self.predict, tokens=tokens, **source)
+        return self.entering(x), context, cache | {"at": at + 1, "before": newest[None, :, 1:]}
 
     def step_several(self, cache, tokens):
         (_, T), at, before = tokens.shape, cache["at"], self.position.before
@@ -194,6 +199,26 @@ class Transformer(Model):
         context = Context(self.position, predict=self.predict, tokens=tokens)
         x, layers = self.stack.step_several(self.entering(x), cache["layers"], context, at=at)
         return self.predict(x[:, -1]), {"at": at + T, "before": newest[None, :, T:], "layers": layers}
+
+    def check_draft(self, layers):
+        self.stack.check_draft(layers)
+
+    def draft(self, cache, tokens, layers):
+        x, context, cache = self._next(cache, tokens)
+        x, kept = self.stack.step_below(x, cache["layers"], context, at=cache["at"] - 1, layers=layers)
+        return x, self.predict(x), cache | {"layers": kept}
+
+    def verify(self, cache, states, tokens, layers):
+        context = Context(self.position, predict=self.predict, tokens=tokens)
+        at = cache["at"] - tokens.shape[1]
+        x, kept = self.stack.step_above(states, cache["layers"], context, at=at, layers=layers)
+        return self.predict(x), cache | {"layers": kept}
+
+    def rewound(self, before, after, tokens, taken):
+        newest = jnp.concatenate([before["before"][0], self.embedding(tokens)], 1)
+        kept = jax.lax.dynamic_slice_in_dim(newest, taken, self.position.before, 1)
+        layers = self.stack.rewound(before["layers"], after["layers"], taken, read=tokens.shape[1])
+        return {"at": before["at"] + taken, "before": kept[None], "layers": layers}
 
     def pool(self, x, valid):
         """(B, T, D) -> (B, D) over valid positions."""

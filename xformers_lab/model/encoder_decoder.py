@@ -114,6 +114,7 @@ class EncoderDecoder(EncoderInput, Transformer):
 
     # The first token after the source has it encoded.
     step_several = Model.step_several
+    check_draft = Model.check_draft
 
     def step(self, cache, tokens):
         """Tokens of the source are kept until it is whole; the first one after it has it encoded, once."""

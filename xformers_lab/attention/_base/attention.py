@@ -193,6 +193,14 @@ class Attention(nnx.Module):
         one = lambda cache, x, at: self.decode(x, cache, at=at, position=position)[:2]
         return one_by_one(one, x, cache, at)
 
+    def rewound(self, before, after, taken, *, read: int) -> Any:
+        """The cache behind the first `taken` () of the `read` tokens that made `after` of `before`, 1 <= taken <= read;
+        raises Refused where what it keeps cannot go back."""
+        raise Refused(
+            f"attention={type(self).__name__.lower()} keeps what cannot go back behind tokens that were not accepted; "
+            "use attention that keeps every key, such as full or local"
+        )
+
     @required
     def cost(self, T: int, S: int) -> Cost:
         """What one head costs, forward and not causal."""

@@ -398,6 +398,18 @@ class MultiHead(Attention):
         one = lambda cache, token, _: self.decode_heads(cache, call.replace(**token))[:2]
         return one_by_one(one, {"q": call.q, "k": call.k, "v": call.v, "x": call.x}, cache, 0)
 
+    def rewound(self, before, after, taken, *, read: int):
+        """Of keys and values that stand newest last; without short convolutions, which keep too little."""
+        if not self.keeps_keys or self.convs is not None or not before.keys() <= {"k", "v", "x", "seen"}:
+            return super().rewound(before, after, taken, read=read)
+
+        def rows(old, new):
+            every = jnp.concatenate([old, new[:, -read:]], 1)
+            return jax.lax.dynamic_slice_in_dim(every, taken, old.shape[1], 1)
+
+        held = {name: rows(before[name], after[name]) for name in before.keys() - {"seen"}}
+        return held | {"seen": before["seen"] + taken}
+
     def _check_decode(self) -> None:
         if reason := why_not_decode(self):
             raise Refused(reason)

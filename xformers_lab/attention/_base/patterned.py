@@ -222,6 +222,15 @@ class Patterned(OneHead):
         out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(call.q, new)
         return self.finish(out, call), cache | held | {"seen": at + T}
 
+    def rewound(self, before, after, taken, *, read: int):
+        """Slots that later tokens wrote hold again what they held before."""
+        slots = before.keys() == {"k", "v", "seen", "empty"} and self.convs is None
+        if not slots or read > self._ring_of(before["k"].shape[2]):
+            return super().rewound(before, after, taken, read=read)
+        late = self._held(after["seen"] - 1, after)[0] >= before["seen"] + taken
+        held = {name: jnp.where(late[:, None], before[name], after[name]) for name in ("k", "v")}
+        return after | held | {"seen": before["seen"] + taken}
+
     def _ring_of(self, slots: int) -> int:
         return max(slots - self.kept, 1)
 
