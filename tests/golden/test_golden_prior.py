@@ -73,6 +73,25 @@ def test_choices_that_are_other_algorithms(choice, causal):
         np.testing.assert_allclose(leaf, expected, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_dynamic_masks_are_their_equation(causal):
+    """M exp(s) / sum M exp(s), M = sigmoid(x w + P + U), pair by pair; the farthest P stands for those beyond."""
+    T, N, H, reach = 12, 2, 4, 3
+    layer, (q, k, _), x = build(f"dynamic_mask:reach={reach}", T, N * H, N), qkv(2, T, N, H), draw(9, 2, T, N * H)
+    layer.apart[...], layer.of_head[...] = draw(5, 2 * reach + 1), draw(6, N)
+    gate, apart, of_head = (
+        np.asarray(layer.gate(x))[..., 0],
+        np.asarray(layer.apart[...]),
+        np.asarray(layer.of_head[...]),
+    )
+    distance = np.clip(np.arange(T)[:, None] - np.arange(T), -reach, reach)
+    M = 1 / (1 + np.exp(-(gate[:, None, :, None] + apart[distance + reach] + of_head[:, None, None])))
+    weights = M * np.exp(dots(q, k)) * (np.tri(T) if causal else 1)
+    v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (2, T, N, T))
+    out = np.swapaxes(layer.mix(q, k, v, x=x, causal=causal)[0], 1, 2)
+    assert_close(out, weights / weights.sum(-1, keepdims=True))
+
+
 @pytest.mark.parametrize("choice", ["realformer", "lazyformer", "predictive", "synthesizer:kind=random"])
 def test_long_causal_queries_come_in_quarters(choice):
     """No block is given the keys after its quarter, and what comes out is the same."""
@@ -367,6 +386,7 @@ def test_average_remembers_as_much_of_any_length():
         ("gaussian:width=0", "width must be above 0, got 0"),
         ("gaussian:kind=global", 'unknown value "global"'),
         ("hard_coded:std=0", "std must be above 0, got 0"),
+        ("dynamic_mask:reach=0", "reach must be at least 1, got 0"),
         ("lazyformer:share=0", "share must be at least 1, got 0"),
         ("predictive:kernel=4", "kernel must be odd and at least 1, got 4: try 5"),
         ("predictive:residual=1.5", "residual is a share between 0 and 1, got 1.5"),
