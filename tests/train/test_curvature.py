@@ -120,7 +120,7 @@ def asking(estimate: str) -> optax.GradientTransformationExtraArgs:
 
 CHOICES = [
     {}, {"accumulate": 2}, {"ffn": "moe:experts=2:top=2"}, {"attention": "linear"}, {"predict": 2},
-    {"attention": "local:window=3", "norm": "pre:normaliser=powernorm", "remat": "full"},
+    {"attention": "local:window=3", "norm": "post", "remat": "full"},
 ]  # fmt: skip
 
 

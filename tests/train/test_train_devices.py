@@ -112,9 +112,9 @@ CASES = {
         {"norm": "pre:normaliser=batchnorm", "model": "encoder"},
         [("fsdp:2+sequence:2+data", 1)],
     ),
-    # Noise and losses are of the whole batch, however it is shared out.
+    # Noise and losses are of the whole batch, however it is shared out over devices.
     "noisy experts": ({"ffn": "noisy_top:experts=8"}, [("experts", 1), ("data", 1)]),
-    "second experts by chance": ({"ffn": "gshard:experts=8"}, [("experts", 2)]),
+    "second experts by chance": ({"ffn": "gshard:experts=8"}, [("experts", 1)]),
     "experts that choose": ({"ffn": "moe:experts=4:choice=expert", "model": "encoder"}, [("experts", 1)]),
 }
 

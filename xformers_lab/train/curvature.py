@@ -42,7 +42,8 @@ class Estimator:
         """u (H u), u of random signs: its mean over u is the diagonal of H (Hutchinson, 1989; Bekas et al., 2007).
 
         H u is the gradient of grad . u: unlike a forward derivative of the gradient it exists wherever what layers say
-        their gradient is can be differentiated once more.
+        their gradient is can be differentiated once more. Of a layer that says another gradient than that of what it
+        gives (powernorm), it is the derivative of what it says.
         """
         leaves, structure = jax.tree.flatten(self.params)
         keys = jax.random.split(self.key, len(leaves))
