@@ -44,6 +44,7 @@ class Cope(OneHead):
         if positions < 2:
             raise Refused(f"positions must be at least 2, between which counts lie, got {positions}")
         super().__init__(size, rngs=rngs)
+        self.positions = positions
         self.table = nnx.Param(jnp.zeros((positions, size.head)), decays=False)
 
     def per_head(self):
@@ -93,9 +94,6 @@ class Cope(OneHead):
             raise Refused(why_not_one_way(type(self)))
 
     def cost(self, T: int, S: int) -> Cost:
-        H = self.size.head
-        return Cost(
-            flops=4 * T * S * H + 2 * T * len(self.table[...]) * H,
-            memory=max(S, len(self.table[...])) * max(H, min(T, BLOCK)),
-            state=2 * S * H,
-        )
+        H, P = self.size.head, self.positions
+        memory = max(S, P) * max(H, min(T, BLOCK))
+        return Cost(flops=4 * T * S * H + 2 * T * P * H, memory=memory, state=2 * S * H)

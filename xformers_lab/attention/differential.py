@@ -47,13 +47,16 @@ class Differential(KeepsKeys, Full):
             raise Refused(f"lambda_init must be at least 0 and below 1, got {lambda_init:g}")
         super().__init__(size, rngs=rngs)
         self.lambda_init = lambda_init
-        self.layer = first_layer() if lambda_init == "depth" else None
+        if lambda_init == "depth":
+            self.layer = first_layer()
         self.vectors = nnx.Param(0.1 * jax.random.normal(rngs.params(), (2, 2, size.head // 2)), decays=False)
         self.gain = nnx.Param(jnp.ones(size.head), decays=False)
 
     def first_share(self):
         """lambda_init of this layer."""
-        return self.lambda_init if self.layer is None else 0.8 - 0.6 * jnp.exp(-0.3 * self.layer[...])
+        if isinstance(self.lambda_init, str):
+            return 0.8 - 0.6 * jnp.exp(-0.3 * self.layer[...])
+        return self.lambda_init
 
     def per_head(self):
         N = self.size.heads

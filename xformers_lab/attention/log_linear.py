@@ -26,8 +26,8 @@ class LogLinear(Recurrent):
     Gates, norms and skips around it are those of the rule.
 
     Runs are counted from the first position on, padding included, which writes nothing.
-    Deviations from the paper: no short convolution before the silu of q, k and v, which is the model's conv=4; values
-        are as wide as the block unless expand says more; what else its rule declares.
+    Deviations from the paper: the short convolution before the silu of q, k and v is the model's conv=4; values are as
+        wide as the block unless expand says more; what else its rule declares.
 
     Options:
         rule: what each state is: mamba2: it fades by a scalar; gated_delta: it is corrected, too, by the delta rule
