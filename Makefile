@@ -72,6 +72,7 @@ bench: $(READY)  ## side by side with the peers (installs torch)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/step_profile.py
+	$(BIN)/python benchmarks/long_sequences.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@if ls $(VENV)/.ready* >/dev/null 2>&1 && [ ! -e $@ ]; then rm -rf $(VENV); fi  # made here, with another Python
