@@ -78,6 +78,11 @@ def largest(T: int, S: int, H: int, at_once: int = ROWS) -> int:
     return max(_size(T, at_once) * S, T * H, S * H)
 
 
+def pairs(T: int, S: int, causal: bool) -> int:
+    """How many pairs of queries and keys `by_blocks` computes."""
+    return sum((last - first) * keys for first, last, keys in _portions(T, S, QUARTERS if causal else 1))
+
+
 # ---- blocks ------------------------------------------------------------------------------------------------------
 
 
