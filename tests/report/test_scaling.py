@@ -119,6 +119,15 @@ def test_who_is_below_whom_is_said_of_the_means_where_a_curve_misses_them():
     assert scaling_words.as_json(found)["pairs"][0]["by"] == "means"
 
 
+def test_a_floor_that_the_seeds_do_not_tell_is_left_out():
+    straight = lambda x: 4.0 * (x / 1e4) ** -0.1
+    found = fit_of(study({"full": straight, "linear": lambda x: 1.1 * straight(x)}, noise=0.01))
+    for curve in found.curves:
+        assert not curve.fit.floor and curve.fit.why == scaling.UNTOLD and curve.floor is None
+        assert curve.fit.exponent[0] == pytest.approx(0.1, abs=0.01)
+    assert any("the seeds do not tell its floor from 0" in sentence for sentence in scaling_words.sentences(found))
+
+
 def test_a_size_that_a_variant_lacks_is_in_no_curve_and_said():
     oom = {"status": "oom", "reason": "2 GiB asked"}
     gone = lambda row: oom if (row["attention"], row["dim"]) == ("linear", 160) else {}

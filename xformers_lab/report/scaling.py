@@ -25,6 +25,8 @@ BEYOND = 10.0
 GRID = 257
 # A curve strays from its means by more than the seeds explain where that is less likely than this.
 STRAYS = 0.01
+# Why a line is fitted though the sizes would do for a floor.
+UNTOLD = "the seeds do not tell its floor from 0"
 
 # A size: the values of the keys that vary it.
 Size = tuple
@@ -303,6 +305,9 @@ def _curve(
     losses = np.array([[known[sizes[at]][seed].y for seed in seeds] for at in order])
     fit = power_law.fit([x[at] for at in order], losses, drawn)
     exponent, floor = _intervals(fit, drawn, len(seeds))
+    if floor is not None and floor[0] <= 0:  # one number less to tell makes the others certain
+        fit = dataclasses.replace(power_law.fit(fit.sizes, losses, drawn, floor=False), why=UNTOLD)
+        exponent, floor = _intervals(fit, drawn, len(seeds))
     return Curve(name, fit, exponent, floor, tuple(sizes[at] for at in order), tuple(seeds), losses)
 
 
