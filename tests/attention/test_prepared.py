@@ -205,10 +205,11 @@ def values_of_layers(attention: str, **changes):
 def test_values_are_mixed_with_those_of_the_first_layer(attention, kind):
     """Also across mechanisms of a cycle, and beside what a mechanism carries itself."""
     model, found = values_of_layers(attention, value_residual=kind)
-    shares = {"half": np.full((4, 2), 0.5), "only": np.tile([1.0, 0.0], (4, 1))}.get(kind)
     if kind == "learned":
         by_place = [np.asarray(x[...]) for path, x in nnx.iter_graph(model) if path[-1:] == ("shares",)]
         shares = np.stack(by_place, 1).reshape(-1, 2)  # layer by layer, places of the cycle in turn
+    else:
+        shares = np.tile({"half": [0.5, 0.5], "only": [1.0, 0.0]}[kind], (4, 1))
     first = found[0][1]
     np.testing.assert_array_equal(found[0][0], first)
     for (mixed, own), (of_first, of_own) in zip(found[1:], shares[1:], strict=True):

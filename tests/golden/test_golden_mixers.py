@@ -376,7 +376,8 @@ def test_levels_in_chunks_are_the_definition(T, chunk, corrects):
     def steps(q, scales, rest):
         def one(states, now):
             at, q, scales, rest = now
-            return one_more(states, q, scales, **rest, at=at)[::-1]
+            out, states = one_more(states, q, scales, **rest, at=at)
+            return states, out
 
         return jax.lax.scan(one, jnp.zeros((9, 3, 5)), (jnp.arange(T), q, scales, rest))[1]
 

@@ -151,7 +151,9 @@ def test_logits_of_one_head_at_a_time_are_in_memory():
         tx = optimizer.of(config, task)
         graph, state = structure(config, task), jax.eval_shape(lambda: init(config, task, tx))
         step = jax.jit(make_train_step(config, task, graph, tx))
-        return step.lower(state, task.batch("train", 0)).compile().memory_analysis().temp_size_in_bytes
+        memory = step.lower(state, task.batch("train", 0)).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     logits = 4 * 8 * 64 * 4000
     grows = [temporary(6, size) - temporary(2, size) for size in (10, 4000)]

@@ -90,7 +90,7 @@ def test_room_for_all_that_a_task_marks():
 def test_a_batch_keeps_to_what_its_task_says():
     task = build_task(edit(Config(), **SIZES))
     batch = prefetch.checked(task, "train", 0)
-    assert (np.flatnonzero(batch.marked[0]) == [23]).all()
+    assert batch.marked is not None and (np.flatnonzero(batch.marked[0]) == [23]).all()
     with pytest.raises(UsageError, match="marks=1, but a row of it has 24 marked positions"):
         prefetch.check(task, dataclasses.replace(batch, marked=np.ones_like(batch.marked)), "it")
     with pytest.raises(UsageError, match="marks=1, but it has marked=False"):

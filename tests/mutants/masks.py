@@ -1,5 +1,7 @@
 """Faults of what a mechanism may not see: the future, padding, nothing at all."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -148,7 +150,7 @@ class TellsOfLaterMarks(Plain):
 
     marks = 3
 
-    def reference(self, q, k, v, *, valid, marked=None, causal, bias=None):
+    def reference(self, q, k, v, *, valid, marked: Any = None, causal, bias=None):
         s = self.scores(q, k, valid, causal, bias) + 0.5 * marked
         q_at, _ = positions(q, k)
         last = jnp.where(marked, jnp.arange(len(marked)), -1).max()

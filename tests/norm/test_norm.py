@@ -448,6 +448,7 @@ def test_batchnorm_is_its_equations():
         np.testing.assert_allclose(norm.variance[...], variance, rtol=1e-5)
         if valid.all():
             peer = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+            assert peer.scale is not None and peer.bias is not None
             peer.scale[...], peer.bias[...] = norm.scale[...], norm.bias[...]
             np.testing.assert_allclose(y, peer(single(x), use_running_average=False), atol=1e-4)
     y = norm(single(x), LayerContext(None, train=False))

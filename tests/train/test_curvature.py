@@ -85,7 +85,7 @@ def regression() -> tuple[Any, Any, Any]:
         sums = [of_part(None, None, part, jax.random.fold_in(key_now[0], at)) for at, part in enumerate(parts)]
         return jax.tree.map(jnp.add, *sums)
 
-    key_now = [None]
+    key_now = [jax.random.key(0)]
 
     def estimated(key, what):
         key_now[0] = key

@@ -103,7 +103,8 @@ class Ttt(Recurrent):
         T, C = len(q), min(self.batch, len(q))
 
         def one(layers, rows):
-            grown, out = self._batch(layers, None, *rows, own)
+            q, k, v, step_size = rows
+            grown, out = self._batch(layers, None, q, k, v, step_size, own)
             return jax.tree.map(lambda p, grad: p - own["share"][C - 1] * grad, layers, grown), out
 
         rows = tuple(in_blocks(x, C) for x in (q, k, v, step_size))
@@ -166,9 +167,8 @@ class Ttt(Recurrent):
         added = functools.partial(jax.tree.map, jnp.add)
 
         def one(state, rows):
-            number, *rows = rows
-            moved, before = state
-            grown, out = self._batch(added(own["layers"], moved), before, *rows, own)
+            (moved, before), (number, q, k, v, step_size) = state, rows
+            grown, out = self._batch(added(own["layers"], moved), before, q, k, v, step_size, own)
             ended = (number + 1) * C <= passed + T
             move = lambda p, grad: p - jnp.where(ended, own["share"][C - 1], 0) * grad
             return (jax.tree.map(move, moved, grown), jax.tree.map(lambda x: jnp.where(ended, 0, x), grown)), out

@@ -53,7 +53,7 @@ def backward(view: View, group: Group, incoming, carry):
 
     def row(index):
         dq, added, dbias = zip(*(stretch(index, each) for each in view.stretches(group, index)), strict=True)
-        return sum(dq), added, jax.tree.map(lambda *x: sum(x), *dbias)
+        return jnp.asarray(sum(dq)), added, jax.tree.map(lambda *x: sum(x), *dbias)
 
     at_once = rows_at_once(group, view.blocks)
     of_rows = row if at_once == 1 else jax.vmap(row)
