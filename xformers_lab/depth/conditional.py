@@ -126,6 +126,10 @@ class GatedAttention(nnx.Module):
     def __init__(self, layer: Any, gate: Gate):
         self.layer, self.gate = layer, gate
 
+    @property
+    def marks(self) -> int:
+        return self.layer.marks
+
     def carries(self) -> bool:
         return self.layer.carries()
 
