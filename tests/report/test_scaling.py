@@ -80,6 +80,7 @@ def test_alike_curves_are_not_told_apart_and_one_seed_tells_nothing():
     assert pair.status == "untested" and not pair.crossings and len(pair.meets) == 1
     said = scaling_words.sentences(found)
     assert said[0].startswith("Not tested, with one seed: the curves of full and linear meet at")
+    assert any("order changes with the size, which the seeds do not tell: linear and full at" in one for one in said)
     assert found.notes[0].startswith("One seed: intervals of exponents are by what the curves miss")
     assert all(curve.exponent is not None and curve.floor is None for curve in found.curves)
 

@@ -136,7 +136,8 @@ def _orders(scaling: Scaling) -> Iterator[str]:
         yield f"By the means the order is the same at the smallest ({small}) and largest ({large}): {_order(first)}."
     else:
         orders = f"{_order(first)} at the smallest ({small}), {_order(last)} at the largest ({large})"
-        yield f"By the means the order changes with the size: {orders}."
+        doubt = "" if any(pair.crossings for pair in scaling.pairs) else ", which the seeds do not tell"
+        yield f"By the means the order changes with the size{doubt}: {orders}."
 
 
 def _falls(scaling: Scaling) -> Iterator[str]:
