@@ -12,8 +12,6 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.size import Size
 
-State = tuple[jax.Array, jax.Array, jax.Array]
-
 
 class Layerskip(Fixed):
     """LayerSkip: layers that are left out the more often the higher they are, and one head that answers above any of
@@ -91,16 +89,16 @@ class Layerskip(Fixed):
         self.passes = nnx.Variable(jnp.zeros((), jnp.int32))
 
     @property
-    def cut(self) -> bool:
-        """Whether an evaluation leaves layers out."""
-        return self.exit is not None and self.exit < self.layers
+    def cut(self) -> int | None:
+        """How many layers an evaluation runs, None where it leaves none out."""
+        return self.exit if self.exit != self.layers else None
 
     def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         if key is not None:
             return self._train(x, context, key)
-        if not self.cut:
+        if self.cut is None:
             return super().__call__(x, context)
-        blocks = rounds(self.periods, 0, self.exit // self.period)
+        blocks = rounds(self.periods, 0, self.cut // self.period)
         carries = initial_carries(blocks, x.shape[0], x.shape[1], x.shape[1])
         x, _, aux = run_stack(blocks, x, carries, context, key=None, plan=self.plan)
         return x, aux
@@ -140,17 +138,17 @@ class Layerskip(Fixed):
         return [(name, number, jnp.where(due(number), weight(number), 0.0)) for name, number in named]
 
     def step(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
-        if self.cut:
-            return self.step_below(x, cache, context, at=at, layers=self.exit)
+        if self.cut is not None:
+            return self.step_below(x, cache, context, at=at, layers=self.cut)
         return super().step(x, cache, context, at=at)
 
     def step_several(self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array) -> tuple[jax.Array, Any]:
-        if self.cut:
+        if self.cut is not None:
             return Depth.step_several(self, x, cache, context, at=at)
         return super().step_several(x, cache, context, at=at)
 
     def check_draft(self, layers: int) -> None:
-        if self.cut:
+        if self.cut is not None:
             raise Refused(
                 f"depth=layerskip:exit={self.exit} answers above the layers that would verify: leave exit out"
             )

@@ -95,14 +95,15 @@ class Looped(Depth):
 
     def __call__(self, x: jax.Array, context: Context, *, key: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         B, T, _ = x.shape
-        first, drawn, begun, middle, last = [None] * 5 if key is None else jax.random.split(key, 5)
+        first, middle, last = (None, None, None) if key is None else jax.random.split(key, 3)
         e, _, aux = self.prelude.run(x, self.prelude.initial_carries(B, T, T), context, key=first)
-        if key is None:
+        if middle is None:
             at = jnp.arange(T) if context.documents is None else places(context.documents)
             s = jnp.broadcast_to(self.begun(at), x.shape).astype(x.dtype)
             count = jnp.array(self.iterations)
             s, more = self._evaluate(s, e, context)
         else:
+            begun, drawn, middle = jax.random.split(middle, 3)
             s = (self.noise * jax.random.normal(begun, x.shape)).astype(x.dtype)
             count = self.drawn(drawn)
             s, more = self._train(s, e, context, count, middle)
