@@ -144,7 +144,7 @@ class Routed(nnx.Module):
         at = jnp.minimum(places, T - 1)
         inside = jnp.take_along_axis(x, at[..., None], 1)
         tokens = None if context.tokens is None else jnp.take_along_axis(context.tokens, at, 1)
-        where = Context(_Taken(self.block.position(context), at), None if full else places < T, tokens=tokens)
+        where = Context(Taken(self.block.position(context), at), None if full else places < T, tokens=tokens)
         y, _, aux = self.block(inside, carries, where, key=key)
         share = jnp.take_along_axis(self.share(score), at, 1)[..., None]
         update = (share * (y - inside).astype(jnp.float32)).astype(x.dtype)
@@ -189,7 +189,7 @@ class Routed(nnx.Module):
         def one(x, chosen, old, places, count, token):
             places = places.at[count].set(at)
             token = None if token is None else token[None]
-            where = Context(_Taken(self.block.position(context), places[None]), tokens=token)
+            where = Context(Taken(self.block.position(context), places[None]), tokens=token)
             y, new, _ = nnx.merge(graph, variables).step(x[None], old, {}, where, count)
             keep = lambda new, old: jnp.where(chosen, new, old)
             return y[0], jax.tree.map(keep, new, old), places, count + chosen
@@ -204,15 +204,14 @@ class Routed(nnx.Module):
         return y, cache, carries
 
 
-class _Taken(Position):
+class Taken(Position):
     """The positions of tokens that were taken out of their sequences: the i-th of sample b stands at at[b, i]."""
 
     def __init__(self, position: Position, at: jax.Array):
         if getattr(position, "key_terms", None) is not None or position.bias() is not None:
             raise Refused(
                 f"position={type(position).__name__.lower()} adds scores by the place in a sequence, but "
-                "depth=mixture_of_depths takes tokens from other places of each; use position=rope, learned, "
-                "sinusoidal or none"
+                "this depth takes tokens from other places of each; use position=rope, learned, sinusoidal or none"
             )
         self.position, self.at, self.turns, self.share = position, at, position.turns, position.share
 
