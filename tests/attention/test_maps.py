@@ -163,8 +163,8 @@ def test_a_planted_norm_that_no_class_tells_is_refused():
     plain = spec.build("attention", "retnet", length=T, dim=16, heads=2)
 
     class Normed(type(plain)):
-        def attend(self, q, k, v, *, valid=None, causal, decay):
-            out = super().attend(q, k, v, valid=valid, causal=causal, decay=decay)
+        def attend(self, q, k, v, *, valid=None, causal, decay, more_v):
+            out = super().attend(q, k, v, valid=valid, causal=causal, decay=decay, more_v=more_v)
             return out / jnp.linalg.norm(out, axis=-1, keepdims=True)
 
     layer = Normed(plain.size, rngs=nnx.Rngs(0))

@@ -131,7 +131,8 @@ class Transformer(Model):
         x = self.entering(x, embed_key)
         tokens = inputs if self.of_tokens else None
         # Of other depths nobody knows that a layer's rows are those of the batch.
-        marked = marked if type(self.stack).documents_apart else None
+        if marked is not None and not type(self.stack).documents_apart:
+            marked = None
         context = Context(position, valid, self.predict, tokens=tokens, documents=documents, marked=marked)
         x, aux = self.stack(x, context, key=stack_key)
         if self.further is not None and key is not None:
