@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from xformers_lab.cli import main
-from xformers_lab.config import Config, edit
+from xformers_lab.config import Config, decisive, edit, identity
 from xformers_lab.depth import Context
 from xformers_lab.depth.early_exit import expected_saving
 from xformers_lab.measure.flops import count_flops
@@ -92,7 +92,7 @@ def test_halting_weights_add_up_to_one(bias):
     depth.halt.bias[...] = jnp.full(1, bias)
     halting = depth._running(x)
     for number in range(5):
-        _, halting = depth._halted(x, x, number, halting)
+        _, halting = depth._halted(x, x, number, halting, x)
     np.testing.assert_allclose(halting["out"], 1, atol=1e-6)
     p = 1 / (1 + np.exp(-bias))
     taken = next((n for n in range(1, 6) if n * p >= 0.99), 5)
@@ -107,7 +107,7 @@ def test_halted_positions_keep_their_state():
     depth = model_of("universal:act=true", layers=3)[0].stack
     x, y = jnp.ones((1, 2, 16)), 2 * jnp.ones((1, 2, 16))
     halting = depth._running(x) | {"sum": jnp.array([[1.0, 0.2]])}
-    state, _ = depth._halted(x, y, 1, halting)
+    state, _ = depth._halted(x, y, 1, halting, x)
     np.testing.assert_array_equal(state[0, :, 0], [1, 2])
 
 
@@ -121,10 +121,10 @@ def test_steps_of_every_position_are_told():
     def by_hand(x):
         halting = depth._running(x)
         for number in range(3):
-            y = depth._marked(x, number, model.position, jnp.arange(12))
+            y = given = depth._marked(x, number, model.position, jnp.arange(12))
             for block in depth.blocks:
                 y = block(y, {}, context)[0]
-            x, halting = depth._halted(x, y, number, halting)
+            x, halting = depth._halted(x, y, number, halting, given)
         return halting
 
     x = model.position.embed(model.embedding(tokens), jnp.arange(12))
@@ -133,6 +133,64 @@ def test_steps_of_every_position_are_told():
     np.testing.assert_array_equal(aux.tokens["computation"], 2 * halting["steps"])
     np.testing.assert_allclose(aux.scalars["steps"], halting["steps"].mean(), rtol=1e-6)
     assert len(np.unique(halting["steps"])) > 1
+
+
+@pytest.mark.full
+def test_halting_before_a_step_is_the_listing_of_the_paper():
+    """Its masks, one after the other, on states that go on; the ids of runs without the option are what they were."""
+    model, tokens = perturbed(*model_of("universal:act=true:halting=before", layers=4, position="sinusoidal"))
+    depth, context = model.stack, Context(model.position)
+    depth.halt.kernel[...], depth.halt.bias[...] = 2 * depth.halt.kernel[...], jnp.full(1, -3.0)
+    state = x = model.position.embed(model.embedding(tokens), jnp.arange(12))
+    probability, remainders, updates, new = (
+        jnp.zeros((3, 12)),
+        jnp.zeros((3, 12)),
+        jnp.zeros((3, 12)),
+        jnp.zeros_like(x),
+    )
+    again = lambda x: model.position.embed(x, jnp.arange(12))
+    for number in range(4):
+        state = depth._marked(state, jnp.int32(number), model.position, again)
+        p = jax.nn.sigmoid((state @ depth.halt.kernel[...] + depth.halt.bias[...])[..., 0])
+        runs = (probability < 1.0).astype(float)
+        halts = (probability + p * runs > 0.99) * runs
+        runs = (probability + p * runs <= 0.99) * runs
+        probability += p * runs
+        remainders += halts * (1 - probability)
+        probability = jnp.where(halts > 0, 1.0, probability)
+        updates += runs + halts
+        weights = (p * runs + halts * remainders)[..., None]
+        state = depth.blocks[0](state, {}, context)[0]
+        new = state * weights + new * (1 - weights)
+    out, aux = jax.jit(lambda x: depth(x, context))(x)
+    np.testing.assert_allclose(out, new, atol=2e-5)
+    np.testing.assert_array_equal(aux.tokens["steps"], updates)
+    assert 1 < float(updates.mean()) < 4 and 0 < float((probability < 1).mean()) < 1
+    np.testing.assert_allclose(aux.losses["ponder"], 0.01 * (updates + remainders).mean(), rtol=1e-5)
+    plain, named = (edit(Config(), depth=f"universal:act=true{words}") for words in ("", ":halting=after"))
+    assert identity(plain) == identity(named) != identity(edit(Config(), depth="universal:act=true:halting=before"))
+    assert "halting" not in decisive(plain)["depth"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("halting", ["after", "before"])
+def test_evaluation_leaves_out_steps_that_nobody_needs(halting, monkeypatch):
+    """A layer runs as often as the last position of those that are valid, and says what all steps say."""
+    model, tokens = model_of(f"universal:act=true:halting={halting}", layers=6)
+    model.stack.halt.kernel[...] = 0 * model.stack.halt.kernel[...]
+    model.stack.halt.bias[...] = jnp.full(1, -0.5)  # 0.378 a step: three of them
+    whole = run(model, tokens, key=jax.random.key(0))[0]
+    ran, call = [], Block.__call__
+
+    def counted(self, x, *rest, **options):
+        jax.debug.callback(lambda: ran.append(len(x)))
+        return call(self, x, *rest, **options)
+
+    monkeypatch.setattr(Block, "__call__", counted)
+    out, aux = run(model, tokens)
+    jax.effects_barrier()
+    assert len(ran) == 3 == aux.scalars["steps"]
+    np.testing.assert_allclose(out, whole, atol=1e-5)
 
 
 @pytest.mark.full

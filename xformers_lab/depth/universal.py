@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +25,39 @@ class Universal(Depth):
     `layers` counts the applications; mechanisms joined by `+` make one period that is applied layers / period times.
     Before each, a sinusoidal code of the step is added, and with position=sinusoidal that of the position, too: both
     are the paper's coordinates. code=false leaves them to what the model adds before the first step; layers then share
-    their weights as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own
-    (Graves, 2016, arXiv 1603.08983): the output is the sum of its states weighted by halting probabilities p_n while
-    their sum stays below 1 - slack, the last weight being what is left to 1; a halted position keeps its state. The
-    loss gets ponder times the mean of steps plus remainder. "steps" reports the mean steps of a position,
-    its figures of tokens those of each, which `xlab eval` prints along the sequence. All steps are computed for every
-    position, so halting saves nothing in time here: "computation" counts what was needed, of each token, too.
-    Deviations from the paper: positions of another kind, learned ones too, are added once, before the first step; the
-    code of the step is a fifth as large.
+    their weights as in ALBERT (Lan et al., 2019, arXiv 1909.11942). With act=true every position halts on its own,
+    once its halting probabilities p_n, of which the last is what is left to 1, sum up to 1 - slack:
+
+        halting=after    p_n of the state s_n that step n gave, out = sum of p_n s_n; a halted position keeps its state,
+                         and the last step halts whatever still runs (Graves, 2016, arXiv 1603.08983)
+        halting=before   p_n of what step n is given, with its codes, out_n = p_n s_n + (1 - p_n) out_(n-1), out_0 = 0;
+                         states go on beside, of halted positions, too, and what still runs at the end has no last
+                         weight (the paper's listing)
+
+    The loss gets ponder times the mean of steps plus remainder. "steps" reports the mean steps of a position, its
+    figures of tokens those of each, which `xlab eval` prints along the sequence. Every step is computed for all
+    positions; evaluation leaves the steps out behind which none is still running, and training and decoding none.
+    "computation" counts what was needed, of each token, too.
+    Deviations from the paper: with act=true its listing is halting=before; positions of another kind, learned ones too,
+    are added once, before the first step; the code of the step is a fifth as large.
 
     Options:
         act: whether positions halt on their own
+        halting: with act, what a halting probability is of, and how states are put together
         slack: how near to 1 the halting probabilities must come
         ponder: what a step costs in the loss
         code: whether the number of the step is added before it, and positions with it
     """
 
     documents_apart = True
+    later_options: ClassVar = ("halting",)
 
     def __init__(
         self,
         size: Size,
         *,
         act: bool = False,
+        halting: Literal["after", "before"] = "after",
         slack: float = 0.01,
         ponder: float = 0.01,
         code: bool = True,
@@ -60,7 +70,7 @@ class Universal(Depth):
         if not 0 < slack < 1 or ponder < 0:
             raise Refused(f"slack must be between 0 and 1 and ponder at least 0, got {slack} and {ponder}")
         self.steps, self.act, self.slack, self.ponder = size.layers // period, act, slack, ponder
-        self.code, self.plan = code, plan_of(size)
+        self.code, self.plan, self.halting = code, plan_of(size), halting
         self.blocks = nnx.List(make_block(index, rngs) for index in range(period))
         if act:
             self.halt = Linear(size.dim, 1, bias_init=nnx.initializers.ones, rngs=rngs)
@@ -77,19 +87,29 @@ class Universal(Depth):
         def apply(state, step):
             x, carries, rest, halting = state
             number, keys = step
-            y, total, changed = self._marked(x, number, context.position, again), Aux(), []
+            given, total, changed = self._marked(x, number, context.position, again), Aux(), []
+            y = given
             for place, (graph, params, _) in enumerate(split):
                 of_layer = {"key": None if keys is None else keys[place], "plan": self.plan, "looped": self.steps > 1}
                 y, carries, aux, left = run_layer(graph, params, rest[place], y, carries, context, **of_layer)
                 total = total + aux
                 changed.append(left)
             if halting is not None:
-                y, halting = self._halted(x, y, number, halting)
+                y, halting = self._halted(x, y, number, halting, given)
             return (y, carries, changed, halting), total
+
+        def apply_where_needed(state, step):
+            """Behind the last position that still runs nothing changes any more."""
+            running = self._running_still(state[3])
+            running = running if context.valid is None else running & context.valid
+            nothing = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+            idle = lambda state, step: (state, jax.tree.map(nothing, jax.eval_shape(apply, state, step)[1]))
+            return lax.cond(running.any(), apply, idle, state, step)
 
         start = (x, carries, [rest for _, _, rest in split], self._running(x))
         # Not unrolled: the layers are one anyway, and the steps may be many.
-        (y, _, rest, halting), aux = lax.scan(apply, start, (jnp.arange(self.steps), keys))
+        of_step = apply_where_needed if self.act and key is None else apply
+        (y, _, rest, halting), aux = lax.scan(of_step, start, (jnp.arange(self.steps), keys))
         for block, changed in zip(self.blocks, rest, strict=True):
             nnx.update(block, changed)
         aux = jax.tree.map(lambda values: jnp.sum(values, 0), aux)
@@ -115,9 +135,23 @@ class Universal(Depth):
         zeros = jnp.zeros(x.shape[:-1])
         return {"sum": zeros, "steps": zeros, "left": zeros, "out": jnp.zeros(x.shape, jnp.float32)}
 
-    def _halted(self, x, y, number, halting):
-        """The state after a step, and the sums with it: y where a position still ran, x where it had halted."""
-        running = halting["sum"] < 1 - self.slack
+    def _running_still(self, halting):
+        return halting["sum"] < (1 if self.halting == "before" else 1 - self.slack)
+
+    def _halted(self, x, y, number, halting, given):
+        """The state after a step that made y of what it was given, and the sums with it: y where a position still ran,
+        x where it had halted; with halting=before y everywhere."""
+        running = self._running_still(halting)
+        if self.halting == "before":
+            p = jax.nn.sigmoid(self.halt(given.astype(jnp.float32)))[..., 0]
+            last, left = running & (halting["sum"] + p > 1 - self.slack), 1 - halting["sum"]
+            weight = jnp.where(last, left, jnp.where(running, p, 0))
+            return y, {
+                "sum": jnp.where(last, 1.0, halting["sum"] + weight),
+                "steps": halting["steps"] + running,
+                "left": jnp.where(last, left, halting["left"]),
+                "out": weight[..., None] * y + (1 - weight[..., None]) * halting["out"],
+            }
         y = jnp.where(running[..., None], y, x)
         p = jax.nn.sigmoid(self.halt(y.astype(jnp.float32)))[..., 0]
         last = running & ((halting["sum"] + p >= 1 - self.slack) | (number == self.steps - 1))
@@ -143,12 +177,13 @@ class Universal(Depth):
             x, carries, halting = state
             number, caches = step
             again = lambda x: context.position.embed(x, at[None])
-            y, changed = self._marked(x[:, None], number, context.position, again)[:, 0], []
+            given, changed = self._marked(x[:, None], number, context.position, again)[:, 0], []
+            y = given
             for block, one in zip(self.blocks, caches, strict=True):
                 y, one, carries = block.step(y, one, carries, context, at)
                 changed.append(one)
             if halting is not None:
-                y, halting = self._halted(x, y, number, halting)
+                y, halting = self._halted(x, y, number, halting, given)
             return (y, carries, halting), changed
 
         start = (x, cache["below"], self._running(x))
