@@ -91,7 +91,7 @@ def test_an_exit_answers_with_the_models_head():
 
 
 @pytest.mark.parametrize("words, message", [
-    ("curriculum=gradual", "say it as ramp="), ("dropout=1", "below 1"), ("exit=5", "are 1 to 3"),
+    ("curriculum=gradual", "say it as ramp="), ("dropout=1", "below 1"), ("exit=5", "are 1, 2, 3"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(words, message):
     with pytest.raises(UsageError, match=message):
@@ -157,7 +157,8 @@ def test_a_trained_model_drafts_what_it_says(tmp_path, capsys):
     ({"depth": "transparent"}, "drafts nothing"),
     ({"depth": "fixed", "attention": "linear"}, "cannot go back"),
     ({"depth": "fixed", "conv": 2}, "cannot go back"),
-    ({"depth": "fixed", "attention": "full+local"}, "a multiple of 2"),
+    ({"depth": "fixed", "attention": "full+local"}, "the first ones are 2$"),
+    ({"depth": "fixed", "attention": "full+local", "layers": 2}, "use more layers"),
     ({"depth": "mixture_of_depths:every=1"}, "cannot go back"),
 ])  # fmt: skip
 def test_what_cannot_draft_is_refused(changes, message):

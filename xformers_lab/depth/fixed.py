@@ -98,11 +98,13 @@ class Fixed(Depth):
 
     def check_exit(self, layers: int) -> None:
         """Raises Refused where no token can be answered above so many layers."""
-        if not 1 <= layers < self.layers or layers % self.period or layers > self.whole:
-            several = (
-                "" if self.period == 1 else f", a multiple of {self.period}, for so many are a round of mechanisms"
+        known = range(self.period, min(self.whole, self.layers - 1) + 1, self.period)
+        if layers not in known:
+            mend = f"the first ones are {', '.join(map(str, known))}" if known else "use more layers"
+            raise Refused(
+                f"{layers} of {self.layers} layers: others must be above them, and whole rounds of the {self.period} "
+                f"mechanism(s) below; {mend}"
             )
-            raise Refused(f"{layers} of {self.layers} layers: the first ones are 1 to {self.layers - 1}{several}")
 
     def step_below(
         self, x: jax.Array, cache: Any, context: Context, *, at: jax.Array, layers: int
