@@ -28,6 +28,7 @@ def prepare(config: Config, run_dir: pathlib.Path, place: Callable[[Config, Task
     them cannot be."""
     configs.refuse_selection(config)
     configs.refuse_schedule(config)
+    configs.refuse_heads(config)
     task = build_task(config)
     layout = place(config, task)
     parts = shapes(config, task)
