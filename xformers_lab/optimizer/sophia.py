@@ -41,8 +41,9 @@ def sophia(
     gauss_newton (Sophia-G): W a^2, a the gradient of the mean loss of answers that are drawn from the model's own
     probabilities, W how many answers there are; for tasks whose loss is cross-entropy. hutchinson (Sophia-H): u (H u),
     u of random signs, H the Hessian of the training loss, whatever it is; kernels of a GPU or TPU have no second
-    derivative. A step with an estimate costs one gradient more, or about three; FLOPs in tables are those of such a
-    step. No number moves by more than the rate, which the paper has somewhat below AdamW's.
+    derivative, and normaliser=powernorm has one that is not its output's, so that it is biased there. A step with an
+    estimate costs one gradient more, or about three; FLOPs in tables are those of such a step. No number moves by more
+    than the rate, which the paper has somewhat below AdamW's.
 
     Options:
         estimate: of the Hessian's diagonal
