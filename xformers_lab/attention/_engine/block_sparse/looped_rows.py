@@ -40,7 +40,7 @@ def backward(view: View, group: Group, incoming, carry):
     incoming: of all queries' outputs the gradients, the products of these with the outputs, and the log-sum-exps.
     """
 
-    def stretch(index, stretch):
+    def of_stretch(index, stretch):
         """Of the keys of a stretch: their share of dq, what their dk and dv grow by, and the gradient of the bias."""
         s, positions = _scores(view, group, index, stretch)
         q, g, delta, lse = view.of_queries((view.q, *incoming), group, index)
@@ -52,7 +52,7 @@ def backward(view: View, group: Group, incoming, carry):
         return _product(ds, keys), (_product(laid_transposed(q), ds), _product(laid_transposed(g), p)), dbias
 
     def row(index):
-        dq, added, dbias = zip(*(stretch(index, each) for each in view.stretches(group, index)), strict=True)
+        dq, added, dbias = zip(*(of_stretch(index, each) for each in view.stretches(group, index)), strict=True)
         return jnp.asarray(sum(dq)), added, jax.tree.map(lambda *x: sum(x), *dbias)
 
     at_once = rows_at_once(group, view.blocks)
@@ -61,8 +61,8 @@ def backward(view: View, group: Group, incoming, carry):
     def step(carry, index):
         totals, db = carry
         dq, added, dbias = of_rows(index)
-        for (columns, _), of_stretch in zip(view.stretches(group, index), added, strict=True):
-            totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, of_stretch, strict=True))
+        for (columns, _), grown in zip(view.stretches(group, index), added, strict=True):
+            totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, grown, strict=True))
         dbias = jax.tree.map(lambda x: x.sum(tuple(range(index.ndim))), dbias)
         return (totals, jax.tree.map(jnp.add, db, dbias)), dq
 
