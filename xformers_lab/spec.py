@@ -192,8 +192,11 @@ def named_like(module: types.ModuleType, name: str) -> Any:
 
 
 def home(text: str) -> tuple[str, str]:
-    """The shelf of a choice, and the choice: `depth/fixed`, a name that one shelf alone has, or a module or file of
-    one's own, whose class says by what it derives from where it belongs. Raises UsageError."""
+    """The shelf of a choice, and the choice: `depth/fixed`, or `depth=fixed` as configs say it, a name that one shelf
+    alone has, or a module or file of one's own, whose class says by what it derives from where it belongs. Raises
+    UsageError."""
+    word, equals, value = text.partition("=")
+    text = f"{word}/{value}" if equals and word in SHELVES else text
     shelf, slash, rest = text.partition("/")
     plain = parse(text).name
     if slash and shelf in SHELVES and not pathlib.Path(plain).is_file():

@@ -278,6 +278,7 @@ def test_a_mistake_is_a_failure_and_a_refusal_too(tmp_path):
     ("rezero", ("norm", "rezero")),
     ("depth/fixed", ("depth", "fixed")),
     ("position/xl:base=100", ("position", "xl:base=100")),
+    ("position=xl:base=100", ("position", "xl:base=100")),
     ("xformers_lab.depth.universal:act=true", ("depth", "xformers_lab.depth.universal:act=true")),
 ])  # fmt: skip
 def test_a_choice_finds_its_shelf(text, found):

@@ -158,6 +158,12 @@ def test_an_unchecked_bench_says_so_wherever_it_is_read(capsys, tmp_path):
     assert f"xlab bench {' '.join(words)} --report" in page.read_text()
 
 
+def test_a_bench_says_which_keys_play_no_part_in_it(capsys):
+    words = ["attention=full", "seq_len=16", "dim=16", "batch=1", "position=rope", "conv=4"]
+    assert main(["bench", *words, "--rounds", "1", "--pass", "forward"]) == 0
+    assert "note: A bench times attention alone: position and conv play no part in it." in capsys.readouterr().out
+
+
 def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):
     """Ctrl-C at the second length keeps the first, and ends what is under way at once."""
     tell = progress.words

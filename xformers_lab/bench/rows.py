@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from xformers_lab import record, spec
-from xformers_lab.config import Config, get, to_dict, varied
+from xformers_lab.config import KEYS, Config, get, to_dict, varied
 from xformers_lab.errors import BrokenChoice, UsageError, nearest, ran_out_of_memory
 from xformers_lab.measure.exponent import LEAST, fit
 
 PASSES = ("forward", "forward+backward", "prefill", "decode")
+# The keys that a bench's figures depend on, and those that say where a run is kept and what it is called.
+MEASURED = ("model", "attention", "seq_len", "dim", "heads", "kv_heads", "dtype", "batch", "kernel")
+APART = ("runs", "name", "tags", "stall", "seed", "init_seed", "data_seed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +60,12 @@ def blank(
         row |= {"checked": check, "config": to_dict(config)}
         cells += [Cell(config, direction, swept | {"pass": direction} | row) for direction in passes]
     return cells
+
+
+def unused(configs: Sequence[Config]) -> list[str]:
+    """The keys that were set, and that no figure of a bench depends on."""
+    usual, others = Config(), [key for key in KEYS if key not in (*MEASURED, *APART)]
+    return [key for key in others if any(get(config, key) != get(usual, key) for config in configs)]
 
 
 def interrupted(cells: Sequence[Cell]) -> None:

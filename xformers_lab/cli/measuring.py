@@ -28,13 +28,12 @@ def _bench(chosen: argparse.Namespace) -> int:
         raise UsageError(f"--rounds {chosen.rounds}: at least 1")
     how = {"rounds": chosen.rounds, "passes": chosen.passes, "check": not chosen.no_check, "trust": chosen.trust}
     timed = studies.timed(chosen.words, spelled(chosen), **how, lines=not chosen.json)
-    from xformers_lab.report import table
+    from rich.console import Console
 
-    rows, varied = timed.rows, timed.varied
-    code = answer(chosen, rows, lambda: table.print_rows(rows, varied))
+    code = answer(chosen, timed.rows, lambda: timed.draw(Console()))
     if chosen.report:
         print(visible(f"report: {timed.report(chosen.report)}"), file=sys.stderr)
-    export(chosen, rows, varied, timed.command)
+    export(chosen, timed.rows, timed.varied, timed.command)
     if timed.interrupted:
         print("interrupted: the rows say what was measured before", file=sys.stderr)
         return 128 + timed.interrupted
