@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Call, Complexity, Cost, MultiHead, why_not_one_way
+from xformers_lab.attention import Call, Complexity, Cost, why_not_one_way
 from xformers_lab.attention._engine.block_sparse import block_sparse
 from xformers_lab.attention._engine.block_sparse.chunks import largest_array
 from xformers_lab.attention._engine.block_sparse.layout import live_pairs
@@ -78,7 +78,16 @@ class Fox(Full):
         """Beside keys and values the sum of what was forgotten since each."""
         return super().init_cache(B, length, dtype) | {"since": jnp.zeros((B, self.size.heads, length), jnp.float32)}
 
-    decode_heads_several = MultiHead.decode_heads_several
+    def decode_heads_several(self, cache, call: Call, added=None):
+        """Of a key and a query: what was forgotten from the key to the last token that was read before, and from there,
+        or from the key where it is new, to the query."""
+        at, T = cache["seen"], call.q.shape[1]
+        forgotten = jnp.cumsum(jnp.moveaxis(self.from_keys(call.x)["forget"], 1, 2), 2)
+        up_to_keys = lax.dynamic_update_slice_in_dim(cache["since"], -forgotten, at, 2)
+        to_queries = jnp.swapaxes(forgotten, 1, 2)[..., None] + up_to_keys[:, None]
+        out, cache = super().decode_heads_several(cache, call, to_queries)
+        read = jnp.arange(up_to_keys.shape[2]) < at + T
+        return out, cache | {"since": jnp.where(read, up_to_keys + forgotten[:, :, -1:], 0)}
 
     def decode_heads(self, cache, call: Call):
         forget = self.from_keys(call.x)["forget"]

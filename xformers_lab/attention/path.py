@@ -1,19 +1,23 @@
-from typing import ClassVar
+import dataclasses
+import functools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from xformers_lab.attention import Attention, Call, Complexity, Cost, MultiHead, why_not_one_way
+from xformers_lab.attention import Attention, Call, Complexity, Cost, why_not_one_way
 from xformers_lab.attention._base.recurrent import unit
-from xformers_lab.attention._engine.blocks import in_blocks
+from xformers_lab.attention._engine.blocks import in_blocks, joined
+from xformers_lab.attention._engine.heads import over_heads
 from xformers_lab.attention._engine.linear.gated import inverse, product
 from xformers_lab.attention._engine.query_blocks import LONG, seen_from
 from xformers_lab.attention._engine.softmax import MASKED, on_data, same_document, softmax_average
 from xformers_lab.attention.full import Full
 from xformers_lab.errors import Refused
 from xformers_lab.nn.linear import Linear
+from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.size import Size
 
 # Queries whose scores are computed together, at most.
@@ -145,7 +149,29 @@ class Path(Full):
         cache = super().init_cache(B, length, dtype)
         return cache | {"k": cache["k"].astype(jnp.float32)}
 
-    decode_heads_several = MultiHead.decode_heads_several
+    def decode_heads_several(self, cache, call: Call):
+        """`attend` of new queries on new keys, and on those kept, which nothing transforms up to the first of them."""
+        at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[2]
+        w, b = (jnp.moveaxis(y, 2, 1) for y in self._transformations(call.x))
+        new = {"k": jnp.swapaxes(call.k, 1, 2), "v": jnp.swapaxes(self.summed(call.v), 1, 2)}
+        there = jnp.pad(self._held(at - 1, cache)[1], (0, T), constant_values=True)
+
+        joined_rows = lambda kept, new: jnp.concatenate([kept, new.astype(kept.dtype)], 2)
+        untouched = {"w": jnp.zeros_like(cache["k"]), "b": jnp.zeros((*b.shape[:2], R))}
+        of_keys = jax.tree.map(joined_rows, untouched, {"w": w, "b": b})
+        of_heads = jax.tree.map(lambda y: jnp.repeat(y, call.q.shape[2] // y.shape[1], 1), of_keys)
+        k, v = (jnp.swapaxes(joined_rows(cache[name], new[name]), 1, 2) for name in ("k", "v"))
+
+        def one(q, k, v, of_keys, _, bias):
+            bias = None if bias is None else Behind(bias, at, R)
+            return self.attend(q, k, v, valid=there, causal=True, bias=bias, **of_keys), None
+
+        out = over_heads(one, call.q, k, v, of_heads, None, call.bias, plan=plan_of(self.size))[0]
+        transformed = functools.partial(_transformed, chunk=min(self.chunk, T))
+        kept, keys = jax.vmap(jax.vmap(transformed))(cache["k"], new["k"].astype(jnp.float32), w, b)
+        written = lambda rows, new: lax.dynamic_update_slice_in_dim(rows, new.astype(rows.dtype), at, 2)
+        held = {"k": written(kept, keys), "v": written(cache["v"], new["v"])}
+        return self.finish(out.astype(call.v.dtype), call), cache | held | {"seen": at + T}
 
     def decode_heads(self, cache, call: Call):
         w, b = (y[:, :, None] for y in self._transformations(call.x))
@@ -157,6 +183,21 @@ class Path(Full):
     def rewound(self, before, after, taken, *, read: int):
         """Refused: every later token transforms the keys before it."""
         return Attention.rewound(self, before, after, taken, read=read)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Behind:
+    """A bias of rows of which the first `slots` are kept, each in the place of its position, and the others are new,
+    the first of them `at` ()."""
+
+    bias: Any
+    at: jax.Array
+    slots: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, q_at, k_at):
+        position = lambda row: jnp.where(row < self.slots, row, self.at + row - self.slots)
+        return self.bias(position(q_at), position(k_at))
 
 
 def _of_valid(w, b, valid, causal: bool):
@@ -177,14 +218,32 @@ def _blocks(q, k, w, b, first: int):
         Scores (n, C, C) within each block; queries (n, C, H) transformed up to its beginning; keys (M, C, H)
         transformed up to its end; the transformation (M, H, H) by the whole block.
     """
+    m, later, keys, through = _of_keys(k, w, b)
+    reach = jnp.tril(product("mcf,mdf->mcd", q, w[first:])) @ m[first:]
+    own = product("mcf,mdf->mcd", q, k[first:]) - reach @ later[first:]
+    return own, q - reach @ w[first:], keys, through
+
+
+def _of_keys(k, w, b):
+    """The matrices m and tril(w k^T, -1) of blocks, and the keys and transformations of `_blocks`."""
     below = jnp.tril(product("mcf,mdf->mcd", w, w), -1)
     m = inverse(b * below) * jnp.swapaxes(b, 1, 2)
     later = jnp.tril(product("mcf,mdf->mcd", w, k), -1)
     keys = k - product("mac,maf->mcf", m @ later, w)
-    through = jnp.eye(w.shape[2]) - product("maf,mah->mfh", w, m @ w)
-    reach = jnp.tril(product("mcf,mdf->mcd", q, w[first:])) @ m[first:]
-    own = product("mcf,mdf->mcd", q, k[first:]) - reach @ later[first:]
-    return own, q - reach @ w[first:], keys, through
+    return m, later, keys, jnp.eye(w.shape[2]) - product("maf,mah->mfh", w, m @ w)
+
+
+def _transformed(kept, k, w, b, *, chunk: int):
+    """Keys (R, H) in front of T positions, and those of these positions, k, w (T, H), b (T,), transformed up to the
+    last of them."""
+    _, _, keys, through = _of_keys(*(in_blocks(x, chunk) for x in (k, w, b[:, None])))
+
+    def back(after, block):
+        keys, through = block
+        return after @ through, keys @ after.T
+
+    whole, keys = lax.scan(back, jnp.eye(k.shape[1]), (keys, through), reverse=True)
+    return kept @ whole.T, joined(keys, len(k))
 
 
 def _rows(blocks: int, C: int) -> tuple[int, int]:

@@ -196,9 +196,9 @@ class Patterned(OneHead):
         positions, filled = self._held(at, cache)
         return cache | held | {"seen": at + 1}, at, positions, self._seen_by(at, positions) & filled
 
-    def decode_heads_several(self, cache, call: Call):
+    def decode_heads_several(self, cache, call: Call, added=None):
         """New queries look at what the slots hold and at new keys, which then go where they belong; where every
-        position has a slot, they go there first."""
+        position has a slot, they go there first, and scores of slots may have something `added` (B, T, N, R)."""
         at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[2]
         new = at + jnp.arange(T)
         pairs = {name: jnp.swapaxes(rows, 1, 2) for name, rows in (("k", call.k), ("v", self.summed(call.v)))}
@@ -215,11 +215,11 @@ class Patterned(OneHead):
             slot = jnp.where(stays, self._slot(new, cache), R)
             held = {name: cache[name].at[:, :, slot].set(rows, mode="drop") for name, rows in pairs.items()}
 
-        def one(q, at):
+        def one(q, at, added):
             seen = self._seen_by(at, positions) & filled
-            return self.attend_cached(q, keys, values, at, positions, seen, call.bias)
+            return self.attend_cached(q, keys, values, at, positions, seen, call.bias, added)
 
-        out = jax.vmap(one, in_axes=(1, 0), out_axes=1)(call.q, new)
+        out = jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(call.q, new, added)
         return self.finish(out, call), cache | held | {"seen": at + T}
 
     def rewound(self, before, after, taken, *, read: int):
