@@ -73,11 +73,18 @@ class Path(Full):
         return {"w": w, "b": b}
 
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, w, b):
-        T, S, H = q.shape[0], k.shape[0], q.shape[1]
+        T, S = q.shape[0], k.shape[0]
         if T > S:  # queries that stand before the first key
             options = {"valid": valid, "documents": documents, "causal": causal, "bias": bias, "w": w, "b": b}
             return jnp.pad(self.attend(q[T - S :], k, v, **options), ((T - S, 0), (0, 0)))
         w, b = _of_valid(w, b, valid, causal)
+        return self._attended(q, k, v, w, b, valid=valid, documents=documents, bias=bias)
+
+    def _attended(self, q, k, v, w, b, *, valid=None, documents=None, bias=None, front=None):
+        """`attend` with w and b 0 where padding stands. front (R, H): keys of R positions before these S, which nothing
+        between them transforms; v, valid and documents are of all R + S."""
+        T, S, H = q.shape[0], k.shape[0], q.shape[1]
+        R = 0 if front is None else len(front)
         C = min(self.chunk, S)
         first, ahead = (S - T) // C, (S - T) % C
         of_keys = [in_blocks(x.astype(jnp.float32), C) for x in (k, w, b[:, None])]
@@ -96,9 +103,10 @@ class Path(Full):
                 return jnp.where(mine > other, queries @ through, queries), s
 
             blocks = jnp.arange(limit), keys[:limit], through[:limit]
-            s = lax.scan(back, queries, blocks, reverse=True)[1]
+            turned, s = lax.scan(back, queries, blocks, reverse=True)
             s = jnp.moveaxis(s, 0, 2).reshape(len(queries) * C, -1)[:, :S]
-            at = number * C + jnp.arange(len(s))[:, None]
+            s = s if front is None else jnp.concatenate([product("ncf,rf->ncr", turned, front).reshape(-1, R), s], 1)
+            at = R + number * C + jnp.arange(len(s))[:, None]
             s = s if bias is None else s + bias(at, jnp.arange(s.shape[1])[None])
             seen = seen_from(at, s.shape[1], valid, True, documents)
             return softmax_average(jnp.where(seen, s, MASKED), seen, v[: s.shape[1]]).reshape(len(queries), C, -1)
@@ -155,18 +163,15 @@ class Path(Full):
         w, b = (jnp.moveaxis(y, 2, 1) for y in self._transformations(call.x))
         new = {"k": jnp.swapaxes(call.k, 1, 2), "v": jnp.swapaxes(self.summed(call.v), 1, 2)}
         there = jnp.pad(self._held(at - 1, cache)[1], (0, T), constant_values=True)
+        times = call.q.shape[2] // w.shape[1]
+        of_heads = jax.tree.map(lambda y: jnp.repeat(y, times, 1), {"w": w, "b": b, "front": cache["k"]})
+        values = jnp.swapaxes(jnp.concatenate([cache["v"], new["v"].astype(cache["v"].dtype)], 2), 1, 2)
 
-        joined_rows = lambda kept, new: jnp.concatenate([kept, new.astype(kept.dtype)], 2)
-        untouched = {"w": jnp.zeros_like(cache["k"]), "b": jnp.zeros((*b.shape[:2], R))}
-        of_keys = jax.tree.map(joined_rows, untouched, {"w": w, "b": b})
-        of_heads = jax.tree.map(lambda y: jnp.repeat(y, call.q.shape[2] // y.shape[1], 1), of_keys)
-        k, v = (jnp.swapaxes(joined_rows(cache[name], new[name]), 1, 2) for name in ("k", "v"))
-
-        def one(q, k, v, of_keys, _, bias):
+        def one(q, k, v, of_head, _, bias):
             bias = None if bias is None else Behind(bias, at, R)
-            return self.attend(q, k, v, valid=there, causal=True, bias=bias, **of_keys), None
+            return self._attended(q, k, v, valid=there, bias=bias, **of_head), None
 
-        out = over_heads(one, call.q, k, v, of_heads, None, call.bias, plan=plan_of(self.size))[0]
+        out = over_heads(one, call.q, call.k, values, of_heads, None, call.bias, plan=plan_of(self.size))[0]
         transformed = functools.partial(_transformed, chunk=min(self.chunk, T))
         kept, keys = jax.vmap(jax.vmap(transformed))(cache["k"], new["k"].astype(jnp.float32), w, b)
         written = lambda rows, new: lax.dynamic_update_slice_in_dim(rows, new.astype(rows.dtype), at, 2)
