@@ -56,6 +56,8 @@ def assert_equal(actual, expected, error=1e-5):
     ({"depth": "memformer:slots=0"}, "slots must be at least 1"),
     ({"depth": "memformer:temperature=0"}, "temperature must be above 0"),
     ({"depth": "memformer", "model": "encoder_decoder"}, "no place for cross-attention"),
+    ({"depth": "memformer", "norm": "hyper_connections"}, "as if they were one"),
+    ({"depth": "local_rnn", "norm": "normformer"}, "no linear layer `down`"),
     ({"depth": "funnel"}, "use depth=hourglass"),
     ({"depth": "funnel:blocks=5", **ENCODER}, "are no funnel"),
     ({"depth": "funnel:blocks=1", **ENCODER}, "2 blocks or more"),

@@ -15,6 +15,7 @@ from xformers_lab.model import _segments
 from xformers_lab.nn import layer_number
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.documents import why_not
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
@@ -61,7 +62,7 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
-        self.dim, self.length, self.heads = size.dim, size.length, size.heads
+        self.dim, self.length, self.heads, self.size = size.dim, size.length, size.heads, size
         self.layer, self.key_terms, self.share = layer, key_terms, 1.0
         layer_number.moved(self, layer)
         # As a refusal of packed data names them.
@@ -109,6 +110,12 @@ class Block(nnx.Module):
             x = self.ffn_norm.after(x, y, layer)
             aux = aux + more
         return x, carries, aux if self.share == 1 else computation(self.share) | aux
+
+    def placed(self, layer, *, rngs: nnx.Rngs):
+        """A placement as those of the block are, around a sub-layer that a depth adds."""
+        norm = spec.build("norm", self.norm_choice, self.size, rngs=rngs)
+        norm.start(layer)
+        return norm
 
     def only(self, kept: str):
         """The block with one sub-layer alone, kept = "attention" or "ffn"; it counts as half a layer."""
@@ -287,10 +294,3 @@ def check_norm(norm, choice: str) -> None:
     if not norm.documents_apart:
         reason = "its normaliser takes statistics over the tokens of a batch"
         raise Refused(why_not(f"norm={choice}", reason, "another normaliser"))
-
-
-def drop(x, rate: float, key):
-    """Residual dropout (Srivastava et al., 2014): zero a share `rate` of x, scale the rest; identity without a key."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)

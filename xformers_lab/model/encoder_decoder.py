@@ -11,10 +11,11 @@ from xformers_lab.depth import Context
 from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
-from xformers_lab.model._block import Block, drop
+from xformers_lab.model._block import Block
 from xformers_lab.model._source import EncoderInput
 from xformers_lab.model._transformer import Transformer, of_pass, period
 from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 from xformers_lab.position import _cycle
