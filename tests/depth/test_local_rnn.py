@@ -54,7 +54,7 @@ def test_it_is_its_equation(kind, task):
     expected, everything = x, jnp.ones(x.shape[:2], bool)
     for number in range(2):
         reading = layer(model.stack.periods[0], number)
-        for rnn, norm in zip(reading.rnns, reading.norms, strict=True):
+        for rnn, norm in zip(reading.parts, reading.norms, strict=True):
             expected = expected + window_by_window(rnn, norm.norm(expected), everything, everything)
         attend, feed = halves(reading.block, context)
         expected = expected + attend(expected)
@@ -77,4 +77,4 @@ def test_a_source_is_read_too():
     """Both stacks of an encoder-decoder have recurrent sub-layers."""
     model, tokens = model_of("local_rnn:window=3", model="encoder_decoder", layers=1)
     assert model(tokens)[0].shape[:2] == tokens.shape
-    assert model.encoder.periods[0].rnns and model.stack.periods[0].rnns
+    assert model.encoder.periods[0].parts and model.stack.periods[0].parts

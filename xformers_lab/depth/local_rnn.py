@@ -1,18 +1,15 @@
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xformers_lab.depth import Context, MakeBlock
-from xformers_lab.depth._stack import in_turn
+from xformers_lab.depth import MakeBlock
+from xformers_lab.depth._added import Added
 from xformers_lab.depth.fixed import Fixed
 from xformers_lab.errors import Refused
 from xformers_lab.nn import gru, lstm, rnn
-from xformers_lab.nn.aux_results import Aux
-from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.initial_scale import scale_init
-from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
 CELLS = {"gru": gru.Cell, "lstm": lstm.Cell, "rnn": rnn.Cell}
@@ -61,60 +58,9 @@ class LocalRnn(Fixed):
 
         def layer(index: int, rngs: nnx.Rngs):
             block = make_block(index, rngs)
-            return Reading(block, [Windowed(size, cell, window, rngs=rngs) for _ in range(rnns)], rngs=rngs)
+            return Added(block, [Windowed(size, cell, window, rngs=rngs) for _ in range(rnns)], rngs=rngs)
 
         super().__init__(size, make_block=layer, period=period, rngs=rngs)
-
-
-class Reading(nnx.Module):
-    """A block, and recurrent sub-layers before it."""
-
-    def __init__(self, block: Any, rnns: list, *, rngs: nnx.Rngs):
-        self.block, self.rnns = block, nnx.List(rnns)
-        self.norms = nnx.List(block.placed(rnn, rngs=rngs) for rnn in rnns)
-
-    def __call__(
-        self, x: jax.Array, carries: dict[str, Any], context: Context, *, key: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, Any], Aux]:
-        last, *keys = [None] * (len(self.rnns) + 1) if key is None else list(jax.random.split(key, len(self.rnns) + 1))
-        rows = LayerContext(context.valid, key is not None)
-        for read, norm, key in zip(self.rnns, self.norms, keys, strict=True):
-            y = read(norm.before(x, rows), valid=context.valid, documents=context.documents)
-            x = norm.after(x, drop(y, self.block.dropout, key), rows)
-        return self.block(x, carries, context, key=last)
-
-    def initial_carries(self, B: int, T: int, S: int) -> dict[str, Any]:
-        return self.block.initial_carries(B, T, S)
-
-    def init_cache(self, B: int, length: int) -> dict[str, Any]:
-        return {"tails": [rnn.init_tail(B) for rnn in self.rnns], "block": self.block.init_cache(B, length)}
-
-    def step(
-        self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
-    ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        tails = cache["tails"]
-        if self.block.memory is not None:
-            begins = at % self.block.length == 0
-            tails = [jnp.where(begins, 0, tail) for tail in tails]
-        x, tails = self._read(x[:, None], tails)
-        x, own, carries = self.block.step(x[:, 0], cache["block"], carries, context, at)
-        return x, {"tails": tails, "block": own}, carries
-
-    def step_several(self, x: jax.Array, cache: Any, context: Context, at: jax.Array) -> tuple[jax.Array, Any]:
-        if self.block.memory is not None:
-            return in_turn(self, x, cache, context, at)
-        x, tails = self._read(x, cache["tails"])
-        x, own = self.block.step_several(x, cache["block"], context, at)
-        return x, {"tails": tails, "block": own}
-
-    def _read(self, x: jax.Array, tails: list) -> tuple[jax.Array, list]:
-        """The recurrent sub-layers on the next T tokens (B, T, D), and the new tails."""
-        new = []
-        for read, norm, tail in zip(self.rnns, self.norms, tails, strict=True):
-            y, tail = read.step_several(tail, norm.before(x, LayerContext()))
-            x = norm.after(x, y, LayerContext())
-            new.append(tail)
-        return x, new
 
 
 class Windowed(nnx.Module):

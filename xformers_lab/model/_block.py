@@ -130,6 +130,10 @@ class Block(nnx.Module):
             self.memory = None
         return self
 
+    def beside_source(self):
+        """The block with cross-attention, where it has that, on the same states as its attention, and both added up."""
+        return self
+
     @jax.named_scope("attention")  # what `train.sizes` and profiles tell apart
     def attend(self, x, carries, context, *, source=None, keys=(None, None)):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
