@@ -47,6 +47,8 @@ def assert_equal(actual, expected, error=1e-5):
     ({"depth": "recurrent_memory:segment=99"}, "from 1 to seq_len=12"),
     ({"depth": "hierarchical:segment=0"}, "from 1 to seq_len=12"),
     ({"depth": "hierarchical:low=4"}, "a layer below and one above"),
+    ({"depth": "hierarchical:low=2:top=2"}, "low=2 and top=2 of layers=4"),
+    ({"depth": "hierarchical:back=token"}, "needs one that looks at the token"),
     ({"depth": "hierarchical", "model": "encoder_decoder"}, "no place for cross-attention"),
     ({"depth": "tnt", "model": "encoder_decoder"}, "no place for cross-attention"),
     ({"depth": "tnt", "attention": "realformer"}, "hands something to the layer above"),
