@@ -103,12 +103,14 @@ class Block(nnx.Module):
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         aux, layer = Aux(), LayerContext(context.valid, key is not None)
         if self.attention is not None:
-            y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
+            y, carries, aux = self.attend(x, carries, context, keys=keys[:2], alone=False)
             x = self.attention_norm.after(x, y, layer)
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[2:])
             x = self.ffn_norm.after(x, y, layer)
             aux = aux + more
+        if self.memory is not None and self.memory.of_outputs:
+            self.memory.write(x, context.valid)
         return x, carries, aux if self.share == 1 else computation(self.share) | aux
 
     def placed(self, layer, *, rngs: nnx.Rngs):
@@ -135,12 +137,17 @@ class Block(nnx.Module):
         return self
 
     @jax.named_scope("attention")  # what `train.sizes` and profiles tell apart
-    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+    def attend(self, x, carries, context, *, source=None, keys=(None, None), alone: bool = True):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
 
         source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike, and
-        their valid.
+        their valid. alone: whether a depth runs this sub-layer by itself, so that the block learns of no output.
         """
+        if alone and self.memory is not None and self.memory.of_outputs:
+            raise Refused(
+                f"memory={self.memory_choice} remembers what a layer gives, and this depth takes layers apart: use "
+                "depth=fixed or memory=xl"
+            )
         train = keys[0] is not None
         self._check_documents(context, self.attention_norm)
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
@@ -198,7 +205,8 @@ class Block(nnx.Module):
         assert self.memory is not None
         old, known = self.memory.read(len(x))
         aux = self.memory.loss(x, valid, memory.looking(self.attention, self.attention_norm, x))
-        self.memory.write(x, valid)
+        if not self.memory.of_outputs:
+            self.memory.write(x, valid)
         valid = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if valid is None else valid], 1)
         return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, aux
 
@@ -232,6 +240,8 @@ class Block(nnx.Module):
             x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
             x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
+        if self.memory is not None and self.memory.of_outputs:
+            cache = _segments.kept(self, x, cache, self.position(context), at)
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):

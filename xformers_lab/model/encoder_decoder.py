@@ -200,7 +200,7 @@ class CrossBlock(Block):
             del self.cross, self.cross_norm
         return super().only(kept)
 
-    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+    def attend(self, x, carries, context, *, source=None, keys=(None, None), alone: bool = True):
         raise Refused(APART)
 
     def init_cache(self, B: int, length: int):
