@@ -47,6 +47,7 @@ def test_mechanisms_in_turn_decode_in_every_depth(name):
 @pytest.mark.parametrize("choice", [
     "early_exit:threshold=0.2", "early_exit:exit=patience:patience=1", "universal:act=true", "feedback:segment=5",
     "mixture_of_depths:capacity=0.5", "hourglass:factor=3:shorten=linear:upsample=linear",
+    "hierarchical:top=1:back=token:pool=attention:numbered=true", "hierarchical:top=1",
 ])  # fmt: skip
 def test_options_that_make_another_program(choice):
     report = run.examine(depth.subject(choice), [inside.no_future, inside.no_padding, inside.decoding])

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from stacks import gradients, halves, layer, model_of
 
+from xformers_lab.config import Config, decisive, edit, identity
 from xformers_lab.depth import Context
 
 pytestmark = pytest.mark.full
@@ -193,6 +194,42 @@ def test_hierarchical_is_its_equation(kind, task):
     out, aux = model.stack(x, context)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_allclose(aux.scalars["computation"], 1 + 2 / 5, rtol=1e-6)
+
+
+def attended(pool, part):
+    """One state of the tokens (B, k, D), a token at a time."""
+    scores = jnp.stack([jnp.tanh(pool.hidden(part[:, t])) @ pool.asks[...] for t in range(part.shape[1])], 1)
+    weights = jnp.exp(scores) / jnp.exp(scores).sum(1, keepdims=True)
+    return sum(weights[:, t, None] * part[:, t] for t in range(part.shape[1]))
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])
+@pytest.mark.parametrize("back", ["token", "add"])
+def test_hi_transformer_is_its_equation(kind, task, back):
+    """Segments again, with the state of each, at a length that segments do not divide."""
+    depth = f"hierarchical:segment=5:low=1:top=2:back={back}:pool=attention:numbered=true"
+    model, tokens = model_of(depth, model=kind, task=task, layers=4)
+    stack, context, x = model.stack, Context(model.position), model.embedding(tokens[:, :12])
+    stack.pool.asks[...] = 3 * stack.pool.asks[...]
+    parts = [through(layer(stack.low.periods[0], 0), part, context) for part in in_parts(x, 5)]
+    y = jnp.stack([attended(stack.pool, part) for part in parts], 1) + stack.table[...] * (0.5**0.5 / 0.02)
+    y = through(layer(stack.high.periods[0], 0), y, context)
+    y = jnp.concatenate([jnp.zeros_like(y[:, :1]), y[:, :-1]], 1) if kind == "decoder" else y
+    outputs = []
+    for g, part in enumerate(parts):
+        rows = part + y[:, g : g + 1] if back == "add" else jnp.concatenate([y[:, g : g + 1], part], 1)
+        for number in range(2):
+            rows = through(layer(stack.top.periods[0], number), rows, context)
+        outputs.append(rows[:, -part.shape[1] :])
+    out, aux = stack(x, context)
+    np.testing.assert_allclose(out, jnp.concatenate(outputs, 1), atol=1e-5)
+    np.testing.assert_allclose(aux.scalars["computation"], 1 + 1 / 5 + 2, rtol=1e-6)
+
+
+def test_a_hierarchy_without_its_options_is_what_it_was():
+    plain, named = (edit(Config(), depth=f"hierarchical{words}") for words in ("", ":top=0:back=add:pool=mean"))
+    assert identity(plain) == identity(named) != identity(edit(Config(), depth="hierarchical:pool=attention"))
+    assert not {"top", "back", "pool", "numbered"} & set(decisive(plain)["depth"])
 
 
 @pytest.mark.parametrize("kind, task", [("decoder", "copy"), ("encoder", "listops")])

@@ -21,6 +21,7 @@ from xformers_lab.generate import beam_search, generate
 from xformers_lab.memory import Remembered
 from xformers_lab.memory.compressive import Compressive
 from xformers_lab.model import build_model, build_task, check_config
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 from xformers_lab.train import checkpoint, loop, optimizer, trained
 from xformers_lab.train.state import begun, init, merge, split, structure
@@ -121,6 +122,62 @@ def test_reach_grows_by_the_memory_with_every_layer(text, layers):
     last = by_segments(model, rows)[:, -T:]
     changed = np.abs(last - last[:1]).max((1, 2)) > 0
     assert changed.tolist() == [False] + [back <= layers for back in range(1, 5)]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_what_a_layer_gave_is_remembered(text, norm):
+    """By hand: each layer reads its own outputs of the segments before; one layer reaches back without an end."""
+    model, inputs = model_of(tiny(text, "same_layer:length=6", layers=2, norm=norm)), tokens(4 * T)
+    graph, variables = nnx.split(model.stack.periods[0])
+    blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], variables)) for n in range(2)]
+    outputs, logits = [jnp.zeros((2, 0, 16))] * 2, []
+    for at in range(0, 4 * T, T):
+        x = model.embedding(inputs[:, at : at + T])
+        for number, block in enumerate(blocks):
+            before = lambda states, block=block: block.attention_norm.before(states, LayerContext())
+            source = before(jnp.concatenate([outputs[number][:, -6:], x], 1))
+            options = {"causal": True, "position": model.position}
+            x = block.attention_norm.after(x, block.attention(source[:, -T:], source, **options)[0], LayerContext())
+            x = block.ffn_norm.after(x, block.ffn(block.ffn_norm.before(x, LayerContext()))[0], LayerContext())
+            outputs[number] = jnp.concatenate([outputs[number], x], 1)
+        logits.append(model.predict(x))
+    np.testing.assert_allclose(by_segments(model, inputs), jnp.concatenate(logits, 1), atol=2e-5)
+    one, rows = model_of(tiny(text, "same_layer", norm=norm)), tokens(5 * T, rows=1)
+    ends = [(4 - back) * T + T - 1 for back in range(1, 5)]
+    last = by_segments(one, jnp.concatenate([rows, *(rows.at[:, at].add(1) % 256 for at in ends)]))[:, -T:]
+    assert (np.abs(last - last[:1]).max((1, 2))[1:] > 0).all()
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_recurrence_is_its_equation(text, layer):
+    """By hand: one key more, made of the mean of what the layer gave, in all layers or in one of them."""
+    memory = "recurrent" if layer is None else f"recurrent:layer={layer}"
+    model, inputs = model_of(tiny(text, memory, layers=2)), tokens(3 * T)
+    graph, variables = nnx.split(model.stack.periods[0])
+    blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], variables)) for n in range(2)]
+    means, logits = [None, None], []
+    for at in range(0, 3 * T, T):
+        x = model.embedding(inputs[:, at : at + T])
+        for number, block in enumerate(blocks):
+            rows, mean, normed = [x], means[number], lambda y, block=block: block.attention_norm.norm(y)
+            if mean is not None and layer in (None, number):
+                rows = [mean + block.memory.out(jnp.maximum(block.memory.into(mean), 0)), x]
+            source = normed(jnp.concatenate(rows, 1))
+            options = {"causal": True, "position": model.position}
+            x = x + block.attention(source[:, -T:], source, **options)[0]
+            x = x + block.ffn(block.ffn_norm.norm(x))[0]
+            means[number] = x.mean(1, keepdims=True)
+        logits.append(model.predict(x))
+    np.testing.assert_allclose(by_segments(model, inputs), jnp.concatenate(logits, 1), atol=2e-5)
+
+
+def test_a_trained_model_takes_a_recurrence(text, tmp_path):
+    """What is new of it is the recurrence alone."""
+    plain = tiny(text, "none", runs=str(tmp_path), steps=1)
+    first = loop.run(plain)
+    again = loop.run(edit(plain, memory="recurrent", init=first["run_dir"]))
+    fresh = again["initialised"]["fresh"]
+    assert fresh and all(".memory." in name for name in fresh)
 
 
 def test_gradients_stop_at_the_old_segment(text):
@@ -394,6 +451,8 @@ def test_trains_from_the_command_line(text, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"memory": "same_layer", "depth": "reversible"}, "takes layers apart"),
+        ({"memory": "recurrent:layer=1"}, "from 0 to 0, one of layers=1"),
         ({"position": "learned"}, "begins anew in every segment"),
         ({"position": "sinusoidal"}, "begins anew in every segment"),
         ({"task": "copy", "seq_len": 32}, "use task=lm"),
@@ -421,6 +480,11 @@ def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):
         ("xl:length=6", {"position": "rope", "conv": 5, "qk_norm": "rms"}),
         ("xl:length=6", {"attention": "local:window=3+full", "position": "rope", "log_n": "learned"}),
         ("xl:length=6", {"position": "rope+none"}),
+        ("xl:length=3", {"depth": "local_rnn:window=3", "position": "none"}),
+        ("same_layer:length=6", {"position": "rope"}),
+        ("recurrent", {"position": "rope", "attention": "full+local:window=3"}),
+        ("recurrent:layer=1", {}),
+        ("same_layer:length=3", {"depth": "sandwich_order", "norm": "post", "position": "t5"}),
         (
             "compressive:length=6:compressed=4:rate=2:pool=conv",
             {"attention": "linear+full", "position": "none", "conv": 3},

@@ -122,6 +122,8 @@ def test_padding_of_the_source_changes_nothing():
         {"conv": 3, "qk_norm": "rms", "log_n": 8, "kv_heads": 1, "position": "rope+none"},
         {"norm": "residual_dual", "embed_norm": "layernorm"},
         {"depth": "transparent:mixes=each"},
+        {"depth": "evolved", "position": "rope"},
+        {"depth": "local_rnn:window=3"},
         {"ffn": "hash", "layers": 1},  # writes to a variable
     ],
     ids=str,

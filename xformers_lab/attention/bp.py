@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 from typing import ClassVar
 
@@ -10,75 +9,9 @@ from jax import lax
 
 from xformers_lab.attention import Complexity, Cost, Stepwise
 from xformers_lab.attention._engine.softmax import softmax_average
+from xformers_lab.attention._engine.spans import sees, windows
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
-
-# Queries whose scores are computed together: they share most of the spans they see.
-BLOCK = 64
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Window:
-    """Spans of 2**level positions that a block of queries looks at: `width` of them from starts[block] on."""
-
-    level: int
-    starts: np.ndarray
-    width: int
-    left: bool
-    right: bool
-
-
-@functools.lru_cache(maxsize=256)
-def _windows(nodes: int, T: int, S: int, causal: bool) -> tuple[int, tuple[_Window, ...]]:
-    """Queries per block, and the windows of every level that has spans to see."""
-    block, parts = min(BLOCK, T), []
-    first = np.arange(S - T, S, block)
-    last = np.minimum(first + block, S) - 1
-    for level in range(S.bit_length() + 1):
-        (low, _, after, _), (_, before, _, high) = _reach(nodes, first, level), _reach(nodes, last, level)
-        whole = _window(level, S, low, last + 1 if causal else high, left=True, right=not causal)
-        left, right = _window(level, S, low, before, left=True), _window(level, S, after, high, right=True)
-        if level == 0:
-            parts.append(whole)
-        elif causal:
-            parts.append(left)
-        else:
-            parts += [whole] if whole.width <= left.width + right.width else [left, right]
-    return block, tuple(window for window in parts if window.width > 0)
-
-
-def _window(level: int, S: int, low, high, *, left: bool = False, right: bool = False) -> _Window:
-    """Windows that hold spans low..high-1 of every block, as far as they exist, all as wide as the widest."""
-    count = (S + (1 << level) - 1) >> level
-    low, high = np.maximum(low, 0), np.minimum(high, count)
-    width = max(0, int((high - low).max()))
-    return _Window(level, np.clip(low, 0, count - width).astype(np.int32), width, left, right)
-
-
-def _reach(nodes: int, at, level):
-    """Spans of 2**level positions seen by the query at `at`: low..before-1 on its left, after..high-1 on its right.
-
-    A level begins where the one below it ended, and ends where both halves of a coarser span are behind it, so one span
-    more than `nodes` may be seen there and one fewer on the next level.
-    """
-    first = level == 0
-    below = level - 1 + first
-    left = lambda level: (((at - 1 + nodes) >> level) - 2 * nodes + 1) >> 1
-    right = lambda level: (((at + 1 - nodes) >> level) + 2 * nodes + 1) >> 1
-    before = first * at + (1 - first) * left(below)
-    after = first * (at + 1) + (1 - first) * right(below)
-    return 2 * left(level), before, after, 2 * right(level)
-
-
-def _live(nodes: int, at, index, level, *, left: bool = True, right: bool = False):
-    """Whether queries see spans by their index, on the given sides; on level 0 themselves too."""
-    low, before, after, high = _reach(nodes, at, level)
-    seen = (level == 0) & (index == at)
-    if left:
-        seen |= (index >= low) & (index < before)
-    if right:
-        seen |= (index >= after) & (index < high)
-    return seen
 
 
 def _pyramid(k, v, valid, levels: int):
@@ -129,8 +62,8 @@ class Bp(Stepwise):
     span.
 
     Causal: only spans that end before t. A drawing shows a span as its last position.
-    Deviations from the paper: span nodes have no state of their own that is updated from layer to layer; a span is the
-    mean of the keys and values of its positions that are no padding.
+    Deviations from the paper: span nodes have no state of their own that is updated from layer to layer, as they have
+    in depth=binary_partition; a span is the mean of the keys and values of its positions that are no padding.
 
     Options:
         nodes: spans of each size on each side, k in the paper
@@ -159,7 +92,7 @@ class Bp(Stepwise):
             seen = k == q
             for level in range(self.size.length.bit_length() + 1):
                 ends = ((k + 1) % (1 << level) == 0) | (k == self.size.length - 1)
-                seen |= ends & _live(self.nodes, q, k >> level, level, right=not causal)
+                seen |= ends & sees(self.nodes, q, k >> level, level, right=not causal)
             return seen
 
         return seen
@@ -169,18 +102,18 @@ class Bp(Stepwise):
 
     def _blocks(self, q, k, v, valid, *, causal: bool):
         T, S, H = q.shape[0], k.shape[0], q.shape[1]
-        block, windows = _windows(self.nodes, T, S, causal)
+        block, shared = windows(self.nodes, T, S, causal)
         at = (jnp.arange(T + -T % block) + S - T).reshape(-1, block, 1)
-        levels = _pyramid(k, v, valid, 1 + max(window.level for window in windows))
+        levels = _pyramid(k, v, valid, 1 + max(window.level for window in shared))
         slabs, seen = [], []
-        for window in windows:
+        for window in shared:
             spans, filled = levels[window.level]
             take = lambda x, window=window: jax.vmap(lambda s: lax.dynamic_slice_in_dim(x, s, window.width))(
                 window.starts
             )
             slabs.append(take(spans))
             index = (window.starts[:, None] + np.arange(window.width))[:, None]
-            live = _live(self.nodes, at, index, window.level, left=window.left, right=window.right)
+            live = sees(self.nodes, at, index, window.level, left=window.left, right=window.right)
             seen.append(live if filled is None else live & take(filled)[:, None])
         slab, seen = jnp.concatenate(slabs, 1), jnp.concatenate(seen, 2)
         scaled = jnp.pad(q * H**-0.5, ((0, -T % block), (0, 0))).reshape(-1, block, H).astype(q.dtype)
@@ -201,8 +134,8 @@ class Bp(Stepwise):
         return {"nodes": length}
 
     def cost(self, T: int, S: int) -> Cost:
-        H, (block, windows) = self.size.head, _windows(self.nodes, T, S, False)
-        width, blocks = sum(window.width for window in windows), -(-T // block)
+        H, (block, shared) = self.size.head, windows(self.nodes, T, S, False)
+        width, blocks = sum(window.width for window in shared), -(-T // block)
         state = 2 * S.bit_length() * (2 * self.nodes + 2) * H
         return Cost(flops=4 * T * width * H, memory=blocks * width * max(block, 2 * H), state=state)
 
@@ -225,7 +158,7 @@ class Bp(Stepwise):
 
         keys, values = add(state["k"], k), add(state["v"], v)
         index = newest[:, None] - (newest[:, None] - jnp.arange(R)) % R
-        seen = _live(self.nodes, at, index, level[:, None]) & (index >= 0)
+        seen = sees(self.nodes, at, index, level[:, None]) & (index >= 0)
         s = jnp.dot(q * H**-0.5, keys.reshape(-1, H).T, preferred_element_type=jnp.float32)
         out = softmax_average(s, seen.reshape(-1), values.reshape(-1, H)).astype(v.dtype)
         return out, {"k": keys, "v": values, "seen": at + 1}

@@ -131,8 +131,7 @@ class Reader(nnx.Module):
     def __init__(self, size: Size, slots: int, block: Any, *, rngs: nnx.Rngs):
         self.block = block
         self.read = Full(dataclasses.replace(size, length=slots), rngs=rngs)
-        self.norm = nnx.clone(block.attention_norm)
-        self.norm.start(self.read)
+        self.norm = block.placed(self.read, rngs=rngs)
 
     def __call__(
         self,

@@ -45,10 +45,11 @@ class Remembered(nnx.Variable):
 
 class Memory(nnx.Module):
     """The memory of one layer. length: how many keys it puts before those of a segment. learns: whether it has
-    parameters, which `loss` trains."""
+    parameters, which `loss` trains. of_outputs: whether what the layer gave is written, in place of its input."""
 
     length: int
     learns: bool = False
+    of_outputs: bool = False
 
     @required
     def __init__(self, size: Size, *, rngs: nnx.Rngs): ...
@@ -63,7 +64,8 @@ class Memory(nnx.Module):
 
     @required
     def write(self, x: jax.Array, valid: jax.Array | None) -> None:
-        """Remember the layer's input x (B, T, D) of a segment, valid (B, T) bool or None where nothing is padded."""
+        """Remember the layer's input x (B, T, D) of a segment, or its output; valid (B, T) bool or None where nothing
+        is padded."""
 
     def loss(self, x: jax.Array, valid: jax.Array | None, look: Look) -> Aux:
         """Auxiliary results of a segment that is about to be written; x and valid as for `write`, look: see `Look`."""

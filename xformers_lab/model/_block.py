@@ -15,6 +15,7 @@ from xformers_lab.model import _segments
 from xformers_lab.nn import layer_number
 from xformers_lab.nn.aux_results import Aux, computation
 from xformers_lab.nn.documents import why_not
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
@@ -61,7 +62,7 @@ class Block(nnx.Module):
             if causal and (reason := self.ffn.not_causal()):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
-        self.dim, self.length, self.heads = size.dim, size.length, size.heads
+        self.dim, self.length, self.heads, self.size = size.dim, size.length, size.heads, size
         self.layer, self.key_terms, self.share = layer, key_terms, 1.0
         layer_number.moved(self, layer)
         # As a refusal of packed data names them.
@@ -102,13 +103,21 @@ class Block(nnx.Module):
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         aux, layer = Aux(), LayerContext(context.valid, key is not None)
         if self.attention is not None:
-            y, carries, aux = self.attend(x, carries, context, keys=keys[:2])
+            y, carries, aux = self.attend(x, carries, context, keys=keys[:2], alone=False)
             x = self.attention_norm.after(x, y, layer)
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[2:])
             x = self.ffn_norm.after(x, y, layer)
             aux = aux + more
+        if self.memory is not None and self.memory.of_outputs:
+            self.memory.write(x, context.valid)
         return x, carries, aux if self.share == 1 else computation(self.share) | aux
+
+    def placed(self, layer, *, rngs: nnx.Rngs):
+        """A placement as those of the block are, around a sub-layer that a depth adds."""
+        norm = spec.build("norm", self.norm_choice, self.size, rngs=rngs)
+        norm.start(layer)
+        return norm
 
     def only(self, kept: str):
         """The block with one sub-layer alone, kept = "attention" or "ffn"; it counts as half a layer."""
@@ -123,13 +132,22 @@ class Block(nnx.Module):
             self.memory = None
         return self
 
+    def beside_source(self):
+        """The block with cross-attention, where it has that, on the same states as its attention, and both added up."""
+        return self
+
     @jax.named_scope("attention")  # what `train.sizes` and profiles tell apart
-    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+    def attend(self, x, carries, context, *, source=None, keys=(None, None), alone: bool = True):
         """What attention on x, normalised as its placement asks, hands to `attention_norm.after`; carries, aux.
 
         source (B, S, D): states whose keys and values x looks at in place of its own, normalised alike, and
-        their valid.
+        their valid. alone: whether a depth runs this sub-layer by itself, so that the block learns of no output.
         """
+        if alone and self.memory is not None and self.memory.of_outputs:
+            raise Refused(
+                f"memory={self.memory_choice} remembers what a layer gives, and this depth takes layers apart: use "
+                "depth=fixed or memory=xl"
+            )
         train = keys[0] is not None
         self._check_documents(context, self.attention_norm)
         before = lambda states: self.attention_norm.before(states, LayerContext(context.valid, train))
@@ -187,7 +205,8 @@ class Block(nnx.Module):
         assert self.memory is not None
         old, known = self.memory.read(len(x))
         aux = self.memory.loss(x, valid, memory.looking(self.attention, self.attention_norm, x))
-        self.memory.write(x, valid)
+        if not self.memory.of_outputs:
+            self.memory.write(x, valid)
         valid = jnp.concatenate([known, jnp.ones(x.shape[:2], bool) if valid is None else valid], 1)
         return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, aux
 
@@ -221,6 +240,8 @@ class Block(nnx.Module):
             x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
             x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
+        if self.memory is not None and self.memory.of_outputs:
+            cache = _segments.kept(self, x, cache, self.position(context), at)
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):
@@ -287,10 +308,3 @@ def check_norm(norm, choice: str) -> None:
     if not norm.documents_apart:
         reason = "its normaliser takes statistics over the tokens of a batch"
         raise Refused(why_not(f"norm={choice}", reason, "another normaliser"))
-
-
-def drop(x, rate: float, key):
-    """Residual dropout (Srivastava et al., 2014): zero a share `rate` of x, scale the rest; identity without a key."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)

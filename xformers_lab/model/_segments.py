@@ -16,7 +16,8 @@ from xformers_lab.nn.layer_context import LayerContext
 
 def init_cache(block, B: int) -> dict:
     """The cache of the first segment of B sequences: own, that of attention; first, the position of the segment's first
-    token in it; inputs (B, T, D), what the layer read of the segment; and memory, the variables of an empty one."""
+    token in it; inputs (B, T, D), what the layer read of the segment, or gave where the memory is of that; and memory,
+    the variables of an empty one."""
     memory, T = block.memory, block.length
     own, first = block.begun(B, memory.length + T, jnp.full((), memory.length, jnp.int32))
     remembered = nnx.to_pure_dict(nnx.state(memory, Remembered))
@@ -27,11 +28,17 @@ def init_cache(block, B: int) -> dict:
 
 def step(block, x, y, cache: dict, position, at):
     """`decode` of the layer's attention for one token x (B, D), y of it normalised, at `at` () of the whole text."""
+    y, own, _ = block.attention.decode(y, cache["own"], at=cache["first"] + at % block.length, position=position)
+    cache = cache | {"own": own}
+    return y, cache if block.memory.of_outputs else kept(block, x, cache, position, at)
+
+
+def kept(block, x, cache: dict, position, at) -> dict:
+    """The cache with what the memory is given of one token x (B, D), at `at` () of the whole text."""
     place = at % block.length
-    y, own, _ = block.attention.decode(y, cache["own"], at=cache["first"] + place, position=position)
-    cache = cache | {"own": own, "inputs": cache["inputs"].at[:, place].set(x)}
+    cache = cache | {"inputs": cache["inputs"].at[:, place].set(x)}
     full = lambda: _next(block, cache, position)
-    return y, lax.cond(place == block.length - 1, full, lambda: cache)
+    return lax.cond(place == block.length - 1, full, lambda: cache)
 
 
 def _next(block, cache: dict, position) -> dict:

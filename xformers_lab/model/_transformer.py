@@ -14,10 +14,11 @@ from xformers_lab.config import Model as Axes
 from xformers_lab.depth import Context, MakeBlock
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model, _ahead
-from xformers_lab.model._block import Block, check_norm, drop
+from xformers_lab.model._block import Block, check_norm
 from xformers_lab.nn import on_mesh
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.documents import why_not
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.linear import Linear

@@ -6,9 +6,9 @@ from jax import lax
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
-from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import refuse_unused
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.embedding import first_layer
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.normalisation import LayerNorm

@@ -11,10 +11,11 @@ from xformers_lab.depth import Context
 from xformers_lab.depth._stack import in_turn
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
-from xformers_lab.model._block import Block, drop
+from xformers_lab.model._block import Block
 from xformers_lab.model._source import EncoderInput
 from xformers_lab.model._transformer import Transformer, of_pass, period
 from xformers_lab.nn.aux_results import Aux, computation
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 from xformers_lab.position import _cycle
@@ -161,7 +162,7 @@ class CrossBlock(Block):
         self.cross.prepare(qk_norm=config.model.qk_norm, log_n=config.model.log_n)
         self.cross_norm = spec.build("norm", config.model.norm, size, rngs=rngs)
         self.cross_norm.start(self.cross)
-        self.source, self.projects = source, self.cross.projects
+        self.source, self.projects, self.joined = source, self.cross.projects, False
 
     def __call__(self, x, carries, context, *, key=None):
         if context.source is None:
@@ -171,15 +172,27 @@ class CrossBlock(Block):
         rows = LayerContext(context.valid, key is not None)
         if self.attention is not None:
             y, carries, more = super().attend(x, carries, context, keys=keys[:2])
-            x, aux = self.attention_norm.after(x, y, rows), aux | more
+            aux = aux | more
+            if not self.joined:
+                x = self.attention_norm.after(x, y, rows)
             options = {"valid": context.source_real, "causal": False, "key": keys[2]}
             with jax.named_scope("attention"):
-                y, _, more = self.cross(self.cross_norm.before(x, rows), context.source, **options)
-            x, aux = self.cross_norm.after(x, drop(y, self.dropout, keys[3]), rows), aux + more
+                looked, _, more = self.cross(self._looking().before(x, rows), context.source, **options)
+            looked, aux = drop(looked, self.dropout, keys[3]), aux + more
+            x = self._looking().after(x, y + looked if self.joined else looked, rows)
         if self.ffn is not None:
             y, more = self.apply_ffn(x, context, keys=keys[4:])
             x, aux = self.ffn_norm.after(x, y, rows), aux + more
         return x, carries, aux
+
+    def beside_source(self):
+        self.joined = True
+        del self.cross_norm
+        return self
+
+    def _looking(self):
+        """The placement of cross-attention."""
+        return self.attention_norm if self.joined else self.cross_norm
 
     def only(self, kept: str):
         """Cross-attention belongs to attention, and goes with it."""
@@ -187,7 +200,7 @@ class CrossBlock(Block):
             del self.cross, self.cross_norm
         return super().only(kept)
 
-    def attend(self, x, carries, context, *, source=None, keys=(None, None)):
+    def attend(self, x, carries, context, *, source=None, keys=(None, None), alone: bool = True):
         raise Refused(APART)
 
     def init_cache(self, B: int, length: int):
@@ -201,9 +214,11 @@ class CrossBlock(Block):
     def step(self, x, cache, carries, context, at):
         if self.attention is not None:
             y, own, carries = self.step_attend(x, cache["own"], carries, context, at)
-            x, cache = self.attention_norm.after(x, y, LayerContext()), cache | {"own": own}
-            y, cache = self._look(self.cross_norm.before(x, LayerContext())[:, None], cache, context, at)
-            x = self.cross_norm.after(x, y, LayerContext())
+            cache = cache | {"own": own}
+            if not self.joined:
+                x = self.attention_norm.after(x, y, LayerContext())
+            looked, cache = self._look(self._looking().before(x, LayerContext())[:, None], cache, context, at)
+            x = self._looking().after(x, y + looked if self.joined else looked, LayerContext())
         if self.ffn is not None:
             x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
         return x, cache, carries

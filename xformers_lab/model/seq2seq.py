@@ -9,10 +9,10 @@ from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.config import Config
 from xformers_lab.errors import Refused
 from xformers_lab.model import gru, lstm
-from xformers_lab.model._block import drop
 from xformers_lab.model._recurrent import Recurrent, stacked
 from xformers_lab.model._source import EncoderInput
 from xformers_lab.nn.aux_results import Aux
+from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.size import Size
 from xformers_lab.tasks import Task
