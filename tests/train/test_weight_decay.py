@@ -54,7 +54,7 @@ OPTIONS = {
     "attention": [
         "gaussian:kind=distance", "gaussian:kind=layer", "linear:features=hedgehog", "streaming:logit=learned",
         "synthesizer:kind=random", "synthesizer:kind=factorised_dense", "synthesizer:kind=factorised_random",
-        "linear:features=taylor:width=4",
+        "linear:features=taylor:width=4", "synthesizer:beside=random:dot=true",
     ],
     "model": ["decoder:tied=true", "encoder", "seq2seq:look=additive:cell=gru:reads=both"],
     "position": ["tupe:relative=t5", "deberta:buckets=4:reach=9"],
