@@ -28,7 +28,7 @@ from xformers_lab.train.step import make_train_step
 pytestmark = pytest.mark.full
 
 SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
-SCORED += ["tener", "shaw:reach=3:values=true"]
+SCORED += ["tener", "shaw:reach=3:values=true", "tupe:relative=t5:reset=true"]
 
 
 def build(choice: str, **size):
@@ -278,6 +278,11 @@ def by_definition(layer, position, x, valid, window: int | None, causal: bool):
     s = s / (terms * H) ** 0.5
     if name == "Tupe":
         s += position.relative.table[...][:, bucket(apart, 32, 128, False)][None]
+        if position.first is not None:
+            content = jnp.einsum("btnh,bsnh->bnts", q, k) / (terms * H) ** 0.5
+            theta_1 = 0.7  # any number is as good
+            s = s.at[:, :, :, 0].set(content[..., 0] + position.first[...][:, None])
+            s = s.at[:, :, 0].set(content[:, :, 0] + theta_1)
     seen = (apart >= 0) if causal else np.ones((T, T), bool)
     seen = (seen if window is None else seen & (abs(apart) <= window))[None, None] & valid[:, None, None]
     p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)
@@ -416,10 +421,9 @@ def test_what_has_no_scores_is_refused_before_anything_compiles(position, attent
 @pytest.mark.parametrize("attention", ["full", "local:window=4"])
 def test_maps_show_the_weights_alone(attention):
     """What is added to values stands apart from the weights that are read off by values."""
-    maps_of = lambda position: maps.of_model(
-        scaled_up_model(task="copy", attention=attention, position=position, seq_len=12, dim=16, heads=2, layers=1)[0],
-        np.arange(12)[None] % 5,
-    )[0].weights
+    chosen = {"task": "copy", "attention": attention, "seq_len": 12, "dim": 16, "heads": 2, "layers": 1}
+    model = lambda position: scaled_up_model(position=position, **chosen)[0]
+    maps_of = lambda position: maps.of_model(model(position), np.arange(12)[None] % 5)[0].weights
     one, other = maps_of("shaw:reach=3:values=true"), maps_of("shaw:reach=3")
     np.testing.assert_allclose(one.sum(-1), 1, atol=1e-4)
     assert one.shape == other.shape

@@ -30,9 +30,7 @@ class Shaw(Position):
     key_terms = 0
     later_options: ClassVar = ("values", "each_layer")
 
-    def __init__(
-        self, size: Size, *, reach: int = 16, values: bool = False, each_layer: bool = False, rngs: nnx.Rngs
-    ):
+    def __init__(self, size: Size, *, reach: int = 16, values: bool = False, each_layer: bool = False, rngs: nnx.Rngs):
         if reach < 1:
             raise Refused(f"reach must be at least 1, got {reach}")
         super().__init__(size, rngs=rngs)
@@ -50,7 +48,6 @@ class Shaw(Position):
 
     def compare(self, of_queries: jax.Array, of_keys: jax.Array, first: jax.Array) -> "Clipped":
         return Clipped(of_queries, first)
-
 
     def pair_values(self) -> "Moved | None":
         if self.of_values is None:
