@@ -94,6 +94,8 @@ MORE_FORMS = [
     "synthesizer:kind=factorised_dense",
     "synthesizer:kind=factorised_random",
     "synthesizer:kind=random",
+    "synthesizer:beside=random:dot=true",
+    "synthesizer:kind=factorised_dense:beside=factorised_random:dot=true",
 ]
 PROOFS = [
     values.equals_reference,

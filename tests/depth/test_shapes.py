@@ -15,6 +15,7 @@ from xformers_lab.depth.distilling import Halving
 from xformers_lab.errors import UsageError
 from xformers_lab.measure.flops import count_flops
 from xformers_lab.model import check_config
+from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
 
 pytestmark = pytest.mark.full
@@ -60,6 +61,9 @@ def assert_equal(actual, expected, error=1e-5):
     ({"depth": "memformer", "model": "encoder_decoder"}, "no place for cross-attention"),
     ({"depth": "memformer", "norm": "hyper_connections"}, "as if they were one"),
     ({"depth": "local_rnn", "norm": "normformer"}, "no linear layer `down`"),
+    ({"depth": "mask_decoder"}, "serves an encoder: use model=encoder"),
+    ({"depth": "mask_decoder:passes=0", **ENCODER}, "passes must be at least 1"),
+    ({"depth": "mask_decoder", **ENCODER, "attention": "star"}, "cannot look from queries at other states"),
     ({"depth": "funnel"}, "use depth=hourglass"),
     ({"depth": "funnel:blocks=5", **ENCODER}, "are no funnel"),
     ({"depth": "funnel:blocks=1", **ENCODER}, "2 blocks or more"),
@@ -419,3 +423,33 @@ def test_distilling_halves_what_each_layer_reads():
     out, aux = model.stack(x, context)
     np.testing.assert_allclose(out, jnp.repeat(state, 8, 1), atol=1e-5)
     np.testing.assert_allclose(aux.scalars["computation"], 1 + 1 / 2 + 1 / 4 + 1 / 8)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_mask_decoder_is_its_equations(layers):
+    """The layers below as they are; then the last one, its queries what came of it before, on the states below it."""
+    model, tokens = model_of("mask_decoder:passes=3", **ENCODER, layers=layers, position="deberta:reach=4")
+    stack, x = model.stack, model.embedding(tokens)
+    stack.table[...] = 0.3 * jax.random.normal(jax.random.key(1), stack.table.shape)
+    valid = jnp.arange(tokens.shape[1])[None] < jnp.array([24, 17, 9])[:, None]
+    context, plain = Context(model.position, valid), LayerContext(valid)
+    states, _ = (x, None) if stack.below is None else stack.below(x, context)
+    query, block = states + stack.table[...] * 0.5**0.5 / 0.02, stack.last
+    for _ in range(3):
+        before = lambda states: block.attention_norm.before(states, plain)
+        y = block.attention(before(query), before(states), valid=valid, position=model.position)[0]
+        query = block.attention_norm.after(query, y, plain)
+        query = block.ffn_norm.after(query, block.ffn(block.ffn_norm.before(query, plain))[0], plain)
+    out, aux = stack(x, context)
+    np.testing.assert_allclose(np.asarray(out)[valid], np.asarray(query)[valid], atol=2e-5)
+    assert float(aux.scalars["computation"]) == layers + 2
+
+
+def test_mask_decoder_without_positions_is_a_fixed_depth():
+    """One pass whose queries are the states themselves: the last layer as it always is."""
+    model, tokens = model_of("mask_decoder:passes=1", **ENCODER, layers=2)
+    x, context = model.embedding(tokens), Context(model.position)
+    model.stack.table[...] = 0 * model.stack.table[...]
+    below, _ = model.stack.below(x, context)
+    expected = model.stack.last(below, {}, context)[0]
+    np.testing.assert_allclose(model.stack(x, context)[0], expected, atol=1e-5)

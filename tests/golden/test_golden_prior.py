@@ -56,6 +56,8 @@ OTHER_ALGORITHMS = [
     "gaussian:kind=distance",
     "hard_coded:offsets=-2x0x3:std=2.5",
     *(f"synthesizer:kind={kind}" for kind in ("random", "fixed", "factorised_dense", "factorised_random")),
+    "synthesizer:beside=random:dot=true",
+    "synthesizer:kind=factorised_dense:beside=factorised_random",
 ]
 
 
@@ -348,6 +350,43 @@ def test_synthesizer_factorised_dense_scores_are_an_outer_product():
     assert_close(weights_of(layer, q, k, 12), softmax(scores, False))
 
 
+@pytest.mark.parametrize(
+    "options", ["beside=random", "dot=true", "kind=random:dot=true", "beside=fixed:dot=true",
+                "kind=factorised_dense:beside=factorised_random:rank=3:dot=true"],
+)  # fmt: skip
+def test_synthesizer_mixes_scores_by_shares(options):
+    """softmax(sum_i a_i B^i) of D + R, D + V, R + V and D + R + V, written out; W1 is not the queries' projection."""
+    layer, (q, k, _), x = build(f"synthesizer:{options}", 12, 16, 2), qkv(2, 12, 2, 8), draw(7, 2, 12, 16)
+    layer.shares[...] = draw(8, *layer.shares.shape)
+    own = {name: np.asarray(leaf, np.float64) for name, leaf in layer.per_head()["own"].items()}
+    hidden = q if layer.first is None else (x @ layer.first.kernel[...]).reshape(2, 12, 2, 8)
+    hidden, parts = np.maximum(hidden, 0), []
+    if "kind=factorised_dense" in options:
+        near, far = (np.einsum("btnh,nah->bnta", hidden, own[name]) for name in ("near", "far"))
+        parts.append(np.einsum("bnta,bntc->bntac", far, near).reshape(2, 2, 12, 12))
+    elif "kind=random" not in options:
+        parts.append(np.einsum("btnh,nsh->bnts", hidden, own["rows"]))
+    if "factorised_random" in options:
+        parts.append(np.broadcast_to(own["left"] @ own["right"].swapaxes(1, 2), (2, 2, 12, 12)))
+    elif "random" in options or "fixed" in options:
+        parts.append(np.broadcast_to(own["table"], (2, 2, 12, 12)))
+    if "dot" in options:
+        parts.append(dots(q, k))
+    shares = np.exp(np.asarray(layer.shares[...]))
+    assert len(parts) == len(shares) == own["shares"].shape[1] >= 2
+    mixed = sum(share * part for share, part in zip(shares / shares.sum(), parts, strict=True))
+    for causal in (False, True):
+        with jax.default_matmul_precision("highest"):
+            assert_close(weights_of(layer, q, k, 12, x=x, causal=causal), softmax(mixed, causal))
+
+
+def test_synthesizer_mixes_alike_at_the_start():
+    layer = build("synthesizer:beside=random:dot=true", 12, 16, 2)
+    assert_close(layer.per_head()["own"]["shares"], np.full((2, 3), 1 / 3))
+    with pytest.raises(Refused, match="log_n=8 would scale one of the scores"):
+        layer.prepare(log_n=8)
+
+
 def test_synthesizer_refuses_more_than_it_is_built_for():
     layer, (q, k, v) = build("synthesizer", 8, 16, 2), qkv(1, 9, 2, 8)
     with pytest.raises(ValueError, match="built for 8 positions, got 9"):
@@ -383,6 +422,9 @@ def test_average_remembers_as_much_of_any_length():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
+        ("synthesizer:beside=fixed:rank=8", "rank is an option of kind=factorised_random"),
+        ("synthesizer:kind=random:beside=fixed", "beside=fixed is a table to mix with what is predicted"),
+        ("synthesizer:beside=dense", 'unknown value "dense"'),
         ("gaussian:width=0", "width must be above 0, got 0"),
         ("gaussian:kind=global", 'unknown value "global"'),
         ("hard_coded:std=0", "std must be above 0, got 0"),

@@ -15,6 +15,7 @@ from flax import nnx
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
 from xformers_lab.errors import UsageError
+from xformers_lab.measure import maps
 from xformers_lab.measure.flops import count_flops, largest_intermediate
 from xformers_lab.model import build_model, build_task, check_config
 from xformers_lab.nn.buckets import bucket
@@ -27,7 +28,7 @@ from xformers_lab.train.step import make_train_step
 pytestmark = pytest.mark.full
 
 SCORED = ["shaw:reach=3", "xl", "xl:channels=32", "deberta:reach=4", "deberta:reach=9:buckets=4", "tupe:relative=t5"]
-SCORED += ["tener"]
+SCORED += ["tener", "shaw:reach=3:values=true", "tupe:relative=t5:reset=true"]
 
 
 def build(choice: str, **size):
@@ -277,10 +278,18 @@ def by_definition(layer, position, x, valid, window: int | None, causal: bool):
     s = s / (terms * H) ** 0.5
     if name == "Tupe":
         s += position.relative.table[...][:, bucket(apart, 32, 128, False)][None]
+        if position.first is not None:
+            content = jnp.einsum("btnh,bsnh->bnts", q, k) / (terms * H) ** 0.5
+            theta_1 = 0.7  # any number is as good
+            s = s.at[:, :, :, 0].set(content[..., 0] + position.first[...][:, None])
+            s = s.at[:, :, 0].set(content[:, :, 0] + theta_1)
     seen = (apart >= 0) if causal else np.ones((T, T), bool)
     seen = (seen if window is None else seen & (abs(apart) <= window))[None, None] & valid[:, None, None]
     p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)
-    return layer.out(jnp.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1))
+    mean = jnp.einsum("bnts,bsnh->btnh", p, v)
+    if name == "Shaw" and position.of_values is not None:
+        mean += jnp.einsum("bnts,tsh->btnh", p, position.of_values[...][np.clip(-apart, -reach, reach) + reach])
+    return layer.out(mean.reshape(B, T, -1))
 
 
 def _log_bucket(position):
@@ -336,7 +345,7 @@ def test_scores_are_those_of_every_pair(choice, attention, looped):
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("choice", ["shaw", "xl", "tener", "deberta:reach=4", "tupe"])
+@pytest.mark.parametrize("choice", ["shaw", "shaw:values=true", "xl", "tener", "deberta:reach=4", "tupe"])
 def test_nothing_of_every_pair_is_built(choice):
     """Forward and backward of windows: the largest array, and what is computed, grow as the length does."""
     costs = []
@@ -369,7 +378,7 @@ def test_moved_along_it_is_the_same(choice):
 @pytest.mark.full
 @pytest.mark.parametrize("attention, choice", kinds.every_third([*itertools.product(
     ["local:window=4", "softcap", "poolingformer:window=3:reach=8"],
-    ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv", "tener"],
+    ["shaw:reach=3", "xl", "deberta:reach=4", "tupe", "conv", "tener", "shaw:reach=3:values=true:each_layer=true"],
 )]))  # fmt: skip
 def test_token_by_token_it_is_the_same(choice, attention):
     """Through a model of two layers with caches that begin anywhere, of rings and of pools."""
@@ -392,6 +401,9 @@ def test_token_by_token_it_is_the_same(choice, attention):
     ("shaw", "linear", "linear takes no bias"),
     ("xl", "gla", "takes no bias"),
     ("tupe", "fnet", "neither queries nor keys"),
+    ("shaw:values=true", "topk", "topk cannot add vectors of distances to values"),
+    ("shaw:values=true", "longformer", "use this position without them, or attention=full or local"),
+    ("shaw:each_layer=true", "linear", "linear takes no bias"),
     ("alibi", "fnet", "takes no bias.* use position=learned"),
     ("rope", "fnet", "neither queries nor keys.* use position=learned"),
     ("rope", "average", "neither queries nor keys"),
@@ -404,6 +416,37 @@ def test_what_has_no_scores_is_refused_before_anything_compiles(position, attent
     config = edit(Config(), task="listops", model="encoder", attention=attention, position=position, seq_len=16, dim=16)
     with pytest.raises(UsageError, match=message):
         check_config(config)
+
+
+@pytest.mark.parametrize("attention", ["full", "local:window=4"])
+def test_maps_show_the_weights_alone(attention):
+    """What is added to values stands apart from the weights that are read off by values."""
+    chosen = {"task": "copy", "attention": attention, "seq_len": 12, "dim": 16, "heads": 2, "layers": 1}
+    model = lambda position: scaled_up_model(position=position, **chosen)[0]
+    maps_of = lambda position: maps.of_model(model(position), np.arange(12)[None] % 5)[0].weights
+    one, other = maps_of("shaw:reach=3:values=true"), maps_of("shaw:reach=3")
+    np.testing.assert_allclose(one.sum(-1), 1, atol=1e-4)
+    assert one.shape == other.shape
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "shaw:reach=3:values=true:each_layer=true+none"},
+                                     {"model": "encoder_decoder", "layers": 2}])  # fmt: skip
+def test_every_layer_has_vectors_of_its_own(changes):
+    """As many tables as layers, none for all, and every one is used."""
+    chosen = {"task": "copy", "position": "shaw:reach=3:values=true:each_layer=true", "layers": 4, "seq_len": 12}
+    chosen |= {"dim": 16, "heads": 2, "batch": 2} | changes
+    config = edit(Config(), **chosen)
+    task = build_task(config)
+    model: Any = build_model(config, task)
+    tokens, (graph, params, rest) = jnp.asarray(task.batch("train", 0).inputs), nnx.split(model, nnx.Param, ...)
+    grads = jax.grad(lambda params: (nnx.merge(graph, params, rest)(tokens)[0] ** 2).sum())(params)
+    moved = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+    tables = {path: leaf for path, leaf in moved.items() if "own_position" in path}
+    assert all((np.abs(leaf).max((-2, -1)) > 0).all() for leaf in tables.values())
+    layers = {"none": 2, "encoder_decoder": 4}.get(next(iter(changes), ""), 4)
+    layers = 2 if "+none" in chosen["position"] else layers
+    assert sum(leaf.size for leaf in tables.values()) == layers * 2 * 7 * 8
+    assert not any("'position'" in path for path in moved)
 
 
 def test_what_training_moves_is_a_mean_over_samples():

@@ -24,6 +24,7 @@ NEEDS = {
     ("model", "encoder"): {"task": "listops"},
     ("model", "vit"): {"task": "pathfinder", "seq_len": 1024},
     ("depth", "funnel"): {"task": "listops"},
+    ("depth", "mask_decoder"): {"task": "listops"},
     ("depth", "distilling"): {"task": "listops"},
 }
 SHELVES = ("attention", "position", "norm", "ffn", "depth", "memory", "model")

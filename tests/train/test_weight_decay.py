@@ -46,18 +46,18 @@ MATRICES = {
 VECTORS = {
     "mamba2.scale", "rwkv.decay", "rwkv.bonus", "rwkv.share_k", "rwkv.share_v", "rfa.spread", "xl.u", "xl.v",
     "gaussian.centre", "gaussian.window", "nsa.place", "learned.table", "grid.rows", "grid.columns", "conv.weights",
-    "t5.table", "shaw.table", "deberta.table", "tupe.table", "recurrent_memory.table", "memformer.table", "set.points",
-    "perceiver.latents", "luna.points", "nystrom.taps", "lite.taps", "differential.vectors", "cope.table",
-    "log_linear.spread",
+    "t5.table", "shaw.table", "shaw.of_values", "deberta.table", "tupe.table", "recurrent_memory.table",
+    "memformer.table", "set.points", "perceiver.latents", "luna.points", "nystrom.taps", "lite.taps",
+    "differential.vectors", "cope.table", "log_linear.spread", "mask_decoder.table",
 }  # fmt: skip
 OPTIONS = {
     "attention": [
         "gaussian:kind=distance", "gaussian:kind=layer", "linear:features=hedgehog", "streaming:logit=learned",
         "synthesizer:kind=random", "synthesizer:kind=factorised_dense", "synthesizer:kind=factorised_random",
-        "linear:features=taylor:width=4",
+        "linear:features=taylor:width=4", "synthesizer:beside=random:dot=true",
     ],
     "model": ["decoder:tied=true", "encoder", "seq2seq:look=additive:cell=gru:reads=both"],
-    "position": ["tupe:relative=t5", "deberta:buckets=4:reach=9"],
+    "position": ["tupe:relative=t5:reset=true", "shaw:values=true", "deberta:buckets=4:reach=9"],
 }  # fmt: skip
 
 

@@ -19,12 +19,14 @@ Of one head:
 The signature of `attend` is the declaration. One that cannot be causal has no `causal`; one that has no scores to bias
 has no `bias`; one that keeps the documents of packed data apart takes `documents` (S,); one that treats positions that
 a task marks unlike the others takes `marked` (S,) bool, and its `marks` says how many at most (it does not run without
-them, and in its refusals it says that it does not decode); one that draws random numbers takes `key`; one that needs
-the block's input takes `x` (S, D); one that hands something to the same mechanism in the layer above takes `carry` and
-returns (out, carry), and defines `init_carry(T, S)`. Whatever else it takes it names itself: `per_head()` gives arrays
-for each head (parameters, say), `from_keys(x)` and `from_queries(x)` give arrays for each head of each position,
-computed from the block's input (gates, step sizes). Projections, heads, grouped keys and values, batches, positions and
-devices are the laboratory's; what a signature has no place for it refuses.
+them, and in its refusals it says that it does not decode); one that can add to its means what a position says of pairs
+takes `pair_values` (called with weights (T', S') and their positions; None where there is nothing to add); one that
+draws random numbers takes `key`; one that needs the block's input takes `x` (S, D); one that hands something to the
+same mechanism in the layer above takes `carry` and returns (out, carry), and defines `init_carry(T, S)`. Whatever else
+it takes it names itself: `per_head()` gives arrays for each head (parameters, say), `from_keys(x)` and
+`from_queries(x)` give arrays for each head of each position, computed from the block's input (gates, step sizes).
+Projections, heads, grouped keys and values, batches, positions and devices are the laboratory's; what a signature has
+no place for it refuses.
 
 What stands around the mean of values stands apart from `attend`, so that attention maps can show its weights:
 `finished(mean, ...)` is what a norm or a gate makes of the means of all heads (B, T, N, H), and takes by name what

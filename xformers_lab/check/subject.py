@@ -48,6 +48,18 @@ class Wave:
         return self.slope * (q_at - k_at) / 16 + self.height * jnp.sin(0.9 * q_at + 0.4 * k_at)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """Vectors of pairs that tell every distance apart, u + (s - t) w / 16; its leaves hold two vectors per head."""
+
+    vectors: jax.Array
+
+    def __call__(self, p, q_at, k_at):
+        still, moving = (jnp.broadcast_to(x, p.shape) for x in (1.0, (k_at - q_at) / 16))
+        return (p * still).sum(-1)[..., None] * self.vectors[0] + (p * moving).sum(-1)[..., None] * self.vectors[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One kind of call: T queries at the end of S keys, with padding and a bias or without."""
@@ -254,7 +266,7 @@ class Subject:
             sources = (inputs["q"], inputs["x"]) if "q" in inputs else (inputs["x"],)
             out, _, aux = layer(*sources, **rest, **with_method)
             return out, aux
-        rest |= {name: inputs.get(name) for name in ("x", "x_q", "bias")}
+        rest |= {name: inputs.get(name) for name in ("x", "x_q", "bias", "pair_values")}
         if method != "attend":
             rest["method"] = method
         out, _, aux = layer.mix(inputs["q"], inputs["k"], inputs["v"], **rest)

@@ -24,6 +24,7 @@ from xformers_lab.check.subject import (
     Broken,
     Case,
     NotApplicable,
+    Ramp,
     Subject,
     compare,
     compare_trees,
@@ -228,6 +229,31 @@ def same_gradients(subject: Subject) -> None:
         for part, tree in (("inputs", lambda x: x), ("own", _plain)):
             of_part = lambda part=part, tree=tree, slack=slack: tree(slack()[part])
             compare_trees(tree(fast.grads[part]), tree(slow.grads[part]), GRADIENT, str(case), advice, of_part)
+
+
+def pair_values(subject: Subject) -> None:
+    """What a position adds to the values of pairs is added by the weights of attend as by those of reference, in value
+    and gradient, and by those alone: with one vector for all pairs, to every query that sees a key."""
+    if subject.whole or not subject.mechanism.accepts("pair_values"):
+        raise NotApplicable("it has no place for what a position adds to the values of pairs")
+    _has_reference(subject)
+    heads, causal = subject.mechanism.size.heads, subject.modes[0]
+    vectors = np.random.default_rng(11).standard_normal((heads, 2, subject.mechanism.size.head)).astype(np.float32)
+    for case in (subject.square(causal), Case(SHORT, LENGTH, subject.modes[-1])):
+        if subject.refusal(case):
+            continue
+        inputs = subject.inputs(case) | {"pair_values": Ramp(jnp.asarray(vectors))}
+        fast, slow = (subject.apply(case, inputs, method=method) for method in ("attend", "reference"))
+        advice = "`pair_values` is called with the weights that add up values, and with the positions of their pairs."
+        compare(fast.out, slow.out, VALUE, f"with pair_values, attend against reference ({case})", advice)
+        compare_trees(fast.grads["inputs"], slow.grads["inputs"], GRADIENT, f"with pair_values, {case}", advice)
+        still = inputs | {"pair_values": Ramp(jnp.asarray(vectors * np.array([1, 0], np.float32)[:, None]))}
+        with_all, plain = subject.apply(case, still).out, subject.result(case).out
+        behind = subject.per_head and type(subject.one_head).finished is not OneHead.finished
+        if not behind:
+            added = np.abs(plain).max(-1, keepdims=True) > 0  # of a query that sees no key nothing is added
+            where = f"one vector for all pairs ({case})"
+            compare(with_all, plain + added * vectors[None, None, :, 0], VALUE, where, advice)
 
 
 def several_blocks(subject: Subject) -> None:
@@ -538,6 +564,7 @@ PROPERTIES = [
     signature,
     equals_reference,
     same_gradients,
+    pair_values,
     attention_map,
     full_in_the_limit,
     several_blocks,

@@ -208,7 +208,8 @@ class Taken(Position):
     """The positions of tokens that were taken out of their sequences: the i-th of sample b stands at at[b, i]."""
 
     def __init__(self, position: Position, at: jax.Array):
-        if getattr(position, "key_terms", None) is not None or position.bias() is not None:
+        adds = getattr(position, "key_terms", None) is not None or position.adds_to_values
+        if adds or position.bias() is not None:
             raise Refused(
                 f"position={type(position).__name__.lower()} adds scores by the place in a sequence, but "
                 "this depth takes tokens from other places of each; use position=rope, learned, sinusoidal or none"

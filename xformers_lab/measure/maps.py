@@ -133,7 +133,8 @@ def _read_off(layer: Any, call: Call) -> tuple:
     mean = lambda values: given(layer.with_values(call, values))
     means = jax.vmap(mean)(values) if together > count else jax.lax.map(mean, values, batch_size=together)
     T, N = means.shape[2:4]
-    rest = means[-1, 0] if layer.own_values else jnp.zeros_like(means[-1, 0])  # what is there without values
+    constant = layer.own_values or call.pair_values is not None
+    rest = means[-1, 0] if constant else jnp.zeros_like(means[-1, 0])  # what is there without values
     weights = (means[:-1, 0] - rest).transpose(2, 1, 0, 3).reshape(N, T, count * H)[..., :S]
     again = jnp.einsum("nts,snh->tnh", weights, jnp.repeat(real[0], N // M, 1)) + rest
     again = layer.finish(again[None], call)[0]

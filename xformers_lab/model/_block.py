@@ -18,6 +18,8 @@ from xformers_lab.nn.documents import why_not
 from xformers_lab.nn.dropout import drop
 from xformers_lab.nn.layer_context import LayerContext
 from xformers_lab.nn.size import Size
+from xformers_lab.position import Position
+from xformers_lab.position._each_layer import EachLayer
 
 # What carries the first layer's values, beside the carries of mechanisms.
 VALUES = "values of the first layer"
@@ -27,7 +29,7 @@ class Block(nnx.Module):
     """The mechanisms and placements of one layer; the context has the position of every layer.
 
     layer: the layer's number, or that of another one which is at the same place of the cycles of mechanisms and
-    positions. key_terms: what its position keeps of a key when decoding, its `key_terms`.
+    positions. position: the model's for this layer, of which the block builds its own where every layer has one.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Block(nnx.Module):
         config: Config,
         causal: bool,
         layer: int = 0,
-        key_terms: int | None = None,
+        position: Position | None = None,
         rngs: nnx.Rngs,
     ):
         build = lambda shelf, choice: spec.build(shelf, choice, size, rngs=rngs)
@@ -63,14 +65,17 @@ class Block(nnx.Module):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads, self.size = size.dim, size.length, size.heads, size
-        self.layer, self.key_terms, self.share = layer, key_terms, 1.0
+        self.layer, self.share = layer, 1.0
+        self.key_terms = None if position is None else position.key_terms
+        self.own_position = position.own(rngs) if isinstance(position, EachLayer) else None
         layer_number.moved(self, layer)
         # As a refusal of packed data names them.
         self.norm_choice, self.ffn_choice, self.memory_choice = config.model.norm, config.model.ffn, config.model.memory
 
     def position(self, context):
         """The layer's own of the context's positions."""
-        return None if context.position is None else context.position.of_layer(self.layer)
+        found = None if context.position is None else context.position.of_layer(self.layer)
+        return self.own_position if isinstance(found, EachLayer) and self.own_position is not None else found
 
     def initial_carries(self, B: int, T: int, S: int) -> dict:
         """{mechanism: carry below the first layer} for mechanisms that carry something from layer to layer."""

@@ -74,8 +74,8 @@ class Transformer(Model):
                 raise Refused(f"memory={choice.memory}: {reason}") from None
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
-            terms = self.position.of_layer(index).key_terms
-            options = {"config": config, "causal": self.causal, "layer": index, "key_terms": terms}
+            of_layer = self.position.of_layer(index)
+            options = {"config": config, "causal": self.causal, "layer": index, "position": of_layer}
             own = dataclasses.replace(size, length=size.length if length is None else length)
             return self.block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 

@@ -66,7 +66,8 @@ class EncoderDecoder(EncoderInput, Transformer):
 
         def make_block(index: int, rngs: nnx.Rngs, length: int | None = None):
             own = dataclasses.replace(read, length=source if length is None else length)
-            options = {"config": config, "causal": False, "layer": index}
+            of_layer = self.source_position.of_layer(index)
+            options = {"config": config, "causal": False, "layer": index, "position": of_layer}
             return Block(own, mechanisms[index % len(mechanisms)], **options, rngs=rngs)
 
         stacked = {"make_block": make_block, "period": period(config.model), "target": "token", "rngs": rngs}

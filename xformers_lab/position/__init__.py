@@ -6,10 +6,12 @@ A position defines what it needs; what it does not define is the identity (or no
     rotate(x, at)                               turns queries and keys
     bias()                                      gives scores to add, from positions alone
     of_queries, of_keys, compare, and `key_terms` give scores to add that depend on what the tokens are
+    pair_values()                               adds vectors to the values of pairs of positions
     drawn(key)                                  is what a pass of training has in its place, where it draws anything
 
-One position serves all layers, or several do in turn (_cycle.py). Its constructor may name `causal`, whether the model
-sees the past alone.
+One position serves all layers, or several do in turn (_cycle.py), or, where it says `each_layer = True`, every layer
+has one of its own, which its block builds (_each_layer.py). Its constructor may name `causal`, whether the model sees
+the past alone.
 
 What it defines of the first two its class declares, `embeds = True` and `turns = True`, for others go by that: a memory
 is refused to a position that marks the embeddings, and attention without queries and keys one that turns them.
@@ -31,6 +33,8 @@ from xformers_lab.errors import Refused
 from xformers_lab.nn.documents import places, why_not
 from xformers_lab.nn.size import Size
 
+# What weights (..., T', S') make of vectors of pairs, of query and key positions that broadcast against them.
+PairValues = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Scores to add, of query and key positions that broadcast against each other: what one head's slice of a bias is.
 Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -41,6 +45,8 @@ class Position(nnx.Module):
     before: how many token embeddings before a token's own `embed` looks at; decoding keeps as many.
     adds_waves: whether `embed` adds sines and cosines of the position alone: a depth may add them again.
     share: what the products of queries and keys are multiplied by, beside scores of the position's own.
+    adds_to_values: whether `pair_values` gives anything.
+    each_layer: whether layers have parameters of their own, in the place of those of one position for all.
     tables: the names of parameters whose row t is that of position t alone, so that a shorter sequence uses the first.
     key_terms: None, or for a position that compares tokens how many numbers `of_keys` gives of a key for every query
         head; decoding keeps them."""
@@ -51,6 +57,8 @@ class Position(nnx.Module):
     before: int = 0
     adds_waves: ClassVar[bool] = False
     share: float = 1.0
+    adds_to_values: bool = False
+    each_layer: bool = False
     tables: ClassVar[tuple[str, ...]] = ()
     key_terms: int | None = None
 
@@ -111,6 +119,13 @@ class Position(nnx.Module):
                 f"position={name} compares queries with keys of every head, and this attention makes none of its "
                 "heads' size: use another attention, or position=alibi, t5 or rope"
             )
+        return None
+
+    def pair_values(self) -> PairValues | None:
+        """None, or a pytree whose leaves have a leading axis N: what is added to the value of each pair, a function of
+        the distance of its positions alone. One head's slice is called with weights (..., T', S') and the positions of
+        queries and keys, which broadcast against them, and gives the sum of the pairs' vectors by these weights, (...,
+        T', H), in float32. Weights of pairs outside, which padded blocks have, are 0."""
         return None
 
     def of_queries(self, q: jax.Array, at: jax.Array) -> jax.Array:

@@ -9,13 +9,19 @@ from xformers_lab import spec
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
 from xformers_lab.position import Position
+from xformers_lab.position._each_layer import EachLayer
 
 
 def build(choice: str, size: Size, *, causal: bool, rngs: nnx.Rngs) -> Position:
     """A position, or of a choice `a+b` the cycle of its parts; raises UsageError."""
     names = spec.split(choice, "+")
-    parts = [spec.build("position", name, size, causal=causal, rngs=rngs) for name in names]
+    parts = [_part(name, size, causal=causal, rngs=rngs) for name in names]
     return parts[0] if len(parts) == 1 else Cycle(size, parts, names, rngs=rngs)
+
+
+def _part(name: str, size: Size, *, causal: bool, rngs: nnx.Rngs) -> Position:
+    one = spec.build("position", name, size, causal=causal, rngs=rngs)
+    return EachLayer(one, name, causal=causal, rngs=rngs) if one.each_layer else one
 
 
 class Cycle(Position):

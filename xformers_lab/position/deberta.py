@@ -21,9 +21,9 @@ class Deberta(Position):
     distances, d(x) = clip(x + R, 0, 2 R - 1); with fewer terms, the root is of so many H.
     With buckets the distances are those of DeBERTa's second version: R = buckets, exact up to half of them, then ever
     wider, logarithmically, up to `reach`.
-    Deviations from the paper: W_q and W_k are shared by all layers, as P is, which starts as standard normal; absolute
-    positions before the last layer (the enhanced mask decoder) are left out. Decoding keeps 2 R numbers per key and
-    head beside what the attention keeps, unless terms=content_to_position.
+    Absolute positions just before the answers, the enhanced mask decoder, are depth=mask_decoder.
+    Deviations from the paper: W_q and W_k are shared by all layers, as P is, which starts as standard normal. Decoding
+    keeps 2 R numbers per key and head beside what the attention keeps, unless terms=content_to_position.
 
     Options:
         reach: distance from which on all keys on a side share a vector

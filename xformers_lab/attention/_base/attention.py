@@ -98,6 +98,10 @@ class Attention(nnx.Module):
     # `attend_heads` says of these, and no class inherits that replaces them. Of OneHead the signature says the rest.
     documents_apart: ClassVar[bool] = False
 
+    # Whether heads add what a position says to the values of pairs: said as `documents_apart` is. Of OneHead the
+    # signature says the rest.
+    adds_pair_values: ClassVar[bool] = False
+
     # How many positions of a row, at most, it treats unlike the others where a task marks them; 0: it looks at none.
     # One that looks at some is given `marked`, and refuses to run without it. Options may decide.
     marks: int = 0
@@ -112,6 +116,7 @@ class Attention(nnx.Module):
         super().__init_subclass__(**options)
         if {"__call__", "attend_heads"} & vars(cls).keys():
             cls.documents_apart = vars(cls).get("documents_apart", False)
+            cls.adds_pair_values = vars(cls).get("adds_pair_values", False)
         if hasattr(cls, "attend") and not hasattr(cls, "attend_heads"):
             raise TypeError(f"{cls.__name__} defines attend, for one head: its base class is OneHead, not Attention")
 
@@ -227,8 +232,10 @@ class Attention(nnx.Module):
 
     @classmethod
     def accepts(cls, what: str) -> bool:
-        """Whether it has a place for "causal", "bias", "carry", "key" or "documents" and does not refuse it."""
-        return what not in cls.refuses and (what != "documents" or cls.documents_apart)
+        """Whether it has a place for "causal", "bias", "carry", "key", "documents" or "pair_values" and does not refuse
+        it."""
+        says = {"documents": cls.documents_apart, "pair_values": cls.adds_pair_values}
+        return what not in cls.refuses and says.get(what, True)
 
     @classmethod
     def carries(cls) -> bool:
@@ -240,12 +247,14 @@ class Attention(nnx.Module):
         return False
 
     def check_position(self, position) -> None:
-        """Raises Refused where a position would tell this mechanism nothing."""
+        """Raises Refused where a position would tell this mechanism nothing, or adds what it has no place for."""
         if not self.turns() and (position.turns or position.key_terms is not None):
             raise Refused(
                 f"{type(self).__name__.lower()} makes neither queries nor keys, which this position would turn or "
                 "compare; use position=learned, sinusoidal or none"
             )
+        if position.adds_to_values and not self.accepts("pair_values"):
+            raise Refused(why_not(self, "pair_values"))
 
     def scale_init(self, share: float) -> None:
         """Multiplies by `share` the first weights that values pass, `value` and `out`, and none of scores. A placement

@@ -26,9 +26,11 @@ def by_kernel(
         return None
     v, wanted = mechanism.summands(call), plan_of(mechanism.size).kernel
     masks = {"valid": call.valid, "documents": call.documents}
-    asked = kernels.asked(call.q, call.k, v, patterns, **masks, bias=call.bias, softcap=softcap)
+    # To a kernel what is added to values is no less foreign than what is added to scores.
+    added = call.bias if call.pair_values is None else call.pair_values
+    asked = kernels.asked(call.q, call.k, v, patterns, **masks, bias=added, softcap=softcap)
     rule = None if asked.pattern is None or softcap is not None else ring.rule_of(asked.pattern)
-    if wanted == AUTO and rule is not None and ring.fits(call.q, call.k):
+    if wanted == AUTO and rule is not None and call.pair_values is None and ring.fits(call.q, call.k):
         kernels.note("ring")
         return ring.attend(call.q, call.k, v, rule=rule, **masks, bias=call.bias)
     kernel = kernels.chosen(asked, wanted)

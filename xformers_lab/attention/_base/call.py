@@ -35,6 +35,8 @@ class Call:
             v is the same array then, where nothing else is made of it. Means are wanted as they are, without what
             stands behind them.
         decoding: Whether its queries are new tokens behind what a cache holds.
+        pair_values: What is added to the value of each pair of positions, in all samples: its leaves have a leading
+            axis N, and a head's slice is what `Position.pair_values` says; None where nothing is.
         marked: Which positions the task marks for mechanisms that treat some unlike the others, as global tokens are;
             None where nothing is marked, or nobody looks at it.
     """
@@ -54,6 +56,7 @@ class Call:
     values: Float[Array, "B S M H"] | None = None
     decoding: bool = False
     marked: Bool[Array, "B S"] | None = None
+    pair_values: PyTree | None = None
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

@@ -107,10 +107,12 @@ class MultiHead(Attention):
         method: Method = "attend",
         documents=None,
         marked=None,
+        pair_values=None,
     ) -> tuple[jax.Array, Any, Aux]:
         """`attend_heads` of a `Call` with these fields."""
         self.check_documents(documents)
         call = Call(q, k, v, x, x_q, valid, causal, bias, carry, key, method, documents, marked=marked)
+        call = call.replace(pair_values=pair_values)
         return self.attend_heads(call)
 
     def __call__(
@@ -170,7 +172,7 @@ class MultiHead(Attention):
         Keys before position 0 are not valid.
         """
         self.check_documents(documents)
-        T, S, bias, run = x.shape[1], k.shape[1], None, self.attend_heads
+        T, S, bias, pairs, run = x.shape[1], k.shape[1], None, None, self.attend_heads
         # A convolution of queries sees what stands in front of the first, in what a memory holds.
         before = 0 if self.convs is None else max(0, min(S - T, self.convs.before))
         last = lambda rows: None if rows is None else rows[:, S - T - before :]
@@ -180,6 +182,7 @@ class MultiHead(Attention):
             q = self.log_scale(q, self.key_counts(T, S, valid, documents, causal))
         if position is not None:
             self.check_position(position)
+            pairs = position.pair_values()
             passed = 0 if at is None else at - (S - T)  # positions that came before the first key
             q_at, k_at = jnp.arange(T) + S - T + passed, jnp.arange(S) + passed
             if position.key_terms is None:
@@ -190,7 +193,8 @@ class MultiHead(Attention):
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        call = Call(q, k, v, source, x, valid, causal, bias, carry, key, documents=documents, marked=marked)
+        rest = {"documents": documents, "marked": marked, "pair_values": pairs}
+        call = Call(q, k, v, source, x, valid, causal, bias, carry, key, **rest)
         out, carry, aux = run(shown(self, call))
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux
 
@@ -339,12 +343,13 @@ class MultiHead(Attention):
         if compares and "of_keys" not in cache:
             raise Refused(f"{type(position).__name__.lower()} needs `key_terms` of the model's blocks to decode")
         kept = cache if compares or self._keeps_tails() else {"own": cache}
-        bias, run = None, self.decode_heads
+        bias, pairs, run = None, None, self.decode_heads
         q, k, v, tails = self._of_next(x, kept.get("tails"), at)
         v, carry, first = self._with_first(v[:, None], carry)
         v = v[:, 0]
         if position is not None:
             self.check_position(position)
+            pairs = position.pair_values()
             if position.key_terms is None:
                 bias = position.bias()
             else:
@@ -354,20 +359,20 @@ class MultiHead(Attention):
                 run = functools.partial(step_apart, self)
             q, k = (position.rotate(y[:, None], at[None])[:, 0] for y in (q, k))
             q = position.share * q
-        out, own, carry = run(kept["own"], Call(q, k, v, x, bias=bias, carry=carry))
+        out, own, carry = run(kept["own"], Call(q, k, v, x, bias=bias, carry=carry, pair_values=pairs))
         carry = carry if self.first_values is None else (carry, first)
         return self.out(out.reshape(len(x), -1)), self._kept(kept, own, tails), carry
 
     def decode_several(self, x, cache, *, at, position=None):
         if not self.projects or (position is not None and position.key_terms is not None):
             return super().decode_several(x, cache, at=at, position=position)
-        kept, bias = cache if self._keeps_tails() else {"own": cache}, None
+        kept, bias, pairs = cache if self._keeps_tails() else {"own": cache}, None, None
         q, k, v, tails = self._of_next(x, kept.get("tails"), at)
         if position is not None:
             self.check_position(position)
-            bias, places = position.bias(), at + jnp.arange(x.shape[1])
+            bias, pairs, places = position.bias(), position.pair_values(), at + jnp.arange(x.shape[1])
             q, k = position.share * position.rotate(q, places), position.rotate(k, places)
-        out, own = self.decode_heads_several(kept["own"], Call(q, k, v, x, bias=bias))
+        out, own = self.decode_heads_several(kept["own"], Call(q, k, v, x, bias=bias, pair_values=pairs))
         return self.out(out.reshape(*x.shape[:2], -1)), self._kept(kept, own, tails)
 
     def _kept(self, before: dict, own, tails):

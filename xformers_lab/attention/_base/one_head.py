@@ -16,13 +16,14 @@ from xformers_lab.nn.plan import plan_of
 from xformers_lab.nn.required import required
 
 # What the laboratory can hand to `attend`; every other parameter is named by `per_head`, `from_keys` or `from_queries`.
-OFFERED = ("valid", "documents", "marked", "causal", "bias", "carry", "x", "key")
+OFFERED = ("valid", "documents", "marked", "causal", "bias", "carry", "x", "key", "pair_values")
 
 
 class OneHead(MultiHead):
     """A subclass defines `attend` and `reference`; their signatures say what it can do and what it needs."""
 
     documents_apart: ClassVar[bool] = True
+    adds_pair_values: ClassVar[bool] = True
     # Whether heads run together where the plan has a loop over them, as many as fill it: small products of several
     # heads keep all cores busy. Whatever reads its keys in chunks is better off one head at a time.
     heads_together: ClassVar[bool] = False
@@ -62,6 +63,8 @@ class OneHead(MultiHead):
             raise Refused(why_not(type(self), "causal"))
         if call.bias is not None and "bias" not in takes:
             raise Refused(why_not(self, "bias"))
+        if call.pair_values is not None and "pair_values" not in takes:
+            raise Refused(why_not(self, "pair_values"))
         if "documents" not in takes:
             self.check_documents(call.documents)
         if self.marks and call.marked is None:
@@ -83,7 +86,7 @@ class OneHead(MultiHead):
 
         of_sample = {"valid": valid, "documents": call.documents, "marked": call.marked}
         of_sample |= {"x": call.x} if "x" in takes else {}
-        of_head = {"bias": call.bias, "key": keys} | self.per_head()
+        of_head = {"bias": call.bias, "key": keys, "pair_values": call.pair_values} | self.per_head()
         of_pair = carry if "carry" in takes else None, self.of_tokens(call)
         at_once, plan = self.heads_at_once(T, S, call.causal) if call.method == "attend" else 1, plan_of(self.size)
         out, above = over_heads(one, call.q, call.k, v, of_pair, of_sample, of_head, plan=plan, at_once=at_once)

@@ -40,6 +40,7 @@ class Patterned(OneHead):
 
     keeps_keys: ClassVar[bool] = False
     documents_apart: ClassVar[bool] = True
+    adds_pair_values: ClassVar[bool] = True
     block: int | None = None
     # How many of the first positions decoding keeps for good, beside a ring of the newest.
     kept: int = 0
@@ -106,11 +107,11 @@ class Patterned(OneHead):
                 run = functools.partial(block_sparse, pattern=pattern, blocks=blocks)
 
             def one(q, k, v, _, of_sample, of_head, run=run):
-                valid, documents = of_sample
-                return run(q, k, v, valid=valid, documents=documents, bias=of_head), None
+                (valid, documents), (bias, pairs) = of_sample, of_head
+                return run(q, k, v, valid=valid, documents=documents, bias=bias, pair_values=pairs), None
 
             keys, values = (x[:, :, chosen // times] for x in (k, v))
-            of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], call.bias)
+            of_head = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], (call.bias, call.pair_values))
             of_sample, plan = (call.valid, call.documents), plan_of(self.size)
             at_once = heads_at_once(plan, pattern, q.shape[1], k.shape[1], blocks) if call.method == "attend" else 1
             how = {"plan": plan, "at_once": at_once}
@@ -148,12 +149,14 @@ class Patterned(OneHead):
 
         return jax.vmap(of, in_axes=(0, 1), out_axes=1)(at, count)
 
-    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
-        pattern, blocks = self.seen(causal), self.blocks(q.shape[0], k.shape[0], causal)
-        return block_sparse(q, k, v, pattern=pattern, valid=valid, documents=documents, bias=bias, blocks=blocks)
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, pair_values=None):
+        blocks = self.blocks(q.shape[0], k.shape[0], causal)
+        added = {"valid": valid, "documents": documents, "bias": bias, "pair_values": pair_values}
+        return block_sparse(q, k, v, pattern=self.seen(causal), blocks=blocks, **added)
 
-    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None):
-        return dense(q, k, v, pattern=self.seen(causal), valid=valid, documents=documents, bias=bias)
+    def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, pair_values=None):
+        added = {"valid": valid, "documents": documents, "bias": bias, "pair_values": pair_values}
+        return dense(q, k, v, pattern=self.seen(causal), **added)
 
     def cost(self, T: int, S: int) -> Cost:
         pairs = live_pairs(self.seen(False), T, S, *self.blocks(T, S, causal=False))
@@ -185,7 +188,8 @@ class Patterned(OneHead):
         """The first `kept` positions have a slot each, then comes a ring: slot s of R holds the newest position that is
         s modulo R, so that a pattern that is tied to absolute positions (a grid, say) decodes alike."""
         cache, at, positions, seen = self.remembered(cache, call)
-        out = self.attend_cached(call.q, cache["k"], cache["v"], at, positions, seen, call.bias)
+        more = {} if call.pair_values is None else {"pair_values": call.pair_values}
+        out = self.attend_cached(call.q, cache["k"], cache["v"], at, positions, seen, call.bias, **more)
         return self.finish(out[:, None], call.as_row())[:, 0], cache, call.carry
 
     def remembered(self, cache, call: Call):
@@ -217,7 +221,9 @@ class Patterned(OneHead):
 
         def one(q, at, added):
             seen = self._seen_by(at, positions) & filled
-            return self.attend_cached(q, keys, values, at, positions, seen, call.bias, added)
+            more = {"added": added, "pair_values": call.pair_values}
+            more = {name: leaves for name, leaves in more.items() if leaves is not None}
+            return self.attend_cached(q, keys, values, at, positions, seen, call.bias, **more)
 
         out = jax.vmap(one, in_axes=(1, 0, 1), out_axes=1)(call.q, new, added)
         return self.finish(out, call), cache | held | {"seen": at + T}
@@ -251,7 +257,7 @@ class Patterned(OneHead):
         """(N, R): what each head's pattern lets a query at position `at` () see."""
         return jnp.stack([self.seen(True, head)(at, positions) for head in range(self.size.heads)])
 
-    def attend_cached(self, q, keys, values, at, positions, seen, bias, added=None):
+    def attend_cached(self, q, keys, values, at, positions, seen, bias, added=None, pair_values=None):
         """(B, N, H): one query of each head, standing `at`, on rows (B, K, R, H) of `positions` (R,) that are `seen`
         (N, R). added (B, N, R): what is added to scores besides, where a mechanism says more of them."""
         (B, N, H), K = q.shape, self.size.key_heads
@@ -259,8 +265,13 @@ class Patterned(OneHead):
         s = jnp.einsum("bkgh,bkrh->bkgr", by_group(q * H**-0.5), keys, **EXACT).reshape(B, N, -1)
         s = s if added is None else s + added
         s = s if bias is None else s + jax.vmap(lambda of_head: of_head(at[None, None], positions[None])[0])(bias)
-        p = by_group(masked_softmax(s, seen).astype(values.dtype))
-        return jnp.einsum("bkgr,bkrh->bkgh", p, values, **EXACT).astype(values.dtype).reshape(q.shape)
+        weights = masked_softmax(s, seen)
+        p = by_group(weights.astype(values.dtype))
+        out = jnp.einsum("bkgr,bkrh->bkgh", p, values, **EXACT)
+        if pair_values is not None:
+            summed = lambda of_head, p: of_head(p, at[None, None], positions[None])
+            out = out + by_group(jax.vmap(summed, in_axes=(0, 1), out_axes=1)(pair_values, weights))
+        return out.astype(values.dtype).reshape(q.shape)
 
 
 def _written(rows, new, slot):

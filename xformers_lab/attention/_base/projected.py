@@ -42,6 +42,8 @@ class Projected(KeepsKeys, Patterned):
         self, x, memory=None, *, valid=None, causal=False, position=None, carry=None, key=None, documents=None
     ):
         self.check_documents(documents)
+        if position is not None:
+            self.check_position(position)
         source = x if memory is None else memory
         S = source.shape[1]
         at = jnp.arange(x.shape[1]) + S - x.shape[1]

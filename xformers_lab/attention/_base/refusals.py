@@ -16,7 +16,7 @@ def why_not(mechanism: Any, what: str) -> str:
 
     Args:
         mechanism: An `Attention`, or a subclass of it.
-        what: "causal", "bias" or "documents".
+        what: "causal", "bias", "documents" or "pair_values".
     """
     kind = mechanism if isinstance(mechanism, type) else type(mechanism)
     name = kind.__name__.lower()
@@ -24,6 +24,11 @@ def why_not(mechanism: Any, what: str) -> str:
         reason = kind.refuses.get("bias", "it has no scores to bias")
         rope = "" if kind is not mechanism and not mechanism.turns() else "rope, "
         return f"{name} takes no bias: {reason}; use position={rope}learned, sinusoidal or none"
+    if what == "pair_values":
+        return (
+            f"{name} cannot add vectors of distances to values: it has no place for them where its weights are "
+            "(its attend takes no `pair_values`); use this position without them, or attention=full or local"
+        )
     if what == "documents":
         reason = (kind.refuses if kind is mechanism else mechanism.refusals()).get(what, NO_MASK)
         return documents.why_not(name, reason, "another attention")

@@ -3,16 +3,21 @@
 import jax.numpy as jnp
 
 from xformers_lab.attention._engine.algebra import Pattern
-from xformers_lab.attention._engine.softmax import same_document, softmax_average
+from xformers_lab.attention._engine.softmax import MASKED, masked_softmax, same_document, softmax_average
 
 
-def dense(q, k, v, *, pattern: Pattern, valid=None, documents=None, bias=None):
+def dense(q, k, v, *, pattern: Pattern, valid=None, documents=None, bias=None, pair_values=None):
     """(T, H), (S, H), (S, H) -> (T, H): over the keys that `pattern` allows and `valid` (S,) marks, in the query's own
     document of `documents` (S,), if there are any."""
     T, S = q.shape[0], k.shape[0]
     at, keys = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None]
     seen = pattern(at, keys) if documents is None else pattern(at, keys) & same_document(documents, at, keys)
-    return softmax_average(scores(q, k, bias), seen if valid is None else seen & valid, v)
+    seen = seen if valid is None else seen & valid
+    mean = softmax_average(scores(q, k, bias), seen, v)
+    if pair_values is None:
+        return mean
+    p = masked_softmax(jnp.where(seen, scores(q, k, bias), MASKED))
+    return (mean + pair_values(p, at, keys)).astype(v.dtype)
 
 
 def scores(q, k, bias=None):

@@ -95,6 +95,27 @@ def from_indices(subject: Inside) -> None:
         compare(blocks, np.stack([whole[n : n + 4, n : n + 4] for n in (0, 4, 8)]), SAME, "blocks against all", advice)
 
 
+def pair_values(subject: Inside) -> None:
+    """What it adds to the values of pairs is linear in their weights, the same in blocks, and of the distance alone."""
+    position, at = _built(subject), jnp.arange(12)
+    pairs = position.pair_values()
+    if (pairs is not None) != position.adds_to_values:
+        raise Broken("`adds_to_values` says whether `pair_values` gives anything, and does not")
+    if pairs is None:
+        raise NotApplicable("it adds nothing to values")
+    p = jnp.asarray(np.random.default_rng(0).random((12, 12)), jnp.float32)
+    for number in range(SIZE.heads):
+        head = jax.tree.map(lambda leaf, number=number: leaf[number], pairs)
+        whole, advice = np.asarray(head(p, at[:, None], at[None])), "Add up the vectors of all pairs by their weights."
+        parts = [head(p[:, keys], at[:, None], at[None, keys]) for keys in (slice(0, 5), slice(5, 12))]
+        single = jnp.stack([head(jnp.eye(12)[None, s], at[t : t + 1, None], at[None])[0] for t in at for s in at])
+        vectors = np.asarray(single).reshape(12, 12, -1)
+        compare(np.asarray(sum(parts)), whole, SAME, "keys in two parts against all", advice)
+        compare(whole, np.einsum("ts,tsh->th", p, vectors), SAME, "all pairs against each alone", advice)
+        far = np.asarray(head(p, at[:, None] + 7, at[None] + 7))
+        compare(far, whole, SAME, "the same pairs further on", "Look at distances alone.")
+
+
 def distances(subject: Inside) -> None:
     """Scores from positions depend on distances alone, unless it says `by_place = True`."""
     position, at = _built(subject), jnp.arange(4)
@@ -132,4 +153,4 @@ def _compared(position: Position):
     return jax.tree.map(lambda leaf: leaf[0], bias)
 
 
-PROPERTIES = [*inside.PROPERTIES, declared, unit_size, drawn, turned, from_indices, distances]
+PROPERTIES = [*inside.PROPERTIES, declared, unit_size, drawn, turned, from_indices, distances, pair_values]

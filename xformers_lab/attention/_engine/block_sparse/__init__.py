@@ -8,6 +8,7 @@ Patterns whose parts need different orders of positions (a band and a residue, s
 exactly by their log-sum-exps.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,30 +24,43 @@ from xformers_lab.attention._engine.softmax import EMPTY
 
 
 def block_sparse(
-    q, k, v, *, pattern: Pattern, valid=None, documents=None, bias=None, blocks: tuple[int, int], sizes: Sizes = SIZES
+    q,
+    k,
+    v,
+    *,
+    pattern: Pattern,
+    valid=None,
+    documents=None,
+    bias=None,
+    pair_values=None,
+    blocks: tuple[int, int],
+    sizes: Sizes = SIZES,
 ):
     """Softmax attention over the keys that `pattern` allows and `valid` marks; zeros where there is none.
 
     q (T, H), k and v (S, H), valid (S,) bool or None, documents (S,) int32 or None, of which a query sees its own.
     Query t stands at position S - T + t. bias is a pytree that is called with (T', 1) and (1, S') position arrays and
-    gives scores to add, differentiable in its leaves. blocks is (queries, keys) per block, sizes decide how rows of
-    them are run. Returns (T, H) in v's type; scores and sums are float32.
+    gives scores to add, differentiable in its leaves; pair_values is one that is called with weights (T', S') and these
+    positions and gives what they make of vectors of pairs, (T', H), which is added to the mean. blocks is (queries,
+    keys) per block, sizes decide how rows of them are run. Returns (T, H) in v's type; scores and sums are float32.
     """
-    return _attend(q, k, v, valid, documents, bias, pattern, blocks, sizes)
+    if pair_values is not None:  # rows one at a time: of a batch no weights are at one place
+        sizes = dataclasses.replace(sizes, narrow=0, padded=0)
+    return _attend(q, k, v, valid, documents, bias, pair_values, pattern, blocks, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attend(q, k, v, valid, documents, bias, pattern, blocks, sizes):
-    return _forward(q, k, v, valid, documents, bias, pattern, blocks, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _attend(q, k, v, valid, documents, bias, pair_values, pattern, blocks, sizes):
+    return _forward(q, k, v, valid, documents, bias, pair_values, pattern, blocks, sizes)[0]
 
 
-def _forward(q, k, v, valid, documents, bias, pattern, blocks, sizes):
+def _forward(q, k, v, valid, documents, bias, pair_values, pattern, blocks, sizes):
     H = v.shape[1]
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     total, lse = None, None
     parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, documents, bias, blocks)
+        view = View(part, scaled, k, v, valid, documents, bias, pair_values, blocks)
         out = jnp.zeros((len(part.queries) // blocks[0], blocks[0], H), jnp.float32)
         stat = jnp.full(out.shape[:2], EMPTY, jnp.float32)
         for group in part.groups:
@@ -62,19 +76,19 @@ def _forward(q, k, v, valid, documents, bias, pattern, blocks, sizes):
             lse = both
     assert total is not None and lse is not None
     total = total.astype(v.dtype)
-    return total, (q, k, v, valid, documents, bias, total, lse)
+    return total, (q, k, v, valid, documents, bias, pair_values, total, lse)
 
 
 def _backward(pattern, blocks, sizes, residuals, grad):
-    q, k, v, valid, documents, bias, out, lse = residuals
+    q, k, v, valid, documents, bias, pair_values, out, lse = residuals
     scale = q.shape[-1] ** -0.5
     scaled = (q * scale).astype(q.dtype)
     delta = (out.astype(jnp.float32) * grad).sum(-1)
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dbias = jax.tree.map(jnp.zeros_like, bias)
+    dadded = jax.tree.map(jnp.zeros_like, (bias, pair_values))
     parts = layout.layout(pattern, len(q), len(k), *blocks, sizes)
     for part in parts:
-        view = View(part, scaled, k, v, valid, documents, bias, blocks)
+        view = View(part, scaled, k, v, valid, documents, bias, pair_values, blocks)
         grads, deltas = view.block_queries(grad), view.block_queries(delta)
         # A query that pads a block has no weights, however large a bias is at its place.
         lses = view.block_queries(lse, fill=jnp.inf)
@@ -82,15 +96,15 @@ def _backward(pattern, blocks, sizes, residuals, grad):
         totals: dict = {}  # gradients of keys and values, in the form of each way to run rows that there is
         for group in part.groups:
             run, incoming = _runner(group), (grads, deltas, None if _computed_again(group, parts) else lses)
-            carry = totals.get(run) or run.start(view), dbias
-            (totals[run], dbias), of_rows = run.backward(view, group, incoming, carry)
+            carry = totals.get(run) or run.start(view), dadded
+            (totals[run], dadded), of_rows = run.backward(view, group, incoming, carry)
             dq_part = _placed(dq_part, group.rows, of_rows)
         dq += view.unblock_queries(dq_part)
         if totals:
             both = (run.joined(total) for run, total in totals.items())
             of_keys, of_values = functools.reduce(functools.partial(jax.tree.map, jnp.add), both)
             dk, dv = dk + view.unblock_keys(of_keys), dv + view.unblock_keys(of_values)
-    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dbias
+    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, *dadded
 
 
 _attend.defvjp(_forward, _backward)

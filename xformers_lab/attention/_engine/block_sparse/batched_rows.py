@@ -38,7 +38,7 @@ def backward(view: View, group: Group, incoming, carry):
         q, grad, delta, lse = view.of_queries((view.q, *incoming), group, rows)
         (k, v), positions, added = _looked_at(view, group, rows)
         ds, p = batch.backward(q, k, v, added, lse, delta, grad)
-        db = jax.tree.map(jnp.add, db, view.pull_bias(positions, ds))
+        db = jax.tree.map(jnp.add, db, (view.pull_bias(positions, ds), None))
         totals = _collected(dk, group, rows, q, ds), _collected(dv, group, rows, grad, p)
         return (totals, db), batch.weighed(ds, k)
 

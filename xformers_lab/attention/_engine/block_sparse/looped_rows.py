@@ -24,9 +24,12 @@ def forward(view: View, group: Group):
 
     def row(index):
         stretches = view.stretches(group, index)
-        p, m, total = exponentials_apart([_scores(view, group, index, stretch)[0] for stretch in stretches])
+        scores, positions = zip(*(_scores(view, group, index, stretch) for stretch in stretches), strict=True)
+        p, m, total = exponentials_apart(scores)
         values = [view.of_keys(view.v, columns) for columns, _ in stretches]
         out = sum(_product(p.astype(view.v.dtype), v) for p, v in zip(p, values, strict=True))
+        if view.pair_values is not None:
+            out = out + sum(view.pair_values(p, *at) for p, at in zip(p, positions, strict=True))
         return out / total, (m + jnp.log(total))[:, 0]
 
     at_once = rows_at_once(group, view.blocks)
@@ -41,30 +44,33 @@ def backward(view: View, group: Group, incoming, carry):
     """
 
     def of_stretch(index, stretch):
-        """Of the keys of a stretch: their share of dq, what their dk and dv grow by, and the gradient of the bias."""
+        """Of the keys of a stretch: their share of dq, what their dk and dv grow by, and the gradients of the bias and
+        of what is added to values."""
         s, positions = _scores(view, group, index, stretch)
         q, g, delta, lse = view.of_queries((view.q, *incoming), group, index)
         keys, values = view.of_keys(view.k, stretch[0]), view.of_keys(view.v, stretch[0])
         p = jnp.exp(s - lse[:, None])
-        ds = p * (_product(g, values.T) - delta[:, None])
-        dbias = view.pull_bias(positions, ds)
+        dpairs, of_pairs = view.pull_pair_values(positions, p, g)
+        of_values = _product(g, values.T)
+        ds = p * ((of_values if of_pairs is None else of_values + of_pairs) - delta[:, None])
+        dadded = view.pull_bias(positions, ds), dpairs
         p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
-        return _product(ds, keys), (_product(laid_transposed(q), ds), _product(laid_transposed(g), p)), dbias
+        return _product(ds, keys), (_product(laid_transposed(q), ds), _product(laid_transposed(g), p)), dadded
 
     def row(index):
-        dq, added, dbias = zip(*(of_stretch(index, each) for each in view.stretches(group, index)), strict=True)
-        return jnp.asarray(sum(dq)), added, jax.tree.map(lambda *x: sum(x), *dbias)
+        dq, added, dadded = zip(*(of_stretch(index, each) for each in view.stretches(group, index)), strict=True)
+        return jnp.asarray(sum(dq)), added, jax.tree.map(lambda *x: sum(x), *dadded)
 
     at_once = rows_at_once(group, view.blocks)
     of_rows = row if at_once == 1 else jax.vmap(row)
 
     def step(carry, index):
         totals, db = carry
-        dq, added, dbias = of_rows(index)
+        dq, added, dadded = of_rows(index)
         for (columns, _), grown in zip(view.stretches(group, index), added, strict=True):
             totals = tuple(_added(into, x, columns, view.block_k) for into, x in zip(totals, grown, strict=True))
-        dbias = jax.tree.map(lambda x: x.sum(tuple(range(index.ndim))), dbias)
-        return (totals, jax.tree.map(jnp.add, db, dbias)), dq
+        dadded = jax.tree.map(lambda x: x.sum(tuple(range(index.ndim))), dadded)
+        return (totals, jax.tree.map(jnp.add, db, dadded)), dq
 
     if at_once == 1:
         carry, dq = lax.scan(step, carry, _numbers(group))

@@ -17,7 +17,8 @@ class View:
     are named by an index: a number, or numbers (R,) of neighbours, whose arrays have an axis R in front.
     """
 
-    def __init__(self, part: Part, q, k, v, valid, documents, bias, blocks: tuple[int, int]):
+    def __init__(self, part: Part, q, k, v, valid, documents, bias, pair_values, blocks: tuple[int, int]):
+        self.pair_values = pair_values
         self.part, self.bias, self.T, self.S = part, bias, len(q), len(k)
         self.blocks, (self.block_q, self.block_k) = blocks, blocks
         self.shift, self.lead = self.S - self.T, part.lead * self.block_k
@@ -135,6 +136,13 @@ class View:
         if self.bias is None:
             return None
         return jax.vjp(lambda bias: bias(*positions) + jnp.zeros_like(ds), self.bias)[1](ds)[0]
+
+    def pull_pair_values(self, positions, p, grad):
+        """Of what weights p (n, m) at these positions make of vectors of pairs: the gradients of its leaves and of p,
+        or None."""
+        if self.pair_values is None:
+            return None, None
+        return jax.vjp(lambda pairs, p: pairs(p, *positions), self.pair_values, p)[1](grad.astype(jnp.float32))
 
 
 def neighbours(rows: np.ndarray) -> bool:
