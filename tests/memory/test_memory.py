@@ -421,6 +421,8 @@ def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):
         ("xl:length=6", {"position": "rope", "conv": 5, "qk_norm": "rms"}),
         ("xl:length=6", {"attention": "local:window=3+full", "position": "rope", "log_n": "learned"}),
         ("xl:length=6", {"position": "rope+none"}),
+        ("xl:length=6", {"position": "rope", "ffn": "rwkv"}),
+        ("xl:length=6", {"position": "rope", "ffn": "rwkv", "depth": "sandwich_order:k=1"}),
         (
             "compressive:length=6:compressed=4:rate=2:pool=conv",
             {"attention": "linear+full", "position": "none", "conv": 3},

@@ -123,6 +123,8 @@ def test_padding_of_the_source_changes_nothing():
         {"norm": "residual_dual", "embed_norm": "layernorm"},
         {"depth": "transparent:mixes=each"},
         {"ffn": "hash", "layers": 1},  # writes to a variable
+        {"ffn": "rwkv"},
+        {"ffn": "rwkv", "depth": "macaron"},
     ],
     ids=str,
 )

@@ -205,7 +205,8 @@ class CrossBlock(Block):
             y, cache = self._look(self.cross_norm.before(x, LayerContext())[:, None], cache, context, at)
             x = self.cross_norm.after(x, y, LayerContext())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
+            y, own = self.step_ffn(x, cache["own"], context, at)
+            x, cache = self.ffn_norm.after(x, y, LayerContext()), cache | {"own": own}
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):
