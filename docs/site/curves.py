@@ -48,7 +48,7 @@ def _over_size(shelf: str, name: str) -> np.ndarray | None:
     x = jnp.linspace(0, MOST, SIDE)[None, :, None] * x / jnp.sqrt(jnp.mean(x**2))
     if shelf == "normaliser":
         return _size(apply(layer, x, LayerContext()))
-    more = {"tokens": jnp.zeros(x.shape[:2], jnp.int32)} if layer.takes_tokens() else {}
+    more = {"tokens": jnp.zeros(x.shape[:2], jnp.int32)} if layer.takes("tokens") else {}
     return _size(layer(x, **more)[0])
 
 

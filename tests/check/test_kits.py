@@ -65,6 +65,20 @@ from xformers_lab.position import Position
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.depth.fixed import Fixed
 """
+# A feed-forward layer that reads the position before, and is right but for what stands behind it.
+BEHIND = """
+from xformers_lab.nn.token_shift import one_before
+class Behind(Ffn):
+    looks_back, documents_apart = True, True
+    def __init__(self, size, *, rngs):
+        self.dim, self.down = size.dim, nnx.Linear(size.dim, size.dim, rngs=rngs)
+    def __call__(self, x, *, valid=None, key=None, documents=None):
+        return self.down(one_before(x, valid=valid, documents=documents)), Aux()
+    def init_cache(self, B, dtype=jnp.float32):
+        return jnp.zeros((B, self.dim), dtype)
+    def step(self, x, cache):
+        return self.down(cache), x
+"""
 # The shelf and the property, and a class with a fault.
 FAULTS = {
     "looks ahead": ("ffn", "no_future", """
@@ -88,6 +102,41 @@ class Fault(Ffn):
         self.down = nnx.Linear(size.dim, size.dim, rngs=rngs)
     def __call__(self, x, *, valid=None, key=None):
         return self.down(jnp.cumsum(x, 1)), Aux()
+"""),
+    "looks back and does not say so": ("ffn", "looks_back", BEHIND + """
+class Fault(Behind):
+    looks_back = False
+"""),
+    "says that it looks back, and does not": ("ffn", "looks_back", BEHIND + """
+class Fault(Behind):
+    def __call__(self, x, *, valid=None, key=None, documents=None):
+        return self.down(x), Aux()
+"""),
+    "looks back over documents": ("ffn", "documents_apart", BEHIND + """
+class Fault(Behind):
+    documents_apart = True
+    def __call__(self, x, *, valid=None, key=None, documents=None):
+        return super().__call__(x, valid=valid)
+"""),
+    "looks back at padding": ("ffn", "no_padding", BEHIND + """
+class Fault(Behind):
+    def __call__(self, x, *, valid=None, key=None, documents=None):
+        return super().__call__(x)
+"""),
+    "forgets the token before": ("ffn", "decoding", BEHIND + """
+class Fault(Behind):
+    def step(self, x, cache):
+        return self.down(cache), cache
+"""),
+    "reads several tokens as if there were none before": ("ffn", "goes_on", BEHIND + """
+class Fault(Behind):
+    def step_several(self, x, cache):
+        return self(x)[0], x[:, -1]
+"""),
+    "goes back to the newest token": ("ffn", "goes_on", BEHIND + """
+class Fault(Behind):
+    def rewound(self, before, after, taken, *, read):
+        return after
 """),
     "goes by places and does not say so": ("position", "distances", """
 class Fault(Position):
@@ -249,6 +298,39 @@ class Fault(Fixed):
         return x * self.scale[...].reshape(-1).astype(x.dtype), aux
 """),
 }  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", kinds.every_third(spec.names("depth")))
+def test_a_layer_that_looks_back_goes_on_in_every_depth(name):
+    """What it keeps stands beside attention's cache; or the depth refuses it."""
+    words = {"depth": name, "ffn": "rwkv", "position": "rope"}
+    if name == "feedback":
+        with pytest.raises(UsageError, match="ffn=rwkv looks back"):
+            Inside("depth", name, words, layers=(3, 4))
+        return
+    properties = [inside.no_future, inside.no_padding, inside.documents_apart, inside.decoding, inside.trains]
+    report = run.examine(Inside("depth", name, words, layers=(3, 4), both=True), properties)
+    assert report.failed == []
+    if name not in ("distilling", "funnel"):  # encoders' own
+        assert "decoding" not in {skip.property for skip in report.skipped}
+
+
+@pytest.mark.full
+def test_a_layer_that_looks_back_and_is_right_passes(tmp_path):
+    path = tmp_path / "behind.py"
+    path.write_text(HEAD + BEHIND)
+    kit = importlib.import_module("xformers_lab.check.kits.ffn")
+    properties = [
+        inside.no_future,
+        inside.no_padding,
+        inside.documents_apart,
+        inside.decoding,
+        kit.looks_back,
+        kit.goes_on,
+    ]
+    report = run.examine(kit.subject(str(path)), properties)
+    assert report.passed and not report.skipped, report.failed
 
 
 @pytest.mark.full

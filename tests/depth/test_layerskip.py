@@ -157,6 +157,7 @@ def test_a_trained_model_drafts_what_it_says(tmp_path, capsys):
     ({"depth": "transparent"}, "drafts nothing"),
     ({"depth": "fixed", "attention": "linear"}, "cannot go back"),
     ({"depth": "fixed", "conv": 2}, "cannot go back"),
+    ({"depth": "layerskip", "ffn": "rwkv"}, "ffn=rwkv keeps of earlier tokens what cannot go back"),
     ({"depth": "fixed", "attention": "full+local"}, "the first ones are 2$"),
     ({"depth": "fixed", "attention": "full+local", "layers": 2}, "use more layers"),
     ({"depth": "mixture_of_depths:every=1"}, "cannot go back"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stacks import layer as layer_of
 
 from xformers_lab import spec
 from xformers_lab.config import Config, edit
@@ -230,6 +231,44 @@ def test_gshard_is_its_definition():
     np.testing.assert_allclose(y, weighted(layer, x, both[0] + runs[..., None] * both[1]), atol=2e-5)
     np.testing.assert_allclose(aux.scalars["second_experts"], (runs & valid).sum() / valid.sum(), rtol=1e-5)
     assert 0.2 < aux.scalars["second_experts"] < 0.9
+
+
+def test_rwkv_is_its_formula():
+    """Beside padding, and where another document begins."""
+    layer, x = build("rwkv:ratio=2"), np.asarray(draw(2, 7, 16))
+    mixes = {name: np.linspace(0.1, 0.9, 16) ** power for name, power in (("key", 1), ("receptance", 2))}
+    for name, mix in mixes.items():
+        learned = getattr(layer.shift, name)
+        learned[...] = learned[...] + mix - layer.shift.share(name)
+    valid, documents = np.ones((2, 7), bool), np.zeros((2, 7), np.int32)
+    valid[0, 3], documents[1, 4:] = False, 1
+    expected = np.zeros((2, 7, 16))
+    for sample, at in np.ndindex(2, 7):
+        alone = at == 0 or not valid[sample, at - 1] or documents[sample, at] != documents[sample, at - 1]
+        before = np.zeros(16) if alone else x[sample, at - 1]
+        k, r = (mix * x[sample, at] + (1 - mix) * before for mix in mixes.values())
+        hidden = np.maximum(k @ layer.up.kernel[...], 0) ** 2
+        expected[sample, at] = hidden @ layer.down.kernel[...] / (1 + np.exp(-r @ layer.receptance.kernel[...]))
+    y, _ = layer(jnp.asarray(x), valid=jnp.asarray(valid), documents=jnp.asarray(documents))
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+def test_layers_above_look_back_with_fewer_channels():
+    """The first shares of every layer are those of the authors' code, also in a stack that is one program."""
+    config = edit(Config(), task="copy", ffn="rwkv", seq_len=16, dim=16, heads=2, layers=4)
+    (stacked,) = (build_model(config, build_task(config)).stack).periods
+    for number in range(4):
+        expected = (np.arange(16) / 16) ** (1 - number / 4)
+        np.testing.assert_allclose(layer_of(stacked, number).ffn.shift.share("key"), expected, atol=1e-6)
+
+
+def test_a_state_counts_in_what_decoding_keeps():
+    size = {"seq_len": 16, "dim": 16, "heads": 2, "layers": 2}
+    model = lambda ffn: build_model(
+        edit(Config(), task="copy", ffn=ffn, **size), build_task(edit(Config(), task="copy"))
+    )
+    kept = lambda ffn: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: model(ffn).init_cache(3, 16))))
+    assert kept("rwkv") - kept("mlp") == 2 * 3 * 16
 
 
 @pytest.mark.full

@@ -485,6 +485,8 @@ def test_what_cannot_be_is_refused_with_its_reason(text, changes, reason):
         ("recurrent", {"position": "rope", "attention": "full+local:window=3"}),
         ("recurrent:layer=1", {}),
         ("same_layer:length=3", {"depth": "sandwich_order", "norm": "post", "position": "t5"}),
+        ("xl:length=6", {"position": "rope", "ffn": "rwkv"}),
+        ("xl:length=6", {"position": "rope", "ffn": "rwkv", "depth": "sandwich_order:k=1"}),
         (
             "compressive:length=6:compressed=4:rate=2:pool=conv",
             {"attention": "linear+full", "position": "none", "conv": 3},

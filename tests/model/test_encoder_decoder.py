@@ -125,6 +125,8 @@ def test_padding_of_the_source_changes_nothing():
         {"depth": "evolved", "position": "rope"},
         {"depth": "local_rnn:window=3"},
         {"ffn": "hash", "layers": 1},  # writes to a variable
+        {"ffn": "rwkv"},
+        {"ffn": "rwkv", "depth": "macaron"},
     ],
     ids=str,
 )

@@ -8,10 +8,11 @@ its `initial_carries(B, T, S)`; carries hold what a mechanism passes to the same
 context, at)` takes one token; where it has it, `block.step_several(x, cache, context, at)` takes several. It says
 whether it is `causal`, and holds its sub-layers as `attention` and `ffn` (None where it has none), each with its
 placement, `attention_norm` and `ffn_norm`. A depth that puts sub-layers together in another way runs them alone,
-`attend` and `apply_ffn` (`step_attend` and `step_ffn` in decoding), which give the y of `attention_norm.after(x, y,
-layer_context)` and of `ffn_norm.after`; or leaves one out, `block.only("ffn")`. One that adds a sub-layer of its own
-has a placement from `block.placed(layer, rngs=rngs)`, and the rate of dropout from `block.dropout`. Of a decoder that
-looks at a source, `block.beside_source()` does so beside its attention, not after it.
+`attend` and `apply_ffn` (in decoding `step_attend` and `step_ffn`, which both take and give the layer's cache), which
+give the y of `attention_norm.after(x, y, layer_context)` and of `ffn_norm.after`; or leaves one out,
+`block.only("ffn")`. One that adds a sub-layer of its own has a placement from `block.placed(layer, rngs=rngs)`, and the
+rate of dropout from `block.dropout`. Of a decoder that looks at a source, `block.beside_source()` does so beside its
+attention, not after it.
 
 What a token cost is the scalar "computation" of aux: the layers that a valid token passed through, on average. A block
 that says nothing of it counts as 1 (see _stack.py); evaluation records it, and reports plot it. Where tokens differ in

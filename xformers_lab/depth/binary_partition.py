@@ -105,6 +105,8 @@ def why_not(block: Any) -> None:
             f"attention={block.name}: this depth has tokens and spans look at one another along a tree, by a softmax "
             "over what they see of it: use attention=full, or attention=bp with depth=fixed"
         )
+    if block.ffn is not None and block.ffn.looks_back:
+        raise Refused(f"ffn={block.ffn_choice} looks back, and here spans stand behind the tokens: use ffn=mlp")
     for name, part in {
         "conv": attention.convs,
         "log_n": attention.log_scale,
@@ -159,7 +161,8 @@ class Layer(nnx.Module):
         x = self.block.attention_norm.after(x, y, LayerContext())
         if self.block.ffn is None:
             return x
-        return self.block.ffn_norm.after(x, self.block.step_ffn(x, context), LayerContext())
+        y, _ = self.block.step_ffn(x, {}, context, None)
+        return self.block.ffn_norm.after(x, y, LayerContext())
 
 
 class Tree(nnx.Module):

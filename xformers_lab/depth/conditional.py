@@ -28,9 +28,10 @@ class Conditional(Fixed):
     the sigmoid's gradient. In evaluation g is 1 where G > 0, else 0. The loss gets weight |mean g - budget|, the mean
     over sub-layers and valid tokens of a batch. The noise has one size; the paper lets it grow over the run.
 
-    A token whose attention is skipped still has a key and a value that others see. Evaluation skips an attention that
-    no token of the batch chooses, and runs a feed-forward layer on the tokens that choose it, gathered to the smallest
-    of T/4, T/2 and T places; in decoding a sub-layer is skipped when no sequence chooses it, but for keys and values.
+    A token whose attention is skipped still has a key and a value that others see, and is still what a feed-forward
+    layer that looks back sees. Evaluation skips an attention, or such a layer, that no token of the batch chooses, and
+    runs any other feed-forward layer on the tokens that choose it, gathered to the smallest of T/4, T/2 and T places.
+    In decoding a sub-layer is skipped when no sequence chooses it, but for keys, values and what is looked back at.
     Attention that hands something to the layer above is always run. "computation" is the mean number of layers that a
     token got, a sub-layer counting as half of one, and of each token its own.
 
@@ -194,10 +195,25 @@ class GatedFfn(Ffn):
     """In the place of a block's feed-forward layer."""
 
     def __init__(self, layer: Any, gate: Gate):
-        self.layer, self.gate = layer, gate
+        self.layer, self.gate, self.looks_back = layer, gate, layer.looks_back
 
-    def takes_tokens(self) -> bool:
-        return self.layer.takes_tokens()
+    def takes(self, name: str) -> bool:
+        return self.layer.takes(name)
+
+    def init_cache(self, B: int, dtype: Any = jnp.float32) -> Any:
+        return self.layer.init_cache(B, dtype)
+
+    def step(self, x: jax.Array, cache: Any, **tokens: jax.Array) -> tuple[jax.Array, Any]:
+        if not self.looks_back:
+            return super().step(x, cache, **tokens)
+        gate = self.gate.logit(x) > 0
+        graph, variables = nnx.split(self.layer)
+        call = lambda: nnx.merge(graph, variables).step(x, cache, **tokens)
+        y, cache = lax.cond(gate.any(), call, lambda: (jnp.zeros_like(x), call()[1]))
+        return _scaled(y, gate), cache
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        return self.layer.rewound(before, after, taken, read=read)
 
     def __call__(
         self, x: jax.Array, *, valid: jax.Array | None = None, key: jax.Array | None = None, **tokens: jax.Array
@@ -210,8 +226,12 @@ class GatedFfn(Ffn):
         gate = self.gate.logit(x, valid) > 0
         chosen = gate if valid is None else gate & valid
         T = x.shape[1]
-        places = jnp.sort(jnp.where(chosen, jnp.arange(T)[None], T), axis=1)
         graph, variables = nnx.split(self.layer)
+        if self.looks_back:
+            whole = lambda: nnx.merge(graph, variables)(x, valid=valid, **tokens)
+            y, aux = lax.cond(chosen.any(), whole, lambda: _nothing(whole))
+            return _scaled(y, chosen), aux | self.gate.spent(chosen, valid)
+        places = jnp.sort(jnp.where(chosen, jnp.arange(T)[None], T), axis=1)
 
         def run(size: int):
             call = lambda inside, valid, tokens: nnx.merge(graph, variables)(inside, valid=valid, **tokens)

@@ -191,6 +191,11 @@ def refusal(block: Any) -> str | None:
         return reason
     if not block.attention.projects:
         return f"attention={name} makes its keys and values itself, but here they are the memory's, for all layers"
+    if block.ffn is not None and block.ffn.looks_back:
+        return (
+            f"ffn={block.ffn_choice} looks back, but a segment's layers, by default of one position, know of those "
+            "before what the memory tells their attention alone: use ffn=mlp"
+        )
     if block.attention.tails(1) is not None:
         return "conv= convolves a layer's own keys and values, but here they are the memory's, for all layers"
     return None

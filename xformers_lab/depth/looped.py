@@ -123,7 +123,8 @@ class Looped(Depth):
 
     def _evaluate(self, s: jax.Array, e: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
         graph, variables = nnx.split(self.core)
-        iterate = lambda s, _: nnx.merge(graph, variables)(s, e, context)
+        # Of copies, for layers may write to their variables, as each iteration has them anew.
+        iterate = lambda s, _: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))(s, e, context)
         s, aux = lax.scan(iterate, s, length=self.iterations)
         return s, jax.tree.map(lambda values: jnp.sum(values, 0), aux)
 
@@ -139,7 +140,8 @@ class Looped(Depth):
             s, more = core(s, e, context, key=jax.random.fold_in(key, number))
             return s, nnx.split(core, nnx.Param, ...)[2], jax.tree.map(jnp.add, aux, more)
 
-        of_one = lambda: nnx.merge(graph, params, rest)(s, e, context, key=key)[1]
+        copied = lambda: jax.tree.map(lambda leaf: leaf, rest)
+        of_one = lambda: nnx.merge(graph, params, copied())(s, e, context, key=key)[1]
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_one))
         before = jnp.maximum(count - self.backward, 0)
 

@@ -1,6 +1,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from xformers_lab.depth import Context, MakeBlock
@@ -50,23 +51,42 @@ class Sandwiched(nnx.Module):
         return self.block.initial_carries(B, T, S)
 
     def init_cache(self, B: int, length: int) -> Any:
-        return self.block.init_cache(B, length)
+        own = self.block.init_cache(B, length)
+        return {"first": self.first.init_cache(B, length), "block": own} if self.first.ffn.looks_back else own
 
     def step(
         self, x: jax.Array, cache: Any, carries: dict[str, Any], context: Context, at: jax.Array
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        x, _, carries = self.first.step(x, {}, carries, context, at)
-        return self.block.step(x, cache, carries, context, at)
+        if not self.first.ffn.looks_back:
+            x, _, carries = self.first.step(x, self.first.init_cache(len(x), 1), carries, context, at)
+            return self.block.step(x, cache, carries, context, at)
+        x, first, carries = self.first.step(x, cache["first"], carries, context, at)
+        x, own, carries = self.block.step(x, cache["block"], carries, context, at)
+        return x, {"first": first, "block": own}, carries
 
 
 class Half(Ffn):
     """Half of what a feed-forward layer gives."""
 
     def __init__(self, layer: Any):
-        self.layer, self.documents_apart = layer, layer.documents_apart
+        self.layer, self.documents_apart, self.looks_back = layer, layer.documents_apart, layer.looks_back
 
-    def takes_tokens(self) -> bool:
-        return self.layer.takes_tokens()
+    def takes(self, name: str) -> bool:
+        return self.layer.takes(name)
+
+    def init_cache(self, B: int, dtype: Any = jnp.float32) -> Any:
+        return self.layer.init_cache(B, dtype)
+
+    def step(self, x: jax.Array, cache: Any, **tokens: jax.Array) -> tuple[jax.Array, Any]:
+        y, cache = self.layer.step(x, cache, **tokens)
+        return y / 2, cache
+
+    def step_several(self, x: jax.Array, cache: Any, **tokens: jax.Array) -> tuple[jax.Array, Any]:
+        y, cache = self.layer.step_several(x, cache, **tokens)
+        return y / 2, cache
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        return self.layer.rewound(before, after, taken, read=read)
 
     def __call__(self, x: jax.Array, **options: Any) -> tuple[jax.Array, Aux]:
         y, aux = self.layer(x, **options)

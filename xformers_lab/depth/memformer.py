@@ -164,7 +164,8 @@ class Reader(nnx.Module):
         y, cache, carries = self.block.step_attend(x, cache, carries, of_block, at)
         x = self._read(self.block.attention_norm.after(x, y, LayerContext())[:, None], memory, LayerContext())[:, 0]
         if self.block.ffn is not None:
-            x = self.block.ffn_norm.after(x, self.block.step_ffn(x, of_block), LayerContext())
+            y, cache = self.block.step_ffn(x, cache, of_block, at)
+            x = self.block.ffn_norm.after(x, y, LayerContext())
         return x, cache, carries
 
     def _read(self, x: jax.Array, memory: jax.Array, context: LayerContext) -> jax.Array:

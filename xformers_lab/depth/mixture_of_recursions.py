@@ -171,7 +171,9 @@ class MixtureOfRecursions(Depth):
         if len(sizes) == 1:  # training, which may change variables of the layers
             return on(self.core, sizes[0])
         graph, variables = nnx.split(self.core)
-        return over_first(inside.sum(1).max(), sizes, lambda size: on(nnx.merge(graph, variables), size))
+        # Of copies, for layers may write to their variables, as each branch has them anew.
+        core = lambda: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))
+        return over_first(inside.sum(1).max(), sizes, lambda size: on(core(), size))
 
     # ---- decoding: every sequence has a cache of its own, for each has seen another number of tokens -----------------
 

@@ -138,7 +138,7 @@ class TwoStreams(nnx.Module):
         x1, x2 = x
         y, cache, carries = self.block.step_attend(x2.astype(self.dtype), cache, carries, context, at)
         y1 = x1 + self.block.attention_norm.branch(y, LayerContext()).astype(jnp.float32)
-        y = self.block.step_ffn(y1.astype(self.dtype), context)
+        y, cache = self.block.step_ffn(y1.astype(self.dtype), cache, context, at)
         return (y1, x2 + self.block.ffn_norm.branch(y, LayerContext()).astype(jnp.float32)), cache, carries
 
 

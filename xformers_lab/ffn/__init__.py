@@ -2,9 +2,13 @@
 function that returns None where the block has no such sub-layer.
 
 One that looks at the tokens themselves writes `tokens` into the signature of its `__call__`, and gets them, (B, T)
-int32. One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, valid=valid,
-key=key)`: a placement may have put a normaliser in front of it. One of many networks keeps their matrices as `Bank`s,
-so that layout=experts can share them out over the devices, and lets `_experts.run_experts` run them there.
+int32. One that looks at tokens before its own says `looks_back = True`, and how decoding goes on, `init_cache` and
+`step`; with `documents` in the signature of its `__call__` it is told where those of packed data begin. It begins anew
+wherever a depth or a memory reads a text by segments.
+
+One whose last step is a linear layer `down` on its hidden layer runs it as `self.last(hidden, valid=valid, key=key)`: a
+placement may have put a normaliser in front of it. One of many networks keeps their matrices as `Bank`s, so that
+layout=experts can share them out over the devices, and lets `_experts.run_experts` run them there.
 
 A placement may also want smaller first weights, `scale_init(share)`. All matrices of a sub-layer become so; one that
 holds others, a router or queries and keys, says which of them do.
@@ -15,8 +19,10 @@ import inspect
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from xformers_lab.attention._base.cache import one_by_one
 from xformers_lab.errors import Refused
 from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.initial_scale import scale_init
@@ -43,11 +49,12 @@ class Bank(nnx.Param):
 
 class Ffn(nnx.Module):
     """A feed-forward sub-layer. down: its last linear layer, if it has one. documents_apart: whether what it makes of a
-    token depends on no other token of the row, so that packed documents stay apart; no subclass inherits it, each says
-    so itself."""
+    token depends on no other document of the row; no subclass inherits it, each says so itself. looks_back: whether it
+    depends on tokens before, of which decoding then keeps a state."""
 
     down: Any
     documents_apart: bool = False
+    looks_back: bool = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -69,13 +76,46 @@ class Ffn(nnx.Module):
         """Multiplies by `share` the first weights that the output grows with, and none that it is chosen by."""
         scale_init(share, self)
 
-    def takes_tokens(self) -> bool:
-        """Whether `__call__` names `tokens`."""
-        return "tokens" in inspect.signature(type(self).__call__).parameters
+    def takes(self, name: str) -> bool:
+        """Whether `__call__` names `tokens`, or `documents` (B, T), which it is given of packed data."""
+        return name in inspect.signature(type(self).__call__).parameters
 
     def not_causal(self) -> str | None:
         """Why a token's output depends on later tokens; None where it does not."""
         return None
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def init_cache(self, B: int, dtype: Any = jnp.float32) -> Any:
+        """What one that looks back remembers of the tokens before the first of B sequences, leaves (B, ...)."""
+        return {}
+
+    def step(self, x: jax.Array, cache: Any, **tokens: jax.Array) -> tuple[jax.Array, Any]:
+        """One token more, x (B, D) -> (B, D) and the new cache, equal to the last row of `__call__` on all so far;
+        `tokens` (B,) where it takes them."""
+        if self.looks_back:
+            name = type(self).__name__.lower()
+            raise Refused(f"ffn={name} looks back and says nothing of a token more: it cannot decode token by token")
+        return self(x[:, None], **{name: each[:, None] for name, each in tokens.items()})[0][:, 0], cache
+
+    def step_several(self, x: jax.Array, cache: Any, **tokens: jax.Array) -> tuple[jax.Array, Any]:
+        """`step` of T tokens, x (B, T, D) -> (B, T, D) and the new cache."""
+        if self.looks_back:
+            one = lambda cache, inputs, at: self.step(inputs[0], cache, **inputs[1])
+            return one_by_one(one, (x, tokens), cache, 0)
+        # Each token on its own, as in a step, whatever else it makes of its neighbours.
+        one = lambda x, tokens: self.step(x, cache, **tokens)[0]
+        return jax.vmap(one, in_axes=1, out_axes=1)(x, tokens), cache
+
+    def rewound(self, before: Any, after: Any, taken: jax.Array, *, read: int) -> Any:
+        """The cache behind the first `taken` () of the `read` tokens that made `after` of `before`, 1 <= taken <= read;
+        raises Refused where what it keeps cannot go back."""
+        if self.looks_back:
+            raise Refused(
+                f"ffn={type(self).__name__.lower()} keeps of earlier tokens what cannot go back behind tokens that "
+                "were not accepted; use ffn=mlp, or generate without a draft"
+            )
+        return after
 
 
 def hidden_size(size: Size, ratio: float) -> int:

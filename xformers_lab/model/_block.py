@@ -65,6 +65,8 @@ class Block(nnx.Module):
                 raise Refused(f"ffn={config.model.ffn} cannot be causal: {reason}")
         self.name, self.causal, self.dropout, self.dtype = attention, causal, config.model.dropout, size.dtype
         self.dim, self.length, self.heads, self.size = size.dim, size.length, size.heads, size
+        # A feed-forward layer that looks back begins anew with every segment, also in a block that has it alone.
+        self.segment = None if self.memory is None else size.length
         self.layer, self.share = layer, 1.0
         self.key_terms = None if position is None else position.key_terms
         self.own_position = position.own(rngs) if isinstance(position, EachLayer) else None
@@ -184,7 +186,10 @@ class Block(nnx.Module):
             reason = "what becomes of a token depends on the others"
             raise Refused(why_not(f"ffn={self.ffn_choice}", reason, "another ffn"))
         x = self.ffn_norm.before(x, LayerContext(context.valid, keys[0] is not None))
-        y, aux = self.ffn(x, valid=context.valid, key=keys[0], **self._tokens(context))
+        options = self._tokens(context)
+        if context.documents is not None and self.ffn.takes("documents"):
+            options["documents"] = context.documents
+        y, aux = self.ffn(x, valid=context.valid, key=keys[0], **options)
         return drop(y, self.dropout, keys[1]), aux
 
     def _marked(self, context):
@@ -216,12 +221,26 @@ class Block(nnx.Module):
         return self.attention_norm.before(jnp.concatenate([old, x], 1), LayerContext(valid, train)), valid, aux
 
     def init_cache(self, B: int, length: int):
-        """What decoding remembers in this layer of up to `length` tokens of B sequences."""
+        """What decoding remembers in this layer of up to `length` tokens of B sequences: of its attention, and where
+        its feed-forward layer looks back {"attention": that, "ffn": what this one remembers}."""
+        own = self._init_attention(B, length)
+        return {"attention": own, "ffn": self.ffn.init_cache(B, self.dtype)} if self._looks_back() else own
+
+    def _init_attention(self, B: int, length: int):
         if self.memory is not None:
             return _segments.init_cache(self, B)
         if self.attention is None:
             return {}
         return self._with_rows(self.attention.init_cache(B, length, self.dtype), B, length)
+
+    def _looks_back(self) -> bool:
+        return self.ffn is not None and self.ffn.looks_back
+
+    def _of_attention(self, cache):
+        return cache["attention"] if self._looks_back() else cache
+
+    def _with_attention(self, cache, own):
+        return cache | {"attention": own} if self._looks_back() else own
 
     def begun(self, B: int, length: int, empty):
         """The cache of attention for `length` places of B sequences of which the first `empty` () hold nothing, and the
@@ -244,24 +263,25 @@ class Block(nnx.Module):
             y, cache, carries = self.step_attend(x, cache, carries, context, at)
             x = self.attention_norm.after(x, y, LayerContext())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
+            y, cache = self.step_ffn(x, cache, context, at)
+            x = self.ffn_norm.after(x, y, LayerContext())
         if self.memory is not None and self.memory.of_outputs:
-            cache = _segments.kept(self, x, cache, self.position(context), at)
+            own = _segments.kept(self, x, self._of_attention(cache), self.position(context), at)
+            cache = self._with_attention(cache, own)
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):
         """`step` of T tokens (B, T, D), from position `at` () on, which carry nothing -> (B, T, D), the new cache."""
         several = self.attention is None or isinstance(self.attention, Attention)
-        if self.memory is not None or context.among is not None or not several:
+        anew = self.segment is not None and self._looks_back()
+        if self.memory is not None or anew or context.among is not None or not several:
             return in_turn(self, x, cache, context, at)
         if self.attention is not None:
-            y = self.attention_norm.before(x, LayerContext())
-            y, cache = self.attention.decode_several(y, cache, at=at, position=self.position(context))
-            x = self.attention_norm.after(x, y, LayerContext())
+            y, own = self.attention_norm.before(x, LayerContext()), self._of_attention(cache)
+            y, own = self.attention.decode_several(y, own, at=at, position=self.position(context))
+            x, cache = self.attention_norm.after(x, y, LayerContext()), self._with_attention(cache, own)
         if self.ffn is not None:
-            # Each token on its own, as in a step, whatever else a feed-forward layer makes of its neighbours.
-            one = lambda x, tokens: self.step_ffn(x, dataclasses.replace(context, tokens=tokens))
-            y = jax.vmap(one, in_axes=(1, None if context.tokens is None else 1), out_axes=1)(x, context.tokens)
+            y, cache = self._step_ffn("step_several", x, cache, context, at)
             x = self.ffn_norm.after(x, y, LayerContext())
         return x, cache
 
@@ -270,6 +290,13 @@ class Block(nnx.Module):
         where it cannot go back."""
         if self.memory is not None:
             raise Refused(f"memory={self.memory_choice} cannot go back behind tokens that were not accepted")
+        if self._looks_back():
+            of_ffn = self.ffn.rewound(before["ffn"], after["ffn"], taken, read=read)
+            own = self._rewound_attention(before["attention"], after["attention"], taken, read=read)
+            return {"attention": own, "ffn": of_ffn}
+        return self._rewound_attention(before, after, taken, read=read)
+
+    def _rewound_attention(self, before, after, taken, *, read: int):
         if self.attention is None:
             return after
         if "own" not in before:
@@ -278,27 +305,36 @@ class Block(nnx.Module):
         return after | {"own": self.attention.rewound(before["own"], after["own"], taken, read=read)}
 
     def step_attend(self, x, cache, carries, context, at):
-        """`attend` for one token (B, D), with the cache."""
-        y = self.attention_norm.before(x, LayerContext())
+        """`attend` for one token (B, D), with the layer's cache."""
+        y, own = self.attention_norm.before(x, LayerContext()), self._of_attention(cache)
         options = {"position": self.position(context), "carry": self._carry(carries, context)}
         if context.among is not None:
-            rows, row, parts, cache = context.among(y, cache)
+            rows, row, parts, own = context.among(y, own)
             y, carry, _ = self.attention.attend_projected(rows, **parts, causal=True, **options)
             y = jnp.take(y, row, 1)
         elif self.memory is not None:
-            return *_segments.step(self, x, y, cache, options["position"], at), carries
+            y, own = _segments.step(self, x, y, own, options["position"], at)
+            return y, self._with_attention(cache, own), carries
         else:
-            y, cache, carry = self.attention.decode(y, cache, at=at, **options)
-        return y, cache, self._carried(carries, carry)
+            y, own, carry = self.attention.decode(y, own, at=at, **options)
+        return y, self._with_attention(cache, own), self._carried(carries, carry)
 
-    def step_ffn(self, x, context):
-        """`apply_ffn` for one token (B, D)."""
-        tokens = {name: tokens[:, None] for name, tokens in self._tokens(context).items()}
-        return self.ffn(self.ffn_norm.before(x, LayerContext())[:, None], **tokens)[0][:, 0]
+    def step_ffn(self, x, cache, context, at):
+        """`apply_ffn` for one token (B, D), with the layer's cache -> (B, D), the new cache."""
+        return self._step_ffn("step", x, cache, context, at)
+
+    def _step_ffn(self, way: str, x, cache, context, at):
+        """`step` or `step_several` of the feed-forward layer on x, normalised."""
+        y, state = self.ffn_norm.before(x, LayerContext()), cache["ffn"] if self._looks_back() else {}
+        if self.segment is not None and self._looks_back():
+            new = self.ffn.init_cache(len(x), self.dtype)
+            state = jax.tree.map(lambda new, old: jnp.where(at % self.segment == 0, new, old), new, state)
+        y, state = getattr(self.ffn, way)(y, state, **self._tokens(context))
+        return y, cache | {"ffn": state} if self._looks_back() else cache
 
     def _tokens(self, context) -> dict:
         """The tokens, where the feed-forward layer takes them."""
-        if not self.ffn.takes_tokens():
+        if not self.ffn.takes("tokens"):
             return {}
         if context.tokens is None:
             raise Refused(

@@ -221,7 +221,8 @@ class CrossBlock(Block):
             looked, cache = self._look(self._looking().before(x, LayerContext())[:, None], cache, context, at)
             x = self._looking().after(x, y + looked if self.joined else looked, LayerContext())
         if self.ffn is not None:
-            x = self.ffn_norm.after(x, self.step_ffn(x, context), LayerContext())
+            y, own = self.step_ffn(x, cache["own"], context, at)
+            x, cache = self.ffn_norm.after(x, y, LayerContext()), cache | {"own": own}
         return x, cache, carries
 
     def step_several(self, x, cache, context, at):
