@@ -78,14 +78,14 @@ class Fox(Full):
         """Beside keys and values the sum of what was forgotten since each."""
         return super().init_cache(B, length, dtype) | {"since": jnp.zeros((B, self.size.heads, length), jnp.float32)}
 
-    def decode_heads_several(self, cache, call: Call, added=None):
+    def decode_heads_several(self, cache, call: Call):
         """Of a key and a query: what was forgotten from the key to the last token that was read before, and from there,
         or from the key where it is new, to the query."""
         at, T = cache["seen"], call.q.shape[1]
         forgotten = jnp.cumsum(jnp.moveaxis(self.from_keys(call.x)["forget"], 1, 2), 2)
         up_to_keys = lax.dynamic_update_slice_in_dim(cache["since"], -forgotten, at, 2)
         to_queries = jnp.swapaxes(forgotten, 1, 2)[..., None] + up_to_keys[:, None]
-        out, cache = super().decode_heads_several(cache, call, to_queries)
+        out, cache = self.read_several(cache, call, to_queries)
         read = jnp.arange(up_to_keys.shape[2]) < at + T
         return out, cache | {"since": jnp.where(read, up_to_keys + forgotten[:, :, -1:], 0)}
 

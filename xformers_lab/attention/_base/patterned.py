@@ -200,7 +200,10 @@ class Patterned(OneHead):
         positions, filled = self._held(at, cache)
         return cache | held | {"seen": at + 1}, at, positions, self._seen_by(at, positions) & filled
 
-    def decode_heads_several(self, cache, call: Call, added=None):
+    def decode_heads_several(self, cache, call: Call):
+        return self.read_several(cache, call)
+
+    def read_several(self, cache, call: Call, added=None):
         """New queries look at what the slots hold and at new keys, which then go where they belong; where every
         position has a slot, they go there first, and scores of slots may have something `added` (B, T, N, R)."""
         at, T, R = cache["seen"], call.q.shape[1], cache["k"].shape[2]
