@@ -108,4 +108,5 @@ FAULTS = {
     CountsItsCalls: "no_retrace",
     VariableChangesType: "no_retrace",
     RandomKeysOfEveryCall: "jit_equals_eager",
+    ForgetsTheInput: "decoding",
 }
