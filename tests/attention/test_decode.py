@@ -28,6 +28,7 @@ def test_mechanism(name):
     {"position": "rope+none", "depth": "mixture_of_depths"},
     {"position": "grid"}, {"position": "grid:width=4"},
     {"attention": "lazyformer", "position": "deberta"}, {"attention": "predictive", "position": "tupe"},
+    {"attention": "rwkv:shift=input", "ffn": "rwkv"}, {"attention": "rwkv:shift=input", "conv": 3},
     {"norm": "post"}, {"norm": "normformer"}, {"ffn": "hash"}, {"depth": "macaron"}, {"depth": "transparent"},
     {"norm": "residual_dual"}, {"norm": "hyper_connections:count=3", "embed_norm": "rmsnorm", "depth": "transparent"},
     {"position": "fire:threshold=6", "norm": "layerscale"},

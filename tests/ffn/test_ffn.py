@@ -256,7 +256,8 @@ def test_rwkv_is_its_formula():
 def test_layers_above_look_back_with_fewer_channels():
     """The first shares of every layer are those of the authors' code, also in a stack that is one program."""
     config = edit(Config(), task="copy", ffn="rwkv", seq_len=16, dim=16, heads=2, layers=4)
-    (stacked,) = (build_model(config, build_task(config)).stack).periods
+    model: Any = build_model(config, build_task(config))
+    (stacked,) = model.stack.periods
     for number in range(4):
         expected = (np.arange(16) / 16) ** (1 - number / 4)
         np.testing.assert_allclose(layer_of(stacked, number).ffn.shift.share("key"), expected, atol=1e-6)

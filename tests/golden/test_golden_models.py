@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stacks import layer
 
 from xformers_lab.config import Config, edit
 from xformers_lab.model import build_model
@@ -199,6 +200,67 @@ def test_llama(golden):
         {"model": "encoder"},
     ):
         assert_far(llama(w, **changed), w["logits"])
+
+
+# ---- RWKV-4: token shifts of inputs, in attention and in the feed-forward layer --------------------------------------
+
+
+def rwkv4(w: Weights, **changed):
+    chosen = {
+        "attention": "rwkv:shift=input",
+        "position": "none",
+        "norm": "pre:normaliser=layernorm",
+        "embed_norm": "layernorm",
+        "ffn": "rwkv:ratio=1.5",
+        "layers": 2,
+    }
+    model = build(50, 50, **(chosen | changed))
+    block = model.stack.periods[0]
+    put_tokens(model, w("rwkv.embeddings.weight"))
+    put_norm(model.embed_norm, w, "rwkv.blocks.0.pre_ln", 1e-5)
+    names = [f"rwkv.blocks.{{}}.attention.{name}" for name in ("receptance", "key", "value", "output")]
+    put_attention(block.attention, *map(w.linear, names))
+    heads = lambda name: w(f"rwkv.blocks.{{}}.attention.{name}").reshape(2, HEADS, -1)
+    put(block.attention, decay=heads("time_decay"), bonus=heads("time_first"))
+    put_shift(block, "attention", "token_shift", w, {"query": "receptance", "key": "key", "value": "value"})
+    put_norm(block.attention_norm.norm, w, "rwkv.blocks.{}.ln1", 1e-5)
+    put_norm(block.ffn_norm.norm, w, "rwkv.blocks.{}.ln2", 1e-5)
+    if "ffn" not in changed:
+        for here, there in {"up": "key", "down": "value", "receptance": "receptance"}.items():
+            put_linear(getattr(block.ffn, here), w.linear(f"rwkv.blocks.{{}}.feed_forward.{there}"))
+        put_shift(block, "ffn", "shift", w, {"key": "key", "receptance": "receptance"})
+    put_norm(model.final.norm, w, "rwkv.ln_out", 1e-5)
+    put(model.head, kernel=w.linear("head")[0])
+    return model
+
+
+def put_shift(block, part: str, at: str, w: Weights, names: dict[str, str]) -> None:
+    """Mixes of the layers of a block, which has learned nothing yet: a parameter is what is added to the first ones."""
+    there = {"attention": "attention", "ffn": "feed_forward"}[part]
+    first = [getattr(getattr(layer(block, number), part), at) for number in range(2)]
+    shift = getattr(getattr(block, part), at)
+    for name, peer in names.items():
+        mixes = w(f"rwkv.blocks.{{}}.{there}.time_mix_{peer}").reshape(2, -1)
+        put(shift, **{name: mixes - jnp.stack([one.share(name) for one in first])})
+
+
+def test_rwkv4(golden):
+    """Also token by token, a prompt of four at once."""
+    w = Weights(golden("tiny_rwkv4"), layers=2)
+    model, ids = rwkv4(w), jnp.asarray(w["ids"])
+    assert_same(run(model, ids), w["logits"])
+    graph, variables = nnx.split(model)
+
+    @jax.jit
+    def steps(variables, ids):
+        one = lambda cache, token: nnx.merge(graph, variables).step(cache, token)[::-1]
+        first, cache = nnx.merge(graph, variables).step_several(model.init_cache(*ids.shape), ids[:, :4])
+        return jnp.concatenate([first[None], jax.lax.scan(one, cache, ids[:, 4:].T)[1]])
+
+    assert_same(steps(variables, ids).swapaxes(0, 1), w["logits"][:, 3:])
+    for block in model.stack.periods:
+        block.ffn.shift.key[...] = jnp.zeros_like(block.ffn.shift.key[...])
+    assert_far(run(model, ids), w["logits"])
 
 
 # ---- ALBERT: one post-LN layer, applied four times -------------------------------------------------------------------

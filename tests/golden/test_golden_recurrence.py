@@ -311,7 +311,9 @@ def test_a_recurrence_refuses_to_see_both_sides(choice):
         layer(x, causal=False)
 
 
-@pytest.mark.parametrize("choice", kinds.every_third([*ONE_WAY, "rwkv:shift=none", "rfa", "rfa:kernel=arccos"]))
+@pytest.mark.parametrize(
+    "choice", kinds.every_third([*ONE_WAY, "rwkv:shift=none", "rwkv:shift=input", "rfa", "rfa:kernel=arccos"])
+)
 def test_padding_in_front_is_as_if_it_were_not_there(choice):
     layer = build(choice, 13, 16, 4, kv_heads=2)
     x = draw(7, (1, 13, 16))[0]

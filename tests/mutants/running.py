@@ -7,6 +7,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from xformers_lab.attention.linear import EPSILON, Linear
+from xformers_lab.attention.rwkv import Rwkv
 
 from .right import Plain, mask, scaled_scores
 
@@ -85,6 +86,20 @@ class RandomKeysOfEveryCall(Plain):
         return jnp.where(drawn, super().scores(q, k, valid, causal, bias), -1e30)
 
 
+class ForgetsTheInput(Rwkv):
+    """A token shift whose decoding does not keep the position before (Rwkv, 2023).
+
+    Options:
+        chunk: as there
+    """
+
+    def __init__(self, size, *, chunk: int = 64, rngs):
+        super().__init__(size, shift="input", chunk=chunk, rngs=rngs)
+
+    def _of_next(self, x, tails, at):
+        return *super()._of_next(x, tails, at)[:3], tails
+
+
 FAULTS = {
     OverflowsInHalf: "bfloat16",
     SumsInHalf: "bfloat16",
@@ -93,4 +108,5 @@ FAULTS = {
     CountsItsCalls: "no_retrace",
     VariableChangesType: "no_retrace",
     RandomKeysOfEveryCall: "jit_equals_eager",
+    ForgetsTheInput: "decoding",
 }

@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -40,6 +42,14 @@ def tiny_llama() -> dict:
         num_key_value_heads=2,
     )
     model, ids = small(LlamaForCausalLM(config)), _tokens()
+    return weights(model) | {"ids": ids, "logits": model(ids).logits}
+
+
+def tiny_rwkv4() -> dict:
+    config = RwkvConfig(
+        vocab_size=50, context_length=32, hidden_size=32, num_hidden_layers=2, intermediate_size=48, rescale_every=0
+    )
+    model, ids = small(RwkvForCausalLM(config)), _tokens()
     return weights(model) | {"ids": ids, "logits": model(ids).logits}
 
 

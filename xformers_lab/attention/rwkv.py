@@ -12,6 +12,7 @@ from xformers_lab.attention._engine.linear.gated import aligned
 from xformers_lab.attention._engine.softmax import MASKED
 from xformers_lab.errors import Refused
 from xformers_lab.nn.size import Size
+from xformers_lab.nn.token_shift import TokenShift
 
 
 class Rwkv(Recurrent):
@@ -21,11 +22,15 @@ class Rwkv(Recurrent):
     channel by channel, with a learned decay w > 0 and a learned bonus u of the position itself for every channel.
 
     Sums are kept relative to their largest weight, so no key overflows. Padding neither counts nor fades.
-    Deviations from the paper: the token shift mixes projected keys and values, where the paper mixes what they, and q,
-        are projected from; initial decays and shares are the first layer's on every layer.
+    With shift=input k, v and q are projected from mixes m x_t + (1 - m) x_(t-1) of the layer's inputs x, with a learned
+    m (D) each, whose first values go by the layer, as in the paper; of which ffn=rwkv is the other half. Decoding then
+    keeps one input of every layer beside the sums.
+    Deviations from the paper: with shift=one, the default, the token shift mixes projected keys and values, with the
+        first layer's initial shares on every layer; initial decays are the first layer's on every layer.
 
     Options:
-        shift: one: learned shares of each channel of k and v are those of the position before; none: as they are
+        shift: one: learned shares of each channel of k and v are those of the position before; input: of what k, v and
+            q are projected from; none: as they are
         chunk: positions that one turn of the loop within all chunks, or one between them, passes
     """
 
@@ -35,11 +40,11 @@ class Rwkv(Recurrent):
     complexity = Complexity(
         time="O(T H)",
         memory="O(T H)",
-        decoding="5 H numbers, 3 H without shift",
+        decoding="5 H numbers, 3 H without shift, or with one of inputs, of which a layer keeps D",
         time_note=", a loop of max(chunk, T / chunk) turns",
     )
 
-    def __init__(self, size: Size, *, shift: Literal["one", "none"] = "one", chunk: int = 64, rngs: nnx.Rngs):
+    def __init__(self, size: Size, *, shift: Literal["one", "input", "none"] = "one", chunk: int = 64, rngs: nnx.Rngs):
         if chunk < 1:
             raise Refused(f"chunk must be at least 1, got {chunk}")
         super().__init__(size, rngs=rngs)
@@ -48,6 +53,8 @@ class Rwkv(Recurrent):
         at = jnp.arange(D) / max(1, D - 1)
         self.decay = per_head(8 * at**0.7 - 5)
         self.bonus = per_head(jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1))
+        if shift == "input":
+            self.token_shift = TokenShift(size, {"query": (0.5, 0), "key": (1, 0), "value": (1, 0.3)})
         if shift == "one":
             self.share_k, self.share_v = per_head(jnp.arange(D) / D), per_head(jnp.arange(D) / D)
 

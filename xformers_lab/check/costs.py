@@ -35,8 +35,8 @@ PARTS = ((), (5,))
 
 def decoding(subject: Subject) -> None:
     """`init_cache`, `decode_heads_several` of the first tokens at once, and `decode_heads` of the others, one by one,
-    give the rows of the causal pass; tokens read at once leave what they leave one by one; and a cache that goes back
-    behind some of them is that of the others."""
+    give the rows of the causal pass; tokens read at once leave what they leave one by one; a cache that goes back
+    behind some of them is that of the others; and so it is of a whole layer that shifts what it projects."""
     mechanism = _decodes(subject)
     case, inputs, whole, known = _whole_pass(subject)
     tokens, first = {name: inputs[name] for name in ("q", "k", "v", "x") if name in inputs}, subject.length // 3
@@ -65,6 +65,41 @@ def decoding(subject: Subject) -> None:
     compare(out, expected, STEP, where, lambda: _likely(subject, mechanism))
     _read_alike(subject)
     _goes_back(subject)
+    _reads_before(subject)
+
+
+def _reads_before(subject: Subject) -> None:
+    """Raises Broken unless a layer whose projections read the position before, too, says by `decode_several` of some
+    tokens and `decode` of the others what it says of the whole; or where it is told of padding, or of what is later."""
+    layer = _decodes(subject)
+    if layer.token_shift is None:
+        return
+    B, T, first, D = 2, 12, 5, layer.size.dim
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+
+    def steps(x):
+        cache = {"own": layer.init_cache(B, T), "tails": layer.tails(B)}
+        begun, cache = layer.decode_several(x[:, :first], cache, at=jnp.int32(0))
+        outs = [begun]
+        for at in range(first, T):
+            y, cache, _ = layer.decode(x[:, at], cache, at=jnp.int32(at))
+            outs.append(y[:, None])
+        return jnp.concatenate(outs, 1)
+
+    whole = jax.jit(lambda x, valid: layer(x, valid=valid, causal=True)[0])
+    valid = jnp.ones((B, T), bool).at[:, 7].set(False)
+    garbage, late = x.at[:, 7].set(masks.GARBAGE), x.at[:, first:].set(masks.GARBAGE)
+    with jax.default_matmul_precision("highest"):
+        expected, out = whole(x, jnp.ones((B, T), bool)), jax.jit(steps)(x)
+        padded, other = whole(x, valid)[:, 8:], whole(garbage, valid)[:, 8:]
+        early = whole(late, jnp.ones((B, T), bool))[:, :first]
+    compare_all = (
+        (out, expected, "tokens read one by one, against the whole layer", AT_ONCE),
+        (other, padded, "the layer where padding holds other inputs", "A position before that is padding is zeros."),
+        (early, expected[:, :first], "the layer where later inputs are others", "Look at the position before alone."),
+    )
+    for one, two, where, advice in compare_all:
+        compare(np.asarray(one), np.asarray(two), STEP, where, advice)
 
 
 def _read_alike(subject: Subject) -> None:

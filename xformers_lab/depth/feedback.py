@@ -197,5 +197,6 @@ def refusal(block: Any) -> str | None:
             "before what the memory tells their attention alone: use ffn=mlp"
         )
     if block.attention.tails(1) is not None:
-        return "conv= convolves a layer's own keys and values, but here they are the memory's, for all layers"
+        what = "conv= convolves" if block.attention.token_shift is None else "shift=input shifts"
+        return f"{what} a layer's own keys and values, but here they are the memory's, for all layers"
     return None

@@ -28,6 +28,7 @@ from xformers_lab.nn.aux_results import Aux
 from xformers_lab.nn.linear import Linear
 from xformers_lab.nn.required import required
 from xformers_lab.nn.size import Size
+from xformers_lab.nn.token_shift import TokenShift, one_before
 
 
 class MultiHead(Attention):
@@ -48,6 +49,8 @@ class MultiHead(Attention):
     convs: ShortConvs | None = None
     head_norm: HeadNorm | None = None
     log_scale: LogScale | None = None
+    # What a projection reads of the position before, in mixes `query`, `key` and `value`; a constructor sets it.
+    token_shift: TokenShift | None = None
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -166,15 +169,16 @@ class MultiHead(Attention):
         marked=None,
     ):
         """`__call__` of x (B, T, D) on keys and values that were projected before, (B, S, K, H), of source (B, S, D),
-        keys before their norm. Where queries are convolved, x is the last T rows of source.
+        keys before their norm. Where queries are convolved or read the position before, x is the last T rows of source.
 
         at (): the position of x's first row, where the rows that a mechanism sees are a part of the text; none: S - T.
         Keys before position 0 are not valid.
         """
         self.check_documents(documents)
         T, S, bias, pairs, run = x.shape[1], k.shape[1], None, None, self.attend_heads
-        # A convolution of queries sees what stands in front of the first, in what a memory holds.
-        before = 0 if self.convs is None else max(0, min(S - T, self.convs.before))
+        # A convolution or a shift of queries sees what stands in front of the first, in what a memory holds.
+        reach = (0 if self.convs is None else self.convs.before) + (0 if self.token_shift is None else 1)
+        before = max(0, min(S - T, reach))
         last = lambda rows: None if rows is None else rows[:, S - T - before :]
         q = self._of_rows("query", last(source) if before else x, last(valid), last(documents))[:, before:]
         q, k = self._normed(q, k)
@@ -212,16 +216,22 @@ class MultiHead(Attention):
         return q, k, v
 
     def _of_rows(self, name: str, rows, valid, documents) -> jax.Array:
-        """A projection of whole rows (B, S, D), convolved where that is asked for, by heads (B, S, heads, H)."""
+        """A projection of whole rows (B, S, D), shifted and convolved where that is asked for, by heads (B, S, heads,
+        H)."""
+        if self.token_shift is not None:
+            rows = self.token_shift(name, rows, one_before(rows, valid=valid, documents=documents))
         y = getattr(self, name)(rows)
         return self.heads_of(y if self.convs is None else self.convs(name, y, valid, documents))
 
     def _of_next(self, x, tails, at) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Queries, keys and values of one more token (B, D) at position `at` (), or of T from there on (B, T, D), and
         the tails of convolutions."""
-        parts = []
+        parts, before = [], x
+        if self.token_shift is not None:
+            before = tails["input"] if x.ndim == 2 else one_before(x, first=tails["input"])
+            tails = tails | {"input": x if x.ndim == 2 else x[:, -1]}
         for name in ("query", "key", "value"):
-            y = getattr(self, name)(x)
+            y = getattr(self, name)(x if self.token_shift is None else self.token_shift(name, x, before))
             if self.convs is not None:
                 y, tails = self.convs.step(name, y, tails)
             parts.append(self.heads_of(y))
@@ -286,13 +296,15 @@ class MultiHead(Attention):
             self.first_values = FirstValues(value_residual)
 
     def tails(self, B: int, dtype=jnp.float32):
-        of_convs = None if self.convs is None else self.convs.tails(B, dtype)
-        if self.log_scale is None:
-            return of_convs
-        return (of_convs or {}) | {"read": jnp.zeros(B, jnp.int32)}
+        kept = {} if self.convs is None else self.convs.tails(B, dtype)
+        if self.log_scale is not None:
+            kept |= {"read": jnp.zeros(B, jnp.int32)}
+        if self.token_shift is not None:
+            kept |= {"input": jnp.zeros((B, self.size.dim), dtype)}
+        return kept if self._keeps_tails() else None
 
     def _keeps_tails(self) -> bool:
-        return self.convs is not None or self.log_scale is not None
+        return any(part is not None for part in (self.convs, self.log_scale, self.token_shift))
 
     def _compared(self, position, of_queries, of_keys, first):
         """The bias of every sample, (B, N, ...), from what a position makes of queries (B, T, N, ...) and keys."""
@@ -335,8 +347,8 @@ class MultiHead(Attention):
 
     def decode(self, x, cache, *, at, position=None, carry=None):
         """The cache is that of `init_cache`, or {"own": that, and what else there is}: with a position that compares
-        tokens "of_keys" (B, length, N, key_terms), what the position says of keys; "tails", what convolutions and the
-        scale of scores keep.
+        tokens "of_keys" (B, length, N, key_terms), what the position says of keys; "tails", what convolutions, the
+        scale of scores and a token shift keep.
         """
         self._check_decode()
         compares = position is not None and position.key_terms is not None
@@ -405,7 +417,12 @@ class MultiHead(Attention):
 
     def rewound(self, before, after, taken, *, read: int):
         """Of keys and values that stand newest last; without short convolutions, which keep too little."""
-        if not self.keeps_keys or self.convs is not None or not before.keys() <= {"k", "v", "x", "seen"}:
+        if (
+            not self.keeps_keys
+            or self.convs is not None
+            or self.token_shift is not None
+            or not before.keys() <= {"k", "v", "x", "seen"}
+        ):
             return super().rewound(before, after, taken, read=read)
 
         def rows(old, new):
