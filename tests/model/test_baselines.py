@@ -11,7 +11,8 @@ from flax import nnx
 from xformers_lab.cli import main
 from xformers_lab.config import Config, edit
 from xformers_lab.generate import beam_search, generate
-from xformers_lab.model import build_model, build_task, gru, lstm
+from xformers_lab.model import build_model, build_task
+from xformers_lab.nn import gru, lstm
 from xformers_lab.nn.size import Size
 from xformers_lab.train import optimizer, prefetch
 from xformers_lab.train.state import init, structure

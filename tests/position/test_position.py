@@ -288,6 +288,7 @@ def by_definition(layer, position, x, valid, window: int | None, causal: bool):
     p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30)), 0)
     mean = jnp.einsum("bnts,bsnh->btnh", p, v)
     if name == "Shaw" and position.of_values is not None:
+        reach = len(position.of_values) // 2
         mean += jnp.einsum("bnts,tsh->btnh", p, position.of_values[...][np.clip(-apart, -reach, reach) + reach])
     return layer.out(mean.reshape(B, T, -1))
 

@@ -197,7 +197,7 @@ class MultiHead(Attention):
                 bias = self._compared(position, position.of_queries(q, q_at), position.of_keys(k, k_at), S - T)
                 run = functools.partial(apart, self)
             q, k = position.share * position.rotate(q, q_at), position.rotate(k, k_at)
-        rest = {"documents": documents, "marked": marked, "pair_values": pairs}
+        rest: dict[str, Any] = {"documents": documents, "marked": marked, "pair_values": pairs}
         call = Call(q, k, v, source, x, valid, causal, bias, carry, key, **rest)
         out, carry, aux = run(shown(self, call))
         return self.out(out.reshape(*out.shape[:2], -1)), carry, aux

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ class Patterned(OneHead):
 
     def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, pair_values=None):
         blocks = self.blocks(q.shape[0], k.shape[0], causal)
-        added = {"valid": valid, "documents": documents, "bias": bias, "pair_values": pair_values}
+        added: dict[str, Any] = {"valid": valid, "documents": documents, "bias": bias, "pair_values": pair_values}
         return block_sparse(q, k, v, pattern=self.seen(causal), blocks=blocks, **added)
 
     def reference(self, q, k, v, *, valid=None, documents=None, causal, bias=None, pair_values=None):
