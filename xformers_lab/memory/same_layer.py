@@ -11,7 +11,7 @@ class SameLayer(Xl):
     In memory=xl m are earlier inputs of the layer, which know M tokens more with every layer below. What the layer gave
     knows what it had looked at itself, so that even the first layer reaches back without an end, like a recurrent
     network. It costs what memory=xl costs. The paper uses it alone for language models; its retrospective feed, which
-    has an encoder read a document twice, would tell a decoder the tokens that it is asked for.
+    would tell a decoder the tokens that it is asked for, is depth=retrospective, of an encoder.
 
     Options:
         length: remembered states M per layer (none: as many as a segment has)
