@@ -75,8 +75,8 @@ class Capsules(Full):
         scale_init(share, self.value, self.votes)
 
     def finished(self, mean):
-        votes = self.votes[...].astype(mean.dtype)
-        v = jnp.einsum("btnh,nhmc->btnmc", mean, votes, preferred_element_type=jnp.float32)
+        # In float32 whatever the model computes in: shares are exponentials of products of votes.
+        v = jnp.einsum("btnh,nhmc->btnmc", mean.astype(jnp.float32), self.votes[...].astype(jnp.float32))
         routed = self._by_density(v) if self.routing == "em" else self._by_agreement(v)
         return routed.reshape(mean.shape)
 
