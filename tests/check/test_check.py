@@ -81,6 +81,7 @@ MORE_FORMS = [
     "linear:features=taylor:chunk=5",
     "linformer:share=keyvalue:rank=5",
     "linformer:share=none:rank=5",
+    "capsules:routing=simple",
     "etc:radius=3:tokens=4:where=marked",
     "longformer:dilation=2:window=3:tokens=2",
     "longformer:dilation=2:window=3:tokens=3:where=marked:projections=shared",

@@ -367,3 +367,62 @@ def test_wrong_options_are_refused_with_the_reason():
             build(choice)
     with pytest.raises(UsageError, match="a head is split into quarters, and one of 6"):
         spec.build("attention", "differential", length=8, dim=12, heads=2)
+
+
+# ---- capsules ------------------------------------------------------------------------------------------------------
+
+
+def routed_by_definition(layer, o, rounds: int) -> np.ndarray:
+    """What heads gave of one position, o (N, H), as capsules (M, C): head by head, capsule by capsule."""
+    W = np.asarray(layer.votes[...], np.float64)
+    (N, _, M, _), v = W.shape, np.einsum("nh,nhmc->nmc", o, W)
+    c, logits = np.full((N, M), 1 / M), np.zeros((N, M))
+    for _ in range(rounds):
+        u = np.stack([sum(c[n, m] * v[n, m] for n in range(N)) / sum(c[:, m]) for m in range(M)])
+        out = u.copy()
+        if layer.routing == "simple":
+            for n in range(N):
+                logits[n] += [u[m] @ v[n, m] / len(u[m]) ** 0.5 for m in range(M)]
+                c[n] = np.exp(logits[n]) / np.exp(logits[n]).sum()
+            continue
+        var = np.stack([sum(c[n, m] * (v[n, m] - u[m]) ** 2 for n in range(N)) / sum(c[:, m]) for m in range(M)]) + 1e-4
+        cost = (np.log(var**0.5).mean(1) + np.asarray(layer.price[...])) * c.sum(0)
+        a = 1 / (1 + np.exp(cost - np.asarray(layer.active[...])))
+        out = a[:, None] * u
+        for n in range(N):
+            of_channels = [np.exp(-((v[n, m] - u[m]) ** 2) / (2 * var[m])) / np.sqrt(var[m]) for m in range(M)]
+            density = [np.prod(each) ** (1 / len(each)) for each in of_channels]
+            c[n] = a * density / (a @ density)
+    return out.reshape(-1)
+
+
+@pytest.mark.parametrize("routing", ["simple", "em"])
+@pytest.mark.parametrize("words, rounds", [("", 3), (":rounds=1:capsules=8", 1), (":rounds=2:capsules=1", 2)])
+def test_capsules_are_routed_as_defined(routing, words, rounds):
+    layer, x = build(f"capsules:routing={routing}{words}"), draw(2, 16, HEADS * HEAD)
+    layer.votes[...] = 3 * layer.votes[...]
+    if routing == "em":
+        layer.price[...], layer.active[...] = draw(*layer.price.shape, seed=2), draw(*layer.price.shape, seed=3)
+    plain = build("full")
+    for name in ("query", "key", "value"):
+        getattr(plain, name).kernel[...] = getattr(layer, name).kernel[...]
+    plain.out = lambda x: x
+    with jax.default_matmul_precision("highest"):
+        out, heads = layer(x, causal=True)[0], np.asarray(plain(x, causal=True)[0], np.float64)
+    for b, t in np.ndindex(2, 16):
+        expected = routed_by_definition(layer, heads[b, t].reshape(HEADS, HEAD), rounds)
+        np.testing.assert_allclose(out[b, t], expected, atol=1e-4)
+
+
+def test_capsules_have_the_parameters_of_the_projection():
+    count = lambda choice: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(build(choice), nnx.Param)))
+    assert count("capsules:routing=simple") == count("full") == count("capsules") - 2 * HEADS
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("capsules:rounds=0", "rounds must be at least 1"),
+    ("capsules:capsules=5", "capsules=5 do not divide dim=32"),
+])  # fmt: skip
+def test_capsules_refuse(choice, message):
+    with pytest.raises(UsageError, match=message):
+        build(choice)

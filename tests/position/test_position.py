@@ -579,6 +579,8 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
     ("rope:turned=1.5", "turned is a share of the channels"),
     ("rope:scaling=yarn:scale=2", "such as trained=128"),
     ("rope:scaling=ntk:trained=64", "trained=64 is an option of scaling=yarn"),
+    ("floater:delta=0", "delta is the time between two positions"),
+    ("floater:steps=0", "steps and hidden must be at least 1"),
     ("shaw:reach=0", "reach must be at least 1"),
     ("xl:base=1", "base must be above 1"),
     ("xl:channels=3", "channels come as sine and cosine"),
@@ -593,3 +595,39 @@ def test_untied_positions_are_as_many_as_it_was_built_for():
 def test_bad_options(choice, message):
     with pytest.raises(Exception, match=message):
         build(choice)
+
+
+def test_floater_is_its_equation():
+    """The Runge-Kutta steps in numpy; finer ones come to the same curve; at the start they are sinusoids alone."""
+    x = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
+    fresh, fine = (build(f"floater:delta=0.5:steps={steps}:hidden=6", dim=8, heads=2) for steps in (2, 16))
+    sinusoids = build("sinusoidal", dim=8, heads=2)
+    embedded = lambda position: np.asarray(position.embed(jnp.asarray(x), jnp.arange(16)))
+    np.testing.assert_allclose(embedded(fresh), embedded(sinusoids), atol=1e-6)
+    for position in (fresh, fine):
+        random = np.random.default_rng(1)
+        for linear in (position.first, position.last):
+            linear.kernel[...], linear.bias[...] = (
+                jnp.asarray(random.standard_normal(leaf.shape), jnp.float32) for leaf in (linear.kernel, linear.bias)
+            )
+        position.time[...] = jnp.asarray(random.standard_normal(6), jnp.float32)
+    W_1, b_1, W_2, b_2, w = (
+        np.asarray(leaf[...], np.float64)
+        for leaf in (fresh.first.kernel, fresh.first.bias, fresh.last.kernel, fresh.last.bias, fresh.time)
+    )
+    h = lambda time, p: np.tanh(p @ W_1 + w * time + b_1) @ W_2 + b_2
+    p, time, points, step = np.zeros(8), 0.0, [], 0.25
+    for _ in range(16):
+        points.append(p)
+        for _ in range(2):
+            a = h(time, p)
+            b = h(time + step / 2, p + step / 2 * a)
+            c = h(time + step / 2, p + step / 2 * b)
+            d = h(time + step, p + step * c)
+            p, time = p + step / 6 * (a + 2 * b + 2 * c + d), time + step
+    solved = np.asarray(fresh.solved(16))
+    np.testing.assert_allclose(solved, points, atol=2e-4)
+    np.testing.assert_allclose(embedded(fresh), embedded(sinusoids) + solved / 1.5**0.5, atol=1e-4)
+    exact = np.asarray(fine.solved(16))
+    assert np.abs(exact - solved).max() < 0.05 * np.abs(exact).max()
+    np.testing.assert_array_equal(fresh.solved(5), fresh.solved(16)[:5])

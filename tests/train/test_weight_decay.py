@@ -25,7 +25,7 @@ SMALL = {"task": "copy", "seq_len": 64, "dim": 16, "heads": 2, "layers": 2}
 # What decays and is neither a linear layer's kernel nor the table of tokens: matrices with which states are multiplied.
 MATRICES = {
     "attention": {
-        "all_attention.keys", "all_attention.values", "collaborative.mixing", "gaussian.hidden",
+        "all_attention.keys", "all_attention.values", "capsules.votes", "collaborative.mixing", "gaussian.hidden",
         "gaussian.window_hidden", "linformer.project", "linear.maps", "mca.taps", "multi_token.mixing", "nsa.hidden",
         "nsa.squeezed", "poolingformer.weigh", "sinkhorn.first", "sinkhorn.second", "synthesizer.far",
         "synthesizer.near", "synthesizer.rows", "talking_heads.after", "talking_heads.before", "ttt.weights",

@@ -24,6 +24,7 @@ from xformers_lab.attention._base.call import Call, watched
 from xformers_lab.attention._base.samples import apart
 from xformers_lab.errors import Refused
 from xformers_lab.model import Model
+from xformers_lab.nn.absent import Same
 
 # Of mechanisms of these kinds no softmax over scores of single positions gives the weights.
 IMPLIED = ("linearised", "memory compression", "low rank", "without attention")
@@ -150,7 +151,7 @@ def _refuse_declared(layer: Any) -> None:
 def _norms(layer: Any, given: jax.Array) -> jax.Array | None:
     """(N, T), the length of what each head adds to the layer's output: what it gives (T, N, H), through the projection
     `out` of all heads."""
-    if not hasattr(layer, "out"):
+    if not hasattr(layer, "out") or isinstance(layer.out, Same):
         return None
     T, N, H = given.shape
     alone = jnp.swapaxes(given[:, :, None] * jnp.eye(N)[None, :, :, None], 0, 1).reshape(N, T, N * H)
