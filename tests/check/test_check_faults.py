@@ -28,7 +28,15 @@ pytestmark = pytest.mark.full
 NAMED = {holds.__name__: holds for holds in PROPERTIES}
 FAULTS = declarations.FAULTS | values.FAULTS | gradients.FAULTS | running.FAULTS | masks.FAULTS | costs.FAULTS
 OPTIONS = values.OPTIONS | masks.OPTIONS | costs.OPTIONS
-PER_HEAD = {"carried", "full_in_the_limit", "samples_apart", "auxiliary", "documents_apart", "marks_in_time"}
+PER_HEAD = {
+    "carried",
+    "full_in_the_limit",
+    "samples_apart",
+    "auxiliary",
+    "documents_apart",
+    "marks_in_time",
+    "pair_values",
+}
 
 
 @pytest.mark.parametrize("kind, skipped", [

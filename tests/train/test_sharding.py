@@ -21,10 +21,13 @@ BASE = {"task": "copy", "seq_len": 36, "dim": 48, "layers": 4, "heads": HEADS, "
 NEEDS = {
     ("memory", "xl"): {"position": "rope", "task": "lm"},
     ("memory", "compressive"): {"position": "rope", "task": "lm"},
+    ("memory", "same_layer"): {"position": "rope", "task": "lm"},
+    ("memory", "recurrent"): {"position": "rope", "task": "lm"},
     ("model", "encoder"): {"task": "listops"},
     ("model", "vit"): {"task": "pathfinder", "seq_len": 1024},
     ("depth", "funnel"): {"task": "listops"},
     ("depth", "mask_decoder"): {"task": "listops"},
+    ("depth", "retrospective"): {"task": "listops"},
     ("depth", "distilling"): {"task": "listops"},
 }
 SHELVES = ("attention", "position", "norm", "ffn", "depth", "memory", "model")

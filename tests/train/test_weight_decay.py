@@ -30,7 +30,7 @@ MATRICES = {
         "nsa.squeezed", "poolingformer.weigh", "sinkhorn.first", "sinkhorn.second", "synthesizer.far",
         "synthesizer.near", "synthesizer.rows", "talking_heads.after", "talking_heads.before", "ttt.weights",
     },
-    "depth": set(),
+    "depth": {"local_rnn.recurrent"},
     "ffn": {
         "all_attention.keys", "all_attention.values", "gshard.down", "gshard.up", "hash.down", "hash.up", "moe.down",
         "moe.up", "noisy_top.down", "noisy_top.up", "product_key.keys", "product_key.values", "prototypes.down",

@@ -79,8 +79,10 @@ def signature(subject: Subject) -> None:
         if name not in arrays | tokens:
             raise Broken(f'finished takes "{name}", which neither per_head() nor from_queries(x) names')
     fast, slow = (mechanism.takes(method) for method in ("attend", "reference"))
-    if fast != slow:
-        raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(fast ^ slow))}")
+    # What it does not take, one of the two may have from its base class all the same.
+    apart = (fast ^ slow) - (set() if mechanism.accepts("pair_values") else {"pair_values"})
+    if apart:
+        raise Broken(f"attend and reference take different arguments: only one takes {', '.join(sorted(apart))}")
     if "carry" in fast:
         mechanism.init_carry(4, 4)
 
