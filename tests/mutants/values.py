@@ -233,6 +233,14 @@ class NoMethod(TalkingHeads):
         return super().attend_heads(call.replace(method="attend"))
 
 
+class ForgetsValuesOfPairs(Local):
+    __doc__ = Local.__doc__
+    adds_pair_values = True
+
+    def attend(self, q, k, v, *, valid=None, documents=None, causal, bias=None, pair_values=None):
+        return super().attend(q, k, v, valid=valid, documents=documents, causal=causal, bias=bias)
+
+
 FAULTS = {
     AlignedAtTheStart: "end_aligned",
     FastForgetsPadding: "equals_reference",
@@ -260,6 +268,7 @@ FAULTS = {
     NormaliserCountsPadding: "equals_reference",
     ClipsTheMean: "attention_map",
     NoMethod: "equals_reference",
+    ForgetsValuesOfPairs: "pair_values",
 }
 OPTIONS = {
     WindowOffByOne: {"window": 5},
