@@ -275,7 +275,7 @@ def timed(
     """The table of a bench; see `bench`, and `conducted` for the last two."""
     cells, varied = configs.sweep(items, trust=trust)
     from xformers_lab import progress
-    from xformers_lab.bench import rows as blank
+    from xformers_lab.bench import rows as bench_rows
     from xformers_lab.bench import supervised as measured
     from xformers_lab.report import human
     from xformers_lab.supervise import process
@@ -284,7 +284,7 @@ def timed(
     telling = contextlib.nullcontext(lambda text: None) if quiet else progress.words(quiet=not lines)
     with process.Worker(notice=process.ENDS) as worker, telling as tell:
         rows = measured.bench(cells, worker, progress=tell, **how)
-    vain = blank.unused(cells)
+    vain = bench_rows.unused(cells)
     verb = "plays" if len(vain) == 1 else "play"
     notes = [f"A bench times attention alone: {human.listing(vain)} {verb} no part in it."] if vain else []
     return Table(rows, [*varied, "pass"], command, interrupted=worker.stopped, title=COSTS, notes=notes)
