@@ -161,7 +161,10 @@ def test_an_unchecked_bench_says_so_wherever_it_is_read(capsys, tmp_path):
 def test_a_bench_says_which_keys_play_no_part_in_it(capsys):
     words = ["attention=full", "seq_len=16", "dim=16", "batch=1", "position=rope", "conv=4"]
     assert main(["bench", *words, "--rounds", "1", "--pass", "forward"]) == 0
-    assert "note: A bench times attention alone: position and conv play no part in it." in capsys.readouterr().out
+    note = "note: A bench times attention alone: position and conv play no part in it."
+    assert note in capsys.readouterr().out
+    assert main(["bench", *words, "--rounds", "1", "--pass", "forward", "--json"]) == 0
+    assert note in capsys.readouterr().err
 
 
 def test_an_interrupted_bench_ends_as_interrupted(capsys, monkeypatch):

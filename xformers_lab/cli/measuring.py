@@ -31,6 +31,8 @@ def _bench(chosen: argparse.Namespace) -> int:
     from rich.console import Console
 
     code = answer(chosen, timed.rows, lambda: timed.draw(Console()))
+    for note in timed.notes if chosen.json else ():  # which the rows do not hold
+        print(visible(f"note: {note}"), file=sys.stderr)
     if chosen.report:
         print(visible(f"report: {timed.report(chosen.report)}"), file=sys.stderr)
     export(chosen, timed.rows, timed.varied, timed.command)
